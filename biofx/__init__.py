@@ -1,0 +1,64 @@
+"""Rewrite a PyTorch model's graph so that it learns the way synapses do.
+
+>>> import torch, biofx
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+>>> bio_model, report = biofx.transform(model, biofx.BioConfig(weight_splitting_Gamma=2))
+>>> report.modified
+True
+"""
+
+from biofx import passes
+from biofx.capture import capture
+from biofx.compile_config import compile_config
+from biofx.config import BioConfig, Distribution
+from biofx.errors import (
+    BiofxError,
+    CaptureError,
+    InputError,
+    OptionError,
+    PassError,
+    PipelineError,
+    SelectorError,
+)
+from biofx.graph_module import BioGraphModule
+from biofx.pass_base import Pass, PassResult, Scope
+from biofx.pipeline import Pipeline
+from biofx.plasticity import BioModule
+from biofx.printing import diff_graphs, format_graph, print_changed
+from biofx.registry import available_passes
+from biofx.report import Remark, Report
+from biofx.transform import transform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # the front door
+    "transform",
+    "capture",
+    "BioConfig",
+    "Distribution",
+    # passes
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "Scope",
+    "passes",
+    "available_passes",
+    "compile_config",
+    # what comes out
+    "BioGraphModule",
+    "BioModule",
+    "Remark",
+    "Report",
+    "format_graph",
+    "diff_graphs",
+    "print_changed",
+    # what can go wrong
+    "BiofxError",
+    "InputError",
+    "CaptureError",
+    "OptionError",
+    "SelectorError",
+    "PipelineError",
+    "PassError",
+]

@@ -1,0 +1,281 @@
+"""What a user asks for: one frozen, validated record of options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from biofx import toml
+from biofx.callables import callable_from_text, callable_to_text
+from biofx.errors import OptionError, suggest
+from biofx.ops import SIGN_AXES, SIGN_METHODS
+from biofx.select import Override, Selector, check_selector
+from biofx.validate import (
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    Range,
+    check_bounds,
+    check_choice,
+    check_flag,
+)
+
+
+class Distribution(str, Enum):
+    """How the learning-rate factors of a layer's synapses are distributed (see ``biofx.plasticity``)."""
+
+    BASELINE = "baseline"
+    UNIFORM = "uniform"
+    NORMAL = "normal"
+    LOGNORMAL = "lognormal"
+    GAMMA = "gamma"
+    BETA = "beta"
+    LAYER_ADAPTIVE = "layer_adaptive"
+    WEIGHT_ADAPTIVE = "weight_adaptive"
+    TEMPORAL = "temporal"
+    ACTIVITY = "activity"
+
+
+def identity(x: Any) -> Any:
+    """Return ``x``: the weight-splitting activation of a linear synapse."""
+    return x
+
+
+_RANGES: dict[str, Range] = {
+    "fuzzy_learning_rate_factor_nu": FRACTION,
+    "fuzzy_lr_min": NOT_NEGATIVE,
+    "fuzzy_lr_max": POSITIVE,
+    "fuzzy_lr_update_freq": Range(1, whole=True),
+    "fuzzy_lr_decay": FRACTION,
+    "dampening_factor": Range(0, 1, low_open=True),
+    "crystal_thresh": POSITIVE,
+    "rejuvenation_parameter_dre": POSITIVE,
+    "weight_splitting_Gamma": COUNT,
+    "base_lr": POSITIVE,
+    "stability_factor": POSITIVE,
+    "lr_variability": NOT_NEGATIVE,
+    "dales_excitatory_fraction": FRACTION,
+    "seed": SEED,
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "fuzzy_lr_distribution": tuple(member.value for member in Distribution),
+    "dales_method": SIGN_METHODS,
+    "dales_axis": SIGN_AXES,
+}
+_FLAGS = ("fuzzy_lr_dynamic", "apply_dales_principle", "dales_constrain_inputs", "dales_constrain_readout")
+_NOT_PER_LAYER = ("seed", "overrides")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BioConfig:
+    """Every option of every mechanism, with the user guide's names and the reference package's defaults.
+
+    A mechanism is off by default where its paper calls it optional: ``weight_splitting_Gamma`` of 0 or 1,
+    ``apply_dales_principle=False`` and ``Distribution.BASELINE`` each switch one off. The record is frozen;
+    :meth:`replace` and :meth:`override` return new ones.
+
+    Raises:
+        OptionError: at construction, naming the field, the value found and the range expected.
+
+    >>> config = BioConfig(weight_splitting_Gamma=2).override("layer4.*", weight_splitting_Gamma=4)
+    >>> config.options_for(["layer4.*"])["weight_splitting_Gamma"]
+    4
+    """
+
+    fuzzy_learning_rate_factor_nu: float = 0.16
+    """Spread of the learning-rate factors around 1, dimensionless, in [0, 1]."""
+    fuzzy_lr_distribution: Distribution = Distribution.UNIFORM
+    """Distribution of the factors; a member or its lower-case name."""
+    fuzzy_lr_dynamic: bool = False
+    """Whether the factors go on changing during training, for the distributions that can."""
+    fuzzy_lr_min: float = 0.5
+    """Lower bound of a factor, dimensionless, >= 0 and <= 1; draws below it are drawn again."""
+    fuzzy_lr_max: float = 2.0
+    """Upper bound of a factor, dimensionless, >= 1; draws above it are drawn again."""
+    fuzzy_lr_update_freq: int = 100
+    """Training steps between two changes of temporal factors, a count, >= 1."""
+    fuzzy_lr_decay: float = 0.9995
+    """Correlation of a temporal factor with its predecessor, dimensionless, in [0, 1]."""
+    dampening_factor: float = 0.6
+    """What crystallization multiplies a caught synapse's factor by, dimensionless, in (0, 1]."""
+    crystal_thresh: float = 4.5e-05
+    """A synapse with |gradient| / |weight| below this is caught, > 0."""
+    rejuvenation_parameter_dre: float = 8.0
+    """Protection of large weights from replacement, in standard deviations of the weights, > 0."""
+    weight_splitting_Gamma: int = 0
+    """Synapses per connection, a count; 0 and 1 are off."""
+    weight_splitting_activation_function: Callable[[Any], Any] = identity
+    """Applied to a layer's output before its groups are summed; any callable that keeps the shape."""
+    base_lr: float = 0.1
+    """Volume-dependent plasticity: factor at zero weight, dimensionless, > 0."""
+    stability_factor: float = 2.0
+    """Volume-dependent plasticity: how fast the factor falls with the weight, dimensionless, > 0."""
+    lr_variability: float = 0.2
+    """Volume-dependent plasticity: standard deviation of the multiplicative noise, dimensionless, >= 0."""
+    apply_dales_principle: bool = False
+    """Whether every unit is excitatory or inhibitory at all of its outgoing synapses."""
+    dales_method: str = "project"
+    """How a sign is enforced: ``"project"`` (wrong signs become 0) or ``"abs"`` (they are mirrored)."""
+    dales_axis: str = "presynaptic"
+    """Whose sign a weight carries; ``"postsynaptic"`` reproduces the reference package for comparison."""
+    dales_excitatory_fraction: float = 0.5
+    """Fraction of a layer's units that are excitatory, dimensionless, in [0, 1]; 0.8 is cortical."""
+    dales_constrain_inputs: bool = False
+    """Whether the model's inputs are units with a sign too."""
+    dales_constrain_readout: bool = False
+    """Whether the synapses onto the model's outputs are constrained too."""
+    seed: int = 0
+    """Seed of every random draw; equal seeds give equal models."""
+    overrides: tuple[Override, ...] = ()
+    """Options per selector, in order, the last one winning; added by :meth:`override`."""
+
+    def __post_init__(self) -> None:
+        for name in _field_names():
+            if name != "overrides":
+                object.__setattr__(self, name, _checked(name, getattr(self, name)))
+        check_bounds("fuzzy_lr_min", self.fuzzy_lr_min, "fuzzy_lr_max", self.fuzzy_lr_max)
+        for override in self.overrides:
+            if not isinstance(override, Override):
+                raise OptionError(
+                    f"overrides: expected Override records, found {override!r}; use config.override(...)"
+                )
+            _checked_override(override.selector, dict(override.options))
+
+    def replace(self, **fields: Any) -> BioConfig:
+        """Return a copy with some fields changed.
+
+        Raises:
+            OptionError: an unknown field, or a value out of range.
+        """
+        _refuse_unknown(fields)
+        return dataclasses.replace(self, **fields)
+
+    def override(self, selector: Selector, **options: Any) -> BioConfig:
+        """Return a copy in which ``options`` hold for the layers that ``selector`` picks.
+
+        Overrides apply in the order given, and the last one wins. A selector that matches nothing in the
+        model is an error when the config is applied.
+
+        Args:
+            selector: see :mod:`biofx.select`.
+            **options: fields of this config, except ``seed`` and ``overrides``.
+
+        Raises:
+            OptionError: no option, an unknown one, one that cannot differ between layers, a bad value.
+            SelectorError: ``selector`` is not a selector.
+        """
+        checked = _checked_override(selector, options)
+        added = Override(check_selector(selector), tuple(checked.items()))
+        return dataclasses.replace(self, overrides=(*self.overrides, added))
+
+    def options_for(self, selectors: list[Selector]) -> dict[str, Any]:
+        """Return the fields as they stand where exactly the overrides with these selectors match."""
+        options = {name: getattr(self, name) for name in _field_names() if name != "overrides"}
+        for override in self.overrides:
+            if override.selector in selectors:
+                options.update(override.options)
+        return options
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> BioConfig:
+        """Build a config from plain values, as :meth:`to_dict` and a TOML file give them.
+
+        Raises:
+            OptionError: not a mapping, an unknown key (the nearest ones are named), a bad value.
+        """
+        if not isinstance(options, Mapping):
+            raise OptionError(f"expected a mapping of field names to values, found {type(options).__name__}")
+        _refuse_unknown(options)
+        fields = dict(options)
+        overrides = fields.pop("overrides", ())
+        config = cls(**fields)
+        if not isinstance(overrides, (list, tuple)):
+            raise OptionError(f"overrides: expected a list of tables, found {overrides!r}")
+        for entry in overrides:
+            if not isinstance(entry, Mapping) or "selector" not in entry:
+                raise OptionError(f"overrides: expected tables with a 'selector' key, found {entry!r}")
+            config = config.override(**entry)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values; callables stay callables."""
+        plain = {name: getattr(self, name) for name in _field_names() if name != "overrides"}
+        plain["fuzzy_lr_distribution"] = self.fuzzy_lr_distribution.value
+        plain["overrides"] = [
+            {"selector": override.selector, **{name: _plain(value) for name, value in override.options}}
+            for override in self.overrides
+        ]
+        return plain
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> BioConfig:
+        """Read a config from a TOML file.
+
+        Raises:
+            OptionError: the file cannot be read, is not TOML, or holds an unknown key or a bad value.
+        """
+        try:
+            return cls.from_dict(toml.read(path))
+        except OptionError as error:
+            raise OptionError(f"{path}: {error}") from error
+
+    def to_toml(self, path: str | Path) -> None:
+        """Write the config to a TOML file, whole or not at all.
+
+        Raises:
+            OptionError: a value that a text cannot carry (a lambda, a selector that is a predicate).
+        """
+        table = self.to_dict()
+        name = "weight_splitting_activation_function"
+        table[name] = callable_to_text(table[name])
+        for entry in table["overrides"]:
+            if name in entry:
+                entry[name] = callable_to_text(entry[name])
+        toml.write(path, table)
+
+
+def _field_names() -> list[str]:
+    return [entry.name for entry in dataclasses.fields(BioConfig)]
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name not in _field_names():
+            raise OptionError(f"unknown field {name!r}{suggest(str(name), _field_names())}")
+
+
+def _checked_override(selector: Selector, options: Mapping[str, Any]) -> dict[str, Any]:
+    check_selector(selector)
+    _refuse_unknown(options)
+    for name in options:
+        if name in _NOT_PER_LAYER:
+            raise OptionError(f"{name} holds for the whole model and cannot be overridden for {selector!r}")
+    if not options:
+        raise OptionError(f"override of {selector!r} changes nothing: expected at least one field=value")
+    return {name: _checked(name, value) for name, value in options.items()}
+
+
+def _checked(name: str, value: Any) -> Any:
+    """Return ``value`` in the field's own type, or raise one error that names field, value and range."""
+    if name in _RANGES:
+        return _RANGES[name].check(name, value)
+    if name in _CHOICES:
+        text = check_choice(name, value, _CHOICES[name])
+        return Distribution(text) if name == "fuzzy_lr_distribution" else text
+    if name in _FLAGS:
+        return check_flag(name, value)
+    if isinstance(value, str):
+        return callable_from_text(value)
+    if not callable(value):
+        raise OptionError(f"{name}: expected a callable from tensor to tensor, found {value!r}")
+    return value

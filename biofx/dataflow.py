@@ -1,0 +1,83 @@
+"""Questions about who feeds whom, answered in one walk over the graph."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from biofx.ops import pool_synapses
+from biofx.sites import is_synaptic
+
+_PRODUCTS: frozenset[Any] = frozenset(
+    {operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum}
+)
+_PRODUCT_METHODS = frozenset({"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__"})
+
+
+def synaptic_nodes(graph_module: GraphModule) -> set[Node]:
+    """Return the nodes with weights between units: layers, opaque modules, products with a parameter."""
+    constant: set[Node] = set()  # computed from parameters alone, whatever the input
+    synaptic: set[Node] = set()
+    for node in graph_module.graph.nodes:
+        inputs = node.all_input_nodes
+        is_parameter = node.op == "get_attr" and isinstance(_attribute(graph_module, node), nn.Parameter)
+        if is_parameter or (inputs and all(source in constant for source in inputs)):
+            constant.add(node)
+        elif is_synaptic(node, graph_module) or (
+            _is_product(node) and any(source in constant for source in inputs)
+        ):
+            synaptic.add(node)
+    return synaptic
+
+
+def readout_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
+    """Return the synaptic nodes with no other synaptic node between them and an output of the model."""
+    readout: set[Node] = set()
+    open_nodes: set[Node] = set()
+    for node in reversed(graph_module.graph.nodes):
+        if node.op == "output" or node in open_nodes:
+            if node in synaptic:
+                readout.add(node)
+            else:
+                open_nodes.update(node.all_input_nodes)
+    return readout
+
+
+def input_facing_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
+    """Return the synaptic nodes that no other synaptic node feeds: their presynaptic units are inputs."""
+    fed: set[Node] = set()
+    for node in graph_module.graph.nodes:
+        if any(source in synaptic or source in fed for source in node.all_input_nodes):
+            fed.add(node)
+    return synaptic - fed
+
+
+def split_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
+    """Return the synaptic nodes whose output already runs into a pool of synapses."""
+    split: set[Node] = set()
+    for pool in graph_module.graph.find_nodes(op="call_function", target=pool_synapses):
+        open_nodes = [pool]
+        while open_nodes:
+            for source in open_nodes.pop().all_input_nodes:
+                if source in synaptic:
+                    split.add(source)
+                else:
+                    open_nodes.append(source)
+    return split
+
+
+def _is_product(node: Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _PRODUCT_METHODS
+    return node.op == "call_function" and node.target in _PRODUCTS
+
+
+def _attribute(graph_module: GraphModule, node: Node) -> Any:
+    value: Any = graph_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value

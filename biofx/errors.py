@@ -1,0 +1,59 @@
+"""Every error that biofx raises on purpose.
+
+BiofxError
+├── InputError        what was handed in is not something biofx can take (also a TypeError)
+├── CaptureError      the model's forward cannot be written down as a graph without losing something
+├── OptionError       a field of a config or an option of a pass is unknown or out of range (a ValueError)
+├── SelectorError     a pattern selects nothing, or is not a pattern (also a LookupError)
+├── PipelineError     a pipeline text is malformed, a pass unknown, an order cyclic (also a ValueError)
+└── PassError         a pass was run on a graph it cannot take, or broke its own contract
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BiofxError(Exception):
+    """The root of the tree: ``except BiofxError`` catches everything biofx raises on purpose."""
+
+
+class InputError(BiofxError, TypeError):
+    """An argument is not something biofx can take: not a module, a wrapped or half-initialised model."""
+
+
+class CaptureError(BiofxError):
+    """The model's forward cannot be captured as a graph that computes the same thing every time."""
+
+
+class OptionError(BiofxError, ValueError):
+    """A config field or a pass option is unknown or has a value out of its range."""
+
+
+class SelectorError(BiofxError, LookupError):
+    """A selector matches nothing in the model, or is not a selector."""
+
+
+class PipelineError(BiofxError, ValueError):
+    """A pipeline's text, pass names or order make no sense."""
+
+
+class PassError(BiofxError):
+    """A pass cannot run on this graph, or what it did breaks its own contract."""
+
+
+def suggest(unknown: str, known: Iterable[str], *, limit: int = 3) -> str:
+    """Return ``"; did you mean 'a' or 'b'?"`` for the names nearest to ``unknown``, or an empty string.
+
+    >>> suggest("layer1.con1", ["layer1.conv1", "fc"])
+    "; did you mean 'layer1.conv1'?"
+    """
+    nearest = difflib.get_close_matches(unknown, list(known), n=limit, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(name) for name in nearest)}?" if nearest else ""
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Attach ``note`` to an exception that is not ours, where the Python at hand can show one (3.11+)."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)

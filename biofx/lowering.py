@@ -1,0 +1,111 @@
+"""Make a layer's weight visible, and put operators between the weight and the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.nn import functional as F  # noqa: N812
+
+from biofx.errors import PassError
+from biofx.sites import WeightSite
+
+
+def lower(graph_module: GraphModule, site: WeightSite) -> None:
+    """Replace a layer's call by its function on a visible weight: ``fc(x)`` becomes ``linear(x, w, b)``.
+
+    The node keeps its name and its users, the layer module stays in the tree, and the function is the one
+    the module calls itself, so the result is equal to the bit. A site that is lowered already is left alone.
+
+    Raises:
+        PassError: the site has an obstacle; a pass reports those as missed instead of asking.
+    """
+    if site.node.op != "call_module":
+        return
+    if site.obstacle is not None:
+        raise PassError(f"{site.node.name!r} cannot be lowered: {site.obstacle}")
+    node, module = site.node, graph_module.get_submodule(str(site.node.target))
+    (source,) = (*node.args, *node.kwargs.values())
+    weight = _attribute_node(graph_module, site.parameter_path, node)
+    bias_path = f"{node.target}.bias"
+    bias = None if module.bias is None else _attribute_node(graph_module, bias_path, node)
+    options = _options(module, site)
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        with node.graph.inserting_before(node):
+            pad = tuple(module._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+            mode = {"mode": str(module.padding_mode)}
+            source = node.graph.create_node(
+                "call_function", F.pad, (source, pad), mode, f"{node.name}_padded"
+            )
+            source.meta = dict(node.meta)
+        options.pop("padding", None)
+    node.op = "call_function"
+    node.target = site.kind.function
+    node.args = (source, weight) if bias is None else (source, weight, bias)
+    node.kwargs = options
+
+
+def wrap_weight(
+    graph_module: GraphModule,
+    sites: Sequence[WeightSite],
+    operator: Callable[..., Any],
+    buffer: tuple[str, str],
+    suffix: str,
+    **options: Any,
+) -> None:
+    """Insert ``operator(weight, buffer, **options)`` between a weight and some of the sites that use it.
+
+    Sites that read the same expression go on sharing one: a weight that is used twice is wrapped once.
+
+    Args:
+        graph_module: changed in place.
+        sites: lowered sites of one parameter.
+        operator: a weight operator.
+        buffer: path of its second argument, and how the name of that node ends.
+        suffix: how the name of the new node ends; both begin with the layer's.
+        **options: its keyword arguments.
+    """
+    wrapped: dict[Node, Node] = {}
+    buffer_path, buffer_suffix = buffer
+    for site in sites:
+        weight = site.weight_node
+        if weight is None:
+            raise PassError(f"{site.node.name!r} must be lowered before its weight can be wrapped")
+        if weight not in wrapped:
+            stem = site.parameter_path.removesuffix(".weight").replace(".", "_")
+            state = _attribute_node(graph_module, buffer_path, weight.next, f"{stem}_{buffer_suffix}")
+            with weight.graph.inserting_before(max(state, weight).next):
+                new = weight.graph.create_node(
+                    "call_function", operator, (weight, state), options, f"{stem}_{suffix}"
+                )
+            new.meta = dict(weight.meta)
+            wrapped[weight] = new
+        site.node.replace_input_with(weight, wrapped[weight])
+
+
+def _attribute_node(graph_module: GraphModule, path: str, before: Node, name: str | None = None) -> Node:
+    """Return the one ``get_attr`` node for ``path``, made or moved so that it stands ahead of ``before``."""
+    existing = next(iter(graph_module.graph.find_nodes(op="get_attr", target=path)), None)
+    if existing is None:
+        with graph_module.graph.inserting_before(before):
+            existing = graph_module.graph.create_node("get_attr", path, name=name or path.replace(".", "_"))
+        existing.meta = {key: value for key, value in before.meta.items() if key == "nn_module_stack"}
+    elif before < existing:
+        before.prepend(existing)
+    return existing
+
+
+def _options(module: nn.Module, site: WeightSite) -> dict[str, Any]:
+    """Return the function's keyword arguments, those that say nothing new left out."""
+    if site.kind.kernel_axes == 0:
+        return {}
+    neutral = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    names = [name for name in neutral if name != "output_padding" or site.kind.transposed]
+    given = {name: getattr(module, name) for name in names}
+    return {name: value for name, value in given.items() if _differs(value, neutral[name])}
+
+
+def _differs(value: Any, neutral: int) -> bool:
+    return any(entry != neutral for entry in value) if isinstance(value, tuple) else value != neutral

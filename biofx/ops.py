@@ -1,0 +1,221 @@
+"""The few functions that rewritten graphs call.
+
+A rewritten graph outlives the session that made it: it is pickled, traced again, compiled, exported,
+vmapped. Each function here keeps its effect through all of these. Two devices do it:
+
+* it hands itself to ``__torch_function__`` first, so a tracer that sees it records *one* call to it
+  instead of looking inside (or, worse, running it once);
+* its backward is either ordinary differentiable arithmetic or a registered ``torch.library`` operator
+  wherever a graph is being recorded below the Python level. A bare ``torch.autograd.Function`` would be
+  dropped there without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import handle_torch_function, has_torch_function
+
+from biofx.errors import OptionError
+
+SIGN_METHODS = ("project", "abs")
+SIGN_AXES = ("presynaptic", "postsynaptic")
+
+
+def scale_gradient(weight: Tensor, factor: Tensor) -> Tensor:
+    """Return ``weight`` unchanged; its gradient is multiplied by ``factor`` on the way back.
+
+    The learning rate of each synapse, relative to the optimizer's. The identity is exact to the bit.
+
+    Args:
+        weight: any shape.
+        factor: broadcastable to ``weight``, dimensionless; it receives no gradient.
+    """
+    if has_torch_function((weight, factor)):
+        return _redispatch(scale_gradient, (weight, factor), weight, factor)
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+        held = weight.detach()
+        return held + (weight - held) * factor.to(weight.dtype)
+    return _tensor(_ScaleGradient.apply(weight, factor))  # type: ignore[no-untyped-call]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The eager form of :func:`scale_gradient`: a view forwards, one product backwards."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, factor: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return gradient * factor.to(gradient.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Tensor | None) -> Tensor:
+        (factor,) = ctx.saved_tensors
+        scaled: Tensor = tangent * factor.to(tangent.dtype)
+        return scaled
+
+
+def constrain_sign(
+    weight: Tensor, sign: Tensor, *, axis: int = 1, groups: int = 1, method: str = "project"
+) -> Tensor:
+    """Return ``weight`` with every synapse of a unit carrying the unit's sign (Dale's principle).
+
+    ``"project"`` sets a weight of the wrong sign to zero. Its gradient is that of projected gradient
+    descent: a weight at or beyond zero receives only the gradients that lead back to the permitted side,
+    so it can return but cannot drift away. ``"abs"`` returns ``|weight| * sign``; its slope at zero is
+    taken from the right, so a weight at zero can move.
+
+    Args:
+        weight: a layer's weight, e.g. ``(out, in, *kernel)``.
+        sign: +1 excitatory, -1 inhibitory, 0 unconstrained. Either one entry per unit, shape ``(units,)``,
+            laid along ``axis``, or any shape that broadcasts to ``weight``.
+        axis: the axis of ``weight`` that counts the units; 1 is presynaptic for ``(out, in, *)``.
+        groups: groups of a grouped convolution, whose weight ``(out, in / groups, *)`` holds for each
+            output row the columns of that row's own group.
+        method: ``"project"`` or ``"abs"``.
+    """
+    if has_torch_function((weight, sign)):
+        return _redispatch(
+            constrain_sign, (weight, sign), weight, sign, axis=axis, groups=groups, method=method
+        )
+    signs = signs_like(weight, sign, axis=axis, groups=groups)
+    if method == "abs":
+        return _tensor(torch.where(weight >= 0, weight, -weight) * signs)
+    if method == "project":
+        projection = _recorded_projection if _is_recorded() else _ProjectSign.apply
+        return _tensor(projection(weight, signs))  # type: ignore[no-untyped-call]
+    raise OptionError(f"method must be one of {SIGN_METHODS}, found {method!r}")
+
+
+def signs_like(weight: Tensor, sign: Tensor, *, axis: int = 1, groups: int = 1) -> Tensor:
+    """Lay a sign per unit out so that it broadcasts to ``weight``, in the weight's dtype.
+
+    Args:
+        weight: ``(out, in / groups, *kernel)``, or ``(in, out / groups, *kernel)`` when transposed.
+        sign: ``(units,)``, or already broadcastable (more than one axis).
+        axis: the axis of ``weight`` that counts the units.
+        groups: groups of the convolution.
+
+    >>> signs_like(torch.zeros(4, 1, 3), torch.tensor([1, -1]), groups=2).flatten().tolist()
+    [1.0, 1.0, -1.0, -1.0]
+    """
+    sign = sign.to(weight.dtype)
+    if sign.dim() > 1:
+        return sign
+    kernel = (1,) * (weight.dim() - 2)
+    if axis == 0 or weight.dim() < 2:
+        return sign.reshape(-1, *(1,) * (weight.dim() - 1))
+    if groups == 1:
+        return sign.reshape(1, -1, *kernel)
+    return (
+        sign.reshape(groups, -1)
+        .repeat_interleave(weight.shape[0] // groups, 0)
+        .reshape(*weight.shape[:2], *kernel)
+    )
+
+
+def _project(weight: Tensor, signs: Tensor) -> Tensor:
+    return weight.masked_fill(weight * signs < 0, 0)
+
+
+def _project_backward(gradient: Tensor, weight: Tensor, signs: Tensor) -> Tensor:
+    outward = (weight * signs <= 0) & (gradient * signs > 0)
+    return gradient.masked_fill(outward, 0)
+
+
+class _ProjectSign(torch.autograd.Function):
+    """The projection where autograd runs as it goes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, signs: Tensor) -> Tensor:
+        return _project(weight, signs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _project_backward(gradient, *ctx.saved_tensors), None
+
+
+@torch.library.custom_op("biofx::project_sign", mutates_args=())
+def _recorded_projection(weight: Tensor, signs: Tensor) -> Tensor:
+    """The projection where a graph is recorded below autograd: an operator that brings its backward."""
+    return _project(weight, signs)
+
+
+@torch.library.custom_op("biofx::project_sign_backward", mutates_args=())
+def _recorded_projection_backward(gradient: Tensor, weight: Tensor, signs: Tensor) -> Tensor:
+    return _project_backward(gradient, weight, signs)
+
+
+_recorded_projection.register_fake(lambda weight, signs: torch.empty_like(weight))
+_recorded_projection_backward.register_fake(lambda gradient, weight, signs: torch.empty_like(gradient))
+_recorded_projection.register_autograd(
+    lambda ctx, gradient: (_recorded_projection_backward(gradient, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def pool_synapses(x: Tensor, *, gamma: int, channel_axis: int) -> Tensor:
+    """Sum groups of ``gamma`` neighbouring channels and give each member the sum.
+
+    Args:
+        x: a layer's output; its size along ``channel_axis`` is a multiple of ``gamma``.
+        gamma: synapses per connection, a count.
+        channel_axis: counted from the end, so that batched and unbatched inputs agree.
+
+    Returns:
+        A tensor shaped like ``x``; samples of a batch do not mix.
+
+    >>> pool_synapses(torch.tensor([1.0, 2.0, 10.0, 20.0]), gamma=2, channel_axis=-1).tolist()
+    [3.0, 3.0, 30.0, 30.0]
+    """
+    if has_torch_function((x,)):
+        return _redispatch(pool_synapses, (x,), x, gamma=gamma, channel_axis=channel_axis)
+    if x.shape[channel_axis] % gamma:
+        raise OptionError(
+            f"pool_synapses expected the size of axis {channel_axis} to be a multiple of gamma={gamma}, "
+            f"found shape {tuple(x.shape)}; choose a gamma that divides the layer's output channels, "
+            "and an activation that keeps the shape"
+        )
+    grouped: Tensor = x.unflatten(channel_axis, (-1, gamma))  # type: ignore[no-untyped-call]
+    member_axis = channel_axis if channel_axis < 0 else channel_axis + 1
+    summed = grouped.sum(member_axis, keepdim=True)
+    first = channel_axis - 1 if channel_axis < 0 else channel_axis
+    return summed.expand_as(grouped).flatten(first, member_axis)
+
+
+def _is_recorded() -> bool:
+    """Whether operators are being written down below autograd, which then never sees our backward."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return get_proxy_mode() is not None
+
+
+def _redispatch(
+    function: Callable[..., Tensor], relevant: tuple[Any, ...], *args: Any, **kwargs: Any
+) -> Tensor:
+    return _tensor(handle_torch_function(function, relevant, *args, **kwargs))
+
+
+def _tensor(value: Any) -> Tensor:
+    result: Tensor = value
+    return result

@@ -1,0 +1,293 @@
+"""What every pass is: a frozen record of options that rewrites a graph and says what it did."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from torch.fx import GraphModule, Node
+
+from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
+from biofx.graph_module import BioGraphModule
+from biofx.pass_text import format_item
+from biofx.report import Change, PassReport, Remark, Report, Snapshot, compare
+from biofx.select import Match, NodeIndex, Override, Selection, Selector, check_selector, picks
+
+PassT = TypeVar("PassT", bound="Pass")
+
+_EVERY_PASS = ("only", "exclude", "enabled", "overrides")
+
+
+class PassResult(NamedTuple):
+    """A rewritten graph and what was done to it; unpacks as ``graph_module, report``."""
+
+    graph_module: BioGraphModule
+    report: Report
+
+    @property
+    def modified(self) -> bool:
+        """Whether the graph differs from the one that went in."""
+        return self.report.modified
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """A rewrite of a graph.
+
+    A subclass is a frozen dataclass; its fields are its options. It sets :attr:`name`, checks its options
+    in ``__post_init__`` and implements :meth:`rewrite`. Calling a pass never changes the graph module that
+    it is given: it works on a copy.
+    """
+
+    name: ClassVar[str]
+    """What the pass is called in a pipeline's text."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Names of the passes that must run earlier, where both are in a pipeline."""
+
+    only: Selector | None = None
+    """Rewrite only what this selects (see :mod:`biofx.select`); None is everything."""
+    exclude: Selector | None = None
+    """Leave alone what this selects."""
+    enabled: bool = True
+    """Whether the pass acts at all; an override may switch it on or off for some layers."""
+    overrides: tuple[Override, ...] = ()
+    """Other options for what a selector picks, in order, the last one winning."""
+
+    def __post_init__(self) -> None:
+        for side in ("only", "exclude"):
+            if getattr(self, side) is not None:
+                object.__setattr__(self, side, check_selector(getattr(self, side)))
+        if not isinstance(self.enabled, bool):
+            raise OptionError(f"{self.name}: enabled: expected True or False, found {self.enabled!r}")
+        object.__setattr__(
+            self, "overrides", tuple(self._checked_override(entry) for entry in self.overrides)
+        )
+
+    def _checked_override(self, override: Override) -> Override:
+        options = dict(override.options)
+        own = [name for name in self.option_names() if name not in _EVERY_PASS or name == "enabled"]
+        for name in options:
+            if name not in own:
+                raise OptionError(f"{self.name} has no option {name!r} to override{suggest(name, own)}")
+        changed = dataclasses.replace(self, overrides=(), **options)
+        checked = tuple((name, getattr(changed, name)) for name in options)
+        return Override(check_selector(override.selector), checked)
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """Return the names of the options, those that every pass has at the end."""
+        names = [field.name for field in dataclasses.fields(cls) if field.init]
+        return sorted(names, key=lambda name: name in _EVERY_PASS)
+
+    @classmethod
+    def from_options(cls: type[PassT], options: Mapping[str, Any]) -> PassT:
+        """Build the pass from a mapping of option names to values.
+
+        Raises:
+            OptionError: an unknown option (the nearest are named) or a bad value.
+        """
+        known = cls.option_names()
+        for name in options:
+            if name not in known:
+                raise OptionError(f"{cls.name} has no option {name!r}{suggest(name, known)}")
+        return cls(**options)
+
+    def __str__(self) -> str:
+        changed = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "overrides" and field.compare and getattr(self, field.name) != field.default
+        }
+        ordered = {name: changed[name] for name in self.option_names() if name in changed}
+        return format_item(
+            self.name, ordered, [(entry.selector, dict(entry.options)) for entry in self.overrides]
+        )
+
+    def requires(self, graph_module: GraphModule) -> None:  # noqa: B027
+        """Check the graph before the pass runs.
+
+        Raises:
+            PassError: the pass cannot run on this graph.
+        """
+
+    @abstractmethod
+    def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
+        """Rewrite the graph in place, yielding one remark per candidate.
+
+        ``scope.options(self, node, layer)`` gives the options that hold for a candidate, or the reason why it
+        is out. Copying, dead code, linting and recompiling are the caller's business.
+        """
+
+    def ensures(self, graph_module: GraphModule) -> None:  # noqa: B027
+        """Check the graph that the pass made.
+
+        Raises:
+            PassError: it is not what the pass promises.
+        """
+
+    def __call__(self, graph_module: GraphModule) -> PassResult:
+        """Return a rewritten copy of a graph module, and a report.
+
+        Raises:
+            InputError: it is not a graph module.
+            SelectorError: a pattern matches nothing.
+            PassError: the pass cannot run on this graph.
+        """
+        if not isinstance(graph_module, GraphModule):
+            raise InputError(
+                f"{self.name}: expected a torch.fx.GraphModule, found {type(graph_module).__name__}; "
+                "capture the model first (biofx.capture), or use biofx.transform"
+            )
+        return self.on_own(BioGraphModule.copy_of(graph_module))
+
+    def on_own(self, graph_module: BioGraphModule) -> PassResult:
+        """Do the same in place, on a graph module that the caller made and will not need as it was."""
+        before = Snapshot.of(graph_module.graph)
+        reports = tuple(self.run(graph_module, ()))
+        after = Snapshot.of(graph_module.graph) if reports else before
+        because = {change.node: change.because for entry in reports for change in entry.changes}
+        changes = tuple(
+            dataclasses.replace(change, because=because.get(change.node)) for change in compare(before, after)
+        )
+        return PassResult(graph_module, Report(type(graph_module).__name__, reports, changes))
+
+    def run(
+        self, graph_module: BioGraphModule, within: tuple[tuple[Selector | None, Selector | None], ...]
+    ) -> Iterator[PassReport]:
+        """Run the whole ritual in place; ``within`` holds the selections of the pipelines around the pass."""
+        started = time.perf_counter()
+        before = Snapshot.of(graph_module.graph)
+        unused = {node for node in graph_module.graph.nodes if not node.users}
+        self.requires(graph_module)
+        scope = Scope(self, graph_module, (*within, (self.only, self.exclude)))
+        try:
+            remarks = list(self.rewrite(graph_module, scope))
+        except BiofxError:
+            raise
+        except Exception as error:
+            add_note(error, f"raised by pass {self}, which was given this graph:\n{before.text}")
+            raise
+        remarks += scope.idle_selections(remarks)
+        _erase_orphans(graph_module, unused)
+        graph_module.graph.lint()
+        graph_module.recompile()
+        self.ensures(graph_module)
+        changes = _attributed(compare(before, Snapshot.of(graph_module.graph)), graph_module, remarks)
+        rewritten = [remark for remark in remarks if remark.kind == "applied"]
+        if bool(rewritten) != bool(changes):
+            told, done = len(rewritten), len(changes)
+            raise PassError(
+                f"{self.name} broke its contract: {told} candidates reported rewritten, {done} nodes differ"
+            )
+        yield PassReport(self.name, str(self), tuple(remarks), tuple(changes), time.perf_counter() - started)
+
+
+class Scope:
+    """What one run of a pass may touch, and with which options."""
+
+    def __init__(
+        self,
+        owner: Pass,
+        graph_module: GraphModule,
+        within: tuple[tuple[Selector | None, Selector | None], ...],
+    ) -> None:
+        index = NodeIndex(graph_module)
+        self._selections = [Selection.of(index, only, exclude) for only, exclude in within]
+        self._overrides = [(index.matches(entry.selector), dict(entry.options)) for entry in owner.overrides]
+        self._owner = owner
+        self._variants: dict[tuple[int, ...], Pass] = {}
+
+    def options(self, owner: PassT, node: Node | None, layer: str) -> PassT | str:
+        """Return the pass with the options that hold for a candidate, or words on why it is out.
+
+        Args:
+            owner: the pass that asks.
+            node: the candidate; None for a layer that is never called.
+            layer: path of its layer.
+        """
+        for selection in self._selections:
+            reason = selection.why_not(node, layer)
+            if reason is not None:
+                return reason
+        active = tuple(
+            number
+            for number, (matches, _) in enumerate(self._overrides)
+            if any(picks(match, node, layer) for match in matches)
+        )
+        if active not in self._variants:
+            options: dict[str, Any] = {}
+            for number in active:
+                options.update(self._overrides[number][1])
+            self._variants[active] = dataclasses.replace(self._owner, overrides=(), **options)
+        chosen = self._variants[active]
+        if not isinstance(chosen, type(owner)):
+            raise PassError(f"the scope of {self._owner.name} was asked for the options of {owner.name}")
+        return chosen if chosen.enabled else "switched off here (enabled=False)"
+
+    def idle_selections(self, remarks: list[Remark]) -> list[Remark]:
+        """Return a remark for each pattern of ``only`` that picks nodes but no candidate of the pass."""
+        nodes = {remark.node for remark in remarks}
+        layers = {remark.layer for remark in remarks}
+        return [
+            self._idle(match)
+            for selection in self._selections
+            for match in selection.only or ()
+            if match.nodes and not {node.name for node in match.nodes} & nodes and not match.paths & layers
+        ]
+
+    def _idle(self, match: Match) -> Remark:
+        first = min(match.nodes)
+        message = (
+            f"only={match.pattern!r} picks {len(match.nodes)} nodes, none of which {self._owner.name} acts on"
+        )
+        return Remark(
+            "missed", first.name, min(match.paths, default=""), message, {"picked": len(match.nodes)}
+        )
+
+
+def _erase_orphans(graph_module: GraphModule, unused_before: set[Node]) -> None:
+    """Erase what the pass left without a user; what the model itself never used stays, and so do effects."""
+    for node in reversed(graph_module.graph.nodes):
+        if not node.users and node not in unused_before and _is_pure(node):
+            graph_module.graph.erase_node(node)
+
+
+def _is_pure(node: Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    if node.kwargs.get("inplace") or "out" in node.kwargs:
+        return False
+    if node.op == "call_function":
+        return not node.is_impure() and not str(getattr(node.target, "__name__", "")).endswith("_")
+    return node.op == "call_method" and (
+        not str(node.target).endswith("_") or str(node.target).endswith("__")
+    )
+
+
+def _attributed(changes: list[Change], graph_module: GraphModule, remarks: list[Remark]) -> list[Change]:
+    """Say of each change which candidate it belongs to: what follows from it, then what leads up to it."""
+    because = {
+        name: name for remark in remarks if remark.kind == "applied" and (name := remark.node) is not None
+    }
+    created = {change.node for change in changes if change.kind == "created"}
+    touched = {change.node for change in changes}
+    new_nodes = [node for node in graph_module.graph.nodes if node.name in created]
+    for node in new_nodes:
+        _inherit(node, because, node.all_input_nodes)
+    for node in reversed(new_nodes):
+        _inherit(node, because, node.users)
+    for node in graph_module.graph.nodes:
+        if node.name in touched:
+            _inherit(node, because, (source for source in node.all_input_nodes if source.name in created))
+    return [dataclasses.replace(change, because=because.get(change.node)) for change in changes]
+
+
+def _inherit(node: Node, because: dict[str, str], neighbours: Iterable[Node]) -> None:
+    if node.name not in because:
+        origin = next((because[near.name] for near in neighbours if near.name in because), None)
+        if origin is not None:
+            because[node.name] = origin

@@ -1,0 +1,258 @@
+"""What happened to a graph: every node that changed, every candidate left alone, and why.
+
+The JSON form (:meth:`Report.to_json`) is an object with these keys; a reader should check ``schema``:
+
+``schema``
+    ``"biofx.report/1"``; the number goes up when a key changes its meaning or disappears.
+``model``
+    Class name of the model.
+``modified``
+    Whether the graph differs from the traced one.
+``changes``
+    The nodes that differ between the first graph and the last: objects with ``kind`` (``"created"``,
+    ``"erased"``, ``"rewired"``: other inputs or options, ``"replaced"``: another operation), ``node``,
+    ``before`` and ``after`` (the node as a line of text, or null) and ``because`` (name of the candidate
+    whose rewrite changed it, or null).
+``passes``
+    In the order they ran: objects with ``name``, ``text`` (the pass as pipeline text), ``seconds``,
+    ``applied`` and ``missed`` (counts), ``changes`` (as above, for this pass alone) and ``remarks``:
+    objects with ``kind`` (``"applied"`` or ``"missed"``), ``node`` (or null for a layer that is never
+    called), ``layer``, ``message`` and ``details`` (the numbers behind the message).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch.fx import Graph, Node
+
+from biofx.printing import format_node
+
+SCHEMA = "biofx.report/1"
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What a pass did with one candidate, or why it left it alone."""
+
+    kind: Literal["applied", "missed"]
+    node: str | None
+    """Name of the candidate node; None for a layer that the graph never calls."""
+    layer: str
+    """Path of the candidate's layer, empty for the model itself."""
+    message: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """The numbers behind the message."""
+
+    @property
+    def subject(self) -> str:
+        """The candidate's name for a reader: its node, with the layer where that reads differently."""
+        if self.node is None:
+            return self.layer
+        if self.layer.replace(".", "_") in ("", self.node.lstrip("_")):
+            return self.node
+        return f"{self.node} ({self.layer})"
+
+    def __str__(self) -> str:
+        return f"{self.kind:<7} {self.subject}: {self.message}"
+
+
+def applied(node: Node, layer: str, message: str, **details: Any) -> Remark:
+    """Say that a candidate was rewritten, and how."""
+    return Remark("applied", node.name, layer, message, details)
+
+
+def missed(node: Node | None, layer: str, message: str, **details: Any) -> Remark:
+    """Say that a candidate was left alone, and why."""
+    return Remark("missed", None if node is None else node.name, layer, message, details)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One node that differs between two graphs."""
+
+    kind: Literal["created", "erased", "rewired", "replaced"]
+    node: str
+    before: str | None
+    after: str | None
+    because: str | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A graph as it stood: each node's operation and its line of text."""
+
+    operations: Mapping[str, tuple[str, str]]
+    lines: Mapping[str, str]
+
+    @classmethod
+    def of(cls, graph: Graph) -> Snapshot:
+        """Take down every node of a graph."""
+        operations = {node.name: (node.op, _identity(node)) for node in graph.nodes}
+        return cls(operations, {node.name: format_node(node) for node in graph.nodes})
+
+    @property
+    def text(self) -> str:
+        """The graph as :func:`biofx.format_graph` prints it."""
+        return "\n".join(self.lines.values())
+
+
+def compare(before: Snapshot, after: Snapshot) -> list[Change]:
+    """Return every node that differs, those of ``after`` in graph order and then the erased ones."""
+    changes = []
+    for name, line in after.lines.items():
+        if name not in before.lines:
+            changes.append(Change("created", name, None, line))
+        elif before.operations[name] != after.operations[name]:
+            changes.append(Change("replaced", name, before.lines[name], line))
+        elif before.lines[name] != line:
+            changes.append(Change("rewired", name, before.lines[name], line))
+    gone = [name for name in before.lines if name not in after.lines]
+    return changes + [Change("erased", name, before.lines[name], None) for name in gone]
+
+
+def _identity(node: Node) -> str:
+    target: Any = node.target
+    if isinstance(target, str):
+        return target
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did."""
+
+    name: str
+    text: str
+    """The pass as pipeline text."""
+    remarks: tuple[Remark, ...]
+    changes: tuple[Change, ...]
+    seconds: float = 0.0
+
+    @property
+    def applied(self) -> int:
+        """How many candidates were rewritten."""
+        return sum(remark.kind == "applied" for remark in self.remarks)
+
+    @property
+    def missed(self) -> int:
+        """How many candidates were left alone."""
+        return len(self.remarks) - self.applied
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pipeline did to a model; print it, or ``rich.print`` it, or take :meth:`to_json`."""
+
+    model: str
+    passes: tuple[PassReport, ...]
+    changes: tuple[Change, ...]
+    """The nodes that differ between the graph that went in and the graph that came out."""
+
+    @property
+    def modified(self) -> bool:
+        """Whether any node differs."""
+        return bool(self.changes)
+
+    @property
+    def remarks(self) -> tuple[Remark, ...]:
+        """The remarks of all passes, in order."""
+        return tuple(remark for entry in self.passes for remark in entry.remarks)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, in the schema that this module's docstring describes."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "modified": self.modified,
+            "changes": [vars(change) for change in self.changes],
+            "passes": [
+                {
+                    "name": entry.name,
+                    "text": entry.text,
+                    "seconds": entry.seconds,
+                    "applied": entry.applied,
+                    "missed": entry.missed,
+                    "remarks": [vars(remark) | {"details": dict(remark.details)} for remark in entry.remarks],
+                    "changes": [vars(change) for change in entry.changes],
+                }
+                for entry in self.passes
+            ],
+        }
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """Return :meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
+
+    def summary(self) -> str:
+        """Return one line: how many nodes differ, and how."""
+        if not self.passes:
+            return "no pass ran: every mechanism is off"
+        if not self.changes:
+            return "the graph is unchanged"
+        kinds = ("created", "replaced", "rewired", "erased")
+        counts = {kind: sum(change.kind == kind for change in self.changes) for kind in kinds}
+        return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) + " nodes"
+
+    def _lines(self) -> Iterator[str]:
+        yield f"{self.model}: {self.summary()}"
+        for entry in self.passes:
+            yield f"{entry.text}: {entry.applied} applied, {entry.missed} left alone"
+            yield from (f"  {remark}" for remark in entry.remarks)
+            yield from (f"  {_describe(change)}" for change in entry.changes)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        parts: list[RenderableType] = [Text(f"{self.model}: {self.summary()}", style="bold")]
+        for entry in self.passes:
+            parts.append(_pass_table(entry))
+        yield Group(*parts)
+
+
+def _describe(change: Change) -> str:
+    line = change.before if change.after is None else change.after
+    return f"{change.kind:<8} {line}"
+
+
+def _pass_table(entry: PassReport) -> Table:
+    title = Text(
+        f"{entry.text}  {entry.applied} applied, {entry.missed} left alone, {entry.seconds * 1e3:.1f} ms"
+    )
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), expand=False
+    )
+    table.add_column("", width=1)
+    table.add_column("node", overflow="fold")
+    table.add_column("what happened", overflow="fold")
+    by_candidate: dict[str | None, list[Change]] = {}
+    for change in entry.changes:
+        by_candidate.setdefault(change.because, []).append(change)
+    for remark in entry.remarks:
+        done = remark.kind == "applied"
+        message = Text(remark.message, style="" if done else "dim")
+        if done:
+            message.append_text(_changed_nodes(by_candidate.pop(remark.node, [])))
+        table.add_row(
+            Text("✓" if done else "·", style="green" if done else "dim"), Text(remark.subject), message
+        )
+    for changes in by_candidate.values():
+        table.add_row("", "", _changed_nodes(changes))
+    return table
+
+
+def _changed_nodes(changes: list[Change]) -> Text:
+    """Name the nodes that differ, one line for each kind of difference."""
+    kinds: dict[str, list[str]] = {}
+    for change in changes:
+        kinds.setdefault(change.kind, []).append(change.node)
+    return Text("").join(
+        Text(f"\n{kind}: {', '.join(names)}", style="green") for kind, names in kinds.items()
+    )

@@ -1,0 +1,263 @@
+"""Which nodes of a graph a pass may touch: selection by name, and loud.
+
+A selector is one of these, or a list of them (any of which may match):
+
+=====================  ================================================================================
+``"layer1.0.conv1"``   a module path: that module's nodes, and those of everything inside it
+``"add_3"``            an FX node name; where a module path reads the same, the module path wins
+``"fc#1"``             one call of a module that is called several times, counted from 0
+``"layer*.conv?"``     a glob over module paths and node names; ``*`` crosses dots
+``"re:layer[12]\\..*"`` a regular expression that a whole module path or node name must match
+``"type:Conv2d"``      modules of a class, or of a subclass, by its name; the class itself does too
+a callable             called with each :class:`Candidate`; true selects it
+=====================  ================================================================================
+
+A selector that matches nothing is an error that names the nearest candidates.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from biofx.errors import SelectorError, suggest
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a predicate sees of one node."""
+
+    node: Node
+    """The ``torch.fx`` node."""
+    calls: tuple[tuple[str, int], ...]
+    """The module calls the node lies in, outermost first: module path and index of the call, from 0."""
+    module: nn.Module
+    """The innermost of those modules; the model itself for a node that lies in none."""
+
+    @property
+    def name(self) -> str:
+        """The node's name in the graph."""
+        return self.node.name
+
+    @property
+    def path(self) -> str:
+        """Path of the innermost module, empty for the model itself."""
+        return self.calls[-1][0] if self.calls else ""
+
+    @property
+    def call(self) -> int:
+        """Index of the call of that module, from 0."""
+        return self.calls[-1][1] if self.calls else 0
+
+
+Pattern: TypeAlias = str | type | Callable[[Candidate], bool]
+Selector: TypeAlias = Pattern | Sequence[Pattern]
+
+
+@dataclass(frozen=True)
+class Override:
+    """Options that hold only for what a selector picks."""
+
+    selector: Selector
+    options: tuple[tuple[str, Any], ...]
+
+
+def check_selector(selector: Selector) -> Selector:
+    """Return the selector in its plain form: lists as tuples, classes as ``type:`` names.
+
+    Raises:
+        SelectorError: it is not one of the forms above, or its regular expression does not compile.
+    """
+    if isinstance(selector, (list, tuple)):
+        return tuple(_check_pattern(pattern) for pattern in selector)
+    return _check_pattern(selector)
+
+
+def _check_pattern(pattern: Any) -> Pattern:
+    if isinstance(pattern, type):
+        return f"type:{pattern.__module__}.{pattern.__qualname__}"
+    if isinstance(pattern, str) and pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise SelectorError(f"selector {pattern!r} is not a regular expression: {error}") from error
+    elif not (isinstance(pattern, str) and pattern) and not callable(pattern):
+        raise SelectorError(
+            "a selector is a name, a glob, 're:…', 'type:…', a module class, a predicate, or a list of "
+            f"these; found {pattern!r}"
+        )
+    checked: Pattern = pattern
+    return checked
+
+
+@dataclass(frozen=True)
+class Match:
+    """What one pattern picked."""
+
+    pattern: Pattern
+    nodes: frozenset[Node]
+    paths: frozenset[str]
+    """Module paths it picked, called in the graph or not."""
+
+
+@dataclass
+class NodeIndex:
+    """A graph's nodes and modules, ready to be asked by name. Build it anew when the graph has changed."""
+
+    graph_module: GraphModule
+    candidates: list[Candidate] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._modules = dict(self.graph_module.named_modules(remove_duplicate=False))
+        self.candidates = [self._candidate(node) for node in self.graph_module.graph.nodes]
+        self._by_name = {candidate.name: candidate for candidate in self.candidates}
+
+    def match(self, pattern: Pattern) -> Match:
+        """Return what ``pattern`` picks.
+
+        Raises:
+            SelectorError: it picks nothing; the message names what comes nearest.
+        """
+        pattern = _check_pattern(pattern)
+        paths, nodes = self._find(pattern)
+        if not paths and not nodes:
+            raise SelectorError(f"selector {_show(pattern)} matches nothing{self._nearest(pattern)}")
+        return Match(pattern, frozenset(nodes), frozenset(paths))
+
+    def matches(self, selector: Selector) -> list[Match]:
+        """Return what each pattern of ``selector`` picks.
+
+        Raises:
+            SelectorError: one of them picks nothing.
+        """
+        checked = check_selector(selector)
+        patterns = checked if isinstance(checked, tuple) else (checked,)
+        return [self.match(pattern) for pattern in patterns]
+
+    def near(self, selector: Selector) -> list[str]:
+        """Return names that almost match, nearest first."""
+        known = [*(path for path in self._modules if path), *self._by_name]
+        patterns = selector if isinstance(selector, (list, tuple)) else (selector,)
+        found: list[str] = []
+        for pattern in patterns:
+            if isinstance(pattern, str):
+                found += difflib.get_close_matches(pattern, known, n=5, cutoff=0.6)
+        return list(dict.fromkeys(found))
+
+    def _candidate(self, node: Node) -> Candidate:
+        calls = module_calls(node)
+        module = self._modules.get(calls[-1][0] if calls else "", self.graph_module)
+        return Candidate(node, calls, module)
+
+    def _find(self, pattern: Pattern) -> tuple[Iterable[str], Iterable[Node]]:
+        if not isinstance(pattern, str):
+            return (), [candidate.node for candidate in self.candidates if pattern(candidate)]
+        if pattern.startswith("type:"):
+            return self._within({p for p, m in self._modules.items() if _has_class_name(m, pattern[5:])})
+        if pattern.startswith("re:"):
+            return self._where(re.compile(pattern[3:]).fullmatch)
+        if pattern in self._modules:
+            return self._within({pattern})
+        if pattern in self._by_name:
+            return (), [self._by_name[pattern].node]
+        path, hash_sign, call = pattern.rpartition("#")
+        if hash_sign and call.isdigit() and path in self._modules:
+            wanted = (path, int(call))
+            return (), [candidate.node for candidate in self.candidates if wanted in candidate.calls]
+        if any(character in pattern for character in "*?["):
+            return self._where(re.compile(fnmatch.translate(pattern)).match)
+        return (), ()
+
+    def _where(self, fits: Callable[[str], object]) -> tuple[Iterable[str], Iterable[Node]]:
+        paths, nodes = self._within({path for path in self._modules if path and fits(path)})
+        named = [candidate.node for candidate in self.candidates if fits(candidate.name)]
+        return paths, [*nodes, *named]
+
+    def _within(self, paths: set[str]) -> tuple[set[str], list[Node]]:
+        inside = [c.node for c in self.candidates if any(path in paths for path, _ in c.calls)]
+        if "" in paths:
+            inside = [candidate.node for candidate in self.candidates]
+        below = {path for path in self._modules if _ancestors(path) & paths}
+        return paths | below, inside
+
+    def _nearest(self, pattern: Pattern) -> str:
+        if not isinstance(pattern, str):
+            return ""
+        path, hash_sign, call = pattern.rpartition("#")
+        if hash_sign and path in self._modules:
+            count = len({calls for c in self.candidates for calls in c.calls if calls[0] == path})
+            return (
+                f": {path!r} is called {count} times in this graph, counted from 0; there is no call {call}"
+            )
+        if pattern.startswith("type:"):
+            names = {c.__name__ for m in self._modules.values() for c in type(m).__mro__}
+            return suggest(pattern[5:].rpartition(".")[2], sorted(names))
+        return suggest(pattern, [*self._modules, *self._by_name]) or (
+            "; 'biofx explain' and biofx.format_graph show the names there are"
+        )
+
+
+def module_calls(node: Node) -> tuple[tuple[str, int], ...]:
+    """Return the module calls ``node`` was traced in, outermost first: path and index of the call."""
+    calls = []
+    for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+        _, _, index = str(key).partition("@")
+        calls.append((path, int(index) if index.isdigit() else 0))
+    return tuple(calls)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``only`` and ``exclude``, resolved: the nodes and module paths that are in."""
+
+    index: NodeIndex
+    only: tuple[Match, ...] | None
+    exclude: tuple[Match, ...]
+
+    @classmethod
+    def of(cls, index: NodeIndex, only: Selector | None, exclude: Selector | None) -> Selection:
+        """Resolve both selectors against a graph.
+
+        Raises:
+            SelectorError: one of their patterns matches nothing.
+        """
+        included = None if only is None else tuple(index.matches(only))
+        return cls(index, included, () if exclude is None else tuple(index.matches(exclude)))
+
+    def why_not(self, node: Node | None, path: str) -> str | None:
+        """Return why a node (or, without one, the module at ``path``) is out; None when it is in."""
+        for match in self.exclude:
+            if picks(match, node, path):
+                return f"excluded by {_show(match.pattern)}"
+        if self.only is None or any(picks(match, node, path) for match in self.only):
+            return None
+        return f"not selected by only={[_plain(match.pattern) for match in self.only]}"
+
+
+def picks(match: Match, node: Node | None, path: str) -> bool:
+    """Return whether a match holds for a node, or without one for the module at ``path``."""
+    return node in match.nodes if node is not None else path in match.paths
+
+
+def _has_class_name(module: nn.Module, name: str) -> bool:
+    return any(name in (c.__name__, f"{c.__module__}.{c.__qualname__}") for c in type(module).__mro__)
+
+
+def _ancestors(path: str) -> set[str]:
+    parts = path.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+
+
+def _plain(pattern: Pattern) -> str:
+    return pattern if isinstance(pattern, str) else getattr(pattern, "__qualname__", repr(pattern))
+
+
+def _show(pattern: Pattern) -> str:
+    return repr(pattern) if isinstance(pattern, str) else _plain(pattern)

@@ -1,0 +1,82 @@
+"""TOML files: the standard library reads them; this writes the flat tables biofx needs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from biofx.errors import OptionError
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Return the tables of a TOML file.
+
+    Raises:
+        OptionError: the file cannot be read or is not TOML.
+    """
+    try:
+        parser = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    except ImportError:
+        raise OptionError("reading TOML on Python 3.10 needs tomli: pip install 'biofx[toml]'") from None
+    try:
+        tables: dict[str, Any] = parser.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"expected a readable TOML file: {error}") from error
+    return tables
+
+
+def write(path: str | Path, table: Mapping[str, Any]) -> None:
+    """Write ``table``, whole or not at all. Lists of mappings become arrays of tables, at the end.
+
+    Raises:
+        OptionError: a value TOML has no form for, or a file that cannot be written.
+    """
+    nested = {key: value for key, value in table.items() if _is_array_of_tables(value)}
+    lines = [f"{key} = {_value(value)}" for key, value in table.items() if key not in nested and value != []]
+    for key, entries in nested.items():
+        for entry in entries:
+            lines += ["", f"[[{key}]]"]
+            lines += [f"{name} = {_value(value)}" for name, value in entry.items()]
+    write_whole(path, "\n".join(lines) + "\n")
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        OptionError: the file cannot be written.
+    """
+    target = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise OptionError(f"cannot write {target}: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, target)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise OptionError(f"cannot write {target}: {error.strerror}") from error
+
+
+def _is_array_of_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_value(entry) for entry in value)}]"
+    raise OptionError(f"expected a value that TOML can carry (text, number, flag, list), found {value!r}")

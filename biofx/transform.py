@@ -1,0 +1,92 @@
+"""The front door."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from biofx.capture import capture, preserved_random_state
+from biofx.compile_config import PassChoice, choose_passes
+from biofx.config import BioConfig
+from biofx.errors import OptionError
+from biofx.graph_module import BioGraphModule
+from biofx.pass_base import PassResult
+from biofx.pipeline import Observer, Pipeline
+from biofx.select import NodeIndex, Selector
+
+
+def transform(
+    model: nn.Module,
+    config: BioConfig | Mapping[str, Any] | None = None,
+    *,
+    passes: PassChoice | None = None,
+    only: Selector | None = None,
+    exclude: Selector | None = None,
+    opaque: Sequence[str] = (),
+    share_parameters: bool = False,
+    observe: Observer | None = None,
+) -> PassResult:
+    """Capture a model and rewrite it so that it learns the way synapses do.
+
+    The model itself is never changed, and the result shares no tensor with it unless asked to.
+
+    Args:
+        model: any module whose forward can be captured.
+        config: what to do, as a :class:`BioConfig` or a dict of its fields; the default config if None.
+        passes: instead of the config's pipeline: a pass, a pipeline, its text, or a list of passes and
+            names. A bare name takes its options from ``config``.
+        only: rewrite only what this selects (see :mod:`biofx.select`).
+        exclude: leave alone what this selects.
+        opaque: paths of modules not to look into.
+        share_parameters: let the result hold the model's own parameters instead of copies.
+        observe: called after each pass that changed the graph, e.g. :func:`biofx.print_changed`.
+
+    Returns:
+        The rewritten model and the report; unpacks as ``bio_model, report``.
+
+    Raises:
+        InputError: ``model`` is not a module that can be copied and traced.
+        CaptureError: its forward cannot be captured; the message names the line.
+        OptionError: the config has an unknown field or a bad value.
+        SelectorError: a selector matches nothing.
+        PipelineError: ``passes`` names an unknown pass, or the order is cyclic.
+
+    >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> bio_model, report = transform(model, {"weight_splitting_Gamma": 2}, passes="split-weights")
+    >>> print(report)
+    Sequential: 1 created, 1 rewired nodes
+    split-weights: 1 applied, 1 left alone
+      applied 0: 3 groups of 2 of its 6 output channels summed
+      missed  2: it is an output layer: no weights between it and the model's output
+      created _0_pooled = pool_synapses(_0, gamma=2, channel_axis=-1)
+      rewired _1 = self.1(_0_pooled)  # ReLU
+    """
+    checked = _as_config(config)
+    pipeline = choose_passes(passes, checked)
+    if only is not None or exclude is not None:
+        pipeline = Pipeline((pipeline,), only=only, exclude=exclude, observe=observe)
+    elif observe is not None:
+        pipeline = dataclasses.replace(pipeline, observe=observe)
+    captured = capture(model, share_parameters=share_parameters, opaque=opaque)
+    _check_overrides(captured, checked)
+    with preserved_random_state():
+        return pipeline.on_own(captured)
+
+
+def _as_config(config: BioConfig | Mapping[str, Any] | None) -> BioConfig | None:
+    if config is None or isinstance(config, BioConfig):
+        return config
+    if isinstance(config, Mapping):
+        return BioConfig.from_dict(config)
+    raise OptionError(f"config: expected a BioConfig or a dict of its fields, found {type(config).__name__}")
+
+
+def _check_overrides(captured: BioGraphModule, config: BioConfig | None) -> None:
+    """Refuse an override whose selector matches nothing, even where no pass would have asked it."""
+    if config is not None and config.overrides:
+        index = NodeIndex(captured)
+        for override in config.overrides:
+            index.matches(override.selector)

@@ -1,0 +1,61 @@
+"""Passes that put an operator between a weight and the layers that use it."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from biofx.errors import OptionError
+from biofx.graph_module import BioGraphModule
+from biofx.pass_base import Pass, Scope
+from biofx.report import Remark, missed
+from biofx.sites import Weight, WeightSite, find_sites
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightPass(Pass):
+    """A pass over weights: a weight is wrapped once, however many of its uses are selected."""
+
+    def survey(self, graph_module: BioGraphModule) -> Any:
+        """Return what :meth:`reason_against` must know of the graph as it was before the pass."""
+        return None
+
+    @abstractmethod
+    def reason_against(self, site: WeightSite, survey: Any) -> str | None:
+        """Return why a selected site is left alone, None if it is not."""
+
+    @abstractmethod
+    def wrap(self, graph_module: BioGraphModule, weight: Weight) -> Iterator[Remark]:
+        """Wrap a weight for the uses it comes with, and say so of each."""
+
+    def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
+        """Wrap each selected weight.
+
+        Raises:
+            OptionError: two uses of one weight are given different options.
+        """
+        sites = find_sites(graph_module)
+        survey = self.survey(graph_module)
+        for weight in sites.weights():
+            taken: list[WeightSite] = []
+            chosen: WeightPass = self
+            for site in weight.sites:
+                options = scope.options(self, site.node, site.layer)
+                reason = options if isinstance(options, str) else options.reason_against(site, survey)
+                if isinstance(options, str) or reason is not None:
+                    yield missed(site.node, site.layer, str(reason))
+                    continue
+                if taken and options != chosen:
+                    raise OptionError(
+                        f"{self.name}: the uses of {weight.path!r} are given different options, {chosen} and "
+                        f"{options}, but a weight has one state; select them alike, or only one of them"
+                    )
+                chosen = options
+                taken.append(site)
+            if taken:
+                yield from chosen.wrap(graph_module, dataclasses.replace(weight, sites=tuple(taken)))
+        for bystander in sites.bystanders:
+            yield missed(bystander.node, bystander.layer, bystander.reason)

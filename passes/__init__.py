@@ -1,0 +1,13 @@
+"""The rewrites of biofx, one per file; import them as ``biofx.passes``."""
+
+if __name__ != "biofx.passes":
+    raise ImportError(
+        f"this folder is the package 'biofx.passes'; it was imported as {__name__!r}. "
+        "Write 'from biofx import passes' instead."
+    )
+
+from biofx.passes.constrain_signs import ConstrainSigns
+from biofx.passes.scale_gradients import ScaleGradients
+from biofx.passes.split_weights import SplitWeights
+
+__all__ = ["SplitWeights", "ConstrainSigns", "ScaleGradients"]

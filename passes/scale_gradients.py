@@ -1,0 +1,108 @@
+"""Give every synapse a learning rate of its own: ``weight`` becomes ``scale_gradient(weight, factors)``.
+
+Synapses onto one neuron differ in how fast they change; so may weights.
+
+Source: Hofmann, Becker, Tetzlaff, Mäder, "Concept transfer of synaptic diversity from biological to
+artificial neural networks", Nature Communications 16 (2025), doi 10.1038/s41467-025-60078-9 (fuzzy
+learning rates); the distributions are in :mod:`biofx.plasticity.distributions`.
+
+Deviations: the factor acts inside the graph, on the gradient, so the training loop has nothing to call.
+Optimizers that are indifferent to the scale of a gradient (Adam and its family) undo a constant factor;
+use SGD, or scale their updates instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from biofx import ops
+from biofx.config import Distribution
+from biofx.graph_module import BioGraphModule
+from biofx.lowering import lower, wrap_weight
+from biofx.plasticity.bio_module import bio_module_at, bio_module_path
+from biofx.plasticity.distributions import STATIC_DISTRIBUTIONS, draw_factors
+from biofx.plasticity.randomness import generator_for
+from biofx.report import Remark, applied
+from biofx.sites import Weight, WeightSite
+from biofx.validate import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, check_bounds, check_choice
+from biofx.weight_pass import WeightPass
+
+_DRAWN_ONCE = tuple(member.value for member in STATIC_DISTRIBUTIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleGradients(WeightPass):
+    """Multiply each weight's gradient by its own factor, drawn once per synapse."""
+
+    name: ClassVar[str] = "scale-gradients"
+    after: ClassVar[tuple[str, ...]] = ("split-weights", "constrain-signs")
+
+    nu: float = 0.16
+    """Spread of the factors around 1, dimensionless, in [0, 1]."""
+    distribution: Distribution = Distribution.UNIFORM
+    """Distribution of the factors, one of those that are drawn once."""
+    low: float = 0.5
+    """Lower bound of a factor, dimensionless, in [0, 1]; a draw below it is drawn again."""
+    high: float = 2.0
+    """Upper bound of a factor, dimensionless, >= 1; a draw above it is drawn again."""
+    seed: int = 0
+    """Seed of the draw, a whole number; each weight has a draw of its own that depends on its path alone."""
+
+    def __post_init__(self) -> None:
+        named = check_choice(f"{self.name}: distribution", self.distribution, _DRAWN_ONCE)
+        object.__setattr__(self, "distribution", Distribution(named))
+        for option, permitted in (
+            ("nu", FRACTION),
+            ("low", NOT_NEGATIVE),
+            ("high", POSITIVE),
+            ("seed", SEED),
+        ):
+            object.__setattr__(self, option, permitted.check(f"{self.name}: {option}", getattr(self, option)))
+        check_bounds("low", self.low, "high", self.high)
+        super().__post_init__()
+
+    def reason_against(self, site: WeightSite, survey: None) -> str | None:
+        """Leave alone what is scaled already, would be scaled by 1, or is frozen."""
+        if site.has(ops.scale_gradient):
+            return "its gradient is scaled already"
+        if self.distribution is Distribution.BASELINE or self.nu == 0:
+            return f"every factor would be 1 ({self.distribution.value}, nu={self.nu:g})"
+        if not site.parameter.requires_grad:
+            return "its weight is frozen (requires_grad is False)"
+        if site.parameter.is_meta:
+            return "its weight is on the meta device and has no values"
+        return site.obstacle
+
+    def wrap(self, graph_module: BioGraphModule, weight: Weight) -> Iterator[Remark]:
+        """Draw the factors, unless another use of the weight has brought them, and insert them."""
+        state = bio_module_at(graph_module, weight.path)
+        factors = state.fuzzy_learning_rate_parameters
+        if factors is None:
+            factors = self._drawn(weight)
+            state.fuzzy_learning_rate_parameters = factors
+        for site in weight.sites:
+            lower(graph_module, site)
+        rates = f"{bio_module_path(weight.path)}.fuzzy_learning_rate_parameters"
+        wrap_weight(graph_module, weight.sites, ops.scale_gradient, (rates, "rates"), "scaled")
+        numbers = {"mean": factors.mean().item(), "std": factors.std(correction=0).item()}
+        message = f"{factors.numel()} factors, {self.distribution.value}, mean {numbers['mean']:.3f}, "
+        message += f"std {numbers['std']:.3f}"
+        if len(weight.sites) > 1:
+            message += f"; one set for {len(weight.sites)} uses of the weight"
+        for site in weight.sites:
+            yield applied(site.node, site.layer, message, factors=factors.numel(), **numbers)
+
+    def _drawn(self, weight: Weight) -> Tensor:
+        return draw_factors(
+            self.distribution,
+            weight.parameter,
+            nu=self.nu,
+            low=self.low,
+            high=self.high,
+            generator=generator_for(self.seed, weight.path, purpose=self.name),
+            depth=weight.depth,
+        )

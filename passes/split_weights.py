@@ -1,0 +1,134 @@
+"""Give a connection several synapses: a layer's output ``y`` becomes ``pool_synapses(activation(y))``.
+
+Two neurons are usually joined by more than one synapse. Each group of ``gamma`` neighbouring output
+channels acts as the synapses of one connection: they are summed, and every member carries the sum on.
+
+Source: Hofmann, Becker, Tetzlaff, Mäder, "Concept transfer of synaptic diversity from biological to
+artificial neural networks", Nature Communications 16 (2025), doi 10.1038/s41467-025-60078-9 (weight
+splitting).
+
+Deviations: ``gamma`` must divide the output channels, not the input's; samples of a batch never mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch.fx import Node
+
+from biofx import ops
+from biofx.activation import insert_activation
+from biofx.callables import callable_from_text
+from biofx.config import identity
+from biofx.dataflow import readout_nodes, split_nodes, synaptic_nodes
+from biofx.errors import OptionError
+from biofx.graph_module import BioGraphModule
+from biofx.pass_base import Pass, Scope
+from biofx.printing import function_name
+from biofx.report import Remark, applied, missed
+from biofx.sites import WeightSite, find_sites
+from biofx.validate import COUNT, check_choice
+
+_MODES = ("neighbours",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitWeights(Pass):
+    """Sum groups of neighbouring output channels and give each member the sum."""
+
+    name: ClassVar[str] = "split-weights"
+
+    gamma: int = 2
+    """Synapses per connection, a count; 0 and 1 are off."""
+    activation: Callable[[Any], Any] | str = identity
+    """Applied to each synapse's output before the sum; keeps the shape. In text, ``import:MODULE:NAME``."""
+    mode: str = "neighbours"
+    """``"neighbours"``: neighbouring output channels are the synapses of one connection."""
+
+    def __post_init__(self) -> None:
+        COUNT.check(f"{self.name}: gamma", self.gamma)
+        check_choice(f"{self.name}: mode", self.mode, _MODES)
+        if isinstance(self.activation, str):
+            object.__setattr__(self, "activation", callable_from_text(self.activation))
+        if not callable(self.activation):
+            raise OptionError(
+                f"{self.name}: activation: expected a callable of one tensor, found {self.activation!r}"
+            )
+        super().__post_init__()
+
+    def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
+        """Split each selected layer.
+
+        Raises:
+            OptionError: gamma divides the output channels of none of the layers it is meant for.
+        """
+        sites = find_sites(graph_module)
+        synaptic = synaptic_nodes(graph_module)
+        readout, split_before = readout_nodes(graph_module, synaptic), split_nodes(graph_module, synaptic)
+        indivisible: list[WeightSite] = []
+        split = 0
+        for site in sites.found:
+            options = scope.options(self, site.node, site.layer)
+            if isinstance(options, str):
+                reason: str | None = options
+            elif site.node in split_before:
+                reason = "its output is split already"
+            else:
+                reason = options._reason_against(graph_module, site, readout)
+            if isinstance(options, str) or reason is not None:
+                yield missed(site.node, site.layer, str(reason))
+            elif site.output_channels % options.gamma:
+                indivisible.append(site)
+                reason = f"gamma={options.gamma} does not divide its {site.output_channels} output channels"
+                yield missed(
+                    site.node, site.layer, reason, gamma=options.gamma, channels=site.output_channels
+                )
+            else:
+                split += 1
+                yield options._split(graph_module, site)
+        if indivisible and not split:
+            found = ", ".join(
+                f"{site.layer or site.node.name} has {site.output_channels}" for site in indivisible
+            )
+            raise OptionError(
+                f"{self.name}: expected a gamma that divides the output channels of a layer, found {self}, "
+                f"which divides none: {found}; choose a divisor, or leave these layers out"
+            )
+        for bystander in sites.bystanders:
+            yield missed(bystander.node, bystander.layer, bystander.reason)
+
+    def _reason_against(
+        self, graph_module: BioGraphModule, site: WeightSite, readout: set[Node]
+    ) -> str | None:
+        if self.gamma < 2:
+            return f"gamma={self.gamma} is off"
+        if getattr(graph_module.get_submodule(site.layer), "last_module_token", False):
+            return "it is marked as the last module"
+        if site.node in readout:
+            return "it is an output layer: no weights between it and the model's output"
+        return None
+
+    def _split(self, graph_module: BioGraphModule, site: WeightSite) -> Remark:
+        users = list(site.node.users)
+        activated = insert_activation(graph_module, site, self.activation)
+        with site.node.graph.inserting_after(activated):
+            pooled = site.node.graph.create_node(
+                "call_function",
+                ops.pool_synapses,
+                (activated,),
+                {"gamma": self.gamma, "channel_axis": site.kind.channel_axis},
+                f"{site.node.name}_pooled",
+            )
+        pooled.meta = {key: value for key, value in site.node.meta.items() if key == "nn_module_stack"}
+        for user in users:
+            user.replace_input_with(site.node, pooled)
+        groups = site.output_channels // self.gamma
+        described = "" if self.activation is identity else f" after {function_name(self.activation)}"
+        message = (
+            f"{groups} groups of {self.gamma} of its {site.output_channels} output channels summed{described}"
+        )
+        return applied(
+            site.node, site.layer, message, groups=groups, gamma=self.gamma, channels=site.output_channels
+        )
