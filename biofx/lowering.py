@@ -35,7 +35,7 @@ def lower(graph_module: GraphModule, site: WeightSite) -> None:
     if getattr(module, "padding_mode", "zeros") != "zeros":
         with node.graph.inserting_before(node):
             pad = tuple(module._reversed_padding_repeated_twice)  # type: ignore[arg-type]
-            mode = {"mode": str(module.padding_mode)}
+            mode: dict[str, Any] = {"mode": str(module.padding_mode)}
             source = node.graph.create_node(
                 "call_function", F.pad, (source, pad), mode, f"{node.name}_padded"
             )

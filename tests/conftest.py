@@ -1,0 +1,100 @@
+"""What the tests share: golden files, a few models, and what it means to leave a model untouched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden files from what is found")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with ``tests/golden/NAME.txt``; a missing file fails."""
+
+    def check(name: str, found: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            path.write_text(found.rstrip("\n") + "\n", encoding="utf-8")
+        if not path.exists():
+            pytest.fail(f"{path.name} is missing; look at the output, then run pytest --update-golden:\n{found}")
+        assert found.rstrip("\n") + "\n" == path.read_text(encoding="utf-8")
+
+    return check
+
+
+class ResidualNet(nn.Module):
+    """A residual CNN with batch normalisation and a functional dropout, for ``(batch, 1, 8, 8)``."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.bn(self.conv(x)))
+        x = nn.functional.dropout(x.mean((2, 3)), 0.1, self.training)
+        return self.fc(x)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def residual_net() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ResidualNet()
+
+
+@pytest.fixture
+def mlp() -> nn.Module:
+    """Two hidden layers of 6 and 4 units, for ``(batch, 4)``, two outputs."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4, bias=False), nn.ReLU(), nn.Linear(4, 2)
+        )
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def vectors() -> Tensor:
+    return torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def unchanged() -> Callable[[nn.Module], Any]:
+    """Give a context manager that fails if what runs inside changes the model or the global random state."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def watch(model: nn.Module) -> Iterator[None]:
+        before = copy.deepcopy(model.state_dict())
+        identities = {name: id(value) for name, value in model.state_dict(keep_vars=True).items()}
+        modules = [(name, type(module), module.training) for name, module in model.named_modules()]
+        hooks = [len(module._forward_hooks) for module in model.modules()]
+        random_state = torch.get_rng_state()
+        yield
+        assert torch.equal(torch.get_rng_state(), random_state)
+        assert [(name, type(module), module.training) for name, module in model.named_modules()] == modules
+        assert [len(module._forward_hooks) for module in model.modules()] == hooks
+        assert {name: id(value) for name, value in model.state_dict(keep_vars=True).items()} == identities
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    return watch
