@@ -26,7 +26,7 @@ from biofx.pipeline import Pipeline
 from biofx.plasticity import BioModule
 from biofx.printing import diff_graphs, format_graph, print_changed
 from biofx.registry import available_passes
-from biofx.report import Remark, Report
+from biofx.report import Remark, Report, applied, missed
 from biofx.transform import transform
 
 __version__ = "0.1.0"
@@ -42,6 +42,8 @@ __all__ = [
     "PassResult",
     "Pipeline",
     "Scope",
+    "applied",
+    "missed",
     "passes",
     "available_passes",
     "compile_config",

@@ -12,6 +12,7 @@ BiofxError
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -49,7 +50,10 @@ def suggest(unknown: str, known: Iterable[str], *, limit: int = 3) -> str:
     >>> suggest("layer1.con1", ["layer1.conv1", "fc"])
     "; did you mean 'layer1.conv1'?"
     """
-    nearest = difflib.get_close_matches(unknown, list(known), n=limit, cutoff=0.6)
+    names = list(dict.fromkeys(known))
+    nearest = difflib.get_close_matches(unknown, names, n=limit, cutoff=0.6)
+    if not nearest:
+        nearest = [name for name in names if difflib.get_close_matches(unknown, re.split("[._]", name), 1)][:limit]
     return f"; did you mean {' or '.join(repr(name) for name in nearest)}?" if nearest else ""
 
 

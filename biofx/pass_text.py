@@ -82,6 +82,19 @@ def parse_items(text: str) -> tuple[ParsedItem, ...]:
     return reader.items(end=None)
 
 
+def parse_value(text: str) -> Any:
+    """Read one value as an option has it; any other text stands for itself.
+
+    >>> parse_value("0.5"), parse_value("true"), parse_value("import:torch.nn.functional:relu")
+    (0.5, True, 'import:torch.nn.functional:relu')
+    """
+    try:
+        reader = _Reader(text)
+        return reader.whole_value()
+    except PipelineError:
+        return text
+
+
 class _Reader:
     def __init__(self, text: str) -> None:
         self._text = text
@@ -106,6 +119,12 @@ class _Reader:
             if self._at_end(end):
                 return tuple(found)
             self._expect(",", "',' between passes" if end is None else f"',' or '{end}'")
+
+    def whole_value(self) -> Any:
+        value = self._value()
+        if not self._at_end(None):
+            raise self._error("nothing more")
+        return value
 
     def _item(self) -> ParsedItem:
         if self._accept("("):

@@ -52,12 +52,10 @@ class Remark:
 
     @property
     def subject(self) -> str:
-        """The candidate's name for a reader: its node, with the layer where that reads differently."""
-        if self.node is None:
+        """The candidate for a reader: its layer, and its node where that has another name."""
+        if self.node is None or self.layer.replace(".", "_") == self.node.removeprefix("_"):
             return self.layer
-        if self.layer.replace(".", "_") in ("", self.node.lstrip("_")):
-            return self.node
-        return f"{self.node} ({self.layer})"
+        return f"{self.node} ({self.layer})" if self.layer else self.node
 
     def __str__(self) -> str:
         return f"{self.kind:<7} {self.subject}: {self.message}"

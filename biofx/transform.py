@@ -61,8 +61,8 @@ def transform(
     split-weights: 1 applied, 1 left alone
       applied 0: 3 groups of 2 of its 6 output channels summed
       missed  2: it is an output layer: no weights between it and the model's output
-      created _0_pooled = pool_synapses(_0, gamma=2, channel_axis=-1)
-      rewired _1 = self.1(_0_pooled)  # ReLU
+      created  _0_pooled = pool_synapses(_0, gamma=2, channel_axis=-1)
+      rewired  _1 = self.1(_0_pooled)  # ReLU
     """
     checked = _as_config(config)
     pipeline = choose_passes(passes, checked)

@@ -1,0 +1,170 @@
+"""The command line: ``biofx demo | transform | passes | explain``.
+
+Exit codes: 0 done; 1 the model, a selector or an option was refused (one line on stderr says why); 2 the
+command line itself is wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from biofx import __version__
+from biofx.config import BioConfig
+from biofx.errors import BiofxError, OptionError
+from biofx.pass_text import parse_value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except BiofxError as error:
+        Console(stderr=True).print(
+            f"biofx: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="biofx", description="Rewrite PyTorch models so that they learn like synapses."
+    )
+    parser.add_argument("--version", action="version", version=f"biofx {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="train a plain and a rewritten network on handwritten digits")
+    demo.add_argument("--seed", type=int, default=0, help="reproduces a run exactly (default: 0)")
+    demo.add_argument("--epochs", type=int, default=12, help="passes over the training set (default: 12)")
+    demo.add_argument("--out", type=Path, default=Path("biofx-demo"), help="folder for curves and report")
+    demo.set_defaults(run=_demo)
+
+    transform = commands.add_parser("transform", help="rewrite a model and show what changed")
+    _add_target(transform)
+    transform.add_argument("--passes", help="pipeline text instead of the config's passes")
+    transform.add_argument(
+        "--only", action="append", metavar="SELECTOR", help="rewrite only these (repeatable)"
+    )
+    transform.add_argument(
+        "--exclude", action="append", metavar="SELECTOR", help="leave these alone (repeatable)"
+    )
+    transform.add_argument(
+        "--opaque", action="append", default=[], metavar="PATH", help="do not look into this module"
+    )
+    transform.add_argument("--graph", action="store_true", help="print the rewritten graph")
+    transform.add_argument("--diff", action="store_true", help="print what differs between the two graphs")
+    transform.add_argument(
+        "--print-changed", action="store_true", help="print the difference after each pass"
+    )
+    transform.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    transform.set_defaults(run=_transform)
+
+    passes = commands.add_parser("passes", help="list the passes and their options")
+    passes.set_defaults(run=_passes)
+
+    explain = commands.add_parser("explain", help="show what a selector picks and what happens there")
+    _add_target(explain)
+    explain.add_argument("selector", metavar="SELECTOR", help="name, path, glob, re:… or type:…")
+    explain.set_defaults(run=_explain)
+    return parser
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "target", metavar="TARGET", help="MODULE:NAME or FILE.py:NAME of a model, or of what makes one"
+    )
+    command.add_argument("--config", type=Path, metavar="FILE", help="a config in TOML")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="set a config field"
+    )
+    command.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        nargs="+",
+        metavar=("SELECTOR", "FIELD=VALUE"),
+        help="set config fields for what a selector picks",
+    )
+
+
+def _config(options: argparse.Namespace) -> BioConfig:
+    config = BioConfig.from_toml(options.config) if options.config else BioConfig()
+    config = config.replace(**_assignments(options.set))
+    for selector, *assignments in options.override:
+        config = config.override(selector, **_assignments(assignments))
+    return config
+
+
+def _assignments(texts: Sequence[str]) -> dict[str, Any]:
+    fields = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise OptionError(f"expected FIELD=VALUE, found {text!r}")
+        fields[name.strip()] = parse_value(value)
+    return fields
+
+
+def _transform(options: argparse.Namespace) -> None:
+    from biofx.printing import diff_graphs, format_graph, print_changed, render_diff
+    from biofx.targets import load_target
+    from biofx.toml import write_whole
+    from biofx.transform import transform
+
+    console = Console()
+    before: list[str] = []
+
+    def observe(name: str, old: str, new: str) -> None:
+        before.append(old)
+        if options.print_changed:
+            print_changed(name, old, new, console=console)
+
+    bio_model, report = transform(
+        load_target(options.target),
+        _config(options),
+        passes=options.passes,
+        only=options.only,
+        exclude=options.exclude,
+        opaque=options.opaque,
+        observe=observe,
+    )
+    if options.json:
+        write_whole(options.json, report.to_json() + "\n")
+    if options.diff:
+        console.print(render_diff(diff_graphs(before[0], bio_model) if before else ""), soft_wrap=True)
+    if options.graph:
+        console.print(format_graph(bio_model), markup=False, highlight=False, soft_wrap=True)
+    console.print(report)
+
+
+def _passes(options: argparse.Namespace) -> None:
+    from biofx.catalogue import describe_passes
+
+    Console().print(describe_passes())
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from biofx.explain import explain
+    from biofx.targets import load_target
+
+    Console().print(explain(load_target(options.target), options.selector, _config(options)))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from biofx.demo import run_demo
+
+    run_demo(seed=options.seed, epochs=options.epochs, folder=options.out)
