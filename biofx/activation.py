@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
+from biofx.callables import identity
 from biofx.capture import trace_function
-from biofx.config import identity
 from biofx.errors import CaptureError
 from biofx.graph_module import BioGraphModule
 from biofx.plasticity.bio_module import bio_module_at, bio_module_path

@@ -1,68 +1,77 @@
-"""Callables as text and back, without ever importing anything a file asks for."""
+"""Activations as text and back: ``"torch.tanh"``, ``"torch.nn.ReLU"``, ``"identity"``.
+
+Only functions and option-free modules of torch have a text form, so that a config file can name an
+activation but never run code of its own choosing.
+"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
-from biofx.errors import OptionError
+from biofx.errors import OptionError, suggest
 
-PREFIX = "import:"
+_NAMESPACES: dict[str, Any] = {
+    "torch.nn.functional": F,
+    "torch.nn": nn,
+    "torch.special": torch.special,
+    "torch": torch,
+}
+
+
+def identity(x: Any) -> Any:
+    """Return ``x``: the weight-splitting activation of a linear synapse."""
+    return x
 
 
 def callable_to_text(function: Callable[..., Any]) -> str:
-    """Return ``"import:MODULE:NAME"`` for a function, or for an option-free module instance its class.
+    """Return the name by which :func:`callable_from_text` finds the function again.
 
     Raises:
-        OptionError: when the callable cannot be found again under a name (a lambda, a closure, a
-            module built with arguments).
+        OptionError: it has no such name: a function that is not torch's, a module with options or state.
 
-    >>> callable_to_text(nn.ReLU())
-    'import:torch.nn.modules.activation:ReLU'
+    >>> callable_to_text(torch.tanh), callable_to_text(nn.ReLU())
+    ('torch.tanh', 'torch.nn.ReLU')
     """
+    if function is identity or type(function) is nn.Identity:
+        return "identity"
+    named: Any = function
     if isinstance(function, nn.Module):
-        if function.state_dict() or function.extra_repr():
-            raise OptionError(
-                f"expected a callable that a text can name, found the module {function!r}, whose options or "
-                "state a text cannot carry; pass a plain function instead"
-            )
-        named: Any = type(function)
-    else:
-        named = function
-    module, name = getattr(named, "__module__", None), getattr(named, "__qualname__", "")
-    module = module or "torch"  # torch's own built-in functions carry no module
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if found is not named:
-        raise OptionError(
-            f"expected a callable that a text can name, found {function!r}, which no import path leads to; "
-            "define it at the top level of a module, or build the pass in Python"
-        )
-    return f"{PREFIX}{module}:{name}"
+        plain = not (function.extra_repr() or function.state_dict() or list(function.children()))
+        named = type(function) if plain else None
+    name = getattr(named, "__name__", "")
+    for place, namespace in _NAMESPACES.items():
+        if name and getattr(namespace, name, None) is named:
+            return f"{place}.{name}"
+    raise OptionError(
+        "expected a callable that a text can name (a function of torch, a torch.nn module without options), "
+        f"found {function!r}; keep it in Python"
+    )
 
 
 def callable_from_text(text: str) -> Callable[..., Any]:
     """Return what :func:`callable_to_text` named; a module class comes back as an instance.
 
-    Only modules that are already imported are looked at, so that a config file can never run code.
-
     Raises:
-        OptionError: malformed text, a module that is not imported, a name it does not have.
+        OptionError: the text names nothing of the kind; the nearest names are given.
     """
-    module, _, name = text.removeprefix(PREFIX).partition(":")
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not text.startswith(PREFIX) or not callable(found):
+    if text == "identity":
+        return identity
+    place, _, name = text.rpartition(".")
+    namespace = _NAMESPACES.get(place)
+    found: Any = None if namespace is None or name.startswith("_") else getattr(namespace, name, None)
+    is_module = isinstance(found, type) and issubclass(found, nn.Module)
+    if not callable(found) or (isinstance(found, type) and not is_module):
+        hint = suggest(name, dir(namespace) if namespace is not None else ())
         raise OptionError(
-            f"expected a callable written as '{PREFIX}MODULE:NAME' of an already imported module, "
-            f"found {text!r}; import that module first, or check the name"
+            f"expected an activation such as 'torch.tanh' or 'torch.nn.ReLU', found {text!r}{hint}"
         )
-    instance: Callable[..., Any] = (
-        found() if isinstance(found, type) and issubclass(found, nn.Module) else found
-    )
+    try:
+        instance: Callable[..., Any] = found() if is_module else found
+    except TypeError as error:
+        raise OptionError(f"expected a module that needs no options, found {text!r}: {error}") from error
     return instance

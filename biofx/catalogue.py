@@ -28,7 +28,7 @@ def describe_passes() -> RenderableType:
     for cls in available_passes().values():
         parts += [*_describe(cls), Text()]
     parts.append(Text("every pass", style="bold"))
-    parts.append(_options(Pass, list(dataclasses.fields(Pass))))
+    parts.append(_options(field_docs(Pass), list(dataclasses.fields(Pass))))
     return Group(*parts)
 
 
@@ -56,11 +56,10 @@ def _describe(cls: type[Pass]) -> list[RenderableType]:
     if cls.after:
         parts.append(Padding(Text(f"Runs after {', '.join(cls.after)}.", style="dim"), (0, 0, 0, 2)))
     own = [field for field in dataclasses.fields(cls) if field.name not in _SHARED]
-    return [*parts, _options(cls, own)] if own else parts
+    return [*parts, _options(field_docs(cls), own)] if own else parts
 
 
-def _options(cls: type[Pass], fields: list[dataclasses.Field[object]]) -> Table:
-    docs = field_docs(cls)
+def _options(docs: dict[str, str], fields: list[dataclasses.Field[object]]) -> Table:
     table = Table(box=None, padding=(0, 1), show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from biofx import toml
-from biofx.callables import callable_from_text, callable_to_text
+from biofx.callables import callable_from_text, callable_to_text, identity
 from biofx.errors import OptionError, suggest
 from biofx.ops import SIGN_AXES, SIGN_METHODS
 from biofx.select import Override, Selector, check_selector
@@ -40,11 +40,6 @@ class Distribution(str, Enum):
     WEIGHT_ADAPTIVE = "weight_adaptive"
     TEMPORAL = "temporal"
     ACTIVITY = "activity"
-
-
-def identity(x: Any) -> Any:
-    """Return ``x``: the weight-splitting activation of a linear synapse."""
-    return x
 
 
 _RANGES: dict[str, Range] = {
@@ -111,7 +106,8 @@ class BioConfig:
     weight_splitting_Gamma: int = 0
     """Synapses per connection, a count; 0 and 1 are off."""
     weight_splitting_activation_function: Callable[[Any], Any] = identity
-    """Applied to a layer's output before its groups are summed; any callable that keeps the shape."""
+    """Applied to a layer's output before its groups are summed; any callable that keeps the shape, or the
+    name of one of torch's."""
     base_lr: float = 0.1
     """Volume-dependent plasticity: factor at zero weight, dimensionless, > 0."""
     stability_factor: float = 2.0

@@ -175,8 +175,8 @@ def _train_both(models: dict[str, nn.Module], seed: int, epochs: int, console: C
             for run, model, optimizer, task in zip(runs, models.values(), optimizers, tasks, strict=True):
                 run.losses.append(_train_epoch(model, optimizer, train_images, train_labels, order))
                 run.accuracies.append(_accuracy(model, test_images, test_labels))
-                shown = {"loss": f"{run.losses[-1]:.3f}", "accuracy": f"{run.accuracies[-1]:.1%}"}
-                progress.update(task, advance=1, **shown)
+                loss, accuracy = f"{run.losses[-1]:.3f}", f"{run.accuracies[-1]:.1%}"
+                progress.update(task, advance=1, loss=loss, accuracy=accuracy)
     return runs
 
 
@@ -185,7 +185,7 @@ def _train_epoch(
 ) -> float:
     model.train()
     total = 0.0
-    for batch in order.split(BATCH):
+    for batch in torch.split(order, BATCH):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images[batch]), labels[batch])
         loss.backward()  # type: ignore[no-untyped-call]
@@ -197,7 +197,8 @@ def _train_epoch(
 @torch.no_grad()
 def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     model.eval()
-    return (model(images).argmax(1) == labels).float().mean().item()
+    right: Tensor = model(images).argmax(1) == labels
+    return right.float().mean().item()
 
 
 def _table(runs: list[Run]) -> Table:

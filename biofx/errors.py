@@ -53,7 +53,9 @@ def suggest(unknown: str, known: Iterable[str], *, limit: int = 3) -> str:
     names = list(dict.fromkeys(known))
     nearest = difflib.get_close_matches(unknown, names, n=limit, cutoff=0.6)
     if not nearest:
-        nearest = [name for name in names if difflib.get_close_matches(unknown, re.split("[._]", name), 1)][:limit]
+        nearest = [name for name in names if difflib.get_close_matches(unknown, re.split("[._]", name), 1)][
+            :limit
+        ]
     return f"; did you mean {' or '.join(repr(name) for name in nearest)}?" if nearest else ""
 
 

@@ -67,7 +67,7 @@ def format_value(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"[{','.join(format_value(entry) for entry in value)}]"
     try:
-        return json.dumps(callable_to_text(value))
+        return format_value(callable_to_text(value))
     except OptionError:
         return f"<{getattr(value, '__qualname__', type(value).__name__).rpartition('.')[2].strip('<>')}>"
 
@@ -85,8 +85,8 @@ def parse_items(text: str) -> tuple[ParsedItem, ...]:
 def parse_value(text: str) -> Any:
     """Read one value as an option has it; any other text stands for itself.
 
-    >>> parse_value("0.5"), parse_value("true"), parse_value("import:torch.nn.functional:relu")
-    (0.5, True, 'import:torch.nn.functional:relu')
+    >>> parse_value("0.5"), parse_value("true"), parse_value("torch.tanh"), parse_value("a b")
+    (0.5, True, 'torch.tanh', 'a b')
     """
     try:
         reader = _Reader(text)

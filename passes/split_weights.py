@@ -20,8 +20,7 @@ from torch.fx import Node
 
 from biofx import ops
 from biofx.activation import insert_activation
-from biofx.callables import callable_from_text
-from biofx.config import identity
+from biofx.callables import callable_from_text, identity
 from biofx.dataflow import readout_nodes, split_nodes, synaptic_nodes
 from biofx.errors import OptionError
 from biofx.graph_module import BioGraphModule
@@ -43,7 +42,7 @@ class SplitWeights(Pass):
     gamma: int = 2
     """Synapses per connection, a count; 0 and 1 are off."""
     activation: Callable[[Any], Any] | str = identity
-    """Applied to each synapse's output before the sum; keeps the shape. In text, ``import:MODULE:NAME``."""
+    """Applied to each synapse's output before the sum; keeps the shape. A callable, or the name of torch's."""
     mode: str = "neighbours"
     """``"neighbours"``: neighbouring output channels are the synapses of one connection."""
 
