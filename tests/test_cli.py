@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import biofx
+from biofx.cli import main
+
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width=6):
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(4, width), nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, x):
+        return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+instance = Net(8)
+number = 3
+
+def needs_width(width):
+    return Net(width)
+"""
+
+
+@pytest.fixture
+def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A model file in the current folder, which terminals of 80 columns look at."""
+    (tmp_path / "mymodels.py").write_text(MODEL, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    yield "mymodels.py:Net"
+    sys.modules.pop("mymodels", None)
+
+
+def test_transform_prints_diff_and_report_and_writes_json(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["transform", target, "--set", "weight_splitting_Gamma=2", "--only", "fc1", "--diff"]
+    assert main([*arguments, "--json", "report.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "+ fc1_pooled = pool_synapses(fc1, gamma=2, channel_axis=-1)" in printed
+    assert "3 groups of 2 of its 6 output channels summed" in printed
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["schema"] == "biofx.report/1"
+    assert [entry["applied"] for entry in report["passes"]] == [1, 1]
+
+
+def test_transform_takes_passes_config_overrides_and_a_module_path(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    biofx.BioConfig(weight_splitting_Gamma=2, fuzzy_lr_distribution="baseline").to_toml(
+        tmp_path / "config.toml"
+    )  # type: ignore[arg-type]
+    options = ["--config", "config.toml", "--override", "fc2", "weight_splitting_Gamma=3", "--graph"]
+    assert main(["transform", "mymodels:instance.fc1", "--passes", "scale-gradients{nu=0.1}"]) == 0
+    assert "scale-gradients{nu=0.1}" in capsys.readouterr().out
+    assert main(["transform", "mymodels:Net", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "fc2_pooled = pool_synapses(fc2, gamma=3, channel_axis=-1)" in printed
+    assert "scale-gradients" not in printed
+
+
+def test_print_changed_shows_each_pass(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["transform", target, "--set", "weight_splitting_Gamma=2", "--print-changed"])
+    printed = capsys.readouterr().out
+    assert printed.index("after split-weights") < printed.index("after scale-gradients")
+
+
+def test_diff_of_an_unchanged_graph_says_so(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["transform", target, "--set", "fuzzy_lr_distribution=baseline", "--diff"]) == 0
+    assert "(the graph is unchanged)" in capsys.readouterr().out
+
+
+def test_passes_lists_every_pass_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["passes"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, cls in biofx.available_passes().items():
+        assert name in printed
+        assert all(f"{option}=" in printed for option in cls.option_names())
+    assert "Spread of the factors around 1, dimensionless, in [0, 1]." in printed
+    assert "``" not in printed
+
+
+def test_explain_tells_matches_near_misses_and_winning_overrides(
+    target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [
+        "--override",
+        "fc*",
+        "weight_splitting_Gamma=2",
+        "--override",
+        "fc1",
+        "weight_splitting_Gamma=3",
+    ]
+    assert main(["explain", target, "fc1", *overrides]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "fc1 picks 1 nodes" in printed
+    assert "split-weights applied: 2 groups of 3 of its 6 output channels summed" in printed
+    assert "nearly picked: fc3, fc2" in printed
+    assert "weight_splitting_Gamma = 3 from fc1 (over 2 from fc*)" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["transform", "nowhere:Net"], "cannot import 'nowhere': ModuleNotFoundError"),
+        (["transform", "nowhere.py:Net"], "expected a Python file, found none at 'nowhere.py'"),
+        (["transform", "mymodels"], "expected MODULE:NAME or FILE.py:NAME, found 'mymodels'"),
+        (["transform", "mymodels:Nett"], "'mymodels' has no 'Nett'; did you mean 'Net'"),
+        (["transform", "mymodels:number"], "to give a torch.nn.Module, found a int"),
+        (["transform", "mymodels:needs_width"], "which fails: TypeError: needs_width() missing"),
+        (["transform", "mymodels:Branching"], "mymodels.py:15"),
+        (["transform", "mymodels:Net", "--set", "gama=2"], "unknown field 'gama'"),
+        (["transform", "mymodels:Net", "--set", "seed"], "expected FIELD=VALUE, found 'seed'"),
+        (["transform", "mymodels:Net", "--set", "seed=x"], "seed: expected a whole number in [0, "),
+        (["transform", "mymodels:Net", "--only", "fc9"], "selector 'fc9' matches nothing; did you mean"),
+        (["transform", "mymodels:Net", "--passes", "split{"], "malformed pipeline text"),
+        (["transform", "mymodels:Net", "--passes", "split-weight"], "did you mean 'split-weights'"),
+        (["transform", "mymodels:Net", "--config", "none.toml"], "none.toml: expected a readable TOML file"),
+        (["transform", "mymodels:Net", "--json", "no/such/folder.json"], "cannot write"),
+        (
+            ["transform", "mymodels:Net", "--opaque", "fc9"],
+            "opaque: expected the path of a module, found 'fc9'",
+        ),
+        (["explain", "mymodels:Net", "fcc"], "selector 'fcc' matches nothing"),
+        (["demo", "--epochs", "0"], "expected epochs >= 1"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_1(
+    arguments: list[str], message: str, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("biofx: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["transfrom"], ["transform"], ["demo", "--seed", "x"]])
+def test_a_wrong_command_line_is_exit_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: biofx" in capsys.readouterr().err
+
+
+def test_the_installed_command_runs_and_survives_a_closed_pipe(target: str) -> None:
+    command = [sys.executable, "-c", "import sys; from biofx.cli import main; sys.exit(main())"]
+    shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == f"biofx {biofx.__version__}"
+    with subprocess.Popen([*command, "passes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == b""
+
+
+def test_names_with_markup_are_printed_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = "from torch import nn\nmodel = nn.Sequential()\nmodel.add_module('[red]x', nn.Linear(2, 2))\n"
+    (tmp_path / "odd.py").write_text(source, encoding="utf-8")
+    assert main(["transform", "odd.py:model", "--diff"]) == 0
+    assert "[red]x" in capsys.readouterr().out
+    sys.modules.pop("odd", None)
