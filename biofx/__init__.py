@@ -11,13 +11,16 @@ from biofx import passes
 from biofx.capture import capture
 from biofx.compile_config import compile_config
 from biofx.config import BioConfig, Distribution
+from biofx.converter import BioConverter
 from biofx.errors import (
     BiofxError,
     CaptureError,
     InputError,
+    NonFiniteWeightError,
     OptionError,
     PassError,
     PipelineError,
+    PlasticityError,
     SelectorError,
 )
 from biofx.graph_module import BioGraphModule
@@ -35,6 +38,7 @@ __all__ = [
     # the front door
     "transform",
     "capture",
+    "BioConverter",
     "BioConfig",
     "Distribution",
     # passes
@@ -63,4 +67,6 @@ __all__ = [
     "SelectorError",
     "PipelineError",
     "PassError",
+    "PlasticityError",
+    "NonFiniteWeightError",
 ]

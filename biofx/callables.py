@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from biofx.errors import OptionError, suggest
 
@@ -43,7 +43,8 @@ def callable_to_text(function: Callable[..., Any]) -> str:
     if isinstance(function, nn.Module):
         plain = not (function.extra_repr() or function.state_dict() or list(function.children()))
         named = type(function) if plain else None
-    name = getattr(named, "__name__", "")
+    # torch.special.expit calls itself special_expit
+    name = str(getattr(named, "__name__", "")).removeprefix("special_")
     for place, namespace in _NAMESPACES.items():
         if name and getattr(namespace, name, None) is named:
             return f"{place}.{name}"
@@ -51,6 +52,28 @@ def callable_to_text(function: Callable[..., Any]) -> str:
         "expected a callable that a text can name (a function of torch, a torch.nn module without options), "
         f"found {function!r}; keep it in Python"
     )
+
+
+def check_activation(name: str, value: Any) -> Callable[..., Any]:
+    """Return the activation that a user gave as a callable or as the name of one of torch's.
+
+    Raises:
+        OptionError: it is neither, or it is a class instead of an instance; the message starts with ``name``.
+    """
+    if isinstance(value, str):
+        try:
+            return callable_from_text(value)
+        except OptionError as error:
+            raise OptionError(f"{name}: {error}") from error
+    if isinstance(value, type):
+        raise OptionError(
+            f"{name}: expected a callable from tensor to tensor, found the class {value.__name__}; "
+            f"create an instance: {value.__name__}()"
+        )
+    if not callable(value):
+        raise OptionError(f"{name}: expected a callable from tensor to tensor, found {value!r}")
+    function: Callable[..., Any] = value
+    return function
 
 
 def callable_from_text(text: str) -> Callable[..., Any]:
@@ -63,7 +86,8 @@ def callable_from_text(text: str) -> Callable[..., Any]:
         return identity
     place, _, name = text.rpartition(".")
     namespace = _NAMESPACES.get(place)
-    found: Any = None if namespace is None or name.startswith("_") else getattr(namespace, name, None)
+    # vars, not getattr: a module's own __getattr__ may import
+    found: Any = None if namespace is None or name.startswith("_") else vars(namespace).get(name)
     is_module = isinstance(found, type) and issubclass(found, nn.Module)
     if not callable(found) or (isinstance(found, type) and not is_module):
         hint = suggest(name, dir(namespace) if namespace is not None else ())

@@ -8,24 +8,21 @@ either written down as a node or refused with the line of the model that asks fo
 from __future__ import annotations
 
 import copy
-import inspect
-import linecache
 import random
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
-from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
+from torch.fx import Graph, GraphModule
 
 from biofx.errors import CaptureError, InputError
 from biofx.graph_module import BioGraphModule
-from biofx.sites import find_sites, hooks_of
+from biofx.sites import find_sites
+from biofx.tracing import trace
 
 
 def capture(
@@ -52,8 +49,11 @@ def capture(
         if isinstance(model, GraphModule):
             captured = BioGraphModule.copy_of(model, memo)
         else:
+            _refuse_lost_methods(model)
             root = _copy(model, memo)
-            captured = BioGraphModule.from_root(root, _trace(root, frozenset(opaque)))
+            _refuse_ties(model, root)
+            graph = trace(root, frozenset(opaque), _tensors_of(model))
+            captured = BioGraphModule.from_root(root, graph)
     _complete_module_stacks(captured)
     return captured
 
@@ -70,7 +70,7 @@ def trace_function(function: Callable[[Any], Any]) -> Graph:
             return function(x)
 
     with preserved_random_state():
-        return _trace(Holder(), frozenset())
+        return trace(Holder())
 
 
 @contextmanager
@@ -136,297 +136,66 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         ) from error
 
 
-def _trace(root: nn.Module, opaque: frozenset[str]) -> Graph:
-    tracer = _Tracer(root, opaque)
-    watch = _Watch(root)
-    try:
-        with tracer.flags_as_nodes(), _RecordFactories(tracer):
-            graph = tracer.trace(root, concrete_args=_fixed_arguments(root))
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise CaptureError(f"{_place(error, tracer)}: {error}; {_REMEDY}") from error
-    watch.refuse_side_effects()
-    return graph
+_METHODS_OF_THE_CALL = ("__call__", "_call_impl")
+_METHODS_OF_THE_STATE = (
+    *("train", "state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict"),
+    *("get_extra_state", "set_extra_state"),
+)
 
 
-def _fixed_arguments(root: nn.Module) -> dict[str, Any]:
-    """Return the optional arguments that a forward looks at before it computes: those left out are not given.
-
-    The graph checks them when it runs, so that giving another value is an error and not a wrong result.
-    """
-    parameters = inspect.signature(inspect.unwrap(type(root).forward)).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, str))}
-
-
-class _Watch:
-    """Notices what a forward does besides computing: each would happen once, while it is captured."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self._root = root
-        self._before = self._attributes()
-        self._random = _random_states()
-
-    def refuse_side_effects(self) -> None:
-        """Raise a CaptureError if the forward drew random numbers or left something in a module."""
-        drawn = [name for name, state in _random_states().items() if state != self._random[name]]
-        if drawn:
+def _refuse_lost_methods(model: nn.Module) -> None:
+    """Refuse a model whose own methods decide what ``train()`` or ``state_dict()`` of the result must do."""
+    for name in (*_METHODS_OF_THE_CALL, *_METHODS_OF_THE_STATE):
+        if getattr(type(model), name, None) is not getattr(nn.Module, name, None):
             raise CaptureError(
-                f"the model's forward draws from the random numbers of {' and '.join(drawn)}, which a graph "
-                "would do once and never again. Draw tensors with torch, or name the module in opaque=[…]"
+                f"the model ({type(model).__name__}) has a {name}() of its own, which the result would not "
+                "have. Make the model a submodule of one that only calls it, and transform that"
             )
-        for path, attributes in self._attributes().items():
-            for name, value in attributes.items():
-                if name not in self._before[path] or self._before[path][name] != value:
+    if "forward" in vars(model):
+        raise CaptureError(
+            f"the model ({type(model).__name__}) has had its forward replaced on the instance, which a copy "
+            "cannot follow. Make the new forward a method of a class"
+        )
+
+
+def _tensors_of(model: nn.Module) -> frozenset[int]:
+    """Return the ids of all tensors that a model holds."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    plain = (value for value in attributes if isinstance(value, Tensor))
+    return frozenset(map(id, (*model.parameters(), *model.buffers(), *plain)))
+
+
+def _refuse_ties(model: nn.Module, root: nn.Module) -> None:
+    """Refuse functions that a copy holds and that go on referring to the modules of the original."""
+    originals = {id(module) for module in model.modules()}
+    for path, module in root.named_modules():
+        for name, value in vars(module).items():
+            for function in _functions_in(value):
+                cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+                tied = [getattr(content, "__self__", content) for content in cells]
+                if any(id(content) in originals for content in tied):
                     owner = f"module {path!r}" if path else "the model"
                     raise CaptureError(
-                        f"the forward of {owner} changes its attribute {name!r}, which a graph would do once "
-                        "and never again. Return the value or make it a buffer that is changed in place, or "
-                        "name the module in opaque=[…]"
+                        f"{owner} holds a function ({function.__qualname__}, in {name!r}) that refers to "
+                        "modules of the model, and would go on using the original's. Make it a method"
                     )
 
-    def _attributes(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """Return, for each attribute of each module, its identity and (of a container) its length."""
-        return {
-            path: {
-                name: (id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
-                for name, value in (*vars(module).items(), *module._buffers.items())
-                if name != "training"
-            }
-            for path, module in self._root.named_modules()
-        }
 
-
-def _random_states() -> dict[str, Any]:
-    """Return the states of the global random number generators, comparable."""
-    states: dict[str, Any] = {"Python": random.getstate(), "torch": torch.get_rng_state().numpy().tobytes()}
-    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    if numpy_random is not None:
-        kind, keys, *rest = numpy_random.get_state()
-        states["NumPy"] = (kind, keys.tobytes(), *rest)
-    return states
-
-
-_REMEDY = (
-    "what Python decides from values cannot be part of a graph. Rewrite that line, or name the module in "
-    "opaque=[…] to keep it as one call"
-)
-
-
-class _Tracer(Tracer):
-    """Symbolic tracing that writes down, or refuses, what the stock tracer loses."""
-
-    def __init__(self, root: nn.Module, opaque: frozenset[str]) -> None:
-        super().__init__(param_shapes_constant=True)
-        self.proxy_buffer_attributes = True
-        self._opaque = opaque
-        self._paths = {id(module): path for path, module in root.named_modules()}
-        self._modules = dict(root.named_modules(remove_duplicate=False))
-        self._ambient = _ambient_modes()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = module_qualified_name in self._opaque or isinstance(m, torch.jit.ScriptModule)
-        return whole or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        path = self.path_of_module(m)
-        hooks = hooks_of(m)
-        if hooks and not self.is_leaf_module(m, path):
-            raise CaptureError(
-                f"{self._named(m)} has {' and '.join(hooks)}, which a graph runs once, while it is captured, "
-                f"and never again. Remove them first, or name it in opaque=[{path!r}] to keep it as one call"
-            )
-        return super().call_module(m, forward, args, kwargs)
-
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
-        if kind.startswith("call"):
-            self._refuse_lost_context()
-        return super().create_node(kind, target, args, kwargs, *rest, **more)
-
-    def _refuse_lost_context(self) -> None:
-        """Raise a CaptureError if what is being called stands in a context that a graph would drop."""
-        if _ambient_modes() != self._ambient:
-            raise CaptureError(
-                f"{self.where()} works under a gradient or autocast context (torch.no_grad, torch.autocast), "
-                f"which a graph would drop. Open it around the model instead, or {_keep_as_one_call(self)}"
-            )
-        for frame, _ in traceback.walk_stack(None):
-            lost = _LOST_FRAMES.get(frame.f_code)
-            if lost is not None:
-                raise CaptureError(f"{self.where()} {lost}, or {_keep_as_one_call(self)}")
-
-    @contextmanager
-    def flags_as_nodes(self) -> Iterator[None]:
-        """While tracing, let ``self.training`` of every module be a node that reads the flag when run."""
-        flags = {path: module.training for path, module in self._modules.items()}
-        for path, module in self._modules.items():
-            module.__dict__["training"] = _TrainingFlag(self, path)
-        try:
-            yield
-        finally:
-            for path, module in self._modules.items():
-                module.__dict__["training"] = flags[path]
-
-    def where(self) -> str:
-        """Name the module call that is being traced, and the line of it that is running."""
-        frames = [(frame, line) for frame, line in traceback.walk_stack(None)]
-        return self.describe(frames)
-
-    def describe(self, frames: Sequence[tuple[Any, int]]) -> str:
-        """Name the innermost of ``frames`` (innermost first) that runs the user's model."""
-        for frame, line in frames:
-            module = frame.f_locals.get("self")
-            file = frame.f_code.co_filename
-            if id(module) in self._paths and not file.startswith(_TORCH) and module is not None:
-                source = linecache.getline(file, line).strip()
-                return f"{self._named(module)}, {file}:{line} ({source})" if source else self._named(module)
-        return "the model's forward"
-
-    def _named(self, module: nn.Module) -> str:
-        path = self._paths.get(id(module), "")
-        return (
-            f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
-        )
-
-    @property
-    def innermost(self) -> str:
-        """Path of the module that is being called."""
-        return next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
-
-
-_TORCH = torch.__path__[0]
-_LOST_FRAMES = {
-    torch.autograd.Function.apply.__func__.__code__: (  # type: ignore[attr-defined]
-        "calls a torch.autograd.Function, whose backward a graph would drop. Register it as a "
-        "torch.library.custom_op instead"
-    ),
-    inspect.unwrap(checkpoint).__code__: (
-        "uses torch.utils.checkpoint, which a graph would drop. Switch checkpointing off first"
-    ),
-}
-
-
-def _keep_as_one_call(tracer: _Tracer) -> str:
-    path = tracer.innermost
-    return (
-        f"name the module in opaque=[{path!r}] to keep it as one call"
-        if path
-        else "put the lines in a submodule"
-    )
-
-
-def _place(error: BaseException, tracer: _Tracer) -> str:
-    frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    return f"cannot capture {tracer.describe(frames[::-1])}"
-
-
-class _TrainingFlag(Proxy):
-    """``module.training`` while tracing: a node where it is passed on, an error where it decides."""
-
-    def __init__(self, tracer: _Tracer, path: str) -> None:
-        self.tracer = self._model_tracer = tracer
-        self._path = path
-        self._made: Node | None = None
-
-    @property
-    def node(self) -> Node:  # type: ignore[override]
-        """The node that reads the flag, made when first asked for."""
-        if self._made is None or self._made.graph is not self.tracer.graph:
-            target = f"{self._path}.training" if self._path else "training"
-            self._made = self.tracer.create_node("get_attr", target, (), {}, target.replace(".", "_"))
-        return self._made
-
-    def __bool__(self) -> bool:
-        raise CaptureError(
-            f"{self._model_tracer.where()} does one thing in training and another in evaluation, and a graph "
-            f"would keep only one of them. Pass self.training on to a function that takes it, or "
-            f"{_keep_as_one_call(self._model_tracer)}"
-        )
-
-
-class _RecordFactories(TorchFunctionMode):
-    """Writes down tensors that a forward makes from nothing, so that each call makes its own."""
-
-    def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        options = dict(kwargs or {})
-        operands = list(_leaves((args, options)))
-        if any(isinstance(operand, Proxy) for operand in operands):
-            if func in _FACTORIES:
-                return self._tracer.create_proxy("call_function", func, tuple(args), options)
-            return func(*args, **options)
-        if func in _FACTORIES:
-            return self._tracer.create_proxy("call_function", func, tuple(args), options)
-        name = getattr(func, "__name__", "")
-        changes = (
-            (name.endswith("_") and not name.endswith("__")) or "out" in options or name in _IN_PLACE_SIGNS
-        )
-        if changes and any(isinstance(operand, Tensor) for operand in operands):
-            raise CaptureError(
-                f"{self._tracer.where()} changes a tensor of the model in place ({name}), which a graph "
-                "would do once and never again. Make the tensor a buffer, or "
-                f"{_keep_as_one_call(self._tracer)}"
-            )
-        return func(*args, **options)
-
-
-_IN_PLACE_SIGNS = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"})
-_FACTORIES: frozenset[Any] = frozenset(
-    {
-        torch.arange,
-        torch.bernoulli,
-        torch.empty,
-        torch.empty_strided,
-        torch.eye,
-        torch.full,
-        torch.hamming_window,
-        torch.hann_window,
-        torch.linspace,
-        torch.logspace,
-        torch.multinomial,
-        torch.normal,
-        torch.ones,
-        torch.poisson,
-        torch.rand,
-        torch.randint,
-        torch.randn,
-        torch.randperm,
-        torch.scalar_tensor,
-        torch.tensor,
-        torch.tril_indices,
-        torch.triu_indices,
-        torch.zeros,
-    }
-)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, (tuple, list)):
-        for entry in value:
-            yield from _leaves(entry)
-    elif isinstance(value, dict):
-        yield from _leaves(list(value.values()))
-    else:
+def _functions_in(value: Any) -> Iterator[FunctionType]:
+    if isinstance(value, FunctionType):
         yield value
+    elif isinstance(value, (list, tuple)):
+        yield from (entry for entry in value if isinstance(entry, FunctionType))
+    elif isinstance(value, dict):
+        yield from (entry for entry in value.values() if isinstance(entry, FunctionType))
 
 
-def _ambient_modes() -> tuple[Any, ...]:
-    """Return the gradient and autocast modes in force."""
-    devices = ("cpu", "cuda")
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices),
-    )
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def _complete_module_stacks(graph_module: BioGraphModule) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from biofx.config import BioConfig, Distribution
-from biofx.errors import OptionError, PipelineError, suggest
+from biofx.errors import PipelineError, suggest
+from biofx.graph_module import BioGraphModule
 from biofx.pass_base import Pass
-from biofx.passes import ConstrainSigns, ScaleGradients, SplitWeights
+from biofx.passes import ConstrainSigns, ObserveActivity, ScaleGradients, SplitWeights
 from biofx.pipeline import Pipeline
-from biofx.plasticity.distributions import STATIC_DISTRIBUTIONS
-from biofx.select import Override
+from biofx.plasticity.model_rules import bio_modules
+from biofx.select import NodeIndex, Override, picks
+from biofx.sites import find_sites
 
 PassChoice: TypeAlias = str | Pass | Sequence[str | Pass]
 
@@ -34,19 +36,31 @@ _OPTIONS: dict[type[Pass], dict[str, str]] = {
         "fuzzy_lr_distribution": "distribution",
         "fuzzy_lr_min": "low",
         "fuzzy_lr_max": "high",
+        "fuzzy_lr_granularity": "granularity",
         "seed": "seed",
     },
+    ObserveActivity: {"fuzzy_lr_distribution": "enabled"},
 }
 """For each pass the config fields it reads, and what it calls them."""
 
-_IS_OFF: dict[type[Pass], Callable[[dict[str, Any]], bool]] = {
-    SplitWeights: lambda fields: fields["weight_splitting_Gamma"] < 2,
-    ConstrainSigns: lambda fields: not fields["apply_dales_principle"],
-    ScaleGradients: lambda fields: (
-        fields["fuzzy_lr_distribution"] is Distribution.BASELINE
-        or fields["fuzzy_learning_rate_factor_nu"] == 0
-    ),
+_TRANSLATED: dict[tuple[type[Pass], str], Callable[[Any], Any]] = {
+    (ObserveActivity, "fuzzy_lr_distribution"): lambda distribution: distribution is Distribution.ACTIVITY,
 }
+"""How a field's value becomes the option's, where it is not the same."""
+
+_OFF_VALUES: dict[type[Pass], dict[str, Callable[[Any], bool]]] = {
+    SplitWeights: {"weight_splitting_Gamma": lambda gamma: gamma < 2},
+    ConstrainSigns: {"apply_dales_principle": lambda applied: not applied},
+    ScaleGradients: {
+        "fuzzy_lr_distribution": lambda distribution: distribution is Distribution.BASELINE,
+        "fuzzy_learning_rate_factor_nu": lambda nu: nu == 0,
+    },
+    ObserveActivity: {
+        "fuzzy_lr_distribution": lambda distribution: distribution is not Distribution.ACTIVITY,
+        "fuzzy_lr_dynamic": lambda dynamic: not dynamic,
+    },
+}
+"""For each pass the fields that switch it off, and their values that do."""
 
 
 def compile_config(config: BioConfig, names: Iterable[str] | None = None) -> Pipeline:
@@ -57,7 +71,6 @@ def compile_config(config: BioConfig, names: Iterable[str] | None = None) -> Pip
         names: keep only the passes of these names.
 
     Raises:
-        OptionError: the config asks for factors that change during training.
         PipelineError: one of ``names`` is no pass of a config, or is switched off in this one.
     """
     wanted = None if names is None else list(names)
@@ -76,58 +89,73 @@ def choose_passes(choice: PassChoice | None, config: BioConfig | None) -> Pipeli
     """Return the pipeline for ``transform``: the config's, or what ``choice`` names.
 
     In ``choice`` a pass, or a text with options, stands for itself; a bare name takes its options from
-    the config, if there is one.
+    the config, if there is one that has options for it.
 
     Raises:
-        PipelineError: malformed text, an unknown pass, one that the config switches off.
+        PipelineError: malformed text, an unknown pass, one that the config switches off, no pass at all.
     """
     if choice is None:
         return compile_config(config if config is not None else BioConfig())
     if isinstance(choice, Pipeline):
         return choice
     passes: list[Pass] = []
-    for entry in (choice,) if isinstance(choice, (str, Pass)) else choice:
+    for entry in (choice,) if isinstance(choice, (str, Pass)) or not isinstance(choice, Iterable) else choice:
         if isinstance(entry, Pass):
             passes.append(entry)
             continue
-        parsed = Pipeline.parse(entry)
-        for member in parsed.passes:
-            bare = config is not None and str(member) == member.name and member.name in entry.split(",")
-            passes += (
-                compile_config(config, [member.name]).passes if bare and config is not None else (member,)
+        if not isinstance(entry, str):
+            raise PipelineError(
+                f"passes: expected a pass, a pipeline's text or a list of them, found {entry!r}; write a "
+                "pass with its options behind it: SplitWeights(gamma=2)"
             )
+        written = [name.strip() for name in entry.split(",")]
+        for member in Pipeline.parse(entry).passes:
+            bare = type(member) in _OPTIONS and str(member) == member.name and member.name in written
+            passes += compile_config(config, [member.name]).passes if bare and config else (member,)
     return Pipeline(tuple(passes))
 
 
 def _is_off(cls: type[Pass], config: BioConfig) -> bool:
-    base = config.options_for([])
-    layers = [base, *({**base, **dict(override.options)} for override in config.overrides)]
-    return all(_IS_OFF[cls](fields) for fields in layers)
+    """Whether one of the fields that switch a pass off does so for every layer there could be."""
+    given = [config.options_for([]), *(dict(override.options) for override in config.overrides)]
+    return any(
+        all(is_off(fields[name]) for fields in given if name in fields)
+        for name, is_off in _OFF_VALUES[cls].items()
+    )
 
 
 def _configured(cls: type[Pass], config: BioConfig) -> Pass:
-    names = _OPTIONS[cls]
-    overrides = []
-    for override in config.overrides:
-        options = {names[field]: value for field, value in override.options if field in names}
-        if options:
-            overrides.append(Override(override.selector, tuple(options.items())))
-        _refuse_dynamic({**config.options_for([]), **dict(override.options)})
-    _refuse_dynamic(config.options_for([]))
-    base = {option: getattr(config, field) for field, option in names.items()}
-    return cls.from_options({**base, "overrides": tuple(overrides)})
+    overrides = [
+        Override(override.selector, options)
+        for override in config.overrides
+        if (options := tuple(_as_options(cls, dict(override.options)).items()))
+    ]
+    return cls.from_options({**_as_options(cls, config.options_for([])), "overrides": tuple(overrides)})
 
 
-def _refuse_dynamic(fields: dict[str, Any]) -> None:
-    distribution = fields["fuzzy_lr_distribution"]
-    if distribution not in STATIC_DISTRIBUTIONS:
-        raise OptionError(
-            f"fuzzy_lr_distribution: {distribution.value!r} factors change during training, which the graph "
-            f"alone does not do; choose one that is drawn once: "
-            f"{', '.join(member.value for member in STATIC_DISTRIBUTIONS)}"
-        )
-    if distribution is Distribution.WEIGHT_ADAPTIVE and fields["fuzzy_lr_dynamic"]:
-        raise OptionError(
-            "fuzzy_lr_dynamic: weight-adaptive factors that follow the weights during training are not done "
-            "by the graph alone; set fuzzy_lr_dynamic=False to draw them once from the weights as they are"
-        )
+def _as_options(cls: type[Pass], fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that a pass reads as its options."""
+    return {
+        option: _TRANSLATED[cls, name](fields[name]) if (cls, name) in _TRANSLATED else fields[name]
+        for name, option in _OPTIONS[cls].items()
+        if name in fields
+    }
+
+
+def configure_layers(graph_module: BioGraphModule, config: BioConfig) -> None:
+    """Give the plasticity state of every layer the options that hold for the layer, overrides included.
+
+    Raises:
+        SelectorError: an override's selector matches nothing.
+    """
+    index = NodeIndex(graph_module)
+    overrides = [(index.matches(override.selector), dict(override.options)) for override in config.overrides]
+    states = bio_modules(graph_module)
+    for weight in find_sites(graph_module).weights():
+        fields: dict[str, Any] = {}
+        for matches, options in overrides:
+            if any(picks(match, site.node, site.layer) for match in matches for site in weight.sites):
+                fields.update(options)
+        state = states.get(weight.path)
+        if state is not None:
+            state.configure(config.replace(**fields))

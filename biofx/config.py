@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from biofx import toml
-from biofx.callables import callable_from_text, callable_to_text, identity
-from biofx.errors import OptionError, suggest
+from biofx.callables import callable_to_text, check_activation, identity
+from biofx.errors import OptionError, SelectorError, suggest
 from biofx.ops import SIGN_AXES, SIGN_METHODS
 from biofx.select import Override, Selector, check_selector
 from biofx.validate import (
@@ -21,7 +22,6 @@ from biofx.validate import (
     POSITIVE,
     SEED,
     Range,
-    check_bounds,
     check_choice,
     check_flag,
 )
@@ -42,15 +42,21 @@ class Distribution(str, Enum):
     ACTIVITY = "activity"
 
 
+GRANULARITIES = ("element", "neuron", "layer")
+
+_OPTIONAL = ("base_lr", "rejuvenation_turnover")
 _RANGES: dict[str, Range] = {
     "fuzzy_learning_rate_factor_nu": FRACTION,
-    "fuzzy_lr_min": NOT_NEGATIVE,
-    "fuzzy_lr_max": POSITIVE,
+    "fuzzy_lr_min": FRACTION,
+    "fuzzy_lr_max": Range(1),
     "fuzzy_lr_update_freq": Range(1, whole=True),
     "fuzzy_lr_decay": FRACTION,
     "dampening_factor": Range(0, 1, low_open=True),
     "crystal_thresh": POSITIVE,
+    "crystal_min": FRACTION,
     "rejuvenation_parameter_dre": POSITIVE,
+    "rejuvenation_turnover": Range(0, 1, low_open=True),
+    "synaptic_scaling_rate": Range(0, 1, low_open=True),
     "weight_splitting_Gamma": COUNT,
     "base_lr": POSITIVE,
     "stability_factor": POSITIVE,
@@ -60,13 +66,30 @@ _RANGES: dict[str, Range] = {
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "fuzzy_lr_distribution": tuple(member.value for member in Distribution),
+    "fuzzy_lr_granularity": GRANULARITIES,
     "dales_method": SIGN_METHODS,
     "dales_axis": SIGN_AXES,
 }
 _FLAGS = ("fuzzy_lr_dynamic", "apply_dales_principle", "dales_constrain_inputs", "dales_constrain_readout")
 _NOT_PER_LAYER = ("seed", "overrides")
 
+ConfigT = TypeVar("ConfigT", bound="BioConfig")
 
+
+def _refusing_unknown_fields(cls: type[ConfigT]) -> type[ConfigT]:
+    """Let the constructor name the nearest field where Python would only say that there is none."""
+    constructor = cls.__init__
+
+    @functools.wraps(constructor)
+    def checked(self: ConfigT, *args: Any, **fields: Any) -> None:
+        _refuse_unknown(fields)
+        constructor(self, *args, **fields)
+
+    cls.__init__ = checked  # type: ignore[assignment, method-assign]
+    return cls
+
+
+@_refusing_unknown_fields
 @dataclass(frozen=True, kw_only=True)
 class BioConfig:
     """Every option of every mechanism, with the user guide's names and the reference package's defaults.
@@ -97,19 +120,27 @@ class BioConfig:
     """Training steps between two changes of temporal factors, a count, >= 1."""
     fuzzy_lr_decay: float = 0.9995
     """Correlation of a temporal factor with its predecessor, dimensionless, in [0, 1]."""
+    fuzzy_lr_granularity: str = "element"
+    """What shares a factor: ``"element"`` (nothing), the synapses onto a ``"neuron"``, or the ``"layer"``."""
     dampening_factor: float = 0.6
     """What crystallization multiplies a caught synapse's factor by, dimensionless, in (0, 1]."""
     crystal_thresh: float = 4.5e-05
     """A synapse with |gradient| / |weight| below this is caught, > 0."""
+    crystal_min: float = 0.01
+    """Lowest factor that crystallization leads to, dimensionless, in [0, 1]."""
     rejuvenation_parameter_dre: float = 8.0
     """Protection of large weights from replacement, in standard deviations of the weights, > 0."""
+    rejuvenation_turnover: float | None = None
+    """Expected fraction of normally distributed weights to replace, in (0, 1]; instead of the above."""
+    synaptic_scaling_rate: float = 0.1
+    """How much of the way back to its total input strength a unit goes at once, dimensionless, in (0, 1]."""
     weight_splitting_Gamma: int = 0
     """Synapses per connection, a count; 0 and 1 are off."""
     weight_splitting_activation_function: Callable[[Any], Any] = identity
     """Applied to a layer's output before its groups are summed; any callable that keeps the shape, or the
     name of one of torch's."""
-    base_lr: float = 0.1
-    """Volume-dependent plasticity: factor at zero weight, dimensionless, > 0."""
+    base_lr: float | None = 0.1
+    """Volume-dependent plasticity: factor at zero weight, dimensionless, > 0; None for a mean factor of 1."""
     stability_factor: float = 2.0
     """Volume-dependent plasticity: how fast the factor falls with the weight, dimensionless, > 0."""
     lr_variability: float = 0.2
@@ -135,13 +166,9 @@ class BioConfig:
         for name in _field_names():
             if name != "overrides":
                 object.__setattr__(self, name, _checked(name, getattr(self, name)))
-        check_bounds("fuzzy_lr_min", self.fuzzy_lr_min, "fuzzy_lr_max", self.fuzzy_lr_max)
-        for override in self.overrides:
-            if not isinstance(override, Override):
-                raise OptionError(
-                    f"overrides: expected Override records, found {override!r}; use config.override(...)"
-                )
-            _checked_override(override.selector, dict(override.options))
+        if not isinstance(self.overrides, (list, tuple)):
+            raise OptionError(f"overrides: expected a list of Override records, found {self.overrides!r}")
+        object.__setattr__(self, "overrides", tuple(map(_checked_override, self.overrides)))
 
     def replace(self, **fields: Any) -> BioConfig:
         """Return a copy with some fields changed.
@@ -166,15 +193,15 @@ class BioConfig:
             OptionError: no option, an unknown one, one that cannot differ between layers, a bad value.
             SelectorError: ``selector`` is not a selector.
         """
-        checked = _checked_override(selector, options)
-        added = Override(check_selector(selector), tuple(checked.items()))
+        added = Override(selector, tuple(options.items()))
         return dataclasses.replace(self, overrides=(*self.overrides, added))
 
     def options_for(self, selectors: list[Selector]) -> dict[str, Any]:
         """Return the fields as they stand where exactly the overrides with these selectors match."""
+        asked = [check_selector(selector) for selector in selectors]
         options = {name: getattr(self, name) for name in _field_names() if name != "overrides"}
         for override in self.overrides:
-            if override.selector in selectors:
+            if override.selector in asked:
                 options.update(override.options)
         return options
 
@@ -190,14 +217,18 @@ class BioConfig:
         _refuse_unknown(options)
         fields = dict(options)
         overrides = fields.pop("overrides", ())
-        config = cls(**fields)
         if not isinstance(overrides, (list, tuple)):
             raise OptionError(f"overrides: expected a list of tables, found {overrides!r}")
+        added = []
         for entry in overrides:
             if not isinstance(entry, Mapping) or "selector" not in entry:
                 raise OptionError(f"overrides: expected tables with a 'selector' key, found {entry!r}")
-            config = config.override(**entry)
-        return config
+            changed = tuple((name, value) for name, value in entry.items() if name != "selector")
+            added.append(Override(entry["selector"], changed))
+        try:
+            return cls(**fields, overrides=tuple(added))
+        except SelectorError as error:
+            raise OptionError(f"overrides: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values; callables stay callables."""
@@ -228,12 +259,8 @@ class BioConfig:
             OptionError: a value that a text cannot carry (a lambda, a selector that is a predicate).
         """
         table = self.to_dict()
-        name = "weight_splitting_activation_function"
-        table[name] = callable_to_text(table[name])
-        for entry in table["overrides"]:
-            if name in entry:
-                entry[name] = callable_to_text(entry[name])
-        toml.write(path, table)
+        table["overrides"] = [_as_text(entry) for entry in table["overrides"]]
+        toml.write(path, _as_text(table))
 
 
 def _field_names() -> list[str]:
@@ -244,25 +271,39 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
+def _as_text(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields as TOML can carry them: callables by name, None as a word."""
+    return {
+        name: "none" if value is None else callable_to_text(value) if callable(value) else value
+        for name, value in fields.items()
+    }
+
+
 def _refuse_unknown(options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in _field_names():
             raise OptionError(f"unknown field {name!r}{suggest(str(name), _field_names())}")
 
 
-def _checked_override(selector: Selector, options: Mapping[str, Any]) -> dict[str, Any]:
-    check_selector(selector)
+def _checked_override(override: Override) -> Override:
+    if not isinstance(override, Override):
+        raise OptionError(
+            f"overrides: expected Override records, found {override!r}; use config.override(...)"
+        )
+    selector, options = check_selector(override.selector), dict(override.options)
     _refuse_unknown(options)
     for name in options:
         if name in _NOT_PER_LAYER:
             raise OptionError(f"{name} holds for the whole model and cannot be overridden for {selector!r}")
     if not options:
         raise OptionError(f"override of {selector!r} changes nothing: expected at least one field=value")
-    return {name: _checked(name, value) for name, value in options.items()}
+    return Override(selector, tuple((name, _checked(name, value)) for name, value in options.items()))
 
 
 def _checked(name: str, value: Any) -> Any:
     """Return ``value`` in the field's own type, or raise one error that names field, value and range."""
+    if name in _OPTIONAL and (value is None or value == "none"):
+        return None
     if name in _RANGES:
         return _RANGES[name].check(name, value)
     if name in _CHOICES:
@@ -270,8 +311,4 @@ def _checked(name: str, value: Any) -> Any:
         return Distribution(text) if name == "fuzzy_lr_distribution" else text
     if name in _FLAGS:
         return check_flag(name, value)
-    if isinstance(value, str):
-        return callable_from_text(value)
-    if not callable(value):
-        raise OptionError(f"{name}: expected a callable from tensor to tensor, found {value!r}")
-    return value
+    return check_activation(name, value)

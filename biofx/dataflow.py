@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from biofx.in_place import changed_in_place
 from biofx.ops import pool_synapses
 from biofx.sites import is_synaptic
 
@@ -39,7 +40,8 @@ def readout_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
     readout: set[Node] = set()
     open_nodes: set[Node] = set()
     for node in reversed(graph_module.graph.nodes):
-        if node.op == "output" or node in open_nodes:
+        writes = any(changed in open_nodes for changed in changed_in_place(node))
+        if node.op == "output" or node in open_nodes or writes:
             if node in synaptic:
                 readout.add(node)
             else:
@@ -53,6 +55,7 @@ def input_facing_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[No
     for node in graph_module.graph.nodes:
         if any(source in synaptic or source in fed for source in node.all_input_nodes):
             fed.add(node)
+            fed.update(changed_in_place(node))
     return synaptic - fed
 
 
@@ -68,6 +71,46 @@ def split_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
                 else:
                     open_nodes.append(source)
     return split
+
+
+def unit_output(layer: Node, graph_module: GraphModule) -> tuple[Node, str]:
+    """Return where a layer's units speak: behind their nonlinearity, and what that is called.
+
+    Looked for along the way that the output takes alone: through normalisation, pools of synapses, dropout,
+    and additions, up to the first nonlinearity. Without one, the layer's own output and an empty name.
+    """
+    node = layer
+    while len(node.users) == 1:
+        (node,) = node.users
+        name = _short_name(node, graph_module)
+        if name in _NONLINEARITIES:
+            return node, name
+        if name not in _ON_THE_WAY:
+            break
+    return layer, ""
+
+
+def _short_name(node: Node, graph_module: GraphModule) -> str:
+    """Return a lower-case name that a function, a method and a module of one kind share."""
+    if node.op == "call_module":
+        return type(graph_module.get_submodule(str(node.target))).__name__.lower()
+    return str(getattr(node.target, "__name__", node.target)).rstrip("_").lower()
+
+
+_NONLINEARITIES = frozenset(
+    {
+        *("celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leakyrelu", "leaky_relu", "mish"),
+        *("prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh"),
+        *("hardshrink", "softshrink", "tanhshrink", "threshold", "logsigmoid", "clamp"),
+    }
+)
+_ON_THE_WAY = frozenset(
+    {
+        *("batchnorm1d", "batchnorm2d", "batchnorm3d", "batch_norm", "groupnorm", "group_norm"),
+        *("instancenorm1d", "instancenorm2d", "instancenorm3d", "layernorm", "layer_norm", "syncbatchnorm"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "add", "iadd", "pool_synapses", "identity"),
+    }
+)
 
 
 def _is_product(node: Node) -> bool:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from biofx.config import BioConfig
 from biofx.errors import InputError
@@ -188,7 +188,7 @@ def _train_epoch(
     for batch in torch.split(order, BATCH):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images[batch]), labels[batch])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         total += loss.item() * len(batch)
     return total / len(order)

@@ -6,7 +6,9 @@ BiofxError
 ├── OptionError       a field of a config or an option of a pass is unknown or out of range (a ValueError)
 ├── SelectorError     a pattern selects nothing, or is not a pattern (also a LookupError)
 ├── PipelineError     a pipeline text is malformed, a pass unknown, an order cyclic (also a ValueError)
-└── PassError         a pass was run on a graph it cannot take, or broke its own contract
+├── PassError         a pass was run on a graph it cannot take, or broke its own contract
+└── PlasticityError   a plasticity rule cannot be applied
+    └── NonFiniteWeightError  a weight is NaN or infinite
 """
 
 from __future__ import annotations
@@ -42,6 +44,14 @@ class PipelineError(BiofxError, ValueError):
 
 class PassError(BiofxError):
     """A pass cannot run on this graph, or what it did breaks its own contract."""
+
+
+class PlasticityError(BiofxError):
+    """A plasticity rule cannot be applied: no gradient, no sign, or something the graph does already."""
+
+
+class NonFiniteWeightError(PlasticityError):
+    """A weight is NaN or infinite; the message names its layer."""
 
 
 def suggest(unknown: str, known: Iterable[str], *, limit: int = 3) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import functools
 from typing import Any
 
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import Graph, GraphModule, Node, Tracer
 
 from biofx.errors import InputError
+from biofx.graph_records import pack, unpack
+from biofx.plasticity.model_rules import apply_rule, exposed_rules
 
 _OWN_TO_GRAPH_MODULES = frozenset({"_graph", "_code", "_tracer_cls", "_tracer_extras"})
-_PICKLED_META = ("nn_module_stack", "stack_trace", "custom")
 
 
 class BioGraphModule(GraphModule):
@@ -30,6 +30,7 @@ class BioGraphModule(GraphModule):
         made = cls(nn.Module(), Graph(), class_name or type(root).__name__)
         kept = {name: value for name, value in vars(root).items() if name not in _OWN_TO_GRAPH_MODULES}
         vars(made).update(kept)
+        graph._tracer_cls = Tracer  # stock pickling traces again, and must be able to make one
         made.graph = graph
         return made
 
@@ -55,14 +56,28 @@ class BioGraphModule(GraphModule):
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BioGraphModule:
-        return type(self).copy_of(self, memo)
+        return BioGraphModule.copy_of(self, memo)
 
     def __copy__(self) -> BioGraphModule:
-        return type(self).from_root(self, _copy_graph(self.graph), type(self).__name__)
+        return BioGraphModule.from_root(self, _copy_graph(self.graph), type(self).__name__)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # the content goes in as state, after the object is known: it may refer back to the object
         state = {name: value for name, value in vars(self).items() if name not in _OWN_TO_GRAPH_MODULES}
-        return _rebuild, (type(self).__name__, state, _pack(self.graph), self.graph._codegen)
+        return _empty, (type(self).__name__,), (state, pack(self.graph))
+
+    def __setstate__(self, packed: tuple[dict[str, Any], tuple[Any, ...]]) -> None:
+        state, graph = packed
+        vars(self).update(state)
+        self.graph = unpack(graph)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not name.startswith("_") and name in exposed_rules(self):
+                return functools.partial(apply_rule, self, name)
+            raise
 
 
 def _copy_graph(graph: Graph) -> Graph:
@@ -74,69 +89,5 @@ def _copy_graph(graph: Graph) -> Graph:
     return copied
 
 
-def _pack(graph: Graph) -> list[tuple[Any, ...]]:
-    """Return the nodes as plain records; pickling them as they are would recurse once per node."""
-    return [
-        (
-            node.op,
-            node.target,
-            map_arg(node.args, lambda source: _Reference(source.name)),  # type: ignore[arg-type,return-value]
-            map_arg(node.kwargs, lambda source: _Reference(source.name)),  # type: ignore[arg-type,return-value]
-            node.name,
-            node.type,
-            {key: _plain_meta(node.meta[key]) for key in _PICKLED_META if key in node.meta},
-        )
-        for node in graph.nodes
-    ]
-
-
-class _Reference:
-    """Stands for a node in a packed graph."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-def _plain_meta(value: Any) -> Any:
-    """Name the classes in a module stack instead of carrying them: a user's class may be a local one."""
-    if not isinstance(value, Mapping):
-        return value
-    return {
-        key: (
-            entry[0],
-            entry[1] if isinstance(entry[1], str) else f"{entry[1].__module__}.{entry[1].__qualname__}",
-        )
-        if isinstance(entry, tuple) and len(entry) == 2
-        else entry
-        for key, entry in value.items()
-    }
-
-
-def _rebuild(
-    class_name: str, state: dict[str, Any], packed: list[tuple[Any, ...]], codegen: Any
-) -> BioGraphModule:
-    graph = Graph()
-    graph._codegen = codegen
-    nodes: dict[str, Node] = {}
-    for op, target, args, kwargs, name, kind, meta in packed:
-        node = graph.create_node(op, target, _resolve(args, nodes), _resolve(kwargs, nodes), name, kind)
-        node.meta.update(meta)
-        nodes[name] = node
-    root = nn.Module()
-    vars(root).update(state)
-    return BioGraphModule.from_root(root, graph, class_name)
-
-
-def _resolve(value: Any, nodes: Mapping[str, Node]) -> Any:
-    if isinstance(value, _Reference):
-        return nodes[value.name]
-    if isinstance(value, (tuple, list)):
-        entries = [_resolve(entry, nodes) for entry in value]
-        if hasattr(value, "_fields"):
-            return type(value)(*entries)
-        return tuple(entries) if isinstance(value, tuple) else entries
-    if isinstance(value, dict):
-        return {key: _resolve(entry, nodes) for key, entry in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_resolve(bound, nodes) for bound in (value.start, value.stop, value.step)))
-    return value
+def _empty(class_name: str) -> BioGraphModule:
+    return BioGraphModule(nn.Module(), Graph(), class_name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from biofx.errors import PassError
 from biofx.sites import WeightSite

@@ -96,8 +96,9 @@ def constrain_sign(
     if method == "abs":
         return _tensor(torch.where(weight >= 0, weight, -weight) * signs)
     if method == "project":
-        projection = _recorded_projection if _is_recorded() else _ProjectSign.apply
-        return _tensor(projection(weight, signs))  # type: ignore[no-untyped-call]
+        if _is_recorded():
+            return _tensor(_recorded_projection(weight, signs))
+        return _tensor(_ProjectSign.apply(weight, signs))  # type: ignore[no-untyped-call]
     raise OptionError(f"method must be one of {SIGN_METHODS}, found {method!r}")
 
 
@@ -196,11 +197,39 @@ def pool_synapses(x: Tensor, *, gamma: int, channel_axis: int) -> Tensor:
             f"found shape {tuple(x.shape)}; choose a gamma that divides the layer's output channels, "
             "and an activation that keeps the shape"
         )
-    grouped: Tensor = x.unflatten(channel_axis, (-1, gamma))  # type: ignore[no-untyped-call]
+    grouped: Tensor = x.unflatten(channel_axis, (-1, gamma))
     member_axis = channel_axis if channel_axis < 0 else channel_axis + 1
     summed = grouped.sum(member_axis, keepdim=True)
     first = channel_axis - 1 if channel_axis < 0 else channel_axis
     return summed.expand_as(grouped).flatten(first, member_axis)
+
+
+_MEMORY = 0.1
+
+
+def observe_activity(x: Tensor, activity: Tensor, training: bool, *, channel_axis: int) -> Tensor:
+    """Return ``x``; in training, let ``activity`` follow the mean of ``|x|`` over everything but channels.
+
+    a ← 0.9 a + 0.1 mean|x|, beginning with the first mean. Under ``torch.func`` transforms, whose inputs are
+    not batches, nothing is observed.
+
+    Args:
+        x: the units' output, any rank.
+        activity: ``(channels,)``, changed in place; negative before the first observation.
+        training: whether the layer is in training mode.
+        channel_axis: counted from the end.
+    """
+    if has_torch_function((x, activity, training)):
+        return _redispatch(
+            observe_activity, (x, activity, training), x, activity, training, channel_axis=channel_axis
+        )
+    if training and not torch._C._are_functorch_transforms_active():
+        with torch.no_grad():
+            axes = [axis for axis in range(-x.dim(), 0) if axis != channel_axis]
+            magnitude = x.detach().abs()
+            mean = (magnitude.mean(axes) if axes else magnitude).to(activity.dtype)
+            activity.copy_(torch.where(activity < 0, mean, torch.lerp(activity, mean, _MEMORY)))
+    return x
 
 
 def _is_recorded() -> bool:

@@ -15,7 +15,16 @@ from biofx.errors import BiofxError, InputError, OptionError, PassError, add_not
 from biofx.graph_module import BioGraphModule
 from biofx.pass_text import format_item
 from biofx.report import Change, PassReport, Remark, Report, Snapshot, compare
-from biofx.select import Match, NodeIndex, Override, Selection, Selector, check_selector, picks
+from biofx.select import (
+    Match,
+    NodeIndex,
+    Override,
+    Selection,
+    Selector,
+    check_selector,
+    picks,
+    show_pattern,
+)
 
 PassT = TypeVar("PassT", bound="Pass")
 
@@ -63,11 +72,19 @@ class Pass(ABC):
                 object.__setattr__(self, side, check_selector(getattr(self, side)))
         if not isinstance(self.enabled, bool):
             raise OptionError(f"{self.name}: enabled: expected True or False, found {self.enabled!r}")
+        if not isinstance(self.overrides, (list, tuple)):
+            raise OptionError(
+                f"{self.name}: overrides: expected a list of Override records, found {self.overrides!r}"
+            )
         object.__setattr__(
             self, "overrides", tuple(self._checked_override(entry) for entry in self.overrides)
         )
 
     def _checked_override(self, override: Override) -> Override:
+        if not isinstance(override, Override) or not override.options:
+            raise OptionError(
+                f"{self.name}: overrides: expected Override records with options, found {override!r}"
+            )
         options = dict(override.options)
         own = [name for name in self.option_names() if name not in _EVERY_PASS or name == "enabled"]
         for name in options:
@@ -162,20 +179,22 @@ class Pass(ABC):
         started = time.perf_counter()
         before = Snapshot.of(graph_module.graph)
         unused = {node for node in graph_module.graph.nodes if not node.users}
-        self.requires(graph_module)
-        scope = Scope(self, graph_module, (*within, (self.only, self.exclude)))
         try:
+            self.requires(graph_module)
+            scope = Scope(self, graph_module, (*within, (self.only, self.exclude)))
             remarks = list(self.rewrite(graph_module, scope))
+            remarks += scope.idle_selections(remarks)
+            _erase_orphans(graph_module, unused)
+            graph_module.graph.lint()
+            graph_module.recompile()
+            self.ensures(graph_module)
         except BiofxError:
             raise
         except Exception as error:
             add_note(error, f"raised by pass {self}, which was given this graph:\n{before.text}")
             raise
-        remarks += scope.idle_selections(remarks)
-        _erase_orphans(graph_module, unused)
-        graph_module.graph.lint()
-        graph_module.recompile()
-        self.ensures(graph_module)
+        place = {name: number for number, name in enumerate(before.lines)}
+        remarks.sort(key=lambda remark: place.get(remark.node or "", len(place)))
         changes = _attributed(compare(before, Snapshot.of(graph_module.graph)), graph_module, remarks)
         rewritten = [remark for remark in remarks if remark.kind == "applied"]
         if bool(rewritten) != bool(changes):
@@ -229,24 +248,21 @@ class Scope:
         return chosen if chosen.enabled else "switched off here (enabled=False)"
 
     def idle_selections(self, remarks: list[Remark]) -> list[Remark]:
-        """Return a remark for each pattern of ``only`` that picks nodes but no candidate of the pass."""
+        """Return a remark for each pattern of ``only`` that picks something but no candidate of the pass."""
         nodes = {remark.node for remark in remarks}
         layers = {remark.layer for remark in remarks}
         return [
             self._idle(match)
             for selection in self._selections
             for match in selection.only or ()
-            if match.nodes and not {node.name for node in match.nodes} & nodes and not match.paths & layers
+            if not {node.name for node in match.nodes} & nodes and not match.paths & layers
         ]
 
     def _idle(self, match: Match) -> Remark:
-        first = min(match.nodes)
-        message = (
-            f"only={match.pattern!r} picks {len(match.nodes)} nodes, none of which {self._owner.name} acts on"
-        )
-        return Remark(
-            "missed", first.name, min(match.paths, default=""), message, {"picked": len(match.nodes)}
-        )
+        first = min(match.nodes).name if match.nodes else None
+        what = f"{len(match.nodes)} nodes" if match.nodes else f"{len(match.paths)} modules, never called"
+        message = f"only={show_pattern(match.pattern)} picks {what}, none of which {self._owner.name} acts on"
+        return Remark("missed", first, min(match.paths, default=""), message, {"picked": len(match.nodes)})
 
 
 def _erase_orphans(graph_module: GraphModule, unused_before: set[Node]) -> None:
@@ -261,11 +277,16 @@ def _is_pure(node: Node) -> bool:
         return True
     if node.kwargs.get("inplace") or "out" in node.kwargs:
         return False
-    if node.op == "call_function":
-        return not node.is_impure() and not str(getattr(node.target, "__name__", "")).endswith("_")
-    return node.op == "call_method" and (
-        not str(node.target).endswith("_") or str(node.target).endswith("__")
-    )
+    name = str(getattr(node.target, "__name__", node.target))
+    in_place = (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _IN_PLACE_OPERATORS
+    return node.op in ("call_function", "call_method") and not node.is_impure() and not in_place
+
+
+_IN_PLACE_OPERATORS = frozenset(
+    {"setitem", "delitem", "setattr", "delattr"}
+    | {f"i{sign}" for sign in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")}
+    | {f"i{sign}" for sign in ("and", "or", "xor", "lshift", "rshift")}
+)
 
 
 def _attributed(changes: list[Change], graph_module: GraphModule, remarks: list[Remark]) -> list[Change]:

@@ -78,8 +78,10 @@ def parse_items(text: str) -> tuple[ParsedItem, ...]:
     Raises:
         PipelineError: it is malformed; the message shows where.
     """
-    reader = _Reader(text)
-    return reader.items(end=None)
+    try:
+        return _Reader(text).items(end=None)
+    except RecursionError:
+        raise PipelineError(f"malformed pipeline text: nested too deeply, {text[:20]!r}…") from None
 
 
 def parse_value(text: str) -> Any:
@@ -91,7 +93,7 @@ def parse_value(text: str) -> Any:
     try:
         reader = _Reader(text)
         return reader.whole_value()
-    except PipelineError:
+    except (PipelineError, RecursionError):
         return text
 
 

@@ -39,17 +39,28 @@ class Pipeline(Pass):
     passes: tuple[Pass, ...] = field(default=(), kw_only=False)
     """The passes; after construction in the order in which they run."""
     observe: Observer | None = field(default=None, compare=False)
-    """Called after each pass that changed the graph, e.g. :func:`biofx.print_changed`."""
+    """Called after each pass that changed the graph, those of inner pipelines too, e.g.
+    :func:`biofx.print_changed`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.overrides:
             raise OptionError("a pipeline has no options to override; override those of its passes")
-        if isinstance(self.passes, (str, Pass)) or not all(isinstance(entry, Pass) for entry in self.passes):
+        if self.observe is not None and not callable(self.observe):
+            raise OptionError(f"observe: expected a callable of three texts, found {self.observe!r}")
+        passes: object = self.passes
+        if not isinstance(passes, Iterable) or isinstance(passes, str):
             raise PipelineError(
-                f"expected a sequence of passes, found {self.passes!r}; see Pipeline.parse for text"
+                f"expected a sequence of passes, found {passes!r}; see Pipeline.parse for text"
             )
-        object.__setattr__(self, "passes", _ordered(self.passes))
+        given = tuple(passes)
+        for entry in given:
+            if not isinstance(entry, Pass):
+                raise PipelineError(
+                    f"expected passes, found {entry!r} among them; see Pipeline.parse for text, and write "
+                    "a pass with its options behind it: SplitWeights(gamma=2)"
+                )
+        object.__setattr__(self, "passes", _ordered(given))
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
@@ -65,9 +76,13 @@ class Pipeline(Pass):
 
     def __str__(self) -> str:
         inner = ",".join(f"({entry})" if _is_bare_pipeline(entry) else str(entry) for entry in self.passes)
-        shared = {"only": self.only, "exclude": self.exclude, "enabled": None if self.enabled else False}
-        given = {name: value for name, value in shared.items() if value is not None}
+        given = self._given()
         return format_item(f"({inner})", given, []) if given else inner
+
+    def _given(self) -> dict[str, Any]:
+        """Return the options that are not at their defaults."""
+        shared = {"only": self.only, "exclude": self.exclude, "enabled": None if self.enabled else False}
+        return {name: value for name, value in shared.items() if value is not None}
 
     def run(
         self, graph_module: BioGraphModule, within: tuple[tuple[Selector | None, Selector | None], ...]
@@ -76,6 +91,10 @@ class Pipeline(Pass):
         if not self.enabled:
             return
         for entry in self.passes:
+            if isinstance(entry, Pipeline):
+                inner = dataclasses.replace(entry, observe=self.observe) if self.observe else entry
+                yield from inner.run(graph_module, (*within, (self.only, self.exclude)))
+                continue
             before = Snapshot.of(graph_module.graph).text if self.observe else ""
             yield from entry.run(graph_module, (*within, (self.only, self.exclude)))
             if self.observe:
@@ -90,7 +109,7 @@ class Pipeline(Pass):
 
 
 def _is_bare_pipeline(entry: Pass) -> bool:
-    return isinstance(entry, Pipeline) and not str(entry).startswith("(")
+    return isinstance(entry, Pipeline) and not entry._given()
 
 
 def _ordered(passes: Iterable[Pass]) -> tuple[Pass, ...]:

@@ -31,10 +31,9 @@ def available_passes() -> dict[str, type[Pass]]:
             raise PipelineError(
                 f"the entry point {entry.name!r} = {entry.value!r} cannot be loaded: {error}"
             ) from error
-        if (
-            not (isinstance(loaded, type) and issubclass(loaded, Pass))
-            or known.get(loaded.name, loaded) is not loaded
-        ):
+        name = getattr(loaded, "name", None)
+        is_pass = isinstance(loaded, type) and issubclass(loaded, Pass) and isinstance(name, str)
+        if not is_pass or known.get(loaded.name, loaded) is not loaded:
             raise PipelineError(
                 f"the entry point {entry.name!r} = {entry.value!r} must name a biofx.Pass whose name is free"
             )

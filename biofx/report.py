@@ -172,7 +172,7 @@ class Report:
             "schema": SCHEMA,
             "model": self.model,
             "modified": self.modified,
-            "changes": [vars(change) for change in self.changes],
+            "changes": [dict(vars(change)) for change in self.changes],
             "passes": [
                 {
                     "name": entry.name,
@@ -181,7 +181,7 @@ class Report:
                     "applied": entry.applied,
                     "missed": entry.missed,
                     "remarks": [vars(remark) | {"details": dict(remark.details)} for remark in entry.remarks],
-                    "changes": [vars(change) for change in entry.changes],
+                    "changes": [dict(vars(change)) for change in entry.changes],
                 }
                 for entry in self.passes
             ],

@@ -128,7 +128,7 @@ class NodeIndex:
         pattern = _check_pattern(pattern)
         paths, nodes = self._find(pattern)
         if not paths and not nodes:
-            raise SelectorError(f"selector {_show(pattern)} matches nothing{self._nearest(pattern)}")
+            raise SelectorError(f"selector {show_pattern(pattern)} matches nothing{self._nearest(pattern)}")
         return Match(pattern, frozenset(nodes), frozenset(paths))
 
     def matches(self, selector: Selector) -> list[Match]:
@@ -168,7 +168,7 @@ class NodeIndex:
         if pattern in self._by_name:
             return (), [self._by_name[pattern].node]
         path, hash_sign, call = pattern.rpartition("#")
-        if hash_sign and call.isdigit() and path in self._modules:
+        if hash_sign and call.isdecimal() and path in self._modules:
             wanted = (path, int(call))
             return (), [candidate.node for candidate in self.candidates if wanted in candidate.calls]
         if any(character in pattern for character in "*?["):
@@ -235,7 +235,7 @@ class Selection:
         """Return why a node (or, without one, the module at ``path``) is out; None when it is in."""
         for match in self.exclude:
             if picks(match, node, path):
-                return f"excluded by {_show(match.pattern)}"
+                return f"excluded by {show_pattern(match.pattern)}"
         if self.only is None or any(picks(match, node, path) for match in self.only):
             return None
         return f"not selected by only={[_plain(match.pattern) for match in self.only]}"
@@ -256,8 +256,9 @@ def _ancestors(path: str) -> set[str]:
 
 
 def _plain(pattern: Pattern) -> str:
-    return pattern if isinstance(pattern, str) else getattr(pattern, "__qualname__", repr(pattern))
+    return pattern if isinstance(pattern, str) else getattr(pattern, "__qualname__", type(pattern).__name__)
 
 
-def _show(pattern: Pattern) -> str:
+def show_pattern(pattern: Pattern) -> str:
+    """Return a pattern for a message: a text in quotes, a predicate's name."""
     return repr(pattern) if isinstance(pattern, str) else _plain(pattern)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from biofx import ops
 
@@ -40,6 +40,11 @@ class LayerKind:
     def channel_axis(self) -> int:
         """Axis of the output that counts channels, from the end, so that a batch axis may be absent."""
         return -1 - self.kernel_axes
+
+    @property
+    def output_axis(self) -> int:
+        """Axis of the weight that counts postsynaptic units."""
+        return 1 - self.input_axis
 
     @property
     def input_axis(self) -> int:
@@ -177,6 +182,8 @@ def find_sites(graph_module: GraphModule) -> Sites:
             else:
                 bystanders.append(entry)
     seen = {site.layer for site in found} | {bystander.layer for bystander in bystanders}
+    seen |= {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    seen |= {_innermost_path(site.node) for site in found}  # of a tied weight, the layer that is called
     bystanders += [
         Bystander(path, None, "never called in the forward")
         for path, module in graph_module.named_modules()
@@ -202,6 +209,17 @@ def parameter_behind(node: Any) -> Node | None:
     return node if isinstance(node, Node) and node.op == "get_attr" else None
 
 
+def _computed_weight(module: Any, kind: LayerKind) -> nn.Parameter:
+    """Return something of a weight's shape; to compute the weight itself would be a step of spectral norm."""
+    if kind.kernel_axes == 0:
+        shape = (module.out_features, module.in_features)
+    else:
+        ends = (module.out_channels, module.in_channels)
+        first, second = ends[::-1] if kind.transposed else ends
+        shape = (first, second // module.groups, *module.kernel_size)
+    return nn.Parameter(torch.zeros(()).expand(shape))
+
+
 class _Survey:
     """One walk over a graph, with the tables it needs built once."""
 
@@ -222,9 +240,7 @@ class _Survey:
             return None
         named = self._parameters.get(f"{path}.weight")
         if named is None:
-            weight: Any = module.weight
-            parameter = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach())
-            named = (f"{path}.weight", parameter)
+            named = (f"{path}.weight", _computed_weight(module, kind))
         obstacle = _obstacle_to_lowering(node, module, kind) or self._outside.get(id(named[1]))
         groups: Any = getattr(module, "groups", 1)
         return WeightSite(node, kind, *named, groups=groups, obstacle=obstacle)
@@ -315,6 +331,8 @@ def _obstacle_to_lowering(node: Node, module: nn.Module, kind: LayerKind) -> str
     if "weight" not in module._parameters:
         return "its weight is computed by a parametrization, not a parameter"
     overridden: Iterable[str] = ("forward", "_conv_forward")
+    if any(name in vars(module) for name in overridden):
+        return "its forward was replaced on the instance"
     if any(getattr(type(module), m, None) is not getattr(kind.module_type, m, None) for m in overridden):
         return f"{type(module).__name__} has a forward of its own, not {kind.name}'s"
     if len(node.args) + len(node.kwargs) != 1:
@@ -326,6 +344,8 @@ def is_synaptic(node: Node, graph_module: GraphModule) -> bool:
     """Whether a node carries weights between units: a layer, or an opaque module with a matrix inside."""
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            return False
         return any(parameter.dim() >= 2 for parameter in module.parameters())
     return node.op == "call_function" and (
         node.target in _KIND_OF_FUNCTION or node.target in _MATRIX_FUNCTIONS

@@ -5,28 +5,37 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import secrets
+import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from biofx.errors import OptionError
 
+_MOST_BYTES = 2**20
+
 
 def read(path: str | Path) -> dict[str, Any]:
     """Return the tables of a TOML file.
 
     Raises:
-        OptionError: the file cannot be read or is not TOML.
+        OptionError: the file cannot be read, is not TOML, or is far too large for a config.
     """
     try:
         parser = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     except ImportError:
         raise OptionError("reading TOML on Python 3.10 needs tomli: pip install 'biofx[toml]'") from None
     try:
-        tables: dict[str, Any] = parser.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with open(path, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise OptionError(f"expected a config of at most {_MOST_BYTES} bytes, found a larger file")
+        tables: dict[str, Any] = parser.loads(content.decode("utf-8"))
+    except OptionError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise OptionError(f"expected a readable TOML file: {error}") from error
     return tables
 
@@ -53,17 +62,17 @@ def write_whole(path: str | Path, text: str) -> None:
         OptionError: the file cannot be written.
     """
     target = Path(path)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise OptionError(f"cannot write {target}: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8") as file:
             file.write(text)
+        if target.exists():
+            shutil.copymode(target, temporary)
         os.replace(temporary, target)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise OptionError(f"cannot write {target}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        raise OptionError(f"cannot write {target}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _is_array_of_tables(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from biofx.capture import capture, preserved_random_state
-from biofx.compile_config import PassChoice, choose_passes
+from biofx.compile_config import PassChoice, choose_passes, configure_layers
 from biofx.config import BioConfig
 from biofx.errors import OptionError
 from biofx.graph_module import BioGraphModule
@@ -73,7 +73,10 @@ def transform(
     captured = capture(model, share_parameters=share_parameters, opaque=opaque)
     _check_overrides(captured, checked)
     with preserved_random_state():
-        return pipeline.on_own(captured)
+        result = pipeline.on_own(captured)
+    if checked is not None:
+        configure_layers(result.graph_module, checked)
+    return result
 
 
 def _as_config(config: BioConfig | Mapping[str, Any] | None) -> BioConfig | None:

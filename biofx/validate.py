@@ -27,15 +27,16 @@ class Range:
             OptionError: it is no number or lies outside.
         """
         kinds = int if self.whole else (int, float)
-        above = isinstance(value, kinds) and not isinstance(value, bool) and value >= self.low
-        if (
-            not above
-            or not math.isfinite(value)
-            or value > self.high
-            or (self.low_open and value == self.low)
-        ):
+        number = value if isinstance(value, kinds) and not isinstance(value, bool) else math.nan
+        if not self.whole:
+            try:
+                number = float(number)
+            except OverflowError:
+                number = math.inf
+        inside = self.low <= number <= self.high and not (self.low_open and number == self.low)
+        if not inside or number == math.inf:
             raise OptionError(f"{name}: expected {self}, found {value!r}")
-        return value if self.whole else float(value)
+        return number
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"

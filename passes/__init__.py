@@ -7,7 +7,8 @@ if __name__ != "biofx.passes":
     )
 
 from biofx.passes.constrain_signs import ConstrainSigns
+from biofx.passes.observe_activity import ObserveActivity
 from biofx.passes.scale_gradients import ScaleGradients
 from biofx.passes.split_weights import SplitWeights
 
-__all__ = ["SplitWeights", "ConstrainSigns", "ScaleGradients"]
+__all__ = ["SplitWeights", "ConstrainSigns", "ScaleGradients", "ObserveActivity"]

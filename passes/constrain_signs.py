@@ -95,15 +95,16 @@ class ConstrainSigns(WeightPass):
             state.sign = self._drawn(first)
         for site in weight.sites:
             lower(graph_module, site)
-        options: dict[str, object] = {"axis": first.kind.input_axis} if first.kind.input_axis != 1 else {}
+        options = {"axis": first.kind.input_axis} if first.kind.input_axis != 1 else {}
         if first.groups > 1 and not first.kind.transposed and state.sign.dim() == 1:
             options["groups"] = first.groups
+        state.sign_layout = options
         sign = (f"{bio_module_path(weight.path)}.sign", "sign")
         wrap_weight(
             graph_module, weight.sites, ops.constrain_sign, sign, "signed", **options, method=self.method
         )
         excitatory = int((state.sign > 0).sum())
-        wrong = _count_wrong(weight.parameter, state.sign, options)
+        wrong = int((weight.parameter.detach() * state.signs() < 0).sum())
         numbers = {"excitatory": excitatory, "inhibitory": state.sign.numel() - excitatory, "wrong": wrong}
         fate = "held at 0" if self.method == "project" else "mirrored"
         for site in weight.sites:
@@ -130,8 +131,3 @@ class ConstrainSigns(WeightPass):
         chosen = torch.randperm(count, generator=generator)[: round(count * self.excitatory_fraction)]
         signs[chosen] = 1
         return signs.reshape(shape).to(weight.device)
-
-
-def _count_wrong(weight: Tensor, sign: Tensor, options: dict[str, object]) -> int:
-    laid_out = {name: int(str(value)) for name, value in options.items()}
-    return int((weight.detach() * ops.signs_like(weight.detach(), sign, **laid_out) < 0).sum())

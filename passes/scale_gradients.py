@@ -4,11 +4,12 @@ Synapses onto one neuron differ in how fast they change; so may weights.
 
 Source: Hofmann, Becker, Tetzlaff, Mäder, "Concept transfer of synaptic diversity from biological to
 artificial neural networks", Nature Communications 16 (2025), doi 10.1038/s41467-025-60078-9 (fuzzy
-learning rates); the distributions are in :mod:`biofx.plasticity.distributions`.
+learning rates); the distributions are in :mod:`biofx.plasticity.distributions` and, those that change during
+training, in :mod:`biofx.plasticity.dynamics`.
 
 Deviations: the factor acts inside the graph, on the gradient, so the training loop has nothing to call.
 Optimizers that are indifferent to the scale of a gradient (Adam and its family) undo a constant factor;
-use SGD, or scale their updates instead.
+use SGD, or let ``biofx.attach`` scale their updates instead.
 """
 
 from __future__ import annotations
@@ -20,23 +21,21 @@ from typing import ClassVar
 from torch import Tensor
 
 from biofx import ops
-from biofx.config import Distribution
+from biofx.config import GRANULARITIES, Distribution
 from biofx.graph_module import BioGraphModule
 from biofx.lowering import lower, wrap_weight
 from biofx.plasticity.bio_module import bio_module_at, bio_module_path
-from biofx.plasticity.distributions import STATIC_DISTRIBUTIONS, draw_factors
+from biofx.plasticity.dynamics import initial_factors
 from biofx.plasticity.randomness import generator_for
 from biofx.report import Remark, applied
 from biofx.sites import Weight, WeightSite
 from biofx.validate import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, check_bounds, check_choice
 from biofx.weight_pass import WeightPass
 
-_DRAWN_ONCE = tuple(member.value for member in STATIC_DISTRIBUTIONS)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleGradients(WeightPass):
-    """Multiply each weight's gradient by its own factor, drawn once per synapse."""
+    """Multiply each weight's gradient by its own factor."""
 
     name: ClassVar[str] = "scale-gradients"
     after: ClassVar[tuple[str, ...]] = ("split-weights", "constrain-signs")
@@ -44,16 +43,19 @@ class ScaleGradients(WeightPass):
     nu: float = 0.16
     """Spread of the factors around 1, dimensionless, in [0, 1]."""
     distribution: Distribution = Distribution.UNIFORM
-    """Distribution of the factors, one of those that are drawn once."""
+    """Distribution of the factors; one that changes starts with a draw and goes on with the rules."""
     low: float = 0.5
     """Lower bound of a factor, dimensionless, in [0, 1]; a draw below it is drawn again."""
     high: float = 2.0
     """Upper bound of a factor, dimensionless, >= 1; a draw above it is drawn again."""
+    granularity: str = "element"
+    """What shares a factor: ``"element"`` (nothing), the synapses onto a ``"neuron"``, or the ``"layer"``."""
     seed: int = 0
     """Seed of the draw, a whole number; each weight has a draw of its own that depends on its path alone."""
 
     def __post_init__(self) -> None:
-        named = check_choice(f"{self.name}: distribution", self.distribution, _DRAWN_ONCE)
+        named = check_choice(f"{self.name}: distribution", self.distribution, [d.value for d in Distribution])
+        check_choice(f"{self.name}: granularity", self.granularity, GRANULARITIES)
         object.__setattr__(self, "distribution", Distribution(named))
         for option, permitted in (
             ("nu", FRACTION),
@@ -80,10 +82,11 @@ class ScaleGradients(WeightPass):
     def wrap(self, graph_module: BioGraphModule, weight: Weight) -> Iterator[Remark]:
         """Draw the factors, unless another use of the weight has brought them, and insert them."""
         state = bio_module_at(graph_module, weight.path)
+        if state.fuzzy_learning_rate_parameters is None:
+            state.fuzzy_learning_rate_parameters, state.noise = self._drawn(weight)
+            state.depth = weight.depth
         factors = state.fuzzy_learning_rate_parameters
-        if factors is None:
-            factors = self._drawn(weight)
-            state.fuzzy_learning_rate_parameters = factors
+        state.scaled_in_graph = True
         for site in weight.sites:
             lower(graph_module, site)
         rates = f"{bio_module_path(weight.path)}.fuzzy_learning_rate_parameters"
@@ -96,8 +99,8 @@ class ScaleGradients(WeightPass):
         for site in weight.sites:
             yield applied(site.node, site.layer, message, factors=factors.numel(), **numbers)
 
-    def _drawn(self, weight: Weight) -> Tensor:
-        return draw_factors(
+    def _drawn(self, weight: Weight) -> tuple[Tensor, Tensor | None]:
+        return initial_factors(
             self.distribution,
             weight.parameter,
             nu=self.nu,
@@ -105,4 +108,6 @@ class ScaleGradients(WeightPass):
             high=self.high,
             generator=generator_for(self.seed, weight.path, purpose=self.name),
             depth=weight.depth,
+            granularity=self.granularity,
+            output_axis=weight.sites[0].kind.output_axis,
         )

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from biofx import ops
 from biofx.activation import insert_activation
-from biofx.callables import callable_from_text, identity
+from biofx.callables import check_activation, identity
 from biofx.dataflow import readout_nodes, split_nodes, synaptic_nodes
 from biofx.errors import OptionError
 from biofx.graph_module import BioGraphModule
@@ -42,19 +42,15 @@ class SplitWeights(Pass):
     gamma: int = 2
     """Synapses per connection, a count; 0 and 1 are off."""
     activation: Callable[[Any], Any] | str = identity
-    """Applied to each synapse's output before the sum; keeps the shape. A callable, or the name of torch's."""
+    """Applied to each synapse's output before the sum; keeps the shape. A callable, or a name in torch."""
     mode: str = "neighbours"
     """``"neighbours"``: neighbouring output channels are the synapses of one connection."""
 
     def __post_init__(self) -> None:
         COUNT.check(f"{self.name}: gamma", self.gamma)
         check_choice(f"{self.name}: mode", self.mode, _MODES)
-        if isinstance(self.activation, str):
-            object.__setattr__(self, "activation", callable_from_text(self.activation))
-        if not callable(self.activation):
-            raise OptionError(
-                f"{self.name}: activation: expected a callable of one tensor, found {self.activation!r}"
-            )
+        activation = check_activation(f"{self.name}: activation", self.activation)
+        object.__setattr__(self, "activation", activation)
         super().__post_init__()
 
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:

@@ -15,7 +15,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="rewrite the golden files from what is found")
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite the golden files from what is found"
+    )
 
 
 @pytest.fixture
@@ -27,7 +29,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         if request.config.getoption("--update-golden"):
             path.write_text(found.rstrip("\n") + "\n", encoding="utf-8")
         if not path.exists():
-            pytest.fail(f"{path.name} is missing; look at the output, then run pytest --update-golden:\n{found}")
+            pytest.fail(
+                f"{path.name} is missing; look at the output, then run pytest --update-golden:\n{found}"
+            )
         assert found.rstrip("\n") + "\n" == path.read_text(encoding="utf-8")
 
     return check

@@ -62,9 +62,9 @@ def test_transform_prints_diff_and_report_and_writes_json(
 def test_transform_takes_passes_config_overrides_and_a_module_path(
     target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    biofx.BioConfig(weight_splitting_Gamma=2, fuzzy_lr_distribution="baseline").to_toml(
+    biofx.BioConfig(weight_splitting_Gamma=2, fuzzy_learning_rate_factor_nu=0).to_toml(
         tmp_path / "config.toml"
-    )  # type: ignore[arg-type]
+    )
     options = ["--config", "config.toml", "--override", "fc2", "weight_splitting_Gamma=3", "--graph"]
     assert main(["transform", "mymodels:instance.fc1", "--passes", "scale-gradients{nu=0.1}"]) == 0
     assert "scale-gradients{nu=0.1}" in capsys.readouterr().out

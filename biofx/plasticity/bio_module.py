@@ -1,40 +1,359 @@
-"""What a layer remembers about its synapses."""
+"""What a layer remembers about its synapses, and the plasticity rules applied to them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from biofx.callables import identity
+from biofx.config import BioConfig, Distribution
+from biofx.errors import PlasticityError
+from biofx.ops import signs_like
+from biofx.plasticity.dynamics import (
+    FOLLOWING,
+    evolve,
+    following_factors,
+    initial_factors,
+    pooled,
+    relative_smallness,
+)
+from biofx.plasticity.moments import forget_direction
+from biofx.plasticity.randomness import generator_for
+from biofx.plasticity.rules.crystallization import crystallize
+from biofx.plasticity.rules.rejuvenation import check_finite, protection_for, rejuvenate
+from biofx.plasticity.rules.scaling import input_strength, synaptic_scaling
+from biofx.plasticity.rules.volume import volume_factors
+from biofx.sites import kind_of
+
+_CONFIGURED = ("fuzzy_learning_rate_parameters", "sign", "noise", "activity")
+_REMEMBERED = ("target_strength", "steps", "events")
+_NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
+_NEED_FACTORS = frozenset({"fuzzy_learning_rates", "update_fuzzy_learning_rates", "crystallize"})
 
 
 class BioModule(nn.Module):
-    """State of one weight's plasticity, kept in the layer as ``layer.bio_mod``.
+    """State and rules of one weight's plasticity, kept in the layer as ``layer.bio_mod``.
 
-    Buffers, each there only if a pass needs it; both are saved in the state dict and neither is trained:
+    Buffers, each there only once it is needed; all are saved in the state dict and none is trained:
 
     ``fuzzy_learning_rate_parameters``
-        One learning-rate factor per synapse, dimensionless, shaped like the weight.
+        One learning-rate factor per synapse, dimensionless; shaped like the weight, or of size 1 along the
+        axes that share a factor.
     ``sign``
         +1 for an excitatory and -1 for an inhibitory presynaptic unit, 0 where unconstrained;
         int8, shape ``(units,)``.
+    ``noise``
+        The random part u of factors that follow weights or activity, shaped like the factors.
+    ``activity``
+        Running mean of |output| of each of the layer's units, shape ``(units,)``; negative before the first.
+    ``target_strength``
+        Total input strength of each unit that synaptic scaling keeps up, shape ``(units,)``.
+    ``steps``, ``events``
+        Calls of :meth:`update_fuzzy_learning_rates`, and random events so far; int64 counts.
 
     A checkpoint of the original model has none of these keys; loading it leaves the state as it is.
+
+    Every rule returns how many synapses it touched, and raises a :class:`PlasticityError` where
+    :meth:`why_not` has a reason against it.
+
+    Args:
+        parent: the layer, or a function that returns it.
+        config: options of the rules. With one, factors are drawn at once; without, a pass brings them.
     """
+
+    exposed_functions: ClassVar[tuple[str, ...]] = (
+        "fuzzy_learning_rates",
+        "update_fuzzy_learning_rates",
+        "volume_dependent_lr",
+        "crystallize",
+        "rejuvenate_weights",
+        "enforce_dales_principle",
+        "synaptic_scaling",
+    )
+    """Methods that a converted model offers, calling them on every layer."""
 
     fuzzy_learning_rate_parameters: Tensor | None
     sign: Tensor | None
+    noise: Tensor | None
+    activity: Tensor | None
+    target_strength: Tensor | None
+    steps: Tensor | None
+    events: Tensor | None
 
-    def __init__(self) -> None:
+    def __init__(
+        self, parent: nn.Module | Callable[[], nn.Module] | None = None, config: BioConfig | None = None
+    ) -> None:
         super().__init__()
-        self.register_buffer("fuzzy_learning_rate_parameters", None)
-        self.register_buffer("sign", None)
+        for name in (*_CONFIGURED, *_REMEMBERED):
+            self.register_buffer(name, None)
+        self.configure(BioConfig() if config is None else config)
+        self.path = "weight"
+        self.depth = 0.0
+        self.scaled_in_graph = False
+        self.sign_layout: dict[str, int] = {}
+        if parent is not None:
+            self.link(parent if isinstance(parent, nn.Module) else parent())
+            if config is not None:
+                self.draw()
+
+    def configure(self, config: BioConfig) -> None:
+        """Take the options of the rules from ``config``; its activation is not the rules' business."""
+        self.config = config.replace(weight_splitting_activation_function=identity, overrides=())
+
+    def link(self, parent: nn.Module) -> None:
+        """Make ``parent`` the layer; it is kept outside the module tree, which may have no loop."""
+        self.__dict__["_parent"] = parent
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether it belongs to a layer."""
+        return "_parent" in self.__dict__
+
+    def get_parent(self) -> Any:
+        """Return the layer.
+
+        Raises:
+            PlasticityError: it was never linked to one.
+        """
+        parent = self.__dict__.get("_parent")
+        if parent is None:
+            raise PlasticityError("this BioModule belongs to no layer; give it one: BioModule(layer, config)")
+        return parent
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight whose state this is."""
+        found = getattr(self.get_parent(), self.path.rpartition(".")[2], None)
+        if not isinstance(found, nn.Parameter):
+            raise PlasticityError(f"{self.path}: expected a parameter, found {type(found).__name__}")
+        return found
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of the weight that counts the postsynaptic units."""
+        kind = kind_of(self.get_parent())
+        return 0 if kind is None else kind.output_axis
+
+    def why_not(self, rule: str) -> str | None:
+        """Return why a rule leaves this layer alone, None if it does not."""
+        if not self.weight.requires_grad and rule != "enforce_dales_principle":
+            return "its weight is frozen"
+        if rule in _NEED_GRADIENT and self.weight.grad is None:
+            return "its weight has no gradient"
+        if rule in _NEED_FACTORS and self.fuzzy_learning_rate_parameters is None:
+            return "it has no learning-rate factors"
+        if rule == "enforce_dales_principle" and self.sign is None:
+            return "its units have no signs"
+        if rule == "update_fuzzy_learning_rates" and not self.is_dynamic:
+            return "its factors do not change (fuzzy_lr_dynamic=False, or a static distribution)"
+        if rule == "fuzzy_learning_rates" and self.scaled_in_graph:
+            return "its gradient is scaled in the graph already"
+        return None
+
+    def check(self, rule: str) -> None:
+        """Check what a rule needs of the values, before any layer is changed.
+
+        Raises:
+            NonFiniteWeightError: the weight is NaN or infinite and the rule would build on it.
+        """
+        if rule == "rejuvenate_weights":
+            check_finite(self.weight, self.path)
+
+    # learning-rate factors
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the factors go on changing."""
+        changing = (Distribution.TEMPORAL, *FOLLOWING)
+        return self.config.fuzzy_lr_dynamic and self.config.fuzzy_lr_distribution in changing
+
+    def draw(self) -> None:
+        """Draw the factors that the config asks for, replacing those there are."""
+        config = self.config
+        self.fuzzy_learning_rate_parameters, self.noise = initial_factors(
+            config.fuzzy_lr_distribution,
+            self.weight,
+            nu=config.fuzzy_learning_rate_factor_nu,
+            low=config.fuzzy_lr_min,
+            high=config.fuzzy_lr_max,
+            generator=generator_for(config.seed, self.path, purpose="scale-gradients"),
+            depth=self.depth,
+            granularity=config.fuzzy_lr_granularity,
+            output_axis=self.output_axis,
+        )
+
+    @torch.no_grad()
+    def fuzzy_learning_rates(self) -> int:
+        """Multiply the weight's gradient by the factors; call it once, between backward and step."""
+        self._require("fuzzy_learning_rates")
+        gradient = self._gradient()
+        gradient.mul_(self._factors().to(gradient.dtype))
+        return gradient.numel()
+
+    @torch.no_grad()
+    def update_fuzzy_learning_rates(self, x: Tensor | None = None) -> int:
+        """Let dynamic factors change; call it once per training step.
+
+        Args:
+            x: not needed: activity is observed in the graph, during the forward.
+        """
+        self._require("update_fuzzy_learning_rates")
+        config, factors = self.config, self._factors()
+        self.steps = torch.zeros((), dtype=torch.int64) if self.steps is None else self.steps
+        self.steps += 1
+        bounds: dict[str, float] = {
+            "nu": config.fuzzy_learning_rate_factor_nu,
+            "low": config.fuzzy_lr_min,
+            "high": config.fuzzy_lr_max,
+        }
+        if config.fuzzy_lr_distribution is Distribution.TEMPORAL:
+            if int(self.steps) % config.fuzzy_lr_update_freq:
+                return 0
+            evolve(factors, correlation=config.fuzzy_lr_decay, generator=self._generator("evolve"), **bounds)
+        elif self.noise is not None:
+            generator = generator_for(config.seed, self.path, int(self.steps), purpose="follow")
+            factors.copy_(following_factors(self.noise, self._smallness(), generator=generator, **bounds))
+        return factors.numel()
+
+    def _smallness(self) -> Tensor | float:
+        """Return the part of following factors that follows."""
+        if self.config.fuzzy_lr_distribution is Distribution.WEIGHT_ADAPTIVE:
+            return relative_smallness(
+                pooled(self.weight, self.config.fuzzy_lr_granularity, self.output_axis).float()
+            )
+        if self.activity is None or self.activity.min() < 0:
+            return 1.0
+        shape = [1] * self.weight.dim()
+        shape[self.output_axis] = -1
+        return relative_smallness(self.activity).reshape(shape)
+
+    # rules on gradients
+
+    @torch.no_grad()
+    def volume_dependent_lr(self) -> int:
+        """Multiply the weight's gradient by volume-dependent factors; call it between backward and step."""
+        self._require("volume_dependent_lr")
+        gradient = self._gradient()
+        factors = volume_factors(
+            self.weight,
+            base=self.config.base_lr,
+            stability=self.config.stability_factor,
+            variability=self.config.lr_variability,
+            generator=self._generator("volume"),
+        )
+        gradient.mul_(factors.to(gradient.dtype))
+        return gradient.numel()
+
+    @torch.no_grad()
+    def crystallize(self) -> int:
+        """Dampen the factors of settled and of shaken synapses; call it between backward and scaling."""
+        self._require("crystallize")
+        gradient, factors = self._gradient(), self._factors()
+        if factors.shape != self.weight.shape:
+            factors = self.fuzzy_learning_rate_parameters = factors.expand_as(self.weight).clone()
+        if self.scaled_in_graph:
+            gradient = torch.where(factors > 0, gradient / factors.to(gradient.dtype), gradient)
+        return crystallize(
+            self.weight,
+            gradient,
+            factors,
+            threshold=self.config.crystal_thresh,
+            dampening=self.config.dampening_factor,
+            floor=self.config.crystal_min,
+        )
+
+    # rules on weights
+
+    @torch.no_grad()
+    def rejuvenate_weights(self, optimizer: Optimizer | None = None) -> int:
+        """Replace weak synapses by new ones; returns how many.
+
+        Args:
+            optimizer: forgets the direction in which replaced synapses were moving, and keeps how far.
+
+        Raises:
+            NonFiniteWeightError: a weight is NaN or infinite; nothing has been changed.
+        """
+        self._require("rejuvenate_weights")
+        turnover = self.config.rejuvenation_turnover
+        protection = self.config.rejuvenation_parameter_dre if turnover is None else protection_for(turnover)
+        replaced = rejuvenate(
+            self.weight.data,
+            protection=protection,
+            generator=self._generator("rejuvenate"),
+            sign=self.signs(),
+            name=self.path,
+        )
+        if optimizer is not None:
+            forget_direction(optimizer, self.weight, replaced)
+        return len(replaced)
+
+    @torch.no_grad()
+    def enforce_dales_principle(self) -> int:
+        """Write the sign constraint into the weight itself; returns how many synapses it changed."""
+        self._require("enforce_dales_principle")
+        signs = self.signs()
+        wrong = self.weight * signs < 0
+        if self.config.dales_method == "abs":
+            self.weight[wrong] *= -1
+        else:
+            self.weight[wrong] = 0
+        return int(wrong.sum())
+
+    @torch.no_grad()
+    def synaptic_scaling(self) -> int:
+        """Move each unit's total input strength back towards what it was at the first call."""
+        self._require("synaptic_scaling")
+        if self.target_strength is None:
+            self.target_strength = input_strength(self.weight, output_axis=self.output_axis)
+        rate = self.config.synaptic_scaling_rate
+        synaptic_scaling(self.weight.data, self.target_strength, rate=rate, output_axis=self.output_axis)
+        return self.weight.numel()
+
+    def signs(self) -> Any:
+        """Return the signs laid out to broadcast to the weight, None where the layer has none."""
+        return None if self.sign is None else signs_like(self.weight.detach(), self.sign, **self.sign_layout)
+
+    # state
+
+    def _require(self, rule: str) -> None:
+        reason = self.why_not(rule)
+        if reason is not None:
+            raise PlasticityError(f"{rule} cannot act on {self.path!r}: {reason}")
+
+    def _gradient(self) -> Tensor:
+        gradient = self.weight.grad
+        if gradient is None:
+            raise PlasticityError(f"{self.path!r} has no gradient; call backward first")
+        return gradient
+
+    def _factors(self) -> Tensor:
+        if self.fuzzy_learning_rate_parameters is None:
+            raise PlasticityError(f"{self.path!r} has no learning-rate factors")
+        return self.fuzzy_learning_rate_parameters
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        """Return the generator of the next random event; equal on every rank and after a resume."""
+        self.events = torch.zeros((), dtype=torch.int64) if self.events is None else self.events
+        event = int(self.events)
+        self.events += 1
+        return generator_for(self.config.seed, self.path, event, purpose=purpose)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not any(key.startswith(prefix) for key in state_dict):
+            return
+        for name in _REMEMBERED:
+            saved = state_dict.get(prefix + name)
+            self._buffers[name] = (
+                None if saved is None else torch.empty_like(saved, device=self.weight.device)
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def bio_module_path(parameter_path: str) -> str:
@@ -49,7 +368,7 @@ def bio_module_path(parameter_path: str) -> str:
 
 
 def bio_module_at(model: nn.Module, parameter_path: str) -> BioModule:
-    """Return the state of a weight, made if it is not there yet."""
+    """Return the state of a weight, made if it is not there yet, and linked to the weight's layer."""
     module: nn.Module = model
     for part in bio_module_path(parameter_path).split("."):
         found = module._modules.get(part)
@@ -64,4 +383,6 @@ def bio_module_at(model: nn.Module, parameter_path: str) -> BioModule:
         module = found
     if not isinstance(module, BioModule):
         raise AttributeError(f"{bio_module_path(parameter_path)!r} is taken by a {type(module).__name__}")
+    module.path = parameter_path
+    module.link(model.get_submodule(parameter_path.rpartition(".")[0]))
     return module

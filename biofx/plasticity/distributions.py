@@ -25,7 +25,7 @@ Draw = Callable[[int, float, Generator], Tensor]
 
 def _uniform(count: int, nu: float, generator: Generator) -> Tensor:
     """U(1 - ν, 1 + ν)."""
-    return 1 + nu * _symmetric(count, generator)
+    return 1 + nu * symmetric(count, generator)
 
 
 def _normal(count: int, nu: float, generator: Generator) -> Tensor:
@@ -97,7 +97,7 @@ def draw_factors(
         spread = nu * _smallness(weight).flatten()
 
         def draw(places: Tensor) -> Tensor:
-            return 1 + spread[places] * _symmetric(len(places), generator)
+            return 1 + spread[places] * symmetric(len(places), generator)
 
     elif distribution in _DRAWS:
 
@@ -110,12 +110,23 @@ def draw_factors(
             f"({', '.join(member.value for member in STATIC_DISTRIBUTIONS)}), "
             f"found {distribution.value!r}, which changes during training"
         )
-    factors = _truncated(draw, weight.numel(), low, high, f"{distribution.value} with nu={nu:g}")
+    factors = truncated(draw, weight.numel(), low, high, f"{distribution.value} with nu={nu:g}")
     return factors.reshape(weight.shape).to(device=weight.device, dtype=torch.float32)
 
 
-def _truncated(draw: Callable[[Tensor], Tensor], count: int, low: float, high: float, what: str) -> Tensor:
-    """Draw ``count`` numbers, and those outside the bounds again until none is."""
+def truncated(draw: Callable[[Tensor], Tensor], count: int, low: float, high: float, what: str) -> Tensor:
+    """Draw ``count`` numbers, and those outside the bounds again until none is; float32 on the CPU.
+
+    Args:
+        draw: returns new numbers for the places it is given.
+        count: how many.
+        low: lower bound.
+        high: upper bound.
+        what: what an error calls the numbers.
+
+    Raises:
+        OptionError: next to none of the draws lies in the bounds.
+    """
     places = torch.arange(count)
     factors = draw(places).to(torch.float32)
     for _ in range(_MOST_ROUNDS):
@@ -137,7 +148,7 @@ def _smallness(weight: Tensor) -> Tensor:
     return (2 - relative).clamp(0.5, 1.5)
 
 
-def _symmetric(count: int, generator: Generator) -> Tensor:
+def symmetric(count: int, generator: Generator) -> Tensor:
     """U(-1, 1)."""
     return 2 * torch.rand(count, generator=generator, dtype=torch.float64) - 1
 

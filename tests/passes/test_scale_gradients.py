@@ -341,7 +341,7 @@ def test_gradients_keep_the_dtype_of_the_weight(dtype: torch.dtype, vectors: Ten
         {"nu": -0.1},
         {"nu": 1.1},
         {"nu": "0.1"},
-        {"distribution": "temporal"},
+        {"granularity": "row"},
         {"distribution": "unifrom"},
         {"low": -1},
         {"high": 0},

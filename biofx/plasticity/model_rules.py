@@ -1,0 +1,62 @@
+"""Plasticity rules on whole models: all layers that can, or none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from biofx.errors import PlasticityError
+from biofx.plasticity.bio_module import BioModule
+
+
+def bio_modules(model: nn.Module) -> dict[str, BioModule]:
+    """Return the plasticity state of a model's weights, by the path of the weight."""
+    return {
+        module.path: module
+        for module in model.modules()
+        if isinstance(module, BioModule) and module.is_linked
+    }
+
+
+def exposed_rules(model: nn.Module) -> set[str]:
+    """Return the names of the rules that the model's layers offer."""
+    return {
+        name
+        for module in model.modules()
+        if isinstance(module, BioModule)
+        for name in module.exposed_functions
+    }
+
+
+def apply_rule(model: nn.Module, rule: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Apply a rule to every layer that offers it.
+
+    Layers with a reason against it (no gradient, frozen, …) are left alone and say so in the result.
+
+    Returns:
+        For each weight's path what the rule returned (for those of biofx how many synapses it touched), or
+        the reason why it was left alone.
+
+    Raises:
+        PlasticityError: the graph does already what the rule would do, or every layer has a reason against
+            it; nothing has been changed.
+        NonFiniteWeightError: a weight that the rule would touch is NaN or infinite; nothing has been changed.
+    """
+    states = {path: state for path, state in bio_modules(model).items() if rule in state.exposed_functions}
+    reasons = {path: state.why_not(rule) for path, state in states.items()}
+    if rule == "fuzzy_learning_rates" and any(state.scaled_in_graph for state in states.values()):
+        raise PlasticityError(
+            "fuzzy_learning_rates: the graph scales the gradients already, during backward; calling it too "
+            "would apply the factors twice. Leave the call out, or convert the model with BioConverter"
+        )
+    if all(reason is not None for reason in reasons.values()):
+        told = "; ".join(f"{path}: {reason}" for path, reason in reasons.items()) or "no layer offers it"
+        raise PlasticityError(f"{rule} has nothing to act on ({told})")
+    for path, state in states.items():
+        if reasons[path] is None:
+            state.check(rule)
+    return {
+        path: reasons[path] if reasons[path] is not None else getattr(state, rule)(*args, **kwargs)
+        for path, state in states.items()
+    }

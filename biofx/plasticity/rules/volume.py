@@ -1,0 +1,39 @@
+"""Volume-dependent plasticity: large synapses are stable, small ones are not.
+
+Source: Hofmann, Becker, Tetzlaff, Mäder, Nature Communications 16 (2025),
+doi 10.1038/s41467-025-60078-9; spine volume and its changes: Kasai, Fukuda, Watanabe, Hayashi-Takagi,
+Noguchi, "Structural dynamics of dendritic spines in memory and cognition", Trends in Neurosciences 33 (2010).
+
+Deviations: a weight counts as large relative to the mean magnitude of its layer, so that the rule means the
+same at any scale of the weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+
+@torch.no_grad()
+def volume_factors(
+    weight: Tensor, *, base: float | None, stability: float, variability: float, generator: Generator
+) -> Tensor:
+    """Return ``base`` · exp(-``stability`` · |w| / (|w| + s)) · |N(1, ``variability``²)|, s = mean|w|.
+
+    Args:
+        weight: any shape.
+        base: factor at zero weight, dimensionless; None normalises the mean of the layer's factors to 1.
+        stability: how fast the factor falls with the weight, dimensionless.
+        variability: standard deviation of the noise, dimensionless.
+        generator: a CPU generator, the only source of randomness.
+
+    Returns:
+        Factors shaped like ``weight``, in its dtype and on its device, dimensionless.
+    """
+    magnitude = weight.detach().abs()
+    scale = magnitude.mean().clamp(min=torch.finfo(weight.dtype).tiny)
+    factors = (magnitude / (magnitude + scale)).mul_(-stability).exp_()
+    if variability:
+        noise = torch.randn(weight.shape, generator=generator).mul_(variability).add_(1).abs_()
+        factors.mul_(noise.to(factors))
+    return factors.mul_(base) if base is not None else factors.div_(factors.mean())

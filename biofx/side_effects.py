@@ -1,0 +1,95 @@
+"""What a forward leaves behind: random numbers drawn, attributes of modules changed."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biofx.errors import CaptureError
+
+
+class Watch:
+    """Notices what a forward does besides computing: each would happen once, while it is captured."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._kept: list[Any] = []
+        self._before = self._attributes()
+        self._random = _random_states()
+
+    def refuse_side_effects(self) -> None:
+        """Raise a CaptureError if the forward drew random numbers or left something in a module."""
+        drawn = [name for name, state in _random_states().items() if state != self._random[name]]
+        if drawn:
+            raise CaptureError(
+                f"the model's forward draws from the random numbers of {' and '.join(drawn)}, which a graph "
+                "would do once and never again. Draw tensors with torch, or name the module in opaque=[…]"
+            )
+        for path, attributes in self._attributes().items():
+            before = self._before.get(path, {})
+            for name in [*attributes, *before]:
+                if attributes.get(name) != before.get(name):
+                    owner = f"module {path!r}" if path else "the model"
+                    raise CaptureError(
+                        f"the forward of {owner} changes its attribute {name!r}, which a graph would do once "
+                        "and never again. Return the value or make it a buffer that is changed in place, or "
+                        "name the module in opaque=[…]"
+                    )
+
+    def _attributes(self) -> dict[str, dict[str, Any]]:
+        """Return, for each attribute of each module, what it is and what it holds, comparable."""
+        seen: set[int] = set()
+        return {
+            path: {
+                name: self._contents(value, seen)
+                for name, value in _everything_in(module)
+                if name not in _KEPT_APART and not name.startswith("_tensor_constant")
+            }
+            for path, module in self._root.named_modules()
+            if not isinstance(module, torch.jit.ScriptModule)
+        }
+
+    def _contents(self, value: Any, seen: set[int]) -> Any:
+        self._kept.append(value)  # alive, so that no id is used twice
+        if id(value) in seen or isinstance(value, (nn.Module, Tensor, type, str, bytes)):
+            return id(value)
+        if isinstance(value, dict):
+            inner = [(id(key), entry) for key, entry in value.items()]
+        elif isinstance(value, (list, tuple, deque)):
+            inner = list(enumerate(value))
+        elif isinstance(value, (set, frozenset)):
+            return (id(value), frozenset(map(id, value)))
+        elif hasattr(value, "tobytes"):
+            return (id(value), hash(value.tobytes()))
+        else:
+            inner = list(enumerate(getattr(value, "__dict__", {}).values())) if not callable(value) else []
+        seen.add(id(value))
+        return (
+            (id(value), tuple((key, self._contents(entry, seen)) for key, entry in inner))
+            if inner
+            else id(value)
+        )
+
+
+_KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
+
+
+def _everything_in(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for held in (vars(module), module._parameters, module._buffers, module._modules):
+        yield from held.items()
+
+
+def _random_states() -> dict[str, Any]:
+    """Return the states of the global random number generators, comparable."""
+    states: dict[str, Any] = {"Python": random.getstate(), "torch": torch.get_rng_state().numpy().tobytes()}
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    if numpy_random is not None:
+        kind, keys, *rest = numpy_random.get_state()
+        states["NumPy"] = (kind, keys.tobytes(), *rest)
+    return states

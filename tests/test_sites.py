@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+import biofx
+from biofx import capture, ops
+from biofx.sites import Sites, find_sites, is_synaptic, kind_of
+
+CONFIG = biofx.BioConfig(
+    apply_dales_principle=True, dales_constrain_inputs=True, dales_constrain_readout=True
+)
+
+
+def obstacles(sites: Sites) -> dict[str, str | None]:
+    return {site.layer: site.obstacle for site in sites.found}
+
+
+class OwnForward(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class OwnKernel(nn.Conv1d):
+    def _conv_forward(self, input: Any, weight: Any, bias: Any) -> Any:
+        return super()._conv_forward(input, weight * 2, bias)
+
+
+class SubclassWithoutForward(nn.Linear):
+    pass
+
+
+def with_hook(register: str) -> nn.Module:
+    layer = nn.Linear(4, 4)
+    getattr(layer, register)(lambda *given: None)
+    return layer
+
+
+def with_a_forward_of_its_own() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    vars(layer)["forward"] = torch.relu
+    return layer
+
+
+OBSTACLES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "forward hook": (lambda: with_hook("register_forward_hook"), "it has forward hooks"),
+    "forward pre-hook": (lambda: with_hook("register_forward_pre_hook"), "it has forward pre hooks"),
+    "backward hook": (lambda: with_hook("register_full_backward_hook"), "it has backward hooks"),
+    "backward pre-hook": (lambda: with_hook("register_full_backward_pre_hook"), "it has backward pre hooks"),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "computed by a parametrization"),
+    "spectral norm": (
+        lambda: parametrizations.spectral_norm(nn.Linear(4, 4)),
+        "computed by a parametrization",
+    ),
+    "own forward": (lambda: OwnForward(4, 4), "OwnForward has a forward of its own, not Linear's"),
+    "own kernel": (lambda: OwnKernel(4, 4, 1), "OwnKernel has a forward of its own, not Conv1d's"),
+    "patched": (with_a_forward_of_its_own, "replaced on the instance"),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_a_layer_that_cannot_be_lowered_is_left_alone_with_the_reason(name: str) -> None:
+    make, reason = OBSTACLES[name]
+    model = nn.Sequential(make(), nn.Linear(4, 4)).eval()
+    x = torch.ones(2, 4) if name != "own kernel" else torch.ones(4, 4)
+    bio_model, report = biofx.transform(model, passes="scale-gradients")
+    assert reason in {remark.layer: remark.message for remark in report.remarks}["0"]
+    assert bio_model.graph.find_nodes(op="call_module", target="0")
+    assert torch.equal(bio_model.eval()(x), model(x))
+
+
+def test_a_subclass_that_changes_nothing_is_a_layer_like_any_other() -> None:
+    sites = find_sites(capture(nn.Sequential(SubclassWithoutForward(4, 4))))
+    assert obstacles(sites) == {"0": None}
+
+
+def test_a_computed_weight_still_has_channels() -> None:
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.ConvTranspose1d(4, 6, 3, groups=2)),
+        parametrizations.weight_norm(nn.Conv1d(6, 8, 3, groups=2)),
+    )
+    first, second = find_sites(capture(model)).found
+    assert (first.input_channels, first.output_channels, tuple(first.parameter.shape)) == (4, 6, (4, 3, 3))
+    assert (second.input_channels, second.output_channels, tuple(second.parameter.shape)) == (6, 8, (8, 3, 3))
+
+
+def test_an_output_size_is_an_obstacle() -> None:
+    class Upsamples(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose1d(2, 2, 3, stride=2)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.up(x, output_size=[8])
+
+    found = obstacles(find_sites(capture(Upsamples())))
+    assert (
+        found["up"] == "it is called with more than its input (output_size), which its function does not take"
+    )
+
+
+class TiedEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.embedding(x))
+
+
+def test_a_weight_that_something_else_reads_is_an_obstacle() -> None:
+    (site,) = find_sites(capture(TiedEmbedding())).found
+    assert site.parameter_path == "embedding.weight"
+    assert site.obstacle == "its weight is also read by 'embedding' (Embedding), which would not follow"
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+        self.kernel = nn.Parameter(torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(1)))
+        self.back = nn.Parameter(torch.randn(6, 2, 1, generator=torch.Generator().manual_seed(2)))
+
+    def forward(self, x: Tensor) -> Any:
+        y = F.linear(input=x, weight=self.matrix)
+        y = F.conv1d(y[..., None], self.kernel, None, 1, 1, 1, 2)
+        return F.conv_transpose1d(y, self.back, groups=2)
+
+
+def test_a_function_called_with_a_parameter_is_a_site(vectors: Tensor) -> None:
+    model = Functional()
+    sites = find_sites(capture(model)).found
+    assert [site.parameter_path for site in sites] == ["matrix", "kernel", "back"]
+    assert [site.groups for site in sites] == [1, 2, 2]
+    assert [(site.input_channels, site.output_channels) for site in sites] == [(4, 4), (4, 6), (6, 4)]
+    bio_model, report = biofx.transform(model, CONFIG)
+    assert {remark.kind for remark in report.remarks} == {"applied"}
+    for site in find_sites(bio_model).found:
+        assert [node.target for node in site.operators] == [ops.constrain_sign, ops.scale_gradient]
+        assert site.has(ops.scale_gradient)
+    assert bio_model(vectors).shape == model(vectors).shape
+    assert "bio_mod.kernel.sign" in bio_model.state_dict()
+
+
+def test_a_weight_computed_in_the_graph_is_reported() -> None:
+    class Computes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, x: Tensor) -> Any:
+            return F.linear(x, self.matrix.tril())
+
+    sites = find_sites(capture(Computes()))
+    assert not sites.found
+    (bystander,) = sites.bystanders
+    assert bystander.reason == "its weight is tril, computed in the graph, not a parameter"
+
+
+def test_a_weight_read_by_an_operation_is_an_obstacle() -> None:
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.fc(x), self.fc.weight.norm()
+
+    (site,) = find_sites(capture(Penalised())).found
+    assert site.obstacle == "its weight is also read by 'norm', which would not follow"
+
+
+def test_layers_inside_what_is_called_whole_are_reported() -> None:
+    sites = find_sites(capture(nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8), nn.Linear(4, 2))))
+    assert [site.layer for site in sites.found] == ["1"]
+    assert {bystander.layer for bystander in sites.bystanders} == {
+        "0.self_attn.out_proj",
+        "0.linear1",
+        "0.linear2",
+    }
+
+
+def test_a_layer_whose_weight_is_used_directly_is_not_called_unused() -> None:
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return F.linear(x, self.used.weight, self.used.bias)
+
+    sites = find_sites(capture(Direct()))
+    assert [site.layer for site in sites.found] == ["used"]
+    assert [(entry.layer, entry.reason) for entry in sites.bystanders] == [
+        ("unused", "never called in the forward")
+    ]
+
+
+def test_weights_are_ordered_by_first_use_and_gather_their_sites() -> None:
+    class Weaves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.late, self.early, self.middle = (nn.Linear(4, 4) for _ in range(3))
+            self.twin = nn.Linear(4, 4)
+            self.twin.weight = self.early.weight
+
+        def forward(self, x: Tensor) -> Any:
+            return self.late(self.twin(self.middle(self.early(x))))
+
+    weights = find_sites(capture(Weaves())).weights()
+    assert [(weight.path, len(weight.sites), weight.depth) for weight in weights] == [
+        ("early.weight", 2, 0.0),
+        ("middle.weight", 1, 0.5),
+        ("late.weight", 1, 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "synaptic"),
+    [
+        (nn.Linear(2, 2), True),
+        (nn.Embedding(2, 2), True),
+        (nn.GRU(2, 2), True),
+        (nn.LayerNorm((2, 2)), False),
+        (nn.BatchNorm1d(2), False),
+        (nn.PReLU(), False),
+        (nn.Dropout(), False),
+    ],
+)
+def test_what_carries_weights_between_units_is_synaptic(module: nn.Module, synaptic: bool) -> None:
+    captured = capture(nn.Sequential(module))
+    (node,) = captured.graph.find_nodes(op="call_module")
+    assert is_synaptic(node, captured) is synaptic
+
+
+def test_a_layer_is_known_by_its_class() -> None:
+    kind = kind_of(SubclassWithoutForward(2, 2))
+    assert kind is not None
+    assert kind.name == "Linear"
+    assert kind_of(nn.Bilinear(2, 2, 2)) is None
