@@ -27,6 +27,7 @@ from biofx.graph_module import BioGraphModule
 from biofx.pass_base import Pass, PassResult, Scope
 from biofx.pipeline import Pipeline
 from biofx.plasticity import BioModule
+from biofx.plasticity.attach import Rule, attach
 from biofx.printing import diff_graphs, format_graph, print_changed
 from biofx.registry import available_passes
 from biofx.report import Remark, Report, applied, missed
@@ -41,6 +42,8 @@ __all__ = [
     "BioConverter",
     "BioConfig",
     "Distribution",
+    "attach",
+    "Rule",
     # passes
     "Pass",
     "PassResult",

@@ -12,12 +12,11 @@ from biofx.ops import pool_synapses
 
 
 class Layers(nn.Module):
-    """Five layers of four units, wired by the subclasses."""
+    """Four layers of four units, wired by the subclasses."""
 
     def __init__(self) -> None:
         super().__init__()
-        for name in "abcde":
-            self.add_module(name, nn.Linear(4, 4))
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
         self.norm = nn.LayerNorm((2, 4))
         self.gain = nn.Parameter(torch.eye(4))
 

@@ -31,9 +31,10 @@ class Model(nn.Module):
         super().__init__()
         self.unused = nn.Linear(2, 2)
         self.last = nn.Linear(4, 2)
-        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.BatchNorm1d(4)])
         self.first = nn.Linear(4, 4)
-        self.first.weight = self.blocks[0].weight
+        tied = nn.Linear(4, 4)
+        tied.weight = self.first.weight
+        self.blocks = nn.ModuleList([tied, nn.BatchNorm1d(4)])
         self.register_buffer("scale", torch.ones(4), persistent=False)
         self.names = ["a", "b"]
         self.register_forward_hook(double_all)

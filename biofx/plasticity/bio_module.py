@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,13 +76,15 @@ class BioModule(nn.Module):
     )
     """Methods that a converted model offers, calling them on every layer."""
 
-    fuzzy_learning_rate_parameters: Tensor | None
-    sign: Tensor | None
-    noise: Tensor | None
-    activity: Tensor | None
-    target_strength: Tensor | None
-    steps: Tensor | None
-    events: Tensor | None
+    if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
+        fuzzy_learning_rate_parameters: Tensor | None
+        sign: Tensor | None
+        noise: Tensor | None
+        activity: Tensor | None
+        target_strength: Tensor | None
+        steps: Tensor | None
+        events: Tensor | None
+        sign_layout: dict[str, int]
 
     def __init__(
         self, parent: nn.Module | Callable[[], nn.Module] | None = None, config: BioConfig | None = None
@@ -94,7 +96,7 @@ class BioModule(nn.Module):
         self.path = "weight"
         self.depth = 0.0
         self.scaled_in_graph = False
-        self.sign_layout: dict[str, int] = {}
+        self.sign_layout = {}
         if parent is not None:
             self.link(parent if isinstance(parent, nn.Module) else parent())
             if config is not None:
@@ -238,15 +240,30 @@ class BioModule(nn.Module):
         """Multiply the weight's gradient by volume-dependent factors; call it between backward and step."""
         self._require("volume_dependent_lr")
         gradient = self._gradient()
-        factors = volume_factors(
+        gradient.mul_(self.volume_factors().to(gradient.dtype))
+        return gradient.numel()
+
+    def volume_factors(self) -> Tensor:
+        """Draw volume-dependent factors for the weight as it is, shaped like it, dimensionless."""
+        return volume_factors(
             self.weight,
             base=self.config.base_lr,
             stability=self.config.stability_factor,
             variability=self.config.lr_variability,
             generator=self._generator("volume"),
         )
-        gradient.mul_(factors.to(gradient.dtype))
-        return gradient.numel()
+
+    @torch.no_grad()
+    def unscale_gradient(self) -> bool:
+        """Take the factors that the graph applied out of the gradient again (but for those of 0).
+
+        Returns:
+            Whether there was anything to take out.
+        """
+        if self.scaled_in_graph:
+            gradient, factors = self._gradient(), self._factors()
+            gradient.div_(torch.where(factors > 0, factors, torch.ones_like(factors)).to(gradient.dtype))
+        return self.scaled_in_graph
 
     @torch.no_grad()
     def crystallize(self) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from biofx.errors import PlasticityError
-from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.bio_module import BioModule, bio_module_at
+from biofx.sites import find_sites
 
 
 def bio_modules(model: nn.Module) -> dict[str, BioModule]:
@@ -17,6 +19,22 @@ def bio_modules(model: nn.Module) -> dict[str, BioModule]:
         for module in model.modules()
         if isinstance(module, BioModule) and module.is_linked
     }
+
+
+def prepare_states(model: nn.Module) -> dict[str, BioModule]:
+    """Return the state of every weight, made where a layer has none yet.
+
+    Raises:
+        PlasticityError: the model is no graph module, or has no weight that rules could act on.
+    """
+    if not isinstance(model, GraphModule):
+        raise PlasticityError(
+            f"expected a transformed or converted model, found a {type(model).__name__}; "
+            "use biofx.transform or biofx.BioConverter first"
+        )
+    for weight in find_sites(model).weights():
+        bio_module_at(model, weight.path)
+    return bio_modules(model)
 
 
 def exposed_rules(model: nn.Module) -> set[str]:
@@ -50,7 +68,8 @@ def apply_rule(model: nn.Module, rule: str, *args: Any, **kwargs: Any) -> dict[s
             "fuzzy_learning_rates: the graph scales the gradients already, during backward; calling it too "
             "would apply the factors twice. Leave the call out, or convert the model with BioConverter"
         )
-    if all(reason is not None for reason in reasons.values()):
+    may_idle = rule == "update_fuzzy_learning_rates"  # static factors stay as they are, as asked
+    if not may_idle and all(reason is not None for reason in reasons.values()):
         told = "; ".join(f"{path}: {reason}" for path, reason in reasons.items()) or "no layer offers it"
         raise PlasticityError(f"{rule} has nothing to act on ({told})")
     for path, state in states.items():

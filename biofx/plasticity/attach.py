@@ -1,0 +1,329 @@
+"""Plasticity that runs by itself, from the optimizer's own step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from biofx.errors import OptionError, PlasticityError, suggest
+from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.model_rules import exposed_rules, prepare_states
+from biofx.plasticity.scale_survival import keeps_gradient_factors, refuse_closures
+from biofx.validate import Range
+
+_BEFORE_STEP = ("crystallize", "update_fuzzy_learning_rates")
+_BUILT_IN = ("fuzzy_learning_rates", "volume_dependent_lr", *_BEFORE_STEP)
+_TAKEN: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a plasticity rule runs.
+
+    Raises:
+        OptionError: ``every`` is not positive, ``after`` negative, or ``until`` not past ``after``.
+    """
+
+    name: str
+    """A method that the model's layers offer, e.g. ``"rejuvenate_weights"``."""
+    every: int = 1
+    """Optimizer steps from one run to the next, a count >= 1."""
+    after: int = 0
+    """Optimizer steps before the first run, a count."""
+    until: int | None = None
+    """Optimizer steps after which it no longer runs; None for no end."""
+
+    def __post_init__(self) -> None:
+        Range(1, whole=True).check(f"rule {self.name!r}: every", self.every)
+        Range(0, whole=True).check(f"rule {self.name!r}: after", self.after)
+        if self.until is not None:
+            Range(self.after + 1, whole=True).check(f"rule {self.name!r}: until", self.until)
+
+    def is_due(self, step: int) -> bool:
+        """Whether it runs at the optimizer's step of that number, counted from 0."""
+        past_end = self.until is not None and step >= self.until
+        return step >= self.after and not past_end and (step - self.after) % self.every == 0
+
+
+@dataclass
+class LayerStep:
+    """What one optimizer step did to one weight."""
+
+    state: BioModule
+    gradient_norm: float
+    """L2 norm of the gradient before any factor."""
+    update_norm: float
+    """L2 norm of what the step changed in the weight, rules on weights left out."""
+    touched: dict[str, int] = field(default_factory=dict)
+    """Synapses that each rule touched, by the rule's name."""
+
+
+Observer = Callable[[int, Mapping[str, LayerStep]], object]
+"""Called after each step with its number, from 0, and what it did to each weight, by path."""
+
+
+@dataclass
+class _Bound:
+    """A weight that an optimizer steps."""
+
+    state: BioModule
+    scales_updates: bool
+    group: dict[str, Any]
+    old: Tensor | None = None
+    multiplier: Tensor | None = None
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    schedule: Iterable[Rule | str] = (),
+    *,
+    decay: str = "scaled",
+    observers: Iterable[Observer] = (),
+) -> Attachment:
+    """Run a model's plasticity from the steps of its optimizer; the training loop stays as it is.
+
+    Learning-rate factors act at every step. They multiply gradients where the optimizer lets a factor on a
+    gradient through, and updates where it does not, which is found out by trying it. Dynamic factors change
+    at every step; signs are written back into the weights after it. Other rules run as scheduled.
+
+    Args:
+        model: a transformed or converted model, wrapped (DDP, ``torch.compile``) or not.
+        optimizer: any number of them, each attached by itself, on weights of their own.
+        schedule: rules and when they run; a name alone runs at every step.
+        decay: ``"scaled"``: a factor scales weight decay too, so that 0 freezes a weight to the bit;
+            ``"free"``: decoupled weight decay acts in full.
+        observers: called after each step, e.g. a :class:`biofx.Monitor`.
+
+    Returns:
+        The attachment: ``detach()``, ``state_dict()``, ``load_state_dict()``.
+
+    Raises:
+        PlasticityError: the optimizer holds none of the model's weights, is attached already, or takes
+            steps that factors have no meaning for (LBFGS).
+        OptionError: the schedule names an unknown rule, or ``decay`` is unknown.
+    """
+    plain = _unwrapped(model)
+    states = prepare_states(plain)
+    rules = tuple(Rule(entry) if isinstance(entry, str) else entry for entry in schedule)
+    known = sorted(exposed_rules(plain))
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise OptionError(f"schedule: expected rules or their names, found {rule!r}")
+        if rule.name not in known:
+            raise OptionError(f"schedule: no layer offers a rule {rule.name!r}{suggest(rule.name, known)}")
+        if rule.name == "fuzzy_learning_rates":
+            raise OptionError("schedule: fuzzy_learning_rates acts at every step already; leave it out")
+    if decay not in ("scaled", "free"):
+        raise OptionError(f"decay: expected 'scaled' or 'free', found {decay!r}")
+    refuse_closures(optimizer)
+    return Attachment(states, optimizer, rules, decay, tuple(observers))
+
+
+class Attachment:
+    """Plasticity bound to an optimizer; made by :func:`attach`."""
+
+    def __init__(
+        self,
+        states: Mapping[str, BioModule],
+        optimizer: Optimizer,
+        rules: tuple[Rule, ...],
+        decay: str,
+        observers: tuple[Observer, ...],
+    ) -> None:
+        self.steps = 0
+        """Optimizer steps so far, a count."""
+        self.left_alone: dict[str, str] = {}
+        """Weights that this attachment does not act on, with the reason, by path."""
+        self.rules = rules
+        self._decay = decay
+        self._observers = list(observers)
+        self._bound = self._bind(states, optimizer)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._optimizer = optimizer
+        _TAKEN.update({id(bound.state.weight): self for bound in self._bound.values()})
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """What factors multiply, ``"gradient"`` or ``"update"``, by the weight's path."""
+        return {path: "update" if bound.scales_updates else "gradient" for path, bound in self._bound.items()}
+
+    def detach(self) -> None:
+        """Let the optimizer step as if nothing had been attached; weights and factors stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        for bound in self._bound.values():
+            _TAKEN.pop(id(bound.state.weight), None)
+        self._hooks, self._bound = [], {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later run needs to go on, besides the state dicts of model and optimizer."""
+        return {"version": 1, "steps": self.steps, "rules": [asdict(rule) for rule in self.rules]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another attachment stopped.
+
+        Raises:
+            PlasticityError: it is of another version, or ran another schedule; nothing has been changed.
+        """
+        if state.get("version") != 1:
+            found = state.get("version")
+            raise PlasticityError(f"expected the state of an attachment, version 1, found version {found!r}")
+        rules = tuple(Rule(**entry) for entry in state["rules"])
+        if rules != self.rules:
+            raise PlasticityError(
+                f"expected a state of the same schedule, {list(self.rules)}, found {list(rules)}"
+            )
+        self.steps = int(state["steps"])
+
+    def _bind(self, states: Mapping[str, BioModule], optimizer: Optimizer) -> dict[str, _Bound]:
+        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        survives: dict[str, bool] = {}
+        bound: dict[str, _Bound] = {}
+        for path, state in states.items():
+            weight = state.weight
+            group = group_of.get(id(weight))
+            if group is None:
+                self.left_alone[path] = "the optimizer does not hold it"
+            elif not weight.requires_grad:
+                self.left_alone[path] = "it is frozen"
+            elif id(weight) in _TAKEN:
+                raise PlasticityError(
+                    f"{path!r} is attached to an optimizer already; detach() that one first"
+                )
+            else:
+                options = repr({name: value for name, value in group.items() if name != "params"})
+                if options not in survives:
+                    survives[options] = keeps_gradient_factors(optimizer, group)
+                if self._decay == "free":
+                    _decoupled_decay(optimizer, group)
+                decays = bool(group.get("weight_decay"))
+                bound[path] = _Bound(state, not survives[options] or decays, group)
+        if not bound:
+            raise PlasticityError(
+                f"expected an optimizer of this model's weights, found a {type(optimizer).__name__} that holds "
+                "none of them; build it from bio_model.parameters()"
+            )
+        return bound
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = list(args[1:] if args and args[0] is optimizer else args)
+        closure = arguments[0] if arguments else kwargs.get("closure")
+        if closure is None:
+            self._prepare()
+            return None
+
+        def closure_then_rules() -> Any:
+            result = closure()
+            self._prepare()
+            return result
+
+        rest = args[:1] if args and args[0] is optimizer else ()
+        return rest, {**kwargs, "closure": closure_then_rules}
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Between backward and step: run the rules on gradients, then scale what is to be scaled."""
+        self._layers: dict[str, LayerStep] = {}
+        for path, bound in self._bound.items():
+            state, gradient = bound.state, bound.state.weight.grad
+            bound.old = bound.multiplier = None
+            if gradient is None:
+                continue
+            layer = self._layers[path] = LayerStep(state, float("nan"), float("nan"))
+            if state.is_dynamic and state.why_not("update_fuzzy_learning_rates") is None:
+                layer.touched["update_fuzzy_learning_rates"] = state.update_fuzzy_learning_rates()
+            if self._is_due("crystallize") and state.why_not("crystallize") is None:
+                layer.touched["crystallize"] = state.crystallize()
+            if bound.scales_updates:
+                state.unscale_gradient()
+            if self._observers:
+                layer.gradient_norm = float(gradient.norm())
+            bound.multiplier = self._multiplier(bound, layer)
+            if bound.scales_updates or self._observers:
+                bound.old = state.weight.detach().clone()
+            if bound.multiplier is not None and not bound.scales_updates:
+                gradient.mul_(bound.multiplier.to(gradient.dtype))
+
+    def _multiplier(self, bound: _Bound, layer: LayerStep) -> Tensor | None:
+        """Return what gradient or update is to be multiplied by, None for nothing."""
+        state = bound.state
+        done_in_graph = state.scaled_in_graph and not bound.scales_updates
+        factors = None if done_in_graph else state.fuzzy_learning_rate_parameters
+        if not self._is_due("volume_dependent_lr"):
+            return factors
+        volume = state.volume_factors()
+        layer.touched["volume_dependent_lr"] = volume.numel()
+        return volume if factors is None else volume.mul_(factors.to(volume.dtype))
+
+    def _is_due(self, name: str) -> bool:
+        return any(rule.name == name and rule.is_due(self.steps) for rule in self.rules)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """After the step: rescale updates, write signs back, then run the rules on weights."""
+        for path, layer in self._layers.items():
+            bound, weight = self._bound[path], self._bound[path].state.weight
+            if bound.scales_updates and bound.old is not None and bound.multiplier is not None:
+                start = bound.old
+                if self._decay == "free":
+                    start = start * (1 - _decoupled_decay(optimizer, bound.group))
+                weight.sub_(start).mul_(bound.multiplier.to(weight.dtype)).add_(start)
+            if self._observers and bound.old is not None:
+                layer.update_norm = float((weight - bound.old).norm())
+            bound.old = bound.multiplier = None
+            if layer.state.sign is not None:
+                layer.touched["enforce_dales_principle"] = layer.state.enforce_dales_principle()
+        for rule in self.rules:
+            if rule.name not in _BUILT_IN and rule.is_due(self.steps):
+                self._run_on_weights(rule.name, optimizer)
+        for observer in self._observers:
+            observer(self.steps, self._layers)
+        self._layers = {}
+        self.steps += 1
+
+    def _run_on_weights(self, name: str, optimizer: Optimizer) -> None:
+        able = [layer for layer in self._layers.values() if layer.state.why_not(name) is None]
+        for layer in able:
+            layer.state.check(name)
+        for layer in able:
+            rule = getattr(layer.state, name)
+            result = rule(optimizer) if name == "rejuvenate_weights" else rule()
+            layer.touched[name] = result if isinstance(result, int) else 0
+
+
+def _decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
+    """Return the fraction of a weight that decoupled weight decay takes away in a step.
+
+    Raises:
+        PlasticityError: the optimizer's weight decay is not decoupled from the gradient.
+    """
+    if not group.get("weight_decay"):
+        return 0.0
+    if not (type(optimizer).__name__ == "AdamW" or group.get("decoupled_weight_decay")):
+        raise PlasticityError(
+            f"decay='free': {type(optimizer).__name__} mixes weight decay into the gradient, where it cannot "
+            "be told apart; use decoupled decay (AdamW), or decay='scaled'"
+        )
+    return float(group["lr"]) * float(group["weight_decay"])
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        inner = getattr(model, "_orig_mod", None) or (model.module if _is_wrapper(model) else None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _is_wrapper(model: nn.Module) -> bool:
+    return type(model).__name__ in ("DistributedDataParallel", "DataParallel") and hasattr(model, "module")
