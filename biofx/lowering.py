@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional as F
 
 from biofx.errors import PassError
@@ -40,6 +40,7 @@ def lower(graph_module: GraphModule, site: WeightSite) -> None:
                 "call_function", F.pad, (source, pad), mode, f"{node.name}_padded"
             )
             source.meta = dict(node.meta)
+        _keep_reads_of(node.graph)
         options.pop("padding", None)
     node.op = "call_function"
     node.target = site.kind.function
@@ -81,20 +82,45 @@ def wrap_weight(
                     "call_function", operator, (weight, state), options, f"{stem}_{suffix}"
                 )
             new.meta = dict(weight.meta)
+            _keep_reads_of(weight.graph)
             wrapped[weight] = new
         site.node.replace_input_with(weight, wrapped[weight])
 
 
 def _attribute_node(graph_module: GraphModule, path: str, before: Node, name: str | None = None) -> Node:
     """Return the one ``get_attr`` node for ``path``, made or moved so that it stands ahead of ``before``."""
-    existing = next(iter(graph_module.graph.find_nodes(op="get_attr", target=path)), None)
+    reads = _reads_of(graph_module.graph)
+    existing = reads.get(path)
     if existing is None:
         with graph_module.graph.inserting_before(before):
             existing = graph_module.graph.create_node("get_attr", path, name=name or path.replace(".", "_"))
+        reads[path] = existing
+        _keep_reads_of(graph_module.graph)
         existing.meta = {key: value for key, value in before.meta.items() if key == "nn_module_stack"}
     elif before < existing:
         before.prepend(existing)
     return existing
+
+
+_READS = "_biofx_reads"
+
+
+def _reads_of(graph: Graph) -> dict[str, Node]:
+    """Return the ``get_attr`` nodes of a graph by path, kept on the graph while only this module adds nodes.
+
+    ``find_nodes`` looks through all of them, which would make lowering a model quadratic.
+    """
+    count, reads = getattr(graph, _READS, (-1, {}))
+    if count != len(graph.nodes):
+        reads = {str(node.target): node for node in reversed(graph.find_nodes(op="get_attr"))}
+        setattr(graph, _READS, (len(graph.nodes), reads))
+    found: dict[str, Node] = reads
+    return found
+
+
+def _keep_reads_of(graph: Graph) -> None:
+    """Say that the nodes by path are still all there are, after a node that was added here."""
+    setattr(graph, _READS, (len(graph.nodes), getattr(graph, _READS)[1]))
 
 
 def _options(module: nn.Module, site: WeightSite) -> dict[str, Any]:

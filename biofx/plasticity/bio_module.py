@@ -76,6 +76,8 @@ class BioModule(nn.Module):
     )
     """Methods that a converted model offers, calling them on every layer."""
 
+    __jit_unused_properties__: ClassVar[list[str]] = ["weight", "is_linked", "output_axis", "is_dynamic"]
+
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         fuzzy_learning_rate_parameters: Tensor | None
         sign: Tensor | None
