@@ -24,6 +24,8 @@ from biofx.errors import (
     SelectorError,
 )
 from biofx.graph_module import BioGraphModule
+from biofx.monitor import Monitor
+from biofx.monitor_records import LayerRecord, StepRecord
 from biofx.pass_base import Pass, PassResult, Scope
 from biofx.pipeline import Pipeline
 from biofx.plasticity import BioModule
@@ -44,6 +46,9 @@ __all__ = [
     "Distribution",
     "attach",
     "Rule",
+    "Monitor",
+    "StepRecord",
+    "LayerRecord",
     # passes
     "Pass",
     "PassResult",

@@ -11,6 +11,7 @@ from biofx.graph_module import BioGraphModule
 from biofx.pass_base import Pass
 from biofx.passes import ConstrainSigns, ObserveActivity, ScaleGradients, SplitWeights
 from biofx.pipeline import Pipeline
+from biofx.plasticity.bio_module import bio_module_at, rule_config
 from biofx.plasticity.model_rules import bio_modules
 from biofx.select import NodeIndex, Override, picks
 from biofx.sites import find_sites
@@ -149,13 +150,18 @@ def configure_layers(graph_module: BioGraphModule, config: BioConfig) -> None:
         SelectorError: an override's selector matches nothing.
     """
     index = NodeIndex(graph_module)
-    overrides = [(index.matches(override.selector), dict(override.options)) for override in config.overrides]
+    matches = [index.matches(override.selector) for override in config.overrides]
     states = bio_modules(graph_module)
+    made: dict[tuple[int, ...], BioConfig] = {}
     for weight in find_sites(graph_module).weights():
-        fields: dict[str, Any] = {}
-        for matches, options in overrides:
-            if any(picks(match, site.node, site.layer) for match in matches for site in weight.sites):
-                fields.update(options)
-        state = states.get(weight.path)
-        if state is not None:
-            state.configure(config.replace(**fields))
+        active = tuple(
+            number
+            for number, found in enumerate(matches)
+            if any(picks(match, site.node, site.layer) for match in found for site in weight.sites)
+        )
+        if active not in made:
+            fields = {name: value for number in active for name, value in config.overrides[number].options}
+            made[active] = rule_config(config.replace(**fields))
+        # made where there is none yet: rules may act on the weight later, and then by these options
+        state = states.get(weight.path) or bio_module_at(graph_module, weight.path)
+        state.config = made[active]

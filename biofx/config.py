@@ -263,6 +263,7 @@ class BioConfig:
         toml.write(path, _as_text(table))
 
 
+@functools.cache
 def _field_names() -> list[str]:
     return [entry.name for entry in dataclasses.fields(BioConfig)]
 

@@ -119,17 +119,24 @@ class BioConverter:
 
 def _prepare(captured: BioGraphModule, config: BioConfig) -> None:
     """Tell every layer's state where it is in the model, and let it draw its factors accordingly."""
-    for path, module in captured.named_modules():
+    owners: dict[int, BioModule] = {}
+    for path, module in list(captured.named_modules()):
         state = module._modules.get("bio_mod")
-        if isinstance(state, BioModule):
-            state.link(module)
-            state.path = f"{path}.weight" if path else "weight"
+        if not isinstance(state, BioModule):
+            continue
+        shared = owners.get(id(module._parameters.get("weight")))
+        if shared is not None:  # a tied weight has one state, whichever of its layers is asked
+            module._modules["bio_mod"] = shared
+            continue
+        state.link(module)
+        state.path = f"{path}.weight" if path else "weight"
+        if state.parameter is not None:
+            owners[id(state.parameter)] = state
     configure_layers(captured, config)
-    for weight in find_sites(captured).weights():
-        owner = captured.get_submodule(weight.path.rpartition(".")[0])
-        state = owner._modules.get("bio_mod")
-        if isinstance(state, BioModule) and not state.scaled_in_graph:
-            state.depth = weight.depth
+    depths = {weight.path: weight.depth for weight in find_sites(captured).weights()}
+    for state in owners.values():
+        if not state.scaled_in_graph:
+            state.depth = depths.get(state.path, 0.0)
             state.draw()
 
 

@@ -15,10 +15,13 @@ AUGMENTED_ASSIGNMENTS = (
 )
 """Names of the operators that change what stands on their left, where that can be changed."""
 
-_IN_PLACE_OPERATORS: frozenset[Any] = frozenset(
-    {operator.setitem, *(getattr(operator, name) for name in AUGMENTED_ASSIGNMENTS)}
+_IN_PLACE_FUNCTIONS: frozenset[Any] = frozenset(
+    {operator.setitem, operator.delitem, setattr, delattr}
+    | {getattr(operator, name) for name in AUGMENTED_ASSIGNMENTS}
 )
-_IN_PLACE_METHODS = frozenset({"__setitem__", *(f"__{name}__" for name in AUGMENTED_ASSIGNMENTS)})
+_IN_PLACE_METHODS = frozenset(
+    {"__setitem__", "__delitem__", *(f"__{name}__" for name in AUGMENTED_ASSIGNMENTS)}
+)
 _VIEWS: frozenset[Any] = frozenset({getattr, operator.getitem, torch.chunk, torch.split, torch.transpose})
 _VIEW_METHODS = frozenset(
     {
@@ -29,27 +32,30 @@ _VIEW_METHODS = frozenset(
 )
 
 
+def changes_in_place(node: Node) -> bool:
+    """Whether a node writes to something instead of, or besides, computing a value."""
+    if node.op == "call_module":
+        return getattr(_called_module(node), "inplace", False) is True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op.startswith("call") and (
+        "out" in node.kwargs
+        or node.kwargs.get("inplace") is True
+        or node.target in _IN_PLACE_FUNCTIONS
+        or name in _IN_PLACE_METHODS
+        or (name.endswith("_") and not name.endswith("__"))
+    )
+
+
 def changed_in_place(node: Node) -> list[Node]:
     """Return the nodes whose value a node changes: what it writes to, and what that is a view of."""
     base: Any = None
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op == "call_module":
-        module = _called_module(node)
-        base = node.args[0] if getattr(module, "inplace", False) is True and node.args else None
-    elif "out" in node.kwargs:
-        base = node.kwargs["out"]
-    elif node.op.startswith("call") and (
-        node.target in _IN_PLACE_OPERATORS
-        or node.kwargs.get("inplace") is True
-        or name in _IN_PLACE_METHODS
-        or (name.endswith("_") and not name.endswith("__"))
-    ):
-        base = node.args[0] if node.args else None
+    if changes_in_place(node):
+        base = node.kwargs.get("out", node.args[0] if node.args else None)
     changed: list[Node] = []
     while isinstance(base, Node):
         changed.append(base)
         is_view = base.target in _VIEWS or (base.op == "call_method" and base.target in _VIEW_METHODS)
-        base = base.args[0] if (is_view or base.target in _IN_PLACE_OPERATORS) and base.args else None
+        base = base.args[0] if (is_view or base.target in _IN_PLACE_FUNCTIONS) and base.args else None
     return changed
 
 

@@ -6,121 +6,109 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from biofx.errors import PassError
 from biofx.sites import WeightSite
 
 
-def lower(graph_module: GraphModule, site: WeightSite) -> None:
-    """Replace a layer's call by its function on a visible weight: ``fc(x)`` becomes ``linear(x, w, b)``.
+class Lowering:
+    """Lowers the layers of one graph; while it is used, no one else may add or remove ``get_attr`` nodes."""
 
-    The node keeps its name and its users, the layer module stays in the tree, and the function is the one
-    the module calls itself, so the result is equal to the bit. A site that is lowered already is left alone.
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.graph_module = graph_module
+        # by path, so that looking one up does not go through the graph, which would make it all quadratic
+        self._reads = {
+            str(node.target): node for node in reversed(graph_module.graph.find_nodes(op="get_attr"))
+        }
 
-    Raises:
-        PassError: the site has an obstacle; a pass reports those as missed instead of asking.
-    """
-    if site.node.op != "call_module":
-        return
-    if site.obstacle is not None:
-        raise PassError(f"{site.node.name!r} cannot be lowered: {site.obstacle}")
-    node, module = site.node, graph_module.get_submodule(str(site.node.target))
-    (source,) = (*node.args, *node.kwargs.values())
-    weight = _attribute_node(graph_module, site.parameter_path, node)
-    bias_path = f"{node.target}.bias"
-    bias = None if module.bias is None else _attribute_node(graph_module, bias_path, node)
-    options = _options(module, site)
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        with node.graph.inserting_before(node):
-            pad = tuple(module._reversed_padding_repeated_twice)  # type: ignore[arg-type]
-            mode: dict[str, Any] = {"mode": str(module.padding_mode)}
-            source = node.graph.create_node(
-                "call_function", F.pad, (source, pad), mode, f"{node.name}_padded"
-            )
-            source.meta = dict(node.meta)
-        _keep_reads_of(node.graph)
-        options.pop("padding", None)
-    node.op = "call_function"
-    node.target = site.kind.function
-    node.args = (source, weight) if bias is None else (source, weight, bias)
-    node.kwargs = options
+    def lower(self, site: WeightSite) -> None:
+        """Replace a layer's call by its function on a visible weight: ``fc(x)`` becomes ``linear(x, w, b)``.
 
+        The node keeps its name and its users, the layer module stays in the tree, and the function is the one
+        the module calls itself, so the result is equal to the bit. A site that is lowered already is left
+        alone.
 
-def wrap_weight(
-    graph_module: GraphModule,
-    sites: Sequence[WeightSite],
-    operator: Callable[..., Any],
-    buffer: tuple[str, str],
-    suffix: str,
-    **options: Any,
-) -> None:
-    """Insert ``operator(weight, buffer, **options)`` between a weight and some of the sites that use it.
+        Raises:
+            PassError: the site has an obstacle; a pass reports those as missed instead of asking.
+        """
+        if site.node.op != "call_module":
+            return
+        if site.obstacle is not None:
+            raise PassError(f"{site.node.name!r} cannot be lowered: {site.obstacle}")
+        node, module = site.node, self.graph_module.get_submodule(str(site.node.target))
+        (source,) = (*node.args, *node.kwargs.values())
+        weight = self._read(site.parameter_path, node)
+        bias = None if module.bias is None else self._read(f"{node.target}.bias", node)
+        options = _options(module, site)
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            source = _padded(node, source, module)
+            options.pop("padding", None)
+        node.op = "call_function"
+        node.target = site.kind.function
+        node.args = (source, weight) if bias is None else (source, weight, bias)
+        node.kwargs = options
 
-    Sites that read the same expression go on sharing one: a weight that is used twice is wrapped once.
+    def wrap_weight(
+        self,
+        sites: Sequence[WeightSite],
+        operator: Callable[..., Any],
+        buffer: tuple[str, str],
+        suffix: str,
+        **options: Any,
+    ) -> None:
+        """Insert ``operator(weight, buffer, **options)`` between a weight and some of the sites that use it.
 
-    Args:
-        graph_module: changed in place.
-        sites: lowered sites of one parameter.
-        operator: a weight operator.
-        buffer: path of its second argument, and how the name of that node ends.
-        suffix: how the name of the new node ends; both begin with the layer's.
-        **options: its keyword arguments.
-    """
-    wrapped: dict[Node, Node] = {}
-    buffer_path, buffer_suffix = buffer
-    for site in sites:
-        weight = site.weight_node
-        if weight is None:
-            raise PassError(f"{site.node.name!r} must be lowered before its weight can be wrapped")
-        if weight not in wrapped:
-            stem = site.parameter_path.removesuffix(".weight").replace(".", "_")
-            state = _attribute_node(graph_module, buffer_path, weight.next, f"{stem}_{buffer_suffix}")
-            with weight.graph.inserting_before(max(state, weight).next):
-                new = weight.graph.create_node(
-                    "call_function", operator, (weight, state), options, f"{stem}_{suffix}"
-                )
-            new.meta = dict(weight.meta)
-            _keep_reads_of(weight.graph)
-            wrapped[weight] = new
-        site.node.replace_input_with(weight, wrapped[weight])
+        Sites that read the same expression go on sharing one: a weight that is used twice is wrapped once.
 
+        Args:
+            sites: lowered sites of one parameter.
+            operator: a weight operator.
+            buffer: path of its second argument, and how the name of that node ends.
+            suffix: how the name of the new node ends; both begin with the layer's.
+            **options: its keyword arguments.
+        """
+        wrapped: dict[Node, Node] = {}
+        buffer_path, buffer_suffix = buffer
+        for site in sites:
+            weight = site.weight_node
+            if weight is None:
+                raise PassError(f"{site.node.name!r} must be lowered before its weight can be wrapped")
+            if weight not in wrapped:
+                stem = site.parameter_path.removesuffix(".weight").replace(".", "_")
+                state = self._read(buffer_path, weight.next, f"{stem}_{buffer_suffix}")
+                with weight.graph.inserting_before(max(state, weight).next):
+                    new = weight.graph.create_node(
+                        "call_function", operator, (weight, state), options, f"{stem}_{suffix}"
+                    )
+                new.meta = dict(weight.meta)
+                wrapped[weight] = new
+            site.node.replace_input_with(weight, wrapped[weight])
 
-def _attribute_node(graph_module: GraphModule, path: str, before: Node, name: str | None = None) -> Node:
-    """Return the one ``get_attr`` node for ``path``, made or moved so that it stands ahead of ``before``."""
-    reads = _reads_of(graph_module.graph)
-    existing = reads.get(path)
-    if existing is None:
-        with graph_module.graph.inserting_before(before):
-            existing = graph_module.graph.create_node("get_attr", path, name=name or path.replace(".", "_"))
-        reads[path] = existing
-        _keep_reads_of(graph_module.graph)
-        existing.meta = {key: value for key, value in before.meta.items() if key == "nn_module_stack"}
-    elif before < existing:
-        before.prepend(existing)
-    return existing
+    def _read(self, path: str, before: Node, name: str | None = None) -> Node:
+        """Return the one ``get_attr`` node for ``path``, made or moved to stand ahead of ``before``."""
+        existing = self._reads.get(path)
+        if existing is None:
+            with before.graph.inserting_before(before):
+                existing = before.graph.create_node("get_attr", path, name=name or path.replace(".", "_"))
+            existing.meta = {key: value for key, value in before.meta.items() if key == "nn_module_stack"}
+            self._reads[path] = existing
+        elif before < existing:
+            before.prepend(existing)
+        return existing
 
 
-_READS = "_biofx_reads"
-
-
-def _reads_of(graph: Graph) -> dict[str, Node]:
-    """Return the ``get_attr`` nodes of a graph by path, kept on the graph while only this module adds nodes.
-
-    ``find_nodes`` looks through all of them, which would make lowering a model quadratic.
-    """
-    count, reads = getattr(graph, _READS, (-1, {}))
-    if count != len(graph.nodes):
-        reads = {str(node.target): node for node in reversed(graph.find_nodes(op="get_attr"))}
-        setattr(graph, _READS, (len(graph.nodes), reads))
-    found: dict[str, Node] = reads
-    return found
-
-
-def _keep_reads_of(graph: Graph) -> None:
-    """Say that the nodes by path are still all there are, after a node that was added here."""
-    setattr(graph, _READS, (len(graph.nodes), getattr(graph, _READS)[1]))
+def _padded(node: Node, source: Any, module: nn.Module) -> Node:
+    """Insert the padding that a convolution with a padding mode of its own does by itself."""
+    pad: Any = module._reversed_padding_repeated_twice
+    mode: dict[str, Any] = {"mode": str(module.padding_mode)}
+    with node.graph.inserting_before(node):
+        padded = node.graph.create_node(
+            "call_function", F.pad, (source, tuple(pad)), mode, f"{node.name}_padded"
+        )
+    padded.meta = dict(node.meta)
+    return padded
 
 
 def _options(module: nn.Module, site: WeightSite) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.graph_module import BioGraphModule
+from biofx.in_place import changes_in_place
 from biofx.pass_text import format_item
 from biofx.report import Change, PassReport, Remark, Report, Snapshot, compare
 from biofx.select import (
@@ -273,20 +274,8 @@ def _erase_orphans(graph_module: GraphModule, unused_before: set[Node]) -> None:
 
 
 def _is_pure(node: Node) -> bool:
-    if node.op == "get_attr":
-        return True
-    if node.kwargs.get("inplace") or "out" in node.kwargs:
-        return False
-    name = str(getattr(node.target, "__name__", node.target))
-    in_place = (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _IN_PLACE_OPERATORS
-    return node.op in ("call_function", "call_method") and not node.is_impure() and not in_place
-
-
-_IN_PLACE_OPERATORS = frozenset(
-    {"setitem", "delitem", "setattr", "delattr"}
-    | {f"i{sign}" for sign in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")}
-    | {f"i{sign}" for sign in ("and", "or", "xor", "lshift", "rshift")}
-)
+    computes = node.op in ("call_function", "call_method") and not node.is_impure()
+    return node.op == "get_attr" or (computes and not changes_in_place(node))
 
 
 def _attributed(changes: list[Change], graph_module: GraphModule, remarks: list[Remark]) -> list[Change]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from biofx.errors import OptionError
 from biofx.graph_module import BioGraphModule
+from biofx.lowering import Lowering
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, missed
 from biofx.sites import Weight, WeightSite, find_sites
@@ -28,7 +29,7 @@ class WeightPass(Pass):
         """Return why a selected site is left alone, None if it is not."""
 
     @abstractmethod
-    def wrap(self, graph_module: BioGraphModule, weight: Weight) -> Iterator[Remark]:
+    def wrap(self, lowering: Lowering, weight: Weight) -> Iterator[Remark]:
         """Wrap a weight for the uses it comes with, and say so of each."""
 
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
@@ -38,7 +39,7 @@ class WeightPass(Pass):
             OptionError: two uses of one weight are given different options.
         """
         sites = find_sites(graph_module)
-        survey = self.survey(graph_module)
+        survey, lowering = self.survey(graph_module), Lowering(graph_module)
         for weight in sites.weights():
             taken: list[WeightSite] = []
             chosen: WeightPass = self
@@ -56,6 +57,6 @@ class WeightPass(Pass):
                 chosen = options
                 taken.append(site)
             if taken:
-                yield from chosen.wrap(graph_module, dataclasses.replace(weight, sites=tuple(taken)))
+                yield from chosen.wrap(lowering, dataclasses.replace(weight, sites=tuple(taken)))
         for bystander in sites.bystanders:
             yield missed(bystander.node, bystander.layer, bystander.reason)

@@ -24,7 +24,7 @@ from torch.fx import Node
 from biofx import ops
 from biofx.dataflow import input_facing_nodes, readout_nodes, synaptic_nodes
 from biofx.graph_module import BioGraphModule
-from biofx.lowering import lower, wrap_weight
+from biofx.lowering import Lowering
 from biofx.plasticity.bio_module import bio_module_at, bio_module_path
 from biofx.plasticity.randomness import generator_for
 from biofx.report import Remark, applied
@@ -87,22 +87,20 @@ class ConstrainSigns(WeightPass):
             return "it is a readout: no weights between it and the model's output (constrain_readout=False)"
         return site.obstacle
 
-    def wrap(self, graph_module: BioGraphModule, weight: Weight) -> Iterator[Remark]:
+    def wrap(self, lowering: Lowering, weight: Weight) -> Iterator[Remark]:
         """Draw the signs, unless another use of the weight has brought them, and insert them."""
-        state = bio_module_at(graph_module, weight.path)
+        state = bio_module_at(lowering.graph_module, weight.path)
         first = weight.sites[0]
         if state.sign is None:
             state.sign = self._drawn(first)
         for site in weight.sites:
-            lower(graph_module, site)
+            lowering.lower(site)
         options = {"axis": first.kind.input_axis} if first.kind.input_axis != 1 else {}
         if first.groups > 1 and not first.kind.transposed and state.sign.dim() == 1:
             options["groups"] = first.groups
         state.sign_layout = options
         sign = (f"{bio_module_path(weight.path)}.sign", "sign")
-        wrap_weight(
-            graph_module, weight.sites, ops.constrain_sign, sign, "signed", **options, method=self.method
-        )
+        lowering.wrap_weight(weight.sites, ops.constrain_sign, sign, "signed", **options, method=self.method)
         excitatory = int((state.sign > 0).sum())
         wrong = int((weight.parameter.detach() * state.signs() < 0).sum())
         numbers = {"excitatory": excitatory, "inhibitory": state.sign.numel() - excitatory, "wrong": wrong}

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from biofx import ops
 from biofx.config import GRANULARITIES, Distribution
-from biofx.graph_module import BioGraphModule
-from biofx.lowering import lower, wrap_weight
+from biofx.lowering import Lowering
 from biofx.plasticity.bio_module import bio_module_at, bio_module_path
 from biofx.plasticity.dynamics import initial_factors
 from biofx.plasticity.randomness import generator_for
@@ -79,18 +78,18 @@ class ScaleGradients(WeightPass):
             return "its weight is on the meta device and has no values"
         return site.obstacle
 
-    def wrap(self, graph_module: BioGraphModule, weight: Weight) -> Iterator[Remark]:
+    def wrap(self, lowering: Lowering, weight: Weight) -> Iterator[Remark]:
         """Draw the factors, unless another use of the weight has brought them, and insert them."""
-        state = bio_module_at(graph_module, weight.path)
+        state = bio_module_at(lowering.graph_module, weight.path)
         if state.fuzzy_learning_rate_parameters is None:
             state.fuzzy_learning_rate_parameters, state.noise = self._drawn(weight)
             state.depth = weight.depth
         factors = state.fuzzy_learning_rate_parameters
         state.scaled_in_graph = True
         for site in weight.sites:
-            lower(graph_module, site)
+            lowering.lower(site)
         rates = f"{bio_module_path(weight.path)}.fuzzy_learning_rate_parameters"
-        wrap_weight(graph_module, weight.sites, ops.scale_gradient, (rates, "rates"), "scaled")
+        lowering.wrap_weight(weight.sites, ops.scale_gradient, (rates, "rates"), "scaled")
         numbers = {"mean": factors.mean().item(), "std": factors.std(correction=0).item()}
         message = f"{factors.numel()} factors, {self.distribution.value}, mean {numbers['mean']:.3f}, "
         message += f"std {numbers['std']:.3f}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from biofx import BioGraphModule, PassError, capture, ops
-from biofx.lowering import lower, wrap_weight
+from biofx.lowering import Lowering
 from biofx.sites import find_sites
 
 SEQUENCE, IMAGE, VOLUME = (2, 4, 7), (2, 4, 7, 6), (2, 4, 5, 6, 5)
@@ -44,7 +44,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 def lowered(model: nn.Module) -> BioGraphModule:
     captured = capture(model)
     for site in find_sites(captured).found:
-        lower(captured, site)
+        Lowering(captured).lower(site)
     captured.graph.lint()
     captured.recompile()
     return captured
@@ -99,7 +99,7 @@ def test_lowering_twice_is_lowering_once(mlp: nn.Module) -> None:
     found = lowered(mlp)
     before = str(found.graph)
     for site in find_sites(found).found:
-        lower(found, site)
+        Lowering(found).lower(site)
     assert str(found.graph) == before
 
 
@@ -115,14 +115,16 @@ def test_a_layer_with_an_obstacle_is_not_lowered(mlp: nn.Module) -> None:
     mlp[0].register_forward_hook(lambda module, args, output: None)  # type: ignore[index]
     captured = capture(mlp)
     with pytest.raises(PassError, match="cannot be lowered: it has forward hooks"):
-        lower(captured, find_sites(captured).found[0])
+        Lowering(captured).lower(find_sites(captured).found[0])
 
 
 def test_a_weight_is_wrapped_once_for_all_its_uses(vectors: Tensor) -> None:
     layer = nn.Linear(4, 4)
     captured = lowered(nn.Sequential(layer, layer))
     captured.register_buffer("rates", torch.full((4, 4), 3.0))
-    wrap_weight(captured, find_sites(captured).found, ops.scale_gradient, ("rates", "rates"), "scaled")
+    Lowering(captured).wrap_weight(
+        find_sites(captured).found, ops.scale_gradient, ("rates", "rates"), "scaled"
+    )
     captured.recompile()
     (wrapper,) = captured.graph.find_nodes(op="call_function", target=ops.scale_gradient)
     assert wrapper.name == "_0_scaled"
@@ -136,15 +138,17 @@ def test_a_weight_is_wrapped_once_for_all_its_uses(vectors: Tensor) -> None:
 def test_a_hidden_weight_cannot_be_wrapped(mlp: nn.Module) -> None:
     captured = capture(mlp)
     with pytest.raises(PassError, match="must be lowered"):
-        wrap_weight(
-            captured, find_sites(captured).found[:1], ops.scale_gradient, ("rates", "rates"), "scaled"
+        Lowering(captured).wrap_weight(
+            find_sites(captured).found[:1], ops.scale_gradient, ("rates", "rates"), "scaled"
         )
 
 
 def test_nodes_of_a_wrapped_weight_stand_in_order(mlp: nn.Module) -> None:
     captured = lowered(mlp)
     captured.register_buffer("rates", torch.ones(6, 4))
-    wrap_weight(captured, find_sites(captured).found[:1], ops.scale_gradient, ("rates", "rates"), "scaled")
+    Lowering(captured).wrap_weight(
+        find_sites(captured).found[:1], ops.scale_gradient, ("rates", "rates"), "scaled"
+    )
     nodes: list[Node] = list(captured.graph.nodes)
     for node in nodes:
         assert all(nodes.index(source) < nodes.index(node) for source in node.all_input_nodes)

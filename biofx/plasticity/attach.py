@@ -57,15 +57,19 @@ class LayerStep:
 
     state: BioModule
     gradient_norm: float
-    """L2 norm of the gradient before any factor."""
+    """L2 norm of the gradient as backward left it, factors in the graph included; NaN if not asked for."""
     update_norm: float
-    """L2 norm of what the step changed in the weight, rules on weights left out."""
+    """L2 norm of what the step changed in the weight, rules on weights left out; NaN if not asked for."""
     touched: dict[str, int] = field(default_factory=dict)
     """Synapses that each rule touched, by the rule's name."""
 
 
 Observer = Callable[[int, Mapping[str, LayerStep]], object]
-"""Called after each step with its number, from 0, and what it did to each weight, by path."""
+"""Called after each step with its number, from 0, and what it did to each weight, by path.
+
+An observer may have two methods more: ``watch(model)``, called once by :func:`attach`, and
+``is_due(step)``, whether it wants the norms of that step, which cost a pass over each weight.
+"""
 
 
 @dataclass
@@ -73,6 +77,7 @@ class _Bound:
     """A weight that an optimizer steps."""
 
     state: BioModule
+    weight: nn.Parameter
     scales_updates: bool
     group: dict[str, Any]
     old: Tensor | None = None
@@ -91,7 +96,8 @@ def attach(
 
     Learning-rate factors act at every step. They multiply gradients where the optimizer lets a factor on a
     gradient through, and updates where it does not, which is found out by trying it. Dynamic factors change
-    at every step; signs are written back into the weights after it. Other rules run as scheduled.
+    at every step unless ``update_fuzzy_learning_rates`` is scheduled; signs are written back into the weights
+    after it. Other rules run as scheduled. A step that a ``GradScaler`` skips does not count.
 
     Args:
         model: a transformed or converted model, wrapped (DDP, ``torch.compile``) or not.
@@ -106,10 +112,10 @@ def attach(
 
     Raises:
         PlasticityError: the optimizer holds none of the model's weights, is attached already, or takes
-            steps that factors have no meaning for (LBFGS).
+            steps that factors have no meaning for (LBFGS); a scheduled rule has no layer to act on.
         OptionError: the schedule names an unknown rule, or ``decay`` is unknown.
     """
-    plain = _unwrapped(model)
+    plain = unwrapped(model)
     states = prepare_states(plain)
     rules = tuple(Rule(entry) if isinstance(entry, str) else entry for entry in schedule)
     known = sorted(exposed_rules(plain))
@@ -123,7 +129,11 @@ def attach(
     if decay not in ("scaled", "free"):
         raise OptionError(f"decay: expected 'scaled' or 'free', found {decay!r}")
     refuse_closures(optimizer)
-    return Attachment(states, optimizer, rules, decay, tuple(observers))
+    present = tuple(observers)
+    for observer in present:
+        if hasattr(observer, "watch"):
+            observer.watch(plain)
+    return Attachment(states, optimizer, rules, decay, present)
 
 
 class Attachment:
@@ -145,12 +155,15 @@ class Attachment:
         self._decay = decay
         self._observers = list(observers)
         self._bound = self._bind(states, optimizer)
+        self._check_rules()
+        self._layers: dict[str, LayerStep] = {}
+        self._skips = False
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
         self._optimizer = optimizer
-        _TAKEN.update({id(bound.state.weight): self for bound in self._bound.values()})
+        _TAKEN.update({id(bound.weight): self for bound in self._bound.values()})
 
     @property
     def modes(self) -> dict[str, str]:
@@ -162,7 +175,7 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         for bound in self._bound.values():
-            _TAKEN.pop(id(bound.state.weight), None)
+            _TAKEN.pop(id(bound.weight), None)
         self._hooks, self._bound = [], {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,9 +203,11 @@ class Attachment:
         survives: dict[str, bool] = {}
         bound: dict[str, _Bound] = {}
         for path, state in states.items():
-            weight = state.weight
+            weight = state.parameter
             group = group_of.get(id(weight))
-            if group is None:
+            if weight is None:
+                self.left_alone[path] = "it is computed by a parametrization"
+            elif group is None:
                 self.left_alone[path] = "the optimizer does not hold it"
             elif not weight.requires_grad:
                 self.left_alone[path] = "it is frozen"
@@ -207,17 +222,31 @@ class Attachment:
                 if self._decay == "free":
                     _decoupled_decay(optimizer, group)
                 decays = bool(group.get("weight_decay"))
-                bound[path] = _Bound(state, not survives[options] or decays, group)
+                bound[path] = _Bound(state, weight, not survives[options] or decays, group)
         if not bound:
             raise PlasticityError(
-                f"expected an optimizer of this model's weights, found a {type(optimizer).__name__} that holds "
-                "none of them; build it from bio_model.parameters()"
+                f"expected an optimizer of this model's weights, found a {type(optimizer).__name__} that "
+                "holds none of them; build it from bio_model.parameters()"
             )
         return bound
+
+    def _check_rules(self) -> None:
+        """Refuse a rule that no bound layer will ever follow."""
+        for name in dict.fromkeys(rule.name for rule in self.rules):
+            if name == "crystallize":  # it dampens factors; where all are 1, there may be none yet
+                for bound in self._bound.values():
+                    bound.state.provide_factors()
+            reasons = {path: bound.state.why_never(name) for path, bound in self._bound.items()}
+            if all(reason is not None for reason in reasons.values()):
+                told = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
+                raise PlasticityError(f"schedule: {name} has nothing to act on ({told})")
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = list(args[1:] if args and args[0] is optimizer else args)
         closure = arguments[0] if arguments else kwargs.get("closure")
+        self._layers, self._skips = {}, _will_be_skipped(optimizer)
+        if self._skips:
+            return None
         if closure is None:
             self._prepare()
             return None
@@ -233,31 +262,54 @@ class Attachment:
     @torch.no_grad()
     def _prepare(self) -> None:
         """Between backward and step: run the rules on gradients, then scale what is to be scaled."""
-        self._layers: dict[str, LayerStep] = {}
+        self._layers = {}
+        self._watched = watched = any(_wants(observer, self.steps) for observer in self._observers)
         for path, bound in self._bound.items():
-            state, gradient = bound.state, bound.state.weight.grad
+            state, gradient = bound.state, bound.weight.grad
             bound.old = bound.multiplier = None
+            if state.parameter is not bound.weight:
+                raise PlasticityError(
+                    f"{path!r} is another parameter than the one that the optimizer was given; detach(), "
+                    "build the optimizer from bio_model.parameters() and attach again"
+                )
             if gradient is None:
                 continue
             layer = self._layers[path] = LayerStep(state, float("nan"), float("nan"))
-            if state.is_dynamic and state.why_not("update_fuzzy_learning_rates") is None:
-                layer.touched["update_fuzzy_learning_rates"] = state.update_fuzzy_learning_rates()
-            if self._is_due("crystallize") and state.why_not("crystallize") is None:
-                layer.touched["crystallize"] = state.crystallize()
-            if bound.scales_updates:
-                state.unscale_gradient()
-            if self._observers:
+            if watched:
                 layer.gradient_norm = float(gradient.norm())
-            bound.multiplier = self._multiplier(bound, layer)
-            if bound.scales_updates or self._observers:
+            unscaled = self._change_factors(bound, layer)
+            bound.multiplier = self._multiplier(bound, layer, done_in_graph=not unscaled)
+            if bound.scales_updates or watched:
                 bound.old = state.weight.detach().clone()
             if bound.multiplier is not None and not bound.scales_updates:
                 gradient.mul_(bound.multiplier.to(gradient.dtype))
 
-    def _multiplier(self, bound: _Bound, layer: LayerStep) -> Tensor | None:
+    def _change_factors(self, bound: _Bound, layer: LayerStep) -> bool:
+        """Run the rules that change factors; return whether the gradient now is without factors.
+
+        Where the graph has scaled the gradient, it did so with the factors from before.
+        """
+        state = bound.state
+        scheduled = any(rule.name == "update_fuzzy_learning_rates" for rule in self.rules)
+        names = ["crystallize"] if self._is_due("crystallize") else []
+        if state.is_dynamic and (not scheduled or self._is_due("update_fuzzy_learning_rates")):
+            names.append("update_fuzzy_learning_rates")
+        able = [name for name in names if state.why_not(name) is None]
+        factors = state.fuzzy_learning_rate_parameters
+        used = factors.clone() if factors is not None and able and state.scaled_in_graph else factors
+        for name in able:
+            result = getattr(state, name)()
+            layer.touched[name] = result if isinstance(result, int) else 0
+        if not state.scaled_in_graph:
+            return True
+        if used is not None and (able or bound.scales_updates):
+            state.unscale_gradient(used)
+            return True
+        return False
+
+    def _multiplier(self, bound: _Bound, layer: LayerStep, *, done_in_graph: bool) -> Tensor | None:
         """Return what gradient or update is to be multiplied by, None for nothing."""
         state = bound.state
-        done_in_graph = state.scaled_in_graph and not bound.scales_updates
         factors = None if done_in_graph else state.fuzzy_learning_rate_parameters
         if not self._is_due("volume_dependent_lr"):
             return factors
@@ -271,14 +323,17 @@ class Attachment:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """After the step: rescale updates, write signs back, then run the rules on weights."""
+        if self._skips:
+            return
         for path, layer in self._layers.items():
-            bound, weight = self._bound[path], self._bound[path].state.weight
+            bound, weight = self._bound[path], self._bound[path].weight
             if bound.scales_updates and bound.old is not None and bound.multiplier is not None:
                 start = bound.old
                 if self._decay == "free":
                     start = start * (1 - _decoupled_decay(optimizer, bound.group))
-                weight.sub_(start).mul_(bound.multiplier.to(weight.dtype)).add_(start)
-            if self._observers and bound.old is not None:
+                # lerp is exact at 0 and at 1
+                weight.copy_(torch.lerp(start, weight, bound.multiplier.expand_as(weight).to(weight.dtype)))
+            if self._watched and bound.old is not None:
                 layer.update_norm = float((weight - bound.old).norm())
             bound.old = bound.multiplier = None
             if layer.state.sign is not None:
@@ -309,7 +364,7 @@ def _decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
     """
     if not group.get("weight_decay"):
         return 0.0
-    if not (type(optimizer).__name__ == "AdamW" or group.get("decoupled_weight_decay")):
+    if not (isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay")):
         raise PlasticityError(
             f"decay='free': {type(optimizer).__name__} mixes weight decay into the gradient, where it cannot "
             "be told apart; use decoupled decay (AdamW), or decay='scaled'"
@@ -317,7 +372,29 @@ def _decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
     return float(group["lr"]) * float(group["weight_decay"])
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _wants(observer: Observer, step: int) -> bool:
+    return not hasattr(observer, "is_due") or bool(observer.is_due(step))
+
+
+def _will_be_skipped(optimizer: Optimizer) -> bool:
+    """Whether a step will change nothing; if it will, unscale the gradients of a ``GradScaler``.
+
+    The scaler does both itself, before the step, but for fused optimizers, which it tells to do it inside.
+    """
+    found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+    if found_inf is not None and bool(found_inf):
+        return True
+    if scale is not None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale.to(parameter.grad.device))
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+    return False
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers (DDP, ``torch.compile``), or the model itself."""
     while True:
         inner = getattr(model, "_orig_mod", None) or (model.module if _is_wrapper(model) else None)
         if not isinstance(inner, nn.Module):

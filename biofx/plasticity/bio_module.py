@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,22 @@ from biofx.plasticity.rules.crystallization import crystallize
 from biofx.plasticity.rules.rejuvenation import check_finite, protection_for, rejuvenate
 from biofx.plasticity.rules.scaling import input_strength, synaptic_scaling
 from biofx.plasticity.rules.volume import volume_factors
+from biofx.plasticity.units import laid_out
 from biofx.sites import kind_of
 
-_CONFIGURED = ("fuzzy_learning_rate_parameters", "sign", "noise", "activity")
-_REMEMBERED = ("target_strength", "steps", "events")
+_FACTORS = "fuzzy_learning_rate_parameters"
+_CONFIGURED = (_FACTORS, "sign", "noise", "activity")
+_REMEMBERED = ("diversity", "target_strength", "steps", "events")
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
 _NEED_FACTORS = frozenset({"fuzzy_learning_rates", "update_fuzzy_learning_rates", "crystallize"})
+
+
+_DEFAULT = BioConfig()
+
+
+def rule_config(config: BioConfig) -> BioConfig:
+    """Return what of a config is the rules' business; it can be copied and pickled with a layer."""
+    return config.replace(weight_splitting_activation_function=identity, overrides=())
 
 
 class BioModule(nn.Module):
@@ -50,6 +60,8 @@ class BioModule(nn.Module):
         The random part u of factors that follow weights or activity, shaped like the factors.
     ``activity``
         Running mean of |output| of each of the layer's units, shape ``(units,)``; negative before the first.
+    ``diversity``
+        Dynamic factors as they would be had crystallization never dampened one; shaped like ``noise``.
     ``target_strength``
         Total input strength of each unit that synaptic scaling keeps up, shape ``(units,)``.
     ``steps``, ``events``
@@ -76,13 +88,16 @@ class BioModule(nn.Module):
     )
     """Methods that a converted model offers, calling them on every layer."""
 
-    __jit_unused_properties__: ClassVar[list[str]] = ["weight", "is_linked", "output_axis", "is_dynamic"]
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        *("weight", "parameter", "is_linked", "is_dynamic", "output_axis", "groups")
+    ]
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         fuzzy_learning_rate_parameters: Tensor | None
         sign: Tensor | None
         noise: Tensor | None
         activity: Tensor | None
+        diversity: Tensor | None
         target_strength: Tensor | None
         steps: Tensor | None
         events: Tensor | None
@@ -94,19 +109,15 @@ class BioModule(nn.Module):
         super().__init__()
         for name in (*_CONFIGURED, *_REMEMBERED):
             self.register_buffer(name, None)
-        self.configure(BioConfig() if config is None else config)
+        self.config = _DEFAULT if config is None else rule_config(config)
         self.path = "weight"
         self.depth = 0.0
         self.scaled_in_graph = False
         self.sign_layout = {}
         if parent is not None:
             self.link(parent if isinstance(parent, nn.Module) else parent())
-            if config is not None:
+            if config is not None and self.parameter is not None:
                 self.draw()
-
-    def configure(self, config: BioConfig) -> None:
-        """Take the options of the rules from ``config``; its activation is not the rules' business."""
-        self.config = config.replace(weight_splitting_activation_function=identity, overrides=())
 
     def link(self, parent: nn.Module) -> None:
         """Make ``parent`` the layer; it is kept outside the module tree, which may have no loop."""
@@ -130,11 +141,21 @@ class BioModule(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The weight whose state this is."""
-        found = getattr(self.get_parent(), self.path.rpartition(".")[2], None)
-        if not isinstance(found, nn.Parameter):
-            raise PlasticityError(f"{self.path}: expected a parameter, found {type(found).__name__}")
+        """The weight whose state this is.
+
+        Raises:
+            PlasticityError: it is not a parameter, but computed from others.
+        """
+        found = self.parameter
+        if found is None:
+            raise PlasticityError(f"{self.path}: expected a parameter, found a weight that is computed")
         return found
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The same, None where the weight is computed (by a parametrization)."""
+        # asking a parametrized layer for its weight would compute it, which may change its state
+        return cast(nn.Module, self.get_parent())._parameters.get(self.path.rpartition(".")[2])
 
     @property
     def output_axis(self) -> int:
@@ -142,12 +163,24 @@ class BioModule(nn.Module):
         kind = kind_of(self.get_parent())
         return 0 if kind is None else kind.output_axis
 
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution, a count; 1 for other layers."""
+        return int(getattr(self.get_parent(), "groups", 1))
+
     def why_not(self, rule: str) -> str | None:
         """Return why a rule leaves this layer alone, None if it does not."""
+        reason = self.why_never(rule)
+        if reason is None and rule in _NEED_GRADIENT and self.weight.grad is None:
+            reason = "its weight has no gradient"
+        return reason
+
+    def why_never(self, rule: str) -> str | None:
+        """Return why a rule would leave this layer alone even if it had a gradient, None if it would not."""
+        if self.parameter is None:
+            return "its weight is computed by a parametrization, not a parameter"
         if not self.weight.requires_grad and rule != "enforce_dales_principle":
             return "its weight is frozen"
-        if rule in _NEED_GRADIENT and self.weight.grad is None:
-            return "its weight has no gradient"
         if rule in _NEED_FACTORS and self.fuzzy_learning_rate_parameters is None:
             return "it has no learning-rate factors"
         if rule == "enforce_dales_principle" and self.sign is None:
@@ -190,6 +223,13 @@ class BioModule(nn.Module):
             output_axis=self.output_axis,
         )
 
+    def provide_factors(self) -> None:
+        """Let every synapse have a factor of its own, 1 to begin with, where there are none."""
+        if self.fuzzy_learning_rate_parameters is None:
+            self.fuzzy_learning_rate_parameters = torch.ones_like(
+                self.weight, dtype=torch.float32, requires_grad=False
+            )
+
     @torch.no_grad()
     def fuzzy_learning_rates(self) -> int:
         """Multiply the weight's gradient by the factors; call it once, between backward and step."""
@@ -206,7 +246,7 @@ class BioModule(nn.Module):
             x: not needed: activity is observed in the graph, during the forward.
         """
         self._require("update_fuzzy_learning_rates")
-        config, factors = self.config, self._factors()
+        config = self.config
         self.steps = torch.zeros((), dtype=torch.int64) if self.steps is None else self.steps
         self.steps += 1
         bounds: dict[str, float] = {
@@ -217,10 +257,25 @@ class BioModule(nn.Module):
         if config.fuzzy_lr_distribution is Distribution.TEMPORAL:
             if int(self.steps) % config.fuzzy_lr_update_freq:
                 return 0
-            evolve(factors, correlation=config.fuzzy_lr_decay, generator=self._generator("evolve"), **bounds)
+            changed = (self._factors() if self.diversity is None else self.diversity).clone()
+            evolve(changed, correlation=config.fuzzy_lr_decay, generator=self._generator("evolve"), **bounds)
         elif self.noise is not None:
             generator = generator_for(config.seed, self.path, int(self.steps), purpose="follow")
-            factors.copy_(following_factors(self.noise, self._smallness(), generator=generator, **bounds))
+            changed = following_factors(self.noise, self._smallness(), generator=generator, **bounds)
+        else:
+            return 0
+        return self._change_factors(changed)
+
+    def _change_factors(self, changed: Tensor) -> int:
+        """Let dynamic factors take new values; what crystallization dampened stays dampened as much."""
+        factors, before = self._factors(), self.diversity
+        if before is None:
+            factors.copy_(changed)
+        else:
+            dampening = torch.where(before > 0, factors / before, 1.0)
+            floor = changed.clamp(max=self.config.crystal_min)
+            factors.copy_(torch.maximum(changed * dampening, floor))
+            before.copy_(changed)
         return factors.numel()
 
     def _smallness(self) -> Tensor | float:
@@ -229,11 +284,13 @@ class BioModule(nn.Module):
             return relative_smallness(
                 pooled(self.weight, self.config.fuzzy_lr_granularity, self.output_axis).float()
             )
-        if self.activity is None or self.activity.min() < 0:
+        granularity, groups = self.config.fuzzy_lr_granularity, self.groups
+        if self.activity is None or self.activity.min() < 0 or granularity == "layer":
             return 1.0
-        shape = [1] * self.weight.dim()
-        shape[self.output_axis] = -1
-        return relative_smallness(self.activity).reshape(shape)
+        smallness = relative_smallness(self.activity)
+        if granularity == "neuron" and self.output_axis == 1:
+            smallness, groups = smallness.reshape(groups, -1).mean(0), 1
+        return laid_out(smallness, self.weight, output_axis=self.output_axis, groups=groups)
 
     # rules on gradients
 
@@ -256,26 +313,30 @@ class BioModule(nn.Module):
         )
 
     @torch.no_grad()
-    def unscale_gradient(self) -> bool:
-        """Take the factors that the graph applied out of the gradient again (but for those of 0).
+    def plain_gradient(self) -> Tensor:
+        """Return the gradient without the factors that the graph applied (but for those of 0)."""
+        gradient = self._gradient()
+        return _divided(gradient, self._factors()) if self.scaled_in_graph else gradient
 
-        Returns:
-            Whether there was anything to take out.
+    @torch.no_grad()
+    def unscale_gradient(self, factors: Tensor) -> None:
+        """Take out of the gradient the factors that the graph applied to it (but for those of 0).
+
+        Args:
+            factors: as they were during backward.
         """
-        if self.scaled_in_graph:
-            gradient, factors = self._gradient(), self._factors()
-            gradient.div_(torch.where(factors > 0, factors, torch.ones_like(factors)).to(gradient.dtype))
-        return self.scaled_in_graph
+        gradient = self._gradient()
+        gradient.copy_(_divided(gradient, factors))
 
     @torch.no_grad()
     def crystallize(self) -> int:
         """Dampen the factors of settled and of shaken synapses; call it between backward and scaling."""
         self._require("crystallize")
-        gradient, factors = self._gradient(), self._factors()
+        gradient, factors = self.plain_gradient(), self._factors()
+        if self.is_dynamic and self.diversity is None:
+            self.diversity = factors.clone()
         if factors.shape != self.weight.shape:
-            factors = self.fuzzy_learning_rate_parameters = factors.expand_as(self.weight).clone()
-        if self.scaled_in_graph:
-            gradient = torch.where(factors > 0, gradient / factors.to(gradient.dtype), gradient)
+            factors = self.fuzzy_learning_rate_parameters = factors.expand_as(self.weight).contiguous()
         return crystallize(
             self.weight,
             gradient,
@@ -328,9 +389,16 @@ class BioModule(nn.Module):
         """Move each unit's total input strength back towards what it was at the first call."""
         self._require("synaptic_scaling")
         if self.target_strength is None:
-            self.target_strength = input_strength(self.weight, output_axis=self.output_axis)
-        rate = self.config.synaptic_scaling_rate
-        synaptic_scaling(self.weight.data, self.target_strength, rate=rate, output_axis=self.output_axis)
+            self.target_strength = input_strength(
+                self.weight, output_axis=self.output_axis, groups=self.groups
+            )
+        synaptic_scaling(
+            self.weight.data,
+            self.target_strength,
+            rate=self.config.synaptic_scaling_rate,
+            output_axis=self.output_axis,
+            groups=self.groups,
+        )
         return self.weight.numel()
 
     def signs(self) -> Any:
@@ -372,7 +440,17 @@ class BioModule(nn.Module):
             self._buffers[name] = (
                 None if saved is None else torch.empty_like(saved, device=self.weight.device)
             )
+        saved, held = state_dict.get(f"{prefix}{_FACTORS}"), self.fuzzy_learning_rate_parameters
+        if saved is not None and held is not None and saved.shape != held.shape:
+            # crystallization gives each synapse a factor of its own, where one was shared
+            layouts = (self.weight.shape, held.shape if self.noise is None else self.noise.shape)
+            if saved.shape in layouts or held.shape == self.weight.shape:
+                self.fuzzy_learning_rate_parameters = held.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _divided(gradient: Tensor, factors: Tensor) -> Tensor:
+    return gradient / torch.where(factors > 0, factors, 1.0).to(gradient.dtype)
 
 
 def bio_module_path(parameter_path: str) -> str:

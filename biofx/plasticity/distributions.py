@@ -12,30 +12,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Generator, Tensor
 
 from biofx.config import Distribution
 from biofx.errors import OptionError
+from biofx.plasticity.blocks import for_each_block
 
 _MOST_ROUNDS = 1000
-Draw = Callable[[int, float, Generator], Tensor]
+Places: TypeAlias = slice | Tensor
+"""Flat positions: a block, or single ones."""
+Draw: TypeAlias = Callable[[Places, int, Generator], Tensor]
+"""Returns numbers for some places, how many these are, drawn from a generator."""
 
 
 def _uniform(count: int, nu: float, generator: Generator) -> Tensor:
     """U(1 - ν, 1 + ν)."""
-    return 1 + nu * symmetric(count, generator)
+    return symmetric(count, generator).mul_(nu).add_(1)
 
 
 def _normal(count: int, nu: float, generator: Generator) -> Tensor:
     """N(1, ν²)."""
-    return 1 + nu * torch.randn(count, generator=generator, dtype=torch.float64)
+    return torch.randn(count, generator=generator).mul_(nu).add_(1)
 
 
 def _lognormal(count: int, nu: float, generator: Generator) -> Tensor:
     """exp N(-ν²/2, ν²), whose mean is 1."""
-    return (nu * torch.randn(count, generator=generator, dtype=torch.float64) - nu**2 / 2).exp()
+    return torch.randn(count, generator=generator).mul_(nu).sub_(nu**2 / 2).exp_()
 
 
 def _gamma(count: int, nu: float, generator: Generator) -> Tensor:
@@ -49,7 +54,7 @@ def _beta(count: int, nu: float, generator: Generator) -> Tensor:
     return 1 + nu * (first - second) / (first + second)
 
 
-_DRAWS: dict[Distribution, Draw] = {
+_DRAWS: dict[Distribution, Callable[[int, float, Generator], Tensor]] = {
     Distribution.UNIFORM: _uniform,
     Distribution.LAYER_ADAPTIVE: _uniform,
     Distribution.NORMAL: _normal,
@@ -96,13 +101,13 @@ def draw_factors(
     if distribution is Distribution.WEIGHT_ADAPTIVE:
         spread = nu * _smallness(weight).flatten()
 
-        def draw(places: Tensor) -> Tensor:
-            return 1 + spread[places] * symmetric(len(places), generator)
+        def draw(places: Places, count: int, own: Generator) -> Tensor:
+            return symmetric(count, own).mul_(spread[places]).add_(1)
 
     elif distribution in _DRAWS:
 
-        def draw(places: Tensor) -> Tensor:
-            return _DRAWS[distribution](len(places), nu, generator)
+        def draw(places: Places, count: int, own: Generator) -> Tensor:
+            return _DRAWS[distribution](count, nu, own)
 
     else:
         raise OptionError(
@@ -110,39 +115,47 @@ def draw_factors(
             f"({', '.join(member.value for member in STATIC_DISTRIBUTIONS)}), "
             f"found {distribution.value!r}, which changes during training"
         )
-    factors = truncated(draw, weight.numel(), low, high, f"{distribution.value} with nu={nu:g}")
+    factors = truncated(draw, weight.numel(), low, high, f"{distribution.value} with nu={nu:g}", generator)
     return factors.reshape(weight.shape).to(device=weight.device, dtype=torch.float32)
 
 
-def truncated(draw: Callable[[Tensor], Tensor], count: int, low: float, high: float, what: str) -> Tensor:
+def truncated(draw: Draw, count: int, low: float, high: float, what: str, generator: Generator) -> Tensor:
     """Draw ``count`` numbers, and those outside the bounds again until none is; float32 on the CPU.
 
     Args:
-        draw: returns new numbers for the places it is given.
+        draw: returns new numbers for the places it is given; called from several threads at once.
         count: how many.
         low: lower bound.
         high: upper bound.
         what: what an error calls the numbers.
+        generator: a CPU generator, the only source of randomness.
 
     Raises:
         OptionError: next to none of the draws lies in the bounds.
     """
-    places = torch.arange(count)
-    factors = draw(places).to(torch.float32)
-    for _ in range(_MOST_ROUNDS):
-        places = ((factors < low) | (factors > high)).nonzero().flatten()
-        if not len(places):
-            return factors
-        factors[places] = draw(places).to(torch.float32)
-    raise OptionError(
-        f"expected bounds that leave room for {what}, found [{low:g}, {high:g}], which it hardly ever meets; "
-        "widen fuzzy_lr_min and fuzzy_lr_max"
-    )
+    numbers = torch.empty(count)
+
+    def fill(block: slice, own: Generator) -> bool:
+        part = numbers[block]
+        part.copy_(draw(block, len(part), own))
+        for _ in range(_MOST_ROUNDS):
+            if low <= part.min() and part.max() <= high:
+                return True
+            outside = ((part < low) | (part > high)).nonzero().flatten()
+            part[outside] = draw(outside + block.start, len(outside), own).to(part.dtype)
+        return False
+
+    if not all(for_each_block(count, fill, generator)):
+        raise OptionError(
+            f"expected bounds that leave room for {what}, found [{low:g}, {high:g}], which it hardly "
+            "ever meets; widen fuzzy_lr_min and fuzzy_lr_max"
+        )
+    return numbers
 
 
 def _smallness(weight: Tensor) -> Tensor:
     """clip(2 - |w| / mean|w|, ½, 1½): small synapses vary more than large ones."""
-    magnitude = weight.detach().to(device="cpu", dtype=torch.float64).abs()
+    magnitude = weight.detach().to(device="cpu", dtype=torch.float32).abs()
     mean = magnitude.mean()
     relative = magnitude / mean if mean > 0 else torch.ones_like(magnitude)
     return (2 - relative).clamp(0.5, 1.5)
@@ -150,10 +163,10 @@ def _smallness(weight: Tensor) -> Tensor:
 
 def symmetric(count: int, generator: Generator) -> Tensor:
     """U(-1, 1)."""
-    return 2 * torch.rand(count, generator=generator, dtype=torch.float64) - 1
+    return torch.rand(count, generator=generator).mul_(2).sub_(1)
 
 
 def _standard_gamma(count: int, shape: float, generator: Generator) -> Tensor:
     if not math.isfinite(shape):
         raise OptionError(f"expected a spread nu that a gamma distribution can have, found shape {shape}")
-    return torch._standard_gamma(torch.full((count,), shape, dtype=torch.float64), generator=generator)
+    return torch._standard_gamma(torch.full((count,), shape), generator=generator)

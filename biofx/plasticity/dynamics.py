@@ -15,7 +15,9 @@ import torch
 from torch import Generator, Tensor
 
 from biofx.config import Distribution
+from biofx.plasticity.blocks import for_each_block
 from biofx.plasticity.distributions import draw_factors, symmetric, truncated
+from biofx.plasticity.moments import put
 
 FOLLOWING = (Distribution.WEIGHT_ADAPTIVE, Distribution.ACTIVITY)
 """The distributions whose factors are 1 + ν · c · u, with a random part u and a part c that can change."""
@@ -59,7 +61,7 @@ def initial_factors(
     magnitude = pooled(weight, granularity, output_axis)
     if distribution in FOLLOWING and nu:
         noise = (
-            symmetric(magnitude.numel(), generator)
+            truncated(lambda _, count, own: symmetric(count, own), magnitude.numel(), -1, 1, "u", generator)
             .reshape(magnitude.shape)
             .to(magnitude.device, torch.float32)
         )
@@ -87,14 +89,15 @@ def following_factors(
     if len(outside):
         reach = spread.flatten()[outside].cpu()
         redrawn = truncated(
-            lambda places: reach[places] * symmetric(len(places), generator),
+            lambda places, count, own: symmetric(count, own).mul_(reach[places]),
             len(outside),
             low - 1,
             high - 1,
             f"factors that vary by up to {float(reach.max()):g}",
+            generator,
         ).to(noise)
-        noise.view(-1)[outside] = redrawn / reach.to(noise)
-        factors.view(-1)[outside] = 1 + redrawn
+        put(noise, outside, redrawn / reach.to(noise))
+        put(factors, outside, 1 + redrawn)
     return factors
 
 
@@ -103,8 +106,9 @@ def evolve(
 ) -> None:
     """Let temporal factors take one step, in place: f ← 1 + ρ(f - 1) + √(1 - ρ²) ξ, ξ ~ N(0, ν²).
 
-    The spread of f stays ν: an AR(1) process with a stationary start. Steps that would leave the bounds are
-    drawn again.
+    The spread of f stays ν: an AR(1) process with a stationary start. A step that would leave the bounds is
+    not taken: the process then is a Metropolis chain, whose stationary law is the normal one truncated to the
+    bounds, just as it starts. (To draw such a step again would push factors away from the bounds.)
 
     Args:
         factors: any shape, dimensionless.
@@ -116,12 +120,14 @@ def evolve(
     """
     step = nu * math.sqrt(1 - correlation**2)
     if step == 0:
-        factors.sub_(1).mul_(correlation).add_(1)
         return
-    drift = 1 + correlation * (factors.flatten().cpu().double() - 1)
+    moved = factors.flatten().cpu().float()
 
-    def draw(places: Tensor) -> Tensor:
-        return drift[places] + step * torch.randn(len(places), generator=generator, dtype=torch.float64)
+    def move(block: slice, own: Generator) -> None:
+        part = moved[block]
+        proposed = torch.randn(len(part), generator=own).mul_(step).add_(1)
+        proposed.add_(part - 1, alpha=correlation)
+        torch.where((proposed < low) | (proposed > high), part, proposed, out=part)
 
-    moved = truncated(draw, factors.numel(), low, high, f"temporal factors with nu={nu:g}")
+    for_each_block(len(moved), move, generator)
     factors.copy_(moved.reshape(factors.shape))

@@ -13,12 +13,16 @@ from biofx.sites import find_sites
 
 
 def bio_modules(model: nn.Module) -> dict[str, BioModule]:
-    """Return the plasticity state of a model's weights, by the path of the weight."""
-    return {
-        module.path: module
-        for module in model.modules()
-        if isinstance(module, BioModule) and module.is_linked
-    }
+    """Return the plasticity state of a model's weights, by the path of the weight; one for a tied weight."""
+    found: dict[str, BioModule] = {}
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, BioModule) and module.is_linked:
+            parameter = module.parameter
+            if parameter is None or id(parameter) not in seen:
+                found[module.path] = module
+                seen.add(id(parameter))
+    return found
 
 
 def prepare_states(model: nn.Module) -> dict[str, BioModule]:

@@ -26,4 +26,18 @@ def forget_direction(optimizer: Optimizer, parameter: nn.Parameter, places: Tens
     for name in FIRST_MOMENTS:
         moment = state.get(name)
         if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-            moment.view(-1)[places] = 0
+            put(moment, places, torch.zeros((), dtype=moment.dtype, device=moment.device))
+
+
+def put(tensor: Tensor, places: Tensor, values: Tensor) -> None:
+    """Write values to flat positions of a tensor, in place, however its memory is laid out.
+
+    Args:
+        tensor: any shape and memory format (a ``channels_last`` weight has no flat view).
+        places: flat positions, int64.
+        values: one for each place, or one for all.
+    """
+    if tensor.is_contiguous():
+        tensor.view(-1)[places] = values
+    else:
+        tensor[torch.unravel_index(places, tensor.shape)] = values

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from biofx.errors import PlasticityError
 
 _STEPS, _FACTOR, _SIZE = 200, 4.0, 16
+_LEAST_RATE = 1e-3  # the slope does not depend on it, and smaller steps drown in rounding
 _TOLERANCE = 0.02
 
 
@@ -28,7 +29,8 @@ def scale_survival(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
 
     Args:
         optimizer: not changed; a copy without state takes the steps.
-        group: the parameter group whose options hold; weight decay is left out, a learning rate of 0 is not.
+        group: the parameter group whose options hold; weight decay is left out, and so is a learning
+            rate of next to 0.
 
     Raises:
         PlasticityError: the optimizer's step cannot be tried: it needs a closure, or fails on a small
@@ -72,15 +74,10 @@ def _path_length(optimizer: Optimizer, group: Mapping[str, Any], gradients: torc
     options = {name: value for name, value in group.items() if name != "params"}
     if "weight_decay" in options:
         options["weight_decay"] = 0.0
-    if "lr" in options and float(options["lr"]) == 0:
-        options["lr"] = 1e-3
-    trial = copy.copy(optimizer)
-    trial.__dict__.update(
-        param_groups=[{**copy.deepcopy(options), "params": [parameter]}],
-        state=defaultdict(dict),
-        _optimizer_step_pre_hooks=OrderedDict(),
-        _optimizer_step_post_hooks=OrderedDict(),
-    )
+    if "lr" in options and float(options["lr"]) < _LEAST_RATE:
+        options["lr"] = _LEAST_RATE
+    trial = _stateless_copy(optimizer, parameter)
+    trial.param_groups = [{**copy.deepcopy(options), "params": [parameter]}]
     length = 0.0
     for gradient in gradients:
         before = parameter.detach().clone()
@@ -88,3 +85,20 @@ def _path_length(optimizer: Optimizer, group: Mapping[str, Any], gradients: torc
         trial.step()
         length += float((parameter.detach() - before).norm())
     return length
+
+
+def _stateless_copy(optimizer: Optimizer, parameter: nn.Parameter) -> Optimizer:
+    """Copy what a class of optimizers adds of its own, with ``parameter`` wherever it knew the model's."""
+    theirs = [known for group in optimizer.param_groups for known in group["params"]]
+    stand_ins: dict[int, Any] = {id(known): parameter for known in theirs}
+    left_out = {"step", "state", "param_groups", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}
+    trial: Optimizer = object.__new__(type(optimizer))
+    stand_ins[id(optimizer)] = trial
+    own = {name: value for name, value in vars(optimizer).items() if name not in left_out}
+    trial.__dict__.update(
+        copy.deepcopy(own, stand_ins),
+        state=defaultdict(dict),
+        _optimizer_step_pre_hooks=OrderedDict(),
+        _optimizer_step_post_hooks=OrderedDict(),
+    )
+    return trial

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
 from biofx import Distribution, OptionError
@@ -134,3 +137,67 @@ def test_each_part_of_the_key_counts() -> None:
         for seed, path, event, purpose in keys
     ]
     assert len({tuple(values) for values in draws}) == len(keys)
+
+
+MILLION = 1_000_000
+SPREADS = (0.05, 0.16, 0.5)
+CLOSED_FORMS: dict[str, Callable[[float], Any]] = {
+    "uniform": lambda nu: stats.uniform(1 - nu, 2 * nu),
+    "normal": lambda nu: stats.norm(1, nu),
+    "lognormal": lambda nu: stats.lognorm(nu, scale=math.exp(-(nu**2) / 2)),
+    "gamma": lambda nu: stats.gamma(nu**-2, scale=nu**2),
+    "beta": lambda nu: stats.beta(1 / nu, 1 / nu, loc=1 - nu, scale=2 * nu),
+    "layer_adaptive": lambda nu: stats.uniform(1 - nu, 2 * nu),
+}
+
+
+@pytest.mark.parametrize("bounds", [(0.0, math.inf), (0.5, 2.0)], ids=["free", "default bounds"])
+@pytest.mark.parametrize("nu", SPREADS)
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_a_million_draws_follow_the_closed_form(name: str, nu: float, bounds: tuple[float, float]) -> None:
+    low, high = bounds
+    law = CLOSED_FORMS[name](nu)
+    below, above = law.cdf(low), law.cdf(high)
+    factors = draw(name, torch.ones(MILLION), nu=nu, low=low, high=high).numpy()
+    # what a truncated variable's distribution function is, by definition
+    result = stats.kstest(factors, lambda x: (law.cdf(x) - below) / (above - below))
+    assert result.pvalue > 0.001
+    mean = law.expect(lambda x: x, lb=max(low, law.support()[0]), ub=high, conditional=True)
+    square = law.expect(lambda x: (x - mean) ** 2, lb=max(low, law.support()[0]), ub=high, conditional=True)
+    fourth = law.expect(lambda x: (x - mean) ** 4, lb=max(low, law.support()[0]), ub=high, conditional=True)
+    assert abs(factors.mean() - mean) < 4 * math.sqrt(square / MILLION)
+    assert abs(factors.var() - square) < 4 * math.sqrt((fourth - square**2) / MILLION)
+    if bounds == (0.0, math.inf) and name != "normal":
+        assert mean == pytest.approx(1)
+
+
+@pytest.mark.parametrize("nu", SPREADS)
+def test_a_million_weight_adaptive_draws_follow_the_closed_form(nu: float) -> None:
+    weight = torch.randn(MILLION, generator=torch.Generator().manual_seed(5))
+    factors = draw("weight_adaptive", weight, nu=nu)
+    magnitude = weight.abs().double()
+    reach = nu * (2 - magnitude / magnitude.mean()).clamp(0.5, 1.5)
+    standardised = ((factors - 1) / reach).numpy()
+    assert stats.kstest(standardised, stats.uniform(-1, 2).cdf).pvalue > 0.001
+    variance = (reach**2 / 3).mean().item()
+    fourth = (reach**4 / 5).mean().item()
+    assert abs(factors.mean().item() - 1) < 4 * math.sqrt(variance / MILLION)
+    assert abs(factors.var().item() - variance) < 4 * math.sqrt((fourth - variance**2) / MILLION)
+
+
+@pytest.mark.parametrize("nu", SPREADS)
+def test_spread_of_the_last_layer_is_half_of_the_first(nu: float) -> None:
+    first = draw("layer_adaptive", torch.ones(MILLION), nu=nu, depth=0.0)
+    last = draw("layer_adaptive", torch.ones(MILLION), nu=nu, depth=1.0, seed=1)
+    assert (last.std() / first.std()).item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("name", [d.value for d in STATIC_DISTRIBUTIONS])
+def test_numbers_do_not_depend_on_the_threads(name: str) -> None:
+    weight = torch.randn(300_001, generator=torch.Generator().manual_seed(5))
+    many, threads = draw(name, weight), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(draw(name, weight), many)
+    finally:
+        torch.set_num_threads(threads)

@@ -10,9 +10,9 @@ factor never falls below a floor.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-_CHUNK = 1 << 18  # elements; a chunk's temporaries stay in the cache
+from biofx.plasticity.blocks import for_each_block
 
 
 @torch.no_grad()
@@ -40,15 +40,22 @@ def crystallize(
     Returns:
         How many synapses were caught, a count.
     """
-    mean = (weight.detach().norm(1) / max(1, weight.numel())).item()
-    caught = 0
-    parts = (tensor.detach().reshape(-1).split(_CHUNK) for tensor in (weight, gradient))
-    for w, g, f in zip(*parts, factors.view(-1).split(_CHUNK), strict=True):
-        strength = g.abs()
-        settled = (strength < w.abs().mul_(threshold)) & (strength > 0)
-        places = (settled | (strength > mean)).nonzero().flatten()
-        if len(places):
-            old = f[places]
-            f[places] = torch.maximum(old * dampening, old.clamp(max=floor))
-            caught += len(places)
+    w, g = weight.detach().reshape(-1), gradient.detach().reshape(-1)
+    # a view wherever the memory allows one; under channels_last it does not, and the copy is written back
+    flat = factors.reshape(-1)
+    mean = (w.norm(1) / max(1, w.numel())).item()
+
+    def dampen(block: slice, _: Generator) -> int:
+        strength, part = g[block].abs(), flat[block]
+        caught = (
+            (strength < w[block].abs().mul_(threshold)).logical_and_(strength).logical_or_(strength > mean)
+        )
+        places = caught.nonzero().flatten()
+        old = part[places]
+        part[places] = torch.maximum(old * dampening, old.clamp(max=floor))
+        return len(places)
+
+    caught = sum(for_each_block(w.numel(), dampen))
+    if not factors.is_contiguous():
+        factors.copy_(flat.view(factors.shape))
     return caught

@@ -11,13 +11,17 @@ error, not something to repair; a new weight's sign is random unless its unit ha
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from biofx.errors import NonFiniteWeightError, OptionError
+from biofx.plasticity.blocks import for_each_block
+from biofx.plasticity.moments import put
 
 _LEVELS = 256
+_ENOUGH = 1 << 20
 
 
 def expected_turnover(protection: float) -> float:
@@ -39,7 +43,7 @@ def protection_for(turnover: float) -> float:
     """Return the protection d at which the expected turnover of normal weights is ``turnover``.
 
     Args:
-        turnover: a fraction in (0, 1).
+        turnover: a fraction in (0, 1].
 
     Raises:
         OptionError: it lies outside.
@@ -47,8 +51,8 @@ def protection_for(turnover: float) -> float:
     >>> round(protection_for(expected_turnover(8.0)), 6)
     8.0
     """
-    if not 0 < turnover < 1:
-        raise OptionError(f"turnover: expected a fraction in (0, 1), found {turnover!r}")
+    if not 0 < turnover <= 1:
+        raise OptionError(f"turnover: expected a fraction in (0, 1], found {turnover!r}")
     low, high = 0.0, 1.0
     while expected_turnover(high) > turnover:
         high *= 2
@@ -86,20 +90,19 @@ def rejuvenate(
         NonFiniteWeightError: a weight is NaN or infinite; nothing has been changed.
     """
     check_finite(weight, name)
-    magnitude = weight.detach().abs()
-    spread = weight.std(correction=0)
+    spread = weight.std(correction=0).item()
     if spread == 0:
         return torch.empty(0, dtype=torch.int64, device=weight.device)
-    replaced = _weaker_than_an_exponential(magnitude.flatten(), (spread / protection).item(), generator)
-    count = len(replaced)
-    if not count:
+    replaced, moments = _choose_weak(weight.detach().reshape(-1), spread / protection, generator)
+    if not len(replaced):
         return replaced
-    new = _log_normal_like(magnitude.flatten(), replaced, generator).to(weight)
-    signs = torch.randint(0, 2, (count,), generator=generator).mul_(2).sub_(1).to(weight)
+    mean, deviation = moments.mean_and_deviation()
+    new = torch.randn(len(replaced), generator=generator).mul_(deviation).add_(mean).exp_().to(weight)
+    signs = torch.randint(0, 2, (len(replaced),), generator=generator).mul_(2).sub_(1).to(weight)
     if sign is not None:
         fixed = sign.to(weight).expand(weight.shape).flatten()[replaced]
         signs = torch.where(fixed != 0, fixed, signs)
-    weight.view(-1)[replaced] = new * signs
+    put(weight, replaced, new * signs)
     return replaced
 
 
@@ -118,31 +121,56 @@ def check_finite(weight: Tensor, name: str) -> None:
             )
 
 
-def _weaker_than_an_exponential(magnitude: Tensor, scale: float, generator: Generator) -> Tensor:
-    """Return where an exponential variable of mean ``scale`` exceeds the magnitude: P = exp(-|w| / scale).
+@dataclass(frozen=True)
+class _LogMoments:
+    """Count, sum and sum of squares of log|w|."""
 
-    One random byte k says that the variable, -scale ln(u), has u in [k/256, (k+1)/256). That settles all but
-    one in 256 of the comparisons; these take a full draw of u within its interval.
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    @classmethod
+    def of(cls, magnitude: Tensor) -> _LogMoments:
+        logs = magnitude[magnitude > 0].double().log()
+        return cls(len(logs), logs.sum().item(), logs.square().sum().item())
+
+    def __add__(self, other: _LogMoments) -> _LogMoments:
+        return _LogMoments(self.count + other.count, self.total + other.total, self.squares + other.squares)
+
+    def mean_and_deviation(self) -> tuple[float, float]:
+        count = max(1, self.count)
+        mean = self.total / count
+        return mean, math.sqrt(max(0.0, self.squares / count - mean**2))
+
+
+def _choose_weak(weight: Tensor, scale: float, generator: Generator) -> tuple[Tensor, _LogMoments]:
+    """Choose each weight with P = exp(-|w| / scale); return the places, and moments of those that stay.
+
+    One random byte k stands for a uniform u in [k/256, (k+1)/256), which settles u < P but for one weight in
+    256; these take a full draw within the interval. Of a large weight, a part of each block is enough to know
+    how the ones that stay are distributed; where none stays, all of them count.
     """
-    count = magnitude.numel()
-    words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    byte = words.view(torch.uint8)[:count].to(magnitude.device)
-    bounds = -scale * torch.arange(_LEVELS + 1, dtype=torch.float64).div(_LEVELS).log()
-    surely_below = bounds[1:].to(magnitude)[byte.int()]
-    maybe_below = bounds[:-1].to(magnitude)[byte.int()]
-    open_places = ((magnitude > surely_below) & (magnitude <= maybe_below)).nonzero().flatten()
-    fine = torch.rand(len(open_places), generator=generator, dtype=torch.float64).to(magnitude.device)
-    drawn = -scale * ((byte[open_places] + fine) / _LEVELS).log()
-    weaker = magnitude <= surely_below
-    weaker[open_places] = magnitude[open_places] < drawn
-    return weaker.nonzero().flatten()
+    share = max(1, weight.numel() // _ENOUGH)
 
+    def choose(block: slice, own: Generator) -> tuple[Tensor, _LogMoments, _LogMoments]:
+        magnitude = weight[block].abs().float()
+        count = len(magnitude)
+        words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=own)
+        byte = words.view(torch.uint8)[:count].to(magnitude.device)
+        margin = (magnitude / -scale).exp_().mul_(_LEVELS).sub_(byte)
+        places = (margin > 0).nonzero().flatten()
+        undecided = (margin[places] < 1).nonzero().flatten()
+        fine = torch.rand(len(undecided), generator=own).to(magnitude.device)
+        chosen = torch.ones_like(places, dtype=torch.bool)
+        chosen[undecided] = fine < margin[places[undecided]]
+        places = places[chosen]
+        stays = torch.ones_like(magnitude, dtype=torch.bool)
+        stays[places] = False
+        part = magnitude[: -(-count // share)]
+        kept = _LogMoments.of(part[stays[: len(part)]])
+        return places + block.start, kept, _LogMoments.of(part) if not stays.any() else _LogMoments()
 
-def _log_normal_like(magnitude: Tensor, replaced: Tensor, generator: Generator) -> Tensor:
-    """Draw magnitudes from the log-normal fitted to those that stay (to all where none stays)."""
-    stays = torch.ones_like(magnitude, dtype=torch.bool)
-    stays[replaced] = False
-    kept = magnitude[stays & (magnitude > 0)]
-    logs = (kept if len(kept) else magnitude[magnitude > 0]).double().log()
-    normal = torch.randn(len(replaced), generator=generator, dtype=torch.float64).to(magnitude.device)
-    return (logs.mean() + logs.std(correction=0) * normal).exp()
+    found = for_each_block(weight.numel(), choose, generator)
+    places = torch.cat([part for part, _, _ in found])
+    kept = sum((moments for _, moments, _ in found), _LogMoments())
+    return places, kept if kept.count else sum((moments for _, _, moments in found), _LogMoments())

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
+from biofx.plasticity.blocks import for_each_block
+
 
 @torch.no_grad()
 def volume_factors(
@@ -30,10 +32,18 @@ def volume_factors(
     Returns:
         Factors shaped like ``weight``, in its dtype and on its device, dimensionless.
     """
-    magnitude = weight.detach().abs()
-    scale = magnitude.mean().clamp(min=torch.finfo(weight.dtype).tiny)
-    factors = (magnitude / (magnitude + scale)).mul_(-stability).exp_()
-    if variability:
-        noise = torch.randn(weight.shape, generator=generator).mul_(variability).add_(1).abs_()
-        factors.mul_(noise.to(factors))
-    return factors.mul_(base) if base is not None else factors.div_(factors.mean())
+    flat = weight.detach().reshape(-1)
+    scale = flat.norm(1).div(max(1, flat.numel())).clamp(min=torch.finfo(weight.dtype).tiny).item()
+    factors = torch.empty_like(flat)
+
+    def fill(block: slice, own: Generator) -> None:
+        magnitude, part = flat[block].abs(), factors[block]
+        torch.div(magnitude, magnitude + scale, out=part).mul_(-stability).exp_()
+        if variability:
+            noise = torch.randn(len(part), generator=own).mul_(variability).add_(1).abs_()
+            part.mul_(noise.to(part))
+        if base is not None:
+            part.mul_(base)
+
+    for_each_block(flat.numel(), fill, generator)
+    return (factors if base is not None else factors.div_(factors.mean())).reshape(weight.shape)
