@@ -47,7 +47,7 @@ class ObserveActivity(Pass):
                 yield missed(site.node, site.layer, "its activity is observed already")
             else:
                 self._observe(graph_module, site, output)
-                behind = f"behind {activation}" if activation else "as it is, for want of a nonlinearity"
+                behind = f"behind {activation}" if activation else "as they are, for want of a nonlinearity"
                 yield applied(site.node, site.layer, f"{site.output_channels} units observed {behind}")
         for bystander in sites.bystanders:
             yield missed(bystander.node, bystander.layer, bystander.reason)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
 
+# threads that wait for each other on a busy machine take longer than one alone
+torch.set_num_threads(1)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

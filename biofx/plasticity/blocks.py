@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Generator
 
-_BLOCK = 1 << 17
+_BLOCK = 1 << 18
 Result = TypeVar("Result")
 
 

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import copy
+import pickle
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from biofx import BioConfig, Distribution, PlasticityError
 from biofx.plasticity.bio_module import BioModule, bio_module_at, bio_module_path
 
 
@@ -48,3 +53,117 @@ def test_checkpoint_without_state_leaves_it_and_one_with_part_of_it_is_an_error(
     assert state.sign.tolist() == [1, -1]
     with pytest.raises(RuntimeError, match=r"Missing key.*bio_mod.fuzzy_learning_rate_parameters"):
         layer.load_state_dict({**plain, "bio_mod.sign": state.sign})
+
+
+def test_own_layer_by_itself() -> None:
+    layer = nn.Linear(30, 20)
+    config = BioConfig(fuzzy_learning_rate_factor_nu=0.3, fuzzy_lr_distribution="normal")  # type: ignore[arg-type]
+    for parent in (layer, lambda: layer):
+        state = BioModule(parent, config)
+        assert state.get_parent() is layer
+        assert state.weight is layer.weight
+        factors = state.fuzzy_learning_rate_parameters
+        assert factors is not None
+        assert factors.std().item() == pytest.approx(0.3, rel=0.1)
+        layer.weight.grad = torch.full((20, 30), 2.0)
+        assert state.fuzzy_learning_rates() == 600
+        torch.testing.assert_close(layer.weight.grad, 2 * factors)
+
+
+def test_state_without_a_layer_says_so() -> None:
+    with pytest.raises(
+        PlasticityError, match=r"belongs to no layer; give it one: BioModule\(layer, config\)"
+    ):
+        BioModule().get_parent()
+    assert not BioModule().is_linked
+
+
+def test_layer_whose_weight_is_computed_says_so() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    state = BioModule(layer, BioConfig())
+    assert state.parameter is None
+    assert state.fuzzy_learning_rate_parameters is None
+    with pytest.raises(PlasticityError, match="expected a parameter, found a weight that is computed"):
+        _ = state.weight
+    with pytest.raises(PlasticityError, match="its weight is computed by a parametrization"):
+        state.rejuvenate_weights()
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ("crystallize", "its weight has no gradient"),
+        ("fuzzy_learning_rates", "its weight has no gradient"),
+        ("volume_dependent_lr", "its weight has no gradient"),
+        ("enforce_dales_principle", "its units have no signs"),
+        ("update_fuzzy_learning_rates", "its factors do not change"),
+    ],
+)
+def test_rule_that_cannot_act_says_why_and_changes_nothing(rule: str, reason: str) -> None:
+    layer = nn.Linear(3, 3)
+    state = BioModule(layer, BioConfig())
+    before = {name: value.clone() for name, value in state.state_dict().items()}
+    assert reason in str(state.why_not(rule))
+    with pytest.raises(PlasticityError, match=f"{rule} cannot act on 'weight': {reason}"):
+        getattr(state, rule)()
+    assert state.state_dict().keys() == before.keys()
+    layer.weight.requires_grad_(False)
+    if rule != "enforce_dales_principle":
+        assert state.why_not(rule) == "its weight is frozen"
+
+
+def test_rates_are_not_trained_and_follow_the_layer() -> None:
+    layer = nn.Linear(3, 3)
+    layer.bio_mod = BioModule(layer, BioConfig())
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+    assert list(layer.state_dict()) == ["weight", "bias", "bio_mod.fuzzy_learning_rate_parameters"]
+    moved = layer.to("meta")
+    assert moved.bio_mod.fuzzy_learning_rate_parameters.is_meta  # type: ignore[union-attr]
+
+
+def test_layer_can_be_copied_with_its_state() -> None:
+    layer: Any = nn.Linear(3, 3)
+    layer.bio_mod = BioModule(layer, BioConfig())
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.bio_mod.get_parent() is twin
+        twin.bio_mod.rejuvenate_weights()
+    assert layer.bio_mod.get_parent() is layer
+    assert layer.bio_mod.events is None
+
+
+def test_counters_and_what_rules_remember_come_back_from_a_checkpoint() -> None:
+    config = BioConfig(
+        fuzzy_lr_distribution=Distribution.TEMPORAL, fuzzy_lr_dynamic=True, fuzzy_lr_update_freq=1
+    )
+    layer, fresh = nn.Linear(3, 3), nn.Linear(3, 3)
+    layer.bio_mod, fresh.bio_mod = BioModule(layer, config), BioModule(fresh, config)
+    layer.weight.grad = torch.full((3, 3), 1e-9)
+    layer.bio_mod.update_fuzzy_learning_rates()
+    layer.bio_mod.crystallize()
+    layer.bio_mod.synaptic_scaling()
+    layer.bio_mod.rejuvenate_weights()
+    early = {name: value.clone() for name, value in fresh.state_dict().items()}
+    fresh.load_state_dict(layer.state_dict())
+    assert {name: value.tolist() for name, value in fresh.state_dict().items()} == {
+        name: value.tolist() for name, value in layer.state_dict().items()
+    }
+    assert {"bio_mod.steps", "bio_mod.events", "bio_mod.target_strength", "bio_mod.diversity"} <= set(
+        fresh.state_dict()
+    )
+    fresh.load_state_dict(early)  # and to before anything was remembered
+    assert fresh.state_dict().keys() == early.keys()
+
+
+def test_factors_that_were_shared_and_are_no_more_can_be_loaded_and_back() -> None:
+    config = BioConfig(fuzzy_lr_granularity="layer", crystal_thresh=1e6)
+    layer, fresh = nn.Linear(3, 4), nn.Linear(3, 4)
+    layer.bio_mod, fresh.bio_mod = BioModule(layer, config), BioModule(fresh, config)
+    shared = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.weight.grad = torch.full((4, 3), 1e-9)
+    layer.bio_mod.crystallize()
+    fresh.load_state_dict(layer.state_dict())
+    assert fresh.state_dict()["bio_mod.fuzzy_learning_rate_parameters"].shape == (4, 3)
+    fresh.load_state_dict(shared)
+    assert fresh.state_dict()["bio_mod.fuzzy_learning_rate_parameters"].shape == (1, 1)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fresh.load_state_dict({**shared, "bio_mod.fuzzy_learning_rate_parameters": torch.ones(2, 2)})

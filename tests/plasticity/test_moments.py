@@ -81,7 +81,7 @@ def average_step(forget: str) -> float:
 
 
 def test_new_synapses_take_no_giant_step() -> None:
-    """With its second moment kept, a synapse steps as far as one gradient in many is worth, and no further."""
+    """With its second moment kept, a synapse steps as far as one gradient in many is worth, no further."""
     kept, both = average_step("first"), average_step("both")
     # with the first moment gone, m = (1 - b1) g and v = E g²: a step of 0.1 |g| / sqrt(E g²)
     assert kept == pytest.approx(0.1 * (2 / torch.pi) ** 0.5, rel=0.1)

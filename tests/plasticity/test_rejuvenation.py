@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from scipy import special, stats  # type: ignore[import-untyped]
+from scipy import special, stats
 from torch import Tensor, nn
 
 import biofx

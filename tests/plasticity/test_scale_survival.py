@@ -12,7 +12,7 @@ from biofx.plasticity.scale_survival import keeps_gradient_factors, refuse_closu
 
 
 def survival(cls: type[torch.optim.Optimizer], **options: Any) -> float:
-    optimizer = cls([nn.Parameter(torch.ones(3))], **options)  # type: ignore[call-arg]
+    optimizer = cls([nn.Parameter(torch.ones(3))], **options)
     return scale_survival(optimizer, optimizer.param_groups[0])
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 from torch import nn
 
 import biofx

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from biofx.plasticity.blocks import for_each_block
+from biofx.plasticity.normal_table import standard_normal
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def volume_factors(
         magnitude, part = flat[block].abs(), factors[block]
         torch.div(magnitude, magnitude + scale, out=part).mul_(-stability).exp_()
         if variability:
-            noise = torch.randn(len(part), generator=own).mul_(variability).add_(1).abs_()
+            noise = standard_normal(len(part), own).mul_(variability).add_(1).abs_()
             part.mul_(noise.to(part))
         if base is not None:
             part.mul_(base)
