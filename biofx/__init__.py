@@ -29,7 +29,8 @@ from biofx.monitor_records import LayerRecord, StepRecord
 from biofx.pass_base import Pass, PassResult, Scope
 from biofx.pipeline import Pipeline
 from biofx.plasticity import BioModule
-from biofx.plasticity.attach import Rule, attach
+from biofx.plasticity.attach import attach
+from biofx.plasticity.schedule import Rule
 from biofx.printing import diff_graphs, format_graph, print_changed
 from biofx.registry import available_passes
 from biofx.report import Remark, Report, applied, missed

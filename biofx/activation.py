@@ -13,7 +13,7 @@ from biofx.callables import identity
 from biofx.capture import trace_function
 from biofx.errors import CaptureError
 from biofx.graph_module import BioGraphModule
-from biofx.plasticity.bio_module import bio_module_at, bio_module_path
+from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.sites import WeightSite
 
 _CHILD = "splitting_activation"

@@ -11,8 +11,9 @@ from biofx.graph_module import BioGraphModule
 from biofx.pass_base import Pass
 from biofx.passes import ConstrainSigns, ObserveActivity, ScaleGradients, SplitWeights
 from biofx.pipeline import Pipeline
-from biofx.plasticity.bio_module import bio_module_at, rule_config
+from biofx.plasticity.bio_state import rule_config
 from biofx.plasticity.model_rules import bio_modules
+from biofx.plasticity.placement import bio_module_at
 from biofx.select import NodeIndex, Override, picks
 from biofx.sites import find_sites
 

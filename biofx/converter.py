@@ -13,10 +13,11 @@ from biofx.compile_config import compile_config, configure_layers
 from biofx.config import BioConfig
 from biofx.errors import InputError
 from biofx.graph_module import BioGraphModule
+from biofx.layer_kinds import kind_of
 from biofx.passes import ScaleGradients
 from biofx.pipeline import Pipeline
 from biofx.plasticity.bio_module import BioModule
-from biofx.sites import find_sites, kind_of
+from biofx.sites import find_sites
 
 ConverterT = TypeVar("ConverterT", bound="BioConverter")
 

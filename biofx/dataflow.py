@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.nn import functional as F
 
 from biofx.in_place import changed_in_place
+from biofx.layer_kinds import KIND_OF_FUNCTION
 from biofx.ops import pool_synapses
-from biofx.sites import is_synaptic
 
 _PRODUCTS: frozenset[Any] = frozenset(
     {operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum}
@@ -124,3 +125,20 @@ def _attribute(graph_module: GraphModule, node: Node) -> Any:
     for part in str(node.target).split("."):
         value = getattr(value, part, None)
     return value
+
+
+def is_synaptic(node: Node, graph_module: GraphModule) -> bool:
+    """Whether a node carries weights between units: a layer, or an opaque module with a matrix inside."""
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            return False
+        return any(parameter.dim() >= 2 for parameter in module.parameters())
+    return node.op == "call_function" and (
+        node.target in KIND_OF_FUNCTION or node.target in _MATRIX_FUNCTIONS
+    )
+
+
+_MATRIX_FUNCTIONS: frozenset[Any] = frozenset(
+    {F.embedding, F.embedding_bag, F.bilinear, F.multi_head_attention_forward, torch.bilinear}
+)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from biofx import ops
-from biofx.plasticity.bio_module import BioModule, bio_module_path
+from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.placement import bio_module_path
 
 Effective = Callable[[Tensor], Tensor]
 """Computes from a parameter the weight that the layer uses, of the same shape."""

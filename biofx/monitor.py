@@ -21,9 +21,10 @@ from biofx.monitor_plot import plot_records
 from biofx.monitor_records import LayerRecord, Sink, StepRecord, measure
 from biofx.monitor_table import LiveTable
 from biofx.monitor_tensorboard import TensorBoard
-from biofx.plasticity.attach import LayerStep, unwrapped
+from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_rules import prepare_states
+from biofx.plasticity.schedule import LayerStep
 from biofx.validate import POSITIVE, Range
 
 if TYPE_CHECKING:

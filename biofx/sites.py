@@ -14,54 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.nn import functional as F
 
 from biofx import ops
+from biofx.layer_kinds import KIND_OF_FUNCTION, LayerKind, kind_of
 
 WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset({ops.constrain_sign, ops.scale_gradient})
 """What may stand between a parameter and the layer that uses it."""
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """One kind of layer: its module class, its function, and where its channels are."""
-
-    module_type: type[nn.Module]
-    function: Callable[..., Any]
-    kernel_axes: int
-    transposed: bool = False
-
-    @property
-    def name(self) -> str:
-        """Name of the module class."""
-        return self.module_type.__name__
-
-    @property
-    def channel_axis(self) -> int:
-        """Axis of the output that counts channels, from the end, so that a batch axis may be absent."""
-        return -1 - self.kernel_axes
-
-    @property
-    def output_axis(self) -> int:
-        """Axis of the weight that counts postsynaptic units."""
-        return 1 - self.input_axis
-
-    @property
-    def input_axis(self) -> int:
-        """Axis of the weight that counts presynaptic units: 1 in ``(out, in, *)``, 0 if transposed."""
-        return 0 if self.transposed else 1
-
-
-LAYER_KINDS = (
-    LayerKind(nn.Linear, F.linear, 0),
-    LayerKind(nn.Conv1d, F.conv1d, 1),
-    LayerKind(nn.Conv2d, F.conv2d, 2),
-    LayerKind(nn.Conv3d, F.conv3d, 3),
-    LayerKind(nn.ConvTranspose1d, F.conv_transpose1d, 1, transposed=True),
-    LayerKind(nn.ConvTranspose2d, F.conv_transpose2d, 2, transposed=True),
-    LayerKind(nn.ConvTranspose3d, F.conv_transpose3d, 3, transposed=True),
-)
-_KIND_OF_FUNCTION: dict[Any, LayerKind] = {kind.function: kind for kind in LAYER_KINDS}
 
 
 @dataclass(frozen=True)
@@ -175,7 +133,7 @@ def find_sites(graph_module: GraphModule) -> Sites:
                 found.append(site)
             else:
                 bystanders += survey.layers_inside(node)
-        elif node.op == "call_function" and node.target in _KIND_OF_FUNCTION:
+        elif node.op == "call_function" and node.target in KIND_OF_FUNCTION:
             entry = survey.function_site(node)
             if isinstance(entry, WeightSite):
                 found.append(entry)
@@ -190,11 +148,6 @@ def find_sites(graph_module: GraphModule) -> Sites:
         if kind_of(module) is not None and path not in seen and not survey.is_used(path)
     ]
     return Sites(found, bystanders)
-
-
-def kind_of(module: nn.Module) -> LayerKind | None:
-    """Return the kind of a layer module, None for anything else."""
-    return next((kind for kind in LAYER_KINDS if isinstance(module, kind.module_type)), None)
 
 
 def weight_argument(node: Node) -> Any:
@@ -246,7 +199,7 @@ class _Survey:
         return WeightSite(node, kind, *named, groups=groups, obstacle=obstacle)
 
     def function_site(self, node: Node) -> WeightSite | Bystander:
-        kind = _KIND_OF_FUNCTION[node.target]
+        kind = KIND_OF_FUNCTION[node.target]
         root = parameter_behind(weight_argument(node))
         named = self._parameters.get(str(root.target)) if root is not None else None
         if named is None:
@@ -289,7 +242,7 @@ def _readers_besides_sites(node: Node) -> Iterator[Node]:
     for user in node.users:
         if user.op == "call_function" and user.target in WEIGHT_OPERATORS:
             yield from _readers_besides_sites(user)
-        elif not (user.target in _KIND_OF_FUNCTION and weight_argument(user) is node):
+        elif not (user.target in KIND_OF_FUNCTION and weight_argument(user) is node):
             yield user
 
 
@@ -338,20 +291,3 @@ def _obstacle_to_lowering(node: Node, module: nn.Module, kind: LayerKind) -> str
     if len(node.args) + len(node.kwargs) != 1:
         return "it is called with more than its input (output_size), which its function does not take"
     return None
-
-
-def is_synaptic(node: Node, graph_module: GraphModule) -> bool:
-    """Whether a node carries weights between units: a layer, or an opaque module with a matrix inside."""
-    if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            return False
-        return any(parameter.dim() >= 2 for parameter in module.parameters())
-    return node.op == "call_function" and (
-        node.target in _KIND_OF_FUNCTION or node.target in _MATRIX_FUNCTIONS
-    )
-
-
-_MATRIX_FUNCTIONS: frozenset[Any] = frozenset(
-    {F.embedding, F.embedding_bag, F.bilinear, F.multi_head_attention_forward, torch.bilinear}
-)

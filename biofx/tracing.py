@@ -139,6 +139,8 @@ class ModelTracer(Tracer):
         """Trace, and check that nothing but the model's own tensors is changed in place."""
         graph = super().trace(root, concrete_args)
         for node in graph.nodes:
+            if isinstance(node.type, str):
+                node.type = None  # an annotation as text, which torch.jit.script could not make sense of
             for changed in changed_in_place(node):
                 if changed.op == "get_attr" and changed.target in self._constants:
                     raise CaptureError(

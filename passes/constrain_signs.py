@@ -25,7 +25,7 @@ from biofx import ops
 from biofx.dataflow import input_facing_nodes, readout_nodes, synaptic_nodes
 from biofx.graph_module import BioGraphModule
 from biofx.lowering import Lowering
-from biofx.plasticity.bio_module import bio_module_at, bio_module_path
+from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.plasticity.randomness import generator_for
 from biofx.report import Remark, applied
 from biofx.sites import Weight, WeightSite

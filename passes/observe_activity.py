@@ -23,7 +23,7 @@ from biofx import ops
 from biofx.dataflow import unit_output
 from biofx.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
-from biofx.plasticity.bio_module import bio_module_at, bio_module_path
+from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.report import Remark, applied, missed
 from biofx.sites import WeightSite, find_sites
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from biofx import ops
 from biofx.config import GRANULARITIES, Distribution
 from biofx.lowering import Lowering
-from biofx.plasticity.bio_module import bio_module_at, bio_module_path
 from biofx.plasticity.dynamics import initial_factors
+from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.plasticity.randomness import generator_for
 from biofx.report import Remark, applied
 from biofx.sites import Weight, WeightSite

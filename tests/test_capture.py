@@ -891,3 +891,16 @@ def test_a_model_that_cannot_be_copied_is_refused(mlp: nn.Module) -> None:
     vars(mlp)["lock"] = threading.Lock()
     with pytest.raises(InputError, match=r"copy\.deepcopy"):
         capture(mlp)
+
+
+def test_an_annotation_that_is_a_text_does_not_stay_in_the_graph(mlp: nn.Module) -> None:
+    # this file has them: with them, torch.jit.script looks for a type of that name and fails
+    class Annotated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(x)  # type: ignore[no-any-return]
+
+    assert [node.type for node in capture(Annotated()).graph.nodes if isinstance(node.type, str)] == []

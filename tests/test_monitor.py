@@ -25,7 +25,7 @@ from biofx.monitor_plot import series_of
 from biofx.monitor_records import HISTOGRAM_EDGES, Sink
 from biofx.monitor_table import short_name
 from biofx.passes import ConstrainSigns
-from biofx.plasticity.attach import LayerStep
+from biofx.plasticity.schedule import LayerStep
 
 DALE = BioConfig(apply_dales_principle=True, dales_constrain_inputs=True, dales_constrain_readout=True)
 TARGETS = torch.tensor([0, 1, 1, 0, 1])

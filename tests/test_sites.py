@@ -11,7 +11,9 @@ from torch.nn.utils import parametrizations
 
 import biofx
 from biofx import capture, ops
-from biofx.sites import Sites, find_sites, is_synaptic, kind_of
+from biofx.dataflow import is_synaptic
+from biofx.layer_kinds import kind_of
+from biofx.sites import Sites, find_sites
 
 CONFIG = biofx.BioConfig(
     apply_dales_principle=True, dales_constrain_inputs=True, dales_constrain_readout=True

@@ -1,18 +1,17 @@
-"""What a layer remembers about its synapses, and the plasticity rules applied to them."""
+"""The plasticity rules of one layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from biofx.callables import identity
 from biofx.config import BioConfig, Distribution
 from biofx.errors import PlasticityError
-from biofx.ops import signs_like
+from biofx.plasticity.bio_state import BioState
 from biofx.plasticity.dynamics import (
     FOLLOWING,
     evolve,
@@ -28,46 +27,13 @@ from biofx.plasticity.rules.rejuvenation import check_finite, protection_for, re
 from biofx.plasticity.rules.scaling import input_strength, synaptic_scaling
 from biofx.plasticity.rules.volume import volume_factors
 from biofx.plasticity.units import laid_out
-from biofx.sites import kind_of
 
-_FACTORS = "fuzzy_learning_rate_parameters"
-_CONFIGURED = (_FACTORS, "sign", "noise", "activity")
-_REMEMBERED = ("diversity", "target_strength", "steps", "events")
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
 _NEED_FACTORS = frozenset({"fuzzy_learning_rates", "update_fuzzy_learning_rates", "crystallize"})
 
 
-_DEFAULT = BioConfig()
-
-
-def rule_config(config: BioConfig) -> BioConfig:
-    """Return what of a config is the rules' business; it can be copied and pickled with a layer."""
-    return config.replace(weight_splitting_activation_function=identity, overrides=())
-
-
-class BioModule(nn.Module):
+class BioModule(BioState):
     """State and rules of one weight's plasticity, kept in the layer as ``layer.bio_mod``.
-
-    Buffers, each there only once it is needed; all are saved in the state dict and none is trained:
-
-    ``fuzzy_learning_rate_parameters``
-        One learning-rate factor per synapse, dimensionless; shaped like the weight, or of size 1 along the
-        axes that share a factor.
-    ``sign``
-        +1 for an excitatory and -1 for an inhibitory presynaptic unit, 0 where unconstrained;
-        int8, shape ``(units,)``.
-    ``noise``
-        The random part u of factors that follow weights or activity, shaped like the factors.
-    ``activity``
-        Running mean of |output| of each of the layer's units, shape ``(units,)``; negative before the first.
-    ``diversity``
-        Dynamic factors as they would be had crystallization never dampened one; shaped like ``noise``.
-    ``target_strength``
-        Total input strength of each unit that synaptic scaling keeps up, shape ``(units,)``.
-    ``steps``, ``events``
-        Calls of :meth:`update_fuzzy_learning_rates`, and random events so far; int64 counts.
-
-    A checkpoint of the original model has none of these keys; loading it leaves the state as it is.
 
     Every rule returns how many synapses it touched, and raises a :class:`PlasticityError` where
     :meth:`why_not` has a reason against it.
@@ -76,6 +42,8 @@ class BioModule(nn.Module):
         parent: the layer, or a function that returns it.
         config: options of the rules. With one, factors are drawn at once; without, a pass brings them.
     """
+
+    __jit_unused_properties__: ClassVar[list[str]] = [*BioState.__jit_unused_properties__, "is_dynamic"]
 
     exposed_functions: ClassVar[tuple[str, ...]] = (
         "fuzzy_learning_rates",
@@ -88,85 +56,12 @@ class BioModule(nn.Module):
     )
     """Methods that a converted model offers, calling them on every layer."""
 
-    __jit_unused_properties__: ClassVar[list[str]] = [
-        *("weight", "parameter", "is_linked", "is_dynamic", "output_axis", "groups")
-    ]
-
-    if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
-        fuzzy_learning_rate_parameters: Tensor | None
-        sign: Tensor | None
-        noise: Tensor | None
-        activity: Tensor | None
-        diversity: Tensor | None
-        target_strength: Tensor | None
-        steps: Tensor | None
-        events: Tensor | None
-        sign_layout: dict[str, int]
-
     def __init__(
         self, parent: nn.Module | Callable[[], nn.Module] | None = None, config: BioConfig | None = None
     ) -> None:
-        super().__init__()
-        for name in (*_CONFIGURED, *_REMEMBERED):
-            self.register_buffer(name, None)
-        self.config = _DEFAULT if config is None else rule_config(config)
-        self.path = "weight"
-        self.depth = 0.0
-        self.scaled_in_graph = False
-        self.sign_layout = {}
-        if parent is not None:
-            self.link(parent if isinstance(parent, nn.Module) else parent())
-            if config is not None and self.parameter is not None:
-                self.draw()
-
-    def link(self, parent: nn.Module) -> None:
-        """Make ``parent`` the layer; it is kept outside the module tree, which may have no loop."""
-        self.__dict__["_parent"] = parent
-
-    @property
-    def is_linked(self) -> bool:
-        """Whether it belongs to a layer."""
-        return "_parent" in self.__dict__
-
-    def get_parent(self) -> Any:
-        """Return the layer.
-
-        Raises:
-            PlasticityError: it was never linked to one.
-        """
-        parent = self.__dict__.get("_parent")
-        if parent is None:
-            raise PlasticityError("this BioModule belongs to no layer; give it one: BioModule(layer, config)")
-        return parent
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The weight whose state this is.
-
-        Raises:
-            PlasticityError: it is not a parameter, but computed from others.
-        """
-        found = self.parameter
-        if found is None:
-            raise PlasticityError(f"{self.path}: expected a parameter, found a weight that is computed")
-        return found
-
-    @property
-    def parameter(self) -> nn.Parameter | None:
-        """The same, None where the weight is computed (by a parametrization)."""
-        # asking a parametrized layer for its weight would compute it, which may change its state
-        return cast(nn.Module, self.get_parent())._parameters.get(self.path.rpartition(".")[2])
-
-    @property
-    def output_axis(self) -> int:
-        """The axis of the weight that counts the postsynaptic units."""
-        kind = kind_of(self.get_parent())
-        return 0 if kind is None else kind.output_axis
-
-    @property
-    def groups(self) -> int:
-        """Groups of a convolution, a count; 1 for other layers."""
-        return int(getattr(self.get_parent(), "groups", 1))
+        super().__init__(parent, config)
+        if parent is not None and config is not None and self.parameter is not None:
+            self.draw()
 
     def why_not(self, rule: str) -> str | None:
         """Return why a rule leaves this layer alone, None if it does not."""
@@ -401,85 +296,11 @@ class BioModule(nn.Module):
         )
         return self.weight.numel()
 
-    def signs(self) -> Any:
-        """Return the signs laid out to broadcast to the weight, None where the layer has none."""
-        return None if self.sign is None else signs_like(self.weight.detach(), self.sign, **self.sign_layout)
-
-    # state
-
     def _require(self, rule: str) -> None:
         reason = self.why_not(rule)
         if reason is not None:
             raise PlasticityError(f"{rule} cannot act on {self.path!r}: {reason}")
 
-    def _gradient(self) -> Tensor:
-        gradient = self.weight.grad
-        if gradient is None:
-            raise PlasticityError(f"{self.path!r} has no gradient; call backward first")
-        return gradient
-
-    def _factors(self) -> Tensor:
-        if self.fuzzy_learning_rate_parameters is None:
-            raise PlasticityError(f"{self.path!r} has no learning-rate factors")
-        return self.fuzzy_learning_rate_parameters
-
-    def _generator(self, purpose: str) -> torch.Generator:
-        """Return the generator of the next random event; equal on every rank and after a resume."""
-        self.events = torch.zeros((), dtype=torch.int64) if self.events is None else self.events
-        event = int(self.events)
-        self.events += 1
-        return generator_for(self.config.seed, self.path, event, purpose=purpose)
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        if not any(key.startswith(prefix) for key in state_dict):
-            return
-        for name in _REMEMBERED:
-            saved = state_dict.get(prefix + name)
-            self._buffers[name] = (
-                None if saved is None else torch.empty_like(saved, device=self.weight.device)
-            )
-        saved, held = state_dict.get(f"{prefix}{_FACTORS}"), self.fuzzy_learning_rate_parameters
-        if saved is not None and held is not None and saved.shape != held.shape:
-            # crystallization gives each synapse a factor of its own, where one was shared
-            layouts = (self.weight.shape, held.shape if self.noise is None else self.noise.shape)
-            if saved.shape in layouts or held.shape == self.weight.shape:
-                self.fuzzy_learning_rate_parameters = held.new_empty(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
 
 def _divided(gradient: Tensor, factors: Tensor) -> Tensor:
     return gradient / torch.where(factors > 0, factors, 1.0).to(gradient.dtype)
-
-
-def bio_module_path(parameter_path: str) -> str:
-    """Return where a weight's state is kept: ``bio_mod`` beside ``weight``, else a place named after it.
-
-    >>> bio_module_path("layer1.0.conv1.weight"), bio_module_path("encoder.projection")
-    ('layer1.0.conv1.bio_mod', 'encoder.bio_mod.projection')
-    """
-    owner, _, name = parameter_path.rpartition(".")
-    parts = [owner] if owner else []
-    return ".".join([*parts, "bio_mod"] if name == "weight" else [*parts, "bio_mod", name])
-
-
-def bio_module_at(model: nn.Module, parameter_path: str) -> BioModule:
-    """Return the state of a weight, made if it is not there yet, and linked to the weight's layer."""
-    module: nn.Module = model
-    for part in bio_module_path(parameter_path).split("."):
-        found = module._modules.get(part)
-        inside = part == "bio_mod" or isinstance(module, BioModule)
-        if found is None and inside:
-            found = BioModule()
-            module.add_module(part, found)
-        if found is None:
-            raise AttributeError(
-                f"{type(module).__name__} has no module {part!r} on the way to {parameter_path!r}"
-            )
-        module = found
-    if not isinstance(module, BioModule):
-        raise AttributeError(f"{bio_module_path(parameter_path)!r} is taken by a {type(module).__name__}")
-    module.path = parameter_path
-    module.link(model.get_submodule(parameter_path.rpartition(".")[0]))
-    return module

@@ -8,7 +8,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from biofx.errors import PlasticityError
-from biofx.plasticity.bio_module import BioModule, bio_module_at
+from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.placement import bio_module_at
 from biofx.sites import find_sites
 
 

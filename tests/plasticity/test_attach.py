@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BioConfig, BioModule, Distribution, OptionError, PlasticityError, Rule, attach
-from biofx.plasticity.attach import LayerStep
+from biofx.plasticity.schedule import LayerStep
 
 FRONT_DOORS: dict[str, Callable[[nn.Module, BioConfig], nn.Module]] = {
     "converter": lambda model, config: biofx.BioConverter(config)(model),
@@ -909,7 +909,7 @@ def test_resuming_at_any_step_gives_the_same_run_to_the_bit(
 ) -> None:
     total, data = 8, list(itertools.islice(batches(), 8))
 
-    def fresh() -> tuple[nn.Module, torch.optim.Optimizer, biofx.plasticity.attach.Attachment]:
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer, biofx.plasticity.attachment.Attachment]:
         torch.manual_seed(5)
         bio = FRONT_DOORS[front_door](relu_net(), everything(distribution, granularity))
         optimizer = make_optimizer(name, bio, lr=0.02, weight_decay=0.01)

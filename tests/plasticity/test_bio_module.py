@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from biofx import BioConfig, Distribution, PlasticityError
-from biofx.plasticity.bio_module import BioModule, bio_module_at, bio_module_path
+from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.placement import bio_module_at, bio_module_path
 
 
 def test_state_is_made_beside_the_weight_once() -> None:

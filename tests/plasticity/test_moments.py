@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import biofx
-from biofx.plasticity.attach import LayerStep
 from biofx.plasticity.moments import FIRST_MOMENTS, forget_direction, put
+from biofx.plasticity.schedule import LayerStep
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "momentum": (torch.optim.SGD, {"momentum": 0.9}),

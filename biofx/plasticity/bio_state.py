@@ -1,0 +1,172 @@
+"""What a layer remembers about its synapses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from biofx.callables import identity
+from biofx.config import BioConfig
+from biofx.errors import PlasticityError
+from biofx.layer_kinds import kind_of
+from biofx.ops import signs_like
+from biofx.plasticity.randomness import generator_for
+
+_FACTORS = "fuzzy_learning_rate_parameters"
+_CONFIGURED = (_FACTORS, "sign", "noise", "activity")
+_REMEMBERED = ("diversity", "target_strength", "steps", "events")
+_DEFAULT = BioConfig()
+
+
+def rule_config(config: BioConfig) -> BioConfig:
+    """Return what of a config is the rules' business; it can be copied and pickled with a layer."""
+    return config.replace(weight_splitting_activation_function=identity, overrides=())
+
+
+class BioState(nn.Module):
+    """What is kept for one weight, as buffers, each there only once it is needed; none of them is trained.
+
+    ``fuzzy_learning_rate_parameters``
+        One learning-rate factor per synapse, dimensionless; shaped like the weight, or of size 1 along the
+        axes that share a factor.
+    ``sign``
+        +1 for an excitatory and -1 for an inhibitory presynaptic unit, 0 where unconstrained;
+        int8, shape ``(units,)``.
+    ``noise``
+        The random part u of factors that follow weights or activity, shaped like the factors.
+    ``activity``
+        Running mean of |output| of each of the layer's units, shape ``(units,)``; negative before the first.
+    ``diversity``
+        Dynamic factors as they would be had crystallization never dampened one; shaped like ``noise``.
+    ``target_strength``
+        Total input strength of each unit that synaptic scaling keeps up, shape ``(units,)``.
+    ``steps``, ``events``
+        Calls of :meth:`update_fuzzy_learning_rates`, and random events so far; int64 counts.
+
+    A checkpoint of the original model has none of these keys; loading it leaves the state as it is.
+
+    Args:
+        parent: the layer, or a function that returns it.
+        config: options of the rules; the default config if None.
+    """
+
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        *("weight", "parameter", "is_linked", "output_axis", "groups")
+    ]
+
+    if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
+        fuzzy_learning_rate_parameters: Tensor | None
+        sign: Tensor | None
+        noise: Tensor | None
+        activity: Tensor | None
+        diversity: Tensor | None
+        target_strength: Tensor | None
+        steps: Tensor | None
+        events: Tensor | None
+        sign_layout: dict[str, int]
+
+    def __init__(
+        self, parent: nn.Module | Callable[[], nn.Module] | None = None, config: BioConfig | None = None
+    ) -> None:
+        super().__init__()
+        for name in (*_CONFIGURED, *_REMEMBERED):
+            self.register_buffer(name, None)
+        self.config = _DEFAULT if config is None else rule_config(config)
+        self.path = "weight"
+        self.depth = 0.0
+        self.scaled_in_graph = False
+        self.sign_layout = {}
+        if parent is not None:
+            self.link(parent if isinstance(parent, nn.Module) else parent())
+
+    def link(self, parent: nn.Module) -> None:
+        """Make ``parent`` the layer; it is kept outside the module tree, which may have no loop."""
+        self.__dict__["_parent"] = parent
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether it belongs to a layer."""
+        return "_parent" in self.__dict__
+
+    def get_parent(self) -> Any:
+        """Return the layer.
+
+        Raises:
+            PlasticityError: it was never linked to one.
+        """
+        parent = self.__dict__.get("_parent")
+        if parent is None:
+            raise PlasticityError("this BioModule belongs to no layer; give it one: BioModule(layer, config)")
+        return parent
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight whose state this is.
+
+        Raises:
+            PlasticityError: it is not a parameter, but computed from others.
+        """
+        found = self.parameter
+        if found is None:
+            raise PlasticityError(f"{self.path}: expected a parameter, found a weight that is computed")
+        return found
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The same, None where the weight is computed (by a parametrization)."""
+        # asking a parametrized layer for its weight would compute it, which may change its state
+        return cast(nn.Module, self.get_parent())._parameters.get(self.path.rpartition(".")[2])
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of the weight that counts the postsynaptic units."""
+        kind = kind_of(self.get_parent())
+        return 0 if kind is None else kind.output_axis
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution, a count; 1 for other layers."""
+        return int(getattr(self.get_parent(), "groups", 1))
+
+    def signs(self) -> Any:
+        """Return the signs laid out to broadcast to the weight, None where the layer has none."""
+        return None if self.sign is None else signs_like(self.weight.detach(), self.sign, **self.sign_layout)
+
+    def _gradient(self) -> Tensor:
+        gradient = self.weight.grad
+        if gradient is None:
+            raise PlasticityError(f"{self.path!r} has no gradient; call backward first")
+        return gradient
+
+    def _factors(self) -> Tensor:
+        if self.fuzzy_learning_rate_parameters is None:
+            raise PlasticityError(f"{self.path!r} has no learning-rate factors")
+        return self.fuzzy_learning_rate_parameters
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        """Return the generator of the next random event; equal on every rank and after a resume."""
+        self.events = torch.zeros((), dtype=torch.int64) if self.events is None else self.events
+        event = int(self.events)
+        self.events += 1
+        return generator_for(self.config.seed, self.path, event, purpose=purpose)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            return
+        for name in _REMEMBERED:
+            saved = state_dict.get(prefix + name)
+            self._buffers[name] = (
+                None if saved is None else torch.empty_like(saved, device=self.weight.device)
+            )
+        saved, held = state_dict.get(f"{prefix}{_FACTORS}"), self.fuzzy_learning_rate_parameters
+        if saved is not None and held is not None and saved.shape != held.shape:
+            # crystallization gives each synapse a factor of its own, where one was shared
+            layouts = (self.weight.shape, held.shape if self.noise is None else self.noise.shape)
+            if saved.shape in layouts or held.shape == self.weight.shape:
+                self.fuzzy_learning_rate_parameters = held.new_empty(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

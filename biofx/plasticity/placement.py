@@ -1,0 +1,39 @@
+"""Where in a model a weight's plasticity is kept."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from biofx.plasticity.bio_module import BioModule
+
+
+def bio_module_path(parameter_path: str) -> str:
+    """Return where a weight's state is kept: ``bio_mod`` beside ``weight``, else a place named after it.
+
+    >>> bio_module_path("layer1.0.conv1.weight"), bio_module_path("encoder.projection")
+    ('layer1.0.conv1.bio_mod', 'encoder.bio_mod.projection')
+    """
+    owner, _, name = parameter_path.rpartition(".")
+    parts = [owner] if owner else []
+    return ".".join([*parts, "bio_mod"] if name == "weight" else [*parts, "bio_mod", name])
+
+
+def bio_module_at(model: nn.Module, parameter_path: str) -> BioModule:
+    """Return the state of a weight, made if it is not there yet, and linked to the weight's layer."""
+    module: nn.Module = model
+    for part in bio_module_path(parameter_path).split("."):
+        found = module._modules.get(part)
+        inside = part == "bio_mod" or isinstance(module, BioModule)
+        if found is None and inside:
+            found = BioModule()
+            module.add_module(part, found)
+        if found is None:
+            raise AttributeError(
+                f"{type(module).__name__} has no module {part!r} on the way to {parameter_path!r}"
+            )
+        module = found
+    if not isinstance(module, BioModule):
+        raise AttributeError(f"{bio_module_path(parameter_path)!r} is taken by a {type(module).__name__}")
+    module.path = parameter_path
+    module.link(model.get_submodule(parameter_path.rpartition(".")[0]))
+    return module
