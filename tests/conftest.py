@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the golden files from what is found"
     )
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    """Let a test that builds a model without a seed build the same one in every run."""
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 @pytest.fixture

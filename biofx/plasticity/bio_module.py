@@ -25,7 +25,7 @@ from biofx.plasticity.randomness import generator_for
 from biofx.plasticity.rules.crystallization import crystallize
 from biofx.plasticity.rules.rejuvenation import check_finite, protection_for, rejuvenate
 from biofx.plasticity.rules.scaling import input_strength, synaptic_scaling
-from biofx.plasticity.rules.volume import volume_factors
+from biofx.plasticity.rules.volume import multiply_by_volume, volume_factors
 from biofx.plasticity.units import laid_out
 
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
@@ -193,8 +193,18 @@ class BioModule(BioState):
     def volume_dependent_lr(self) -> int:
         """Multiply the weight's gradient by volume-dependent factors; call it between backward and step."""
         self._require("volume_dependent_lr")
-        gradient = self._gradient()
-        gradient.mul_(self.volume_factors().to(gradient.dtype))
+        gradient, config = self._gradient(), self.config
+        if config.base_lr is None:
+            gradient.mul_(self.volume_factors().to(gradient.dtype))
+        else:
+            multiply_by_volume(
+                gradient,
+                self.weight,
+                base=config.base_lr,
+                stability=config.stability_factor,
+                variability=config.lr_variability,
+                generator=self._generator("volume"),
+            )
         return gradient.numel()
 
     def volume_factors(self) -> Tensor:

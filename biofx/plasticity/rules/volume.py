@@ -33,18 +33,48 @@ def volume_factors(
     Returns:
         Factors shaped like ``weight``, in its dtype and on its device, dimensionless.
     """
-    flat = weight.detach().reshape(-1)
+    factors = torch.ones_like(weight.detach(), memory_format=torch.contiguous_format)
+    multiply_by_volume(
+        factors,
+        weight,
+        base=1.0 if base is None else base,
+        stability=stability,
+        variability=variability,
+        generator=generator,
+    )
+    return factors if base is not None else factors.div_(factors.mean())
+
+
+@torch.no_grad()
+def multiply_by_volume(
+    target: Tensor,
+    weight: Tensor,
+    *,
+    base: float,
+    stability: float,
+    variability: float,
+    generator: Generator,
+) -> None:
+    """Multiply ``target`` by what :func:`volume_factors` draws, in place, without ever holding all of it.
+
+    Args:
+        target: shaped like ``weight``, e.g. its gradient.
+        weight: any shape.
+        base: factor at zero weight, dimensionless.
+        stability: how fast the factor falls with the weight, dimensionless.
+        variability: standard deviation of the noise, dimensionless.
+        generator: a CPU generator, the only source of randomness.
+    """
+    flat, product = weight.detach().reshape(-1), target.reshape(-1)
     scale = flat.norm(1).div(max(1, flat.numel())).clamp(min=torch.finfo(weight.dtype).tiny).item()
-    factors = torch.empty_like(flat)
 
-    def fill(block: slice, own: Generator) -> None:
-        magnitude, part = flat[block].abs(), factors[block]
-        torch.div(magnitude, magnitude + scale, out=part).mul_(-stability).exp_()
+    def multiply(block: slice, own: Generator) -> None:
+        magnitude = flat[block].abs()
+        factors = magnitude.div_(magnitude + scale).mul_(-stability).exp_()
         if variability:
-            noise = standard_normal(len(part), own).mul_(variability).add_(1).abs_()
-            part.mul_(noise.to(part))
-        if base is not None:
-            part.mul_(base)
+            factors.mul_(standard_normal(len(factors), own).mul_(variability).add_(1).abs_().to(factors))
+        product[block].mul_(factors.mul_(base).to(product.dtype))
 
-    for_each_block(flat.numel(), fill, generator)
-    return (factors if base is not None else factors.div_(factors.mean())).reshape(weight.shape)
+    for_each_block(flat.numel(), multiply, generator)
+    if product.data_ptr() != target.data_ptr():
+        target.copy_(product.view(target.shape))
