@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch.fx import GraphModule, Node
 
+from biofx.attribution import attributed
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.graph_module import BioGraphModule
 from biofx.in_place import changes_in_place
 from biofx.pass_text import format_item
-from biofx.report import Change, PassReport, Remark, Report, Snapshot, compare
+from biofx.report import PassReport, Remark, Report, Snapshot, compare
 from biofx.select import (
     Match,
     NodeIndex,
@@ -196,7 +197,7 @@ class Pass(ABC):
             raise
         place = {name: number for number, name in enumerate(before.lines)}
         remarks.sort(key=lambda remark: place.get(remark.node or "", len(place)))
-        changes = _attributed(compare(before, Snapshot.of(graph_module.graph)), graph_module, remarks)
+        changes = attributed(compare(before, Snapshot.of(graph_module.graph)), graph_module, remarks)
         rewritten = [remark for remark in remarks if remark.kind == "applied"]
         if bool(rewritten) != bool(changes):
             told, done = len(rewritten), len(changes)
@@ -276,28 +277,3 @@ def _erase_orphans(graph_module: GraphModule, unused_before: set[Node]) -> None:
 def _is_pure(node: Node) -> bool:
     computes = node.op in ("call_function", "call_method") and not node.is_impure()
     return node.op == "get_attr" or (computes and not changes_in_place(node))
-
-
-def _attributed(changes: list[Change], graph_module: GraphModule, remarks: list[Remark]) -> list[Change]:
-    """Say of each change which candidate it belongs to: what follows from it, then what leads up to it."""
-    because = {
-        name: name for remark in remarks if remark.kind == "applied" and (name := remark.node) is not None
-    }
-    created = {change.node for change in changes if change.kind == "created"}
-    touched = {change.node for change in changes}
-    new_nodes = [node for node in graph_module.graph.nodes if node.name in created]
-    for node in new_nodes:
-        _inherit(node, because, node.all_input_nodes)
-    for node in reversed(new_nodes):
-        _inherit(node, because, node.users)
-    for node in graph_module.graph.nodes:
-        if node.name in touched:
-            _inherit(node, because, (source for source in node.all_input_nodes if source.name in created))
-    return [dataclasses.replace(change, because=because.get(change.node)) for change in changes]
-
-
-def _inherit(node: Node, because: dict[str, str], neighbours: Iterable[Node]) -> None:
-    if node.name not in because:
-        origin = next((because[near.name] for near in neighbours if near.name in because), None)
-        if origin is not None:
-            because[node.name] = origin
