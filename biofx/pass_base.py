@@ -250,20 +250,23 @@ class Scope:
         return chosen if chosen.enabled else "switched off here (enabled=False)"
 
     def idle_selections(self, remarks: list[Remark]) -> list[Remark]:
-        """Return a remark for each pattern of ``only`` that picks something but no candidate of the pass."""
+        """Return a remark for each pattern that picks something, but no candidate of the pass."""
         nodes = {remark.node for remark in remarks}
         layers = {remark.layer for remark in remarks}
+        wanted = [("only", match) for selection in self._selections for match in selection.only or ()]
+        wanted += [("override", match) for matches, _ in self._overrides for match in matches]
         return [
-            self._idle(match)
-            for selection in self._selections
-            for match in selection.only or ()
+            self._idle(side, match)
+            for side, match in wanted
             if not {node.name for node in match.nodes} & nodes and not match.paths & layers
         ]
 
-    def _idle(self, match: Match) -> Remark:
+    def _idle(self, side: str, match: Match) -> Remark:
         first = min(match.nodes).name if match.nodes else None
         what = f"{len(match.nodes)} nodes" if match.nodes else f"{len(match.paths)} modules, never called"
-        message = f"only={show_pattern(match.pattern)} picks {what}, none of which {self._owner.name} acts on"
+        message = (
+            f"{side}={show_pattern(match.pattern)} picks {what}, none of which {self._owner.name} acts on"
+        )
         return Remark("missed", first, min(match.paths, default=""), message, {"picked": len(match.nodes)})
 
 

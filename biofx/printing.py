@@ -112,7 +112,7 @@ def _fold(lines: list[str], head: int, tail: int) -> Iterable[str]:
 
 def _expression(node: Node) -> str:
     if node.op == "placeholder":
-        return f"input = {_value(node.args[0])}" if node.args else "input"
+        return f"input (default {_value(node.args[0])})" if node.args else "input"
     if node.op == "get_attr":
         return f"self.{node.target}"
     if node.op == "call_method":

@@ -367,3 +367,10 @@ def test_overrides_of_different_options_add_up(net: nn.Module) -> None:
 def test_a_candidate_is_a_frozen_record(index: NodeIndex) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         index.candidates[0].module = nn.ReLU()  # type: ignore[misc]
+
+
+def test_an_override_that_picks_no_candidate_of_the_pass_is_remarked(mlp: nn.Module) -> None:
+    config = BioConfig(weight_splitting_Gamma=2).override("1", weight_splitting_Gamma=3)
+    _, report = biofx.transform(mlp, config, passes="split-weights")
+    told = [remark.message for remark in report.remarks if remark.layer == "1"]
+    assert told == ["override='1' picks 1 nodes, none of which split-weights acts on"]
