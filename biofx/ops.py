@@ -1,6 +1,6 @@
 """The few functions that rewritten graphs call.
 
-A rewritten graph outlives the session that made it: it is pickled, traced again, compiled, exported,
+A rewritten graph outlives the process that made it: it is pickled, traced again, compiled, exported,
 vmapped. Each function here keeps its effect through all of these. Two devices do it:
 
 * it hands itself to ``__torch_function__`` first, so a tracer that sees it records *one* call to it

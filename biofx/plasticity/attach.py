@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from biofx.errors import OptionError, suggest
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.model_rules import exposed_rules, prepare_states
+from biofx.plasticity.ranks import group_to_agree_with
 from biofx.plasticity.scale_survival import refuse_closures
 from biofx.plasticity.schedule import Observer, Rule
 
@@ -30,7 +31,8 @@ def attach(
     after it. Other rules run as scheduled. A step that a ``GradScaler`` skips does not count.
 
     Args:
-        model: a transformed or converted model, wrapped (DDP, ``torch.compile``) or not.
+        model: a transformed or converted model, wrapped (DDP, ``torch.compile``) or not. In a distributed run
+            whose factors follow activity it must be the DDP wrapper, so that the ranks agree on the activity.
         optimizer: any number of them, each attached by itself, on weights of their own.
         schedule: rules and when they run; a name alone runs at every step.
         decay: ``"scaled"``: a factor scales weight decay too, so that 0 freezes a weight to the bit;
@@ -63,7 +65,8 @@ def attach(
     for observer in present:
         if hasattr(observer, "watch"):
             observer.watch(plain)
-    return Attachment(states, optimizer, rules, decay, present)
+    group = group_to_agree_with(model, states.values())
+    return Attachment(states, optimizer, rules, decay, present, group)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

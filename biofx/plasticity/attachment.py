@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.ranks import average_activity
 from biofx.plasticity.scale_survival import keeps_gradient_factors
 from biofx.plasticity.schedule import LayerStep, Observer, Rule, wants
 
@@ -43,6 +44,7 @@ class Attachment:
         rules: tuple[Rule, ...],
         decay: str,
         observers: tuple[Observer, ...],
+        group: Any = None,
     ) -> None:
         self.steps = 0
         """Optimizer steps so far, a count."""
@@ -50,6 +52,7 @@ class Attachment:
         """Weights that this attachment does not act on, with the reason, by path."""
         self.rules = rules
         self._decay = decay
+        self._group = group
         self._observers = list(observers)
         self._bound = self._bind(states, optimizer)
         self._check_rules()
@@ -199,6 +202,8 @@ class Attachment:
         able = [name for name in names if state.why_not(name) is None]
         factors = state.fuzzy_learning_rate_parameters
         used = factors.clone() if factors is not None and able and state.scaled_in_graph else factors
+        if "update_fuzzy_learning_rates" in able:
+            average_activity(state, self._group)
         for name in able:
             result = getattr(state, name)()
             layer.touched[name] = result if isinstance(result, int) else 0

@@ -1,0 +1,50 @@
+"""Activity as all ranks of a distributed run have seen it: replicas stay equal only if they agree on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from biofx.config import Distribution
+from biofx.errors import PlasticityError
+from biofx.plasticity.bio_module import BioModule
+
+
+def group_to_agree_with(model: nn.Module, states: Iterable[BioModule]) -> Any:
+    """Return the process group of a model wrapped in DistributedDataParallel, None where one rank is all.
+
+    Raises:
+        PlasticityError: factors follow activity, several ranks run, and the model does not say which of them
+            share it.
+    """
+    while not isinstance(model, DistributedDataParallel):
+        inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    if isinstance(model, DistributedDataParallel):
+        return model.process_group
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if several and any(follows_activity(state) for state in states):
+        raise PlasticityError(
+            "factors follow activity, and each rank sees its own: expected the model wrapped in "
+            "DistributedDataParallel, found it bare; attach the wrapper, so that ranks agree on the activity"
+        )
+    return None
+
+
+def follows_activity(state: BioModule) -> bool:
+    """Whether a layer's factors change with the activity of its units."""
+    return state.is_dynamic and state.config.fuzzy_lr_distribution is Distribution.ACTIVITY
+
+
+@torch.no_grad()
+def average_activity(state: BioModule, group: Any) -> None:
+    """Let all ranks of a group take the mean of what each has observed, if factors follow it."""
+    if group is not None and follows_activity(state) and state.activity is not None:
+        distributed.all_reduce(state.activity, group=group)
+        state.activity.div_(distributed.get_world_size(group))

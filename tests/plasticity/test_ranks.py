@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import biofx
+from biofx.plasticity.ranks import average_activity, follows_activity, group_to_agree_with
+
+RUN = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import biofx
+
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+config = biofx.BioConfig(
+    weight_splitting_Gamma=2,
+    apply_dales_principle=True,
+    fuzzy_lr_distribution=biofx.Distribution.ACTIVITY,
+    fuzzy_lr_dynamic=True,
+)
+bio_model, _ = biofx.transform(model, config)
+torch.manual_seed(100 + dist.get_rank())
+wrapped = nn.parallel.DistributedDataParallel(bio_model)
+optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+rules = ["crystallize", biofx.Rule("rejuvenate_weights", every=5), "volume_dependent_lr", "synaptic_scaling"]
+try:
+    biofx.attach(bio_model, optimizer, rules)
+except biofx.PlasticityError:
+    pass
+else:
+    sys.exit("the bare model was not refused")
+biofx.attach(wrapped, optimizer, rules)
+start = bio_model.get_parameter("0.weight").detach().clone()
+for _ in range(12):
+    optimizer.zero_grad()
+    wrapped(torch.randn(16, 8)).square().mean().backward()
+    optimizer.step()
+if torch.equal(start, bio_model.get_parameter("0.weight")):
+    sys.exit("nothing was learnt")
+for name, tensor in bio_model.state_dict().items():
+    copies = [torch.empty_like(tensor) for _ in range(2)]
+    dist.all_gather(copies, tensor.contiguous())
+    if not torch.equal(*copies):
+        sys.exit(f"the replicas differ in {name}")
+dist.destroy_process_group()
+"""
+
+
+def test_replicas_with_every_rule_on_stay_equal_to_the_bit(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(RUN, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_process_agrees_with_itself(mlp: nn.Module) -> None:
+    config = biofx.BioConfig(fuzzy_lr_distribution=biofx.Distribution.ACTIVITY, fuzzy_lr_dynamic=True)
+    bio_model, _ = biofx.transform(mlp, config)
+    bio_model(torch.randn(5, 4))
+    states = [module for module in bio_model.modules() if isinstance(module, biofx.BioModule)]
+    assert all(follows_activity(state) for state in states)
+    assert group_to_agree_with(bio_model, states) is None
+    (activity,) = (state.activity for state in states if state.path == "0.weight")
+    assert activity is not None
+    before = activity.clone()
+    for state in states:
+        average_activity(state, None)
+    assert torch.equal(activity, before)
