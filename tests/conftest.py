@@ -18,6 +18,10 @@ GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)
 
 
+# models built while tests are collected, in parameters, are the same in every run too
+torch.manual_seed(0)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the golden files from what is found"

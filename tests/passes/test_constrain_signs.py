@@ -84,6 +84,9 @@ def test_abs_mirrors_weights_of_the_wrong_sign(mlp: nn.Sequential, vectors: Tens
 def test_sign_belongs_to_the_presynaptic_unit(
     layer: Any, units_first: Callable[[Tensor], Tensor], method: str
 ) -> None:
+    # every unit starts with synapses of both signs, so that none ends up with none at all
+    both_signs = (torch.arange(layer.weight.numel()) % 3 - 0.5).sign().view_as(layer.weight)
+    layer.weight.data.copy_(both_signs * (0.1 + torch.rand(layer.weight.shape)))
     bio, report = constrain(nn.Sequential(layer), method=method, excitatory_fraction=0.75, **EVERYWHERE)
     x = torch.randn(2, 4, *(6,) * (layer.weight.dim() - 2))
     (found,) = effective_weights(bio, x).values()
