@@ -202,7 +202,7 @@ def _complete_module_stacks(graph_module: BioGraphModule) -> None:
     """Say of nodes that came without it (from a graph traced elsewhere) which module they belong to."""
     calls: dict[str, int] = {}
     modules = dict(graph_module.named_modules())
-    layer_of = {site.node: site.layer for site in find_sites(graph_module).found}
+    layer_of = {site.node: site.layer for site in reversed(find_sites(graph_module).found)}
     for node in graph_module.graph.nodes:
         path = str(node.target) if node.op == "call_module" else layer_of.get(node, "")
         if node.meta.get("nn_module_stack") or not path or path not in modules:

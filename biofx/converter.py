@@ -17,6 +17,7 @@ from biofx.layer_kinds import kind_of
 from biofx.passes import ScaleGradients
 from biofx.pipeline import Pipeline
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.model_rules import bio_modules
 from biofx.sites import find_sites
 
 ConverterT = TypeVar("ConverterT", bound="BioConverter")
@@ -135,8 +136,8 @@ def _prepare(captured: BioGraphModule, config: BioConfig) -> None:
             owners[id(state.parameter)] = state
     configure_layers(captured, config)
     depths = {weight.path: weight.depth for weight in find_sites(captured).weights()}
-    for state in owners.values():
-        if not state.scaled_in_graph:
+    for state in bio_modules(captured).values():
+        if state.parameter is not None and not state.scaled_in_graph:
             state.depth = depths.get(state.path, 0.0)
             state.draw()
 

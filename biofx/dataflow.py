@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from biofx.in_place import changed_in_place
-from biofx.layer_kinds import KIND_OF_FUNCTION
+from biofx.layer_kinds import kind_of_call
 from biofx.ops import pool_synapses
 
 _PRODUCTS: frozenset[Any] = frozenset(
@@ -108,7 +108,8 @@ _NONLINEARITIES = frozenset(
 _ON_THE_WAY = frozenset(
     {
         *("batchnorm1d", "batchnorm2d", "batchnorm3d", "batch_norm", "groupnorm", "group_norm"),
-        *("instancenorm1d", "instancenorm2d", "instancenorm3d", "layernorm", "layer_norm", "syncbatchnorm"),
+        *("instancenorm1d", "instancenorm2d", "instancenorm3d", "instance_norm", "layernorm", "layer_norm"),
+        *("rmsnorm", "rms_norm", "syncbatchnorm"),
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "add", "iadd", "pool_synapses", "identity"),
     }
 )
@@ -134,9 +135,7 @@ def is_synaptic(node: Node, graph_module: GraphModule) -> bool:
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             return False
         return any(parameter.dim() >= 2 for parameter in module.parameters())
-    return node.op == "call_function" and (
-        node.target in KIND_OF_FUNCTION or node.target in _MATRIX_FUNCTIONS
-    )
+    return node.op == "call_function" and (kind_of_call(node) is not None or node.target in _MATRIX_FUNCTIONS)
 
 
 _MATRIX_FUNCTIONS: frozenset[Any] = frozenset(

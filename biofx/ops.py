@@ -24,6 +24,8 @@ from biofx.errors import OptionError
 
 SIGN_METHODS = ("project", "abs")
 SIGN_AXES = ("presynaptic", "postsynaptic")
+INITIALISATIONS = ("balanced", "keep")
+"""What becomes of weights when their units are first given signs."""
 
 
 def scale_gradient(weight: Tensor, factor: Tensor) -> Tensor:
@@ -70,7 +72,13 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def constrain_sign(
-    weight: Tensor, sign: Tensor, *, axis: int = 1, groups: int = 1, method: str = "project"
+    weight: Tensor,
+    sign: Tensor,
+    *,
+    axis: int = 1,
+    groups: int = 1,
+    rows: Tensor | None = None,
+    method: str = "project",
 ) -> Tensor:
     """Return ``weight`` with every synapse of a unit carrying the unit's sign (Dale's principle).
 
@@ -86,15 +94,19 @@ def constrain_sign(
         axis: the axis of ``weight`` that counts the units; 1 is presynaptic for ``(out, in, *)``.
         groups: groups of a grouped convolution, whose weight ``(out, in / groups, *)`` holds for each
             output row the columns of that row's own group.
+        rows: 1 for the rows of the weight that the constraint holds for and 0 for those that are free,
+            ``(out,)``; None for all.
         method: ``"project"`` or ``"abs"``.
     """
-    if has_torch_function((weight, sign)):
+    relevant = (weight, sign) if rows is None else (weight, sign, rows)
+    if has_torch_function(relevant):
         return _redispatch(
-            constrain_sign, (weight, sign), weight, sign, axis=axis, groups=groups, method=method
+            constrain_sign, relevant, weight, sign, axis=axis, groups=groups, rows=rows, method=method
         )
-    signs = signs_like(weight, sign, axis=axis, groups=groups)
+    signs = signs_like(weight, sign, axis=axis, groups=groups, rows=rows)
     if method == "abs":
-        return _tensor(torch.where(weight >= 0, weight, -weight) * signs)
+        mirrored = torch.where(weight >= 0, weight, -weight) * signs
+        return _tensor(torch.where(signs == 0, weight, mirrored))
     if method == "project":
         if _is_recorded():
             return _tensor(_recorded_projection(weight, signs))
@@ -102,7 +114,9 @@ def constrain_sign(
     raise OptionError(f"method must be one of {SIGN_METHODS}, found {method!r}")
 
 
-def signs_like(weight: Tensor, sign: Tensor, *, axis: int = 1, groups: int = 1) -> Tensor:
+def signs_like(
+    weight: Tensor, sign: Tensor, *, axis: int = 1, groups: int = 1, rows: Tensor | None = None
+) -> Tensor:
     """Lay a sign per unit out so that it broadcasts to ``weight``, in the weight's dtype.
 
     Args:
@@ -110,11 +124,18 @@ def signs_like(weight: Tensor, sign: Tensor, *, axis: int = 1, groups: int = 1) 
         sign: ``(units,)``, or already broadcastable (more than one axis).
         axis: the axis of ``weight`` that counts the units.
         groups: groups of the convolution.
+        rows: as for :func:`constrain_sign`.
 
     >>> signs_like(torch.zeros(4, 1, 3), torch.tensor([1, -1]), groups=2).flatten().tolist()
     [1.0, 1.0, -1.0, -1.0]
     """
-    sign = sign.to(weight.dtype)
+    laid_out = _laid_out(weight, sign.to(weight.dtype), axis, groups)
+    if rows is None:
+        return laid_out
+    return laid_out * rows.to(weight.dtype).reshape(-1, *(1,) * (weight.dim() - 1))
+
+
+def _laid_out(weight: Tensor, sign: Tensor, axis: int, groups: int) -> Tensor:
     if sign.dim() > 1:
         return sign
     kernel = (1,) * (weight.dim() - 2)
@@ -230,6 +251,34 @@ def observe_activity(x: Tensor, activity: Tensor, training: bool, *, channel_axi
             mean = (magnitude.mean(axes) if axes else magnitude).to(activity.dtype)
             activity.copy_(torch.where(activity < 0, mean, torch.lerp(activity, mean, _MEMORY)))
     return x
+
+
+def drop_pairs(
+    x: Tensor, training: bool, *, p: float, kind: str, channel_axis: int, units: int
+) -> Tensor:
+    """Return a dropout of ``x`` in which both copies of a unit share their fate.
+
+    Draws what the dropout of the units before they were copied would have drawn.
+
+    Args:
+        x: the copies of each unit side by side, runs of equal length, along ``channel_axis``.
+        training: whether anything is dropped.
+        p: probability that an entry (or channel) is dropped.
+        kind: ``"dropout"``, or ``"dropout1d"`` to ``"dropout3d"`` for whole channels.
+        channel_axis: counted from the end.
+        units: how many units there are before they are copied, a count.
+    """
+    if has_torch_function((x, training)):
+        options: dict[str, Any] = {"p": p, "kind": kind, "channel_axis": channel_axis, "units": units}
+        return _tensor(handle_torch_function(drop_pairs, (x, training), x, training, **options))
+    if not training:
+        return x
+    axis = channel_axis % x.dim()
+    apart = x.unflatten(axis, (units, 2, -1))
+    drops: Callable[..., Tensor] = getattr(torch.nn.functional, kind)
+    kept = drops(torch.ones_like(apart.select(axis + 1, 0)).flatten(axis, axis + 1), p, True)
+    kept = kept.unflatten(axis, (units, -1)).unsqueeze(axis + 1)
+    return (apart * kept).flatten(axis, axis + 2)
 
 
 def _is_recorded() -> bool:

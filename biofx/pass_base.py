@@ -234,6 +234,11 @@ class Scope:
             reason = selection.why_not(node, layer)
             if reason is not None:
                 return reason
+        chosen = self.variant(owner, node, layer)
+        return chosen if chosen.enabled else "switched off here (enabled=False)"
+
+    def variant(self, owner: PassT, node: Node | None, layer: str) -> PassT:
+        """Return the pass with the options that hold for a place, whether the pass may rewrite it or not."""
         active = tuple(
             number
             for number, (matches, _) in enumerate(self._overrides)
@@ -247,7 +252,7 @@ class Scope:
         chosen = self._variants[active]
         if not isinstance(chosen, type(owner)):
             raise PassError(f"the scope of {self._owner.name} was asked for the options of {owner.name}")
-        return chosen if chosen.enabled else "switched off here (enabled=False)"
+        return chosen
 
     def idle_selections(self, remarks: list[Remark]) -> list[Remark]:
         """Return a remark for each pattern that picks something, but no candidate of the pass."""

@@ -6,6 +6,7 @@ the model that asks for them.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import linecache
 import traceback
@@ -21,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from biofx.errors import CaptureError
 from biofx.guards import require_default
 from biofx.in_place import changed_in_place
+from biofx.obstacles import hooks_of
 from biofx.recording import Recorder, leaves_of
 from biofx.side_effects import Watch
-from biofx.sites import hooks_of
+from biofx.transformer_layers import can_be_looked_into, pads_by_nesting, transformers_as_nodes
 from biofx.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 
 
@@ -88,6 +90,7 @@ class ModelTracer(Tracer):
         with ExitStack() as stack:
             stack.enter_context(self._flags_as_nodes())
             stack.enter_context(self._no_autograd_functions())
+            stack.enter_context(transformers_as_nodes())
             stack.enter_context(Recorder(self))
             yield
 
@@ -165,8 +168,9 @@ class ModelTracer(Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module becomes one call."""
-        whole = module_qualified_name in self._opaque or isinstance(m, torch.jit.ScriptModule)
-        return whole or super().is_leaf_module(m, module_qualified_name)
+        if module_qualified_name in self._opaque or isinstance(m, torch.jit.ScriptModule):
+            return True
+        return super().is_leaf_module(m, module_qualified_name) and not can_be_looked_into(m)
 
     def path_of_module(self, mod: nn.Module) -> str:
         """Return the path of a module."""
@@ -189,6 +193,8 @@ class ModelTracer(Tracer):
             )
             self.refusals.append(error)
             raise error
+        if pads_by_nesting(m, args, kwargs) and not self.is_leaf_module(m, path):
+            return super().call_module(m, functools.partial(self._call_whole, path), args, kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
@@ -247,6 +253,9 @@ class ModelTracer(Tracer):
                 default = args[place] = parameters[name].default
                 self.create_node("call_function", require_default, (value.node, default, name), {})
         return function, args
+
+    def _call_whole(self, path: str, *args: Any, **kwargs: Any) -> Proxy:
+        return self.create_proxy("call_module", path, args, kwargs)
 
     def _read(self, tensor: Tensor) -> StoredTensor:
         path, _ = self._stored[id(tensor)]

@@ -78,7 +78,7 @@ class ScaleGradients(WeightPass):
             return "its weight is on the meta device and has no values"
         return site.obstacle
 
-    def wrap(self, lowering: Lowering, weight: Weight) -> Iterator[Remark]:
+    def wrap(self, lowering: Lowering, weight: Weight, survey: None) -> Iterator[Remark]:
         """Draw the factors, unless another use of the weight has brought them, and insert them."""
         state = bio_module_at(lowering.graph_module, weight.path)
         if state.fuzzy_learning_rate_parameters is None:
@@ -96,7 +96,7 @@ class ScaleGradients(WeightPass):
         if len(weight.sites) > 1:
             message += f"; one set for {len(weight.sites)} uses of the weight"
         for site in weight.sites:
-            yield applied(site.node, site.layer, message, factors=factors.numel(), **numbers)
+            yield applied(site.node, site.layer, site.told(message), factors=factors.numel(), **numbers)
 
     def _drawn(self, weight: Weight) -> tuple[Tensor, Tensor | None]:
         return initial_factors(

@@ -73,7 +73,7 @@ class SplitWeights(Pass):
             else:
                 reason = options._reason_against(graph_module, site, readout)
             if isinstance(options, str) or reason is not None:
-                yield missed(site.node, site.layer, str(reason))
+                yield missed(site.node, site.layer, site.told(str(reason)))
             elif site.output_channels % options.gamma:
                 indivisible.append(site)
                 reason = f"gamma={options.gamma} does not divide its {site.output_channels} output channels"
@@ -99,6 +99,8 @@ class SplitWeights(Pass):
     ) -> str | None:
         if self.gamma < 2:
             return f"gamma={self.gamma} is off"
+        if site.why_no_channels is not None:
+            return f"{site.why_no_channels}; only those of a Linear or a convolution are split"
         if getattr(graph_module.get_submodule(site.layer), "last_module_token", False):
             return "it is marked as the last module"
         if site.node in readout:

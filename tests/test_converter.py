@@ -473,3 +473,14 @@ def test_factors_of_layers_that_are_never_called_are_their_own() -> None:
     assert a is not None
     assert b is not None
     assert not torch.equal(a, b)
+
+
+def test_every_weight_of_a_recurrent_layer_has_factors() -> None:
+    bio = BioConverter(fuzzy_learning_rate_factor_nu=0.3)(nn.Sequential(nn.GRU(4, 3)))
+    bio(torch.randn(5, 2, 4))[0].square().sum().backward()
+    before = {path: parameter.grad.clone() for path, parameter in bio.named_parameters()}
+    assert bio.fuzzy_learning_rates() == {"0.weight_ih_l0": 36, "0.weight_hh_l0": 27}
+    for path in ("weight_ih_l0", "weight_hh_l0"):
+        factors = bio.get_buffer(f"0.bio_mod.{path}.fuzzy_learning_rate_parameters")
+        assert factors.std() > 0.05
+        torch.testing.assert_close(bio.get_parameter(f"0.{path}").grad, before[f"0.{path}"] * factors)

@@ -243,7 +243,7 @@ class Attachment:
             if self._watched and bound.old is not None:
                 layer.update_norm = float((weight - bound.old).norm())
             bound.old = bound.multiplier = None
-            if layer.state.sign is not None:
+            if layer.state.is_constrained:
                 layer.touched["enforce_dales_principle"] = layer.state.enforce_dales_principle()
         for rule in self.rules:
             if rule.name not in _BUILT_IN and rule.is_due(self.steps):

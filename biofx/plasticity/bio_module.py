@@ -78,8 +78,8 @@ class BioModule(BioState):
             return "its weight is frozen"
         if rule in _NEED_FACTORS and self.fuzzy_learning_rate_parameters is None:
             return "it has no learning-rate factors"
-        if rule == "enforce_dales_principle" and self.sign is None:
-            return "its units have no signs"
+        if rule == "enforce_dales_principle" and not self.is_constrained:
+            return "its presynaptic units have no signs"
         if rule == "update_fuzzy_learning_rates" and not self.is_dynamic:
             return "its factors do not change (fuzzy_lr_dynamic=False, or a static distribution)"
         if rule == "fuzzy_learning_rates" and self.scaled_in_graph:

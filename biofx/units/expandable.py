@@ -1,0 +1,188 @@
+"""Which units can become an excitatory and an inhibitory copy without changing what the model computes.
+
+All layers that make the units of a group, all weights that read them, and everything between must go along:
+operations that name a number of channels, or that bring in a tensor with one entry per channel, cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import networkx as nx
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from biofx.sites import WeightSite, find_sites
+from biofx.units import rules_elementwise as elementwise
+from biofx.units import rules_join as join
+from biofx.units import rules_layers as layers
+from biofx.units import rules_shape as shape
+from biofx.units.analysis import Reading, Source
+from biofx.units.flow import Flow, Rule, rule_for
+from biofx.units.groups import UnitGroups
+from biofx.units.layout import Axis
+
+_ANY_NUMBER_OF_CHANNELS: frozenset[Rule] = frozenset(
+    {
+        *(elementwise.keeps, elementwise.never_negative, elementwise.perhaps_negative, elementwise.bounded),
+        *(join.added, join.multiplied, join.divided, join.chosen, join.masked, join.joined),
+        *(layers.normalised, layers.pooled_over_space),
+        *(shape.flattened, shape.reshaped, shape.reduced, shape.axis_removed, shape.axis_inserted),
+        *(shape.permuted, shape.transposed),
+    }
+)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+@dataclass
+class Circuit:
+    """Units that must be expanded together: who makes them, who reads them, and what is between."""
+
+    sources: list[Source] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+
+
+def circuits(groups: UnitGroups) -> list[Circuit]:
+    """Return what belongs together, in execution order."""
+    graph: nx.Graph = nx.Graph()
+    for source in groups.sources:
+        numbers = torch.arange(source.first, source.first + source.count)
+        graph.add_edges_from((source, home) for home in groups.home(numbers).sources)
+    for number, reading in enumerate(groups.readings):
+        graph.add_edges_from((source, number) for source in groups.home(reading.units).sources)
+    for node, flow in groups.flows.items():
+        for entry in _tensors(flow):
+            if entry.layout is not None and entry.layout.labels.numel():
+                homes = groups.home(entry.layout.labels.flatten()).sources
+                graph.add_edges_from((source, node) for source in homes)
+    found = []
+    for members in nx.connected_components(graph):
+        circuit = Circuit()
+        circuit.sources = sorted((m for m in members if isinstance(m, Source)), key=lambda s: s.first)
+        circuit.readings = [groups.readings[number] for number in sorted(m for m in members if isinstance(m, int))]
+        circuit.nodes = sorted(member for member in members if isinstance(member, Node))
+        found.append(circuit)
+    return sorted(found, key=lambda circuit: circuit.sources[0].first)
+
+
+def _tensors(flow: Flow) -> Iterator[Flow]:
+    yield flow
+    for part in flow.parts or ():
+        yield from _tensors(part)
+
+
+def why_not(circuit: Circuit, groups: UnitGroups, graph_module: GraphModule) -> str | None:
+    """Return why a circuit cannot be expanded, None if it can."""
+    made = {site.parameter_path: site for site in find_sites(graph_module).found}
+    for source in circuit.sources:
+        if source.kind != "layer":
+            return f"no layer makes its units: they begin at {source.name!r}"
+        reason = _obstacle(made[source.name])
+        if reason is not None:
+            return f"its units are made by {source.name!r}: {reason}"
+    for reading in circuit.readings:
+        reason = _obstacle(reading.site) or _unreadable(reading)
+        if reason is not None:
+            return f"its units are read by {reading.site.parameter_path!r}: {reason}"
+    inside = set(circuit.nodes)
+    reading_nodes = {reading.site.node for reading in circuit.readings}
+    making_nodes = {site.node for site in made.values()}
+    for node in circuit.nodes:
+        if node not in making_nodes:
+            reason = _names_channels(node, inside, groups, graph_module)
+            if reason is not None:
+                return f"its units go through {node.name!r}, {reason}"
+        for user in node.users:
+            if user.op == "output":
+                return "its units are an output of the model"
+            if user not in inside and user not in reading_nodes and groups.flows[user].has_units:
+                return f"its units go into {user.name!r}, behind which they are not known"
+    return None
+
+
+def _obstacle(site: WeightSite) -> str | None:
+    if site.kind.is_compound:
+        return f"a {site.kind.name} has several weights, whose sizes hang together"
+    if site.operators:
+        return "its weight is constrained or scaled already"
+    return site.obstacle
+
+
+def _unreadable(reading: Reading) -> str | None:
+    axis = run_of(reading)
+    if axis is None or axis.dims not in ((0,), (0, None), (None, 0)):
+        return "its input channels are not simply its units, or runs of them"
+    return None
+
+
+def run_of(reading: Reading) -> Axis | None:
+    """Return the axis along which a weight reads units."""
+    layout = reading.layout
+    if layout is None or layout.labels.dim() != 1:
+        return None
+    return layout.axis_at(reading.site.kind.channel_axis)
+
+
+def _names_channels(
+    node: Node, inside: set[Node], groups: UnitGroups, graph_module: GraphModule
+) -> str | None:
+    """Return why an operation would not work with twice the channels, None if it would."""
+    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    rule = rule_for(node, module)
+    if rule not in _ANY_NUMBER_OF_CHANNELS:
+        return "which is made for a certain number of channels"
+    layout = groups.flows[node].layout
+    if layout is None or len(layout.axes) != 1 or layout.labels.dim() != 1:
+        return "where they do not lie along one axis"
+    if isinstance(module, nn.LayerNorm) and (len(module.normalized_shape) != 1 or layout.axes[0].position != -1):
+        return "which normalises other axes than theirs too"
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return "which has a slope for each"
+    has_parameters = module is not None and any(True for _ in module.parameters())
+    if has_parameters and not isinstance(module, (*NORMS, nn.PReLU)):
+        return f"a {type(module).__name__}, which has parameters for a number of channels"
+    if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)) or "dropout" in str(
+        getattr(node.target, "__name__", node.target)
+    ):
+        return "whose noise is drawn for each channel by itself; use nn.Dropout"
+    if isinstance(module, DROPOUTS) and layout.axes[0].dims not in ((0,), (0, None)):
+        return "which drops entries of them in another order"
+    if rule is shape.reshaped and _is_named(node, layout.axes[0].position):
+        return "which names a number of channels; write -1"
+    for source in node.all_input_nodes:
+        if source not in inside and not _is_neutral(source, groups, graph_module):
+            return f"together with {source.name!r}, which has no units that are known"
+    return None
+
+
+def _is_named(node: Node, position: int) -> bool:
+    sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    size = list(sizes)[position]
+    return isinstance(size, int) and size != -1
+
+
+def _is_neutral(source: Node, groups: UnitGroups, graph_module: GraphModule) -> bool:
+    """Whether a node is a number, a size, or a tensor of one entry."""
+    if source.op == "get_attr":
+        value: object = graph_module
+        for part in str(source.target).split("."):
+            value = getattr(value, part)
+        return not isinstance(value, torch.Tensor) or value.numel() == 1
+    flow = groups.flows[source]
+    return flow.number is not None or (source.target is not getattr and _is_size(source))
+
+
+def _is_size(node: Node) -> bool:
+    while isinstance(node, Node):
+        if node.op == "call_method" and node.target in ("size", "dim", "numel"):
+            return True
+        if node.target is getattr:
+            return node.args[1] in ("shape", "ndim")
+        if not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return False
