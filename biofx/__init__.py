@@ -9,6 +9,8 @@ True
 
 from biofx import passes
 from biofx.capture import capture
+from biofx.check import check
+from biofx.check_report import Audit, Finding
 from biofx.compile_config import compile_config
 from biofx.config import BioConfig, Distribution
 from biofx.converter import BioConverter
@@ -16,6 +18,7 @@ from biofx.errors import (
     BiofxError,
     CaptureError,
     InputError,
+    InvariantError,
     NonFiniteWeightError,
     OptionError,
     PassError,
@@ -35,6 +38,8 @@ from biofx.printing import diff_graphs, format_graph, print_changed
 from biofx.registry import available_passes
 from biofx.report import Remark, Report, applied, missed
 from biofx.transform import transform
+from biofx.units.flow import add_unit_rule
+from biofx.units.groups import UnitGroup, UnitGroups, unit_groups
 
 __version__ = "0.1.0"
 
@@ -50,6 +55,7 @@ __all__ = [
     "Monitor",
     "StepRecord",
     "LayerRecord",
+    "check",
     # passes
     "Pass",
     "PassResult",
@@ -60,11 +66,18 @@ __all__ = [
     "passes",
     "available_passes",
     "compile_config",
+    # who is one unit
+    "unit_groups",
+    "add_unit_rule",
+    "UnitGroups",
+    "UnitGroup",
     # what comes out
     "BioGraphModule",
     "BioModule",
     "Remark",
     "Report",
+    "Audit",
+    "Finding",
     "format_graph",
     "diff_graphs",
     "print_changed",
@@ -78,4 +91,5 @@ __all__ = [
     "PassError",
     "PlasticityError",
     "NonFiniteWeightError",
+    "InvariantError",
 ]

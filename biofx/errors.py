@@ -7,8 +7,9 @@ BiofxError
 ├── SelectorError     a pattern selects nothing, or is not a pattern (also a LookupError)
 ├── PipelineError     a pipeline text is malformed, a pass unknown, an order cyclic (also a ValueError)
 ├── PassError         a pass was run on a graph it cannot take, or broke its own contract
-└── PlasticityError   a plasticity rule cannot be applied
-    └── NonFiniteWeightError  a weight is NaN or infinite
+├── PlasticityError   a plasticity rule cannot be applied
+│   └── NonFiniteWeightError  a weight is NaN or infinite
+└── InvariantError    a transformed model no longer is what its passes made it
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ class PlasticityError(BiofxError):
 
 class NonFiniteWeightError(PlasticityError):
     """A weight is NaN or infinite; the message names its layer."""
+
+
+class InvariantError(BiofxError):
+    """Something that a transformed model promises does not hold: a sign, a rate (see ``biofx.check``)."""
 
 
 def suggest(unknown: str, known: Iterable[str], *, limit: int = 3) -> str:

@@ -89,7 +89,7 @@ class Lowering:
         suffix: str,
         **options: Any,
     ) -> None:
-        """Insert ``operator(weight, argument, **options)`` between a weight and some of the sites that use it.
+        """Insert ``operator(weight, argument, **options)`` between a weight and some sites that use it.
 
         Sites that read the same expression go on sharing one: a weight that is used twice is wrapped once.
 

@@ -328,7 +328,7 @@ def test_a_recurrent_weight_that_something_else_reads_is_an_obstacle_for_it_alon
             self.cell = nn.RNN(4, 4)
 
         def forward(self, x: Tensor) -> Any:
-            return self.cell(x)[0], self.cell.weight_hh_l0.norm()
+            return self.cell(x)[0], self.cell.weight_hh_l0.norm()  # type: ignore[operator]
 
     first, second = find_sites(capture(Penalised())).found
     assert first.obstacle is None

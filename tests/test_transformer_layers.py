@@ -182,9 +182,11 @@ def test_torch_is_left_as_it_was(fast: bool, fails: bool) -> None:
 
 
 def test_a_captured_layer_can_be_captured_again_compiled_and_exported() -> None:
-    model = Causal(stack(layer())).eval()
+    model = Causal(layer()).eval()
     captured = capture(model).eval()
     assert torch.equal(capture(captured).eval()(X), captured(X))
     traced = capture(nn.Sequential(torch.fx.symbolic_trace(captured))).eval()
     torch.testing.assert_close(traced(X), captured(X))
-    torch.testing.assert_close(torch.compile(captured, backend="aot_eager")(X), captured(X))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(captured, backend="aot_eager", fullgraph=True)(X), captured(X))
+    torch.testing.assert_close(torch.export.export(lowered(captured), (X,)).module()(X), captured(X))

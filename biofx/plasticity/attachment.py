@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.exponentiated import exponentiate, refuse_decay
 from biofx.plasticity.ranks import average_activity
 from biofx.plasticity.scale_survival import keeps_gradient_factors
 from biofx.plasticity.schedule import LayerStep, Observer, Rule, wants
@@ -45,6 +46,8 @@ class Attachment:
         decay: str,
         observers: tuple[Observer, ...],
         group: Any = None,
+        *,
+        exponentiated: bool = False,
     ) -> None:
         self.steps = 0
         """Optimizer steps so far, a count."""
@@ -53,6 +56,7 @@ class Attachment:
         self.rules = rules
         self._decay = decay
         self._group = group
+        self._exponentiated = exponentiated
         self._observers = list(observers)
         self._bound = self._bind(states, optimizer)
         self._check_rules()
@@ -121,6 +125,8 @@ class Attachment:
                     survives[options] = keeps_gradient_factors(optimizer, group)
                 if self._decay == "free":
                     _decoupled_decay(optimizer, group)
+                if self._exponentiated and state.is_constrained:
+                    refuse_decay(path, group)
                 decays = bool(group.get("weight_decay"))
                 bound[path] = _Bound(state, weight, not survives[options] or decays, group)
         if not bound:
@@ -175,7 +181,7 @@ class Attachment:
                 layer.gradient_norm = float(gradient.norm())
             unscaled = self._change_factors(bound, layer)
             bound.multiplier = self._multiplier(bound, layer, done_in_graph=not unscaled)
-            if bound.scales_updates or watched:
+            if bound.scales_updates or watched or (self._exponentiated and state.is_constrained):
                 bound.old = state.weight.detach().clone()
             if bound.multiplier is not None and not bound.scales_updates:
                 gradient.mul_(bound.multiplier.to(gradient.dtype))
@@ -240,6 +246,8 @@ class Attachment:
                     start = start * (1 - _decoupled_decay(optimizer, bound.group))
                 # lerp is exact at 0 and at 1
                 weight.copy_(torch.lerp(start, weight, bound.multiplier.expand_as(weight).to(weight.dtype)))
+            if self._exponentiated and layer.state.is_constrained and bound.old is not None:
+                exponentiate(weight, bound.old, layer.state.signs())
             if self._watched and bound.old is not None:
                 layer.update_norm = float((weight - bound.old).norm())
             bound.old = bound.multiplier = None

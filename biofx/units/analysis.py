@@ -249,8 +249,14 @@ class Analysis:
         return torch.arange(self._count - count, self._count)
 
     def _unify(self, left: Tensor, right: Tensor) -> None:
-        if left.data_ptr() != right.data_ptr() or left.shape != right.shape:
+        if not _is_same_tensor(left, right):
             self._pairs.append(torch.stack((left.flatten(), right.flatten())))
+
+
+def _is_same_tensor(left: Tensor, right: Tensor) -> bool:
+    # an expanded tensor begins where the tensor begins that it is expanded from, so strides count
+    same_place = left.data_ptr() == right.data_ptr() and left.dtype == right.dtype
+    return same_place and left.shape == right.shape and left.stride() == right.stride()
 
 
 def _is_single(layout: Layout) -> bool:

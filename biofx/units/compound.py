@@ -40,7 +40,7 @@ def _attention(call: Call, sites: dict[str, WeightSite], analysis: Analysis) -> 
     output = sites["attention_output"]
     analysis.read_units(output, value, nonnegative=False)
     labels = _made(analysis, output, output.output_channels)
-    attended = Flow(layout=Layout.along(labels, -1), rank=call.flow(inputs["query"]).rank)
+    attended = Flow(layout=Layout.along(labels, -1), rank=_rank(call.flow(inputs["query"])))
     return Flow(parts=(attended, Flow(nonnegative=True)))
 
 
@@ -69,11 +69,16 @@ def _recurrent(call: Call, sites: list[WeightSite], analysis: Analysis) -> Flow:
             inside.append(cells)
         speaking += outputs
         below = torch.cat(outputs)
-    flow = call.flow(source)
+    rank = _rank(call.flow(source))
     final = below if below is not None else torch.empty(0, dtype=torch.int64)
-    output = Flow(layout=Layout.along(final, -1), rank=flow.rank, nonnegative=nonnegative)
-    states = [_state(units, nonnegative=nonnegative, unbatched=flow.rank == 2) for units in (speaking, inside)]
+    output = Flow(layout=Layout.along(final, -1), rank=rank, nonnegative=nonnegative)
+    states = [_state(units, nonnegative=nonnegative, unbatched=rank == 2) for units in (speaking, inside)]
     return Flow(parts=(output, Flow(parts=tuple(states)) if mode == "LSTM" else states[0]))
+
+
+def _rank(flow: Flow) -> int:
+    """Return the rank of a sequence of vectors, with a batch axis where nothing tells otherwise."""
+    return 3 if flow.rank is None else flow.rank
 
 
 def _state(units: list[Tensor], *, nonnegative: bool, unbatched: bool) -> Flow:

@@ -33,6 +33,8 @@ class Flow:
     """Of a tuple or list, its entries."""
     number: int | None = None
     """Of a whole number that the graph computes from sizes, its value."""
+    size_of: int | None = None
+    """Of the size of an axis 1, of a product of sizes how many axes it is the size of; None for all else."""
 
     @property
     def has_units(self) -> bool:
@@ -110,7 +112,7 @@ class Call:
 
     def keeps(self, flow: Flow | None = None, **changes: Any) -> Flow:
         """Return that the result has the units of the first argument (or of ``flow``) where they were."""
-        return (self.x if flow is None else flow).replace(number=None, parts=None, **changes)
+        return (self.x if flow is None else flow).replace(number=None, parts=None, size_of=None, **changes)
 
     def unified(self, flows: Sequence[Flow]) -> Flow:
         """Return the flow of a result whose units are those of several values, one by one.

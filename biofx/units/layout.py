@@ -124,15 +124,17 @@ class Layout:
         order = [dim for dim in axis.dims if dim is not None]
         others = [dim for dim in range(self.labels.dim()) if dim not in order]
         table = self.labels.permute(*order, *others)
-        labels = table.reshape(*(size for size in given if size is not None), *table.shape[len(order) :])
-        places = {dim: len(given) + place for place, dim in enumerate(others)}
+        # an axis of size 1 tells no units apart, and so is none of those that do
+        telling = [place for place, size in enumerate(given) if size != 1] or [0]
+        labels = table.reshape(*(given[place] or 0 for place in telling), *table.shape[len(order) :])
+        places = {dim: len(telling) + place for place, dim in enumerate(others)}
         kept = tuple(
             Axis(entry.position, tuple(None if dim is None else places[dim] for dim in entry.dims))
             for entry in self.axes
             if entry is not axis
         )
         moved = Layout(labels, kept).shifted(position - 1, -added).axes
-        new = tuple(Axis(position - added + place, (place,)) for place in range(len(given)))
+        new = tuple(Axis(position - added + place, (dim,)) for dim, place in enumerate(telling))
         return Layout(labels, (*moved, *new))
 
     def taken(self, position: int, index: int | slice | Tensor) -> Layout:

@@ -19,6 +19,8 @@ def added(call: Call) -> Flow:
         return number
     if call.node.kwargs.get("alpha", 1) != 1:
         return call.ends("it adds a multiple of unknown sign")
+    if _is_one_for_many(left, right) or _is_one_for_many(right, left):
+        return call.ends("it adds one unit to many others, at whose synapses it would have their signs")
     return call.unified((left, right)).replace(nonnegative=left.nonnegative and right.nonnegative)
 
 
@@ -39,6 +41,8 @@ def multiplied(call: Call) -> Flow:
     number = _computed(call, left, right, operator.mul)
     if number is not None:
         return number
+    if left.size_of is not None and right.size_of is not None:
+        return Flow(nonnegative=True, size_of=left.size_of + right.size_of)
     if any(not flow.has_units and not flow.nonnegative for flow in (left, right)):
         if not (left.has_units or right.has_units):
             return NOTHING.replace(rank=_highest(left, right))
@@ -124,6 +128,12 @@ def _computed(call: Call, left: Flow, right: Flow, function: object) -> Flow | N
         value = function(left.number, right.number)
         return Flow(number=value, nonnegative=value >= 0)
     return None
+
+
+def _is_one_for_many(one: Flow, many: Flow) -> bool:
+    if one.layout is None or many.layout is None:
+        return False
+    return one.layout.labels.numel() == 1 < many.layout.labels.numel()
 
 
 def _highest(*flows: Flow) -> int | None:

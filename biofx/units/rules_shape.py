@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from biofx.units.flow import NOTHING, RULES, Call, Flow
 from biofx.units.layout import Layout, LayoutError
+from biofx.units.reshaping import Size, reshaped_layout
 from biofx.units.rules_elementwise import declare
 
 
@@ -41,53 +42,16 @@ def unflattened(call: Call) -> Flow:
 
 
 def reshaped(call: Call) -> Flow:
-    """``reshape``, ``view``: axes merged and taken apart, matched from the right."""
+    """``reshape``, ``view``: axes merged and taken apart."""
     sizes = _listed(call, 1, "shape")
     if call.x.layout is None:
         return call.moves_unknown(rank=len(sizes))
-    given = [None if size == -1 else size for size in call.numbers(sizes)]
-    return call.keeps(rank=len(given)).replace(layout=_matched(call.x.layout, call.x.rank, given))
+    given = [_size(call.flow(size)) for size in sizes]
+    return call.keeps(rank=len(given)).replace(layout=reshaped_layout(call.x.layout, call.x.rank, given))
 
 
-def _matched(layout: Layout, rank: int | None, sizes: list[int | None]) -> Layout:
-    """Return a layout after a reshape, axes that are not known to be merged or split staying as they are."""
-    position = -1  # of the axis that is looked at, in the layout as it is by then
-    left = len(sizes)  # entries of sizes not matched yet
-    axes_left = rank
-    while left and any(axis.position <= position for axis in layout.axes):
-        size, wanted = layout.size_at(position), sizes[left - 1]
-        surplus = None if axes_left is None else axes_left - left
-        if size is not None and (wanted == size or (wanted is None and surplus == 0)):
-            count = 1
-        elif size is not None and wanted is not None and wanted < size:
-            count = _count_that_makes(size, sizes[:left])
-            layout = layout.unflattened(position, sizes[left - count : left])
-        elif surplus is None:
-            raise LayoutError("the number of axes that it reshapes is not known")
-        elif surplus > 0:
-            layout = layout.flattened(position - surplus, position)
-            axes_left, count = (axes_left or 0) - surplus, 1
-        elif surplus == 0 and layout.axis_at(position) is None:
-            count = 1
-        else:
-            raise LayoutError("it takes apart an axis whose size is not known")
-        position, left = position - count, left - count
-        axes_left = None if axes_left is None else axes_left - 1
-    if any(axis.position < -len(sizes) for axis in layout.axes):
-        raise LayoutError("it merges the axis of the units with those before it")
-    return layout
-
-
-def _count_that_makes(total: int, sizes: Sequence[int | None]) -> int:
-    """Return how many of the last sizes multiply to a total."""
-    product = 1
-    for count, size in enumerate(reversed(sizes), 1):
-        product *= total // product if size is None and total % product == 0 else size or 0
-        if product == total:
-            return count
-        if product == 0 or product > total:
-            break
-    raise LayoutError(f"an axis of {total} units is taken apart into {tuple(sizes)}")
+def _size(flow: Flow) -> Size:
+    return Size(axes=flow.size_of) if flow.number in (None, -1) else Size(flow.number)
 
 
 def permuted(call: Call) -> Flow:
@@ -190,8 +154,9 @@ def indexed(call: Call) -> Flow:
         raise LayoutError("it indexes axes from the front, and the number of axes is not known")
     position = -(rank or 0)
     for entry in front:
-        layout, rank, removed = _taken(layout, rank, position, entry)
-        position += 1
+        # a new axis comes before the one that is next
+        layout, rank, _ = _taken(layout, rank, position - (entry is None), entry)
+        position += entry is not None
     return call.keeps(rank=rank).replace(layout=layout)
 
 
@@ -201,6 +166,8 @@ def _taken(
     """Return layout and rank after one entry of an index, and whether it took its axis away."""
     if entry == slice(None):
         return layout, rank, False
+    if entry is None:
+        return layout.shifted(position, -1), None if rank is None else rank + 1, False
     labelled = layout.axis_at(position) is not None
     if isinstance(entry, int) and not isinstance(entry, bool):
         return layout.taken(position, entry), None if rank is None else rank - 1, True
@@ -281,8 +248,13 @@ def _bounds(call: Call, name: str, size: int) -> list[tuple[int, int]]:
 def expanded(call: Call) -> Flow:
     """``expand``: axes without units repeated."""
     sizes = _listed(call, 1, "size")
-    if call.x.layout is None:
+    layout = call.x.layout
+    if layout is None:
         return call.moves_unknown(rank=len(sizes))
+    for axis in layout.axes:
+        number = call.flow(sizes[axis.position]).number
+        if number != -1 and number != layout.size_at(axis.position):
+            raise LayoutError("it expands the axis of the units")
     return call.keeps(rank=len(sizes))
 
 
@@ -335,7 +307,7 @@ def sized(call: Call) -> Flow:
     axis = call.argument(1, "dim")
     sizes = _sizes(call.x)
     if axis is None or sizes.parts is None:
-        return sizes if axis is None else Flow(nonnegative=True)
+        return sizes if axis is None else Flow(nonnegative=True, size_of=1)
     number = call.flow(axis).number
     return NOTHING if number is None else sizes.parts[number]
 
@@ -345,7 +317,7 @@ def _sizes(flow: Flow) -> Flow:
         return Flow(nonnegative=True)
     layout = flow.layout
     sizes = (None if layout is None else layout.size_at(place - flow.rank) for place in range(flow.rank))
-    return Flow(parts=tuple(Flow(number=size, nonnegative=True) for size in sizes))
+    return Flow(parts=tuple(Flow(number=size, nonnegative=True, size_of=1) for size in sizes))
 
 
 def _listed(call: Call, place: int, name: str) -> Sequence[Any]:
