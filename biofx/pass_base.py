@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from biofx.attribution import attributed
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.graph_module import BioGraphModule
+from biofx.graph_view import GraphView
 from biofx.in_place import changes_in_place
 from biofx.pass_text import format_item
 from biofx.report import PassReport, Remark, Report, Snapshot, compare
@@ -165,14 +166,15 @@ class Pass(ABC):
 
     def on_own(self, graph_module: BioGraphModule) -> PassResult:
         """Do the same in place, on a graph module that the caller made and will not need as it was."""
-        before = Snapshot.of(graph_module.graph)
+        before, view = Snapshot.of(graph_module.graph), GraphView.of(graph_module)
         reports = tuple(self.run(graph_module, ()))
         after = Snapshot.of(graph_module.graph) if reports else before
         because = {change.node: change.because for entry in reports for change in entry.changes}
         changes = tuple(
             dataclasses.replace(change, because=because.get(change.node)) for change in compare(before, after)
         )
-        return PassResult(graph_module, Report(type(graph_module).__name__, reports, changes))
+        views = view, GraphView.of(graph_module) if reports else view
+        return PassResult(graph_module, Report(type(graph_module).__name__, reports, changes, *views))
 
     def run(
         self, graph_module: BioGraphModule, within: tuple[tuple[Selector | None, Selector | None], ...]
