@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +55,13 @@ def touches_of(report: Report) -> dict[str, tuple[Touch, ...]]:
         for change in entry.changes:
             found.setdefault(change.node, {})[number] = Touch(number, change.kind, change.because)
     return {name: tuple(by_pass.values()) for name, by_pass in found.items()}
+
+
+def changing(touches: Sequence[Touch]) -> Touch | None:
+    """Return the last touch that changed a node, else the last that rewrote around it, else None."""
+    changes = [touch for touch in touches if touch.kind not in ("applied", "missed")]
+    rewrites = changes or [touch for touch in touches if touch.kind == "applied"]
+    return rewrites[-1] if rewrites else None
 
 
 def graphs_of(report: Report) -> tuple[GraphView, GraphView]:

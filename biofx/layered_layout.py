@@ -23,6 +23,7 @@ LONGEST = 48
 _ORDER_SWEEPS = 8
 _PLACE_SWEEPS = 8
 _TRUNK, _SIDE = 1.0, 1e-4  # weight of a place that depends on an input, and of one that does not
+_WAY = 0.01  # the same, of an edge that passes a row, next to the node it comes from
 _PASSING = 0.25  # width of an edge that passes a row, in columns
 
 
@@ -105,7 +106,7 @@ class _Slots:
                 if (u, row) not in self._passing:
                     self._passing[u, row] = len(self.row)
                     self.row.append(row)
-                    self._weight.append(self._weight[u])
+                    self._weight.append(self._weight[u] * _WAY)
                     self.above.append([])
                     self.below.append([])
                     self._join(last, self._passing[u, row])
@@ -174,12 +175,10 @@ class _Slots:
         for slot in row:
             others = near[slot]
             members, weight = 1, self._weight[slot]
-            pull = sum(self._weight[other] for other in others)
-            wanted = (
-                sum(self._weight[other] * column[other] for other in others) / pull
-                if others
-                else column[slot]
-            )
+            pulls = [self._weight[other] for other in others]
+            wanted = column[slot]
+            if others:
+                wanted = sum(p * column[other] for p, other in zip(pulls, others, strict=True)) / sum(pulls)
             mean = wanted - offsets[slot]
             while blocks and blocks[-1][0] >= mean:
                 earlier, its_weight, its_members = blocks.pop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from biofx.drawing import MARKS, PALETTE, Side, Touch, touches_of, view_of
+from biofx.drawing import MARKS, PALETTE, Side, Touch, changing, touches_of, view_of
 from biofx.graph_view import NodeView
 from biofx.report import Report
 
@@ -62,10 +62,10 @@ def _node(node: NodeView, touches: tuple[Touch, ...], report: Report) -> str:
     marks = "".join(MARKS[touch.kind] for touch in touches)
     label = f"{node.name} {marks}".rstrip()
     attributes = [f"label={_quoted(label, node.what)}", f"tooltip={_quoted(node.line)}"]
-    changed = [touch for touch in touches if touch.kind not in ("applied", "missed")]
-    if changed:
-        attributes += [f'color="{PALETTE[changed[-1].number % len(PALETTE)]}"', "penwidth=2"]
-        attributes.append(f"class={_quoted(report.passes[changed[-1].number].name)}")
+    change = changing(touches)
+    if change is not None:
+        attributes += [f'color="{PALETTE[change.number % len(PALETTE)]}"', "penwidth=2"]
+        attributes.append(f"class={_quoted(report.passes[change.number].name)}")
     elif touches:
         attributes.append('style="rounded,filled,dashed"')
     return f"{_quoted(node.name)} [{', '.join(attributes)}];"

@@ -65,8 +65,9 @@ def report_html(report: Report) -> str:
     data["graphs"] = {
         side: _graph(view, numbers, place_of) for side, view in (("before", before), ("after", after))
     }
+    allowed = f"style-src {_hash(style)}; script-src {_hash(script)}"
     slots = {
-        "policy": f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'",
+        "policy": f"default-src 'none'; base-uri 'none'; {allowed}",
         "title": html.escape(f"{report.model}: what biofx did"),
         "model": html.escape(report.model),
         "summary": html.escape(report.summary()),

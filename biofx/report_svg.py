@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from biofx.drawing import MARKS, PALETTE, Side, Touch, TouchKind, layout_of, touches_of, view_of
+from biofx.drawing import MARKS, PALETTE, Side, Touch, TouchKind, changing, layout_of, touches_of, view_of
 from biofx.graph_view import GraphView, NodeView
 from biofx.layered_layout import LONGEST, Layout
 from biofx.report import Report
@@ -121,9 +121,9 @@ def shortened(text: str, length: int) -> str:
 
 
 def _classes(touches: Sequence[Touch]) -> str:
-    changed = [touch for touch in touches if touch.kind not in ("applied", "missed")]
-    if changed:
-        return f"node changed {changed[-1].kind} t{changed[-1].number % len(PALETTE)}"
+    change = changing(touches)
+    if change is not None:
+        return f"node changed {change.kind} t{change.number % len(PALETTE)}"
     return f"node considered t{touches[-1].number % len(PALETTE)}" if touches else "node"
 
 
