@@ -166,7 +166,7 @@ def _train_both(models: dict[str, nn.Module], seed: int, epochs: int, console: C
         ),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         tasks = [progress.add_task(run.name, total=epochs, loss="-", accuracy="-") for run in runs]
         for epoch in range(epochs):
             order = torch.randperm(

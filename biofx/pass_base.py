@@ -17,6 +17,7 @@ from biofx.graph_module import BioGraphModule
 from biofx.graph_view import GraphView
 from biofx.in_place import changes_in_place
 from biofx.pass_text import format_item
+from biofx.progress import advance
 from biofx.report import PassReport, Remark, Report, Snapshot, compare
 from biofx.select import (
     Match,
@@ -186,7 +187,10 @@ class Pass(ABC):
         try:
             self.requires(graph_module)
             scope = Scope(self, graph_module, (*within, (self.only, self.exclude)))
-            remarks = list(self.rewrite(graph_module, scope))
+            remarks = []
+            for remark in self.rewrite(graph_module, scope):
+                advance(self.name)
+                remarks.append(remark)
             remarks += scope.idle_selections(remarks)
             _erase_orphans(graph_module, unused)
             graph_module.graph.lint()

@@ -58,6 +58,9 @@ def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise InputError(f"expected a Python file, found none at {str(path)!r}")
+    beside = str(path.resolve().parent)
+    if beside not in sys.path:  # as Python does for a script: it may import what lies beside it
+        sys.path.insert(0, beside)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     try:
