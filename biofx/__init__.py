@@ -8,12 +8,14 @@ True
 """
 
 from biofx import passes
+from biofx.bisect import Culprit, bisect
 from biofx.capture import capture
 from biofx.compile_config import compile_config
 from biofx.config import BioConfig, Distribution
 from biofx.converter import BioConverter
 from biofx.errors import (
     BiofxError,
+    BisectError,
     CaptureError,
     InputError,
     NonFiniteWeightError,
@@ -68,6 +70,8 @@ __all__ = [
     "format_graph",
     "diff_graphs",
     "print_changed",
+    "bisect",
+    "Culprit",
     # what can go wrong
     "BiofxError",
     "InputError",
@@ -76,6 +80,7 @@ __all__ = [
     "SelectorError",
     "PipelineError",
     "PassError",
+    "BisectError",
     "PlasticityError",
     "NonFiniteWeightError",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``biofx demo | transform | passes | explain | plot``.
+"""The command line: ``biofx demo | transform | passes | explain | plot | bisect``.
 
 Exit codes: 0 done; 1 the model, a selector or an option was refused (one line on stderr says why); 2 the
 command line itself is wrong; 130 interrupted.
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from biofx import __version__
 from biofx.config import BioConfig
-from biofx.errors import BiofxError, OptionError
+from biofx.errors import BiofxError, InputError, OptionError
 from biofx.pass_text import parse_value
 
 
@@ -89,6 +89,26 @@ def _parser() -> argparse.ArgumentParser:
         "--layers", action="store_true", help="one row per layer at the end, instead of curves over the steps"
     )
     plot.set_defaults(run_command=_plot)
+
+    bisect = commands.add_parser("bisect", help="find the pass and the node that make a predicate true")
+    bisect.add_argument(
+        "script",
+        type=Path,
+        metavar="SCRIPT.py",
+        help="defines model and predicate(bio_model), and, where wanted, config and passes",
+    )
+    bisect.add_argument("--only", action="append", metavar="SELECTOR", help="rewrite only these (repeatable)")
+    bisect.add_argument(
+        "--exclude", action="append", metavar="SELECTOR", help="leave these alone (repeatable)"
+    )
+    bisect.add_argument(
+        "--out",
+        type=Path,
+        default=Path("biofx-reproducer"),
+        metavar="FOLDER",
+        help="where the reproducer goes (default: biofx-reproducer)",
+    )
+    bisect.set_defaults(run_command=_bisect)
 
     passes = commands.add_parser("passes", help="list the passes and their options")
     passes.set_defaults(run_command=_passes)
@@ -190,6 +210,28 @@ def _plot(options: argparse.Namespace) -> None:
     else:
         monitor.plot(out)
     Console().print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _bisect(options: argparse.Namespace) -> None:
+    from biofx.bisect import bisect
+    from biofx.progress import shown
+    from biofx.targets import load_script, model_in
+
+    script = load_script(options.script)
+    predicate = getattr(script, "predicate", None)
+    if predicate is not None and not callable(predicate):
+        raise InputError(f"{options.script}: expected a function called predicate, found {predicate!r}")
+    with shown():
+        culprit = bisect(
+            model_in(script, "model", str(options.script)),
+            getattr(script, "config", None),
+            predicate,
+            passes=getattr(script, "passes", None),
+            only=options.only,
+            exclude=options.exclude,
+            reproducer=options.out,
+        )
+    Console().print(str(culprit), markup=False, highlight=False, soft_wrap=True)
 
 
 def _passes(options: argparse.Namespace) -> None:

@@ -163,7 +163,13 @@ class Pass(ABC):
                 f"{self.name}: expected a torch.fx.GraphModule, found {type(graph_module).__name__}; "
                 "capture the model first (biofx.capture), or use biofx.transform"
             )
-        return self.on_own(BioGraphModule.copy_of(graph_module))
+        try:
+            return self.on_own(BioGraphModule.copy_of(graph_module))
+        except Exception as error:
+            from biofx.reproducer import note_reproducer  # which needs passes to say what was run
+
+            note_reproducer(error, lambda: BioGraphModule.copy_of(graph_module), self)
+            raise
 
     def on_own(self, graph_module: BioGraphModule) -> PassResult:
         """Do the same in place, on a graph module that the caller made and will not need as it was."""
