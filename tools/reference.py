@@ -12,6 +12,11 @@ from pathlib import Path
 
 import biofx
 
+_LANGUAGES = [
+    f"biofx.{name}" for name in ("select", "pass_text", "report", "monitor_json", "reproducer", "errors")
+]
+"""Modules whose docstrings define what users write or read: selectors, pipeline texts, files, errors."""
+
 
 def main(folder: Path) -> None:
     """Write a page for each module, and a search over all of them.
@@ -27,7 +32,7 @@ def main(folder: Path) -> None:
         warnings.simplefilter("error", UserWarning)
         # a type that only its own module imports is then shown by its name, which is all that it takes
         warnings.filterwarnings("ignore", message="Error parsing type annotation")
-        pdoc.pdoc("biofx", output_directory=folder)
+        pdoc.pdoc("biofx", *_LANGUAGES, output_directory=folder)
 
 
 if __name__ == "__main__":
