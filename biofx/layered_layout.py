@@ -6,7 +6,7 @@ barycentres. Places within rows minimise the squared distance to a node's neighb
 is isotonic regression.
 
 Deviations: what does not depend on an input (a weight and what is done to it) stands right above its use,
-and gives way to what does, so that the way of the data stays straight.
+and gives way to what does; all gives way to the longest path of the data, which stays straight.
 All edges of a node that pass a row share one place there. An edge over more than :data:`LONGEST` rows takes
 no place in them, so that time and space grow linearly with the number of nodes.
 """
@@ -22,7 +22,7 @@ LONGEST = 48
 
 _ORDER_SWEEPS = 8
 _PLACE_SWEEPS = 8
-_TRUNK, _SIDE = 1.0, 1e-4  # weight of a place that depends on an input, and of one that does not
+_TRUNK, _BRANCH, _SIDE = 1.0, 0.05, 1e-4  # weight of a place on the longest path, on another, on none
 _WAY = 0.01  # the same, of an edge that passes a row, next to the node it comes from
 _PASSING = 0.25  # width of an edge that passes a row, in columns
 
@@ -54,8 +54,8 @@ def layered_layout(
     number = {name: place for place, name in enumerate(order)}
     pairs = [pair for pair in dict.fromkeys(edges) if pair[0] in number and pair[1] in number]
     forward = [(number[u], number[v]) for u, v in pairs if number[u] < number[v]]
-    ranks, reached = _ranks(len(order), forward, {number[name] for name in inputs if name in number})
-    slots = _Slots(ranks, reached, forward)
+    ranks, weights = _ranks(len(order), forward, {number[name] for name in inputs if name in number})
+    slots = _Slots(ranks, weights, forward)
     slots.sort_by_barycentres()
     columns = slots.columns()
     places = {name: (columns[place], ranks[place]) for name, place in number.items()}
@@ -66,8 +66,8 @@ def layered_layout(
     return Layout(places, routes, max(ranks, default=-1) + 1, max(columns, default=0.0) + 1)
 
 
-def _ranks(count: int, edges: list[tuple[int, int]], inputs: set[int]) -> tuple[list[int], list[bool]]:
-    """Return each node's row and whether an input reaches it.
+def _ranks(count: int, edges: list[tuple[int, int]], inputs: set[int]) -> tuple[list[int], list[float]]:
+    """Return each node's row and the weight of its place.
 
     The row is the longest path to the node, and for what no input reaches, right above its use.
     """
@@ -78,22 +78,27 @@ def _ranks(count: int, edges: list[tuple[int, int]], inputs: set[int]) -> tuple[
         after[u].append(v)
     ranks = [0] * count
     reached = [node in inputs for node in range(count)]
-    for node in range(count):
-        for source in before[node]:
-            ranks[node] = max(ranks[node], ranks[source] + 1)
-            reached[node] = reached[node] or reached[source]
-    for node in reversed(range(count)):
-        if not reached[node] and after[node]:
-            ranks[node] = min(ranks[user] for user in after[node]) - 1
-    return ranks, reached
+    for each in range(count):
+        for source in before[each]:
+            ranks[each] = max(ranks[each], ranks[source] + 1)
+            reached[each] = reached[each] or reached[source]
+    for each in reversed(range(count)):
+        if not reached[each] and after[each]:
+            ranks[each] = min(ranks[user] for user in after[each]) - 1
+    weights = [_BRANCH if is_reached else _SIDE for is_reached in reached]
+    node: int | None = max((n for n in range(count) if reached[n]), key=ranks.__getitem__, default=None)
+    while node is not None:
+        weights[node] = _TRUNK
+        node = max((n for n in before[node] if reached[n]), key=ranks.__getitem__, default=None)
+    return ranks, weights
 
 
 class _Slots:
     """What takes a place in a row: the nodes, numbered as given, and the edges that pass, numbered behind."""
 
-    def __init__(self, ranks: list[int], reached: list[bool], edges: list[tuple[int, int]]) -> None:
+    def __init__(self, ranks: list[int], weights: list[float], edges: list[tuple[int, int]]) -> None:
         self.row = list(ranks)
-        self._weight = [_TRUNK if is_trunk else _SIDE for is_trunk in reached]
+        self._weight = list(weights)
         self.nodes = len(ranks)
         self._passing: dict[tuple[int, int], int] = {}
         self.above: list[list[int]] = [[] for _ in ranks]

@@ -21,6 +21,7 @@ from biofx.graph_view import GraphView
 from biofx.report import Remark, Report
 from biofx.report_svg import BOX_HEIGHT, BOX_WIDTH, COLUMN, ROW, draw
 
+_SCRIPTS = ("data", "selectors", "picture", "camera", "details", "search", "tree", "start")
 _SLOT = re.compile("@([a-z]+)@")
 
 
@@ -33,7 +34,7 @@ def report_html(report: Report) -> str:
         f".p{number} {{ fill: {color}; background: {color}; }} .t{number} .box {{ stroke: {color}; }}\n"
         for number, color in enumerate(PALETTE)
     )
-    style, script = _part("report.css") + colors, _part("report.js")
+    style, script = _part("report.css") + colors, _script()
     data: dict[str, Any] = {
         "sizes": {"column": COLUMN, "row": ROW, "width": BOX_WIDTH, "height": BOX_HEIGHT},
         "colors": len(PALETTE),
@@ -79,6 +80,12 @@ def report_html(report: Report) -> str:
     }
     # in one go: what is filled in is never looked at again, so a model cannot name a slot
     return _SLOT.sub(lambda slot: slots[slot.group(1)], _part("report.html"))
+
+
+def _script() -> str:
+    """Return the parts of the script as one, in a scope of its own."""
+    parts = "\n".join(_part(f"{name}.js") for name in _SCRIPTS)
+    return f'"use strict";\n(() => {{\n{parts}}})();\n'
 
 
 def _part(name: str) -> str:

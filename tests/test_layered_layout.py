@@ -64,6 +64,23 @@ def test_a_chain_with_weights_beside_it_is_straight() -> None:
     assert max(xs) - min(xs) < 0.2
 
 
+def test_the_longest_path_is_straight_where_branches_leave_it() -> None:
+    names, edges = ["x"], []
+    for i in range(20):
+        names += [f"a{i}", f"b{i}", f"d{i}", f"y{i}"]
+        start = f"y{i - 1}" if i else "x"
+        edges += [
+            (start, f"a{i}"),
+            (f"a{i}", f"b{i}"),
+            (start, f"d{i}"),
+            (f"b{i}", f"y{i}"),
+            (f"d{i}", f"y{i}"),
+        ]
+    places = layered_layout(names, edges, ["x"]).places
+    xs = [places[f"{letter}{i}"][0] for letter in "aby" for i in range(20)]
+    assert max(xs) - min(xs) < 0.5
+
+
 def test_barycentres_undo_crossings() -> None:
     names = [f"{letter}{i}" for letter in "abc" for i in range(6)]
     shuffled = random.Random(3).sample(range(6), 6)
