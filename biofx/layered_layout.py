@@ -22,7 +22,7 @@ LONGEST = 48
 
 _ORDER_SWEEPS = 8
 _PLACE_SWEEPS = 8
-_TRUNK, _BRANCH, _SIDE = 1.0, 0.05, 1e-4  # weight of a place on the longest path, on another, on none
+_TRUNK, _BRANCH, _SIDE = 1.0, 0.01, 1e-4  # weight of a place on the longest path, on another, on none
 _WAY = 0.01  # the same, of an edge that passes a row, next to the node it comes from
 _PASSING = 0.25  # width of an edge that passes a row, in columns
 

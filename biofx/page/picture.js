@@ -47,7 +47,8 @@ function arrange() {
     // weights that a pass brought in stand above their use, so the nodes of old say where a module is
     const old = [...numbers].filter((number) => graphs.before.nodes.has(number));
     const own = (old.length ? old : [...numbers]).map((number) => places[number]);
-    spots.set(key, [own.reduce((sum, [x]) => sum + x, 0) / own.length, Math.min(...own.map(([, row]) => row))]);
+    const middle = own.map(([x]) => x).sort((a, b) => a - b)[own.length >> 1];
+    spots.set(key, [middle, Math.min(...own.map(([, row]) => row))]);
     occupied.add(spots.get(key)[1]);
   }
   const rows = [...occupied].sort((a, b) => a - b);
