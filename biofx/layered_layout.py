@@ -59,10 +59,10 @@ def layered_layout(
     slots.sort_by_barycentres()
     columns = slots.columns()
     places = {name: (columns[place], ranks[place]) for name, place in number.items()}
-    routes = {
-        (u, v): tuple((columns[slot], slots.row[slot]) for slot in slots.passed(number[u], number[v]))
-        for u, v in pairs
-    }
+    routes: dict[tuple[str, str], tuple[tuple[float, int], ...]] = dict.fromkeys(pairs, ())
+    for u, v in forward:
+        passed = slots.passed(u, v)
+        routes[order[u], order[v]] = tuple((columns[slot], slots.row[slot]) for slot in passed)
     return Layout(places, routes, max(ranks, default=-1) + 1, max(columns, default=0.0) + 1)
 
 
