@@ -8,6 +8,7 @@ True
 """
 
 from biofx import passes
+from biofx.bisect import Culprit, bisect
 from biofx.capture import capture
 from biofx.check import check
 from biofx.check_report import Audit, Finding
@@ -16,6 +17,7 @@ from biofx.config import BioConfig, Distribution
 from biofx.converter import BioConverter
 from biofx.errors import (
     BiofxError,
+    BisectError,
     CaptureError,
     InputError,
     InvariantError,
@@ -81,6 +83,8 @@ __all__ = [
     "format_graph",
     "diff_graphs",
     "print_changed",
+    "bisect",
+    "Culprit",
     # what can go wrong
     "BiofxError",
     "InputError",
@@ -89,6 +93,7 @@ __all__ = [
     "SelectorError",
     "PipelineError",
     "PassError",
+    "BisectError",
     "PlasticityError",
     "NonFiniteWeightError",
     "InvariantError",

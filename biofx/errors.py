@@ -6,6 +6,7 @@ BiofxError
 ├── OptionError       a field of a config or an option of a pass is unknown or out of range (a ValueError)
 ├── SelectorError     a pattern selects nothing, or is not a pattern (also a LookupError)
 ├── PipelineError     a pipeline text is malformed, a pass unknown, an order cyclic (also a ValueError)
+├── BisectError       there is nothing to find, or the answers contradict each other
 ├── PassError         a pass was run on a graph it cannot take, or broke its own contract
 ├── PlasticityError   a plasticity rule cannot be applied
 │   └── NonFiniteWeightError  a weight is NaN or infinite
@@ -45,6 +46,10 @@ class PipelineError(BiofxError, ValueError):
 
 class PassError(BiofxError):
     """A pass cannot run on this graph, or what it did breaks its own contract."""
+
+
+class BisectError(BiofxError):
+    """There is no rewrite to find: the predicate is true from the start, never, or now and then."""
 
 
 class PlasticityError(BiofxError):

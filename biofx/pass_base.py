@@ -14,8 +14,10 @@ from torch.fx import GraphModule, Node
 from biofx.attribution import attributed
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.graph_module import BioGraphModule
+from biofx.graph_view import GraphView
 from biofx.in_place import changes_in_place
 from biofx.pass_text import format_item
+from biofx.progress import advance
 from biofx.report import PassReport, Remark, Report, Snapshot, compare
 from biofx.select import (
     Match,
@@ -161,18 +163,25 @@ class Pass(ABC):
                 f"{self.name}: expected a torch.fx.GraphModule, found {type(graph_module).__name__}; "
                 "capture the model first (biofx.capture), or use biofx.transform"
             )
-        return self.on_own(BioGraphModule.copy_of(graph_module))
+        try:
+            return self.on_own(BioGraphModule.copy_of(graph_module))
+        except Exception as error:
+            from biofx.reproducer import note_reproducer  # which needs passes to say what was run
+
+            note_reproducer(error, lambda: BioGraphModule.copy_of(graph_module), self)
+            raise
 
     def on_own(self, graph_module: BioGraphModule) -> PassResult:
         """Do the same in place, on a graph module that the caller made and will not need as it was."""
-        before = Snapshot.of(graph_module.graph)
+        before, view = Snapshot.of(graph_module.graph), GraphView.of(graph_module)
         reports = tuple(self.run(graph_module, ()))
         after = Snapshot.of(graph_module.graph) if reports else before
         because = {change.node: change.because for entry in reports for change in entry.changes}
         changes = tuple(
             dataclasses.replace(change, because=because.get(change.node)) for change in compare(before, after)
         )
-        return PassResult(graph_module, Report(type(graph_module).__name__, reports, changes))
+        views = view, GraphView.of(graph_module) if reports else view
+        return PassResult(graph_module, Report(type(graph_module).__name__, reports, changes, *views))
 
     def run(
         self, graph_module: BioGraphModule, within: tuple[tuple[Selector | None, Selector | None], ...]
@@ -184,7 +193,10 @@ class Pass(ABC):
         try:
             self.requires(graph_module)
             scope = Scope(self, graph_module, (*within, (self.only, self.exclude)))
-            remarks = list(self.rewrite(graph_module, scope))
+            remarks = []
+            for remark in self.rewrite(graph_module, scope):
+                advance(self.name)
+                remarks.append(remark)
             remarks += scope.idle_selections(remarks)
             _erase_orphans(graph_module, unused)
             graph_module.graph.lint()

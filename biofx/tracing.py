@@ -23,6 +23,7 @@ from biofx.errors import CaptureError
 from biofx.guards import require_default
 from biofx.in_place import changed_in_place
 from biofx.obstacles import hooks_of
+from biofx.progress import advance
 from biofx.recording import Recorder, leaves_of
 from biofx.side_effects import Watch
 from biofx.transformer_layers import can_be_looked_into, pads_by_nesting, transformers_as_nodes
@@ -185,6 +186,7 @@ class ModelTracer(Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a module: one node for a leaf, its own forward otherwise."""
         path = self.path_of_module(m)
+        advance("capture", len(self._paths))
         hooks = hooks_of(m)
         if hooks and not self.is_leaf_module(m, path):
             error = CaptureError(

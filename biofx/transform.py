@@ -15,6 +15,7 @@ from biofx.errors import OptionError
 from biofx.graph_module import BioGraphModule
 from biofx.pass_base import PassResult
 from biofx.pipeline import Observer, Pipeline
+from biofx.reproducer import note_reproducer
 from biofx.select import NodeIndex, Selector
 
 
@@ -64,7 +65,7 @@ def transform(
       created  _0_pooled = pool_synapses(_0, gamma=2, channel_axis=-1)
       rewired  _1 = self.1(_0_pooled)  # ReLU
     """
-    checked = _as_config(config)
+    checked = as_config(config)
     pipeline = choose_passes(passes, checked)
     if only is not None or exclude is not None:
         pipeline = Pipeline((pipeline,), only=only, exclude=exclude, observe=observe)
@@ -73,13 +74,22 @@ def transform(
     captured = capture(model, share_parameters=share_parameters, opaque=opaque)
     _check_overrides(captured, checked)
     with preserved_random_state():
-        result = pipeline.on_own(captured)
+        try:
+            result = pipeline.on_own(captured)
+        except Exception as error:
+            note_reproducer(error, lambda: capture(model, opaque=opaque), pipeline)
+            raise
     if checked is not None:
         configure_layers(result.graph_module, checked)
     return result
 
 
-def _as_config(config: BioConfig | Mapping[str, Any] | None) -> BioConfig | None:
+def as_config(config: BioConfig | Mapping[str, Any] | None) -> BioConfig | None:
+    """Return a config that was given as one, as a dict, or not at all.
+
+    Raises:
+        OptionError: it is something else, or has an unknown field or a bad value.
+    """
     if config is None or isinstance(config, BioConfig):
         return config
     if isinstance(config, Mapping):

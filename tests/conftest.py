@@ -35,6 +35,12 @@ def _same_numbers_every_time() -> None:
     random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_reproducers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let passes that fail on purpose leave nothing behind."""
+    monkeypatch.setenv("BIOFX_REPRODUCER", "off")
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """Compare a text with ``tests/golden/NAME.txt``; a missing file fails."""

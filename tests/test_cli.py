@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import biofx
 from biofx.cli import main
@@ -57,6 +59,64 @@ def test_transform_prints_diff_and_report_and_writes_json(
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["schema"] == "biofx.report/1"
     assert [entry["applied"] for entry in report["passes"]] == [1, 1]
+
+
+def test_transform_prints_a_tree_or_a_table_and_writes_page_and_pictures(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--html", "r.html", "--svg", "r.svg", "--dot", "r.dot"]
+    assert main(["transform", target, *files]) == 0
+    printed = capsys.readouterr().out
+    assert "├── fc1  Linear" in printed
+    assert "scale-gradients        3           0      100.0%" in printed
+    assert "\x1b" not in printed
+    for name, start in (("r.html", "<!doctype html>"), ("r.svg", "<svg "), ("r.dot", "digraph")):
+        assert (tmp_path / name).read_text(encoding="utf-8").startswith(start)
+    assert main(["transform", target, "--table"]) == 0
+    assert "created: fc1_weight" in capsys.readouterr().out
+
+
+def test_a_model_file_may_import_what_lies_beside_it(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "beside_it.py").write_text("from torch import nn\nWIDTH = 3\n", encoding="utf-8")
+    source = "from beside_it import WIDTH, nn\nmodel = nn.Linear(WIDTH, 2)\n"
+    (folder / "uses_beside.py").write_text(source, encoding="utf-8")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["transform", "models/uses_beside.py:model"]) == 0
+    assert "6 factors" in capsys.readouterr().out
+    for name in ("beside_it", "uses_beside"):
+        sys.modules.pop(name, None)
+
+
+def test_plot_draws_what_a_monitor_wrote(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bio_model, _ = biofx.transform(torch.nn.Linear(4, 2))
+    monitor = biofx.Monitor(path=tmp_path / "run.jsonl")
+    monitor.record(bio_model)
+    monitor.close()
+    assert main(["plot", "run.jsonl"]) == 0
+    assert main(["plot", "run.jsonl", "--layers", "--out", "layers.svg"]) == 0
+    assert capsys.readouterr().out == "wrote run.png\nwrote layers.svg\n"
+    assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (tmp_path / "layers.svg").read_text(encoding="utf-8")
+
+
+def test_a_stream_without_unicode_gets_what_it_can_show(target: str) -> None:
+    command = [sys.executable, "-c", "import sys; from biofx.cli import main; sys.exit(main())"]
+    for options in ([], ["--table"]):
+        done = subprocess.run(
+            [*command, "transform", target, *options],
+            env={**os.environ, "PYTHONIOENCODING": "ascii", "NO_COLOR": "1"},
+            capture_output=True,
+            check=True,
+        )
+        assert b"12 factors" in done.stdout or b"24 factors" in done.stdout
+        assert b"\x1b" not in done.stdout
+        assert done.stderr == b""
 
 
 def test_transform_takes_passes_config_overrides_and_a_module_path(
@@ -137,6 +197,8 @@ def test_explain_tells_matches_near_misses_and_winning_overrides(
             "opaque: expected the path of a module, found 'fc9'",
         ),
         (["explain", "mymodels:Net", "fcc"], "selector 'fcc' matches nothing"),
+        (["transform", "mymodels:Net", "--html", "no/such/page.html"], "cannot write"),
+        (["plot", "nowhere.jsonl"], "nowhere.jsonl"),
         (["demo", "--epochs", "0"], "expected epochs >= 1"),
     ],
 )

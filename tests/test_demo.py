@@ -36,7 +36,8 @@ def test_demo_writes_curves_report_and_results(
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "--epochs", "1"]) == 0
     folder = tmp_path / "biofx-demo"
-    assert {path.name for path in folder.iterdir()} == {"curves.png", "report.json", "results.json"}
+    written = {"curves.png", "report.html", "report.json", "results.json"}
+    assert {path.name for path in folder.iterdir()} == written
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert {entry["name"] for entry in report["passes"]} == {
