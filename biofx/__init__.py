@@ -9,12 +9,14 @@ True
 
 from biofx import passes
 from biofx.capture import capture
+from biofx.checkpoint import Checkpoint, load, save
 from biofx.compile_config import compile_config
 from biofx.config import BioConfig, Distribution
 from biofx.converter import BioConverter
 from biofx.errors import (
     BiofxError,
     CaptureError,
+    CheckpointError,
     InputError,
     NonFiniteWeightError,
     OptionError,
@@ -26,12 +28,15 @@ from biofx.errors import (
 from biofx.graph_module import BioGraphModule
 from biofx.monitor import Monitor
 from biofx.monitor_records import LayerRecord, StepRecord
+from biofx.model_state import plain_state
+from biofx.optimizer_state import load_optimizer_state, optimizer_state
 from biofx.pass_base import Pass, PassResult, Scope
 from biofx.pipeline import Pipeline
 from biofx.plasticity import BioModule
 from biofx.plasticity.attach import attach
 from biofx.plasticity.schedule import Rule
 from biofx.printing import diff_graphs, format_graph, print_changed
+from biofx.record import TransformRecord
 from biofx.registry import available_passes
 from biofx.report import Remark, Report, applied, missed
 from biofx.transform import transform
@@ -50,6 +55,14 @@ __all__ = [
     "Monitor",
     "StepRecord",
     "LayerRecord",
+    # save, load, go on
+    "save",
+    "load",
+    "Checkpoint",
+    "TransformRecord",
+    "plain_state",
+    "optimizer_state",
+    "load_optimizer_state",
     # passes
     "Pass",
     "PassResult",
@@ -76,6 +89,7 @@ __all__ = [
     "SelectorError",
     "PipelineError",
     "PassError",
+    "CheckpointError",
     "PlasticityError",
     "NonFiniteWeightError",
 ]

@@ -7,6 +7,7 @@ BiofxError
 ├── SelectorError     a pattern selects nothing, or is not a pattern (also a LookupError)
 ├── PipelineError     a pipeline text is malformed, a pass unknown, an order cyclic (also a ValueError)
 ├── PassError         a pass was run on a graph it cannot take, or broke its own contract
+├── CheckpointError   a file or state cannot be saved, or does not fit what it is loaded into (a ValueError)
 └── PlasticityError   a plasticity rule cannot be applied
     └── NonFiniteWeightError  a weight is NaN or infinite
 """
@@ -44,6 +45,10 @@ class PipelineError(BiofxError, ValueError):
 
 class PassError(BiofxError):
     """A pass cannot run on this graph, or what it did breaks its own contract."""
+
+
+class CheckpointError(BiofxError, ValueError):
+    """A checkpoint cannot be written or read, or does not belong to the model or the optimizer."""
 
 
 class PlasticityError(BiofxError):
