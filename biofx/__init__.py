@@ -13,6 +13,7 @@ from biofx.checkpoint import Checkpoint, load, save
 from biofx.compile_config import compile_config
 from biofx.config import BioConfig, Distribution
 from biofx.converter import BioConverter
+from biofx.deploy import deploy
 from biofx.errors import (
     BiofxError,
     CaptureError,
@@ -26,9 +27,9 @@ from biofx.errors import (
     SelectorError,
 )
 from biofx.graph_module import BioGraphModule
+from biofx.model_state import plain_state
 from biofx.monitor import Monitor
 from biofx.monitor_records import LayerRecord, StepRecord
-from biofx.model_state import plain_state
 from biofx.optimizer_state import load_optimizer_state, optimizer_state
 from biofx.pass_base import Pass, PassResult, Scope
 from biofx.pipeline import Pipeline
@@ -60,6 +61,7 @@ __all__ = [
     "load",
     "Checkpoint",
     "TransformRecord",
+    "deploy",
     "plain_state",
     "optimizer_state",
     "load_optimizer_state",
