@@ -211,7 +211,7 @@ def observe_activity(x: Tensor, activity: Tensor, training: bool, *, channel_axi
     """Return ``x``; in training, let ``activity`` follow the mean of ``|x|`` over everything but channels.
 
     a ← 0.9 a + 0.1 mean|x|, beginning with the first mean. Under ``torch.func`` transforms, whose inputs are
-    not batches, nothing is observed.
+    not batches, nothing is observed, nor when checkpointing computes a forward for the second time.
 
     Args:
         x: the units' output, any rank.
@@ -223,13 +223,18 @@ def observe_activity(x: Tensor, activity: Tensor, training: bool, *, channel_axi
         return _redispatch(
             observe_activity, (x, activity, training), x, activity, training, channel_axis=channel_axis
         )
-    if training and not torch._C._are_functorch_transforms_active():
+    if training and not torch._C._are_functorch_transforms_active() and not _is_recomputed():
         with torch.no_grad():
             axes = [axis for axis in range(-x.dim(), 0) if axis != channel_axis]
             magnitude = x.detach().abs()
             mean = (magnitude.mean(axes) if axes else magnitude).to(activity.dtype)
             activity.copy_(torch.where(activity < 0, mean, torch.lerp(activity, mean, _MEMORY)))
     return x
+
+
+def _is_recomputed() -> bool:
+    """Whether a backward pass is running, which computes what checkpointing did not keep."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _is_recorded() -> bool:
