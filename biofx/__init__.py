@@ -40,6 +40,7 @@ from biofx.printing import diff_graphs, format_graph, print_changed
 from biofx.record import TransformRecord
 from biofx.registry import available_passes
 from biofx.report import Remark, Report, applied, missed
+from biofx.sharded_checkpoint import load_sharded, save_sharded
 from biofx.transform import transform
 
 __version__ = "0.1.0"
@@ -60,6 +61,8 @@ __all__ = [
     "save",
     "load",
     "Checkpoint",
+    "save_sharded",
+    "load_sharded",
     "TransformRecord",
     "deploy",
     "plain_state",

@@ -55,29 +55,36 @@ class Checkpoint:
         Raises:
             CheckpointError: it cannot be read, is damaged, is something else, or is newer than this biofx.
         """
-        content = read_checkpoint(path)
-        kinds: dict[str, type] = {
-            "record": str,
-            "model": dict,
-            "rules": dict,
-            "optimizers": list,
-            "plasticity": list,
-            "extra": dict,
-        }
-        for name, kind in kinds.items():
-            if not isinstance(content.get(name), kind):
-                raise CheckpointError(
-                    f"{path}: expected {name!r} to be a {kind.__name__}, "
-                    f"found {type(content.get(name)).__name__}"
-                )
-        return cls(
-            TransformRecord.from_json(content["record"]),
-            content["model"],
-            content["rules"],
-            tuple(content["optimizers"]),
-            tuple(content["plasticity"]),
-            content["extra"],
-        )
+        return checkpoint_of(read_checkpoint(path), path)
+
+
+def checkpoint_of(content: Mapping[str, Any], path: str | Path) -> Checkpoint:
+    """Return the content of a checkpoint, each part of it checked for its kind.
+
+    Raises:
+        CheckpointError: a part is missing or of another kind.
+    """
+    kinds: dict[str, type] = {
+        "record": str,
+        "model": dict,
+        "rules": dict,
+        "optimizers": list,
+        "plasticity": list,
+        "extra": dict,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            raise CheckpointError(
+                f"{path}: expected {name!r} to be a {kind.__name__}, found {type(content.get(name)).__name__}"
+            )
+    return Checkpoint(
+        TransformRecord.from_json(content["record"]),
+        content["model"],
+        content["rules"],
+        tuple(content["optimizers"]),
+        tuple(content["plasticity"]),
+        content["extra"],
+    )
 
 
 def save(
@@ -104,20 +111,29 @@ def save(
         CheckpointError: the model does not know how it was made, or its graph was changed since; an
             optimizer steps other parameters; a value is not plain; the file cannot be written.
     """
-    model = unwrapped(bio_model)
-    record = _record(model)
-    rules = {path: config_to_plain(state.config) for path, state in bio_modules(model).items()}
-    content = {
+    write_checkpoint(path, content_of(bio_model, optimizer, plasticity, extra))
+
+
+def content_of(
+    bio_model: nn.Module, optimizer: Optimizers, plasticity: Attachments, extra: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return what goes into a checkpoint.
+
+    Raises:
+        CheckpointError: as :func:`save` says.
+    """
+    model = transformed(bio_model)
+    record: Any = record_of(model)
+    return {
         "biofx": record.biofx,
         "torch": record.torch,
         "record": record.to_json(),
         "model": model.state_dict(),
-        "rules": rules,
+        "rules": {name: config_to_plain(state.config) for name, state in bio_modules(model).items()},
         "optimizers": [optimizer_state(model, entry) for entry in _listed(optimizer, Optimizer)],
         "plasticity": [entry.state_dict() for entry in _listed(plasticity, Attachment)],
         "extra": {} if extra is None else extra,
     }
-    write_checkpoint(path, content)
 
 
 def load(
@@ -194,16 +210,21 @@ def _load_into_new(
     return made
 
 
-def _record(model: nn.Module) -> TransformRecord:
-    record = record_of(model)
-    if record is None or not isinstance(model, BioGraphModule):
+def transformed(bio_model: nn.Module) -> BioGraphModule:
+    """Return the transformed model inside any wrapper, as its record describes it.
+
+    Raises:
+        CheckpointError: it does not know how it was made, or was changed since.
+    """
+    model: Any = unwrapped(bio_model)
+    if record_of(model) is None or not isinstance(model, BioGraphModule):
         raise CheckpointError(
             f"expected a model that biofx.transform or a BioConverter made, found a {type(model).__name__} "
             "that does not say how it was made (tracing a model anew forgets it); save the transformed model "
             "itself, or its state_dict with torch.save"
         )
     _check_record(model)
-    return record
+    return model
 
 
 def _check_record(model: BioGraphModule) -> None:

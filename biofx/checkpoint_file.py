@@ -63,6 +63,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: expected a whole checkpoint that biofx.save wrote, found a file that is damaged or "
             f"something else ({type(error).__name__}: {_first_line(error)}); use an older copy"
         ) from error
+    check_stamp(content, path)
+    checked: dict[str, Any] = plain(content, f"{path}")
+    return checked
+
+
+def check_stamp(content: Any, path: str | Path) -> None:
+    """Check that something is a checkpoint of biofx that this version understands.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: expected a checkpoint that biofx.save wrote, found another file of torch.save; "
@@ -74,8 +85,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: expected schema {SCHEMA} or older, found {schema!r}, written by biofx "
             f"{content.get('biofx')}; upgrade biofx"
         )
-    checked: dict[str, Any] = plain(content, f"{path}")
-    return checked
 
 
 def plain(value: Any, where: str) -> Any:
@@ -117,10 +126,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 def _hint(value: Any) -> str:
     if isinstance(value, Tensor) and hasattr(value, "device_mesh"):
-        return (
-            "; a sharded model is saved by all ranks together, with torch.distributed.checkpoint: "
-            "dcp.save({'model': biofx.sharded_state(model)}, checkpoint_id=folder)"
-        )
+        return "; a sharded model is saved by all ranks together, with biofx.save_sharded"
     return ""
 
 

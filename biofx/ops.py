@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import handle_torch_function, has_torch_function
 
-from biofx.errors import OptionError
+from biofx.errors import OptionError, PlasticityError
 
 SIGN_METHODS = ("project", "abs")
 SIGN_AXES = ("presynaptic", "postsynaptic")
@@ -40,6 +40,7 @@ def scale_gradient(weight: Tensor, factor: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or get_proxy_mode() is not None:
         held = weight.detach()
         return held + (weight - held) * factor.to(weight.dtype)
+    _refuse_shard(weight)
     return _tensor(_ScaleGradient.apply(weight, factor))  # type: ignore[no-untyped-call]
 
 
@@ -98,6 +99,7 @@ def constrain_sign(
     if method == "project":
         if _is_recorded():
             return _tensor(_recorded_projection(weight, signs))
+        _refuse_shard(weight)
         return _tensor(_ProjectSign.apply(weight, signs))  # type: ignore[no-untyped-call]
     raise OptionError(f"method must be one of {SIGN_METHODS}, found {method!r}")
 
@@ -235,6 +237,15 @@ def observe_activity(x: Tensor, activity: Tensor, training: bool, *, channel_axi
 def _is_recomputed() -> bool:
     """Whether a backward pass is running, which computes what checkpointing did not keep."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _refuse_shard(weight: Tensor) -> None:
+    """Say what is wrong where torch would say that it cannot mix two kinds of tensors."""
+    if hasattr(weight, "device_mesh"):
+        raise PlasticityError(
+            f"expected a whole weight, found one of shape {tuple(weight.shape)} that is sharded: the graph "
+            "reads weights without calling their layers; shard the model as a whole, fully_shard(bio_model)"
+        )
 
 
 def _is_recorded() -> bool:

@@ -40,8 +40,8 @@ def bio_module_at(model: nn.Module, parameter_path: str) -> BioModule:
     if not isinstance(module, BioModule):
         raise PlasticityError(
             f"expected the plasticity state of {parameter_path!r} at {bio_module_path(parameter_path)!r}, "
-            f"found a {type(module).__name__}: tracing a transformed model anew keeps its buffers and forgets "
-            "its rules; run rules on the model that biofx.transform returned"
+            f"found a {type(module).__name__}: tracing a transformed model anew keeps its buffers and "
+            "forgets its rules; run rules on the model that biofx.transform returned"
         )
     module.path = parameter_path
     module.link(model.get_submodule(parameter_path.rpartition(".")[0]))
