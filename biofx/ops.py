@@ -93,13 +93,14 @@ def constrain_sign(
         return _redispatch(
             constrain_sign, (weight, sign), weight, sign, axis=axis, groups=groups, method=method
         )
+    if not torch.compiler.is_compiling():
+        _refuse_shard(weight)
     signs = signs_like(weight, sign, axis=axis, groups=groups)
     if method == "abs":
         return _tensor(torch.where(weight >= 0, weight, -weight) * signs)
     if method == "project":
         if _is_recorded():
             return _tensor(_recorded_projection(weight, signs))
-        _refuse_shard(weight)
         return _tensor(_ProjectSign.apply(weight, signs))  # type: ignore[no-untyped-call]
     raise OptionError(f"method must be one of {SIGN_METHODS}, found {method!r}")
 

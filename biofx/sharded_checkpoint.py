@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
@@ -93,24 +94,18 @@ def load_sharded(
             the attachment is another than was saved; nothing has been changed.
     """
     target = transformed(bio_model)
-    try:
+    with _explained(folder):
         sizes = _sizes(folder)
         text = torch.empty(sizes[_SKELETON].shape, dtype=torch.uint8)
-        with _alone_or_together():
-            read_tensors({_SKELETON: text}, checkpoint_id=str(folder))
+        read_tensors({_SKELETON: text}, checkpoint_id=str(folder))
         skeleton = json.loads(bytes(text.tolist()))
         content = _restored(skeleton, sizes)
-    except Exception as error:  # a damaged folder can make the readers raise anything
-        raise CheckpointError(
-            f"{folder}: expected a folder that biofx.save_sharded wrote, found something else "
-            f"({type(error).__name__}: {error})"
-        ) from error
     check_stamp(content, folder)
     check_same_making(TransformRecord.from_json(content["record"]), target)
     prepare_states(target)
     check_state(target, content["model"])
     tensors = dict(_templates(target, skeleton, sizes))
-    with _alone_or_together():
+    with _explained(folder):
         read_tensors(tensors, checkpoint_id=str(folder))
     saved = checkpoint_of(_restored(skeleton, tensors), folder)
     load(saved, target, optimizer=optimizer, plasticity=plasticity)
@@ -123,6 +118,19 @@ def _alone_or_together() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+@contextmanager
+def _explained(folder: str | Path) -> Iterator[None]:
+    """Let whatever goes wrong in reading a folder, which may be damaged, be one clear error."""
+    try:
+        with _alone_or_together():
+            yield
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception
+        raise CheckpointError(
+            f"{folder}: expected a folder that biofx.save_sharded wrote, found something else "
+            f"({type(error).__name__}: {str(error)[:200]})"
+        ) from error
 
 
 def _flattened(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -47,7 +47,9 @@ def net():
 
 def transformed(kind="uniform"):
     torch.manual_seed(0)
-    config = biofx.BioConfig(apply_dales_principle=True, fuzzy_lr_distribution=kind, fuzzy_lr_dynamic=True)
+    # "project" looks at the sign of each rank's own gradient, which the mean over the ranks does not follow
+    options = {"dales_method": "abs", "fuzzy_lr_distribution": kind, "fuzzy_lr_dynamic": True}
+    config = biofx.BioConfig(apply_dales_principle=True, **options)
     return biofx.transform(net(), config.override("4", weight_splitting_Gamma=2))[0]
 
 
