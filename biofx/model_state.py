@@ -68,7 +68,8 @@ def _check_entry(key: str, own: Any, saved: Any, owner: BioModule | None) -> Non
         )
     if own is not None and own.shape == saved.shape:
         return
-    if owner is not None and owner.parameter is not None and _may_be_state(saved, owner.parameter):
+    weight = None if owner is None else _weight_of(owner)
+    if weight is not None and _may_be_state(saved, weight):
         return
     found = f"expected shape {tuple(own.shape)}" if own is not None else "expected a shape like the weight's"
     raise CheckpointError(f"model: {key!r}: {found}, found {tuple(saved.shape)} in the checkpoint")
@@ -94,7 +95,8 @@ def adopt_dtypes(model: nn.Module, saved: Mapping[str, Any]) -> None:
 def load_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
     """Load a state that :func:`check_state` has passed."""
     for prefix, owner in _owners(model).items():
-        device = owner.weight.device if owner.parameter is not None else None
+        weight = _weight_of(owner)
+        device = None if weight is None else weight.device
         for name, held in owner._buffers.items():
             value = saved.get(prefix + name)
             if not isinstance(value, Tensor):
@@ -102,6 +104,11 @@ def load_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
             elif held is None or held.shape != value.shape:
                 owner._buffers[name] = torch.empty_like(value, device=device)
     model.load_state_dict(dict(saved), strict=True)
+
+
+def _weight_of(owner: BioModule) -> Tensor | None:
+    """Return the weight whose state it is; None for one that only holds those of others, or of a computed one."""
+    return owner.parameter if owner.is_linked else None
 
 
 def _owners(model: nn.Module) -> dict[str, BioModule]:
