@@ -107,7 +107,7 @@ def load_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
 
 
 def _weight_of(owner: BioModule) -> Tensor | None:
-    """Return the weight whose state it is; None for one that only holds those of others, or of a computed one."""
+    """Return the weight whose state it is; None where there is none, or it is computed."""
     return owner.parameter if owner.is_linked else None
 
 

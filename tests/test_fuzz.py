@@ -1,4 +1,4 @@
-"""Random models through everything: transform, run, train, save, load, deploy; and files that are not what they seem.
+"""Random models through everything, from transform to deploy; and files that are not what they seem.
 
 Short by default; ``python tools/fuzz.py 10`` goes on for ten minutes with other numbers.
 """
@@ -197,7 +197,8 @@ def test_a_random_model_goes_through_everything(
             biofx.BioConverter(config)(model) if converts else biofx.transform(model, config).graph_module
         )
     except OptionError as error:
-        assert "gamma" in str(error)
+        if "gamma" not in str(error):
+            raise
         return
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     bio_model.graph.lint()
@@ -217,6 +218,7 @@ def test_a_random_model_goes_through_everything(
         own_optimizer = OPTIMIZERS[optimizer_name](loaded.parameters())
         own_plasticity = attached(loaded, own_optimizer)
         biofx.load(path, loaded, optimizer=own_optimizer, plasticity=own_plasticity)
+    torch.set_rng_state(extra["random"])
     after = train(bio_model, optimizer, x, 2)
     torch.set_rng_state(extra["random"])
     torch.testing.assert_close(
@@ -247,7 +249,8 @@ def test_no_damaged_file_is_taken_for_a_checkpoint(junk: bytes, place: int, inse
         try:
             biofx.load(path, bio_model)
         except biofx.CheckpointError as error:
-            assert str(path) in str(error)
+            if str(path) not in str(error):
+                raise
         for key, value in bio_model.state_dict().items():
             assert torch.equal(value, before[key])
 

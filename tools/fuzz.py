@@ -1,4 +1,4 @@
-"""``python tools/fuzz.py 10``: ten minutes of random models, configs and files, each round with other numbers."""
+"""``python tools/fuzz.py 10``: ten minutes of random models, configs and files, other ones in each round."""
 
 from __future__ import annotations
 
