@@ -29,8 +29,11 @@ fuzz = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-CONVOLUTIONS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d)}
-CONVOLUTIONS[3] = (nn.Conv3d, nn.ConvTranspose3d)  # type: ignore[assignment]
+CONVOLUTIONS = {
+    1: (nn.Conv1d, nn.ConvTranspose1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d),
+}
 NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 NAMES = ("stem", "größe", "it's", "a b", "[bold]red[/]", "x" * 60, "/etc/passwd", "{0}", "%s", "$HOME")
 
@@ -64,6 +67,8 @@ class Shared(nn.Module):
 
 class Weights(nn.Module):
     """Weights without a layer, dropout without a module, a buffer that is not saved."""
+
+    scale: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
