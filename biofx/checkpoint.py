@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from biofx.checkpoint_file import plain, read_checkpoint, write_checkpoint
 from biofx.errors import CheckpointError, InputError
 from biofx.graph_module import BioGraphModule
-from biofx.model_state import adopt_dtypes, check_state, load_state
+from biofx.model_state import adopt_dtypes, check_layout, check_state, load_state
 from biofx.optimizer_state import fitted_state, optimizer_state
 from biofx.plain_passes import config_from_plain, config_to_plain
 from biofx.plasticity.attach import unwrapped
@@ -174,6 +174,7 @@ def load(
     check_same_making(saved.record, target)
     prepare_states(target)
     check_state(target, saved.model)
+    check_layout(target, saved.model)
     _check_rules(saved, target)
     optimizers = _listed(optimizer, Optimizer)
     states = _paired("optimizer", optimizers, saved.optimizers)

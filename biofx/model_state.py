@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from biofx.errors import CheckpointError, suggest
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.shards import is_sharded
 
 
 def plain_state(bio_model: nn.Module) -> dict[str, Tensor]:
@@ -69,18 +70,35 @@ def _check_entry(key: str, own: Any, saved: Any, owner: BioModule | None) -> Non
     if own is not None and own.shape == saved.shape:
         return
     weight = None if owner is None else _weight_of(owner)
-    if weight is not None and _may_be_state(saved, weight):
+    if weight is not None and _may_be_state(saved, weight, per_synapse=own is not None):
         return
     found = f"expected shape {tuple(own.shape)}" if own is not None else "expected a shape like the weight's"
     raise CheckpointError(f"model: {key!r}: {found}, found {tuple(saved.shape)} in the checkpoint")
 
 
-def _may_be_state(saved: Tensor, weight: Tensor) -> bool:
-    """Whether a tensor may be something that a layer remembers: per synapse, per unit, or one number."""
-    if saved.dim() <= 1:
-        return True
+def _may_be_state(saved: Tensor, weight: Tensor, *, per_synapse: bool) -> bool:
+    """Whether a tensor may be something that a layer remembers: per synapse, or else per unit or one number.
+
+    What is there already may be laid out anew per synapse: crystallization gives each a factor of its own.
+    """
+    if saved.dim() <= 1 and not per_synapse:
+        return saved.numel() <= weight.numel()
     sizes = zip(saved.shape, weight.shape, strict=False)
     return saved.dim() == weight.dim() and all(own in (1, full) for own, full in sizes)
+
+
+def check_layout(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Check that a sharded model is given a sharded state.
+
+    Raises:
+        CheckpointError: it is given a whole one, which only a whole model can load.
+    """
+    for key, own in model.state_dict().items():
+        if is_sharded(own) and not is_sharded(saved.get(key)):
+            raise CheckpointError(
+                f"model: expected a whole model, found {key!r} sharded; load before fully_shard, or use "
+                "biofx.save_sharded and biofx.load_sharded"
+            )
 
 
 def adopt_dtypes(model: nn.Module, saved: Mapping[str, Any]) -> None:

@@ -288,6 +288,7 @@ def edited(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
         (lambda c: c["model"].update({"mix.bio_mod.new": torch.ones(2)}), "found 'mix.bio_mod.new'"),
         (lambda c: c["model"].update({"mix.weight": torch.ones(6, 21)}), r"expected shape \(6, 20\)"),
         (lambda c: c["model"].update({"mix.bio_mod.noise": torch.ones(7, 3)}), r"mix.bio_mod.noise.*found"),
+        (lambda c: c["model"].update({"mix.bio_mod.activity": torch.ones(9)}), r"activity.*found \(9,\)"),
         (lambda c: c["model"].update({"mix.weight": 3}), "expected a tensor, found a int"),
         (lambda c: c["rules"].update({"no.weight": {}}), "expected a model with a weight 'no.weight'"),
         (lambda c: c["rules"]["mix.weight"].update(seed=-1), "seed"),

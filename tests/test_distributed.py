@@ -153,7 +153,12 @@ if DISTRIBUTED:
             found["errors"][f"transform of {what}"] = str(error)
     model = transformed()
     fully_shard(model)
-    calls = {"save": lambda: biofx.save(model, FOLDER / "x.pt"), "deploy": lambda: biofx.deploy(model)}
+    biofx.save(transformed(), FOLDER / f"whole{RANK}.pt")
+    calls = {
+        "save": lambda: biofx.save(model, FOLDER / "x.pt"),
+        "load": lambda: biofx.load(FOLDER / f"whole{RANK}.pt", model),
+        "deploy": lambda: biofx.deploy(model),
+    }
     for what, call in calls.items():
         try:
             call()
@@ -216,6 +221,7 @@ def test_two_ranks_train_as_one_process_does_and_what_they_save_any_number_resum
     assert "shard the result instead: fully_shard(bio_model)" in errors["transform of FSDP2"]
     assert "wrap the result instead" in errors["transform of DDP"]
     assert "biofx.save_sharded" in errors["save"]
+    assert "load before fully_shard" in errors["load"]
     assert "expected whole parameters" in errors["deploy"]
 
 
