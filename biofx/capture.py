@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule
 
 from biofx.errors import CaptureError, InputError
 from biofx.graph_module import BioGraphModule
+from biofx.names import refuse_unwritable_names
 from biofx.sites import find_sites
 from biofx.tracing import trace
 
@@ -39,10 +40,11 @@ def capture(
     Raises:
         InputError: ``model`` is not a module, is wrapped or compiled, has parameters that are not
             initialised yet, cannot be copied, or has no module at a path of ``opaque``.
-        CaptureError: its forward cannot be captured without losing something; the message names the
-            module and the line.
+        CaptureError: its forward cannot be captured without losing something, with the module and the line;
+            or a module has a name that code cannot carry.
     """
     _check_input(model)
+    refuse_unwritable_names(model)
     _check_paths(model, opaque)
     with preserved_random_state():
         memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}

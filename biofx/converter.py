@@ -18,6 +18,7 @@ from biofx.passes import ScaleGradients
 from biofx.pipeline import Pipeline
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_rules import bio_modules
+from biofx.record import add_step, matches_of, remembering_config
 from biofx.sites import find_sites
 
 ConverterT = TypeVar("ConverterT", bound="BioConverter")
@@ -106,6 +107,7 @@ class BioConverter:
             module.add_module("bio_mod", BioModule(module, config=self.config))
 
     def _convert_instance(self, model: nn.Module) -> BioGraphModule:
+        config = remembering_config(self.config)
         captured = capture(model)
         with preserved_random_state():
             for module in list(captured.modules()):
@@ -113,10 +115,13 @@ class BioConverter:
                     module._modules.get("bio_mod"), BioModule
                 ):
                     self._bio_modulize(module)
-            _prepare(captured, self.config)
-            passes = compile_config(self.config).passes
+            _prepare(captured, config)
+            passes = compile_config(config).passes
             in_graph = Pipeline(tuple(entry for entry in passes if not isinstance(entry, ScaleGradients)))
-            return in_graph.on_own(captured).graph_module
+            matches = matches_of(in_graph, captured)
+            converted = in_graph.on_own(captured).graph_module
+        add_step(converted, type(self).__qualname__, in_graph, config, matches=matches)
+        return converted
 
 
 def _prepare(captured: BioGraphModule, config: BioConfig) -> None:

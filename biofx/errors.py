@@ -8,6 +8,7 @@ BiofxError
 ├── PipelineError     a pipeline text is malformed, a pass unknown, an order cyclic (also a ValueError)
 ├── BisectError       there is nothing to find, or the answers contradict each other
 ├── PassError         a pass was run on a graph it cannot take, or broke its own contract
+├── CheckpointError   a file or state cannot be saved, or does not fit what it is loaded into (a ValueError)
 ├── PlasticityError   a plasticity rule cannot be applied
 │   └── NonFiniteWeightError  a weight is NaN or infinite
 └── InvariantError    a transformed model no longer is what its passes made it
@@ -50,6 +51,10 @@ class PassError(BiofxError):
 
 class BisectError(BiofxError):
     """There is no rewrite to find: the predicate is true from the start, never, or now and then."""
+
+
+class CheckpointError(BiofxError, ValueError):
+    """A checkpoint cannot be written or read, or does not belong to the model or the optimizer."""
 
 
 class PlasticityError(BiofxError):

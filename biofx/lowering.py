@@ -35,6 +35,9 @@ class Wrappable(Protocol):
     def weight_node(self) -> Node | None:
         """The expression it reads, None while a module still hides it."""
 
+OPTIONS = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+"""What a layer's function takes besides tensors, and the values that say nothing new."""
+
 
 class Lowering:
     """Lowers the layers of one graph; while it is used, no one else may add or remove ``get_attr`` nodes."""
@@ -160,10 +163,9 @@ def _options(module: nn.Module, site: WeightSite) -> dict[str, Any]:
     """Return the function's keyword arguments, those that say nothing new left out."""
     if site.kind.kernel_axes == 0:
         return {}
-    neutral = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-    names = [name for name in neutral if name != "output_padding" or site.kind.transposed]
+    names = [name for name in OPTIONS if name != "output_padding" or site.kind.transposed]
     given = {name: getattr(module, name) for name in names}
-    return {name: value for name, value in given.items() if _differs(value, neutral[name])}
+    return {name: value for name, value in given.items() if _differs(value, OPTIONS[name])}
 
 
 def _differs(value: Any, neutral: int) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import handle_torch_function, has_torch_function
 
-from biofx.errors import OptionError
+from biofx.errors import OptionError, PlasticityError
 
 SIGN_METHODS = ("project", "abs")
 SIGN_AXES = ("presynaptic", "postsynaptic")
@@ -42,6 +42,7 @@ def scale_gradient(weight: Tensor, factor: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or get_proxy_mode() is not None:
         held = weight.detach()
         return held + (weight - held) * factor.to(weight.dtype)
+    _refuse_shard(weight)
     return _tensor(_ScaleGradient.apply(weight, factor))  # type: ignore[no-untyped-call]
 
 
@@ -103,6 +104,8 @@ def constrain_sign(
         return _redispatch(
             constrain_sign, relevant, weight, sign, axis=axis, groups=groups, rows=rows, method=method
         )
+    if not torch.compiler.is_compiling():
+        _refuse_shard(weight)
     signs = signs_like(weight, sign, axis=axis, groups=groups, rows=rows)
     if method == "abs":
         mirrored = torch.where(weight >= 0, weight, -weight) * signs
@@ -232,7 +235,7 @@ def observe_activity(x: Tensor, activity: Tensor, training: bool, *, channel_axi
     """Return ``x``; in training, let ``activity`` follow the mean of ``|x|`` over everything but channels.
 
     a ← 0.9 a + 0.1 mean|x|, beginning with the first mean. Under ``torch.func`` transforms, whose inputs are
-    not batches, nothing is observed.
+    not batches, nothing is observed, nor when checkpointing computes a forward for the second time.
 
     Args:
         x: the units' output, any rank.
@@ -244,7 +247,7 @@ def observe_activity(x: Tensor, activity: Tensor, training: bool, *, channel_axi
         return _redispatch(
             observe_activity, (x, activity, training), x, activity, training, channel_axis=channel_axis
         )
-    if training and not torch._C._are_functorch_transforms_active():
+    if training and not torch._C._are_functorch_transforms_active() and not _is_recomputed():
         with torch.no_grad():
             axes = [axis for axis in range(-x.dim(), 0) if axis != channel_axis]
             magnitude = x.detach().abs()
@@ -279,6 +282,20 @@ def drop_pairs(
     kept = drops(torch.ones_like(apart.select(axis + 1, 0)).flatten(axis, axis + 1), p, True)
     kept = kept.unflatten(axis, (units, -1)).unsqueeze(axis + 1)
     return (apart * kept).flatten(axis, axis + 2)
+
+
+def _is_recomputed() -> bool:
+    """Whether a backward pass is running, which computes what checkpointing did not keep."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _refuse_shard(weight: Tensor) -> None:
+    """Say what is wrong where torch would say that it cannot mix two kinds of tensors."""
+    if hasattr(weight, "device_mesh"):
+        raise PlasticityError(
+            f"expected a whole weight, found one of shape {tuple(weight.shape)} that is sharded: the graph "
+            "reads weights without calling their layers; shard the model as a whole, fully_shard(bio_model)"
+        )
 
 
 def _is_recorded() -> bool:

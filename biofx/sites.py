@@ -156,7 +156,7 @@ def find_sites(graph_module: GraphModule) -> Sites:
                 bystanders.append(entry)
     seen = {site.layer for site in found} | {bystander.layer for bystander in bystanders}
     seen |= {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    seen |= {_innermost_path(site.node) for site in found}  # of a tied weight, the layer that is called
+    seen |= {innermost_path(site.node) for site in found}  # of a tied weight, the layer that is called
     bystanders += [
         Bystander(path, None, "never called in the forward")
         for path in _layers_of(graph_module)
@@ -240,7 +240,7 @@ class _Survey:
         named = self._parameters.get(str(root.target)) if root is not None else None
         if named is None:
             reason = f"its weight is {weight}, computed in the graph, not a parameter"
-            return Bystander(_innermost_path(node), node, reason)
+            return Bystander(innermost_path(node), node, reason)
         obstacle = self._outside.get(id(named[1]))
         return WeightSite(node, kind, *named, groups=_groups_of(node, kind), obstacle=obstacle, slot=slot)
 
@@ -298,7 +298,8 @@ def _reader(node: Node, module: nn.Module | None = None) -> str:
     return f"its weight is also read by {node.name!r}{described}, which would not follow"
 
 
-def _innermost_path(node: Node) -> str:
+def innermost_path(node: Node) -> str:
+    """Return the path of the innermost module that a node was traced in, empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
     return next(reversed(stack.values()))[0] if stack else ""
 

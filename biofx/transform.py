@@ -16,6 +16,7 @@ from biofx.graph_module import BioGraphModule
 from biofx.pass_base import PassResult
 from biofx.pipeline import Observer, Pipeline
 from biofx.reproducer import note_reproducer
+from biofx.record import add_step, matches_of, remembering, remembering_config
 from biofx.select import NodeIndex, Selector
 
 
@@ -66,13 +67,16 @@ def transform(
       rewired  _1 = self.1(_0_pooled)  # ReLU
     """
     checked = as_config(config)
+    checked = None if checked is None else remembering_config(checked)
     pipeline = choose_passes(passes, checked)
     if only is not None or exclude is not None:
         pipeline = Pipeline((pipeline,), only=only, exclude=exclude, observe=observe)
     elif observe is not None:
         pipeline = dataclasses.replace(pipeline, observe=observe)
+    pipeline = remembering(pipeline)
     captured = capture(model, share_parameters=share_parameters, opaque=opaque)
     _check_overrides(captured, checked)
+    matches = matches_of(pipeline, captured)
     with preserved_random_state():
         try:
             result = pipeline.on_own(captured)
@@ -81,6 +85,7 @@ def transform(
             raise
     if checked is not None:
         configure_layers(result.graph_module, checked)
+    add_step(result.graph_module, "transform", pipeline, checked, opaque=tuple(opaque), matches=matches)
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,7 +12,7 @@ from biofx.errors import OptionError, PlasticityError, suggest
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.exponentiated import UPDATES
 from biofx.plasticity.model_rules import exposed_rules, prepare_states
-from biofx.plasticity.ranks import group_to_agree_with
+from biofx.plasticity.ranks import group_to_agree_with, refuse_sharded_layers
 from biofx.plasticity.scale_survival import refuse_closures
 from biofx.plasticity.schedule import Observer, Rule
 from biofx.validate import check_choice
@@ -54,8 +55,9 @@ def attach(
             exponentiated updates of units without signs, or with weight decay.
         OptionError: the schedule names an unknown rule, or ``decay`` is unknown.
     """
-    plain = unwrapped(model)
+    plain: Any = unwrapped(model)
     states = prepare_states(plain)
+    refuse_sharded_layers(plain)
     rules = tuple(Rule(entry) if isinstance(entry, str) else entry for entry in schedule)
     known = sorted(exposed_rules(plain))
     for rule in rules:

@@ -32,7 +32,7 @@ def test_weights_of_other_names_get_a_place_of_their_own() -> None:
 def test_name_taken_by_another_module_is_refused() -> None:
     layer = nn.Linear(2, 2)
     layer.bio_mod = nn.ReLU()
-    with pytest.raises(AttributeError, match="'bio_mod' is taken by a ReLU"):
+    with pytest.raises(PlasticityError, match="at 'bio_mod', found a ReLU"):
         bio_module_at(layer, "weight")
 
 
