@@ -39,8 +39,8 @@ class Lowering:
             raise PassError(f"{site.node.name!r} cannot be lowered: {site.obstacle}")
         node, module = site.node, self.graph_module.get_submodule(str(site.node.target))
         (source,) = (*node.args, *node.kwargs.values())
-        weight = self._read(site.parameter_path, node)
-        bias = None if module.bias is None else self._read(f"{node.target}.bias", node)
+        weight = self.read(site.parameter_path, node)
+        bias = None if module.bias is None else self.read(f"{node.target}.bias", node)
         options = _options(module, site)
         if getattr(module, "padding_mode", "zeros") != "zeros":
             source = _padded(node, source, module)
@@ -77,7 +77,7 @@ class Lowering:
                 raise PassError(f"{site.node.name!r} must be lowered before its weight can be wrapped")
             if weight not in wrapped:
                 stem = site.parameter_path.removesuffix(".weight").replace(".", "_")
-                state = self._read(buffer_path, weight.next, f"{stem}_{buffer_suffix}")
+                state = self.read(buffer_path, weight.next, f"{stem}_{buffer_suffix}")
                 with weight.graph.inserting_before(max(state, weight).next):
                     new = weight.graph.create_node(
                         "call_function", operator, (weight, state), options, f"{stem}_{suffix}"
@@ -86,7 +86,7 @@ class Lowering:
                 wrapped[weight] = new
             site.node.replace_input_with(weight, wrapped[weight])
 
-    def _read(self, path: str, before: Node, name: str | None = None) -> Node:
+    def read(self, path: str, before: Node, name: str | None = None) -> Node:
         """Return the one ``get_attr`` node for ``path``, made or moved to stand ahead of ``before``."""
         existing = self._reads.get(path)
         if existing is None:

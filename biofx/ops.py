@@ -36,7 +36,7 @@ def scale_gradient(weight: Tensor, factor: Tensor) -> Tensor:
         factor: broadcastable to ``weight``, dimensionless; it receives no gradient.
     """
     if has_torch_function((weight, factor)):
-        return _redispatch(scale_gradient, (weight, factor), weight, factor)
+        return redispatch(scale_gradient, (weight, factor), weight, factor)
     if torch.compiler.is_compiling() or get_proxy_mode() is not None:
         held = weight.detach()
         return held + (weight - held) * factor.to(weight.dtype)
@@ -89,7 +89,7 @@ def constrain_sign(
         method: ``"project"`` or ``"abs"``.
     """
     if has_torch_function((weight, sign)):
-        return _redispatch(
+        return redispatch(
             constrain_sign, (weight, sign), weight, sign, axis=axis, groups=groups, method=method
         )
     signs = signs_like(weight, sign, axis=axis, groups=groups)
@@ -190,7 +190,7 @@ def pool_synapses(x: Tensor, *, gamma: int, channel_axis: int) -> Tensor:
     [3.0, 3.0, 30.0, 30.0]
     """
     if has_torch_function((x,)):
-        return _redispatch(pool_synapses, (x,), x, gamma=gamma, channel_axis=channel_axis)
+        return redispatch(pool_synapses, (x,), x, gamma=gamma, channel_axis=channel_axis)
     if x.shape[channel_axis] % gamma:
         raise OptionError(
             f"pool_synapses expected the size of axis {channel_axis} to be a multiple of gamma={gamma}, "
@@ -207,7 +207,9 @@ def pool_synapses(x: Tensor, *, gamma: int, channel_axis: int) -> Tensor:
 _MEMORY = 0.1
 
 
-def observe_activity(x: Tensor, activity: Tensor, training: bool, *, channel_axis: int) -> Tensor:
+def observe_activity(
+    x: Tensor, activity: Tensor, training: bool, *, channel_axis: int, gamma: int = 1
+) -> Tensor:
     """Return ``x``; in training, let ``activity`` follow the mean of ``|x|`` over everything but channels.
 
     a ← 0.9 a + 0.1 mean|x|, beginning with the first mean. Under ``torch.func`` transforms, whose inputs are
@@ -218,16 +220,17 @@ def observe_activity(x: Tensor, activity: Tensor, training: bool, *, channel_axi
         activity: ``(channels,)``, changed in place; negative before the first observation.
         training: whether the layer is in training mode.
         channel_axis: counted from the end.
+        gamma: how many units each channel of ``x`` stands for, a count.
     """
     if has_torch_function((x, activity, training)):
-        return _redispatch(
-            observe_activity, (x, activity, training), x, activity, training, channel_axis=channel_axis
-        )
+        options = {"channel_axis": channel_axis} if gamma == 1 else {"channel_axis": channel_axis, "gamma": gamma}
+        return redispatch(observe_activity, (x, activity, training), x, activity, training, **options)
     if training and not torch._C._are_functorch_transforms_active():
         with torch.no_grad():
             axes = [axis for axis in range(-x.dim(), 0) if axis != channel_axis]
             magnitude = x.detach().abs()
             mean = (magnitude.mean(axes) if axes else magnitude).to(activity.dtype)
+            mean = mean if gamma == 1 else mean.repeat_interleave(gamma)
             activity.copy_(torch.where(activity < 0, mean, torch.lerp(activity, mean, _MEMORY)))
     return x
 
@@ -239,9 +242,10 @@ def _is_recorded() -> bool:
     return get_proxy_mode() is not None
 
 
-def _redispatch(
-    function: Callable[..., Tensor], relevant: tuple[Any, ...], *args: Any, **kwargs: Any
+def redispatch(
+    function: Callable[..., Any], relevant: tuple[Any, ...], *args: Any, **kwargs: Any
 ) -> Tensor:
+    """Hand a call to whoever overrides torch functions for its arguments: a tracer, a tensor subclass."""
     return _tensor(handle_torch_function(function, relevant, *args, **kwargs))
 
 

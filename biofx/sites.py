@@ -16,9 +16,12 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from biofx import ops
+from biofx.fold_ops import fold_weight
 from biofx.layer_kinds import KIND_OF_FUNCTION, LayerKind, kind_of
 
-WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset({ops.constrain_sign, ops.scale_gradient})
+WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
+    {ops.constrain_sign, ops.scale_gradient, fold_weight}
+)
 """What may stand between a parameter and the layer that uses it."""
 
 
@@ -141,7 +144,7 @@ def find_sites(graph_module: GraphModule) -> Sites:
                 bystanders.append(entry)
     seen = {site.layer for site in found} | {bystander.layer for bystander in bystanders}
     seen |= {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    seen |= {_innermost_path(site.node) for site in found}  # of a tied weight, the layer that is called
+    seen |= {innermost_path(site.node) for site in found}  # of a tied weight, the layer that is called
     bystanders += [
         Bystander(path, None, "never called in the forward")
         for path, module in graph_module.named_modules()
@@ -160,6 +163,12 @@ def parameter_behind(node: Any) -> Node | None:
     while isinstance(node, Node) and node.op == "call_function" and node.target in WEIGHT_OPERATORS:
         node = node.args[0]
     return node if isinstance(node, Node) and node.op == "get_attr" else None
+
+
+def fold_behind(site: Node) -> Node | None:
+    """Return the node that folds a lowered site's weight, None where it is not folded."""
+    weight = weight_argument(site)
+    return weight if isinstance(weight, Node) and weight.target is fold_weight else None
 
 
 def _computed_weight(module: Any, kind: LayerKind) -> nn.Parameter:
@@ -204,8 +213,11 @@ class _Survey:
         named = self._parameters.get(str(root.target)) if root is not None else None
         if named is None:
             reason = f"its weight is {weight_argument(node)}, computed in the graph, not a parameter"
-            return Bystander(_innermost_path(node), node, reason)
+            return Bystander(innermost_path(node), node, reason)
         obstacle = self._outside.get(id(named[1]))
+        folded = fold_behind(node)
+        if folded is not None:
+            obstacle = f"its weight is folded already ({folded.name}); what acts on weights goes before folds"
         return WeightSite(node, kind, *named, groups=_groups_of(node, kind), obstacle=obstacle)
 
     def layers_inside(self, node: Node) -> list[Bystander]:
@@ -251,7 +263,8 @@ def _reader(node: Node, module: nn.Module | None = None) -> str:
     return f"its weight is also read by {node.name!r}{described}, which would not follow"
 
 
-def _innermost_path(node: Node) -> str:
+def innermost_path(node: Node) -> str:
+    """Return the path of the module whose forward made a node, empty for the model's own."""
     stack = node.meta.get("nn_module_stack") or {}
     return next(reversed(stack.values()))[0] if stack else ""
 
@@ -260,6 +273,9 @@ def _groups_of(node: Node, kind: LayerKind) -> int:
     """Return ``groups`` of a functional convolution: its seventh argument, transposed or not."""
     if kind.kernel_axes == 0:
         return 1
+    folded = fold_behind(node)
+    if folded is not None:
+        return int(folded.kwargs.get("groups", 1))  # type: ignore[arg-type]
     groups: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
     return int(groups)
 
