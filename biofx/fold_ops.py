@@ -52,13 +52,11 @@ def spread_synapses(x: Tensor, *, gamma: int, channel_axis: int, groups: int) ->
     [1, 2, 1, 2, 3, 4, 3, 4]
     """
     if has_torch_function((x,)):
-        return redispatch(
-            spread_synapses, (x,), x, gamma=gamma, channel_axis=channel_axis, groups=groups
-        )
+        return redispatch(spread_synapses, (x,), x, gamma=gamma, channel_axis=channel_axis, groups=groups)
     grouped = x.unflatten(channel_axis, (groups, 1, -1))
     shape = list(grouped.shape)
     shape[channel_axis - 1] = gamma
-    return grouped.expand(shape).flatten(channel_axis - 2, channel_axis)
+    return grouped.expand(shape).flatten(channel_axis - 2, channel_axis).contiguous()
 
 
 def full_size(x: Tensor, axis: int | None = None, *, gamma: int, channel_axis: int) -> Any:
@@ -168,8 +166,11 @@ def batch_norm_synapses(
     """
     tensors = (x, running_mean, running_var, count, weight, bias, training)
     options: dict[str, Any] = {
-        **{"gamma": gamma, "channel_axis": channel_axis},
-        **{"momentum": momentum, "eps": eps, "ranks": ranks},
+        "gamma": gamma,
+        "channel_axis": channel_axis,
+        "momentum": momentum,
+        "eps": eps,
+        "ranks": ranks,
     }
     if has_torch_function(tensors):
         return redispatch(batch_norm_synapses, tensors, *tensors, **options)
@@ -225,7 +226,11 @@ def fold_weight(
     if has_torch_function((weight,)):
         return redispatch(
             *(fold_weight, (weight,), weight),
-            **{"rows": rows, "columns": columns, "inner": inner, "groups": groups, "transposed": transposed},
+            rows=rows,
+            columns=columns,
+            inner=inner,
+            groups=groups,
+            transposed=transposed,
         )
     if inner > 1:
         weight = weight.unflatten(1, (-1, columns, inner)).sum(2).flatten(1)
@@ -258,7 +263,7 @@ def _fold_within_groups(weight: Tensor, gamma: int, groups: int) -> tuple[Tensor
 def folded_shape(
     shape: tuple[int, ...], *, rows: int, columns: int, groups: int, transposed: bool
 ) -> tuple[tuple[int, ...], int] | None:
-    """Return the shape of a folded weight and the groups of its convolution, None where it cannot be folded."""
+    """Return a folded weight's shape and its convolution's groups, None where it cannot be folded."""
     first, second, *kernel = shape
     for gamma, within_group in ((columns, not transposed), (rows, transposed)):
         each = second if within_group else first // groups

@@ -41,7 +41,7 @@ class Fold:
 
     @property
     def multiplications(self) -> tuple[int, int]:
-        """Multiply-adds for one position of the kernel (for one vector, in a linear layer), before and after."""
+        """Multiply-adds for one position of the kernel (one vector, in a linear layer), before and after."""
         shape, _ = self.folded or ((), 1)
         return self.site.parameter.numel(), math.prod(shape)
 
@@ -50,8 +50,11 @@ class Fold:
         """Arguments of ``fold_weight``, those that say nothing new left out."""
         neutral = {"rows": 1, "columns": 1, "inner": 1, "groups": 1, "transposed": False}
         given = {
-            **{"rows": self.rows, "columns": self.columns, "inner": self.inner},
-            **{"groups": self.site.groups, "transposed": self.site.kind.transposed},
+            "rows": self.rows,
+            "columns": self.columns,
+            "inner": self.inner,
+            "groups": self.site.groups,
+            "transposed": self.site.kind.transposed,
         }
         return {name: value for name, value in given.items() if value != neutral[name]}
 

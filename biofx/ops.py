@@ -201,7 +201,8 @@ def pool_synapses(x: Tensor, *, gamma: int, channel_axis: int) -> Tensor:
     member_axis = channel_axis if channel_axis < 0 else channel_axis + 1
     summed = grouped.sum(member_axis, keepdim=True)
     first = channel_axis - 1 if channel_axis < 0 else channel_axis
-    return summed.expand_as(grouped).flatten(first, member_axis)
+    # a single group would stay a view whose members share memory: not to be viewed, nor changed in place
+    return summed.expand_as(grouped).flatten(first, member_axis).contiguous()
 
 
 _MEMORY = 0.1
@@ -223,7 +224,9 @@ def observe_activity(
         gamma: how many units each channel of ``x`` stands for, a count.
     """
     if has_torch_function((x, activity, training)):
-        options = {"channel_axis": channel_axis} if gamma == 1 else {"channel_axis": channel_axis, "gamma": gamma}
+        options = (
+            {"channel_axis": channel_axis} if gamma == 1 else {"channel_axis": channel_axis, "gamma": gamma}
+        )
         return redispatch(observe_activity, (x, activity, training), x, activity, training, **options)
     if training and not torch._C._are_functorch_transforms_active():
         with torch.no_grad():
@@ -242,9 +245,7 @@ def _is_recorded() -> bool:
     return get_proxy_mode() is not None
 
 
-def redispatch(
-    function: Callable[..., Any], relevant: tuple[Any, ...], *args: Any, **kwargs: Any
-) -> Tensor:
+def redispatch(function: Callable[..., Any], relevant: tuple[Any, ...], *args: Any, **kwargs: Any) -> Tensor:
     """Hand a call to whoever overrides torch functions for its arguments: a tracer, a tensor subclass."""
     return _tensor(handle_torch_function(function, relevant, *args, **kwargs))
 

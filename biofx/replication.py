@@ -101,7 +101,9 @@ class Call:
     def fixed(self, name: str, place: int, default: Any = None) -> Any:
         """Return an option that must be known now, not only when the graph runs."""
         value = self.option(name, place, default)
-        if any(isinstance(entry, Node) for entry in (value if isinstance(value, (tuple, list)) else (value,))):
+        if any(
+            isinstance(entry, Node) for entry in (value if isinstance(value, (tuple, list)) else (value,))
+        ):
             raise ReplicationEnds(f"its {name} is known only when it runs")
         return value
 
@@ -203,7 +205,17 @@ def _judged(
 _MAY_SHARE_MEMORY = frozenset(
     {
         *("identity", "contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "detach"),
-        *("flatten", "view", "reshape", "view_as", "unflatten", "squeeze", "unsqueeze", "transpose", "permute"),
+        *(
+            "flatten",
+            "view",
+            "reshape",
+            "view_as",
+            "unflatten",
+            "squeeze",
+            "unsqueeze",
+            "transpose",
+            "permute",
+        ),
         *("movedim", "getitem", "narrow", "select", "chunk", "split", "unbind", "expand", "expand_as"),
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "alphadropout", "observe_activity", "getattr"),
     }

@@ -51,8 +51,11 @@ def _batch_norm(call: Call) -> Outcome:
         args = (*call.node.all_input_nodes, *(read(name) for name in names))
         node.op, node.target, node.args = "call_function", fold_ops.batch_norm_synapses, args
         node.kwargs = {
-            **{"gamma": source.gamma, "channel_axis": source.axis},
-            **{"momentum": momentum, "eps": eps, "ranks": ranks},
+            "gamma": source.gamma,
+            "channel_axis": source.axis,
+            "momentum": momentum,
+            "eps": eps,
+            "ranks": ranks,
         }
 
     return Outcome(None, normalise_compact, message=_statistics(source))
@@ -89,11 +92,18 @@ def _group_norm(call: Call) -> Outcome:
 def _instance_norm(call: Call) -> Outcome:
     """Normalises each channel of each sample."""
     source, module = call.source, call.module
-    if source.inner or source.axis == -1:
-        raise ReplicationEnds("it normalises along the channels")
+    if source.inner or source.axis == -1 or source.axis != 1 - call.rank(source):
+        raise ReplicationEnds("it normalises along another axis than the channels'")
     if module is None or getattr(module, "affine", True) or getattr(module, "track_running_stats", True):
         raise ReplicationEnds("it has parameters or statistics for each channel")
-    return Outcome(source)
+    eps = float(call.fixed("eps", 7, 1e-5))
+
+    def normalise_compact(folding: Any) -> None:
+        node = call.node  # the module would warn of the number of channels
+        node.op, node.target, node.args = "call_function", F.instance_norm, tuple(node.all_input_nodes)
+        node.kwargs = {"eps": eps}
+
+    return Outcome(source, normalise_compact)
 
 
 def _statistics_then_affine(call: Call, source: Replication, normalised: Any) -> Outcome:

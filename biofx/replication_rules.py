@@ -145,7 +145,12 @@ def _view(call: Call) -> Outcome:
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = tuple(sizes[0])
     first = call.node.args[0]
-    if len(sizes) != 2 or sizes[1] != -1 or not isinstance(first, Node) or not _is_batch_size(sizes[0], first):
+    if (
+        len(sizes) != 2
+        or sizes[1] != -1
+        or not isinstance(first, Node)
+        or not _is_batch_size(sizes[0], first)
+    ):
         raise ReplicationEnds("it gives sizes that are not known to keep channels together; use flatten(1)")
     source = call.inputs.get(first)
     if source is None or source.axis != 1 - call.rank(source):
@@ -252,8 +257,31 @@ def _observe(call: Call) -> Outcome:
 _UNARY = (
     *("relu", "relu6", "leakyrelu", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid"),
     *("tanh", "hardtanh", "hardsigmoid", "hardswish", "softplus", "softsign", "logsigmoid", "tanhshrink"),
-    *("hardshrink", "softshrink", "threshold", "identity", "contiguous", "clone", "detach", "float", "double"),
-    *("half", "bfloat16", "abs", "neg", "negative", "exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "square"),
+    *(
+        "hardshrink",
+        "softshrink",
+        "threshold",
+        "identity",
+        "contiguous",
+        "clone",
+        "detach",
+        "float",
+        "double",
+    ),
+    *(
+        "half",
+        "bfloat16",
+        "abs",
+        "neg",
+        "negative",
+        "exp",
+        "log",
+        "log1p",
+        "expm1",
+        "sqrt",
+        "rsqrt",
+        "square",
+    ),
     *("sin", "cos", "erf", "sign", "reciprocal", "floor", "ceil", "round", "clamp_min", "clamp_max"),
 )
 _POINTWISE = (
@@ -278,12 +306,23 @@ _RULES: dict[str, Rule] = {
         for mode in ("zero", "constant", "reflection", "replication", "circular")
         for axes in (1, 2, 3)
     },
-    **{"pad": _pad, "interpolate": _resample, "upsample": _resample},
-    **{"upsamplingnearest2d": _resample, "upsamplingbilinear2d": _resample},
-    **{"flatten": _flatten, "view": _view, "reshape": _view, "prelu": _prelu, "cat": _cat, "concat": _cat},
+    "pad": _pad,
+    "interpolate": _resample,
+    "upsample": _resample,
+    "upsamplingnearest2d": _resample,
+    "upsamplingbilinear2d": _resample,
+    "flatten": _flatten,
+    "view": _view,
+    "reshape": _view,
+    "prelu": _prelu,
+    "cat": _cat,
+    "concat": _cat,
     **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduce),
-    **{"size": _size, "getattr": _size, "dim": _same_answer, "ndimension": _same_answer},
-    **{"is_floating_point": _same_answer},
+    "size": _size,
+    "getattr": _size,
+    "dim": _same_answer,
+    "ndimension": _same_answer,
+    "is_floating_point": _same_answer,
     **NORM_RULES,
 }
 _OWN_RULES: dict[Any, Rule] = {ops.observe_activity: _observe, guards.require_tensor: _same_answer}

@@ -1,4 +1,4 @@
-"""Fold the synapses of a connection into one: ``pool_synapses(layer(x))`` becomes a layer with summed weights.
+"""Fold the synapses of a connection into one: ``pool_synapses(linear(x, w))`` sums over ``w`` instead.
 
 The synapses of a connection act together: what arrives is their sum. So the sum can be taken over the weights
 instead of over what they transmit, and one value per connection be carried to the next layer, which sums its
@@ -28,7 +28,6 @@ from biofx.replication import Call, Flow, Outcome, Replication, ReplicationEnds,
 from biofx.replication_rules import rule_for, works_by_element
 from biofx.report import Remark, applied, missed
 from biofx.sites import WeightSite, find_sites, innermost_path
-
 
 _NO_USE = "nothing that reads it can take one value per connection"
 
@@ -96,7 +95,10 @@ class _Plan:
                 fold.site.node,
                 fold.site.layer,
                 f"{_sides(fold)} of its weight summed: {before} multiply-adds per position become {after}",
-                **{"before": before, "after": after, "rows": fold.rows, "columns": fold.columns},
+                before=before,
+                after=after,
+                rows=fold.rows,
+                columns=fold.columns,
             )
         for node, outcome in self.flow.outcomes.items():
             if outcome.message:
@@ -119,7 +121,7 @@ class _Plan:
         node = pool.args[0]
         while isinstance(node, Node) and node not in self._sites:
             own = node.op == "call_module" and str(node.target).endswith(SPLITTING_ACTIVATION)
-            known = own or works_by_element(node, self._graph_module)
+            known = own or node.target is ops.observe_activity or works_by_element(node, self._graph_module)
             node = node.args[0] if known and node.args else None
         return self._sites[node] if isinstance(node, Node) else None
 
@@ -141,7 +143,9 @@ class _Plan:
         for node, outcome in self.flow.outcomes.items():
             site = self._sites.get(node)
             if site is not None and outcome.replication is None:
-                source = next(self._carried(source) for source in node.all_input_nodes if self._carries(source))
+                source = next(
+                    self._carried(source) for source in node.all_input_nodes if self._carries(source)
+                )
                 columns, inner = columns_of(site, source)
                 self.folds[node] = Fold(site, columns=columns, inner=inner)
 
@@ -157,6 +161,8 @@ class _Plan:
         site = self._pools[pool]
         if site is None:
             return "it does not sum the output of a layer"
+        if isinstance(pool.args[0], Node) and pool.args[0].target is ops.observe_activity:
+            return f"rows of {site.layer} stay: its synapses are observed one by one"
         if pool.args[0] is not site.node:
             return f"rows of {site.layer} stay: the activation before the sum is not linear"
         if site.node in self._left_alone:

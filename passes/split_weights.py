@@ -101,6 +101,8 @@ class SplitWeights(Pass):
             return f"gamma={self.gamma} is off"
         if getattr(graph_module.get_submodule(site.layer), "last_module_token", False):
             return "it is marked as the last module"
+        if not site.node.users:
+            return "nothing reads its output"
         if site.node in readout:
             return "it is an output layer: no weights between it and the model's output"
         return None
