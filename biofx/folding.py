@@ -162,9 +162,8 @@ class Folding:
         self._lowering.lower(site)
         weight = site.weight_node
         stem = site.parameter_path.removesuffix(".weight").replace(".", "_")
-        key = ("weight", weight, *fold.options.items())
-        if weight is None or key not in self._made:
-            assert weight is not None
+        key: tuple[Any, ...] = ("weight", weight, *fold.options.items())
+        if weight is not None and key not in self._made:
             folded = self.insert_after(weight, f"{stem}_folded", fold_weight)
             folded.args, folded.kwargs = (weight,), fold.options
             self._made[key] = folded

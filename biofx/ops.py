@@ -37,7 +37,7 @@ def scale_gradient(weight: Tensor, factor: Tensor) -> Tensor:
     """
     if has_torch_function((weight, factor)):
         return redispatch(scale_gradient, (weight, factor), weight, factor)
-    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+    if is_recorded():
         held = weight.detach()
         return held + (weight - held) * factor.to(weight.dtype)
     return _tensor(_ScaleGradient.apply(weight, factor))  # type: ignore[no-untyped-call]
@@ -96,7 +96,7 @@ def constrain_sign(
     if method == "abs":
         return _tensor(torch.where(weight >= 0, weight, -weight) * signs)
     if method == "project":
-        if _is_recorded():
+        if _is_recorded_below_autograd():
             return _tensor(_recorded_projection(weight, signs))
         return _tensor(_ProjectSign.apply(weight, signs))  # type: ignore[no-untyped-call]
     raise OptionError(f"method must be one of {SIGN_METHODS}, found {method!r}")
@@ -238,7 +238,17 @@ def observe_activity(
     return x
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
+    """Whether operators are being written down: compiled, exported, or traced below autograd."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
+
+
+def is_plain_eager() -> bool:
+    """Whether operators run as they are called, on plain tensors, so that a kernel may be chosen."""
+    return not is_recorded() and not torch._C._are_functorch_transforms_active()
+
+
+def _is_recorded_below_autograd() -> bool:
     """Whether operators are being written down below autograd, which then never sees our backward."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from biofx import fold_ops
+from biofx import norm_ops
 from biofx.replication import Call, Outcome, Replication, ReplicationEnds, Rule
 
 _BATCH_NORM_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
@@ -49,7 +49,7 @@ def _batch_norm(call: Call) -> Outcome:
 
         names = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias", "training")
         args = (*call.node.all_input_nodes, *(read(name) for name in names))
-        node.op, node.target, node.args = "call_function", fold_ops.batch_norm_synapses, args
+        node.op, node.target, node.args = "call_function", norm_ops.batch_norm_synapses, args
         node.kwargs = {
             "gamma": source.gamma,
             "channel_axis": source.axis,
@@ -121,7 +121,7 @@ def _statistics_then_affine(call: Call, source: Replication, normalised: Any) ->
         node.op, node.kwargs = "call_function", {}
         node.target, node.args = normalised(x, eps)
         if names:
-            affine = folding.insert_after(node, f"{node.name}_affine", fold_ops.affine_synapses)
+            affine = folding.insert_after(node, f"{node.name}_affine", norm_ops.affine_synapses)
             values = {name: folding.read(f"{path}.{name}", affine) for name in names}
             affine.args = (node, values.get("weight"), values.get("bias"))
             affine.kwargs = source.spread

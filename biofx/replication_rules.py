@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from biofx import fold_ops, guards, ops
@@ -74,8 +75,7 @@ def _unary(call: Call) -> Outcome:
 
 def _prelu(call: Call) -> Outcome:
     """Its slopes may be one for each channel."""
-    slopes = call.module.weight if call.module is not None else None
-    if slopes is None or slopes.numel() != 1:
+    if not isinstance(call.module, nn.PReLU) or call.module.weight.numel() != 1:
         raise ReplicationEnds("it has a slope for each channel")
     return Outcome(call.source)
 

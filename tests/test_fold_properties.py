@@ -54,6 +54,7 @@ class Builder:
         self.parts: dict[str, nn.Module] = {}
         self.steps: list[Step] = []
         self.values = [self.x]
+        self.overwritten: set[int] = set()
 
     def add(self, what: Any, *sources: int) -> None:
         if isinstance(what, nn.Module):
@@ -65,10 +66,14 @@ class Builder:
             made = (self.parts[what].train() if isinstance(what, str) else what)(*taken)
         self.steps.append((what, sources))
         self.values.append(made)
+        layer = isinstance(what, str) and any(True for _ in self.parts[what].parameters())
+        if layer and self.dice.random() < 0.3:
+            self.overwritten.add(len(self.values) - 1)
+            self.add(lambda t: F.relu(t, inplace=True), len(self.values) - 1)
 
     def pick(self) -> int:
         """Return one of the later values."""
-        return self.dice.randrange(max(0, len(self.values) - 3), len(self.values))
+        return self.dice.choice([n for n in range(len(self.values)) if n not in self.overwritten][-3:])
 
     def alike(self, source: int, *, but_channels: bool = False) -> int:
         """Return a value of the same shape, possibly the same."""
@@ -78,7 +83,7 @@ class Builder:
             other = list(value.shape)
             if but_channels and len(other) == len(shape) > 1:
                 other[1] = shape[1]
-            if other == shape:
+            if other == shape and number not in self.overwritten:
                 fitting.append(number)
         return self.dice.choice(fitting)
 
@@ -120,7 +125,7 @@ class Builder:
         choices: list[Any] = [
             *(nn.ReLU(), nn.Tanh(), nn.GELU(), nn.Identity(), nn.LeakyReLU(0.1), torch.sigmoid, F.silu),
             *(lambda t: t * 2 - 0.5, lambda t: 1 - t, lambda t: t.clamp(-1, 1), lambda t: t.relu()),
-            *(lambda t: torch.relu_(t * 1), lambda t: operator.iadd(t * 3, 1), lambda t: t.clone().relu_()),
+            *(lambda t: torch.relu_(t * 1), lambda t: (t * 3).add_(1), lambda t: t.clone().relu_()),
             *(nn.PReLU(), nn.Dropout(0.3), nn.Dropout(0.0), lambda t: t.contiguous()),
         ]
         if value.dim() > 1:
@@ -155,7 +160,7 @@ class Builder:
         if self.dice.random() < 0.5:
             other = self.alike(source)
             joins: list[Callable[..., Any]] = [
-                *(operator.add, torch.mul, torch.maximum, lambda a, b: operator.iadd(a * 1, b)),
+                *(operator.add, torch.mul, torch.maximum, lambda a, b: (a * 1).add_(b)),
             ]
             self.add(self.dice.choice(joins), source, other)
         else:
