@@ -16,11 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import handle_torch_function, has_torch_function
 
+from biofx import sign_kernels
 from biofx.errors import OptionError
+from biofx.exclusive import is_exclusive
 
 SIGN_METHODS = ("project", "abs")
 SIGN_AXES = ("presynaptic", "postsynaptic")
@@ -60,7 +62,8 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (factor,) = ctx.saved_tensors
-        return gradient * factor.to(gradient.dtype), None
+        factor = factor.to(gradient.dtype)
+        return gradient.mul_(factor) if is_exclusive(gradient) else gradient * factor, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Tensor | None) -> Tensor:
@@ -145,7 +148,10 @@ class _ProjectSign(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, signs: Tensor) -> Tensor:
-        return _project(weight, signs)
+        if not _suits_kernels(weight, signs):
+            return _project(weight, signs)
+        projected = sign_kernels.project(weight.flatten(1), sign_kernels.by_rows(signs, weight))
+        return projected.view_as(weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -153,7 +159,30 @@ class _ProjectSign(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _project_backward(gradient, *ctx.saved_tensors), None
+        weight, signs = ctx.saved_tensors
+        if torch.is_grad_enabled() or not _suits_kernels(weight, signs, gradient):
+            return _project_backward(gradient, weight, signs), None
+        result = sign_kernels.project_gradient(
+            gradient.flatten(1),
+            weight.detach().flatten(1),
+            sign_kernels.by_rows(signs, weight),
+            in_place=is_exclusive(gradient),
+        )
+        return result.view_as(gradient), None
+
+
+def _suits_kernels(weight: Tensor, signs: Tensor, gradient: Tensor | None = None) -> bool:
+    """Whether plain tensors lie in memory so that the CPU's own kernels can take them."""
+    tensors = (weight, signs) if gradient is None else (weight, signs, gradient)
+    return (
+        weight.dim() == signs.dim() >= 2
+        and weight.numel() > 0
+        and is_plain_eager()
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and all(tensor.device.type == "cpu" and tensor.dtype == weight.dtype for tensor in tensors)
+        and weight.is_contiguous()
+        and (gradient is None or gradient.is_contiguous())
+    )
 
 
 @torch.library.custom_op("biofx::project_sign", mutates_args=())
