@@ -168,8 +168,13 @@ class _FoldDense(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         rows, columns = ctx.shape[0] // ctx.rows, ctx.shape[1] // ctx.inner // ctx.columns
-        spread = gradient.reshape(rows, columns, 1, -1)
-        spread = spread.expand(rows, columns, ctx.columns, spread.shape[-1]).reshape(rows, 1, -1)
+        spread = gradient.reshape(rows, columns, -1)
+        if ctx.columns > 1:
+            members = spread.new_empty(rows, columns, ctx.columns, spread.shape[-1])
+            for member in range(ctx.columns):  # an expanded axis this short would be copied far more slowly
+                members[:, :, member] = spread
+            spread = members
+        spread = spread.reshape(rows, 1, -1)
         return spread.expand(rows, ctx.rows, spread.shape[-1]).reshape(ctx.shape), None, None, None
 
 

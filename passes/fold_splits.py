@@ -94,7 +94,7 @@ class _Plan:
             yield applied(
                 fold.site.node,
                 fold.site.layer,
-                f"{_sides(fold)} of its weight summed: {before} multiply-adds per position become {after}",
+                f"{_sides(fold)} summed: {before} multiply-adds per position become {after}",
                 before=before,
                 after=after,
                 rows=fold.rows,
@@ -193,6 +193,6 @@ class _Plan:
 
 
 def _sides(fold: Fold) -> str:
-    rows = f"groups of {fold.rows} rows" if fold.rows > 1 else ""
-    columns = f"groups of {fold.columns} columns" if fold.columns > 1 else ""
+    rows = f"rows in groups of {fold.rows}" if fold.rows > 1 else ""
+    columns = f"columns in groups of {fold.columns}" if fold.columns > 1 else ""
     return " and ".join(filter(None, (rows, columns)))
