@@ -231,7 +231,7 @@ def _size(call: Call) -> Outcome:
         node.args = (node.args[0],) if axis is None else (node.args[0], axis)
         node.kwargs = {"gamma": source.gamma, "channel_axis": source.axis}
 
-    return Outcome(None, ask_for_full_size)
+    return Outcome(None, ask_for_full_size, message="answers with the size of all members")
 
 
 _SAME_FOR_COMPACT = ("device", "dtype", "ndim", "is_cuda", "requires_grad")
@@ -251,7 +251,7 @@ def _observe(call: Call) -> Outcome:
     def observe_for_members(folding: Any) -> None:
         call.node.kwargs = {**call.node.kwargs, "gamma": source.gamma}
 
-    return Outcome(source, observe_for_members)
+    return Outcome(source, observe_for_members, message="observes one value for all members")
 
 
 _UNARY = (

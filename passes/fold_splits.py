@@ -29,6 +29,9 @@ from biofx.replication_rules import rule_for, works_by_element
 from biofx.report import Remark, applied, missed
 from biofx.sites import WeightSite, find_sites, innermost_path
 
+_TAKEN_OVER = "taken over by the weights of its layer; one value per connection is carried on"
+_NOT_INVOLVED = "neither its inputs nor its outputs are synapses that can be folded"
+_CARRIED = "computes one value per connection"
 _NO_USE = "nothing that reads it can take one value per connection"
 
 
@@ -45,9 +48,8 @@ class FoldSplits(Pass):
         """Fold each pool of synapses, as far as what it repeats is carried."""
         plan = _Plan(self, graph_module, scope)
         pools = plan.settle()
-        remarks = [*plan.remarks(pools)]
+        yield from list(plan.remarks(pools))  # told before the nodes that they are about are gone
         Folding(graph_module, plan.flow, plan.folds).run(pools)
-        yield from remarks
 
 
 class _Plan:
@@ -55,7 +57,9 @@ class _Plan:
 
     def __init__(self, options: FoldSplits, graph_module: BioGraphModule, scope: Scope) -> None:
         self._graph_module = graph_module
-        self._sites = {site.node: site for site in find_sites(graph_module).found}
+        sites = find_sites(graph_module)
+        self._sites = {site.node: site for site in sites.found}
+        self._bystanders = sites.bystanders
         self._left_alone: dict[Node, str] = {}
         self.folds: dict[Node, Fold] = {}
         self.flow = Flow({}, {})
@@ -87,8 +91,9 @@ class _Plan:
             reason = self._why_rows_stay(pool)
             if pool not in pools and pool not in self.flow.ends:
                 yield missed(pool, layer, f"not folded: {reason or _NO_USE}")
-            elif pool in pools and pools[pool] is None:
-                yield applied(pool, layer, f"summed once for all members; {reason}")
+            elif pool in pools:
+                what = f"summed once for all members; {reason}" if pools[pool] is None else _TAKEN_OVER
+                yield applied(pool, layer, what)
         for fold in self.folds.values():
             before, after = fold.multiplications
             yield applied(
@@ -101,10 +106,16 @@ class _Plan:
                 columns=fold.columns,
             )
         for node, outcome in self.flow.outcomes.items():
-            if outcome.message:
-                yield applied(node, innermost_path(node), outcome.message)
+            if outcome.edit is not None or outcome.needs_rank is not None:
+                yield applied(node, innermost_path(node), outcome.message or _CARRIED)
         for node, reason in self.flow.ends.items():
-            yield missed(node, innermost_path(node), f"members are set apart for it: {reason}")
+            path = self._sites[node].layer if node in self._sites else innermost_path(node)
+            yield missed(node, path, f"members are set apart for it: {reason}")
+        for node, site in self._sites.items():
+            if node not in self.folds and node not in self.flow.ends:
+                yield missed(node, site.layer, self._left_alone.get(node, _NOT_INVOLVED))
+        for bystander in self._bystanders:
+            yield missed(bystander.node, bystander.layer, bystander.reason)
 
     def _replication(self, pool: Node) -> Replication | None:
         """Return what a pool makes, None where how many connections that is cannot be known."""

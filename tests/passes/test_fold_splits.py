@@ -289,7 +289,8 @@ def test_input_without_a_batch() -> None:
 
 
 def test_channels_last() -> None:
-    model = convolutions(nn.BatchNorm2d(4), nn.ReLU()).to(memory_format=torch.channels_last)
+    model = convolutions(nn.BatchNorm2d(4), nn.ReLU())
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(IMAGES).to(memory_format=torch.channels_last)
     assert_same(fold(model).graph_module, unfolded(model), x)
 
