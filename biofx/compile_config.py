@@ -9,7 +9,14 @@ from biofx.config import BioConfig, Distribution
 from biofx.errors import PipelineError, suggest
 from biofx.graph_module import BioGraphModule
 from biofx.pass_base import Pass
-from biofx.passes import ConstrainSigns, ExpandUnits, ObserveActivity, ScaleGradients, SplitWeights
+from biofx.passes import (
+    ConstrainSigns,
+    ExpandUnits,
+    FoldSplits,
+    ObserveActivity,
+    ScaleGradients,
+    SplitWeights,
+)
 from biofx.pipeline import Pipeline
 from biofx.plasticity.bio_state import rule_config
 from biofx.plasticity.model_rules import bio_modules
@@ -48,6 +55,7 @@ _OPTIONS: dict[type[Pass], dict[str, str]] = {
         "seed": "seed",
     },
     ObserveActivity: {"fuzzy_lr_distribution": "enabled"},
+    FoldSplits: {"weight_splitting_fold": "enabled"},
 }
 """For each pass the config fields it reads, and what it calls them."""
 
@@ -71,6 +79,10 @@ _OFF_VALUES: dict[type[Pass], dict[str, Callable[[Any], bool]]] = {
     ObserveActivity: {
         "fuzzy_lr_distribution": lambda distribution: distribution is not Distribution.ACTIVITY,
         "fuzzy_lr_dynamic": lambda dynamic: not dynamic,
+    },
+    FoldSplits: {
+        "weight_splitting_Gamma": lambda gamma: gamma < 2,
+        "weight_splitting_fold": lambda folded: not folded,
     },
 }
 """For each pass the fields that switch it off, and their values that do."""

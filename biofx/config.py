@@ -73,7 +73,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dales_initialisation": INITIALISATIONS,
     "dales_axis": SIGN_AXES,
 }
-_FLAGS = ("fuzzy_lr_dynamic", "apply_dales_principle", "dales_constrain_inputs", "dales_constrain_readout")
+_FLAGS = (
+    *("fuzzy_lr_dynamic", "apply_dales_principle", "dales_constrain_inputs", "dales_constrain_readout"),
+    "weight_splitting_fold",
+)
 _NOT_PER_LAYER = ("seed", "overrides")
 
 ConfigT = TypeVar("ConfigT", bound="BioConfig")
@@ -142,6 +145,9 @@ class BioConfig:
     weight_splitting_activation_function: Callable[[Any], Any] = identity
     """Applied to a layer's output before its groups are summed; any callable that keeps the shape, or the
     name of one of torch's."""
+    weight_splitting_fold: bool = True
+    """Whether the sums of weight splitting are folded into the weights where they can be: the same function
+    for less work."""
     base_lr: float | None = 0.1
     """Volume-dependent plasticity: factor at zero weight, dimensionless, > 0; None for a mean factor of 1."""
     stability_factor: float = 2.0

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+from biofx.fold_ops import fold_weight, sum_synapses
 from biofx.in_place import changed_in_place
 from biofx.layer_kinds import kind_of_call
 from biofx.ops import pool_synapses
@@ -61,17 +62,31 @@ def input_facing_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[No
 
 
 def split_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
-    """Return the synaptic nodes whose output already runs into a pool of synapses."""
+    """Return the synaptic nodes whose output already runs into a pool of synapses, or is folded into one."""
     split: set[Node] = set()
-    for pool in graph_module.graph.find_nodes(op="call_function", target=pool_synapses):
-        open_nodes = [pool]
-        while open_nodes:
-            for source in open_nodes.pop().all_input_nodes:
-                if source in synaptic:
-                    split.add(source)
-                else:
-                    open_nodes.append(source)
+    graph = graph_module.graph
+    for fold in graph.find_nodes(op="call_function", target=fold_weight):
+        if fold.kwargs.get("rows", 1) != 1:
+            split.update(fold.users)
+    for kind in (pool_synapses, sum_synapses):
+        for pool in graph.find_nodes(op="call_function", target=kind):
+            split |= _sources(pool, synaptic)
     return split
+
+
+def _sources(node: Node, synaptic: set[Node]) -> set[Node]:
+    """Return the nearest synaptic nodes that feed a node."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    open_nodes = [node]
+    while open_nodes:
+        for source in open_nodes.pop().all_input_nodes:
+            if source in synaptic:
+                found.add(source)
+            elif source not in seen:
+                seen.add(source)
+                open_nodes.append(source)
+    return found
 
 
 def unit_output(layer: Node, graph_module: GraphModule) -> tuple[Node, str]:
@@ -83,7 +98,7 @@ def unit_output(layer: Node, graph_module: GraphModule) -> tuple[Node, str]:
     node = layer
     while len(node.users) == 1:
         (node,) = node.users
-        name = _short_name(node, graph_module)
+        name = short_name(node, graph_module)
         if name in _NONLINEARITIES:
             return node, name
         if name not in _ON_THE_WAY:
@@ -91,7 +106,7 @@ def unit_output(layer: Node, graph_module: GraphModule) -> tuple[Node, str]:
     return layer, ""
 
 
-def _short_name(node: Node, graph_module: GraphModule) -> str:
+def short_name(node: Node, graph_module: GraphModule) -> str:
     """Return a lower-case name that a function, a method and a module of one kind share."""
     if node.op == "call_module":
         return type(graph_module.get_submodule(str(node.target))).__name__.lower()

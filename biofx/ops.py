@@ -16,11 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import handle_torch_function, has_torch_function
 
+from biofx import sign_kernels
 from biofx.errors import OptionError, PlasticityError
+from biofx.exclusive import is_exclusive
 
 SIGN_METHODS = ("project", "abs")
 SIGN_AXES = ("presynaptic", "postsynaptic")
@@ -38,8 +40,8 @@ def scale_gradient(weight: Tensor, factor: Tensor) -> Tensor:
         factor: broadcastable to ``weight``, dimensionless; it receives no gradient.
     """
     if has_torch_function((weight, factor)):
-        return _redispatch(scale_gradient, (weight, factor), weight, factor)
-    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+        return redispatch(scale_gradient, (weight, factor), weight, factor)
+    if is_recorded():
         held = weight.detach()
         return held + (weight - held) * factor.to(weight.dtype)
     _refuse_shard(weight)
@@ -63,7 +65,8 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (factor,) = ctx.saved_tensors
-        return gradient * factor.to(gradient.dtype), None
+        factor = factor.to(gradient.dtype)
+        return gradient.mul_(factor) if is_exclusive(gradient) else gradient * factor, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Tensor | None) -> Tensor:
@@ -101,7 +104,7 @@ def constrain_sign(
     """
     relevant = (weight, sign) if rows is None else (weight, sign, rows)
     if has_torch_function(relevant):
-        return _redispatch(
+        return redispatch(
             constrain_sign, relevant, weight, sign, axis=axis, groups=groups, rows=rows, method=method
         )
     if not torch.compiler.is_compiling():
@@ -111,7 +114,7 @@ def constrain_sign(
         mirrored = torch.where(weight >= 0, weight, -weight) * signs
         return _tensor(torch.where(signs == 0, weight, mirrored))
     if method == "project":
-        if _is_recorded():
+        if _is_recorded_below_autograd():
             return _tensor(_recorded_projection(weight, signs))
         return _tensor(_ProjectSign.apply(weight, signs))  # type: ignore[no-untyped-call]
     raise OptionError(f"method must be one of {SIGN_METHODS}, found {method!r}")
@@ -169,7 +172,10 @@ class _ProjectSign(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, signs: Tensor) -> Tensor:
-        return _project(weight, signs)
+        if not _suits_kernels(weight, signs):
+            return _project(weight, signs)
+        projected = sign_kernels.project(weight.flatten(1), sign_kernels.by_rows(signs, weight))
+        return projected.view_as(weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -177,7 +183,30 @@ class _ProjectSign(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _project_backward(gradient, *ctx.saved_tensors), None
+        weight, signs = ctx.saved_tensors
+        if torch.is_grad_enabled() or not _suits_kernels(weight, signs, gradient):
+            return _project_backward(gradient, weight, signs), None
+        result = sign_kernels.project_gradient(
+            gradient.flatten(1),
+            weight.detach().flatten(1),
+            sign_kernels.by_rows(signs, weight),
+            in_place=is_exclusive(gradient),
+        )
+        return result.view_as(gradient), None
+
+
+def _suits_kernels(weight: Tensor, signs: Tensor, gradient: Tensor | None = None) -> bool:
+    """Whether plain tensors lie in memory so that the CPU's own kernels can take them."""
+    tensors = (weight, signs) if gradient is None else (weight, signs, gradient)
+    return (
+        weight.dim() == signs.dim() >= 2
+        and weight.numel() > 0
+        and is_plain_eager()
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and all(tensor.device.type == "cpu" and tensor.dtype == weight.dtype for tensor in tensors)
+        and weight.is_contiguous()
+        and (gradient is None or gradient.is_contiguous())
+    )
 
 
 @torch.library.custom_op("biofx::project_sign", mutates_args=())
@@ -214,7 +243,7 @@ def pool_synapses(x: Tensor, *, gamma: int, channel_axis: int) -> Tensor:
     [3.0, 3.0, 30.0, 30.0]
     """
     if has_torch_function((x,)):
-        return _redispatch(pool_synapses, (x,), x, gamma=gamma, channel_axis=channel_axis)
+        return redispatch(pool_synapses, (x,), x, gamma=gamma, channel_axis=channel_axis)
     if x.shape[channel_axis] % gamma:
         raise OptionError(
             f"pool_synapses expected the size of axis {channel_axis} to be a multiple of gamma={gamma}, "
@@ -225,13 +254,16 @@ def pool_synapses(x: Tensor, *, gamma: int, channel_axis: int) -> Tensor:
     member_axis = channel_axis if channel_axis < 0 else channel_axis + 1
     summed = grouped.sum(member_axis, keepdim=True)
     first = channel_axis - 1 if channel_axis < 0 else channel_axis
-    return summed.expand_as(grouped).flatten(first, member_axis)
+    # a single group would stay a view whose members share memory: not to be viewed, nor changed in place
+    return summed.expand_as(grouped).flatten(first, member_axis).contiguous()
 
 
 _MEMORY = 0.1
 
 
-def observe_activity(x: Tensor, activity: Tensor, training: bool, *, channel_axis: int) -> Tensor:
+def observe_activity(
+    x: Tensor, activity: Tensor, training: bool, *, channel_axis: int, gamma: int = 1
+) -> Tensor:
     """Return ``x``; in training, let ``activity`` follow the mean of ``|x|`` over everything but channels.
 
     a ← 0.9 a + 0.1 mean|x|, beginning with the first mean. Under ``torch.func`` transforms, whose inputs are
@@ -242,16 +274,19 @@ def observe_activity(x: Tensor, activity: Tensor, training: bool, *, channel_axi
         activity: ``(channels,)``, changed in place; negative before the first observation.
         training: whether the layer is in training mode.
         channel_axis: counted from the end.
+        gamma: how many units each channel of ``x`` stands for, a count.
     """
     if has_torch_function((x, activity, training)):
-        return _redispatch(
-            observe_activity, (x, activity, training), x, activity, training, channel_axis=channel_axis
+        options = (
+            {"channel_axis": channel_axis} if gamma == 1 else {"channel_axis": channel_axis, "gamma": gamma}
         )
+        return redispatch(observe_activity, (x, activity, training), x, activity, training, **options)
     if training and not torch._C._are_functorch_transforms_active() and not _is_recomputed():
         with torch.no_grad():
             axes = [axis for axis in range(-x.dim(), 0) if axis != channel_axis]
             magnitude = x.detach().abs()
             mean = (magnitude.mean(axes) if axes else magnitude).to(activity.dtype)
+            mean = mean if gamma == 1 else mean.repeat_interleave(gamma)
             activity.copy_(torch.where(activity < 0, mean, torch.lerp(activity, mean, _MEMORY)))
     return x
 
@@ -273,7 +308,7 @@ def drop_pairs(
     """
     if has_torch_function((x, training)):
         options: dict[str, Any] = {"p": p, "kind": kind, "channel_axis": channel_axis, "units": units}
-        return _tensor(handle_torch_function(drop_pairs, (x, training), x, training, **options))
+        return redispatch(drop_pairs, (x, training), x, training, **options)
     if not training:
         return x
     axis = channel_axis % x.dim()
@@ -298,16 +333,25 @@ def _refuse_shard(weight: Tensor) -> None:
         )
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
+    """Whether operators are being written down: compiled, exported, or traced below autograd."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
+
+
+def is_plain_eager() -> bool:
+    """Whether operators run as they are called, on plain tensors, so that a kernel may be chosen."""
+    return not is_recorded() and not torch._C._are_functorch_transforms_active()
+
+
+def _is_recorded_below_autograd() -> bool:
     """Whether operators are being written down below autograd, which then never sees our backward."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return get_proxy_mode() is not None
 
 
-def _redispatch(
-    function: Callable[..., Tensor], relevant: tuple[Any, ...], *args: Any, **kwargs: Any
-) -> Tensor:
+def redispatch(function: Callable[..., Any], relevant: tuple[Any, ...], *args: Any, **kwargs: Any) -> Tensor:
+    """Hand a call to whoever overrides torch functions for its arguments: a tracer, a tensor subclass."""
     return _tensor(handle_torch_function(function, relevant, *args, **kwargs))
 
 

@@ -18,11 +18,14 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from biofx import ops
+from biofx.fold_ops import fold_weight
 from biofx.layer_kinds import LayerKind, compound_kind_of, kind_of, kind_of_call
 from biofx.obstacles import computed, obstacle_to_lowering
 from biofx.weight_slots import ONE_WEIGHT, WeightSlot, slots_of_call, slots_of_module
 
-WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset({ops.constrain_sign, ops.scale_gradient})
+WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
+    {ops.constrain_sign, ops.scale_gradient, fold_weight}
+)
 """What may stand between a parameter and the layer that uses it."""
 
 
@@ -183,6 +186,11 @@ def _layers_of(root: nn.Module) -> Iterator[str]:
             yield path
 
 
+def fold_behind(weight: Any) -> Node | None:
+    """Return the node that folds a weight that a layer reads, None where it is not folded."""
+    return weight if isinstance(weight, Node) and weight.target is fold_weight else None
+
+
 def _computed_weight(module: Any, kind: LayerKind) -> nn.Parameter:
     """Return something of a weight's shape; to compute the weight itself would be a step of spectral norm."""
     if kind.kernel_axes == 0:
@@ -242,6 +250,9 @@ class _Survey:
             reason = f"its weight is {weight}, computed in the graph, not a parameter"
             return Bystander(innermost_path(node), node, reason)
         obstacle = self._outside.get(id(named[1]))
+        folded = fold_behind(weight)
+        if folded is not None:
+            obstacle = f"its weight is folded already ({folded.name}); what acts on weights goes before folds"
         return WeightSite(node, kind, *named, groups=_groups_of(node, kind), obstacle=obstacle, slot=slot)
 
     def is_opaque(self, node: Node) -> bool:
@@ -308,5 +319,8 @@ def _groups_of(node: Node, kind: LayerKind) -> int:
     """Return ``groups`` of a functional convolution: its seventh argument, transposed or not."""
     if kind.kernel_axes == 0:
         return 1
+    folded = fold_behind(node)
+    if folded is not None:
+        return int(folded.kwargs.get("groups", 1))  # type: ignore[arg-type]
     groups: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
     return int(groups)

@@ -103,6 +103,8 @@ class SplitWeights(Pass):
             return f"{site.why_no_channels}; only those of a Linear or a convolution are split"
         if getattr(graph_module.get_submodule(site.layer), "last_module_token", False):
             return "it is marked as the last module"
+        if not site.node.users:
+            return "nothing reads its output"
         if site.node in readout:
             return "it is an output layer: no weights between it and the model's output"
         return None

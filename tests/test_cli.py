@@ -53,12 +53,12 @@ def test_transform_prints_diff_and_report_and_writes_json(
     arguments = ["transform", target, "--set", "weight_splitting_Gamma=2", "--only", "fc1", "--diff"]
     assert main([*arguments, "--json", "report.json"]) == 0
     printed = capsys.readouterr().out
-    assert "+ fc1_pooled = pool_synapses(fc1, gamma=2, channel_axis=-1)" in printed
+    assert "+ fc1_folded = fold_weight(fc1_scaled, rows=2)" in printed
     assert "3 groups of 2 of its 6 output channels summed" in printed
     assert all(len(line) <= 80 for line in printed.splitlines())
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["schema"] == "biofx.report/1"
-    assert [entry["applied"] for entry in report["passes"]] == [1, 1]
+    assert [entry["applied"] for entry in report["passes"]] == [1, 1, 2]
 
 
 def test_transform_prints_a_tree_or_a_table_and_writes_page_and_pictures(
@@ -130,7 +130,7 @@ def test_transform_takes_passes_config_overrides_and_a_module_path(
     assert "scale-gradients{nu=0.1}" in capsys.readouterr().out
     assert main(["transform", "mymodels:Net", *options]) == 0
     printed = capsys.readouterr().out
-    assert "fc2_pooled = pool_synapses(fc2, gamma=3, channel_axis=-1)" in printed
+    assert "rows=3" in printed
     assert "scale-gradients" not in printed
 
 

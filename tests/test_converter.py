@@ -73,7 +73,9 @@ def test_unknown_and_bad_options_are_refused(make: Callable[[dict[str, Any]], Bi
 def test_update_holds_for_later_conversions_alone() -> None:
     converter = BioConverter(crystal_thresh=1e-9)
     first = converter(mlp())
-    converter.update_config(crystal_thresh=1e9, dampening_factor=0.5, weight_splitting_Gamma=2)
+    converter.update_config(
+        crystal_thresh=1e9, dampening_factor=0.5, weight_splitting_Gamma=2, weight_splitting_fold=False
+    )
     second = converter(mlp())
     for model in (first, second):
         backward(model)
@@ -149,7 +151,7 @@ class Net(nn.Module):
 
 
 def test_instances_of_a_converted_class_come_out_converted() -> None:
-    converted: Any = BioConverter(weight_splitting_Gamma=2)(Net)
+    converted: Any = BioConverter(weight_splitting_Gamma=2, weight_splitting_fold=False)(Net)
     bio = converted(8, outputs=3)
     assert isinstance(bio, BioGraphModule)
     assert bio(torch.ones(5, 4)).shape == (5, 3)
@@ -369,7 +371,7 @@ def test_own_state_class_and_choice_of_layers() -> None:
 def test_marked_layers_stay_whole() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     assert BioConverter.set_last_module_token_for_module(model[2]) is model[2]
-    bio = BioConverter(weight_splitting_Gamma=2)(model)
+    bio = BioConverter(weight_splitting_Gamma=2, weight_splitting_fold=False)(model)
     pools = bio.graph.find_nodes(op="call_function", target=pool_synapses)
     assert [pool.args[0].target for pool in pools] == ["0"]
 

@@ -26,7 +26,7 @@ def test_demo_trains_both_networks_and_a_seed_reproduces_it(
         assert run.accuracies[-1] > 0.8
     assert first[0].losses != first[1].losses
     printed = capsys.readouterr().out
-    assert "+ block1_conv1_pooled = pool_synapses" in printed
+    assert "= fold_weight(block1_conv1_" in printed
     assert "handwritten digits" in printed
 
 
@@ -44,6 +44,7 @@ def test_demo_writes_curves_report_and_results(
         "split-weights",
         "constrain-signs",
         "scale-gradients",
+        "fold-splits",
     }
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert len(results["runs"][1]["losses"]) == 1
