@@ -157,9 +157,9 @@ class BioConfig:
     apply_dales_principle: bool = False
     """Whether every unit is excitatory or inhibitory at all of its outgoing synapses."""
     dales_method: str = "project"
-    """How a sign is enforced: ``"project"`` (wrong signs become 0), ``"abs"`` (they are mirrored), or ``"expand"``
-    (each unit becomes an excitatory and an inhibitory copy, and the model's function stays: for pretrained
-    models)."""
+    """How a sign is enforced: ``"project"`` (wrong signs become 0), ``"abs"`` (they are mirrored), or
+    ``"expand"`` (each unit becomes an excitatory and an inhibitory copy, and the model's function stays: for
+    pretrained models)."""
     dales_initialisation: str = "balanced"
     """Weights to begin with under ``"project"`` and ``"abs"``: ``"balanced"`` makes them sparse, with as much
     excitation as inhibition at each unit; ``"keep"`` leaves them, which is right for trained weights."""
@@ -168,7 +168,8 @@ class BioConfig:
     dales_axis: str = "presynaptic"
     """Whose sign a weight carries; ``"postsynaptic"`` reproduces the reference package for comparison."""
     dales_excitatory_fraction: float = 0.5
-    """Fraction of a layer's units (its outputs) that are excitatory, dimensionless, in [0, 1]; 0.8 is cortical."""
+    """Fraction of a layer's units (its outputs) that are excitatory, dimensionless, in [0, 1]; 0.8 is
+    cortical."""
     dales_constrain_inputs: bool = False
     """Whether the model's inputs are units with a sign too."""
     dales_constrain_readout: bool = False

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from biofx.compound_layers import lower_compound
 from biofx.errors import PassError
+from biofx.parameters import Parameters
 from biofx.sites import WeightSite
 from biofx.weight_slots import WeightSlot
 
@@ -53,6 +54,11 @@ class Lowering:
         self._reads = {
             str(node.target): node for node in reversed(graph_module.graph.find_nodes(op="get_attr"))
         }
+
+    @functools.cached_property
+    def parameters(self) -> Parameters:
+        """Who holds the parameters, to replace them."""
+        return Parameters(self.graph_module)
 
     def lower(self, site: WeightSite) -> None:
         """Replace a layer's call by its function on a visible weight: ``fc(x)`` becomes ``linear(x, w, b)``.

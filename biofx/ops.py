@@ -291,9 +291,7 @@ def observe_activity(
     return x
 
 
-def drop_pairs(
-    x: Tensor, training: bool, *, p: float, kind: str, channel_axis: int, units: int
-) -> Tensor:
+def drop_pairs(x: Tensor, training: bool, *, p: float, kind: str, channel_axis: int, units: int) -> Tensor:
     """Return a dropout of ``x`` in which both copies of a unit share their fate.
 
     Draws what the dropout of the units before they were copied would have drawn.
@@ -316,7 +314,7 @@ def drop_pairs(
     drops: Callable[..., Tensor] = getattr(torch.nn.functional, kind)
     kept = drops(torch.ones_like(apart.select(axis + 1, 0)).flatten(axis, axis + 1), p, True)
     kept = kept.unflatten(axis, (units, -1)).unsqueeze(axis + 1)
-    return (apart * kept).flatten(axis, axis + 2)
+    return _tensor((apart * kept).flatten(axis, axis + 2))
 
 
 def _is_recomputed() -> bool:

@@ -43,7 +43,8 @@ def transform(
         only: rewrite only what this selects (see :mod:`biofx.select`).
         exclude: leave alone what this selects.
         opaque: paths of modules not to look into.
-        share_parameters: let the result hold the model's own parameters instead of copies.
+        share_parameters: let the result hold the model's own parameters instead of copies, but for those that
+            a pass gives other values (``constrain-signs`` and ``expand-units`` do, and say so).
         observe: called after each pass that changed the graph, e.g. :func:`biofx.print_changed`.
 
     Returns:

@@ -28,7 +28,7 @@ class WeightPass(Pass):
     def reason_against(self, site: WeightSite, survey: Any) -> str | None:
         """Return why a selected site is left alone, None if it is not."""
 
-    def prepare(self, lowering: Lowering, weights: list[Weight], survey: Any) -> None:  # noqa: B027
+    def prepare(self, lowering: Lowering, weights: list[Weight], survey: Any, scope: Scope) -> None:
         """Do what must be done before the first of the weights is wrapped."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class WeightPass(Pass):
             if taken:
                 chosen.append((options_taken, dataclasses.replace(weight, sites=tuple(taken))))
         weights = [weight for _, weight in chosen]
-        self.prepare(lowering, weights, survey)
+        self.prepare(lowering, weights, survey, scope)
         for options, weight in chosen:
             yield from options.wrap(lowering, weight, survey)
         yield from self.finish(lowering, weights, survey, scope)

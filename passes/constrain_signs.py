@@ -1,14 +1,15 @@
 """Make every unit excitatory or inhibitory: ``weight`` becomes ``constrain_sign(weight, sign)``.
 
-A neuron releases the same transmitters at all of its outgoing synapses (Dale's principle), so the sign of
-a weight belongs to the presynaptic unit: a column of a weight of shape ``(out, in, *)``. Whose activity a column
-reads is found by following the graph (:func:`biofx.unit_groups`), so all weights that read a unit agree on its sign.
+A neuron releases the same transmitters at all of its outgoing synapses (Dale's principle), so the sign of a
+weight belongs to the presynaptic unit: a column of a weight of shape ``(out, in, *)``. Whose activity a
+column reads is found by following the graph (:func:`biofx.unit_groups`), so all weights that read a unit
+agree on its sign.
 
 Source: Song, Yang, Wang, "Training excitatory-inhibitory recurrent neural networks for cognitive tasks",
 PLOS Computational Biology 12 (2016); Cornford et al., "Learning to live with Dale's principle", ICLR 2021.
 
-Deviations: inputs of the model and the synapses onto its outputs are free unless asked for; queries and keys of
-attention, which are compared and not passed on, are free always.
+Deviations: inputs of the model and the synapses onto its outputs are free unless asked for; queries and keys
+of attention, which are compared and not passed on, are free always.
 """
 
 from __future__ import annotations
@@ -18,21 +19,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from biofx import ops
 from biofx.graph_module import BioGraphModule
 from biofx.lowering import Lowering, node_stem
-from biofx.parameters import replace_parameter
 from biofx.pass_base import Scope
-from biofx.plasticity.balance import balanced, rows_back, rows_first
+from biofx.plasticity.balance import balanced_weight
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.plasticity.randomness import generator_for
 from biofx.report import Remark, applied
 from biofx.sites import Weight, WeightSite
-from biofx.units.gains import constrain_gains, fold_negative_gains
+from biofx.units.gains import constrain_gains, fold_negative_gains, in_scope
+from biofx.units.sign_store import bring_signs, keep_row_signs, states_of
 from biofx.units.sign_survey import SignSurvey
-from biofx.units.sign_store import KeptSigns, bring_signs, states_of
 from biofx.validate import FRACTION, SEED, check_choice, check_flag, check_signs
 from biofx.weight_pass import WeightPass
 
@@ -49,12 +48,14 @@ class ConstrainSigns(WeightPass):
 
     method: str = "project"
     """``"project"``: wrong signs become 0 and may come back; ``"abs"``: they are mirrored; ``"expand"``: as
-    ``"project"``, but only for units that ``expand-units`` has given a sign, whose weights have the right one."""
+    ``"project"``, but only for units that ``expand-units`` has given a sign, whose weights have the right
+    one."""
     axis: str = "presynaptic"
     """Whose sign it is; ``"postsynaptic"`` signs rows, and kernels of convolutions, for comparison only."""
     initialisation: str = "balanced"
-    """``"balanced"``: weights are made sparse, with as much excitation as inhibition at each unit, which keeps
-    deep networks alive; ``"keep"``: they stay as they are, which is right for weights that were trained so."""
+    """``"balanced"``: weights are made sparse, with as much excitation as inhibition at each unit, which
+    keeps deep networks alive; ``"keep"``: they stay as they are, which is right for weights that were trained
+    so."""
     excitatory_fraction: float = 0.5
     """Fraction of a layer's units that are excitatory, dimensionless, in [0, 1]; rounded to whole units."""
     signs: tuple[int, ...] | None = None
@@ -99,16 +100,21 @@ class ConstrainSigns(WeightPass):
             return "its presynaptic units were not expanded, and have no sign"
         return site.obstacle
 
-    def prepare(self, lowering: Lowering, weights: list[Weight], survey: SignSurvey) -> None:
+    def prepare(self, lowering: Lowering, weights: list[Weight], survey: SignSurvey, scope: Scope) -> None:
         """Fold negative gains of normalisations into the layers before, while those are unconstrained."""
         if self.axis == "presynaptic":
-            survey.folded = fold_negative_gains(lowering, survey.norms_read_by(weights), survey.layers)
+            norms = in_scope(self, scope, lowering.graph_module, survey.norms_read_by(weights))
+            survey.folded = fold_negative_gains(lowering, norms, survey.layers)
 
     def wrap(self, lowering: Lowering, weight: Weight, survey: SignSurvey) -> Iterator[Remark]:
         """Find the signs of the units that the weight reads, draw those that have none, and insert them."""
         state = bio_module_at(lowering.graph_module, weight.path)
         first = weight.sites[0]
-        kept = survey.store.keep(survey.reading(first)) if self.axis == "presynaptic" else self._rows(first, state)
+        kept = (
+            survey.store.keep(survey.reading(first))
+            if self.axis == "presynaptic"
+            else keep_row_signs(first, state, self.excitatory_fraction, self.seed)
+        )
         state.unit_index = None if kept.index is None else kept.index.to(state.weight.device)
         state.reads_signs_of(tuple(states_of(lowering.graph_module, kept)), _layout(first))
         exempt = survey.exempt_rows(first)
@@ -116,7 +122,17 @@ class ConstrainSigns(WeightPass):
             state.constrained_rows = (~exempt).to(torch.int8).to(state.weight.device)
         signs = state.signs()
         wrong = int((state.weight.detach() * signs < 0).sum())
-        self._initialise(lowering, first, signs, rectified=survey.reading(first).nonnegative)
+        balances = self._balances and not survey.is_used_elsewhere(weight)
+        if balances:
+            made = balanced_weight(
+                state.weight.detach(),
+                signs,
+                generator_for(self.seed, weight.path, purpose="balance"),
+                transposed=first.kind.transposed,
+                groups=first.groups,
+                rectified=survey.reading(first).nonnegative,
+            )
+            lowering.parameters.replace(state.weight, made)
         for site in weight.sites:
             lowering.lower(site)
         options: dict[str, Any] = dict(state.sign_layout)
@@ -137,9 +153,10 @@ class ConstrainSigns(WeightPass):
             "inhibitory": int((units < 0).sum()),
             "wrong": wrong,
         }
-        message = self._told(weight, numbers, survey)
+        message = self._told(weight, numbers, balances=balances)
         for site in weight.sites:
-            yield applied(site.node, site.layer, site.told(message), **numbers)
+            unsure = survey.what_is_not_guaranteed(site) if self.axis == "presynaptic" else ""
+            yield applied(site.node, site.layer, site.told(message + unsure), **numbers)
 
     def finish(
         self, lowering: Lowering, weights: list[Weight], survey: SignSurvey, scope: Scope
@@ -147,49 +164,24 @@ class ConstrainSigns(WeightPass):
         """Keep the gains of normalisations between units from turning a sign over."""
         if self.axis == "presynaptic":
             norms = survey.norms_read_by(weights)
-            yield from constrain_gains(self, scope, lowering, norms, survey.folded, exact=self.method == EXPAND)
+            yield from constrain_gains(
+                self, scope, lowering, norms, survey.folded, exact=self.method == EXPAND
+            )
 
     @property
     def _balances(self) -> bool:
         kept = self.initialisation == "keep" or self.method == EXPAND
         return self.axis == "presynaptic" and not kept
 
-    def _rows(self, site: WeightSite, state: Any) -> KeptSigns:
-        """Draw a sign for each row of the weight, and for each kernel of a convolution."""
-        if state.local_sign is None:
-            shape = site.parameter.shape
-            of_kernels = (*shape[:2], *(1,) * (len(shape) - 2)) if len(shape) > 2 else (shape[0], 1)
-            count = int(torch.Size(of_kernels).numel())
-            drawn = torch.full((count,), -1, dtype=torch.int8)
-            generator = generator_for(self.seed, site.parameter_path, purpose=self.name)
-            drawn[torch.randperm(count, generator=generator)[: round(count * self.excitatory_fraction)]] = 1
-            state.local_sign = drawn.reshape(of_kernels).to(state.weight.device)
-        return KeptSigns([(site.parameter_path, "local_sign")], None)
-
-    def _initialise(self, lowering: Lowering, site: WeightSite, signs: Tensor, *, rectified: bool) -> None:
-        if not self._balances:
-            return
-        shape: dict[str, Any] = {"transposed": site.kind.transposed, "groups": site.groups}
-        parameter = lowering.graph_module.get_parameter(site.parameter_path)
-        weight = parameter.detach()
-        made = balanced(
-            rows_first(weight, **shape),
-            rows_first(signs.expand_as(weight), **shape),
-            generator_for(self.seed, site.parameter_path, purpose="balance"),
-            rectified=rectified,
-        )
-        replace_parameter(lowering.graph_module, parameter, rows_back(made, weight, **shape))
-
-    def _told(self, weight: Weight, numbers: dict[str, int], survey: SignSurvey) -> str:
+    def _told(self, weight: Weight, numbers: dict[str, int], *, balances: bool) -> str:
         who = "presynaptic units" if self.axis == "presynaptic" else "rows or kernels"
         fate = "are mirrored" if self.method == "abs" else "are held at 0"
-        if self._balances:
+        if balances:
             fate = "were given the right one, and all were made sparse and balanced"
-        message = (
+        return (
             f"{numbers['excitatory']} excitatory and {numbers['inhibitory']} inhibitory {who}; "
             f"{numbers['wrong']} of {weight.parameter.numel()} weights had the other sign and {fate}"
         )
-        return message if self.axis == "postsynaptic" else message + survey.what_is_not_guaranteed(weight)
 
 
 def _layout(site: WeightSite) -> dict[str, int]:

@@ -1,13 +1,13 @@
-"""Split each unit in two: a unit becomes an excitatory and an inhibitory copy, and the model's function stays.
+"""Split each unit in two: it becomes an excitatory and an inhibitory copy, and the model's function stays.
 
-A trained unit has synapses of both signs. Its excitatory copy takes over the positive ones and its inhibitory copy
-the negative ones; both receive what the unit received. From then on they learn by themselves.
+A trained unit has synapses of both signs. Its excitatory copy takes over the positive ones and its inhibitory
+copy the negative ones; both receive what the unit received. From then on they learn by themselves.
 
-Source: the construction is that of Dale networks with paired populations, as in Song, Yang, Wang, PLOS Computational
-Biology 12 (2016), made exact: w = max(w, 0) + min(w, 0).
+Source: the construction is that of Dale networks with paired populations, as in Song, Yang, Wang, PLOS
+Computational Biology 12 (2016), made exact: w = max(w, 0) + min(w, 0).
 
-Deviations: the network becomes wider, by a factor of two in each layer whose units are expanded. Units whose number an
-operation names, and those of recurrent layers and attention, are left alone.
+Deviations: the network becomes wider, by a factor of two in each layer whose units are expanded. Units whose
+number an operation names, and those of recurrent layers and attention, are left alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from biofx.lowering import Lowering
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, applied, missed
 from biofx.sites import WeightSite, find_sites
-from biofx.units.expandable import Circuit, circuits, why_not
+from biofx.units.expandable import Circuit, Expandability, circuits
 from biofx.units.expansion import expand
 from biofx.units.gains import fold_negative_gains
-from biofx.units.groups import UnitGroups, unit_groups
+from biofx.units.groups import unit_groups
 from biofx.units.reach import last_synapses
 from biofx.validate import check_flag
 
@@ -53,8 +53,13 @@ class ExpandUnits(Pass):
         last = last_synapses(graph_module.graph, synaptic_nodes(graph_module))
         told: dict[tuple[Node, str], Remark] = {}
         chosen: list[Circuit] = []
+        makers: dict[str, list[WeightSite]] = {}
+        for site in sites.found:
+            makers.setdefault(site.parameter_path, []).append(site)
+        able = Expandability(groups, graph_module, makers)
         for circuit in circuits(groups):
-            reason = self._reason_against(circuit, groups, graph_module, scope, last, sites.found)
+            reason = self._reason_against(circuit, scope, last, makers)
+            reason = reason or able.why_not(circuit)
             if reason is None:
                 chosen.append(circuit)
             for reading in circuit.readings:
@@ -69,7 +74,7 @@ class ExpandUnits(Pass):
             {site.node: site for site in sites.found if not site.kind.is_compound},
         )
         for circuit in chosen:
-            expand(circuit, groups, lowering)
+            expand(circuit, groups, lowering, makers)
         for site in sites.found:
             remark = told[site.node, site.parameter_path]
             if site.parameter_path in made:
@@ -84,21 +89,19 @@ class ExpandUnits(Pass):
     def _reason_against(
         self,
         circuit: Circuit,
-        groups: UnitGroups,
-        graph_module: BioGraphModule,
         scope: Scope,
         last: set[Node],
-        sites: list[WeightSite],
+        makers: dict[str, list[WeightSite]],
     ) -> str | None:
+        """Return why a circuit is not wanted, None if it is."""
         if not circuit.readings:
             return "no weight reads its units"
         if not self.constrain_readout and all(reading.site.node in last for reading in circuit.readings):
             return "only a readout reads its units (constrain_readout=False)"
-        makers = {source.name for source in circuit.sources}
         parties = [reading.site for reading in circuit.readings]
-        parties += [site for site in sites if site.parameter_path in makers]
+        parties += [site for source in circuit.sources for site in makers.get(source.name, ())]
         for site in parties:
             options = scope.options(self, site.node, site.layer)
             if isinstance(options, str):
                 return f"{site.layer!r} takes part: {options}"
-        return why_not(circuit, groups, graph_module)
+        return None

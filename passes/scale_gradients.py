@@ -84,6 +84,7 @@ class ScaleGradients(WeightPass):
         if state.fuzzy_learning_rate_parameters is None:
             state.fuzzy_learning_rate_parameters, state.noise = self._drawn(weight)
             state.depth = weight.depth
+            state.config = state.config.replace(fuzzy_lr_min=self.low, fuzzy_lr_max=self.high)
         factors = state.fuzzy_learning_rate_parameters
         state.scaled_in_graph = True
         for site in weight.sites:

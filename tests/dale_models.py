@@ -138,7 +138,15 @@ class Transformer(nn.Module):
 
 def perceptron() -> nn.Module:
     return nn.Sequential(
-        *(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        *(
+            nn.Linear(4, 10),
+            nn.ReLU(),
+            nn.Linear(10, 8),
+            nn.ReLU(),
+            nn.Linear(8, 8),
+            nn.ReLU(),
+            nn.Linear(8, 3),
+        )
     )
 
 

@@ -233,10 +233,14 @@ def test_one_layer_alone() -> None:
 @pytest.mark.parametrize("method", ["project", "abs"])
 def test_signs_are_written_into_the_weights(method: str) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
-    config = BioConfig(apply_dales_principle=True, dales_method=method, dales_excitatory_fraction=0.5)
+    config = BioConfig(
+        apply_dales_principle=True,
+        dales_method=method,
+        dales_initialisation="keep",
+        dales_excitatory_fraction=0.5,
+    )
     bio = BioConverter(config)(model)
-    weight, sign = bio.get_parameter("2.weight"), state_of(bio, "2").sign
-    assert sign is not None
+    weight, sign = bio.get_parameter("2.weight"), state_of(bio, "2").presynaptic_signs()
     x = torch.linspace(-1, 1, 12).view(3, 4)
     expected_output = bio(x)
     before = weight.detach().clone()
@@ -244,7 +248,7 @@ def test_signs_are_written_into_the_weights(method: str) -> None:
     assert wrong.any()
     result = bio.enforce_dales_principle()
     assert result["2.weight"] == wrong.sum()
-    assert result["0.weight"] == "its units have no signs"
+    assert result["0.weight"] == "its presynaptic units have no signs"
     assert torch.equal(weight.detach(), torch.where(wrong, 0.0 if method == "project" else -before, before))
     torch.testing.assert_close(bio(x), expected_output)
     assert bio.enforce_dales_principle()["2.weight"] == 0

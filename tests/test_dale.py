@@ -113,7 +113,12 @@ class Counts:
 def test_no_violation_after_any_of_500_steps(name: str, optimizer: str) -> None:
     make, shape = MODELS[name]
     bio, report = biofx.transform(make(), CONFIG)
-    signed = {remark.layer for entry in report.passes for remark in entry.remarks if remark.details.get("excitatory")}
+    signed = {
+        remark.layer
+        for entry in report.passes
+        for remark in entry.remarks
+        if remark.details.get("excitatory")
+    }
     assert len(signed) > 1
     training = OPTIMIZERS[optimizer](bio.parameters())
     counts = Counts()

@@ -72,7 +72,8 @@ def test_the_result_shares_no_tensor_with_the_model(residual_net: nn.Module) -> 
 def test_parameters_are_shared_if_asked_for_and_buffers_are_not(
     residual_net: nn.Module, images: Tensor
 ) -> None:
-    bio_model = biofx.transform(residual_net, EVERYTHING, share_parameters=True).graph_module
+    kept = EVERYTHING.replace(dales_initialisation="keep")
+    bio_model = biofx.transform(residual_net, kept, share_parameters=True).graph_module
     for name, parameter in residual_net.named_parameters():
         assert bio_model.get_parameter(name) is parameter
     before = residual_net.get_buffer("bn.running_mean").clone()
@@ -292,10 +293,10 @@ def test_a_bad_call_is_one_clear_error_and_leaves_the_model_alone(
 class FailsHalfway(passes.ScaleGradients):
     name = "fails-halfway"
 
-    def wrap(self, graph_module: Any, weight: Any) -> Any:
+    def wrap(self, lowering: Any, weight: Any, survey: Any) -> Any:
         if weight.path == "4.weight":
             raise RuntimeError("halfway")
-        yield from super().wrap(graph_module, weight)
+        yield from super().wrap(lowering, weight, survey)
 
 
 def test_a_pass_that_fails_leaves_nothing_half_done(mlp: nn.Module, unchanged: Unchanged) -> None:

@@ -1,7 +1,8 @@
 """What Dale's principle costs in accuracy on handwritten digits: ``python tools/dale.py``.
 
-Each arm has its own learning rate, chosen on validation digits from one grid, and falling linearly to 0; arms are paired by seed: equal
-split, equal initial weights, equal order of batches. Prints means and standard errors over the seeds.
+Each arm has its own learning rate, chosen on validation digits from one grid, which falls linearly to 0.
+Arms are paired by seed: equal split, equal initial weights, equal order of batches. Prints means and standard
+errors over the seeds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from biofx.toml import write_whole
 
 GRID = (0.01, 0.02, 0.05, 0.1)
 SEEDS = tuple(range(8))
-EPOCHS, BATCH, MOMENTUM = 30, 64, 0.9
+BATCH, MOMENTUM = 64, 0.9
 VALIDATION, TEST = 300, 500
 _PLAIN_RATES = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0, apply_dales_principle=True)
 ARMS: dict[str, biofx.BioConfig | None] = {
@@ -43,7 +44,8 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), *hidden, nn.Linear(64, 10))
 
 
-NETWORKS = {"perceptron": perceptron, "residual CNN": DigitNet}
+NETWORKS = {"perceptron": (perceptron, 30), "residual CNN": (DigitNet, 12)}
+"""What makes each network, and for how many epochs it learns."""
 
 
 def digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -57,11 +59,12 @@ def digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tup
     return train, validation, test
 
 
-def run(network: str, arm: str, rate: float, seed: int, epochs: int) -> tuple[float, float]:
+def run(network: str, arm: str, rate: float, seed: int) -> tuple[float, float]:
     """Train one network; return its accuracy on validation and on test digits, in percent."""
     train, validation, test = digits(seed)
     torch.manual_seed(seed)
-    model = NETWORKS[network]()
+    make, epochs = NETWORKS[network]
+    model: nn.Module = make()
     config = ARMS[arm]
     if config is not None:
         model, _ = biofx.transform(model, config.replace(seed=seed))
@@ -80,12 +83,12 @@ def run(network: str, arm: str, rate: float, seed: int, epochs: int) -> tuple[fl
     return found[0], found[1]
 
 
-def measure(network: str, epochs: int) -> dict[str, dict[str, Any]]:
+def measure(network: str) -> dict[str, dict[str, Any]]:
     """Return for each arm the chosen learning rate and the test accuracies, by seed."""
     results: dict[str, dict[str, Any]] = {}
     jobs = [(arm, rate, seed) for arm in ARMS for rate in GRID for seed in SEEDS]
     found = {
-        job: run(network, *job, epochs) for job in track(jobs, description=network, console=Console(stderr=True))
+        job: run(network, *job) for job in track(jobs, description=network, console=Console(stderr=True))
     }
     for arm in ARMS:
         validated = {rate: statistics.mean(found[arm, rate, seed][0] for seed in SEEDS) for rate in GRID}
@@ -101,19 +104,25 @@ def measure(network: str, epochs: int) -> dict[str, dict[str, Any]]:
 def main() -> None:
     """Measure every network and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--network", choices=list(NETWORKS), action="append")
     parser.add_argument("--json", type=Path, help="write every number here")
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = Table(
-        "network", "arm", "learning rate", "test accuracy [%]", "minus plain [%]", title="Dale's principle on digits"
+        "network",
+        "arm",
+        "learning rate",
+        "test accuracy [%]",
+        "minus plain [%]",
+        title="Dale's principle on digits",
     )
     everything = {}
     for network in options.network or NETWORKS:
-        results = everything[network] = measure(network, options.epochs)
+        results = everything[network] = measure(network)
         for arm, result in results.items():
-            differences = [own - plain for own, plain in zip(result["test"], results["plain"]["test"], strict=True)]
+            differences = [
+                own - plain for own, plain in zip(result["test"], results["plain"]["test"], strict=True)
+            ]
             told = "" if arm == "plain" else _with_error(differences)
             table.add_row(network, arm, f"{result['learning_rate']:g}", _with_error(result["test"]), told)
     Console().print(table)

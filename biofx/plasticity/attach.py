@@ -41,9 +41,9 @@ def attach(
         schedule: rules and when they run; a name alone runs at every step.
         decay: ``"scaled"``: a factor scales weight decay too, so that 0 freezes a weight to the bit;
             ``"free"``: decoupled weight decay acts in full.
-        updates: ``"additive"``: as the optimizer makes them; ``"exponentiated"``: the synapses of units with a
-            sign change in proportion to their strength (exponentiated gradient), so that none changes its sign
-            and those at 0 stay there.
+        updates: ``"additive"``: as the optimizer makes them; ``"exponentiated"``: the synapses of units with
+            a sign change in proportion to their strength (exponentiated gradient), so that none changes its
+            sign and those at 0 stay there.
         observers: called after each step, e.g. a :class:`biofx.Monitor`.
 
     Returns:

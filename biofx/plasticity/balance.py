@@ -1,12 +1,12 @@
 """Weights to begin with that keep a deep network alive although every unit has one sign.
 
-If each postsynaptic unit takes more excitation than inhibition, or the reverse, all units of a layer follow one
-common drive, and after a few layers they all say the same. So excitation and inhibition are balanced at each unit,
-and connections are sparse: what is common to all units then is small against what is their own.
+If each postsynaptic unit takes more excitation than inhibition, or the reverse, all units of a layer follow
+one common drive, and after a few layers they all say the same. So excitation and inhibition are balanced at
+each unit, and connections are sparse: what is common to all units then is small against what is their own.
 
-Source: balance, van Vreeswijk, Sompolinsky, "Chaos in neuronal networks with balanced excitatory and inhibitory
-activity", Science 274 (1996); the loss of rank under Dale's principle, Li et al., "Learning better with Dale's
-law: a spectral perspective", NeurIPS 2023; variance of rectified units, He et al., ICCV 2015.
+Source: balance, van Vreeswijk, Sompolinsky, "Chaos in neuronal networks with balanced excitatory and
+inhibitory activity", Science 274 (1996); the loss of rank under Dale's principle, Li et al., "Learning better
+with Dale's law: a spectral perspective", NeurIPS 2023; variance of rectified units, He et al., ICCV 2015.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def balanced(weight: Tensor, signs: Tensor, generator: Generator, *, rectified: 
     """Return weights of the given signs, sparse, and in balance for each row.
 
     Magnitudes are those of ``weight``, scaled so that excitation and inhibition of a row add up to 0 and that
-    its postsynaptic unit varies as much as it did. A row whose units are all of one sign cannot be balanced and
-    keeps all its magnitudes.
+    its postsynaptic unit varies as much as it did. A row whose units are all of one sign cannot be balanced
+    and keeps all its magnitudes.
 
     Args:
         weight: ``(rows, synapses)``.
@@ -49,6 +49,25 @@ def balanced(weight: Tensor, signs: Tensor, generator: Generator, *, rectified: 
     after = made.square().sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
     scaled = torch.where(_balances(made), made * (before / after).sqrt(), made)
     return torch.where(constrained, scaled, weight)
+
+
+def balanced_weight(
+    weight: Tensor, signs: Tensor, generator: Generator, *, transposed: bool, groups: int, rectified: bool
+) -> Tensor:
+    """Do the same with a layer's weight.
+
+    Args:
+        weight: ``(out, in / groups, *)``, or ``(in, out / groups, *)`` where ``transposed``.
+        signs: broadcastable to it; +1, -1, or 0 for synapses that are free.
+        generator: a CPU generator, the only source of randomness.
+        transposed: whether it is that of a transposed convolution.
+        groups: groups of a convolution, a count.
+        rectified: as in :func:`balanced`.
+    """
+    rows = rows_first(weight, transposed=transposed, groups=groups)
+    laid_out = rows_first(signs.expand_as(weight), transposed=transposed, groups=groups)
+    made = balanced(rows, laid_out, generator, rectified=rectified)
+    return rows_back(made, weight, transposed=transposed, groups=groups)
 
 
 def _balanced(magnitude: Tensor, signs: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from biofx.dataflow import synaptic_nodes
 from biofx.in_place import changed_in_place
 from biofx.sites import WeightSite, find_sites
 from biofx.units import rules_attention, rules_elementwise, rules_join, rules_layers, rules_shape
-from biofx.units.compound import compound_layer
 from biofx.units.components import smallest_connected
+from biofx.units.compound import compound_layer
 from biofx.units.flow import NOTHING, Call, Flow, rule_for
 from biofx.units.layout import Axis, Layout, LayoutError
 
@@ -116,7 +115,9 @@ class Analysis:
     def known_layout(self, flow: Flow, axes: tuple[Axis, ...]) -> Layout | None:
         """Return the layout along ``axes`` that another reader has settled, None if none has."""
         found = [
-            layout for (origin, on, _), layout in self._settled.items() if origin is flow.origin and on == axes
+            layout
+            for (origin, on, _), layout in self._settled.items()
+            if origin is flow.origin and on == axes
         ]
         return found[0] if len(found) == 1 else None
 

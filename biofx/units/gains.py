@@ -1,22 +1,22 @@
 """Normalisation between a unit and those it speaks to: a gain below 0 would turn its sign over.
 
-A gain of a batch normalisation that is negative is folded into the layer before it, exactly: with the layer's output
-y turned into -y, its running mean m into -m and the gain g into -g, g (y - m) / s + b stays what it is. Then the
-graph keeps the gain at or above 0.
+A gain of a batch normalisation that is negative is folded into the layer before it, exactly: with the layer's
+output y turned into -y, its running mean m into -m and the gain g into -g, g (y - m) / s + b stays what it
+is. Then the graph keeps the gain at or above 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Set
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from biofx import ops
 from biofx.lowering import Lowering
 from biofx.norm_sites import NormSite, find_norms, lower_norm
-from biofx.parameters import replace_parameter
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, applied, missed
 from biofx.sites import WeightSite
@@ -40,10 +40,22 @@ def fold_negative_gains(
     uses: dict[str, list[NormSite]] = {}
     for site in find_norms(lowering.graph_module):
         uses.setdefault(site.parameter_path, []).append(site)
+    uses_of = Counter(id(layer.parameter) for layer in layers.values())
+    alone = {node: layer for node, layer in layers.items() if uses_of[id(layer.parameter)] == 1}
+    shared = shared_parameters(lowering.graph_module)
     return {
-        path: _fold(lowering, sites[0], layers)
+        path: _fold(lowering, sites[0], alone, shared)
         for path, sites in uses.items()
         if len(sites) == 1 and sites[0].node in norms and sites[0].obstacle is None
+    }
+
+
+def in_scope(owner: Pass, scope: Scope, graph_module: GraphModule, norms: set[Node]) -> set[Node]:
+    """Return those of some normalisations that a pass may touch."""
+    return {
+        site.node
+        for site in find_norms(graph_module)
+        if site.node in norms and not isinstance(scope.options(owner, site.node, site.layer), str)
     }
 
 
@@ -108,8 +120,11 @@ def _ones(weight: Node, stem: str) -> Node:
         return weight.graph.call_function(torch.ones_like, (weight,), name=f"{stem}_up")
 
 
-def _fold(lowering: Lowering, norm: NormSite, layers: dict[Node, WeightSite]) -> int:
-    """Turn over the units of the layer before that have a negative gain; return how many."""
+def _fold(lowering: Lowering, norm: NormSite, layers: dict[Node, WeightSite], shared: Set[int]) -> int:
+    """Turn over the units of the layer before that have a negative gain; return how many.
+
+    ``layers`` are those whose weight is used once, ``shared`` the parameters that are not one layer's alone.
+    """
     graph_module = lowering.graph_module
     module = graph_module.get_submodule(norm.layer)
     source = norm.node.args[0] if norm.node.args else None
@@ -117,38 +132,45 @@ def _fold(lowering: Lowering, norm: NormSite, layers: dict[Node, WeightSite]) ->
     negative = norm.parameter.detach() < 0
     if layer is None or not isinstance(module, _BATCH_NORMS) or not negative.any():
         return 0
-    used_once = len(layer.node.users) == 1 and sum(entry.parameter is layer.parameter for entry in layers.values()) == 1
-    if not used_once or layer.operators or layer.obstacle is not None or not _bias_is_own(graph_module, layer):
+    if len(layer.node.users) > 1 or layer.operators or layer.obstacle is not None:
+        return 0
+    if not has_own_bias(graph_module, layer, shared):
         return 0
     turn = torch.where(negative, -1.0, 1.0).to(layer.parameter)
-    replace_parameter(graph_module, norm.parameter, norm.parameter.detach().abs())
+    lowering.parameters.replace(norm.parameter, norm.parameter.detach().abs())
     mean: Tensor | None = module._buffers.get("running_mean")
     if mean is not None:
         mean.mul_(turn.to(mean))
-    _turn_over(graph_module, layer, turn)
+    _turn_over(lowering, layer, turn)
     return int(negative.sum())
 
 
-def _turn_over(graph_module: nn.Module, layer: WeightSite, turn: Tensor) -> None:
+def _turn_over(lowering: Lowering, layer: WeightSite, turn: Tensor) -> None:
     """Multiply the outputs of a layer by +1 or -1, in its weight and bias."""
     weight = layer.parameter.detach()
     if layer.kind.transposed:
         grouped = weight.reshape(layer.groups, -1, *weight.shape[1:])
         turned = grouped * turn.reshape(layer.groups, 1, -1, *(1,) * layer.kind.kernel_axes)
-        replace_parameter(graph_module, layer.parameter, turned.reshape(weight.shape))
+        lowering.parameters.replace(layer.parameter, turned.reshape(weight.shape))
     else:
-        replace_parameter(graph_module, layer.parameter, weight * turn.reshape(-1, *(1,) * (weight.dim() - 1)))
-    bias = _bias_of(graph_module, layer)
+        lowering.parameters.replace(layer.parameter, weight * turn.reshape(-1, *(1,) * (weight.dim() - 1)))
+    bias = _bias_of(lowering.graph_module, layer)
     if bias is not None:
-        replace_parameter(graph_module, bias, bias.detach() * turn)
+        lowering.parameters.replace(bias, bias.detach() * turn)
 
 
 def _bias_of(graph_module: nn.Module, layer: WeightSite) -> nn.Parameter | None:
     return graph_module.get_submodule(layer.layer)._parameters.get("bias")
 
 
-def _bias_is_own(graph_module: nn.Module, layer: WeightSite) -> bool:
-    """Whether the bias that a layer adds is its module's, and no other module's."""
+def has_own_bias(graph_module: nn.Module, layer: WeightSite, shared: Set[int]) -> bool:
+    """Whether the bias that a layer adds, if any, is its module's ``bias``, and nothing else has it.
+
+    Args:
+        graph_module: the model.
+        layer: one use of a weight.
+        shared: what :func:`shared_parameters` returns.
+    """
     bias = _bias_of(graph_module, layer)
     if layer.node.op != "call_module":
         given = layer.node.args[2] if len(layer.node.args) > 2 else layer.node.kwargs.get("bias")
@@ -156,6 +178,22 @@ def _bias_is_own(graph_module: nn.Module, layer: WeightSite) -> bool:
             return False
         if isinstance(given, Node) and (given.op != "get_attr" or given.target != f"{layer.layer}.bias"):
             return False
-    return bias is None or sum(
-        parameter is bias for module in graph_module.modules() for parameter in module._parameters.values()
-    ) == 1
+    return bias is None or id(bias) not in shared
+
+
+def shared_parameters(graph_module: GraphModule) -> set[int]:
+    """Return the identities of the parameters that several modules have, or several places in the graph
+    read."""
+    reads: dict[int, int] = {}
+    paths = {path: id(value) for path, value in graph_module.named_parameters(remove_duplicate=False)}
+    for module in graph_module.modules():
+        for value in module._parameters.values():
+            reads[id(value)] = reads.get(id(value), 0) + 1
+    called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        known = paths.get(str(node.target))
+        if known is not None:
+            # a module that is called reads it besides
+            is_called = str(node.target).rpartition(".")[0] in called
+            reads[known] += max(0, len(node.users) - 1) + is_called
+    return {known for known, count in reads.items() if count > 1}

@@ -77,9 +77,7 @@ class UnitGroups:
     def norms(self) -> dict[Node, Tensor]:
         """The units that each normalisation acts on; those that act on none that are known are left out."""
         return {
-            node: flow.layout.labels
-            for node, flow in self._analysis.norms.items()
-            if flow.layout is not None
+            node: flow.layout.labels for node, flow in self._analysis.norms.items() if flow.layout is not None
         }
 
     @cached_property
@@ -198,9 +196,7 @@ class UnitGroups:
         numbers = torch.cat([torch.arange(entry.first, entry.first + entry.count) for entry in sources])
         units = int(self._roots[numbers].unique().numel())
         wanted = set(readers)
-        nonnegative = all(
-            entry.nonnegative for entry in self.readings if entry.site.parameter_path in wanted
-        )
+        nonnegative = all(entry.nonnegative for entry in self.readings if entry.site.parameter_path in wanted)
         names = tuple(dict.fromkeys(source.name for source in sources if source.kind != "nobody"))
         return UnitGroup(names, readers, units, nonnegative)
 

@@ -52,7 +52,7 @@ class Layout:
         axis = self.axis_at(position)
         if axis is None or None in axis.dims:
             return None
-        return math.prod(self._size(dim) for dim in axis.dims)
+        return math.prod(self._size(dim) for dim in axis.dims if dim is not None)
 
     def columns(self, position: int, size: int) -> Tensor:
         """Return the units that are read at each index of an axis, ``(size, units per index)``.
@@ -77,7 +77,8 @@ class Layout:
         return table.reshape(size, -1)
 
     def shifted(self, from_position: int, by: int) -> Layout:
-        """Return the layout after axes are inserted (``by`` < 0) or removed right of the axes up to a position."""
+        """Return the layout after axes are inserted (``by`` < 0) or removed right of the axes up to a
+        position."""
         return self.moved(
             {axis.position: axis.position + by for axis in self.axes if axis.position <= from_position}
         )
@@ -102,7 +103,7 @@ class Layout:
             raise LayoutError("axes without units surround the one with units in what is flattened")
         outside = tuple(axis for axis in self.axes if not first <= axis.position <= last)
         merged = (Axis(last, tuple(dims)),) if any(dim is not None for dim in dims) else ()
-        return Layout(self.labels, (*outside, *merged)).shifted(first - 1, last - first)
+        return Layout(self.labels, (*outside, *merged))._joined().shifted(first - 1, last - first)
 
     def unflattened(self, position: int, sizes: Sequence[int | None]) -> Layout:
         """Return the layout after one axis became several; of a labelled one, all sizes must be known.
@@ -155,6 +156,26 @@ class Layout:
             chosen = torch.arange(self._size(dim))[index]
             return dataclasses.replace(self, labels=self.labels.index_select(dim, chosen))
         return self.shifted(position - 1, 1) if isinstance(index, int) else self
+
+    def _joined(self) -> Layout:
+        """Return the same layout with dimensions that follow each other in an axis made one."""
+        order: list[list[int]] = []
+        axes = []
+        for axis in self.axes:
+            dims: list[int | None] = []
+            for place, dim in enumerate(axis.dims):
+                if dim is None:
+                    dims.append(None)
+                elif place and axis.dims[place - 1] is not None:
+                    order[-1].append(dim)
+                else:
+                    dims.append(len(order))
+                    order.append([dim])
+            axes.append(Axis(axis.position, tuple(dims)))
+        left = [[dim] for dim in range(self.labels.dim()) if not any(dim in dims for dims in order)]
+        shape = [math.prod(map(self._size, dims)) for dims in (*order, *left)]
+        labels = self.labels.permute([dim for dims in (*order, *left) for dim in dims]).reshape(shape)
+        return Layout(labels, tuple(axes))
 
     def _size(self, dim: int) -> int:
         return self.labels.shape[dim]

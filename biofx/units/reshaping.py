@@ -1,8 +1,8 @@
 """Where units are after a reshape, whose sizes are mostly not known.
 
-A reshape keeps axes, merges neighbours or takes one apart. Which of these it does is found by laying the axes and
-the sizes asked for side by side in all ways that the known numbers allow, and taking the one with the fewest merges
-and splits. Where two of those leave the units in different places, it is not said.
+A reshape keeps axes, merges neighbours or takes one apart. Which of these it does is found by laying the axes
+and the sizes asked for side by side in all ways that the known numbers allow, and taking the one with the
+fewest merges and splits. Where two of those leave the units in different places, it is not said.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Size:
 Block = tuple[int, int]
 """How many axes become how many; one of the two is 1."""
 
+
 def reshaped_layout(layout: Layout, rank: int | None, sizes: Sequence[Size]) -> Layout:
     """Return the layout of a reshaped value.
 
@@ -42,7 +43,9 @@ def reshaped_layout(layout: Layout, rank: int | None, sizes: Sequence[Size]) -> 
     lowest = min(cost for cost, _ in ways)
     first, *others = (_applied(layout, blocks, sizes) for cost, blocks in ways if cost == lowest)
     if any(not _same(first, other) for other in others):
-        raise LayoutError("it reshapes axes whose sizes are not known, and where the units are then cannot be said")
+        raise LayoutError(
+            "it reshapes axes whose sizes are not known, and where the units are then cannot be said"
+        )
     return first
 
 
@@ -70,8 +73,9 @@ def _ways(
 def _cost(axes: Sequence[int | None], sizes: Sequence[Size], *, is_first: bool) -> int | None:
     """Return what it costs that axes become these sizes, None if it cannot be.
 
-    The costs rank what people write: a size read off a value is that of one axis, ``-1`` in front is the batch,
-    a number is one of channels rather than of anything else, and channels alone rather than with axes of size 1.
+    The costs rank what people write: a size read off a value is that of one axis, ``-1`` in front is the
+    batch, a number is one of channels rather than of anything else, and channels alone rather than with axes
+    of size 1.
     """
     if len(axes) == len(sizes) == 1:
         return _cost_of_keeping(axes[0], sizes[0])

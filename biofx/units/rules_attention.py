@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from biofx.units.flow import NOTHING, RULES, Call, Flow
-from biofx.units.layout import Layout
 from biofx.units.rules_elementwise import declare
 
 
@@ -22,7 +20,10 @@ def weighed(call: Call) -> Flow:
 
 def multiplied(call: Call) -> Flow:
     """A product of matrices: ``query @ key`` compares; ``weights @ value`` passes the values' units on."""
-    left_argument, right_argument = call.argument(0, "input"), call.argument(1, "mat2", call.argument(1, "other"))
+    left_argument, right_argument = (
+        call.argument(0, "input"),
+        call.argument(1, "mat2", call.argument(1, "other")),
+    )
     left, right = call.flow(left_argument), call.flow(right_argument)
     if left.has_units and right.has_units:
         call.compares(left_argument, right_argument)

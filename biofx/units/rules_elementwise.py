@@ -62,11 +62,21 @@ def turned_over(call: Call) -> Flow:
     return call.ends("it changes the sign of its argument, and excitation turns into inhibition")
 
 
-_NEVER_NEGATIVE = (
-    *("relu", "relu6", "sigmoid", "hardsigmoid", "softplus", "exp", "exp2", "abs", "square"),
-)
+_NEVER_NEGATIVE = (*("relu", "relu6", "sigmoid", "hardsigmoid", "softplus", "exp", "exp2", "abs", "square"),)
 _PERHAPS_NEGATIVE = (
-    *("tanh", "leaky_relu", "elu", "selu", "celu", "softsign", "logsigmoid", "prelu", "rrelu", "gelu", "silu"),
+    *(
+        "tanh",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "softsign",
+        "logsigmoid",
+        "prelu",
+        "rrelu",
+        "gelu",
+        "silu",
+    ),
     *("mish", "hardswish", "tanhshrink", "softshrink", "hardshrink", "log", "log1p", "expm1", "threshold"),
     *("erf", "asinh", "atan"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import cast
 
 import torch
 
@@ -145,6 +146,8 @@ def shuffled(call: Call) -> Flow:
     """``channel_shuffle``: the groups are interleaved."""
     groups = call.module.groups if call.module is not None else call.flow(call.argument(1, "groups")).number
     layout = _feature_maps(call)
+    if groups is None:
+        raise LayoutError("its number of groups is computed in the graph")
     labels = layout.labels.reshape(groups, -1).T.flatten()
     return call.keeps().replace(layout=Layout(labels, layout.axes))
 
@@ -167,7 +170,7 @@ def pixels_unshuffled(call: Call) -> Flow:
 
 def pooled(call: Call) -> Flow:
     """``pool_synapses``: the members of a group carry the same, so they are one unit."""
-    position, gamma = call.node.kwargs["channel_axis"], call.node.kwargs["gamma"]
+    position, gamma = (cast(int, call.node.kwargs[name]) for name in ("channel_axis", "gamma"))
     layout = call.x.layout
     if layout is None:
         return call.ends("it sums groups of units that are not known")
@@ -189,7 +192,8 @@ def _factor(call: Call, name: str) -> int:
 
 def _feature_maps(call: Call) -> Layout:
     layout = call.x.layout
-    if layout is None or layout.labels.dim() != 1 or layout.axis_at(-3) is None:
+    axis = None if layout is None else layout.axis_at(-3)
+    if layout is None or layout.labels.dim() != 1 or axis is None or axis.dims != (0,):
         raise LayoutError("its argument has no known channels along axis -3")
     return layout
 

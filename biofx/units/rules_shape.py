@@ -74,9 +74,7 @@ def transposed(call: Call) -> Flow:
     """``transpose``: two axes exchanged."""
     if call.x.layout is None:
         return call.moves_unknown()
-    first, second = (
-        call.position(call.argument(place, name)) for place, name in ((1, "dim0"), (2, "dim1"))
-    )
+    first, second = (call.position(call.argument(place, name)) for place, name in ((1, "dim0"), (2, "dim1")))
     return call.keeps().replace(layout=call.x.layout.moved({first: second, second: first}))
 
 
@@ -160,9 +158,7 @@ def indexed(call: Call) -> Flow:
     return call.keeps(rank=rank).replace(layout=layout)
 
 
-def _taken(
-    layout: Layout, rank: int | None, position: int, entry: Any
-) -> tuple[Layout, int | None, bool]:
+def _taken(layout: Layout, rank: int | None, position: int, entry: Any) -> tuple[Layout, int | None, bool]:
     """Return layout and rank after one entry of an index, and whether it took its axis away."""
     if entry == slice(None):
         return layout, rank, False

@@ -15,6 +15,7 @@ from biofx.lowering import Lowering, node_stem
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.plasticity.randomness import generator_for
+from biofx.sites import WeightSite
 from biofx.units.analysis import Reading, Source
 from biofx.units.groups import UnitGroups
 
@@ -68,7 +69,7 @@ class SignStore:
         self._options_of = options_of
         self._local: dict[Source, tuple[str, int]] = {}
         self._local_sources: dict[str, list[Source]] = {}
-        self._given: Tensor | None = None
+        self._given = self._given_signs()
         for reading in groups.readings:
             path = reading.site.parameter_path
             for source in groups.home(reading.units).sources:
@@ -84,6 +85,10 @@ class SignStore:
             OptionError: signs or fractions given for layers whose units are one contradict each other.
         """
         home = self._groups.home(reading.units)
+        first = home.sources[0]
+        if len(home.sources) == 1 and first.kind == "layer" and self._are_all_of(first.name, reading.units):
+            self._signs(first.name, "sign")
+            return KeptSigns([(first.name, "sign")], None)
         places: list[tuple[str, str]] = []
         start: dict[tuple[str, str], int] = {}
         offsets = []
@@ -101,6 +106,12 @@ class SignStore:
         total = sum(self._signs(*place).numel() for place in places)
         whole = torch.equal(index, torch.arange(total))
         return KeptSigns(places, None if whole else index)
+
+    def _are_all_of(self, path: str, units: Tensor) -> bool:
+        """Whether units are all those that a layer makes, in order; members of a pool count as one."""
+        made = self._groups.made_by(path)
+        home_units = self._groups.home_units
+        return len(made) == len(units) and torch.equal(home_units(made), home_units(units))
 
     def knows(self, reading: Reading) -> bool:
         """Whether all the signs that a weight would read are kept already."""
@@ -122,7 +133,18 @@ class SignStore:
             kept = self._layer_signs(path) if buffer == "sign" else self._local_signs(path)
             kept = kept.to(state.weight.device if state.parameter is not None else "cpu")
             setattr(state, buffer, kept)
+        elif buffer == "sign":
+            self._check_kept(path, kept)
         return kept
+
+    def _check_kept(self, path: str, kept: Tensor) -> None:
+        """Refuse signs that a user gives for units that have others."""
+        given = self._options_of(path).signs
+        if given is not None and kept.tolist() != list(given):
+            raise OptionError(
+                f"signs: those given for {path!r} are not the ones that its {len(kept)} units have already, "
+                "from expand-units or an earlier transform, and other weights hold to those; leave them out"
+            )
 
     def _layer_signs(self, path: str) -> Tensor:
         """Return signs for the outputs of a layer; 0 for those kept elsewhere, and for those exempt."""
@@ -134,7 +156,7 @@ class SignStore:
         drawn = _draw(len(distinct), options.excitatory_fraction, options.seed, path)
         signs = torch.zeros(len(units), dtype=torch.int8)
         signs[here] = drawn[torch.bucketize(own[here], distinct)]
-        given = self._given_signs()[own]
+        given = self._given[own]
         return torch.where(given != 0, given, signs)
 
     def _local_signs(self, path: str) -> Tensor:
@@ -149,38 +171,47 @@ class SignStore:
 
     def _given_signs(self) -> Tensor:
         """Return the signs that a user gave, by unit, 0 where none; contradictions are found here."""
-        if self._given is None:
-            self._given = torch.zeros(self._groups.count, dtype=torch.int8)
-            fractions: dict[str, float] = {}
-            for path in self._groups.producers():
-                options, units = self._options_of(path), self._groups.made_by(path)
-                home = self._groups.home_units(units)
-                self._take(path, options.signs, home)
-                for source in self._groups.home(units).sources:
-                    if source.kind == "layer" and options.signs is None:
-                        first = fractions.setdefault(source.name, options.excitatory_fraction)
-                        if first != options.excitatory_fraction:
-                            raise OptionError(
-                                f"excitatory_fraction: {path!r} is given {options.excitatory_fraction} and "
-                                f"{source.name!r} {first}, but their outputs are added up and so are the "
-                                "same units; give them the same"
-                            )
-        return self._given
+        taken = torch.zeros(self._groups.count, dtype=torch.int8)
+        fractions: dict[str, float] = {}
+        for path in self._groups.producers():
+            options, units = self._options_of(path), self._groups.made_by(path)
+            if options.signs is not None:
+                _take(taken, path, options.signs, self._groups.home_units(units))
+                continue
+            for source in self._groups.home(units).sources:
+                first = fractions.setdefault(source.name, options.excitatory_fraction)
+                if source.kind == "layer" and first != options.excitatory_fraction:
+                    raise OptionError(
+                        f"excitatory_fraction: {path!r} is given {options.excitatory_fraction} and "
+                        f"{source.name!r} {first}, but their outputs are added up and so are the "
+                        "same units; give them the same"
+                    )
+        return taken
 
-    def _take(self, path: str, signs: tuple[int, ...] | None, home: Tensor) -> None:
-        if signs is None or self._given is None:
-            return
-        if len(signs) != len(home):
-            raise OptionError(
-                f"signs: expected one for each of the {len(home)} outputs of {path!r}, found {len(signs)}"
-            )
-        wanted, known = torch.tensor(signs, dtype=torch.int8), self._given[home]
-        self._given[home] = wanted
-        if bool(((known != 0) & (known != wanted)).any()) or not torch.equal(self._given[home], wanted):
-            raise OptionError(
-                f"signs: those given for {path!r} contradict those of a layer whose outputs are added to its "
-                "own, and so are the same units; give them the same"
-            )
+
+def _take(taken: Tensor, path: str, signs: tuple[int, ...], home: Tensor) -> None:
+    """Enter the signs that a user gives for a layer's units."""
+    if len(signs) != len(home):
+        raise OptionError(
+            f"signs: expected one for each of the {len(home)} outputs of {path!r}, found {len(signs)}"
+        )
+    wanted, known = torch.tensor(signs, dtype=torch.int8), taken[home]
+    taken[home] = wanted
+    if bool(((known != 0) & (known != wanted)).any()) or not torch.equal(taken[home], wanted):
+        raise OptionError(
+            f"signs: those given for {path!r} contradict those of a layer whose outputs are added to its "
+            "own, and so are the same units; give them the same"
+        )
+
+
+def keep_row_signs(site: WeightSite, state: BioModule, fraction: float, seed: int) -> KeptSigns:
+    """Draw a sign for each row of a weight, and for each kernel of a convolution, unless it has them."""
+    if state.local_sign is None:
+        shape = site.parameter.shape
+        laid_out = (*shape[:2], *(1,) * (len(shape) - 2)) if len(shape) > 2 else (shape[0], 1)
+        drawn = _draw(int(torch.Size(laid_out).numel()), fraction, seed, site.parameter_path)
+        state.local_sign = drawn.reshape(laid_out).to(site.parameter.device)
+    return KeptSigns([(site.parameter_path, "local_sign")], None)
 
 
 def _draw(count: int, fraction: float, seed: int, path: str) -> Tensor:

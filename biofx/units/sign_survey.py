@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 
@@ -52,7 +53,9 @@ class SignSurvey:
 
     def is_readout(self, site: WeightSite) -> bool:
         """Whether it leads to nothing but outputs of the model; units that speak to each other do not."""
-        return site.node in self._last and site.role in ("input", "attention_output") and not self._recurs(site)
+        return (
+            site.node in self._last and site.role in ("input", "attention_output") and not self._recurs(site)
+        )
 
     def is_exempt(self, site: WeightSite) -> bool:
         """Whether all of its outputs are only compared with each other."""
@@ -61,6 +64,14 @@ class SignSurvey:
     def exempt_rows(self, site: WeightSite) -> Tensor:
         """Return which rows of the weight make outputs that are only compared, bool, ``(rows,)``."""
         return self.groups.exempt_rows(site)
+
+    def is_used_elsewhere(self, weight: Weight) -> bool:
+        """Whether there are uses of the parameter besides the weight's sites, which are left as they are."""
+        return self._uses[weight.path] > len(weight.sites)
+
+    @cached_property
+    def _uses(self) -> Counter[str]:
+        return Counter(site.parameter_path for site in self._sites)
 
     def has_known_signs(self, site: WeightSite) -> bool:
         """Whether every unit that it reads has a sign already."""
@@ -78,20 +89,16 @@ class SignSurvey:
             if bool(spoken[self.groups.home_units(units.flatten())].any())
         }
 
-    def what_is_not_guaranteed(self, weight: Weight) -> str:
+    def what_is_not_guaranteed(self, site: WeightSite) -> str:
         """Return words on what a sign does not say here, empty where it says it all."""
-        reading = self.reading(weight.sites[0])
+        reading = self.reading(site)
         told = ""
         if not reading.nonnegative:
             told += (
                 "; the activity that it reads may be negative, so a sign is that of the weights, "
                 "not of their effect"
             )
-        opened = [
-            source.name
-            for source in self.groups.home(reading.units).sources
-            if source.kind == "open"
-        ]
+        opened = [source.name for source in self.groups.home(reading.units).sources if source.kind == "open"]
         for name in opened:
             reason = next((why for node, why in self.groups.ends.items() if node.name == name), None)
             if reason is not None:

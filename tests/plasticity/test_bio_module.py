@@ -96,7 +96,7 @@ def test_layer_whose_weight_is_computed_says_so() -> None:
         ("crystallize", "its weight has no gradient"),
         ("fuzzy_learning_rates", "its weight has no gradient"),
         ("volume_dependent_lr", "its weight has no gradient"),
-        ("enforce_dales_principle", "its units have no signs"),
+        ("enforce_dales_principle", "its presynaptic units have no signs"),
         ("update_fuzzy_learning_rates", "its factors do not change"),
     ],
 )

@@ -18,9 +18,9 @@ DALE = biofx.BioConfig(
 
 def dale(mlp: nn.Module, **fields: Any) -> biofx.BioGraphModule:
     bio, _ = biofx.transform(mlp, DALE.replace(**fields))
-    for state in (bio.get_submodule("2.bio_mod"),):
-        assert isinstance(state, biofx.BioModule)
-        state.enforce_dales_principle()
+    state = bio.get_submodule("2.bio_mod")
+    assert isinstance(state, biofx.BioModule)
+    state.enforce_dales_principle()
     return bio
 
 
@@ -71,7 +71,7 @@ def test_factors_scale_the_exponent(mlp: nn.Module, vectors: Tensor) -> None:
     assert isinstance(state, biofx.BioModule)
     before = weight.detach().clone()
     bio(vectors).square().sum().backward()
-    moving = weight.grad != 0  # type: ignore[union-attr]
+    moving = weight.grad != 0
     optimizer.step()
     exponent = (weight.detach() / before).log() * state.signs() / -0.1
     factors = state.fuzzy_learning_rate_parameters

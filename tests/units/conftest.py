@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 import biofx
-from biofx.sites import WeightSite, find_sites
+from biofx.sites import find_sites
 
 
 class _BetweenLayers(Interpreter):
@@ -28,7 +28,7 @@ class _BetweenLayers(Interpreter):
         site = self._sites.get(n)
         if site is None:
             return super().run_node(n)
-        self.read[n] = _channels_first(self.env[n.args[0]], site.kind.channel_axis).clone()
+        self.read[n] = _channels_first(self.env[n.all_input_nodes[0]], site.kind.channel_axis).clone()
         self.made[n] = self._told[n] if n in self._told else super().run_node(n)
         return self.made[n].clone()  # what follows may write to it
 
@@ -49,7 +49,9 @@ def moved_columns(model: torch.nn.Module, x: Tensor) -> tuple[biofx.UnitGroups, 
     base = _BetweenLayers(graph_module, {})
     base.run(x)
     groups = biofx.unit_groups(graph_module)
-    moved = {site.parameter_path: [set() for _ in range(site.input_channels)] for site in sites.values()}
+    moved: dict[str, list[set[int]]] = {
+        site.parameter_path: [set() for _ in range(site.input_channels)] for site in sites.values()
+    }
     for node, site in sites.items():
         units = groups.home_units(groups.made_by(site.parameter_path)).tolist()
         for row, unit in enumerate(units):
@@ -71,9 +73,7 @@ def told_columns(groups: biofx.UnitGroups) -> dict[str, list[set[int]]]:
     """Return for each weight and column the unit of a layer that the analysis says it reads, if any."""
     made = {int(unit) for path in groups.producers() for unit in groups.home_units(groups.made_by(path))}
     return {
-        reading.site.parameter_path: [
-            {unit} & made for unit in groups.home_units(reading.units).tolist()
-        ]
+        reading.site.parameter_path: [{unit} & made for unit in groups.home_units(reading.units).tolist()]
         for reading in groups.readings
     }
 
@@ -89,7 +89,7 @@ def who_is_said_to() -> Callable[..., Any]:
 
 
 def columns_of(model: torch.nn.Module) -> dict[str, list[str]]:
-    """Return for each weight what it reads at each column, as ``"layer[output]"`` of the unit's first maker."""
+    """Return for each weight what it reads at each column: ``"layer[output]"`` of the unit's first maker."""
     groups = biofx.unit_groups(biofx.capture(model))
     return {reading.site.parameter_path: _names(groups, reading.units) for reading in groups.readings}
 
@@ -106,6 +106,3 @@ def _names(groups: biofx.UnitGroups, units: Tensor) -> list[str]:
 @pytest.fixture
 def columns() -> Callable[[torch.nn.Module], dict[str, list[str]]]:
     return columns_of
-
-
-__all__ = ["WeightSite"]

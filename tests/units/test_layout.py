@@ -5,6 +5,9 @@ Whatever a layout says must be what that tensor then holds; it may say that it d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +18,7 @@ from biofx.units.layout import Axis, Layout, LayoutError, concatenated
 from biofx.units.reshaping import Size, reshaped_layout
 
 Pair = tuple[Tensor, Layout]
+Step = Callable[[Any, Tensor, Layout], Pair]
 
 
 def units_along(value: Tensor, position: int) -> list[set[int]]:
@@ -51,13 +55,13 @@ def starts(draw: st.DrawFn) -> Pair:
     return value.expand(shape).contiguous(), Layout(labels, axes)
 
 
-def flatten(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
+def flatten(draw: Any, value: Tensor, layout: Layout) -> Pair:
     first = draw(st.integers(-value.dim(), -1))
     last = draw(st.integers(first, -1))
     return value.flatten(first, last), layout.flattened(first, last)
 
 
-def unflatten(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
+def unflatten(draw: Any, value: Tensor, layout: Layout) -> Pair:
     position = draw(st.integers(-value.dim(), -1))
     size = value.shape[position]
     factor = draw(st.sampled_from([part for part in range(1, size + 1) if size % part == 0]))
@@ -67,22 +71,22 @@ def unflatten(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
     return value.unflatten(position, (factor, size // factor)), layout.unflattened(position, sizes)
 
 
-def transpose(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
+def transpose(draw: Any, value: Tensor, layout: Layout) -> Pair:
     first, second = (draw(st.integers(-value.dim(), -1)) for _ in range(2))
     return value.transpose(first, second), layout.moved({first: second, second: first})
 
 
-def permute(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
+def permute(draw: Any, value: Tensor, layout: Layout) -> Pair:
     order = draw(st.permutations(range(-value.dim(), 0)))
     return value.permute(*order), layout.moved({old: new - len(order) for new, old in enumerate(order)})
 
 
-def unsqueeze(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
+def unsqueeze(draw: Any, value: Tensor, layout: Layout) -> Pair:
     position = draw(st.integers(-value.dim() - 1, -1))
     return value.unsqueeze(position), layout.shifted(position, -1)
 
 
-def squeeze(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
+def squeeze(draw: Any, value: Tensor, layout: Layout) -> Pair:
     ones = [p for p in range(-value.dim(), 0) if value.shape[p] == 1 and layout.axis_at(p) is None]
     if not ones:
         return value, layout
@@ -90,13 +94,13 @@ def squeeze(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
     return value.squeeze(position), layout.shifted(position - 1, 1)
 
 
-def number(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
+def number(draw: Any, value: Tensor, layout: Layout) -> Pair:
     position = draw(st.integers(-value.dim(), -1))
     index = draw(st.integers(0, value.shape[position] - 1))
     return value.select(position, index), layout.taken(position, index)
 
 
-def part(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
+def part(draw: Any, value: Tensor, layout: Layout) -> Pair:
     position = draw(st.integers(-value.dim(), -1))
     start = draw(st.integers(0, value.shape[position] - 1))
     stop = draw(st.integers(start + 1, value.shape[position]))
@@ -106,7 +110,7 @@ def part(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
     return value[tuple(index)], layout.taken(position, entry)
 
 
-def chunk_and_swap(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
+def chunk_and_swap(draw: Any, value: Tensor, layout: Layout) -> Pair:
     position = draw(st.integers(-value.dim(), -1))
     size = value.shape[position]
     cut = draw(st.integers(0, size))
@@ -115,19 +119,20 @@ def chunk_and_swap(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
     return torch.cat(pieces[::-1], position), concatenated(parts, position)
 
 
-def index_list(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
+def index_list(draw: Any, value: Tensor, layout: Layout) -> Pair:
     position = draw(st.integers(-value.dim(), -1))
     size = value.shape[position]
-    chosen = torch.tensor(draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5)))
+    numbers: list[int] = draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5))
+    chosen = torch.tensor(numbers)
     return value.index_select(position, chosen), layout.taken(position, chosen)
 
 
-def stack(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
+def stack(draw: Any, value: Tensor, layout: Layout) -> Pair:
     position = draw(st.integers(-value.dim() - 1, -1))
     return torch.stack([value, value], position), layout.shifted(position, -1)
 
 
-def reshape(draw: st.DrawFn, value: Tensor, layout: Layout) -> Pair:
+def reshape(draw: Any, value: Tensor, layout: Layout) -> Pair:
     """Merge, keep and take apart; a size is given as a number, as sizes of axes, or left open once."""
     asked: list[Size] = []
     shape: list[int] = []
@@ -161,9 +166,11 @@ STEPS = (
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.data(), starts(), st.lists(st.sampled_from(STEPS), min_size=1, max_size=5))
-def test_a_layout_says_what_a_tensor_of_units_holds(data: st.DataObject, start: Pair, steps: list) -> None:
+def test_a_layout_says_what_a_tensor_of_units_holds(
+    data: st.DataObject, start: Pair, steps: list[Step]
+) -> None:
     value, layout = start
     assert check(value, layout) == len(layout.axes)
     for step in steps:
@@ -177,9 +184,11 @@ def test_a_layout_says_what_a_tensor_of_units_holds(data: st.DataObject, start: 
             check(value, layout)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.data(), starts(), st.lists(st.sampled_from([reshape, reshape, transpose]), min_size=1, max_size=3))
-def test_a_reshape_of_axes_is_followed_or_refused(data: st.DataObject, start: Pair, steps: list) -> None:
+def test_a_reshape_of_axes_is_followed_or_refused(
+    data: st.DataObject, start: Pair, steps: list[Step]
+) -> None:
     value, layout = start
     for step in steps:
         try:
@@ -207,7 +216,10 @@ def test_channels_last_flattened_repeats_the_units() -> None:
     [
         (lambda layout: layout.columns(-1, 4), "lie along axis -3, and not along axis -1"),
         (lambda layout: layout.columns(-3, 5), "4 units were expected along axis -3, found 5"),
-        (lambda layout: layout.flattened(-3, -1).columns(-1, 6), "4 units were expected along axis -1, found 6"),
+        (
+            lambda layout: layout.flattened(-3, -1).columns(-1, 6),
+            "4 units were expected along axis -1, found 6",
+        ),
         (lambda layout: layout.flattened(-4, -1), "surround"),
         (lambda layout: layout.flattened(-3, -1).unflattened(-1, [4, 9]), "size of a flattened axis"),
         (lambda layout: layout.unflattened(-3, [3, None]), "taken apart into"),
@@ -216,6 +228,6 @@ def test_channels_last_flattened_repeats_the_units() -> None:
         (lambda layout: concatenated([layout, layout.flattened(-3, -2)], -3), "along different axes"),
     ],
 )
-def test_what_is_not_known_is_not_said(ask, words: str) -> None:
+def test_what_is_not_known_is_not_said(ask: Callable[[Layout], Any], words: str) -> None:
     with pytest.raises(LayoutError, match=words):
         ask(Layout.along(torch.arange(4), -3))
