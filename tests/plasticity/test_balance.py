@@ -86,7 +86,7 @@ def activity_of_layer_ten(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def participation_ratio(activity: Tensor) -> float:
-    """How many dimensions are in use: (sum of the covariance's eigenvalues)² over the sum of their squares."""
+    """How many dimensions are in use: (sum of eigenvalues)² over the sum of their squares."""
     eigenvalues = torch.linalg.eigvalsh(torch.cov(activity.T.double()))
     return float(eigenvalues.sum() ** 2 / eigenvalues.square().sum())
 
