@@ -36,6 +36,7 @@ class Wrappable(Protocol):
     def weight_node(self) -> Node | None:
         """The expression it reads, None while a module still hides it."""
 
+
 OPTIONS = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
 """What a layer's function takes besides tensors, and the values that say nothing new."""
 

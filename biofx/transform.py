@@ -15,8 +15,8 @@ from biofx.errors import OptionError
 from biofx.graph_module import BioGraphModule
 from biofx.pass_base import PassResult
 from biofx.pipeline import Observer, Pipeline
-from biofx.reproducer import note_reproducer
 from biofx.record import add_step, matches_of, remembering, remembering_config
+from biofx.reproducer import note_reproducer
 from biofx.select import NodeIndex, Selector
 
 
