@@ -158,10 +158,10 @@ class _Search:
             good, bad = (good, middle) if self._is_bad(stages[:middle]) else (middle, bad)
         earlier, stage = stages[:good], stages[good]
         fewest: tuple[Pass, ...]
-        if self._is_bad((*earlier, Pipeline((stage,), exclude=_everything))):
+        names = self._candidates(earlier, stage)
+        if not names or self._is_bad((*earlier, Pipeline((stage,), exclude=_everything))):
             fewest = self._without_earlier(earlier, stage)
             return Culprit(stage, None, self.told, None, False, fewest, self.tries)
-        names = self._candidates(earlier, stage)
         good, bad = 0, len(names)
         while bad - good > 1:
             middle = (good + bad) // 2
