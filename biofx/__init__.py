@@ -8,7 +8,7 @@ True
 """
 
 from biofx import passes
-from biofx.bisect import Culprit, bisect
+from biofx.bisection import Culprit, bisect
 from biofx.capture import capture
 from biofx.compile_config import compile_config
 from biofx.config import BioConfig, Distribution

@@ -108,8 +108,8 @@ def bisect(
     >>> import torch
     >>> def is_not_finite(bio_model):
     ...     return not bio_model(torch.ones(1, 2)).isfinite().all()
-    >>> layers = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> culprit = bisect(layers, passes="scale-gradients,split-weights{activation=torch.log}",
+    >>> layers = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> culprit = bisect(layers, passes="scale-gradients,split-weights{activation=torch.acosh}",
     ...                  predicate=is_not_finite)
     >>> culprit.stage.name, culprit.node, culprit.alone
     ('split-weights', '_0', True)
