@@ -8,7 +8,7 @@ True
 """
 
 from biofx import passes
-from biofx.bisect import Culprit, bisect
+from biofx.bisection import Culprit, bisect
 from biofx.capture import capture
 from biofx.check import check
 from biofx.check_report import Audit, Finding

@@ -213,7 +213,7 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _bisect(options: argparse.Namespace) -> None:
-    from biofx.bisect import bisect
+    from biofx.bisection import bisect
     from biofx.progress import shown
     from biofx.targets import load_script, model_in
 

@@ -108,8 +108,8 @@ def bisect(
     >>> import torch
     >>> def is_not_finite(bio_model):
     ...     return not bio_model(torch.ones(1, 2)).isfinite().all()
-    >>> layers = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> culprit = bisect(layers, passes="scale-gradients,split-weights{activation=torch.log}",
+    >>> layers = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> culprit = bisect(layers, passes="scale-gradients,split-weights{activation=torch.acosh}",
     ...                  predicate=is_not_finite)
     >>> culprit.stage.name, culprit.node, culprit.alone
     ('split-weights', '_0', True)
@@ -158,10 +158,10 @@ class _Search:
             good, bad = (good, middle) if self._is_bad(stages[:middle]) else (middle, bad)
         earlier, stage = stages[:good], stages[good]
         fewest: tuple[Pass, ...]
-        if self._is_bad((*earlier, Pipeline((stage,), exclude=_everything))):
+        names = self._candidates(earlier, stage)
+        if not names or self._is_bad((*earlier, Pipeline((stage,), exclude=_everything))):
             fewest = self._without_earlier(earlier, stage)
             return Culprit(stage, None, self.told, None, False, fewest, self.tries)
-        names = self._candidates(earlier, stage)
         good, bad = 0, len(names)
         while bad - good > 1:
             middle = (good + bad) // 2
