@@ -115,15 +115,20 @@ class SignStore:
 
     def knows(self, reading: Reading) -> bool:
         """Whether all the signs that a weight would read are kept already."""
-        for source in self._groups.home(reading.units).sources:
-            path = bio_module_path(self._local.get(source, (source.name, 0))[0])
-            try:
-                state = self._graph_module.get_submodule(path)
-            except AttributeError:
-                return False
-            if getattr(state, "sign" if source.kind == "layer" else "local_sign") is None:
-                return False
-        return True
+        return all(
+            self._kept(self._local.get(source, (source.name, 0))[0], of_layer=source.kind == "layer")
+            is not None
+            for source in self._groups.home(reading.units).sources
+        )
+
+    def _kept(self, path: str, *, of_layer: bool) -> Tensor | None:
+        """Return the signs that the state of a weight keeps already, None if it keeps none."""
+        try:
+            state = self._graph_module.get_submodule(bio_module_path(path))
+        except AttributeError:
+            return None
+        kept: Tensor | None = getattr(state, "sign" if of_layer else "local_sign")
+        return kept
 
     def _signs(self, path: str, buffer: str) -> Tensor:
         """Return what a state keeps."""
@@ -133,8 +138,6 @@ class SignStore:
             kept = self._layer_signs(path) if buffer == "sign" else self._local_signs(path)
             kept = kept.to(state.weight.device if state.parameter is not None else "cpu")
             setattr(state, buffer, kept)
-        elif buffer == "sign":
-            self._check_kept(path, kept)
         return kept
 
     def _check_kept(self, path: str, kept: Tensor) -> None:
@@ -175,8 +178,12 @@ class SignStore:
         fractions: dict[str, float] = {}
         for path in self._groups.producers():
             options, units = self._options_of(path), self._groups.made_by(path)
-            if options.signs is not None:
+            kept = self._kept(path, of_layer=True)
+            if kept is not None:
+                self._check_kept(path, kept)
+            elif options.signs is not None:
                 _take(taken, path, options.signs, self._groups.home_units(units))
+            if options.signs is not None:
                 continue
             for source in self._groups.home(units).sources:
                 first = fractions.setdefault(source.name, options.excitatory_fraction)

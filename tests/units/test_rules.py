@@ -14,9 +14,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx.ops import pool_synapses
-
-Columns = Callable[[nn.Module], dict[str, list[str]]]
-Oracle = Callable[..., Any]
+from tests.units.oracle import columns_of, moved_columns, told_columns
 
 
 class Net(nn.Module):
@@ -110,13 +108,13 @@ def between(function: Callable[[Tensor], Tensor], readers: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", BETWEEN)
-def test_columns_written_out(name: str, columns: Columns, who_moves: Oracle, who_is_said_to: Oracle) -> None:
+def test_columns_written_out(name: str) -> None:
     function, expected = BETWEEN[name]
     model = between(function, len(expected))
-    assert columns(model)["b.weight"] == expected
-    groups, moved = who_moves(model, 1 + torch.rand(2, 1, 6, 6, dtype=torch.float64))
+    assert columns_of(model)["b.weight"] == expected
+    groups, moved = moved_columns(model, 1 + torch.rand(2, 1, 6, 6, dtype=torch.float64))
     if name != "clamp" and not name.startswith(("tanh", "sigmoid", "relu6", "hard")):  # those saturate
-        assert moved == who_is_said_to(groups)
+        assert moved == told_columns(groups)
     assert not groups.ends
 
 
@@ -224,20 +222,20 @@ WHOLE: dict[str, tuple[nn.Module, dict[str, list[str]]]] = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_models_written_out(name: str, columns: Columns) -> None:
+def test_models_written_out(name: str) -> None:
     model, expected = WHOLE[name]
-    found = columns(model)
+    found = columns_of(model)
     assert {path: found[path] for path in expected} == expected
     groups = biofx.unit_groups(biofx.capture(model))
     assert bool(groups.ends) == ("open[0]" in found["c.weight" if "c.weight" in found else "b.weight"])
 
 
-def test_units_of_a_recurrent_layer_speak_to_themselves_and_to_the_layer_above(columns: Columns) -> None:
+def test_units_of_a_recurrent_layer_speak_to_themselves_and_to_the_layer_above() -> None:
     for kind in (nn.GRU, nn.LSTM, nn.RNN):
         model = Net(
             lambda m, x: m.b(m.a(x)[0]), a=kind(3, 2, num_layers=2, bidirectional=True), b=nn.Linear(4, 2)
         )
-        found = columns(model)
+        found = columns_of(model)
         for layer in (0, 1):
             for way in ("", "_reverse"):
                 own = f"a.weight_hh_l{layer}{way}"
@@ -250,14 +248,14 @@ def test_units_of_a_recurrent_layer_speak_to_themselves_and_to_the_layer_above(c
         assert found["a.weight_ih_l0"] == ["input[0]", "input[1]", "input[2]"]
 
 
-def test_attention_passes_values_on_and_exempts_queries_and_keys(columns: Columns) -> None:
+def test_attention_passes_values_on_and_exempts_queries_and_keys() -> None:
     model = Net(
         lambda m, x: m.b(m.attend(m.a(x), m.a(x), m.a(x), need_weights=False)[0]),
         a=nn.Linear(3, 4),
         attend=nn.MultiheadAttention(4, 2, batch_first=True),
         b=nn.Linear(4, 2),
     )
-    found = columns(model)
+    found = columns_of(model)
     assert found["attend.in_proj_weight"] == SAME
     assert found["attend.out_proj.weight"] == [f"attend.in_proj_weight[{unit}]" for unit in range(8, 12)]
     assert found["b.weight"] == [f"attend.out_proj[{unit}]" for unit in range(4)]
@@ -300,15 +298,15 @@ def test_attention_written_by_hand() -> None:
 
 
 def test_a_rule_of_ones_own_takes_the_place_of_the_end(
-    columns: Columns, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from biofx.units.flow import RULES
 
     model = between(lambda x: torch.cumsum(x, 2), 4)
-    assert columns(model)["b.weight"][0] == "open[0]"
+    assert columns_of(model)["b.weight"][0] == "open[0]"
     monkeypatch.setitem(RULES, torch.cumsum, RULES.get(torch.cumsum))
     biofx.add_unit_rule(torch.cumsum, lambda call: call.keeps())
-    assert columns(model)["b.weight"] == SAME
+    assert columns_of(model)["b.weight"] == SAME
 
 
 STEPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -334,22 +332,15 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4), st.booleans())
 def test_columns_are_those_that_move(names: list[str], is_flat: bool) -> None:
-    from importlib import util
-    from pathlib import Path
-
-    spec = util.spec_from_file_location("oracle", Path(__file__).with_name("conftest.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    oracle = util.module_from_spec(spec)
-    spec.loader.exec_module(oracle)
-
     def between_layers(x: Tensor) -> Tensor:
         for name in names:
             x = STEPS[name](x)
         return x.flatten(1) if is_flat else x
 
-    with torch.no_grad():
+    try:
         made = between_layers(torch.ones(1, 4, 4, 4))
+    except RuntimeError:  # torch refuses: the map is too small by then
+        return
     if made.shape[1] > 600:
         return
     reader = nn.Linear(made.shape[1], 2) if is_flat else nn.Conv2d(made.shape[1], 2, 1)
@@ -357,8 +348,8 @@ def test_columns_are_those_that_move(names: list[str], is_flat: bool) -> None:
     with torch.no_grad():
         model.a.weight.abs_()  # type: ignore[operator,union-attr]
         model.a.bias.fill_(0.1)  # type: ignore[operator,union-attr]
-    groups, moved = oracle.moved_columns(model, 1 + torch.rand(2, 1, 4, 4, dtype=torch.float64))
-    told = oracle.told_columns(groups)
+    groups, moved = moved_columns(model, 1 + torch.rand(2, 1, 4, 4, dtype=torch.float64))
+    told = told_columns(groups)
     if groups.ends:  # how often a stacked unit is repeated is not known, so some operations are refused
         assert "stack" in names
         return

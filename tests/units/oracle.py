@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
@@ -78,16 +76,6 @@ def told_columns(groups: biofx.UnitGroups) -> dict[str, list[set[int]]]:
     }
 
 
-@pytest.fixture
-def who_moves() -> Callable[..., Any]:
-    return moved_columns
-
-
-@pytest.fixture
-def who_is_said_to() -> Callable[..., Any]:
-    return told_columns
-
-
 def columns_of(model: torch.nn.Module) -> dict[str, list[str]]:
     """Return for each weight what it reads at each column: ``"layer[output]"`` of the unit's first maker."""
     groups = biofx.unit_groups(biofx.capture(model))
@@ -101,8 +89,3 @@ def _names(groups: biofx.UnitGroups, units: Tensor) -> list[str]:
         name = source.name.removesuffix(".weight") if source.kind == "layer" else source.kind
         names.append(f"{name}[{unit - source.first}]")
     return names
-
-
-@pytest.fixture
-def columns() -> Callable[[torch.nn.Module], dict[str, list[str]]]:
-    return columns_of
