@@ -1,7 +1,8 @@
 """What survives what: every mechanism through everything that happens to a model, measured.
 
-``python tools/durability.py`` prints the table, with ``-v`` what was raised in each cell. Each cell compares outputs and gradients with the mechanism's
-definition written out by hand below, and makes sure that the plain model would not have passed.
+``python tools/durability.py`` prints the table, with ``-v`` what was raised in each cell. A cell compares
+outputs and gradients with the mechanism's definition, written out by hand below, after making sure that the
+plain model would not pass.
 
 kept     outputs and gradients are those of the definition
 refused  biofx raises an error that says why and what to do
