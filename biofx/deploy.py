@@ -43,8 +43,9 @@ def deploy(bio_model: nn.Module) -> GraphModule:
 
     Raises:
         InputError: it is no graph module, or it is sharded.
-        PassError: the graph draws random numbers from nothing or writes to a buffer, which a plain graph
-            module forgets when it is saved; or it holds something of biofx's that has no plain form.
+        PassError: an argument that must have its default is not the last; the graph draws random numbers from
+            nothing or writes to a buffer, which a plain graph module forgets when it is saved; or it holds
+            something of biofx's that has no plain form.
 
     >>> import biofx
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -98,12 +99,15 @@ def _settle(flag: Node, value: bool) -> None:
 
 def _drop_what_learns(own: GraphModule) -> None:
     """Take out gradient factors, observers, checks of arguments, and training flags."""
+    fixed: list[Any] = []
     for node in list(own.graph.nodes):
         if node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
             _settle(node, False)
         elif node.target in (ops.scale_gradient, ops.observe_activity):
             node.replace_all_uses_with(node.args[0])
-        elif node.target in (require_default, require_tensor):
+        elif node.target is require_default:
+            fixed.append(node.args[0])
+        elif node.target is require_tensor:
             pass
         elif node.op == "call_module" and isinstance(
             function := own.get_submodule(str(node.target)), OpaqueActivation
@@ -118,6 +122,24 @@ def _drop_what_learns(own: GraphModule) -> None:
         else:
             continue
         own.graph.erase_node(node)
+    _drop_fixed_arguments(own, fixed)
+
+
+def _drop_fixed_arguments(own: GraphModule, fixed: list[Node]) -> None:
+    """Take arguments out of the signature that must have their default, now that nothing checks that.
+
+    Raises:
+        PassError: one stands before others, which would move up to its place.
+    """
+    arguments = list(own.graph.find_nodes(op="placeholder"))
+    while arguments and arguments[-1] in fixed and not arguments[-1].users:
+        own.graph.erase_node(arguments.pop())
+    left = next((node for node in fixed if node in arguments), None)
+    if left is not None:
+        raise PassError(
+            f"argument {left.target!r} must have its default, which a plain model does not check, and stands "
+            "before other arguments; deploy a model whose forward has it last, or not at all"
+        )
 
 
 def _write_out_pools(own: GraphModule) -> None:

@@ -404,6 +404,24 @@ def test_what_a_file_cannot_carry_the_user_makes_again(make: Callable[[], Any], 
     assert snapshot(again) == snapshot(bio_model)
 
 
+class Inner(nn.Module):
+    """A weight without a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.raw)
+
+
+def test_the_state_of_a_weight_without_a_layer(tmp_path: Path) -> None:
+    bio_model, _ = biofx.transform(nn.Sequential(Inner(), nn.Linear(4, 2)), EVERYTHING)
+    biofx.save(bio_model, tmp_path / "model.pt")
+    loaded = biofx.load(tmp_path / "model.pt", nn.Sequential(Inner(), nn.Linear(4, 2)))
+    assert snapshot(loaded) == snapshot(bio_model)
+
+
 def test_what_cannot_be_saved_leaves_the_older_file(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     bio_model, _, _ = saved_run(path)
