@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 from biofx.errors import InputError, OptionError
@@ -119,7 +119,8 @@ def fold_weight(
             groups=groups,
             transposed=transposed,
         )
-    if groups == 1 and not transposed and weight.is_contiguous() and is_plain_eager():
+    dense = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous()
+    if groups == 1 and not transposed and dense and is_plain_eager():
         return _tensor(_FoldDense.apply(weight, rows, columns, inner))  # type: ignore[no-untyped-call]
     if inner > 1:
         weight = weight.unflatten(1, (-1, columns, inner)).sum(2).flatten(1)

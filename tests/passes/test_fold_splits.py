@@ -373,7 +373,7 @@ def test_gradients_of_each_sample_and_tangents(mlp: nn.Module, vectors: Tensor) 
     folded, plain = fold(mlp).graph_module, unfolded(mlp)
     found = []
     for model in (folded, plain):
-        parameters = dict(model.named_parameters())
+        parameters: dict[str, Tensor] = dict(model.named_parameters())
 
         def loss(values: dict[str, Tensor], x: Tensor, model: nn.Module = model) -> Any:
             return torch.func.functional_call(model, values, (x,)).square().sum()
