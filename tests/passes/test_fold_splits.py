@@ -303,8 +303,9 @@ def test_a_second_application_changes_nothing(mlp: nn.Module) -> None:
     assert biofx.format_graph(twice) == biofx.format_graph(once)
 
 
-def test_weight_passes_refuse_a_folded_weight(mlp: nn.Module) -> None:
-    _, report = biofx.transform(fold(mlp).graph_module, passes="scale-gradients")
+@pytest.mark.parametrize("late", ["scale-gradients", "constrain-signs", "observe-activity"])
+def test_what_comes_before_a_fold_refuses_a_folded_weight(mlp: nn.Module, late: str) -> None:
+    _, report = biofx.transform(fold(mlp).graph_module, passes=late)
     (message,) = {remark.message for remark in report.remarks if remark.layer == "2"}
     assert "folded already" in message
 
