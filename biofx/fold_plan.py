@@ -36,7 +36,12 @@ class FoldPlan:
         self._sites = {site.node: site for site in sites.found}
         self._bystanders = sites.bystanders
         obstacles = {site.node: site.obstacle for site in sites.found if site.obstacle is not None}
-        self._left_alone = {**obstacles, **left_alone}
+        compound = {
+            site.node: f"{site.kind.name} has several weights, which read different inputs"
+            for site in sites.found
+            if site.kind.is_compound
+        }
+        self._left_alone = {**compound, **obstacles, **left_alone}
         self.folds: dict[Node, Fold] = {}
         self.flow = Flow({}, {})
         pools = graph_module.graph.find_nodes(op="call_function", target=ops.pool_synapses)

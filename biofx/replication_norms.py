@@ -159,7 +159,7 @@ def _statistics(source: Replication) -> str:
 
 
 NORM_RULES: dict[str, Rule] = {
-    **dict.fromkeys(("batchnorm1d", "batchnorm2d", "batchnorm3d"), _batch_norm),
+    **dict.fromkeys(("batchnorm1d", "batchnorm2d", "batchnorm3d", "batch_norm"), _batch_norm),
     **dict.fromkeys(("layernorm", "layer_norm"), _layer_norm),
     **dict.fromkeys(("groupnorm", "group_norm"), _group_norm),
     **dict.fromkeys(("instancenorm1d", "instancenorm2d", "instancenorm3d"), _instance_norm),
