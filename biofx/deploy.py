@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -13,9 +12,12 @@ from torch.fx.node import map_arg
 from biofx import ops
 from biofx.activation import OpaqueActivation
 from biofx.errors import InputError, PassError
+from biofx.fold_ops import require_axes
 from biofx.graph_module import BioGraphModule
 from biofx.guards import require_default, require_tensor
 from biofx.in_place import changed_in_place
+from biofx.passes.fold_splits import FoldSplits
+from biofx.plain_operators import write_out
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
 from biofx.raising import raise_layers
@@ -72,8 +74,9 @@ def deploy(bio_model: nn.Module) -> GraphModule:
         )
     own = BioGraphModule.copy_of(model).eval()
     _drop_what_learns(own)
+    own = _folded(own)
     evaluate_weights(own)
-    _write_out_pools(own)
+    write_out(own)
     raise_layers(own)
     for module in own.modules():
         if isinstance(module._modules.get("bio_mod"), BioModule):
@@ -103,7 +106,7 @@ def _drop_what_learns(own: GraphModule) -> None:
     for node in list(own.graph.nodes):
         if node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
             _settle(node, False)
-        elif node.target in (ops.scale_gradient, ops.observe_activity):
+        elif node.target in (ops.scale_gradient, ops.observe_activity, ops.drop_pairs):
             node.replace_all_uses_with(node.args[0])
         elif node.target is require_default:
             fixed.append(node.args[0])
@@ -142,20 +145,14 @@ def _drop_fixed_arguments(own: GraphModule, fixed: list[Node]) -> None:
         )
 
 
-def _write_out_pools(own: GraphModule) -> None:
-    """Write pools of synapses as operations of torch."""
-    for node in list(own.graph.find_nodes(op="call_function", target=ops.pool_synapses)):
-        gamma, axis = node.kwargs["gamma"], node.kwargs["channel_axis"]
-        (x,) = node.args
-        with own.graph.inserting_before(node):
-            grouped = own.graph.call_function(torch.unflatten, (x, axis, [-1, gamma]))
-            summed = own.graph.call_method("sum", (grouped, axis), {"keepdim": True})
-            spread = own.graph.call_method("expand_as", (summed, grouped))
-            flat = own.graph.call_method("flatten", (spread, axis - 1, axis))
-        for made in (grouped, summed, spread, flat):
-            made.meta = dict(node.meta)
-        node.replace_all_uses_with(flat)
-        own.graph.erase_node(node)
+def _folded(own: BioGraphModule) -> BioGraphModule:
+    """Return the model with its sums over synapses in its weights, where it takes the same inputs then."""
+    folded = FoldSplits().on_own(BioGraphModule.copy_of(own)).graph_module
+
+    def checks(graph_module: GraphModule) -> int:
+        return len(graph_module.graph.find_nodes(op="call_function", target=require_axes))
+
+    return folded if checks(folded) == checks(own) else own
 
 
 def _refuse_what_saving_forgets(own: GraphModule) -> None:
