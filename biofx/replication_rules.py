@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from biofx import guards, ops
+from biofx import guards, norm_ops, ops
 from biofx.dataflow import short_name
 from biofx.replication import Call, Outcome, Replication, ReplicationEnds, Rule
-from biofx.replication_norms import NORM_RULES
+from biofx.replication_norms import NORM_RULES, lowered_batch_norm
 from biofx.replication_shapes import SHAPE_RULES
 
 
@@ -206,4 +206,8 @@ _RULES: dict[str, Rule] = {
     **SHAPE_RULES,
     **NORM_RULES,
 }
-_OWN_RULES: dict[Any, Rule] = {ops.observe_activity: _observe, guards.require_tensor: _same_answer}
+_OWN_RULES: dict[Any, Rule] = {
+    ops.observe_activity: _observe,
+    guards.require_tensor: _same_answer,
+    norm_ops.batch_norm: lowered_batch_norm,
+}

@@ -47,7 +47,7 @@ class ObserveActivity(Pass):
                 yield missed(site.node, site.layer, site.told(site.why_no_channels))
             elif any(user.target is ops.observe_activity for user in output.users):
                 yield missed(site.node, site.layer, "its activity is observed already")
-            elif fold_behind(site.node) is not None:
+            elif fold_behind(site.weight_node) is not None:
                 yield missed(site.node, site.layer, "its weight is folded already; observe it before")
             else:
                 self._observe(graph_module, site, output)
