@@ -30,6 +30,8 @@ def attributed(changes: list[Change], graph_module: GraphModule, remarks: list[R
             _inherit(node, because, node.all_input_nodes)
     for node in reversed(new_nodes):
         _inherit(node, because, node.users)
+    for node in graph_module.graph.nodes:  # what a rewrite lets through may need a change further on
+        _inherit(node, because, node.all_input_nodes)
     return [dataclasses.replace(change, because=because.get(change.node)) for change in changes]
 
 

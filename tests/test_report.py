@@ -116,6 +116,26 @@ def test_every_change_belongs_to_a_candidate_that_was_rewritten(model: nn.Module
     assert all(change.because for change in report.changes)
 
 
+class Shifted(nn.Module):
+    """Sets the members of a connection apart where nothing that a pass speaks of stands beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.shift = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(torch.relu(self.first(x))) + self.shift)  # type: ignore[no-any-return]
+
+
+def test_a_change_behind_nodes_that_stay_belongs_to_the_rewrite_before_them() -> None:
+    report = biofx.transform(Shifted(), BioConfig(weight_splitting_Gamma=2)).report
+    because = {change.node: change.because for change in report.passes[-1].changes}
+    assert {"tanh_spread", "add", "first_folded"} <= set(because)
+    assert "tanh" not in because
+    assert because["add"] == because["tanh_spread"] == because["relu"] == "first"
+
+
 def test_every_layer_has_a_remark_of_every_pass(model: nn.Module) -> None:
     captured = biofx.capture(model)
     layers = (nn.Linear, nn.Conv2d)

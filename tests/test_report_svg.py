@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioConfig, InputError, OptionError, Report
+from biofx import BioConfig, InputError, OptionError, Report, passes
 from biofx.drawing import PALETTE
 from biofx.graph_view import GraphView, NodeView
+from biofx.model_tree import STYLES
 from biofx.report import Change, PassReport, Remark
 from biofx.report_svg import escaped, shortened
 
@@ -98,6 +99,19 @@ def test_what_cannot_be_drawn_is_refused(mlp: nn.Module) -> None:
     side: Any = "behind"
     with pytest.raises(OptionError, match="expected one of 'before', 'after', 'both', found 'behind'"):
         biofx.transform(mlp).report.to_svg(graph=side)
+
+
+def test_every_pass_of_biofx_has_a_colour_of_its_own_in_the_legend(mlp: nn.Module) -> None:
+    own = [getattr(passes, name).name for name in passes.__all__]
+    report = biofx.transform(mlp, passes=",".join(own)).report
+    assert sorted(entry.name for entry in report.passes) == sorted(own)
+    (legend,) = [g for g in parsed(report.to_svg()).iter(f"{SVG}g") if g.get("class") == "legend"]
+    squares = [str(square.get("class")) for square in legend.iter(f"{SVG}rect")]
+    assert squares == [f"p{number}" for number in range(len(own))]
+    told = [str(text.text) for text in legend.iter(f"{SVG}text")][1:]
+    assert all(text.startswith(entry.text) for text, entry in zip(told, report.passes, strict=True))
+    assert len(set(PALETTE)) == len(PALETTE) >= len(own)
+    assert len(set(STYLES)) == len(STYLES) >= len(own)  # those of the tree in a terminal
 
 
 def test_more_passes_than_colours_start_again(mlp: nn.Module) -> None:
