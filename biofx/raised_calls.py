@@ -205,7 +205,8 @@ def _affine_norm(kind: type[nn.Module], *names: str) -> Callable[[_Reading], Lay
             return None
         shape = given["normalized_shape"] if "normalized_shape" in given else given["num_groups"]
         sizes = (shape,) if "normalized_shape" in given else (shape, held["weight"].numel())
-        options = {} if "bias" not in names or kind is nn.GroupNorm else {"bias": given["bias"] is not None}
+        named = "bias" in names and kind is not nn.GroupNorm
+        options: dict[str, Any] = {"bias": given["bias"] is not None} if named else {}
         return reading.call(kind, sizes, held, (node.args[0],), eps=given["eps"], **options)
 
     return read
@@ -241,13 +242,14 @@ _ATTENTION_INPUTS = ("key_padding_mask", "need_weights", "attn_mask", "average_a
 
 def _attention(reading: _Reading) -> LayerCall | None:
     node = reading.node
-    query, key, value, weights, _ = node.args
+    arguments: tuple[Any, ...] = node.args
+    query, key, value, weights, _ = arguments
     given: dict[str, Any] = dict(node.kwargs)
     inputs = {name: given.pop(name) for name in _ATTENTION_INPUTS if name in given}
     names = {"in_proj_bias": "in_proj_bias", "out_proj_bias": "out_proj.bias"}
     biases = {path: given.pop(name, None) for name, path in names.items()}
     extra = {name: given.pop(name, None) for name in ("bias_k", "bias_v")}
-    *projections, output = weights  # type: ignore[misc]
+    *projections, output = weights
     joint = len(projections) == 1
     paths = ["in_proj_weight"] if joint else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
     held = reading.parameters(
