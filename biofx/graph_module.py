@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 
-from biofx.errors import InputError
+from biofx.errors import CheckpointError, InputError
 from biofx.graph_records import pack, unpack
-from biofx.plasticity.model_rules import apply_rule, exposed_rules
+from biofx.plasticity.model_rules import apply_rule, expanded_weights, exposed_rules
 
 _OWN_TO_GRAPH_MODULES = frozenset({"_graph", "_code", "_tracer_cls", "_tracer_extras"})
 
@@ -70,6 +71,23 @@ class BioGraphModule(GraphModule):
         state, graph = packed
         vars(self).update(state)
         self.graph = unpack(graph)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state as any module does.
+
+        Raises:
+            CheckpointError: it is the state of a model with half as many units, as the original has after
+                ``expand-units``; nothing is changed then.
+        """
+        for path, weight in expanded_weights(self).items():
+            given = state_dict.get(path)
+            if given is not None and given.shape != weight.shape:
+                raise CheckpointError(
+                    f"{path!r}: expected shape {tuple(weight.shape)}, in which each unit is an excitatory and "
+                    f"an inhibitory one (dales_method='expand'), found {tuple(given.shape)}; load a "
+                    "checkpoint of the original into the original, and transform that"
+                )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def __getattr__(self, name: str) -> Any:
         try:

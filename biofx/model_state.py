@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from biofx.errors import CheckpointError, suggest
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.model_rules import expanded_weights
 from biofx.plasticity.shards import is_sharded
 
 
@@ -21,8 +22,17 @@ def plain_state(bio_model: nn.Module) -> dict[str, Tensor]:
     ``original.load_state_dict(biofx.plain_state(bio_model))`` works as it is, and so does loading a
     checkpoint of the original into ``bio_model``. The weights are the raw parameters; a model with those that
     the transformed one computes with is what :func:`biofx.deploy` gives.
+
+    Raises:
+        CheckpointError: ``expand-units`` has made layers wider than the original's.
     """
     model = unwrapped(bio_model)
+    for path in expanded_weights(model):
+        raise CheckpointError(
+            f"expected a model with the original's layers, found {path!r}, whose units became excitatory and "
+            "inhibitory ones (dales_method='expand'), which the original has no room for; save the model "
+            "with biofx.save, or make a plain one with biofx.deploy"
+        )
     own = tuple(_owners(model))
     return {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
 

@@ -517,3 +517,41 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
         biofx.load_optimizer_state(bio_model, good, good.state_dict())
     with pytest.raises(CheckpointError, match="transformed model with its optimizer, found a plain model"):
         biofx.load(biofx.Checkpoint(bio_model.transform_record, {}, {}, (), (), {}), model, optimizer=stale)
+
+
+def test_a_state_of_other_widths_than_those_of_expanded_layers_is_refused(tmp_path: Path) -> None:
+    config = {"apply_dales_principle": True, "dales_method": "expand", "dales_constrain_readout": True}
+    bio_model, _ = biofx.transform(Net(), config)
+    before = copy.deepcopy(bio_model.state_dict())
+    with pytest.raises(CheckpointError, match=r"'conv.weight': expected shape \(8, 2, 3\), in which each unit"):
+        bio_model.load_state_dict(Net().state_dict())
+    for key, value in bio_model.state_dict().items():
+        assert torch.equal(value, before[key])
+    with pytest.raises(CheckpointError, match=r"'conv.weight', whose units became"):
+        biofx.plain_state(bio_model)
+    biofx.save(bio_model, tmp_path / "run.pt")
+    again = biofx.load(tmp_path / "run.pt", Net())
+    x = next(batches())
+    assert torch.equal(again.eval()(x), bio_model.eval()(x))
+    copy.deepcopy(bio_model).load_state_dict(again.state_dict())
+
+
+def test_what_the_graph_tells_of_units_survives_a_way_without_values() -> None:
+    """Which units a layer reads is in no state dict, and must not be lost where tensors have no values."""
+    torch.manual_seed(1)
+    bio_model, _ = biofx.transform(Net(), EVERYTHING)
+    state, x = copy.deepcopy(bio_model.state_dict()), next(batches())
+    expected = bio_model.eval()(x)
+    index = bio_model.get_submodule("mix").bio_mod.unit_index
+    assert index is not None
+    for way in (
+        lambda model: model.to("meta").to_empty(device="cpu"),
+        lambda model: model.to_empty(device="cpu"),
+        lambda model: pickle.loads(pickle.dumps(model.to("meta"))).to_empty(device="cpu"),
+        lambda model: model.half().float(),
+    ):
+        back = way(copy.deepcopy(bio_model))
+        back.load_state_dict(state)
+        held = back.get_submodule("mix").bio_mod.unit_index
+        assert torch.equal(held, index)
+        torch.testing.assert_close(back(x), expected, rtol=0, atol=0)

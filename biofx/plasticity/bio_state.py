@@ -89,6 +89,7 @@ class BioState(nn.Module):
         self.path = "weight"
         self.depth = 0.0
         self.scaled_in_graph = False
+        self.is_expanded = False
         self.sign_layout = {}
         if parent is not None:
             self.link(parent if isinstance(parent, nn.Module) else parent())
@@ -195,6 +196,22 @@ class BioState(nn.Module):
         event = int(self.events)
         self.events += 1
         return generator_for(self.config.seed, self.path, event, purpose=purpose)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BioState:
+        """Move and convert as any module does; what no state dict holds keeps its values on every way."""
+        kept: dict[str, Tensor] = self.__dict__.setdefault("_kept", {})
+        for name in _DERIVED:
+            held = self._buffers[name]
+            if held is not None and not held.is_meta:
+                kept[name] = held
+        super()._apply(fn, recurse)
+        for name in list(kept):
+            moved = self._buffers[name]
+            if moved is not None and not moved.is_meta:
+                self._buffers[name] = kept.pop(name).to(moved.device)
+        if not kept:
+            del self.__dict__["_kept"]
+        return self
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any

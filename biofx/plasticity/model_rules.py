@@ -26,6 +26,15 @@ def bio_modules(model: nn.Module) -> dict[str, BioModule]:
     return found
 
 
+def expanded_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights whose units ``expand-units`` has split into pairs, by path."""
+    return {
+        path: state.weight
+        for path, state in bio_modules(model).items()
+        if state.is_expanded and state.parameter is not None
+    }
+
+
 def prepare_states(model: nn.Module) -> dict[str, BioModule]:
     """Return the state of every weight, made where a layer has none yet.
 

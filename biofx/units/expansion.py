@@ -43,6 +43,7 @@ def expand(
         sign = torch.tensor([1, -1], dtype=torch.int8).repeat(source.count)
         state = bio_module_at(graph_module, source.name)
         state.sign = sign.to(state.weight.device)
+        state.is_expanded = True
     for node in circuit.nodes:
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, NORMS):
