@@ -16,6 +16,7 @@ from biofx.errors import BiofxError, InputError, OptionError, PassError, add_not
 from biofx.graph_module import BioGraphModule
 from biofx.in_place import changes_in_place
 from biofx.pass_text import format_item
+from biofx.region_parts import joined
 from biofx.report import PassReport, Remark, Report, Snapshot, compare
 from biofx.select import (
     Match,
@@ -165,9 +166,10 @@ class Pass(ABC):
 
     def on_own(self, graph_module: BioGraphModule) -> PassResult:
         """Do the same in place, on a graph module that the caller made and will not need as it was."""
-        before = Snapshot.of(graph_module.graph)
-        reports = tuple(self.run(graph_module, ()))
-        after = Snapshot.of(graph_module.graph) if reports else before
+        with joined(graph_module):
+            before = Snapshot.of(graph_module.graph)
+            reports = tuple(self.run(graph_module, ()))
+            after = Snapshot.of(graph_module.graph) if reports else before
         because = {change.node: change.because for entry in reports for change in entry.changes}
         changes = tuple(
             dataclasses.replace(change, because=because.get(change.node)) for change in compare(before, after)

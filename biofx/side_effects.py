@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections import deque
@@ -17,11 +18,38 @@ from biofx.errors import CaptureError
 class Watch:
     """Notices what a forward does besides computing: each would happen once, while it is captured."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, prefix: str = "") -> None:
         self._root = root
+        self._prefix = prefix
         self._kept: list[Any] = []
+        self._contained: list[tuple[Any, Any]] = []
+        self._is_complete = False
         self._before = self._attributes()
+        self._is_complete = True
         self._random = _random_states()
+        self._held = [
+            (held, dict(held))
+            for module in root.modules()
+            for held in (vars(module), module._parameters, module._buffers, module._modules)
+        ]
+
+    def restore(self) -> None:
+        """Put everything that modules hold back to where it was."""
+        for held, before in self._held:
+            if held.keys() != before.keys() or any(held[name] is not before[name] for name in before):
+                flag = held.get("training")
+                held.clear()
+                held.update(before)
+                if flag is not None:  # whoever follows the flags puts them back
+                    held["training"] = flag
+        for container, before in self._contained:
+            container.clear()
+            (container.update if isinstance(container, (dict, set)) else container.extend)(before)
+
+    def changed_modules(self) -> list[str]:
+        """Return the paths of the modules in which the forward left something."""
+        found = self._attributes()
+        return [path for path, attributes in found.items() if attributes != self._before.get(path, {})]
 
     def refuse_side_effects(self) -> None:
         """Raise a CaptureError if the forward drew random numbers or left something in a module."""
@@ -35,7 +63,8 @@ class Watch:
             before = self._before.get(path, {})
             for name in [*attributes, *before]:
                 if attributes.get(name) != before.get(name):
-                    owner = f"module {path!r}" if path else "the model"
+                    place = ".".join(part for part in (self._prefix, path) if part)
+                    owner = f"module {place!r}" if place else "the model"
                     raise CaptureError(
                         f"the forward of {owner} changes its attribute {name!r}, which a graph would do once "
                         "and never again. Return the value or make it a buffer that is changed in place, or "
@@ -59,6 +88,8 @@ class Watch:
         self._kept.append(value)  # alive, so that no id is used twice
         if id(value) in seen or isinstance(value, (nn.Module, Tensor, type, str, bytes)):
             return id(value)
+        if isinstance(value, (dict, list, set, deque)) and not self._is_complete:
+            self._contained.append((value, copy.copy(value)))
         if isinstance(value, dict):
             inner = [(id(key), entry) for key, entry in value.items()]
         elif isinstance(value, (list, tuple, deque)):

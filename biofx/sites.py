@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from biofx import ops
 from biofx.layer_kinds import KIND_OF_FUNCTION, LayerKind, kind_of
+from biofx.regions import is_inside, region_of_nodes, region_paths, whole_graph
 
 WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset({ops.constrain_sign, ops.scale_gradient})
 """What may stand between a parameter and the layer that uses it."""
@@ -126,7 +127,9 @@ def find_sites(graph_module: GraphModule) -> Sites:
     found: list[WeightSite] = []
     bystanders: list[Bystander] = []
     survey = _Survey(graph_module)
-    for node in graph_module.graph.nodes:
+    for node in survey.graph.nodes:
+        if survey.is_call_of_a_region(node):
+            continue
         if node.op == "call_module":
             site = survey.module_site(node)
             if site is not None:
@@ -140,7 +143,8 @@ def find_sites(graph_module: GraphModule) -> Sites:
             else:
                 bystanders.append(entry)
     seen = {site.layer for site in found} | {bystander.layer for bystander in bystanders}
-    seen |= {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    bystanders = [entry for entry in bystanders if entry.layer not in {site.layer for site in found}]
+    seen |= {str(node.target) for node in survey.graph.nodes if node.op == "call_module"}
     seen |= {_innermost_path(site.node) for site in found}  # of a tied weight, the layer that is called
     bystanders += [
         Bystander(path, None, "never called in the forward")
@@ -177,13 +181,18 @@ class _Survey:
     """One walk over a graph, with the tables it needs built once."""
 
     def __init__(self, graph_module: GraphModule) -> None:
+        self.graph = whole_graph(graph_module)
         self._modules = dict(graph_module.named_modules(remove_duplicate=False))
+        self._region_of = region_of_nodes(self.graph) if region_paths(graph_module) else {}
+        self._regions = {id(self._modules[path]): path for path in region_paths(graph_module)}
         first_path: dict[int, str] = {}
         self._parameters: dict[str, tuple[str, nn.Parameter]] = {}
+        self._all_paths: dict[int, list[str]] = {}
         for path, parameter in graph_module.named_parameters(remove_duplicate=False):
             first_path.setdefault(id(parameter), path)
             self._parameters[path] = (first_path[id(parameter)], parameter)
-        self._outside = self._uses_outside_sites(graph_module)
+            self._all_paths.setdefault(id(parameter), []).append(path)
+        self._outside = self._uses_outside_sites()
 
     def module_site(self, node: Node) -> WeightSite | None:
         path = str(node.target)
@@ -195,6 +204,8 @@ class _Survey:
         if named is None:
             named = (f"{path}.weight", _computed_weight(module, kind))
         obstacle = _obstacle_to_lowering(node, module, kind) or self._outside.get(id(named[1]))
+        if self._regions:
+            obstacle = obstacle or self._beyond_its_region(node, named[1])
         groups: Any = getattr(module, "groups", 1)
         return WeightSite(node, kind, *named, groups=groups, obstacle=obstacle)
 
@@ -206,6 +217,8 @@ class _Survey:
             reason = f"its weight is {weight_argument(node)}, computed in the graph, not a parameter"
             return Bystander(_innermost_path(node), node, reason)
         obstacle = self._outside.get(id(named[1]))
+        if self._regions:
+            obstacle = obstacle or self._beyond_its_region(node, named[1])
         return WeightSite(node, kind, *named, groups=_groups_of(node, kind), obstacle=obstacle)
 
     def layers_inside(self, node: Node) -> list[Bystander]:
@@ -223,19 +236,67 @@ class _Survey:
             f"{path}.{name}" in self._used for name, _ in self._modules[path].named_parameters(recurse=False)
         )
 
-    def _uses_outside_sites(self, graph_module: GraphModule) -> dict[int, str]:
+    def is_call_of_a_region(self, node: Node) -> bool:
+        """Whether a node calls, from elsewhere, a module that has a graph of its own."""
+        if not self._regions or node.op != "call_module":
+            return False
+        region = self._regions.get(id(self._modules[str(node.target)]))
+        return region is not None and self._region_of.get(node) != region
+
+    def _beyond_its_region(self, node: Node, parameter: nn.Parameter) -> str | None:
+        """Return why a weight is not the business of the graph that uses it alone."""
+        region = self._region_of.get(node, "")
+        elsewhere = [path for path in self._all_paths.get(id(parameter), ()) if not is_inside(path, region)]
+        if elsewhere:
+            return f"its weight is tied to {elsewhere[0]!r}, outside the region of {region!r}"
+        others = {
+            found for found in self._readers.get(id(parameter), ()) if found != region
+        }
+        if others:
+            return f"its weight is also used in the region of {min(others)!r}" if any(others) else (
+                "its weight is also used outside its region"
+            )
+        return None
+
+    def _uses_outside_sites(self) -> dict[int, str]:
         """Map each parameter that something other than a site reads to words about that reader."""
         outside: dict[int, str] = {}
         self._used: set[str] = set()
-        for node in graph_module.graph.nodes:
+        self._readers: dict[int, set[str]] = {}
+        apart = self._parameters_of_regions_alone()
+        for node in self.graph.nodes:
+            self._note_reader(node)
             if node.op == "call_module" and kind_of(self._modules[str(node.target)]) is None:
                 for parameter in self._modules[str(node.target)].parameters():
+                    if id(parameter) in apart:
+                        continue
                     outside.setdefault(id(parameter), _reader(node, self._modules[str(node.target)]))
             elif node.op == "get_attr" and node.target in self._parameters:
                 self._used.add(str(node.target))
                 for reader in _readers_besides_sites(node):
                     outside.setdefault(id(self._parameters[str(node.target)][1]), _reader(reader))
         return outside
+
+
+    def _note_reader(self, node: Node) -> None:
+        """Take down in which region a node reads a parameter."""
+        if not self._regions or self.is_call_of_a_region(node):
+            return
+        region = self._region_of.get(node, "")
+        if node.op == "get_attr" and node.target in self._parameters:
+            self._readers.setdefault(id(self._parameters[str(node.target)][1]), set()).add(region)
+        elif node.op == "call_module" and kind_of(self._modules[str(node.target)]) is not None:
+            for parameter in self._modules[str(node.target)].parameters(recurse=False):
+                self._readers.setdefault(id(parameter), set()).add(region)
+
+    def _parameters_of_regions_alone(self) -> set[int]:
+        """Return ids of the parameters that lie in one region and nowhere else."""
+        paths = list(self._regions.values())
+        return {
+            key
+            for key, names in self._all_paths.items()
+            if any(all(is_inside(name, region) for name in names) for region in paths)
+        } if paths else set()
 
 
 def _readers_besides_sites(node: Node) -> Iterator[Node]:

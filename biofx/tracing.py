@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import linecache
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -27,21 +28,58 @@ from biofx.sites import hooks_of
 from biofx.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 
 
+@dataclass(frozen=True)
+class Traced:
+    """The graph of a module, and what it calls as a whole because it could not be traced."""
+
+    graph: Graph
+    kept: Mapping[str, str]
+    """Paths of those modules, and why each is not part of the graph."""
+
+
 def trace(
-    root: nn.Module, opaque: frozenset[str] = frozenset(), foreign: frozenset[int] = frozenset()
-) -> Graph:
-    """Return the graph of a module's forward.
+    root: nn.Module,
+    opaque: frozenset[str] = frozenset(),
+    foreign: frozenset[int] = frozenset(),
+    *,
+    prefix: str = "",
+    keep: bool = False,
+) -> Traced:
+    """Trace a module's forward.
 
     Args:
         root: the module; what its forward leaves behind in it is found and refused.
         opaque: paths of modules that become one call each.
         foreign: ids of tensors that must not find their way into the graph.
+        prefix: path of ``root`` itself, for messages.
+        keep: let modules inside ``root`` that cannot be traced become one call each, instead of refusing.
 
     Raises:
         CaptureError: the forward cannot be captured without losing something.
     """
-    tracer = ModelTracer(root, opaque, foreign)
-    watch = Watch(root)
+    watch = Watch(root, prefix)
+    kept: dict[str, str] = {}
+    while True:
+        tracer = ModelTracer(root, opaque, foreign, prefix, dict(kept) if keep else None, watch)
+        try:
+            graph = _traced(tracer, root)
+            kept |= tracer.kept or {}
+            changed = [path for path in watch.changed_modules() if path and path not in kept]
+            if not keep or not changed:
+                watch.refuse_side_effects()
+                return Traced(graph, kept)
+            for path in changed:
+                kept[path] = f"{tracer.named(path)} changes its attributes in the forward"
+        except _StartAgain as again:
+            kept |= again.kept
+        except CaptureError:
+            if keep:
+                watch.restore()
+            raise
+        watch.restore()
+
+
+def _traced(tracer: ModelTracer, root: nn.Module) -> Graph:
     try:
         with tracer.recording():
             graph = tracer.trace(root)
@@ -50,12 +88,18 @@ def trace(
     except Exception as error:
         if tracer.refusals:
             raise tracer.refusals[0] from error
-        frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-        raise CaptureError(f"cannot capture {tracer.describe(frames[::-1])}: {error}; {_REMEDY}") from error
+        raise tracer.refusal_of(error) from error
     if tracer.refusals:
         raise tracer.refusals[0]
-    watch.refuse_side_effects()
     return graph
+
+
+class _StartAgain(BaseException):  # noqa: N818
+    """A module that cannot be traced is part of the graph already, by an earlier call that could be."""
+
+    def __init__(self, kept: dict[str, str]) -> None:
+        super().__init__()
+        self.kept = kept
 
 
 _REMEDY = (
@@ -67,9 +111,21 @@ _REMEDY = (
 class ModelTracer(Tracer):
     """Traces one model; its proxies are :class:`biofx.values.Value`."""
 
-    def __init__(self, root: nn.Module, opaque: frozenset[str], foreign: frozenset[int]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        opaque: frozenset[str],
+        foreign: frozenset[int],
+        prefix: str,
+        kept: dict[str, str] | None,
+        watch: Watch,
+    ) -> None:
         super().__init__()
         self.refusals: list[CaptureError] = []
+        self.kept = kept
+        self.prefix = prefix
+        self._watch = watch
+        self.calls: list[str] = []
         self.known_tensors: set[Node] = set()
         self._opaque = opaque
         self._foreign = foreign
@@ -99,9 +155,15 @@ class ModelTracer(Tracer):
             if path
             else "put the lines in a submodule and name that in opaque=[…]"
         )
-        error = CaptureError(
-            f"{self.where()} {what}. {f'{remedy}, or {keep}' if remedy else keep.capitalize()}"
-        )
+        self._refuse(f"{self.where()} {what}. {f'{remedy}, or {keep}' if remedy else keep.capitalize()}")
+
+    def refuse_at(self, path: str, what: str) -> NoReturn:
+        """Do the same for a call of a module, which is not running yet."""
+        whole = ".".join(part for part in (self.prefix, path) if part)
+        self._refuse(f"{self.named(path)} {what}, or name it in opaque=[{whole!r}] to keep it as one call")
+
+    def _refuse(self, message: str) -> NoReturn:
+        error = CaptureError(message)
         self.refusals.append(error)
         raise error
 
@@ -124,14 +186,29 @@ class ModelTracer(Tracer):
         return "the model's forward"
 
     def _named(self, module: nn.Module) -> str:
-        path = self._paths.get(id(module), "")
-        return (
-            f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
-        )
+        return self.named(self._paths.get(id(module), ""))
+
+    def named(self, path: str) -> str:
+        """Name a module of the traced one, for a reader who sees the whole model."""
+        whole = ".".join(part for part in (self.prefix, path) if part)
+        kind = type(self._modules[path]).__name__
+        return f"module {whole!r} ({kind})" if whole else f"the model ({kind})"
+
+    def refusal_of(self, error: Exception) -> CaptureError:
+        """Return what to tell of an exception that came out of a forward."""
+        if isinstance(error, CaptureError):
+            return error
+        frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+        return CaptureError(f"cannot capture {self.describe(frames[::-1])}: {error}; {_REMEDY}")
 
     @property
     def _innermost(self) -> str:
-        return next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
+        inner = next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
+        return ".".join(part for part in (self.prefix, inner) if part)
+
+    def returns_a_tensor(self, path: str) -> bool:
+        """Whether a module that is one call may be taken to return a tensor."""
+        return path not in (self.kept or ())
 
     # What follows overrides torch.fx.Tracer, which calls it.
 
@@ -165,7 +242,11 @@ class ModelTracer(Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module becomes one call."""
-        whole = module_qualified_name in self._opaque or isinstance(m, torch.jit.ScriptModule)
+        whole = (
+            module_qualified_name in self._opaque
+            or module_qualified_name in (self.kept or ())
+            or isinstance(m, torch.jit.ScriptModule)
+        )
         return whole or super().is_leaf_module(m, module_qualified_name)
 
     def path_of_module(self, mod: nn.Module) -> str:
@@ -181,15 +262,50 @@ class ModelTracer(Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a module: one node for a leaf, its own forward otherwise."""
         path = self.path_of_module(m)
-        hooks = hooks_of(m)
-        if hooks and not self.is_leaf_module(m, path):
-            error = CaptureError(
-                f"{self._named(m)} has {' and '.join(hooks)}, which a graph runs once, while it is captured, "
-                f"and never again. Remove them first, or name it in opaque=[{path!r}] to keep it as one call"
-            )
-            self.refusals.append(error)
-            raise error
+        if self.is_leaf_module(m, path):
+            self.calls.append(path)
+            return super().call_module(m, forward, args, kwargs)
+        mark = _Mark.of(self)
+        try:
+            if hooks := hooks_of(m):
+                self.refuse_at(
+                    path,
+                    f"has {' and '.join(hooks)}, which a graph runs once, while it is captured, and never "
+                    "again. Remove them first",
+                )
+            self.calls.append(path)
+            found = super().call_module(m, forward, args, kwargs)
+            if self.kept is not None and len(self.refusals) > mark.refusals:
+                raise self.refusals[mark.refusals]
+            return found
+        except Exception as error:
+            if self.kept is None:
+                raise
+            first = next(iter(self.refusals[mark.refusals :]), None)
+            self.kept[path] = str(first or self.refusal_of(error))
+            if path in self.calls[: mark.calls]:
+                raise _StartAgain(self.kept) from error
+            self._go_back(mark)
+        self.calls.append(path)
         return super().call_module(m, forward, args, kwargs)
+
+    def _go_back(self, mark: _Mark) -> None:
+        """Forget what was traced since a mark."""
+        for node in reversed(self.graph.nodes):
+            if node is mark.last:
+                break
+            self.graph.erase_node(node)
+        self._reads = {path: read for path, read in self._reads.items() if not read.node._erased}
+        self.known_tensors = {node for node in self.known_tensors if not node._erased}
+        for flag in self._flags.values():
+            flag.forget_erased()
+        for path in self.calls[mark.calls :]:
+            self.num_calls[path] -= 1
+        del self.refusals[mark.refusals :]
+        del self.calls[mark.calls :]
+        self.module_stack.clear()
+        self.module_stack.update(mark.module_stack)
+        self._watch.restore()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         """Return what stands for a parameter or buffer that a module is asked for."""
@@ -270,7 +386,7 @@ class ModelTracer(Tracer):
     @contextmanager
     def _flags_as_nodes(self) -> Iterator[None]:
         flags = {path: module.training for path, module in self._modules.items()}
-        shown = {path: TrainingFlag(self, path) for path in self._modules}
+        shown = self._flags = {path: TrainingFlag(self, path) for path in self._modules}
         for path, module in self._modules.items():
             module.__dict__["training"] = shown[path]
         try:
@@ -304,6 +420,21 @@ class ModelTracer(Tracer):
             yield
         finally:
             torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """How far a tracer had come before it entered a module."""
+
+    last: Node | None
+    refusals: int
+    calls: int
+    module_stack: dict[str, Any]
+
+    @classmethod
+    def of(cls, tracer: ModelTracer) -> _Mark:
+        last = next(iter(reversed(tracer.graph.nodes)), None)
+        return cls(last, len(tracer.refusals), len(tracer.calls), dict(tracer.module_stack))
 
 
 _CHECKPOINT = inspect.unwrap(checkpoint).__code__

@@ -15,6 +15,7 @@ from biofx.errors import OptionError
 from biofx.graph_module import BioGraphModule
 from biofx.pass_base import PassResult
 from biofx.pipeline import Observer, Pipeline
+from biofx.region_parts import joined
 from biofx.select import NodeIndex, Selector
 
 
@@ -26,6 +27,7 @@ def transform(
     only: Selector | None = None,
     exclude: Selector | None = None,
     opaque: Sequence[str] = (),
+    regions: bool = True,
     share_parameters: bool = False,
     observe: Observer | None = None,
 ) -> PassResult:
@@ -41,6 +43,8 @@ def transform(
         only: rewrite only what this selects (see :mod:`biofx.select`).
         exclude: leave alone what this selects.
         opaque: paths of modules not to look into.
+        regions: where something cannot be captured, let the module in which it is keep its own forward and
+            rewrite what that calls; if False, refuse.
         share_parameters: let the result hold the model's own parameters instead of copies.
         observe: called after each pass that changed the graph, e.g. :func:`biofx.print_changed`.
 
@@ -70,12 +74,13 @@ def transform(
         pipeline = Pipeline((pipeline,), only=only, exclude=exclude, observe=observe)
     elif observe is not None:
         pipeline = dataclasses.replace(pipeline, observe=observe)
-    captured = capture(model, share_parameters=share_parameters, opaque=opaque)
-    _check_overrides(captured, checked)
-    with preserved_random_state():
-        result = pipeline.on_own(captured)
-    if checked is not None:
-        configure_layers(result.graph_module, checked)
+    captured = capture(model, share_parameters=share_parameters, opaque=opaque, regions=regions)
+    with joined(captured):
+        _check_overrides(captured, checked)
+        with preserved_random_state():
+            result = pipeline.on_own(captured)
+        if checked is not None:
+            configure_layers(result.graph_module, checked)
     return result
 
 
