@@ -17,6 +17,7 @@ from biofx.layer_kinds import kind_of
 from biofx.passes import ScaleGradients
 from biofx.pipeline import Pipeline
 from biofx.plasticity.bio_module import BioModule
+from biofx.region_parts import joined
 from biofx.sites import find_sites
 
 ConverterT = TypeVar("ConverterT", bound="BioConverter")
@@ -112,10 +113,11 @@ class BioConverter:
                     module._modules.get("bio_mod"), BioModule
                 ):
                     self._bio_modulize(module)
-            _prepare(captured, self.config)
             passes = compile_config(self.config).passes
             in_graph = Pipeline(tuple(entry for entry in passes if not isinstance(entry, ScaleGradients)))
-            return in_graph.on_own(captured).graph_module
+            with joined(captured):
+                _prepare(captured, self.config)
+                return in_graph.on_own(captured).graph_module
 
 
 def _prepare(captured: BioGraphModule, config: BioConfig) -> None:

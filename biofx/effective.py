@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from biofx import ops
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.placement import bio_module_path
+from biofx.regions import whole_graph
 
 Effective = Callable[[Tensor], Tensor]
 """Computes from a parameter the weight that the layer uses, of the same shape."""
@@ -24,7 +25,7 @@ def effective_weights(graph_module: GraphModule, states: Mapping[str, BioModule]
     """
     paths = {f"{bio_module_path(path)}.sign": path for path in states}
     effective: dict[str, Effective] = dict.fromkeys(states, unchanged)
-    for node in graph_module.graph.find_nodes(op="call_function", target=ops.constrain_sign):
+    for node in whole_graph(graph_module).find_nodes(op="call_function", target=ops.constrain_sign):
         sign = node.args[1] if len(node.args) > 1 else None
         path = paths.get(str(sign.target)) if isinstance(sign, Node) else None
         if path is not None:

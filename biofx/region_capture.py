@@ -41,6 +41,7 @@ class _RegionCapture:
         self._opaque = opaque
         self._foreign = foreign
         self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._first_paths = {id(module): path for path, module in root.named_modules()}
         self._seen: set[int] = {id(self._modules[path]) for path in opaque}
         self.regions: list[str] = []
         self.kept: dict[str, str] = {}
@@ -65,8 +66,8 @@ class _RegionCapture:
         self._capture_children(path)
 
     def _capture_children(self, path: str) -> None:
-        for name, child in self._modules[path].named_children():
-            self._capture(f"{path}.{name}" if path else name, child)
+        for child in self._modules[path].children():
+            self._capture(self._first_paths[id(child)], child)
 
     def _capture(self, path: str, module: nn.Module) -> None:
         if id(module) in self._seen:

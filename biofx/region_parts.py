@@ -102,9 +102,7 @@ class _Part:
 
     def _call_of_itself(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         own = self.graph.create_node("get_attr", OWN_FORWARD)
-        new = self.graph.create_node(
-            "call_function", call_own_forward, (own, args, kwargs), name=node.name
-        )
+        new = self.graph.create_node("call_function", call_own_forward, (own, args, kwargs), name=node.name)
         self._calls_itself.append(new)
         return new
 

@@ -137,9 +137,27 @@ class _Join:
         if node.target is call_own_forward:  # a layer that is a region by itself, with something behind it
             called: Any = map_arg(node.args[1:], mapping.__getitem__)
             return self.graph.create_node("call_module", path, *called, name=node.name)
-        copied = self.graph.node_copy(node, mapping.__getitem__)
+        copied = self._node_copy(node, name, mapping)
         if node.op in ("call_module", "get_attr"):
             copied.target = f"{path}.{node.target}" if node.target else path
+        return copied
+
+    def _node_copy(self, node: Node, stem: str, mapping: dict[Node, Node]) -> Node:
+        """Copy a node; a module that is called names its node by its whole path."""
+        args: Any = map_arg(node.args, mapping.__getitem__)
+        kwargs: Any = map_arg(node.kwargs, mapping.__getitem__)
+        plain = node.name.lstrip("_")
+        by_path = node.op == "call_module" and not plain.startswith(stem)
+        name = f"{stem}_{plain}" if by_path else node.name
+        copied = self.graph.create_node(
+            node.op,
+            str(node.target) if node.op != "call_function" else node.target,
+            args,
+            kwargs,
+            name,
+            node.type,
+        )
+        copied.meta = dict(node.meta)
         return copied
 
     def _source(self, path: str) -> Graph:

@@ -17,7 +17,8 @@ from torch.fx import GraphModule, Node
 
 from biofx import ops
 from biofx.layer_kinds import KIND_OF_FUNCTION, LayerKind, kind_of
-from biofx.regions import is_inside, region_of_nodes, region_paths, whole_graph
+from biofx.region_use import RegionUse
+from biofx.regions import whole_graph
 
 WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset({ops.constrain_sign, ops.scale_gradient})
 """What may stand between a parameter and the layer that uses it."""
@@ -128,7 +129,7 @@ def find_sites(graph_module: GraphModule) -> Sites:
     bystanders: list[Bystander] = []
     survey = _Survey(graph_module)
     for node in survey.graph.nodes:
-        if survey.is_call_of_a_region(node):
+        if survey.use.is_call_of_a_region(node):
             continue
         if node.op == "call_module":
             site = survey.module_site(node)
@@ -143,7 +144,8 @@ def find_sites(graph_module: GraphModule) -> Sites:
             else:
                 bystanders.append(entry)
     seen = {site.layer for site in found} | {bystander.layer for bystander in bystanders}
-    bystanders = [entry for entry in bystanders if entry.layer not in {site.layer for site in found}]
+    visible = {site.layer for site in found}
+    bystanders = [entry for entry in bystanders if entry.layer not in visible]
     seen |= {str(node.target) for node in survey.graph.nodes if node.op == "call_module"}
     seen |= {_innermost_path(site.node) for site in found}  # of a tied weight, the layer that is called
     bystanders += [
@@ -182,16 +184,13 @@ class _Survey:
 
     def __init__(self, graph_module: GraphModule) -> None:
         self.graph = whole_graph(graph_module)
+        self.use = RegionUse(graph_module, self.graph)
         self._modules = dict(graph_module.named_modules(remove_duplicate=False))
-        self._region_of = region_of_nodes(self.graph) if region_paths(graph_module) else {}
-        self._regions = {id(self._modules[path]): path for path in region_paths(graph_module)}
         first_path: dict[int, str] = {}
         self._parameters: dict[str, tuple[str, nn.Parameter]] = {}
-        self._all_paths: dict[int, list[str]] = {}
         for path, parameter in graph_module.named_parameters(remove_duplicate=False):
             first_path.setdefault(id(parameter), path)
             self._parameters[path] = (first_path[id(parameter)], parameter)
-            self._all_paths.setdefault(id(parameter), []).append(path)
         self._outside = self._uses_outside_sites()
 
     def module_site(self, node: Node) -> WeightSite | None:
@@ -203,9 +202,9 @@ class _Survey:
         named = self._parameters.get(f"{path}.weight")
         if named is None:
             named = (f"{path}.weight", _computed_weight(module, kind))
-        obstacle = _obstacle_to_lowering(node, module, kind) or self._outside.get(id(named[1]))
-        if self._regions:
-            obstacle = obstacle or self._beyond_its_region(node, named[1])
+        else:
+            named = (self.use.path_for(node, f"{path}.weight", named[0]), named[1])
+        obstacle = _obstacle_to_lowering(node, module, kind) or self._obstacle(node, named[1])
         groups: Any = getattr(module, "groups", 1)
         return WeightSite(node, kind, *named, groups=groups, obstacle=obstacle)
 
@@ -213,13 +212,15 @@ class _Survey:
         kind = KIND_OF_FUNCTION[node.target]
         root = parameter_behind(weight_argument(node))
         named = self._parameters.get(str(root.target)) if root is not None else None
-        if named is None:
+        if root is None or named is None:
             reason = f"its weight is {weight_argument(node)}, computed in the graph, not a parameter"
             return Bystander(_innermost_path(node), node, reason)
-        obstacle = self._outside.get(id(named[1]))
-        if self._regions:
-            obstacle = obstacle or self._beyond_its_region(node, named[1])
+        named = (self.use.path_for(node, str(root.target), named[0]), named[1])
+        obstacle = self._obstacle(node, named[1])
         return WeightSite(node, kind, *named, groups=_groups_of(node, kind), obstacle=obstacle)
+
+    def _obstacle(self, node: Node, parameter: nn.Parameter) -> str | None:
+        return self._outside.get(id(parameter)) or self.use.obstacle(node, parameter)
 
     def layers_inside(self, node: Node) -> list[Bystander]:
         path = str(node.target)
@@ -236,39 +237,14 @@ class _Survey:
             f"{path}.{name}" in self._used for name, _ in self._modules[path].named_parameters(recurse=False)
         )
 
-    def is_call_of_a_region(self, node: Node) -> bool:
-        """Whether a node calls, from elsewhere, a module that has a graph of its own."""
-        if not self._regions or node.op != "call_module":
-            return False
-        region = self._regions.get(id(self._modules[str(node.target)]))
-        return region is not None and self._region_of.get(node) != region
-
-    def _beyond_its_region(self, node: Node, parameter: nn.Parameter) -> str | None:
-        """Return why a weight is not the business of the graph that uses it alone."""
-        region = self._region_of.get(node, "")
-        elsewhere = [path for path in self._all_paths.get(id(parameter), ()) if not is_inside(path, region)]
-        if elsewhere:
-            return f"its weight is tied to {elsewhere[0]!r}, outside the region of {region!r}"
-        others = {
-            found for found in self._readers.get(id(parameter), ()) if found != region
-        }
-        if others:
-            return f"its weight is also used in the region of {min(others)!r}" if any(others) else (
-                "its weight is also used outside its region"
-            )
-        return None
-
     def _uses_outside_sites(self) -> dict[int, str]:
         """Map each parameter that something other than a site reads to words about that reader."""
         outside: dict[int, str] = {}
         self._used: set[str] = set()
-        self._readers: dict[int, set[str]] = {}
-        apart = self._parameters_of_regions_alone()
         for node in self.graph.nodes:
-            self._note_reader(node)
             if node.op == "call_module" and kind_of(self._modules[str(node.target)]) is None:
                 for parameter in self._modules[str(node.target)].parameters():
-                    if id(parameter) in apart:
+                    if self.use.is_apart(parameter):
                         continue
                     outside.setdefault(id(parameter), _reader(node, self._modules[str(node.target)]))
             elif node.op == "get_attr" and node.target in self._parameters:
@@ -276,27 +252,6 @@ class _Survey:
                 for reader in _readers_besides_sites(node):
                     outside.setdefault(id(self._parameters[str(node.target)][1]), _reader(reader))
         return outside
-
-
-    def _note_reader(self, node: Node) -> None:
-        """Take down in which region a node reads a parameter."""
-        if not self._regions or self.is_call_of_a_region(node):
-            return
-        region = self._region_of.get(node, "")
-        if node.op == "get_attr" and node.target in self._parameters:
-            self._readers.setdefault(id(self._parameters[str(node.target)][1]), set()).add(region)
-        elif node.op == "call_module" and kind_of(self._modules[str(node.target)]) is not None:
-            for parameter in self._modules[str(node.target)].parameters(recurse=False):
-                self._readers.setdefault(id(parameter), set()).add(region)
-
-    def _parameters_of_regions_alone(self) -> set[int]:
-        """Return ids of the parameters that lie in one region and nowhere else."""
-        paths = list(self._regions.values())
-        return {
-            key
-            for key, names in self._all_paths.items()
-            if any(all(is_inside(name, region) for name in names) for region in paths)
-        } if paths else set()
 
 
 def _readers_besides_sites(node: Node) -> Iterator[Node]:

@@ -94,7 +94,7 @@ def _traced(tracer: ModelTracer, root: nn.Module) -> Graph:
     return graph
 
 
-class _StartAgain(BaseException):  # noqa: N818
+class _StartAgain(BaseException):
     """A module that cannot be traced is part of the graph already, by an earlier call that could be."""
 
     def __init__(self, kept: dict[str, str]) -> None:

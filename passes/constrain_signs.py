@@ -13,7 +13,7 @@ asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +27,7 @@ from biofx.graph_module import BioGraphModule
 from biofx.lowering import Lowering
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.plasticity.randomness import generator_for
+from biofx.regions import region_of_nodes
 from biofx.report import Remark, applied
 from biofx.sites import Weight, WeightSite
 from biofx.validate import FRACTION, SEED, check_choice, check_flag
@@ -39,6 +40,7 @@ class Ends:
 
     inputs: set[Node]
     readout: set[Node]
+    regions: Mapping[Node, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,8 @@ class ConstrainSigns(WeightPass):
     def survey(self, graph_module: BioGraphModule) -> Ends:
         """Find the two ends of the model."""
         synaptic = synaptic_nodes(graph_module)
-        return Ends(input_facing_nodes(graph_module, synaptic), readout_nodes(graph_module, synaptic))
+        inputs, readout = input_facing_nodes(graph_module, synaptic), readout_nodes(graph_module, synaptic)
+        return Ends(inputs, readout, region_of_nodes(graph_module.graph))
 
     def reason_against(self, site: WeightSite, survey: Ends) -> str | None:
         """Leave alone what is constrained already, and the free ends of the model."""
@@ -81,6 +84,11 @@ class ConstrainSigns(WeightPass):
             return "its signs are constrained already"
         if site.has(ops.scale_gradient):
             return "its gradient is scaled already, and signs must be constrained before that"
+        region = survey.regions.get(site.node)
+        if region and site.node in survey.inputs and not self.constrain_inputs:
+            return f"what feeds it is not known: Python calls {region!r} (constrain_inputs=False)"
+        if region and site.node in survey.readout and not self.constrain_readout:
+            return f"what follows it is not known: Python calls {region!r} (constrain_readout=False)"
         if site.node in survey.inputs and not self.constrain_inputs:
             return "its presynaptic units are the model's inputs, which have no sign (constrain_inputs=False)"
         if site.node in survey.readout and not self.constrain_readout:

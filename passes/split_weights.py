@@ -26,6 +26,7 @@ from biofx.errors import OptionError
 from biofx.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.printing import function_name
+from biofx.regions import region_of_nodes
 from biofx.report import Remark, applied, missed
 from biofx.sites import WeightSite, find_sites
 from biofx.validate import COUNT, check_choice
@@ -101,6 +102,8 @@ class SplitWeights(Pass):
             return f"gamma={self.gamma} is off"
         if getattr(graph_module.get_submodule(site.layer), "last_module_token", False):
             return "it is marked as the last module"
+        if site.node in readout and (region := region_of_nodes(graph_module.graph).get(site.node)):
+            return f"whether it is an output layer is not known: Python calls {region!r} and what follows it"
         if site.node in readout:
             return "it is an output layer: no weights between it and the model's output"
         return None

@@ -685,7 +685,12 @@ REFUSED: list[tuple[type[nn.Module], str]] = [
 ]
 
 
-WORK_AT_THE_END_ONLY = (SetsAnAttributeOfAValue, WorksInInferenceMode, WorksUnderAutocast, ReturnsAnOrderedDict)
+WORK_AT_THE_END_ONLY = (
+    SetsAnAttributeOfAValue,
+    WorksInInferenceMode,
+    WorksUnderAutocast,
+    ReturnsAnOrderedDict,
+)
 
 
 @pytest.mark.parametrize("model_class", [model_class for model_class, _ in REFUSED])

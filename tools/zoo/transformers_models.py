@@ -24,14 +24,58 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _TEXT = (
-    *("Albert", "Bert", "BigBird", "Bloom", "CTRL", "Camembert", "CodeGen", "ConvBert", "DebertaV2", "Deberta"),
+    *(
+        "Albert",
+        "Bert",
+        "BigBird",
+        "Bloom",
+        "CTRL",
+        "Camembert",
+        "CodeGen",
+        "ConvBert",
+        "DebertaV2",
+        "Deberta",
+    ),
     *("DistilBert", "Electra", "Ernie", "FNet", "Falcon", "GPT2", "GPTBigCode", "GPTJ", "GPTNeo", "GPTNeoX"),
-    *("Gemma", "Gemma2", "Llama", "Longformer", "MPNet", "Mamba", "Mamba2", "Mistral", "Mixtral", "MobileBert"),
+    *(
+        "Gemma",
+        "Gemma2",
+        "Llama",
+        "Longformer",
+        "MPNet",
+        "Mamba",
+        "Mamba2",
+        "Mistral",
+        "Mixtral",
+        "MobileBert",
+    ),
     *("ModernBert", "Mpt", "Nystromformer", "OPT", "Olmo", "Olmo2", "Persimmon", "Phi", "Phi3", "Qwen2"),
     *("Qwen2Moe", "Qwen3", "RemBert", "Roberta", "RoFormer", "SqueezeBert", "StableLm", "Starcoder2", "XGLM"),
-    *("XLM", "XLNet", "Yoso", "Cohere", "Granite", "Jamba", "Rwkv", "FalconMamba", "RecurrentGemma", "Splinter"),
+    *(
+        "XLM",
+        "XLNet",
+        "Yoso",
+        "Cohere",
+        "Granite",
+        "Jamba",
+        "Rwkv",
+        "FalconMamba",
+        "RecurrentGemma",
+        "Splinter",
+    ),
 )
-_TEXT_TO_TEXT = ("Bart", "T5", "MBart", "Pegasus", "Marian", "Blenderbot", "LED", "MT5", "ProphetNet", "M2M100")
+_TEXT_TO_TEXT = (
+    "Bart",
+    "T5",
+    "MBart",
+    "Pegasus",
+    "Marian",
+    "Blenderbot",
+    "LED",
+    "MT5",
+    "ProphetNet",
+    "M2M100",
+)
 _IMAGE = (
     *("ViT", "DeiT", "Beit", "ConvNext", "ConvNextV2", "Swin", "Swinv2", "ResNet", "RegNet", "MobileNetV1"),
     *("MobileNetV2", "MobileViT", "MobileViTV2", "Segformer", "PoolFormer", "Levit", "Cvt", "Pvt", "PvtV2"),
@@ -97,7 +141,12 @@ def _text_options(name: str) -> dict[str, Any]:
         "Electra": {"embedding_size": 16},
         "Rwkv": {"attention_hidden_size": 32, "context_length": 64},
         "RecurrentGemma": {"lru_width": 32, "attention_window_size": 8, "head_dim": 8},
-        "Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "num_experts": 2},
+        "Jamba": {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "use_mamba_kernels": False,
+            "num_experts": 2,
+        },
         "FNet": {"use_tpu_fourier_optimizations": False},
         "ModernBert": {"cls_token_id": 1, "sep_token_id": 2},
         "Yoso": {"use_expectation": True},
@@ -115,17 +164,26 @@ def _both_options(name: str) -> dict[str, Any]:
         own = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     elif name == "ProphetNet":
         own = {
-            **{"num_encoder_layers": 2, "num_decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
-            **{"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4},
+
+                "num_encoder_layers": 2,
+                "num_decoder_layers": 2,
+                "encoder_ffn_dim": 48,
+                "decoder_ffn_dim": 48
+            ,
+            "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
         }
     else:
         own = {
-            **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48},
-            **{"decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+            "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
         }
     shared = {"vocab_size": 99, "hidden_size": 32, "pad_token_id": 0, "decoder_start_token_id": 1}
     if name == "LED":
-        own |= {"attention_window": 4, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}
+        own |= {
+            "attention_window": 4,
+            "max_encoder_position_embeddings": 64,
+            "max_decoder_position_embeddings": 64,
+        }
     if name in ("T5", "MT5", "Bart", "MBart", "Pegasus", "Marian", "Blenderbot", "LED", "M2M100"):
         shared.pop("hidden_size")
     return {**shared, **own}
@@ -149,24 +207,98 @@ def _image_model(name: str) -> tuple[nn.Module, Example]:
     special: dict[str, tuple[dict[str, Any], int]] = {
         "ConvNext": ({"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}, 32),
         "ConvNextV2": ({"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}, 32),
-        "Swin": ({"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}, 16),
-        "Swinv2": ({"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}, 16),
+        "Swin": (
+            {
+                "image_size": 16,
+                "patch_size": 2,
+                "embed_dim": 8,
+                "depths": [1, 1],
+                "num_heads": [2, 2],
+                "window_size": 2,
+            },
+            16,
+        ),
+        "Swinv2": (
+            {
+                "image_size": 16,
+                "patch_size": 2,
+                "embed_dim": 8,
+                "depths": [1, 1],
+                "num_heads": [2, 2],
+                "window_size": 2,
+            },
+            16,
+        ),
         "ResNet": ({"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}, 32),
         "RegNet": ({"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 8}, 32),
         "MobileNetV1": ({"depth_multiplier": 0.25}, 32),
         "MobileNetV2": ({"depth_multiplier": 0.25}, 32),
-        "MobileViT": ({"image_size": 32, "hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16]}, 32),
+        "MobileViT": (
+            {"image_size": 32, "hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16]},
+            32,
+        ),
         "MobileViTV2": ({"image_size": 32, "width_multiplier": 0.25}, 32),
-        "Segformer": ({"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}, 32),
+        "Segformer": (
+            {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]},
+            32,
+        ),
         "PoolFormer": ({"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}, 64),
-        "Levit": ({"image_size": 64, "hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [4, 4, 4]}, 64),
+        "Levit": (
+            {
+                "image_size": 64,
+                "hidden_sizes": [16, 16, 16],
+                "num_attention_heads": [2, 2, 2],
+                "depths": [1, 1, 1],
+                "key_dim": [4, 4, 4],
+            },
+            64,
+        ),
         "Cvt": ({"embed_dim": [8, 16, 16], "num_heads": [1, 2, 2], "depth": [1, 1, 1]}, 32),
-        "Pvt": ({"image_size": 32, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}, 32),
-        "PvtV2": ({"image_size": 32, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}, 32),
+        "Pvt": (
+            {
+                "image_size": 32,
+                "hidden_sizes": [8, 8, 8, 8],
+                "depths": [1, 1, 1, 1],
+                "num_attention_heads": [1, 1, 2, 2],
+            },
+            32,
+        ),
+        "PvtV2": (
+            {
+                "image_size": 32,
+                "hidden_sizes": [8, 8, 8, 8],
+                "depths": [1, 1, 1, 1],
+                "num_attention_heads": [1, 1, 2, 2],
+            },
+            32,
+        ),
         "EfficientNet": ({"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320}, 32),
-        "FocalNet": ({"image_size": 32, "embed_dim": 8, "depths": [1, 1], "focal_levels": [1, 1], "focal_windows": [3, 3], "hidden_sizes": [8, 16]}, 32),
+        "FocalNet": (
+            {
+                "image_size": 32,
+                "embed_dim": 8,
+                "depths": [1, 1],
+                "focal_levels": [1, 1],
+                "focal_windows": [3, 3],
+                "hidden_sizes": [8, 16],
+            },
+            32,
+        ),
         "SwiftFormer": ({"image_size": 64, "embed_dims": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}, 64),
-        "Hiera": ({"image_size": [32, 32], "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "num_query_pool": 1, "masked_unit_size": [4, 4], "patch_size": [4, 4], "patch_stride": [4, 4], "patch_padding": [0, 0]}, 32),
+        "Hiera": (
+            {
+                "image_size": [32, 32],
+                "embed_dim": 8,
+                "depths": [1, 1],
+                "num_heads": [1, 2],
+                "num_query_pool": 1,
+                "masked_unit_size": [4, 4],
+                "patch_size": [4, 4],
+                "patch_stride": [4, 4],
+                "patch_padding": [0, 0],
+            },
+            32,
+        ),
     }
     options, size = special.get(name, (vit, 16))
     return _built(name, options), _images(size)
@@ -207,8 +339,13 @@ def _wav2vec2() -> tuple[nn.Module, Example]:
     import transformers
 
     config = transformers.Wav2Vec2Config(
-        **_SIZES, conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embedding_groups=2,
-        num_conv_pos_embeddings=8, mask_time_length=2,
+        **_SIZES,
+        conv_dim=(16, 16),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_conv_pos_embedding_groups=2,
+        num_conv_pos_embeddings=8,
+        mask_time_length=2,
     )
     torch.manual_seed(0)
 
