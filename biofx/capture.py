@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule
 
 from biofx.errors import CaptureError, InputError
 from biofx.graph_module import BioGraphModule, become_graph_module
+from biofx.record_capture import ExampleInputs, capture_recorded
 from biofx.region_capture import capture_regions
 from biofx.regions import region_paths
 from biofx.sites import find_sites
@@ -33,6 +34,7 @@ def capture(
     share_parameters: bool = False,
     opaque: Sequence[str] = (),
     regions: bool = True,
+    example_inputs: ExampleInputs | None = None,
 ) -> BioGraphModule:
     """Return a model as a graph module of its own; the model itself is not touched.
 
@@ -43,6 +45,9 @@ def capture(
         opaque: paths of modules not to look into, which then become one call each.
         regions: where something cannot be captured, let the module in which it is keep its own forward,
             and capture what that calls in graphs of their own (see :mod:`biofx.regions`); if False, refuse.
+        example_inputs: ``(args, kwargs)`` of one call of the model, which is then recorded instead of traced
+            without inputs: more of it becomes one graph. The model is run on a copy, in both modes and with
+            sizes doubled; whatever the record does not get right keeps its own forward.
 
     Raises:
         InputError: ``model`` is not a module, is wrapped or compiled, has parameters that are not
@@ -61,7 +66,9 @@ def capture(
             root = _copy(model, memo)
             _refuse_ties(model, root)
             foreign = _tensors_of(model)
-            if regions:
+            if example_inputs is not None:
+                captured = capture_recorded(root, example_inputs, frozenset(opaque), foreign)
+            elif regions:
                 captured = capture_regions(root, frozenset(opaque), foreign)
             else:
                 captured = become_graph_module(root, trace(root, frozenset(opaque), foreign).graph)

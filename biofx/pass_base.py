@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch.fx import GraphModule, Node
 
 from biofx.attribution import attributed
+from biofx.coverage import coverage_of
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.graph_module import BioGraphModule
 from biofx.in_place import changes_in_place
@@ -170,11 +171,12 @@ class Pass(ABC):
             before = Snapshot.of(graph_module.graph)
             reports = tuple(self.run(graph_module, ()))
             after = Snapshot.of(graph_module.graph) if reports else before
+            coverage = coverage_of(graph_module, *_fates(reports))
         because = {change.node: change.because for entry in reports for change in entry.changes}
         changes = tuple(
             dataclasses.replace(change, because=because.get(change.node)) for change in compare(before, after)
         )
-        return PassResult(graph_module, Report(type(graph_module).__name__, reports, changes))
+        return PassResult(graph_module, Report(type(graph_module).__name__, reports, changes, coverage))
 
     def run(
         self, graph_module: BioGraphModule, within: tuple[tuple[Selector | None, Selector | None], ...]
@@ -270,6 +272,13 @@ class Scope:
             f"{side}={show_pattern(match.pattern)} picks {what}, none of which {self._owner.name} acts on"
         )
         return Remark("missed", first, min(match.paths, default=""), message, {"picked": len(match.nodes)})
+
+
+def _fates(reports: tuple[PassReport, ...]) -> tuple[dict[str, str], set[str]]:
+    """Return why layers were left alone, and which were not."""
+    remarks = [remark for entry in reports for remark in entry.remarks]
+    done = {remark.layer for remark in remarks if remark.kind == "applied"}
+    return {remark.layer: remark.message for remark in reversed(remarks) if remark.kind == "missed"}, done
 
 
 def _erase_orphans(graph_module: GraphModule, unused_before: set[Node]) -> None:

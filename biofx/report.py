@@ -13,6 +13,10 @@ The JSON form (:meth:`Report.to_json`) is an object with these keys; a reader sh
     ``"erased"``, ``"rewired"``: other inputs or options, ``"replaced"``: another operation), ``node``,
     ``before`` and ``after`` (the node as a line of text, or null) and ``because`` (name of the candidate
     whose rewrite changed it, or null).
+``coverage``
+    Every parameter, or null: an object with ``total``, ``rewritten`` and ``visible`` (elements, counts),
+    ``left`` (objects with ``path``, ``elements``, ``reason`` and ``is_visible``) and ``kept`` (modules that
+    keep their own forward in Python: path to reason).
 ``passes``
     In the order they ran: objects with ``name``, ``text`` (the pass as pipeline text), ``seconds``,
     ``applied`` and ``missed`` (counts), ``changes`` (as above, for this pass alone) and ``remarks``:
@@ -32,6 +36,7 @@ from rich.table import Table
 from rich.text import Text
 from torch.fx import Graph, Node
 
+from biofx.coverage import Coverage
 from biofx.printing import format_node
 
 SCHEMA = "biofx.report/1"
@@ -152,6 +157,8 @@ class Report:
     passes: tuple[PassReport, ...]
     changes: tuple[Change, ...]
     """The nodes that differ between the graph that went in and the graph that came out."""
+    coverage: Coverage | None = None
+    """Every parameter: rewritten, or left alone with a reason; None in a report of graphs alone."""
 
     @property
     def modified(self) -> bool:
@@ -173,6 +180,7 @@ class Report:
             "model": self.model,
             "modified": self.modified,
             "changes": [dict(vars(change)) for change in self.changes],
+            "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "passes": [
                 {
                     "name": entry.name,
@@ -203,13 +211,22 @@ class Report:
 
     def _lines(self) -> Iterator[str]:
         yield f"{self.model}: {self.summary()}"
+        yield from self._kept()
         for entry in self.passes:
             yield f"{entry.text}: {entry.applied} applied, {entry.missed} left alone"
             yield from (f"  {remark}" for remark in entry.remarks)
             yield from (f"  {_describe(change)}" for change in entry.changes)
 
+    def _kept(self) -> Iterator[str]:
+        """Say of the modules that are not part of a graph why, and how much that leaves."""
+        if self.coverage is not None and self.coverage.kept:
+            yield f"in Python: {len(self.coverage.kept)} modules keep their own forward; {self.coverage}"
+            for path, reason in self.coverage.kept.items():
+                yield f"  {path or 'the model'}: {reason}"
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         parts: list[RenderableType] = [Text(f"{self.model}: {self.summary()}", style="bold")]
+        parts += [Text(line, style="yellow") for line in self._kept()]
         for entry in self.passes:
             parts.append(_pass_table(entry))
         yield Group(*parts)

@@ -51,9 +51,16 @@ class Watch:
         found = self._attributes()
         return [path for path, attributes in found.items() if attributes != self._before.get(path, {})]
 
-    def refuse_side_effects(self) -> None:
-        """Raise a CaptureError if the forward drew random numbers or left something in a module."""
-        drawn = [name for name, state in _random_states().items() if state != self._random[name]]
+    def refuse_side_effects(self, *, torch_draws: bool = False) -> None:
+        """Raise a CaptureError if the forward drew random numbers or left something in a module.
+
+        With ``torch_draws``, torch's random numbers do not count: where a forward runs, they are drawn.
+        """
+        drawn = [
+            name
+            for name, state in _random_states().items()
+            if state != self._random[name] and not (torch_draws and name == "torch")
+        ]
         if drawn:
             raise CaptureError(
                 f"the model's forward draws from the random numbers of {' and '.join(drawn)}, which a graph "

@@ -15,6 +15,7 @@ from biofx.errors import OptionError
 from biofx.graph_module import BioGraphModule
 from biofx.pass_base import PassResult
 from biofx.pipeline import Observer, Pipeline
+from biofx.record_capture import ExampleInputs
 from biofx.region_parts import joined
 from biofx.select import NodeIndex, Selector
 
@@ -28,6 +29,7 @@ def transform(
     exclude: Selector | None = None,
     opaque: Sequence[str] = (),
     regions: bool = True,
+    example_inputs: ExampleInputs | None = None,
     share_parameters: bool = False,
     observe: Observer | None = None,
 ) -> PassResult:
@@ -45,6 +47,7 @@ def transform(
         opaque: paths of modules not to look into.
         regions: where something cannot be captured, let the module in which it is keep its own forward and
             rewrite what that calls; if False, refuse.
+        example_inputs: ``(args, kwargs)`` of one call; optional, see :func:`biofx.capture`.
         share_parameters: let the result hold the model's own parameters instead of copies.
         observe: called after each pass that changed the graph, e.g. :func:`biofx.print_changed`.
 
@@ -74,7 +77,7 @@ def transform(
         pipeline = Pipeline((pipeline,), only=only, exclude=exclude, observe=observe)
     elif observe is not None:
         pipeline = dataclasses.replace(pipeline, observe=observe)
-    captured = capture(model, share_parameters=share_parameters, opaque=opaque, regions=regions)
+    captured = capture(model, share_parameters=share_parameters, opaque=opaque, regions=regions, example_inputs=example_inputs)
     with joined(captured):
         _check_overrides(captured, checked)
         with preserved_random_state():

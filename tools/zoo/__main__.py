@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> int:
         try:
             model, example = build()
             args, kwargs = example(2)
-            model.eval()(*args, **kwargs)
+            with torch.no_grad():
+                model.eval()(*args, **kwargs)
         except Exception as error:
             print(f"{name:38} not built: {type(error).__name__}: {str(error)[:100]}", flush=True)
             continue

@@ -1,0 +1,541 @@
+"""Writing down what a forward does while it runs on example inputs.
+
+Every torch function that is called becomes a node, every layer of torch's a call of its module. Real tensors
+flow, so types, containers, lengths and optional arguments are what they are; only where a *value* would decide
+what Python does next (``bool``, ``item``, a gradient context, an autograd function) recording stops, and the
+module in which it happens keeps its own forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import operator
+import sys
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Tracer
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+from biofx.errors import InputError
+from biofx.guards import require_default, require_same, require_tensor
+from biofx.layer_kinds import kind_of
+from biofx.sites import hooks_of
+from biofx.tracked import is_tracked, plain, tracked
+from biofx.values import TORCH_FOLDER
+
+
+class Keep(BaseException):  # noqa: N818
+    """Recording stops here: a module must keep its own forward. No ``except Exception`` is to swallow it."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.path = path
+        self.reason = reason
+
+
+class Frame:
+    """One graph that is being recorded, for one module."""
+
+    def __init__(self, recorder: Recorder, path: str, module: nn.Module) -> None:
+        self.path = path
+        self.graph = Graph(tracer_cls=Tracer)
+        self.stack: list[tuple[str, str, type]] = []
+        self._recorder = recorder
+        self._local = {id(inner): name for name, inner in module.named_modules()}
+        self._calls: dict[str, int] = {}
+        self._nodes: dict[int, tuple[Node, Tensor]] = {}
+        self._stored: dict[int, str] = {}
+        for name, inner in module.named_modules():
+            held = (*inner._parameters.items(), *inner._buffers.items(), *vars(inner).items())
+            for key, value in held:
+                if isinstance(value, Tensor):
+                    self._stored.setdefault(id(value), f"{name}.{key}" if name else key)
+        self._reads: dict[str, Node] = {}
+        self._expected: set[Any] = set()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what happens now belongs into this graph."""
+        return self._recorder.frame is self and not self._recorder.busy
+
+    @property
+    def innermost(self) -> str:
+        """Path, in the whole model, of the module that is running."""
+        return _joined(self.path, self.stack[-1][1] if self.stack else "")
+
+    def enter(self, module: nn.Module) -> str:
+        """Begin a call of a module inside this one; returns its path here."""
+        if id(module) not in self._local:
+            self._recorder.stop(f"calls a {type(module).__name__} that is not a submodule of it")
+        path = self._local[id(module)]
+        number = self._calls[path] = self._calls.get(path, -1) + 1
+        self.stack.append((f"{path}@{number}" if number else path, path, type(module)))
+        return path
+
+    def node(self, op: str, target: Any, args: Any = (), kwargs: Any = None, name: str | None = None) -> Node:
+        """Write a node down."""
+        made = self.graph.create_node(op, target, args, kwargs or {}, name)
+        made.meta["nn_module_stack"] = {key: (path, kind) for key, path, kind in self.stack}
+        return made
+
+    def auxiliary(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+        """Write down a node that may go if nothing uses it."""
+        made = self.node("call_function", function, args)
+        made.meta["auxiliary"] = True
+        return made
+
+    def expect(self, function: Callable[..., Any], operands: tuple[Any, ...], found: Any) -> None:
+        """Let the graph check that a question about sizes has the answer that it has now."""
+        arguments = tuple(self.argument(operand) for operand in operands)
+        key = (function, arguments)
+        if key not in self._expected:
+            self._expected.add(key)
+            asked = self.node("call_function", function, arguments)
+            words = f"{getattr(function, '__name__', function)}{arguments}"
+            self.node("call_function", require_same, (asked, found, words, self.innermost))
+
+    def argument(self, value: Any) -> Any:
+        """Return a value in the form that a node can hold."""
+        if isinstance(value, Tensor):
+            return self.node_of(value)
+        if is_tracked(value, self):
+            return value.node
+        if isinstance(value, (bool, int, float, complex, str, type(None), type(...))):
+            return plain(value)
+        if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
+            return value
+        if isinstance(value, slice):
+            return slice(*(self.argument(bound) for bound in (value.start, value.stop, value.step)))
+        if type(value) in (tuple, torch.Size):
+            return tuple(self.argument(entry) for entry in value)
+        if type(value) is list:
+            return [self.argument(entry) for entry in value]
+        if type(value) is dict and all(isinstance(key, str) for key in value):
+            return {key: self.argument(entry) for key, entry in value.items()}
+        self._recorder.stop(f"hands a {type(value).__name__} on, which a graph cannot hold")
+
+    def node_of(self, tensor: Tensor) -> Node:
+        """Return the node that gives a tensor."""
+        if id(tensor) in self._nodes:
+            return self._nodes[id(tensor)][0]
+        path = self._stored.get(id(tensor))
+        if path is None:
+            self._recorder.stop("uses a tensor that neither comes in nor is held by it nor is made by torch here")
+        if path not in self._reads:
+            self._reads[path] = self.node("get_attr", path)
+        return self._reads[path]
+
+    def is_stored(self, tensor: Tensor) -> bool:
+        """Whether a tensor is held by the module, so that its shape is settled."""
+        return id(tensor) in self._stored and id(tensor) not in self._nodes
+
+    def size_of(self, tensor: Tensor, place: int) -> Node:
+        """Write down a node for one size of a tensor."""
+        made = self.node("call_method", "size", (self.node_of(tensor), place))
+        made.meta["auxiliary"] = True
+        return made
+
+    def take(self, node: Node, value: Any, *, guard: str = "", in_place: bool = False) -> Any:
+        """Let a node stand for what comes in or is returned; give back what to go on with.
+
+        ``guard`` names an argument, whose kind the graph then checks where that is not plain.
+        """
+        if isinstance(value, Tensor):
+            known = id(value) in self._nodes or (guard and id(value) in self._stored)
+            if known and not in_place:
+                # two names for one tensor now (an argument given twice, a dropout that drops nothing), and
+                # maybe for two of them another time
+                with self._recorder.quiet():
+                    value = value.view_as(value)
+            if id(value) not in self._stored:
+                self._nodes.setdefault(id(value), (node, value))
+            return value
+        if type(value) in (int, float) or is_tracked(value, self):
+            return tracked(plain(value), self, lambda: node)
+        if isinstance(value, dict):
+            taken = {key: self.take(self.auxiliary(operator.getitem, (node, key)), entry, guard=guard and f"{guard}[{key!r}]") for key, entry in value.items()}
+            return taken if type(value) is dict else value
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for field in dataclasses.fields(value):
+                self.take(self.auxiliary(getattr, (node, field.name)), getattr(value, field.name))
+            return value
+        if isinstance(value, (tuple, list)):
+            entries = [
+                self.take(self.auxiliary(operator.getitem, (node, place)), entry, guard=guard and f"{guard}[{place}]")
+                for place, entry in enumerate(value)
+            ]
+            if guard:
+                length = self.node("call_function", len, (node,))
+                self.node("call_function", require_same, (length, len(entries), f"len({guard})", self.innermost))
+            return type(value)(entries) if type(value) in (tuple, list) else value
+        if guard and isinstance(value, (bool, str, type(None), torch.dtype)):
+            self.node("call_function", require_default, (node, value, guard))
+        elif guard:
+            self._recorder.stop(f"takes a {type(value).__name__} as {guard}, which a graph cannot look into")
+        return value
+
+    def output(self, value: Any) -> None:
+        """End the graph, and drop what nothing uses."""
+        self.graph.output(self._returned(value))
+        for node in reversed(self.graph.nodes):
+            if node.meta.get("auxiliary") and not node.users:
+                self.graph.erase_node(node)
+
+    def _returned(self, value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and isinstance(value, dict):
+            fields = {key: self._returned(entry) for key, entry in value.items()}
+            return self.node("call_function", type(value), (), fields)
+        if type(value) is OrderedDict:
+            entries = [(key, self._returned(entry)) for key, entry in value.items()]
+            return self.node("call_function", OrderedDict, (entries,))
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self._returned(entry) for entry in value))
+        if type(value) in (tuple, list):
+            return type(value)(self._returned(entry) for entry in value)
+        if type(value) is dict:
+            return {key: self._returned(entry) for key, entry in value.items()}
+        return self.argument(value)
+
+
+def _joined(outer: str, inner: str) -> str:
+    return ".".join(part for part in (outer, inner) if part)
+
+
+class Recorder(TorchFunctionMode):
+    """Records one run of a model.
+
+    Args:
+        root: the model.
+        kept: paths of modules that keep their own forward; what they call gets graphs of its own.
+        opaque: paths of modules not to look into.
+    """
+
+    def __init__(self, root: nn.Module, kept: Mapping[str, str], opaque: frozenset[str]) -> None:
+        super().__init__()
+        self.frame: Frame | None = None
+        self.busy = False
+        self.graphs: dict[str, list[Graph]] = {}
+        self.layers: list[str] = []
+        self.paths_called: set[str] = set()
+        self._root = root
+        self._kept = kept
+        self._opaque = opaque
+        self._paths = {id(module): path for path, module in root.named_modules()}
+        self._ambient = _ambient()
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Run the model, which must be in the mode to record.
+
+        Raises:
+            Keep: a module must keep its own forward.
+            InputError: the model itself fails on these inputs.
+        """
+        with self._patched(), self:
+            try:
+                if "" in self._kept:
+                    self._root(*args, **kwargs)
+                else:
+                    self._in_frame("", self._root, self._root.forward, args, dict(kwargs))
+            except Exception as error:
+                raise InputError(
+                    f"example_inputs: the model fails on them: {type(error).__name__}: {error}"
+                ) from error
+
+    def stop(self, what: str) -> NoReturn:
+        """Let the module that is running keep its own forward."""
+        path = self.frame.innermost if self.frame is not None else ""
+        raise Keep(path, f"{self._where(path)} {what}")
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        frame = self.frame
+        if frame is None or self.busy:
+            return func(*args, **options)
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):
+            return self._attribute(frame, func, name, args)
+        if name in _SIZES:
+            return self._size(frame, func, name, args, options)
+        if name in _DECIDING:
+            self.stop(f"asks for the value of a tensor ({name})")
+        if func is torch._C._set_grad_enabled and args[0] != torch.is_grad_enabled():
+            self.stop("switches gradients on or off (torch.no_grad, …)")
+        with self.quiet():
+            found = func(*args, **options)
+        if isinstance(found, Tensor) or (isinstance(found, (tuple, list)) and _has_tensors(found)) or name == "__setitem__":
+            if _ambient() != self._ambient:
+                self.stop("works under a context (torch.autocast, torch.no_grad, …)")
+            node = self._write(frame, func, name, args, options)
+            return frame.take(node, found, in_place=name.endswith("_"))
+        if found is not None and name not in _DESCRIPTIONS and any(isinstance(x, Tensor) for x in _leaves((args, options))):
+            self.stop(f"asks for something that depends on the value of a tensor ({name})")
+        return found
+
+    def _write(self, frame: Frame, func: Any, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Node:
+        arguments, named = frame.argument(tuple(args)), frame.argument(options)
+        if name in ("__getitem__", "__setitem__"):
+            function = operator.getitem if name == "__getitem__" else operator.setitem
+            return frame.node("call_function", function, arguments, named)
+        if is_tensor_method_or_property(func):
+            return frame.node("call_method", name, arguments, named)
+        return frame.node("call_function", func, arguments, named)
+
+    def _attribute(self, frame: Frame, func: Any, name: str, args: tuple[Any, ...]) -> Any:
+        attribute = func.__self__.__name__
+        if name == "__set__":
+            self.stop(f"sets {attribute!r} of a tensor")
+        with self.quiet():
+            found = func(*args)
+        if attribute == "shape":
+            return self._sizes(frame, args[0], found)
+        if isinstance(found, Tensor):
+            return frame.take(frame.node("call_function", getattr, (frame.node_of(args[0]), attribute)), found)
+        return found
+
+    def _size(self, frame: Frame, func: Any, name: str, args: Any, options: dict[str, Any]) -> Any:
+        with self.quiet():
+            found = func(*(plain(argument) for argument in args), **options)
+        if isinstance(found, torch.Size):
+            return self._sizes(frame, args[0], found)
+        if frame.is_stored(args[0]):
+            return found
+        method = {"__len__": "size", "nelement": "numel"}.get(name, name)
+        rest = (0,) if name == "__len__" else frame.argument(tuple(args[1:]))
+        named = frame.argument(options)
+
+        def make() -> Node:
+            made = frame.node("call_method", method, (frame.node_of(args[0]), *rest), named)
+            made.meta["auxiliary"] = True
+            return made
+
+        return found if name == "__len__" else tracked(found, frame, make)
+
+    def _sizes(self, frame: Frame, tensor: Tensor, found: torch.Size) -> Any:
+        if frame.is_stored(tensor):
+            return found
+        return torch.Size(
+            tracked(size, frame, lambda place=place: frame.size_of(tensor, place))  # type: ignore[misc]
+            for place, size in enumerate(found)
+        )
+
+    def _call(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        path = self._paths.get(id(module))
+        if self.busy:
+            return original(module, *args, **kwargs)
+        if path is not None:
+            self.paths_called.add(path)
+        if self.frame is None:
+            return self._call_from_python(path, module, original, args, kwargs)
+        frame = self.frame
+        local = frame.enter(module)
+        try:
+            if _is_checkpointed():
+                raise Keep(_joined(frame.path, frame.stack[-2][1] if len(frame.stack) > 1 else ""), f"{self._where(frame.innermost)} runs under torch.utils.checkpoint")
+            whole = path in self._kept or path in self._opaque or _is_leaf(module)
+            if not whole and hooks_of(module):
+                raise Keep(str(path), f"{self._named(str(path))} has {' and '.join(hooks_of(module))}")
+            if not whole:
+                return original(module, *args, **kwargs)
+            arguments, named = frame.argument(tuple(args)), frame.argument(dict(kwargs))
+            node = frame.node("call_module", local, arguments, named)
+            if path in self._kept:
+                with self._in_python():
+                    found = original(module, *args, **kwargs)
+            else:
+                with self.quiet():
+                    found = original(module, *args, **kwargs)
+            return frame.take(node, found)
+        finally:
+            frame.stack.pop()
+
+    def _call_from_python(self, path: str | None, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+        kind = kind_of(module)
+        if path is None or path in self._opaque or _is_leaf(module):
+            if path is not None and path not in self._opaque and kind is not None and path not in self.layers:
+                if type(module).forward is kind.module_type.forward and len(args) == 1 and not kwargs:
+                    self.layers.append(path)
+            with self.quiet():
+                return original(module, *args, **kwargs)
+        only_holds = type(module).forward is nn.Sequential.forward
+        if path in self._kept or only_holds or not any(kind_of(inner) for inner in module.modules()):
+            return original(module, *args, **kwargs)
+        if hooks_of(module):
+            raise Keep(path, f"{self._named(path)} has {' and '.join(hooks_of(module))}")
+        return self._in_frame(path, module, lambda *a, **k: original(module, *a, **k), args, kwargs)
+
+    def _in_frame(self, path: str, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        outer, self.frame = self.frame, Frame(self, path, module)
+        try:
+            found = self._run_bound(module, forward, args, kwargs)
+            self.frame.output(found)
+            self.graphs.setdefault(path, []).append(self.frame.graph)
+        finally:
+            self.frame = outer
+        return _untracked(found)
+
+    def _run_bound(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        frame = self.frame
+        assert frame is not None
+        signature = inspect.signature(module.forward)
+        given = signature.bind(*args, **kwargs)
+        taken: dict[str, Any] = {}
+        for name, parameter in signature.parameters.items():
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                if given.arguments.get(name):
+                    self.stop("takes any number of arguments")
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                for key, value in given.arguments.get(name, {}).items():
+                    taken[key] = self._taken(frame, key, value, (None,))
+            elif name in given.arguments:
+                taken[name] = self._taken(frame, name, given.arguments[name], default)
+            elif isinstance(parameter.default, (bool, int, float, str, type(None))):
+                node = frame.node("placeholder", name, default)
+                frame.node("call_function", require_default, (node, parameter.default, name))
+        positional = [
+            taken.pop(name)
+            for name, parameter in signature.parameters.items()
+            if parameter.kind is parameter.POSITIONAL_ONLY and name in taken
+        ]
+        self._move_placeholders_ahead(frame)
+        return forward(*positional, **taken)
+
+    def _taken(self, frame: Frame, name: str, value: Any, default: tuple[Any, ...]) -> Any:
+        if default and not isinstance(default[0], (bool, int, float, str, type(None))):
+            default = (None,)
+        node = frame.node("placeholder", name, default)
+        if isinstance(value, Tensor) and default:
+            frame.node("call_function", require_tensor, (node, f"argument {name!r} was a tensor when recorded, and the graph"))
+        return frame.take(node, value, guard=name)
+
+    def _move_placeholders_ahead(self, frame: Frame) -> None:
+        first = next((node for node in frame.graph.nodes if node.op != "placeholder"), None)
+        for node in list(frame.graph.nodes):
+            if first is not None and node.op == "placeholder":
+                first.prepend(node)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Run something of torch's own, which is one node."""
+        before, self.busy = self.busy, True
+        try:
+            yield
+        finally:
+            self.busy = before
+
+    @contextmanager
+    def _in_python(self) -> Iterator[None]:
+        """Run a forward that stays in Python; what it calls gets graphs of its own."""
+        outer, self.frame = self.frame, None
+        try:
+            yield
+        finally:
+            self.frame = outer
+
+    @contextmanager
+    def _patched(self) -> Iterator[None]:
+        original_call = nn.Module.__call__
+        original_apply = torch.autograd.Function.__dict__["apply"]
+        recorder = self
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return recorder._call(module, original_call, args, kwargs)
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if recorder.frame is not None and not recorder.busy:
+                recorder.stop(f"calls {cls.__name__}, a torch.autograd.Function")
+            return original_apply.__func__(cls, *args, **kwargs)
+
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original_call  # type: ignore[method-assign]
+            torch.autograd.Function.apply = original_apply  # type: ignore[method-assign]
+
+    def _named(self, path: str) -> str:
+        kind = type(self._root.get_submodule(path)).__name__
+        return f"module {path!r} ({kind})" if path else f"the model ({kind})"
+
+    def _where(self, path: str) -> str:
+        named = self._named(path)
+        for frame in traceback.extract_stack(sys._getframe(2))[::-1]:
+            if not frame.filename.startswith(TORCH_FOLDER) and not frame.filename.startswith(_OWN_FOLDER):
+                return f"{named}, {frame.filename}:{frame.lineno} ({frame.line})"
+        return named
+
+
+_OWN_FOLDER = __file__.rpartition("/")[0]
+_SIZES = frozenset({"size", "numel", "nelement", "__len__"})
+_DECIDING = frozenset(
+    {
+        *("__bool__", "__complex__", "__contains__", "__float__", "__index__", "__int__", "item", "tolist"),
+        *("numpy", "__array__", "is_nonzero", "equal", "allclose", "__dlpack__", "untyped_storage", "storage"),
+        *("requires_grad_", "retain_grad", "register_hook", "backward", "stride", "data_ptr"),
+    }
+)
+_DESCRIPTIONS = frozenset(
+    {
+        *("__format__", "__hash__", "__repr__", "__str__", "dim", "ndimension", "element_size", "get_device"),
+        *("is_complex", "is_contiguous", "is_floating_point", "is_signed", "is_inference", "is_conj", "is_neg"),
+        *("is_same_size", "result_type", "can_cast", "promote_types", "has_names", "is_tensor", "is_storage"),
+        *("storage_offset", "type", "is_pinned", "is_shared", "is_set_to"),
+    }
+)
+
+
+def _ambient() -> tuple[Any, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+        torch.get_default_dtype(),
+    )
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, "")
+
+
+_CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
+
+
+def _is_checkpointed() -> bool:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _CHECKPOINT:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _leaves(entry)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
+    else:
+        yield value
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in _leaves(value))
+
+
+def _untracked(value: Any) -> Any:
+    """Return an output without numbers that remember; tensors and other things as they are."""
+    if type(value) in (tuple, list):
+        return type(value)(_untracked(entry) for entry in value)
+    return plain(value)
