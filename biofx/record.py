@@ -84,6 +84,8 @@ class Frame:
         """Write a node down."""
         made = self.graph.create_node(op, target, args, kwargs or {}, name)
         made.meta["nn_module_stack"] = {key: (path, kind) for key, path, kind in self.stack}
+        if any(source.meta.get(_BY_VALUE) for source in made.all_input_nodes):
+            made.meta[_BY_VALUE] = True
         return made
 
     def auxiliary(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
@@ -95,6 +97,8 @@ class Frame:
     def expect(self, function: Callable[..., Any], operands: tuple[Any, ...], found: Any) -> None:
         """Let the graph check that a question about sizes has the answer that it has now."""
         arguments = tuple(self.argument(operand) for operand in operands)
+        if any(isinstance(operand, Node) and operand.meta.get(_BY_VALUE) for operand in arguments):
+            self._recorder.stop("decides by a size that depends on the values of a tensor")
         key = (function, arguments)
         if key not in self._expected:
             self._expected.add(key)
@@ -276,6 +280,8 @@ class Recorder(TorchFunctionMode):
             if _ambient() != self._ambient:
                 self.stop("works under a context (torch.autocast, torch.no_grad, …)")
             node = self._write(frame, func, name, args, options)
+            if name in _SIZED_BY_VALUES or (name == "__getitem__" and _has_mask(args[1])):
+                node.meta[_BY_VALUE] = True
             return frame.take(node, found, in_place=name.endswith("_"))
         if found is not None and name not in _DESCRIPTIONS and any(isinstance(x, Tensor) for x in _leaves((args, options))):
             self.stop(f"asks for something that depends on the value of a tensor ({name})")
@@ -337,23 +343,20 @@ class Recorder(TorchFunctionMode):
         if self.frame is None:
             return self._call_from_python(path, module, original, args, kwargs)
         frame = self.frame
+        if _is_checkpointed():
+            self.stop("runs modules under torch.utils.checkpoint")
+        whole = path in self._kept or path in self._opaque or _is_leaf(module)
+        # what is handed on is the business of the module that calls, not of the one that is called
+        given = (frame.argument(tuple(args)), frame.argument(dict(kwargs))) if whole else ((), {})
         local = frame.enter(module)
         try:
-            if _is_checkpointed():
-                raise Keep(_joined(frame.path, frame.stack[-2][1] if len(frame.stack) > 1 else ""), f"{self._where(frame.innermost)} runs under torch.utils.checkpoint")
-            whole = path in self._kept or path in self._opaque or _is_leaf(module)
             if not whole and hooks_of(module):
-                raise Keep(str(path), f"{self._named(str(path))} has {' and '.join(hooks_of(module))}")
+                self.stop(f"has {' and '.join(hooks_of(module))}")
             if not whole:
                 return original(module, *args, **kwargs)
-            arguments, named = frame.argument(tuple(args)), frame.argument(dict(kwargs))
-            node = frame.node("call_module", local, arguments, named)
-            if path in self._kept:
-                with self._in_python():
-                    found = original(module, *args, **kwargs)
-            else:
-                with self.quiet():
-                    found = original(module, *args, **kwargs)
+            node = frame.node("call_module", local, *given)
+            with self._in_python() if path in self._kept else self.quiet():
+                found = original(module, *args, **kwargs)
             return frame.take(node, found)
         finally:
             frame.stack.pop()
@@ -493,6 +496,20 @@ _DESCRIPTIONS = frozenset(
         *("storage_offset", "type", "is_pinned", "is_shared", "is_set_to"),
     }
 )
+
+
+_BY_VALUE = "sized_by_values"
+_SIZED_BY_VALUES = frozenset(
+    {
+        *("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "where", "bincount"),
+        *("repeat_interleave", "histc", "combinations", "nonzero_static"),
+    }
+)
+
+
+def _has_mask(index: Any) -> bool:
+    """Whether an index picks entries by their values."""
+    return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in _leaves(index))
 
 
 def _ambient() -> tuple[Any, ...]:

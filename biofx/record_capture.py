@@ -78,15 +78,15 @@ class _RecordCapture:
     def captured(self) -> BioGraphModule:
         """Record until it holds."""
         while True:
-            pristine = self._copy(self._root)
-            graphs, layers, called = self._recorded()
-            made = self._assembled(pristine, graphs, layers, called)
-            doubt = None if self._on_meta else self._doubt(made)
-            if doubt is None:
-                return made
-            if doubt.path in self._kept and "" in self._kept:
+            try:
+                recorded = self._recorded()
+                made = self._assembled(self._copy(self._root), *recorded)
+                doubt = None if self._on_meta else self._doubt(made)
+                if doubt is None:
+                    return made
+                self._keep(doubt if doubt.path not in self._kept else Keep("", doubt.reason))
+            except CaptureError:  # it cannot be recorded at all
                 return capture_regions(self._root, self._opaque, self._foreign)
-            self._kept["" if doubt.path in self._kept else doubt.path] = doubt.reason
 
     def _copy(self, model: nn.Module) -> Any:
         return copy.deepcopy(model, dict(self._shared))
@@ -100,7 +100,7 @@ class _RecordCapture:
                 self._keep(found)
 
     def _keep(self, found: Keep) -> None:
-        if found.path in self._kept and found.path:
+        if found.path in self._kept:
             raise CaptureError(found.reason)
         alike = type(self._modules[found.path])
         for path, module in self._modules.items():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -64,16 +65,9 @@ def compare(name: str, model: nn.Module, example: Example, *, recorded: bool) ->
 
 def _difference(model: nn.Module, captured: nn.Module, given: Any, training: bool) -> str:
     reference, other = copy.deepcopy(model).train(training), copy.deepcopy(captured).train(training)
-    try:
-        expected = _run(reference, given)
-    except Exception as error:
-        if training:
-            return ""
-        return f"the model itself fails: {error}"
-    try:
-        found = _run(other, given)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+    (expected, failed), (found, fails) = _tried(reference, given), _tried(other, given)
+    if failed or fails:
+        return "" if failed == fails else f"{fails or 'no error'} instead of {failed or 'none'}"
     try:
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     except AssertionError as error:
@@ -81,10 +75,19 @@ def _difference(model: nn.Module, captured: nn.Module, given: Any, training: boo
     return ""
 
 
+def _tried(model: nn.Module, given: Any) -> tuple[Any, str]:
+    """Return what a run gives, and what it raises."""
+    try:
+        return _run(model, given), ""
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
 def _run(model: nn.Module, given: Any) -> tuple[Any, ...]:
     args, kwargs = given
     torch.manual_seed(5)
     random.seed(5)
+    numpy.random.seed(5)
     outputs = [model(*args, **kwargs) for _ in range(2)]
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     total = sum((leaf.float() ** 2).mean() for leaf in leaves if leaf.requires_grad)
