@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from biofx.frames import Keep
 from biofx.guards import by_mode
-from biofx.record import Keep
 
 
 def unified(path: str, training: Graph, evaluation: Graph) -> Graph:
@@ -89,7 +89,9 @@ def _innermost(node: Node) -> str:
 
 
 def _differ(path: str, ours: Node, theirs: Node) -> Keep:
-    stacks = [[place for place, _ in (node.meta.get("nn_module_stack") or {}).values()] for node in (ours, theirs)]
+    stacks = [
+        [place for place, _ in (node.meta.get("nn_module_stack") or {}).values()] for node in (ours, theirs)
+    ]
     if ours.op == "call_module":
         stacks[0] = stacks[0][:-1]
     if theirs.op == "call_module":

@@ -72,6 +72,8 @@ def capture(
                 captured = capture_regions(root, frozenset(opaque), foreign)
             else:
                 captured = become_graph_module(root, trace(root, frozenset(opaque), foreign).graph)
+    for name, nothing in (("region_paths", ()), ("kept_as_python", {})):
+        vars(captured).setdefault(name, nothing)
     _complete_module_stacks(captured)
     return captured
 

@@ -6,8 +6,8 @@ import copy
 import functools
 import sys
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
@@ -28,6 +28,12 @@ class BioGraphModule(GraphModule):
     buffers, the model's own hooks and attributes. Copies and pickles carry the graph itself, not its code,
     so nothing is traced a second time and no node changes its name.
     """
+
+    if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
+        region_paths: tuple[str, ...]
+        """Paths of the modules with graphs of their own, empty where one graph is all there is."""
+        kept_as_python: Mapping[str, str]
+        """Paths of the modules that keep their own forward in Python, and why."""
 
     @classmethod
     def from_root(cls, root: nn.Module, graph: Graph, class_name: str | None = None) -> BioGraphModule:
@@ -79,8 +85,8 @@ class BioGraphModule(GraphModule):
         self.graph = unpack(graph)
         if self.keeps_forward and user_class(self) is None:
             raise CaptureError(
-                f"a {type(self).__name__} that runs its own forward was saved, whose class cannot be imported "
-                "here; make the class importable under the name it had"
+                f"a {type(self).__name__} that runs its own forward was saved, whose class cannot be "
+                "imported here; make the class importable under the name it had"
             )
 
     def __getattr__(self, name: str) -> Any:
@@ -97,7 +103,7 @@ class BioGraphModule(GraphModule):
         origin = user_class(self)
         if origin is not None and self.keeps_forward:
             own: Any = origin.forward
-            type(self).forward = own  # type: ignore[method-assign]
+            type(self).forward = own
         return code
 
     @property

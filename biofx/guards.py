@@ -62,8 +62,8 @@ def require_same(found: Any, expected: object, question: str, module: str) -> No
     if isinstance(found, Tensor) or found != expected:
         shown = type(found).__name__ if isinstance(found, Tensor) else repr(found)
         raise RecordingError(
-            f"module {module!r} asks {question}: recorded with {expected!r}, found {shown}; give example_inputs "
-            f"like this one, or name the module in opaque=[{module!r}]",
+            f"module {module!r} asks {question}: recorded with {expected!r}, found {shown}; give "
+            f"example_inputs like this one, or name the module in opaque=[{module!r}]",
             module,
         )
     return None

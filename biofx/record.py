@@ -1,19 +1,17 @@
 """Writing down what a forward does while it runs on example inputs.
 
-Every torch function that is called becomes a node, every layer of torch's a call of its module. Real tensors
-flow, so types, containers, lengths and optional arguments are what they are; only where a *value* would decide
-what Python does next (``bool``, ``item``, a gradient context, an autograd function) recording stops, and the
-module in which it happens keeps its own forward.
+Every torch function that is called becomes a node, every layer of torch's a call of its module. Real
+tensors flow, so types, containers, lengths and optional arguments are what they are; only where a *value*
+would decide what Python does next (``bool``, ``item``, a gradient context, an autograd function) recording
+stops, and the module in which it happens keeps its own forward.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import operator
 import sys
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -25,192 +23,12 @@ from torch.fx import Graph, Node, Tracer
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from biofx.errors import InputError
-from biofx.guards import require_default, require_same, require_tensor
+from biofx.frames import BY_VALUE, Frame, Keep
+from biofx.guards import require_default, require_tensor
 from biofx.layer_kinds import kind_of
 from biofx.sites import hooks_of
-from biofx.tracked import is_tracked, plain, tracked
+from biofx.tracked import plain, tracked
 from biofx.values import TORCH_FOLDER
-
-
-class Keep(BaseException):  # noqa: N818
-    """Recording stops here: a module must keep its own forward. No ``except Exception`` is to swallow it."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(reason)
-        self.path = path
-        self.reason = reason
-
-
-class Frame:
-    """One graph that is being recorded, for one module."""
-
-    def __init__(self, recorder: Recorder, path: str, module: nn.Module) -> None:
-        self.path = path
-        self.graph = Graph(tracer_cls=Tracer)
-        self.stack: list[tuple[str, str, type]] = []
-        self._recorder = recorder
-        self._local = {id(inner): name for name, inner in module.named_modules()}
-        self._calls: dict[str, int] = {}
-        self._nodes: dict[int, tuple[Node, Tensor]] = {}
-        self._stored: dict[int, str] = {}
-        for name, inner in module.named_modules():
-            held = (*inner._parameters.items(), *inner._buffers.items(), *vars(inner).items())
-            for key, value in held:
-                if isinstance(value, Tensor):
-                    self._stored.setdefault(id(value), f"{name}.{key}" if name else key)
-        self._reads: dict[str, Node] = {}
-        self._expected: set[Any] = set()
-
-    @property
-    def is_current(self) -> bool:
-        """Whether what happens now belongs into this graph."""
-        return self._recorder.frame is self and not self._recorder.busy
-
-    @property
-    def innermost(self) -> str:
-        """Path, in the whole model, of the module that is running."""
-        return _joined(self.path, self.stack[-1][1] if self.stack else "")
-
-    def enter(self, module: nn.Module) -> str:
-        """Begin a call of a module inside this one; returns its path here."""
-        if id(module) not in self._local:
-            self._recorder.stop(f"calls a {type(module).__name__} that is not a submodule of it")
-        path = self._local[id(module)]
-        number = self._calls[path] = self._calls.get(path, -1) + 1
-        self.stack.append((f"{path}@{number}" if number else path, path, type(module)))
-        return path
-
-    def node(self, op: str, target: Any, args: Any = (), kwargs: Any = None, name: str | None = None) -> Node:
-        """Write a node down."""
-        made = self.graph.create_node(op, target, args, kwargs or {}, name)
-        made.meta["nn_module_stack"] = {key: (path, kind) for key, path, kind in self.stack}
-        if any(source.meta.get(_BY_VALUE) for source in made.all_input_nodes):
-            made.meta[_BY_VALUE] = True
-        return made
-
-    def auxiliary(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
-        """Write down a node that may go if nothing uses it."""
-        made = self.node("call_function", function, args)
-        made.meta["auxiliary"] = True
-        return made
-
-    def expect(self, function: Callable[..., Any], operands: tuple[Any, ...], found: Any) -> None:
-        """Let the graph check that a question about sizes has the answer that it has now."""
-        arguments = tuple(self.argument(operand) for operand in operands)
-        if any(isinstance(operand, Node) and operand.meta.get(_BY_VALUE) for operand in arguments):
-            self._recorder.stop("decides by a size that depends on the values of a tensor")
-        key = (function, arguments)
-        if key not in self._expected:
-            self._expected.add(key)
-            asked = self.node("call_function", function, arguments)
-            words = f"{getattr(function, '__name__', function)}{arguments}"
-            self.node("call_function", require_same, (asked, found, words, self.innermost))
-
-    def argument(self, value: Any) -> Any:
-        """Return a value in the form that a node can hold."""
-        if isinstance(value, Tensor):
-            return self.node_of(value)
-        if is_tracked(value, self):
-            return value.node
-        if isinstance(value, (bool, int, float, complex, str, type(None), type(...))):
-            return plain(value)
-        if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
-            return value
-        if isinstance(value, slice):
-            return slice(*(self.argument(bound) for bound in (value.start, value.stop, value.step)))
-        if type(value) in (tuple, torch.Size):
-            return tuple(self.argument(entry) for entry in value)
-        if type(value) is list:
-            return [self.argument(entry) for entry in value]
-        if type(value) is dict and all(isinstance(key, str) for key in value):
-            return {key: self.argument(entry) for key, entry in value.items()}
-        self._recorder.stop(f"hands a {type(value).__name__} on, which a graph cannot hold")
-
-    def node_of(self, tensor: Tensor) -> Node:
-        """Return the node that gives a tensor."""
-        if id(tensor) in self._nodes:
-            return self._nodes[id(tensor)][0]
-        path = self._stored.get(id(tensor))
-        if path is None:
-            self._recorder.stop("uses a tensor that neither comes in nor is held by it nor is made by torch here")
-        if path not in self._reads:
-            self._reads[path] = self.node("get_attr", path)
-        return self._reads[path]
-
-    def is_stored(self, tensor: Tensor) -> bool:
-        """Whether a tensor is held by the module, so that its shape is settled."""
-        return id(tensor) in self._stored and id(tensor) not in self._nodes
-
-    def size_of(self, tensor: Tensor, place: int) -> Node:
-        """Write down a node for one size of a tensor."""
-        made = self.node("call_method", "size", (self.node_of(tensor), place))
-        made.meta["auxiliary"] = True
-        return made
-
-    def take(self, node: Node, value: Any, *, guard: str = "", in_place: bool = False) -> Any:
-        """Let a node stand for what comes in or is returned; give back what to go on with.
-
-        ``guard`` names an argument, whose kind the graph then checks where that is not plain.
-        """
-        if isinstance(value, Tensor):
-            known = id(value) in self._nodes or (guard and id(value) in self._stored)
-            if known and not in_place:
-                # two names for one tensor now (an argument given twice, a dropout that drops nothing), and
-                # maybe for two of them another time
-                with self._recorder.quiet():
-                    value = value.view_as(value)
-            if id(value) not in self._stored:
-                self._nodes.setdefault(id(value), (node, value))
-            return value
-        if type(value) in (int, float) or is_tracked(value, self):
-            return tracked(plain(value), self, lambda: node)
-        if isinstance(value, dict):
-            taken = {key: self.take(self.auxiliary(operator.getitem, (node, key)), entry, guard=guard and f"{guard}[{key!r}]") for key, entry in value.items()}
-            return taken if type(value) is dict else value
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            for field in dataclasses.fields(value):
-                self.take(self.auxiliary(getattr, (node, field.name)), getattr(value, field.name))
-            return value
-        if isinstance(value, (tuple, list)):
-            entries = [
-                self.take(self.auxiliary(operator.getitem, (node, place)), entry, guard=guard and f"{guard}[{place}]")
-                for place, entry in enumerate(value)
-            ]
-            if guard:
-                length = self.node("call_function", len, (node,))
-                self.node("call_function", require_same, (length, len(entries), f"len({guard})", self.innermost))
-            return type(value)(entries) if type(value) in (tuple, list) else value
-        if guard and isinstance(value, (bool, str, type(None), torch.dtype)):
-            self.node("call_function", require_default, (node, value, guard))
-        elif guard:
-            self._recorder.stop(f"takes a {type(value).__name__} as {guard}, which a graph cannot look into")
-        return value
-
-    def output(self, value: Any) -> None:
-        """End the graph, and drop what nothing uses."""
-        self.graph.output(self._returned(value))
-        for node in reversed(self.graph.nodes):
-            if node.meta.get("auxiliary") and not node.users:
-                self.graph.erase_node(node)
-
-    def _returned(self, value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and isinstance(value, dict):
-            fields = {key: self._returned(entry) for key, entry in value.items()}
-            return self.node("call_function", type(value), (), fields)
-        if type(value) is OrderedDict:
-            entries = [(key, self._returned(entry)) for key, entry in value.items()]
-            return self.node("call_function", OrderedDict, (entries,))
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(self._returned(entry) for entry in value))
-        if type(value) in (tuple, list):
-            return type(value)(self._returned(entry) for entry in value)
-        if type(value) is dict:
-            return {key: self._returned(entry) for key, entry in value.items()}
-        return self.argument(value)
-
-
-def _joined(outer: str, inner: str) -> str:
-    return ".".join(part for part in (outer, inner) if part)
 
 
 class Recorder(TorchFunctionMode):
@@ -227,7 +45,7 @@ class Recorder(TorchFunctionMode):
         self.frame: Frame | None = None
         self.busy = False
         self.graphs: dict[str, list[Graph]] = {}
-        self.layers: list[str] = []
+        self.layers: dict[str, None] = {}
         self.paths_called: set[str] = set()
         self._root = root
         self._kept = kept
@@ -276,18 +94,28 @@ class Recorder(TorchFunctionMode):
             self.stop("switches gradients on or off (torch.no_grad, …)")
         with self.quiet():
             found = func(*args, **options)
-        if isinstance(found, Tensor) or (isinstance(found, (tuple, list)) and _has_tensors(found)) or name == "__setitem__":
+        if (
+            isinstance(found, Tensor)
+            or (isinstance(found, (tuple, list)) and _has_tensors(found))
+            or name == "__setitem__"
+        ):
             if _ambient() != self._ambient:
                 self.stop("works under a context (torch.autocast, torch.no_grad, …)")
             node = self._write(frame, func, name, args, options)
-            if name in _SIZED_BY_VALUES or (name == "__getitem__" and _has_mask(args[1])):
-                node.meta[_BY_VALUE] = True
+            if _is_sized_by_values(name, args):
+                node.meta[BY_VALUE] = True
             return frame.take(node, found, in_place=name.endswith("_"))
-        if found is not None and name not in _DESCRIPTIONS and any(isinstance(x, Tensor) for x in _leaves((args, options))):
+        if (
+            found is not None
+            and name not in _DESCRIPTIONS
+            and any(isinstance(x, Tensor) for x in _leaves((args, options)))
+        ):
             self.stop(f"asks for something that depends on the value of a tensor ({name})")
         return found
 
-    def _write(self, frame: Frame, func: Any, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Node:
+    def _write(
+        self, frame: Frame, func: Any, name: str, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> Node:
         arguments, named = frame.argument(tuple(args)), frame.argument(options)
         if name in ("__getitem__", "__setitem__"):
             function = operator.getitem if name == "__getitem__" else operator.setitem
@@ -305,7 +133,9 @@ class Recorder(TorchFunctionMode):
         if attribute == "shape":
             return self._sizes(frame, args[0], found)
         if isinstance(found, Tensor):
-            return frame.take(frame.node("call_function", getattr, (frame.node_of(args[0]), attribute)), found)
+            return frame.take(
+                frame.node("call_function", getattr, (frame.node_of(args[0]), attribute)), found
+            )
         return found
 
     def _size(self, frame: Frame, func: Any, name: str, args: Any, options: dict[str, Any]) -> Any:
@@ -361,12 +191,14 @@ class Recorder(TorchFunctionMode):
         finally:
             frame.stack.pop()
 
-    def _call_from_python(self, path: str | None, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
-        kind = kind_of(module)
+    def _call_from_python(
+        self, path: str | None, module: nn.Module, original: Any, args: Any, kwargs: Any
+    ) -> Any:
         if path is None or path in self._opaque or _is_leaf(module):
-            if path is not None and path not in self._opaque and kind is not None and path not in self.layers:
-                if type(module).forward is kind.module_type.forward and len(args) == 1 and not kwargs:
-                    self.layers.append(path)
+            kind = None if path in self._opaque else kind_of(module)
+            is_plain = kind is not None and type(module).forward is kind.module_type.forward
+            if path is not None and is_plain and len(args) == 1 and not kwargs:
+                self.layers.setdefault(path)
             with self.quiet():
                 return original(module, *args, **kwargs)
         only_holds = type(module).forward is nn.Sequential.forward
@@ -418,7 +250,11 @@ class Recorder(TorchFunctionMode):
             default = (None,)
         node = frame.node("placeholder", name, default)
         if isinstance(value, Tensor) and default:
-            frame.node("call_function", require_tensor, (node, f"argument {name!r} was a tensor when recorded, and the graph"))
+            frame.node(
+                "call_function",
+                require_tensor,
+                (node, f"argument {name!r} was a tensor when recorded, and the graph"),
+            )
         return frame.take(node, value, guard=name)
 
     def _move_placeholders_ahead(self, frame: Frame) -> None:
@@ -484,32 +320,50 @@ _SIZES = frozenset({"size", "numel", "nelement", "__len__"})
 _DECIDING = frozenset(
     {
         *("__bool__", "__complex__", "__contains__", "__float__", "__index__", "__int__", "item", "tolist"),
-        *("numpy", "__array__", "is_nonzero", "equal", "allclose", "__dlpack__", "untyped_storage", "storage"),
+        *(
+            "numpy",
+            "__array__",
+            "is_nonzero",
+            "equal",
+            "allclose",
+            "__dlpack__",
+            "untyped_storage",
+            "storage",
+        ),
         *("requires_grad_", "retain_grad", "register_hook", "backward", "stride", "data_ptr"),
     }
 )
 _DESCRIPTIONS = frozenset(
     {
         *("__format__", "__hash__", "__repr__", "__str__", "dim", "ndimension", "element_size", "get_device"),
-        *("is_complex", "is_contiguous", "is_floating_point", "is_signed", "is_inference", "is_conj", "is_neg"),
+        *(
+            "is_complex",
+            "is_contiguous",
+            "is_floating_point",
+            "is_signed",
+            "is_inference",
+            "is_conj",
+            "is_neg",
+        ),
         *("is_same_size", "result_type", "can_cast", "promote_types", "has_names", "is_tensor", "is_storage"),
         *("storage_offset", "type", "is_pinned", "is_shared", "is_set_to"),
     }
 )
 
 
-_BY_VALUE = "sized_by_values"
 _SIZED_BY_VALUES = frozenset(
     {
-        *("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "where", "bincount"),
-        *("repeat_interleave", "histc", "combinations", "nonzero_static"),
+        *("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "histc"),
+        *("combinations", "repeat_interleave"),
     }
 )
 
 
-def _has_mask(index: Any) -> bool:
-    """Whether an index picks entries by their values."""
-    return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in _leaves(index))
+def _is_sized_by_values(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether the size of what a function returns depends on the values of a tensor."""
+    if name == "__getitem__":
+        return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in _leaves(args[1]))
+    return name in _SIZED_BY_VALUES or (name == "where" and len(args) == 1)
 
 
 def _ambient() -> tuple[Any, ...]:
@@ -529,12 +383,7 @@ _CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
 
 
 def _is_checkpointed() -> bool:
-    frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is _CHECKPOINT:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return any(frame.f_code is _CHECKPOINT for frame, _ in traceback.walk_stack(None))
 
 
 def _leaves(value: Any) -> Iterator[Any]:

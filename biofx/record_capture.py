@@ -13,11 +13,12 @@ from torch.utils import _pytree as pytree
 
 from biofx.both_modes import unified
 from biofx.errors import CaptureError, InputError
+from biofx.frames import Keep
 from biofx.graph_module import BioGraphModule, become_graph_module
 from biofx.guards import RecordingError
 from biofx.own_forward import own_forward_graph
-from biofx.record import Keep, Recorder
-from biofx.region_capture import capture_regions
+from biofx.record import Recorder
+from biofx.region_capture import capture_regions, capture_uncalled
 from biofx.side_effects import Watch
 
 ExampleInputs = tuple[Sequence[Any], Mapping[str, Any]]
@@ -126,7 +127,9 @@ class _RecordCapture:
                 raise Keep("", str(error)) from None
         return recorder
 
-    def _unified(self, training: Recorder, evaluation: Recorder) -> tuple[dict[str, Graph], list[str], set[str]]:
+    def _unified(
+        self, training: Recorder, evaluation: Recorder
+    ) -> tuple[dict[str, Graph], list[str], set[str]]:
         graphs: dict[str, Graph] = {}
         for path in dict.fromkeys([*training.graphs, *evaluation.graphs]):
             found = [recorder.graphs.get(path, []) for recorder in (training, evaluation)]
@@ -147,9 +150,12 @@ class _RecordCapture:
         regions = [path for path in graphs if path]
         for path in regions:
             become_graph_module(modules[path], graphs[path])
+        settled = [inner for path in regions for inner in modules[path].modules()]
+        settled += [modules[path] for path in called | set(kept)]
+        rest = capture_uncalled(root, self._opaque, self._foreign, kept, settled)
         made = become_graph_module(root, graphs.get("") or own_forward_graph())
-        made.region_paths = tuple([*regions, *layers])
-        made.kept_as_python = kept
+        made.region_paths = (*regions, *layers, *rest.regions)
+        made.kept_as_python = kept | rest.kept
         return made
 
     def _doubt(self, made: BioGraphModule) -> Keep | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[
     Raises:
         CaptureError: not even that can be done.
     """
-    capture = _RegionCapture(root, opaque, foreign)
+    capture = RegionCapture(root, opaque, foreign)
     graph = capture.traced_root()
     captured = become_graph_module(root, graph)
     captured.region_paths = tuple(capture.regions)
@@ -35,14 +36,39 @@ def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[
     return captured
 
 
-class _RegionCapture:
+def capture_uncalled(
+    root: nn.Module,
+    opaque: frozenset[str],
+    foreign: frozenset[int],
+    kept: Iterable[str],
+    settled: Iterable[nn.Module],
+) -> RegionCapture:
+    """Capture below modules that keep their own forward what the example inputs did not lead to.
+
+    Args:
+        root: the model, made for this; modules in it become graph modules.
+        opaque: paths of modules not to look into.
+        foreign: ids of tensors that must not find their way into a graph.
+        kept: paths of the modules that keep their own forward.
+        settled: modules to leave as they are.
+    """
+    capture = RegionCapture(root, opaque, foreign)
+    capture.seen |= set(map(id, settled))
+    for path in kept:
+        capture.capture_children(path)
+    return capture
+
+
+class RegionCapture:
+    """Captures regions of a model one by one."""
+
     def __init__(self, root: nn.Module, opaque: frozenset[str], foreign: frozenset[int]) -> None:
         self._root = root
         self._opaque = opaque
         self._foreign = foreign
         self._modules = dict(root.named_modules(remove_duplicate=False))
         self._first_paths = {id(module): path for path, module in root.named_modules()}
-        self._seen: set[int] = {id(self._modules[path]) for path in opaque}
+        self.seen: set[int] = {id(self._modules[path]) for path in opaque}
         self.regions: list[str] = []
         self.kept: dict[str, str] = {}
 
@@ -56,30 +82,31 @@ class _RegionCapture:
         self._keep_inside("", traced.kept)
         return traced.graph
 
-    def _keep_inside(self, path: str, kept: dict[str, str]) -> None:
+    def _keep_inside(self, path: str, kept: Mapping[str, str]) -> None:
         for inner, reason in kept.items():
             self._keep(f"{path}.{inner}" if path else inner, reason)
 
     def _keep(self, path: str, reason: str) -> None:
         """Let a module keep its own forward, and capture what it may call."""
         self.kept[path] = reason
-        self._capture_children(path)
+        self.capture_children(path)
 
-    def _capture_children(self, path: str) -> None:
+    def capture_children(self, path: str) -> None:
+        """Capture what the module at a path may call."""
         for child in self._modules[path].children():
             self._capture(self._first_paths[id(child)], child)
 
     def _capture(self, path: str, module: nn.Module) -> None:
-        if id(module) in self._seen:
+        if id(module) in self.seen:
             return
-        self._seen.add(id(module))
+        self.seen.add(id(module))
         kind = kind_of(module)
         if not any(kind_of(inner) is not None for inner in module.modules()):
             return  # nothing in it that a pass could act on
         if kind is not None and type(module).forward is kind.module_type.forward:
             self.regions.append(path)
         elif _only_holds_others(module):
-            self._capture_children(path)
+            self.capture_children(path)
         elif isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, path):
             return
         elif (reason := _why_calls_are_unknown(module)) is not None:
@@ -96,7 +123,7 @@ class _RegionCapture:
             self._keep(path, str(error))
             return
         self.regions.append(path)
-        self._keep_inside(path, dict(traced.kept))
+        self._keep_inside(path, traced.kept)
 
 
 def _only_holds_others(module: nn.Module) -> bool:

@@ -127,16 +127,16 @@ class _Join:
     def _copied(self, node: Node, path: str, mapping: dict[Node, Node]) -> Node:
         name = path.replace(".", "_")
         if node.op == "placeholder":
-            default = map_arg(node.args, mapping.__getitem__)
-            arguments: Any = (path, str(node.target), *default)  # type: ignore[misc]
+            default: Any = map_arg(node.args, mapping.__getitem__)
+            arguments: Any = (path, str(node.target), *default)
             suffix = str(node.target).strip("*")
             return self.graph.create_node("call_function", region_input, arguments, name=f"{name}_{suffix}")
         if node.op == "output":
             value: Any = map_arg(node.args[0], mapping.__getitem__)
             return self.graph.create_node("call_function", region_output, (path, value), name=f"{name}_end")
         if node.target is call_own_forward:  # a layer that is a region by itself, with something behind it
-            called: Any = map_arg(node.args[1:], mapping.__getitem__)
-            return self.graph.create_node("call_module", path, *called, name=node.name)
+            args, kwargs = map_arg(node.args[1:], mapping.__getitem__)  # type: ignore[misc]
+            return self.graph.create_node("call_module", path, args, kwargs, node.name)  # type: ignore[arg-type]
         copied = self._node_copy(node, name, mapping)
         if node.op in ("call_module", "get_attr"):
             copied.target = f"{path}.{node.target}" if node.target else path

@@ -27,10 +27,8 @@ class Watch:
         self._before = self._attributes()
         self._is_complete = True
         self._random = _random_states()
-        self._held = [
-            (held, dict(held))
-            for module in root.modules()
-            for held in (vars(module), module._parameters, module._buffers, module._modules)
+        self._held: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (held, dict(held)) for module in root.modules() for held in _holders(module)
         ]
 
     def restore(self) -> None:
@@ -119,8 +117,15 @@ _KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
 
 
 def _everything_in(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for held in (vars(module), module._parameters, module._buffers, module._modules):
+    for held in _holders(module):
         yield from held.items()
+
+
+def _holders(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    parameters: dict[str, Any] = module._parameters
+    buffers: dict[str, Any] = module._buffers
+    modules: dict[str, Any] = module._modules
+    return vars(module), parameters, buffers, modules
 
 
 def _random_states() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import Node
 
 if TYPE_CHECKING:
-    from biofx.record import Frame
+    from biofx.frames import Frame
 
 
 class _Tracked:
@@ -75,7 +75,9 @@ def _computes(function: Callable[..., Any], *, swapped: bool = False) -> Callabl
             return found
 
         def make() -> Node:
-            arguments = tuple(operand.node if is_tracked(operand, frame) else plain(operand) for operand in operands)
+            arguments = tuple(
+                operand.node if is_tracked(operand, frame) else plain(operand) for operand in operands
+            )
             return frame.auxiliary(function, arguments)
 
         return tracked(found, frame, make)
@@ -95,10 +97,6 @@ def _decides(function: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 _COMPUTED = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow")
 _ASKED = ("eq", "ne", "lt", "le", "gt", "ge")
 for _class in (Size, Real):
@@ -111,6 +109,9 @@ for _class in (Size, Real):
         setattr(_class, f"__{_name}__", _decides(getattr(operator, _name)))
     for _name, _function in (("bool", bool), ("int", int), ("float", float), ("index", operator.index)):
         setattr(_class, f"__{_name}__", _decides(_function))
-    setattr(_class, "__hash__", lambda self: hash(plain(self)))
-    setattr(_class, "__repr__", lambda self: repr(plain(self)))
-    setattr(_class, "__reduce__", lambda self: (type(plain(self)), (plain(self),)))
+    for _name, _answer in (
+        ("hash", lambda self: hash(plain(self))),
+        ("repr", lambda self: repr(plain(self))),
+        ("reduce", lambda self: (type(plain(self)), (plain(self),))),
+    ):
+        setattr(_class, f"__{_name}__", _answer)

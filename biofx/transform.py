@@ -77,7 +77,13 @@ def transform(
         pipeline = Pipeline((pipeline,), only=only, exclude=exclude, observe=observe)
     elif observe is not None:
         pipeline = dataclasses.replace(pipeline, observe=observe)
-    captured = capture(model, share_parameters=share_parameters, opaque=opaque, regions=regions, example_inputs=example_inputs)
+    captured = capture(
+        model,
+        share_parameters=share_parameters,
+        opaque=opaque,
+        regions=regions,
+        example_inputs=example_inputs,
+    )
     with joined(captured):
         _check_overrides(captured, checked)
         with preserved_random_state():

@@ -16,8 +16,6 @@ import biofx
 from biofx import InputError, capture
 from biofx.regions import region_paths
 
-ExampleInputs = Any
-
 
 def run(model: nn.Module, args: Any, kwargs: Any) -> Any:
     torch.manual_seed(7)
@@ -71,7 +69,9 @@ class Attention(nn.Module):
             raise ValueError("expected a width of 8")
         assert len(position) == 2
         shape = (*x.shape[:-1], -1, 4)
-        query, key, value = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        query, key, value = (
+            layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
         cos, sin = position
         query = query * cos[: x.size(1)] + query.flip(-1) * sin[:length]
         rate = 0.0 if not self.training else 0.25
@@ -81,6 +81,8 @@ class Attention(nn.Module):
 
 
 class Transformer(nn.Module):
+    angles: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 8)
@@ -90,7 +92,12 @@ class Transformer(nn.Module):
         self.register_buffer("angles", torch.arange(4.0), persistent=False)
 
     def forward(
-        self, ids: Tensor | None = None, mask: Tensor | None = None, *, all_hidden: bool = False, **options: Any
+        self,
+        ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        all_hidden: bool = False,
+        **options: Any,
     ) -> Output:
         if ids is None:
             raise ValueError("expected ids")
@@ -248,12 +255,14 @@ class UnderAutocast(Wraps):
 
 
 class Counts(Wraps):
+    calls: Tensor
+
     def __init__(self, inner: nn.Module) -> None:
         super().__init__(inner)
         self.register_buffer("calls", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Any:
-        self.calls.add_(1)  # type: ignore[operator]
+        self.calls.add_(1)
         return self.last(self.first(x) * self.calls.clone())
 
 
@@ -321,7 +330,6 @@ class TakesTheSameTwice(Wraps):
         return self.last(self.inner(self.mix(x, x)))
 
 
-INNER = Transformer  # any module that is not called
 IDIOMS: list[tuple[type[Wraps], list[str]]] = [
     (Wraps, []),
     (DecidesByItsBatch, [""]),
@@ -383,7 +391,7 @@ def test_a_part_switched_to_evaluation_is_followed() -> None:
     assert captured.kept_as_python == {}
     for each in (model, captured):
         each.train()
-        each.inner.eval()  # type: ignore[union-attr]
+        each.inner.eval()
     args, kwargs = vectors(4)
     assert torch.equal(captured(*args, **kwargs), model(*args, **kwargs))
 
@@ -417,3 +425,18 @@ def test_a_model_on_the_meta_device_is_recorded_without_values() -> None:
     assert all(parameter.is_meta for parameter in bio_model.parameters())
     assert report.coverage is not None
     assert report.coverage.visible == report.coverage.total
+
+
+def test_what_the_example_does_not_lead_to_is_captured_all_the_same() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.often, self.rarely = nn.Linear(8, 8), Wraps(nn.Identity())
+
+        def forward(self, x: Tensor) -> Any:
+            return self.often(x) if x.sum() < 1e6 else self.rarely(x)
+
+    model = Asks()
+    captured = capture(model, example_inputs=vectors(3))
+    assert region_paths(captured) == ("often", "rarely")
+    assert_same(model, captured, vectors(3), ((torch.full((3, 8), 1e6),), {}))

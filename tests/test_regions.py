@@ -111,7 +111,7 @@ def test_the_result_is_still_the_model(vectors: Tensor) -> None:
 
 
 def test_every_weight_is_rewritten_in_the_region_that_uses_it(vectors: Tensor) -> None:
-    bio_model, report = biofx.transform(Model(), EVERYTHING)
+    bio_model, _ = biofx.transform(Model(), EVERYTHING)
     sites = find_sites(bio_model).found
     assert [site.parameter_path for site in sites] == [
         *("stem.weight", "gate.open.0.weight", "gate.open.2.weight", "gate.closed.first.weight"),
@@ -120,7 +120,7 @@ def test_every_weight_is_rewritten_in_the_region_that_uses_it(vectors: Tensor) -
     assert all(site.has(ops.scale_gradient) and site.has(ops.constrain_sign) for site in sites)
     for x in both_ways(vectors):
         plain = biofx.transform(Model(), EVERYTHING.replace(fuzzy_learning_rate_factor_nu=0.0)).graph_module
-        missing, unexpected = plain.load_state_dict(bio_model.state_dict(), strict=False)
+        missing, _ = plain.load_state_dict(bio_model.state_dict(), strict=False)
         assert not missing
         (_, scaled), (_, expected) = outcome(bio_model, x), outcome(plain, x)
         for site in sites:
@@ -128,7 +128,8 @@ def test_every_weight_is_rewritten_in_the_region_that_uses_it(vectors: Tensor) -
             if gradient is None:
                 assert scaled[site.parameter_path] is None
                 continue
-            factors = bio_model.get_submodule(site.layer).bio_mod.fuzzy_learning_rate_parameters
+            layer: Any = bio_model.get_submodule(site.layer)
+            factors = layer.bio_mod.fuzzy_learning_rate_parameters
             torch.testing.assert_close(scaled[site.parameter_path], gradient * factors)
 
 
@@ -152,10 +153,10 @@ def test_the_factors_are_those_that_the_layer_has_in_one_graph(mlp: nn.Module) -
 
 
 def test_selectors_reach_into_regions() -> None:
-    bio_model, report = biofx.transform(Model(), EVERYTHING, only="gate.closed", passes="scale-gradients")
+    bio_model, _ = biofx.transform(Model(), EVERYTHING, only="gate.closed", passes="scale-gradients")
     scaled = {site.layer for site in find_sites(bio_model).found if site.has(ops.scale_gradient)}
     assert scaled == {"gate.closed.first", "gate.closed.second"}
-    with pytest.raises(biofx.SelectorError, match="did you mean 'gate.closed'"):
+    with pytest.raises(biofx.SelectorError, match=r"did you mean 'gate\.closed'"):
         biofx.transform(Model(), EVERYTHING, only="gate.close")
 
 
@@ -171,7 +172,9 @@ def test_an_override_reaches_into_regions() -> None:
 
 def test_questions_across_regions_are_answered_unknown() -> None:
     config = BioConfig(
-        apply_dales_principle=True, weight_splitting_Gamma=2, fuzzy_lr_distribution="layer_adaptive"
+        apply_dales_principle=True,
+        weight_splitting_Gamma=2,
+        fuzzy_lr_distribution=biofx.Distribution.LAYER_ADAPTIVE,
     )
     _, report = biofx.transform(Model(), config)
     said = {(remark.layer, remark.message) for remark in report.remarks if remark.kind == "missed"}
@@ -227,13 +230,14 @@ def test_joining_and_dividing_changes_nothing(vectors: Tensor) -> None:
     bio_model = biofx.transform(Model(), EVERYTHING).graph_module
     before = format_graph(bio_model)
     expected = bio_model(vectors)
-    parts = {path: pack(bio_model.get_submodule(path).graph)[0] for path in region_paths(bio_model)}
+    regions: dict[str, Any] = {path: bio_model.get_submodule(path) for path in region_paths(bio_model)}
+    parts = {path: pack(region.graph)[0] for path, region in regions.items()}
     with joined(bio_model), joined(bio_model):
         assert format_graph(bio_model.graph) == before
     assert format_graph(bio_model) == before
     assert torch.equal(bio_model(vectors), expected)
     for path, records in parts.items():
-        found = pack(bio_model.get_submodule(path).graph)[0]
+        found = pack(regions[path].graph)[0]
         assert [record[:2] for record in found] == [record[:2] for record in records]
 
 
@@ -266,7 +270,8 @@ def test_a_layer_can_be_split_where_it_is_a_region_by_itself(vectors: Tensor) ->
                     pooled = site.node.graph.call_function(
                         ops.pool_synapses, (site.node,), {"gamma": 2, "channel_axis": -1}
                     )
-                site.node.replace_all_uses_with(pooled, lambda user: user is not pooled)  # type: ignore[arg-type]
+                for user in [user for user in site.node.users if user is not pooled]:
+                    user.replace_input_with(site.node, pooled)
                 yield biofx.applied(site.node, site.layer, "pooled")
 
     model = Doubles()

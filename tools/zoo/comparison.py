@@ -100,7 +100,7 @@ def _run(model: nn.Module, given: Any) -> tuple[Any, ...]:
 
 def _try_everything(model: nn.Module, given: Any, options: dict[str, Any], outcome: Outcome) -> None:
     config = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.2, apply_dales_principle=True)
-    bio_model, report = biofx.transform(model, config, **options)
+    bio_model, _ = biofx.transform(model, config, **options)
     sites = biofx.sites.find_sites(bio_model).found
     seen = {id(site.parameter): site.parameter.numel() for site in sites}
     scaled = {

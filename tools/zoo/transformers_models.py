@@ -164,18 +164,22 @@ def _both_options(name: str) -> dict[str, Any]:
         own = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     elif name == "ProphetNet":
         own = {
-
-                "num_encoder_layers": 2,
-                "num_decoder_layers": 2,
-                "encoder_ffn_dim": 48,
-                "decoder_ffn_dim": 48
-            ,
-            "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
+            "num_encoder_layers": 2,
+            "num_decoder_layers": 2,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "num_encoder_attention_heads": 4,
+            "num_decoder_attention_heads": 4,
         }
     else:
         own = {
-            "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48,
-            "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
         }
     shared = {"vocab_size": 99, "hidden_size": 32, "pad_token_id": 0, "decoder_start_token_id": 1}
     if name == "LED":

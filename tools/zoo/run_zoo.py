@@ -1,4 +1,7 @@
-"""Capture models that others wrote and print what becomes of each: ``python tools/zoo [--recorded] [WORD …]``."""
+"""Capture models that others wrote, and print what becomes of each.
+
+``python tools/zoo/run_zoo.py [--recorded] [WORD …]``, with example inputs or without; a WORD picks models.
+"""
 
 from __future__ import annotations
 
