@@ -198,18 +198,18 @@ class Frame:
                 self.graph.erase_node(node)
 
     def _returned(self, value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and isinstance(value, dict):
+        kind: Any = type(value)
+        if dataclasses.is_dataclass(kind) and issubclass(kind, dict):
             fields = {key: self._returned(entry) for key, entry in value.items()}
-            return self.node("call_function", type(value), (), fields)
-        if type(value) is OrderedDict:
+            return self.node("call_function", kind, (), fields)
+        if kind is OrderedDict:
             entries = [(key, self._returned(entry)) for key, entry in value.items()]
             return self.node("call_function", OrderedDict, (entries,))
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            named: Any = type(value)
-            return named(*(self._returned(entry) for entry in value))
-        if type(value) in (tuple, list):
-            return type(value)(self._returned(entry) for entry in value)
-        if type(value) is dict:
+        if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+            return kind(*(self._returned(entry) for entry in value))
+        if kind in (tuple, list):
+            return kind(self._returned(entry) for entry in value)
+        if kind is dict:
             return {key: self._returned(entry) for key, entry in value.items()}
         return self.argument(value)
 

@@ -86,6 +86,12 @@ class _RecordCapture:
                 if doubt is None:
                     return made
                 self._keep(doubt if doubt.path not in self._kept else Keep("", doubt.reason))
+            except InputError:
+                if not self._on_meta:
+                    raise
+                return capture_regions(
+                    self._root, self._opaque, self._foreign
+                )  # asks for values, and has none
             except CaptureError:  # it cannot be recorded at all
                 return capture_regions(self._root, self._opaque, self._foreign)
 
@@ -106,8 +112,12 @@ class _RecordCapture:
         alike = type(self._modules[found.path])
         for path, module in self._modules.items():
             # modules of one class mostly stop at one line: that saves recording anew for each
-            if path == found.path or (path and found.path and type(module) is alike):
+            if path == found.path:
                 self._kept[path] = found.reason
+            elif path and found.path and type(module) is alike:
+                self._kept.setdefault(
+                    path, f"as {found.path!r}, which is a {alike.__name__} too: {found.reason}"
+                )
 
     def _run(self, training: bool) -> Recorder:
         """Record one run, on a copy, so that nothing of it stays."""

@@ -135,8 +135,8 @@ class _Join:
             value: Any = map_arg(node.args[0], mapping.__getitem__)
             return self.graph.create_node("call_function", region_output, (path, value), name=f"{name}_end")
         if node.target is call_own_forward:  # a layer that is a region by itself, with something behind it
-            args, kwargs = map_arg(node.args[1:], mapping.__getitem__)  # type: ignore[misc]
-            return self.graph.create_node("call_module", path, args, kwargs, node.name)  # type: ignore[arg-type]
+            called: Any = map_arg(node.args, mapping.__getitem__)
+            return self.graph.create_node("call_module", path, called[1], called[2], node.name)
         copied = self._node_copy(node, name, mapping)
         if node.op in ("call_module", "get_attr"):
             copied.target = f"{path}.{node.target}" if node.target else path
