@@ -199,7 +199,7 @@ class Frame:
 
     def _returned(self, value: Any) -> Any:
         kind: Any = type(value)
-        if dataclasses.is_dataclass(kind) and issubclass(kind, dict):
+        if issubclass(kind, dict) and dataclasses.is_dataclass(kind):
             fields = {key: self._returned(entry) for key, entry in value.items()}
             return self.node("call_function", kind, (), fields)
         if kind is OrderedDict:
