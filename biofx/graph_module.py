@@ -34,6 +34,8 @@ class BioGraphModule(GraphModule):
         """Paths of the modules with graphs of their own, empty where one graph is all there is."""
         kept_as_python: Mapping[str, str]
         """Paths of the modules that keep their own forward in Python, and why."""
+        read_by_python: Mapping[str, str]
+        """Paths of regions whose weights Python may use besides, and why that is to be feared."""
 
     @classmethod
     def from_root(cls, root: nn.Module, graph: Graph, class_name: str | None = None) -> BioGraphModule:

@@ -18,7 +18,7 @@ from biofx.graph_module import BioGraphModule, become_graph_module
 from biofx.guards import RecordingError
 from biofx.own_forward import own_forward_graph
 from biofx.record import Recorder
-from biofx.region_capture import capture_regions, capture_uncalled
+from biofx.region_capture import capture_regions, capture_uncalled, weights_read_by_python
 from biofx.side_effects import Watch
 
 ExampleInputs = tuple[Sequence[Any], Mapping[str, Any]]
@@ -166,6 +166,7 @@ class _RecordCapture:
         made = become_graph_module(root, graphs.get("") or own_forward_graph())
         made.region_paths = (*regions, *layers, *rest.regions)
         made.kept_as_python = kept | rest.kept
+        made.read_by_python = weights_read_by_python(made)
         return made
 
     def _doubt(self, made: BioGraphModule) -> Keep | None:

@@ -13,6 +13,7 @@ from biofx.errors import CaptureError
 from biofx.graph_module import BioGraphModule, become_graph_module
 from biofx.layer_kinds import kind_of
 from biofx.own_forward import own_forward_graph
+from biofx.python_names import ANYTHING, names_mentioned, weights_mentioned
 from biofx.regions import is_inside
 from biofx.tracing import trace
 
@@ -33,6 +34,7 @@ def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[
     captured = become_graph_module(root, graph)
     captured.region_paths = tuple(capture.regions)
     captured.kept_as_python = dict(capture.kept)
+    captured.read_by_python = weights_read_by_python(captured)
     return captured
 
 
@@ -59,6 +61,23 @@ def capture_uncalled(
     return capture
 
 
+def weights_read_by_python(captured: BioGraphModule) -> dict[str, str]:
+    """Return the regions whose weights a forward that stays in Python may read without calling them.
+
+    It may if its code mentions the ``weight`` of the layer, or of something that has no name in it.
+    """
+    found: dict[str, str] = {}
+    for kept in captured.kept_as_python:
+        feared = weights_mentioned(captured.get_submodule(kept))
+        start = f"{kept}." if kept else ""
+        for region in captured.region_paths if feared else ():
+            parts = set(region[len(start) :].split(".")) if region.startswith(start) else set()
+            if parts and (ANYTHING in feared or parts & feared):
+                owner = f"module {kept!r}" if kept else "the model"
+                found[region] = f"the forward of {owner}, in Python, may use its weight without calling it"
+    return found
+
+
 class RegionCapture:
     """Captures regions of a model one by one."""
 
@@ -69,6 +88,7 @@ class RegionCapture:
         self._modules = dict(root.named_modules(remove_duplicate=False))
         self._first_paths = {id(module): path for path, module in root.named_modules()}
         self.seen: set[int] = {id(self._modules[path]) for path in opaque}
+        self._names: frozenset[str] = frozenset()  # what the forward mentions that has the children called
         self.regions: list[str] = []
         self.kept: dict[str, str] = {}
 
@@ -93,7 +113,11 @@ class RegionCapture:
 
     def capture_children(self, path: str) -> None:
         """Capture what the module at a path may call."""
+        if path in self.kept:
+            self._names = names_mentioned(self._modules[path])
+        names = self._names
         for child in self._modules[path].children():
+            self._names = names
             self._capture(self._first_paths[id(child)], child)
 
     def _capture(self, path: str, module: nn.Module) -> None:
@@ -110,6 +134,9 @@ class RegionCapture:
         elif isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, path):
             return
         elif (reason := _why_calls_are_unknown(module)) is not None:
+            self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
+        elif parts := sorted(self._names & module._modules.keys()):
+            reason = f"has parts ({', '.join(parts)}) that the forward around it may use by itself"
             self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
         else:
             self._trace(path, module)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from biofx.layer_kinds import kind_of
-from biofx.regions import is_inside, region_of_nodes, region_paths
+from biofx.regions import is_inside, reasons_against_regions, region_of_nodes, region_paths
 
 
 class RegionUse:
@@ -18,6 +18,7 @@ class RegionUse:
         self._regions = {id(self._modules[path]): path for path in paths}
         self._held_by = {path: {id(inner) for inner in self._modules[path].modules()} for path in paths}
         self._region_of = region_of_nodes(graph) if paths else {}
+        self._feared = reasons_against_regions(graph_module)
         self._owners: dict[int, dict[int, str]] = {}
         self._users: dict[int, set[str]] = {}
         if paths:
@@ -44,6 +45,8 @@ class RegionUse:
     def obstacle(self, node: Node, parameter: nn.Parameter) -> str | None:
         """Return why a weight is not the business of the graph that uses it alone."""
         region = self._region_of.get(node)
+        if region is not None and region in self._feared:
+            return self._feared[region]
         owners = self._owners.get(id(parameter), {})
         beyond = [path for owner, path in owners.items() if region and owner not in self._held_by[region]]
         if beyond:

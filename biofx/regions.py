@@ -66,6 +66,12 @@ def region_paths(graph_module: nn.Module) -> tuple[str, ...]:
     return found
 
 
+def reasons_against_regions(graph_module: nn.Module) -> Mapping[str, str]:
+    """Return the paths of regions whose weights Python may use besides, and why that is to be feared."""
+    found: Mapping[str, str] = vars(graph_module).get("read_by_python", {})
+    return found
+
+
 def region_of_nodes(graph: Graph) -> dict[Node, str]:
     """Return for each node of a joined graph that lies in a region the path of the region's module."""
     regions: dict[Node, str] = {}
@@ -135,8 +141,9 @@ class _Join:
             value: Any = map_arg(node.args[0], mapping.__getitem__)
             return self.graph.create_node("call_function", region_output, (path, value), name=f"{name}_end")
         if node.target is call_own_forward:  # a layer that is a region by itself, with something behind it
-            called: Any = map_arg(node.args, mapping.__getitem__)
-            return self.graph.create_node("call_module", path, called[1], called[2], node.name)
+            args: Any = map_arg(node.args[1], mapping.__getitem__)
+            kwargs: Any = map_arg(node.args[2], mapping.__getitem__)
+            return self.graph.create_node("call_module", path, args, kwargs, node.name)
         copied = self._node_copy(node, name, mapping)
         if node.op in ("call_module", "get_attr"):
             copied.target = f"{path}.{node.target}" if node.target else path

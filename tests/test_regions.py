@@ -347,3 +347,39 @@ def test_a_model_of_one_graph_has_no_regions(mlp: nn.Module) -> None:
     assert region_paths(captured) == ()
     assert whole_graph(captured) is captured.graph
     assert captured.kept_as_python == {}
+
+
+class ReadsWeights(nn.Module):
+    """Uses one layer's weight without calling the layer, and a part of another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called, self.block = nn.Linear(4, 4), nn.Linear(4, 4), Block()
+
+    def forward(self, x: Tensor) -> Any:
+        if x.sum() > 0:
+            x = self.called(x)
+        return self.block.second(torch.relu(self.block.first(self._project(x))))
+
+    def _project(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.read.weight)
+
+
+@pytest.mark.parametrize("example", [None, ((torch.ones(2, 4),), {})])
+def test_what_python_may_use_without_calling_it_is_not_claimed(example: Any, vectors: Tensor) -> None:
+    model = ReadsWeights()
+    bio_model, report = biofx.transform(model, passes="scale-gradients", example_inputs=example)
+    reasons = {remark.layer: remark.message for remark in report.remarks if remark.kind == "missed"}
+    if example is None:
+        assert "may use its weight without calling it" in reasons["read"]
+    for x in both_ways(vectors):
+        (_, found), (_, expected) = outcome(bio_model, x), outcome(model, x)
+        for site in find_sites(bio_model).found:
+            if site.has(ops.scale_gradient) and expected[site.parameter_path] is not None:
+                layer: Any = bio_model.get_submodule(site.layer)
+                factors = layer.bio_mod.fuzzy_learning_rate_parameters
+                gradient = expected[site.parameter_path] * factors
+                torch.testing.assert_close(found[site.parameter_path], gradient)
+    scaled = {site.layer for site in find_sites(bio_model).found if site.has(ops.scale_gradient)}
+    assert {"block.first", "block.second"} <= scaled
+    assert "read" not in scaled
