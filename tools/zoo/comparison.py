@@ -49,7 +49,7 @@ def compare(name: str, model: nn.Module, example: Example, *, recorded: bool) ->
     outcome.graphs = 1 + len(vars(captured).get("region_paths", ()))
     outcome.kept = len(vars(captured).get("kept_as_python", {}))
     for training in (True, False):
-        for batch in (2, 3):
+        for batch in (2, 3):  # recorded or traced without sizes, and another size
             difference = _difference(model, captured, example(batch), training)
             if difference:
                 outcome.verdict = "DIFFERENT"

@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import comparison
+import pytorchcv_models
 import transformers_models
 
 
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     outcomes = []
-    for name, build in transformers_models.models():
+    for name, build in (*transformers_models.models(), *pytorchcv_models.models()):
         if words and not any(word in name.lower() for word in words):
             continue
         started = time.perf_counter()
