@@ -2,7 +2,8 @@
 
 Symbolic tracing alone loses things without a word: a training flag, random numbers and tensors made in
 ``forward`` become constants, gradient and autocast contexts and hooks of containers vanish. Here each is
-either written down as a node or refused with the line of the model that asks for it.
+written down as a node, or the module that does it keeps its own forward and what it calls is captured in
+regions of their own, or, if asked to, the model is refused with the line that is in the way.
 """
 
 from __future__ import annotations

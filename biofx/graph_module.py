@@ -146,6 +146,8 @@ def become_graph_module(module: nn.Module, graph: Graph) -> BioGraphModule:
     made: Any = module
     graph._tracer_cls = Tracer
     made.graph = graph
+    if made.keeps_forward and user_class(made) is None:
+        raise CaptureError(f"{type(module).__name__} cannot be subclassed, and its forward cannot be traced")
     return made  # type: ignore[no-any-return]
 
 
@@ -171,7 +173,12 @@ def _class_of_graph_modules(name: str, origin: type[nn.Module] | None) -> type[B
     known = origin is not None and origin is not nn.Module
     bases = (BioGraphModule, origin) if known else (BioGraphModule,)
     body = {"_user_class": origin if known else None, "__module__": BioGraphModule.__module__}
-    made: Any = types.new_class(name, bases, {}, lambda namespace: namespace.update(body))
+    try:
+        made: Any = types.new_class(name, bases, {}, lambda namespace: namespace.update(body))
+    except TypeError:  # the class does not let itself be subclassed just so
+        if not known:
+            raise
+        return _class_of_graph_modules(name, None)
     return made  # type: ignore[no-any-return]
 
 

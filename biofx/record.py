@@ -26,6 +26,7 @@ from biofx.errors import InputError
 from biofx.frames import BY_VALUE, Frame, Keep
 from biofx.guards import require_default, require_tensor
 from biofx.layer_kinds import kind_of
+from biofx.region_capture import is_plain_layer
 from biofx.sites import hooks_of
 from biofx.tracked import plain, tracked
 from biofx.values import TORCH_FOLDER
@@ -195,8 +196,7 @@ class Recorder(TorchFunctionMode):
         self, path: str | None, module: nn.Module, original: Any, args: Any, kwargs: Any
     ) -> Any:
         if path is None or path in self._opaque or _is_leaf(module):
-            kind = None if path in self._opaque else kind_of(module)
-            is_plain = kind is not None and type(module).forward is kind.module_type.forward
+            is_plain = path not in self._opaque and is_plain_layer(module)
             if path is not None and is_plain and len(args) == 1 and not kwargs:
                 self.layers.setdefault(path)
             with self.quiet():

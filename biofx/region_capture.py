@@ -124,11 +124,10 @@ class RegionCapture:
         if id(module) in self.seen:
             return
         self.seen.add(id(module))
-        kind = kind_of(module)
-        if not any(kind_of(inner) is not None for inner in module.modules()):
-            return  # nothing in it that a pass could act on
-        if kind is not None and type(module).forward is kind.module_type.forward:
+        if is_plain_layer(module):
             self.regions.append(path)
+        elif not any(is_plain_layer(inner) or kind_of(inner) for inner in module.modules()):
+            return  # nothing in it that a pass could act on
         elif _only_holds_others(module):
             self.capture_children(path)
         elif isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, path):
@@ -151,6 +150,14 @@ class RegionCapture:
             return
         self.regions.append(path)
         self._keep_inside(path, traced.kept)
+
+
+def is_plain_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch's with a matrix of weights and one input, forward and all."""
+    kind = kind_of(module)
+    if kind is not None:
+        return type(module).forward is kind.module_type.forward
+    return type(module).forward is nn.Embedding.forward
 
 
 def _only_holds_others(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def zoo(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, Any]]:
+def zoo(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, dict[str, Any]]]:
     monkeypatch.syspath_prepend(str(ZOO))
     comparison = importlib.import_module("comparison")
     models = dict(importlib.import_module("transformers_models").models())
-    yield comparison, models  # type: ignore[misc]
+    yield comparison, models
     for name in ("comparison", "transformers_models"):
         sys.modules.pop(name, None)
 

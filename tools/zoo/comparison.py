@@ -27,8 +27,10 @@ class Outcome:
     verdict: str
     """``equal``, ``refused``, ``DIFFERENT`` or ``not built``."""
     note: str = ""
+    sites: float = 0.0
+    """Fraction of the elements of matrices that belong to a weight site, dimensionless."""
     visible: float = 0.0
-    """Fraction of the weights' elements that belong to a weight site, dimensionless."""
+    """Fraction of the elements of all parameters that are read in a graph, dimensionless."""
     scaled: float = 0.0
     """Fraction whose gradient is scaled with everything on, dimensionless."""
     parameters: int = 0
@@ -100,14 +102,15 @@ def _run(model: nn.Module, given: Any) -> tuple[Any, ...]:
 
 def _try_everything(model: nn.Module, given: Any, options: dict[str, Any], outcome: Outcome) -> None:
     config = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.2, apply_dales_principle=True)
-    bio_model, _ = biofx.transform(model, config, **options)
+    bio_model, report = biofx.transform(model, config, **options)
     sites = biofx.sites.find_sites(bio_model).found
     seen = {id(site.parameter): site.parameter.numel() for site in sites}
     scaled = {
         id(site.parameter): site.parameter.numel() for site in sites if site.has(biofx.ops.scale_gradient)
     }
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    outcome.visible, outcome.scaled = (sum(x.values()) / max(1, matrices) for x in (seen, scaled))
+    outcome.sites, outcome.scaled = (sum(x.values()) / max(1, matrices) for x in (seen, scaled))
+    outcome.visible = report.coverage.visible / max(1, report.coverage.total)  # type: ignore[union-attr]
     bio_model.train()
     args, kwargs = given
     optimizer = torch.optim.SGD(bio_model.parameters(), 1e-3)

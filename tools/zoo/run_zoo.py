@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
         outcome.cost = comparison.cost(model)
         outcomes.append(outcome)
         print(
-            f"{name:38} {outcome.verdict:9} visible {outcome.visible:4.0%} scaled {outcome.scaled:4.0%} "
+            f"{name:38} {outcome.verdict:9} visible {outcome.visible:4.0%} sites {outcome.sites:4.0%} "
+            f"scaled {outcome.scaled:4.0%} "
             f"graphs {outcome.graphs:3} kept {outcome.kept:3} cost {outcome.cost:4.1f} "
             f"{time.perf_counter() - started:5.1f}s {outcome.note[:400]}",
             flush=True,
