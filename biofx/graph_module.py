@@ -29,6 +29,10 @@ class BioGraphModule(GraphModule):
     so nothing is traced a second time and no node changes its name.
     """
 
+    __jit_unused_properties__ = [  # noqa: RUF012
+        *(*GraphModule.__jit_unused_properties__, "keeps_forward", "own_forward")
+    ]
+
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         region_paths: tuple[str, ...]
         """Paths of the modules with graphs of their own, empty where one graph is all there is."""
