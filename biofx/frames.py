@@ -6,7 +6,7 @@ import dataclasses
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +62,14 @@ class Frame:
         inner = self.stack[-1][1] if self.stack else ""
         return joined_path(self.path, inner)
 
+    def stop(self, what: str) -> NoReturn:
+        """Let the module that is running keep its own forward."""
+        self._recorder.stop(what)
+
     def enter(self, module: nn.Module) -> str:
         """Begin a call of a module inside this one; returns its path here."""
         if id(module) not in self._local:
-            self._recorder.stop(f"calls a {type(module).__name__} that is not a submodule of it")
+            self.stop(f"calls a {type(module).__name__} that is not a submodule of it")
         path: str = self._local[id(module)]
         number = self._calls[path] = self._calls.get(path, -1) + 1
         self.stack.append((f"{path}@{number}" if number else path, path, type(module)))
@@ -89,7 +93,7 @@ class Frame:
         """Let the graph check that a question about sizes has the answer that it has now."""
         arguments = tuple(self.argument(operand) for operand in operands)
         if any(isinstance(operand, Node) and operand.meta.get(BY_VALUE) for operand in arguments):
-            self._recorder.stop("decides by a size that depends on the values of a tensor")
+            self.stop("decides by a size that depends on the values of a tensor")
         key = (function, arguments)
         if key not in self._expected:
             self._expected.add(key)
@@ -115,7 +119,7 @@ class Frame:
             return [self.argument(entry) for entry in value]
         if type(value) is dict and all(isinstance(key, str) for key in value):
             return {key: self.argument(entry) for key, entry in value.items()}
-        return self._recorder.stop(f"hands a {type(value).__name__} on, which a graph cannot hold")
+        return self.stop(f"hands a {type(value).__name__} on, which a graph cannot hold")
 
     def node_of(self, tensor: Tensor) -> Node:
         """Return the node that gives a tensor."""
@@ -123,9 +127,7 @@ class Frame:
             return self._nodes[id(tensor)][0]
         path = self._stored.get(id(tensor))
         if path is None:
-            self._recorder.stop(
-                "uses a tensor that neither comes in nor is held by it nor is made by torch here"
-            )
+            self.stop("uses a tensor that neither comes in nor is held by it nor is made by torch here")
         if path not in self._reads:
             self._reads[path] = self.node("get_attr", path)
         return self._reads[path]
@@ -187,7 +189,7 @@ class Frame:
         if guard and isinstance(value, (bool, str, type(None), torch.dtype)):
             self.node("call_function", require_default, (node, value, guard))
         elif guard:
-            self._recorder.stop(f"takes a {type(value).__name__} as {guard}, which a graph cannot look into")
+            self.stop(f"takes a {type(value).__name__} as {guard}, which a graph cannot look into")
         return value
 
     def output(self, value: Any) -> None:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Tracer
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
+from biofx.binding import bind_inputs
 from biofx.errors import InputError
 from biofx.frames import BY_VALUE, Frame, Keep
-from biofx.guards import require_default, require_tensor
 from biofx.layer_kinds import kind_of
 from biofx.region_capture import is_plain_layer
 from biofx.sites import hooks_of
@@ -211,57 +211,13 @@ class Recorder(TorchFunctionMode):
     def _in_frame(self, path: str, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         outer, self.frame = self.frame, Frame(self, path, module)
         try:
-            found = self._run_bound(module, forward, args, kwargs)
+            positional, named = bind_inputs(self.frame, module, args, kwargs)
+            found = forward(*positional, **named)
             self.frame.output(found)
             self.graphs.setdefault(path, []).append(self.frame.graph)
         finally:
             self.frame = outer
         return _untracked(found)
-
-    def _run_bound(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        frame = self.frame
-        assert frame is not None
-        signature = inspect.signature(module.forward)
-        given = signature.bind(*args, **kwargs)
-        taken: dict[str, Any] = {}
-        for name, parameter in signature.parameters.items():
-            default = () if parameter.default is parameter.empty else (parameter.default,)
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                if given.arguments.get(name):
-                    self.stop("takes any number of arguments")
-            elif parameter.kind is parameter.VAR_KEYWORD:
-                for key, value in given.arguments.get(name, {}).items():
-                    taken[key] = self._taken(frame, key, value, (None,))
-            elif name in given.arguments:
-                taken[name] = self._taken(frame, name, given.arguments[name], default)
-            elif isinstance(parameter.default, (bool, int, float, str, type(None))):
-                node = frame.node("placeholder", name, default)
-                frame.node("call_function", require_default, (node, parameter.default, name))
-        positional = [
-            taken.pop(name)
-            for name, parameter in signature.parameters.items()
-            if parameter.kind is parameter.POSITIONAL_ONLY and name in taken
-        ]
-        self._move_placeholders_ahead(frame)
-        return forward(*positional, **taken)
-
-    def _taken(self, frame: Frame, name: str, value: Any, default: tuple[Any, ...]) -> Any:
-        if default and not isinstance(default[0], (bool, int, float, str, type(None))):
-            default = (None,)
-        node = frame.node("placeholder", name, default)
-        if isinstance(value, Tensor) and default:
-            frame.node(
-                "call_function",
-                require_tensor,
-                (node, f"argument {name!r} was a tensor when recorded, and the graph"),
-            )
-        return frame.take(node, value, guard=name)
-
-    def _move_placeholders_ahead(self, frame: Frame) -> None:
-        first = next((node for node in frame.graph.nodes if node.op != "placeholder"), None)
-        for node in list(frame.graph.nodes):
-            if first is not None and node.op == "placeholder":
-                first.prepend(node)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

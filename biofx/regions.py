@@ -97,6 +97,7 @@ class _Join:
     def __init__(self, root: GraphModule, paths: tuple[str, ...]) -> None:
         self._modules = dict(root.named_modules(remove_duplicate=False))
         self._open = dict.fromkeys(paths)
+        self._around = {path[:end] for path in paths for end in (*_dots(path), len(path))} | {""}
         self.graph = Graph(root, tracer_cls=Tracer)
         self.graph._codegen = copy.deepcopy(root.graph._codegen)
         mapping: dict[Node, Node] = {}
@@ -108,6 +109,8 @@ class _Join:
             mapping[node] = self.graph.node_copy(node, mapping.__getitem__)
 
     def _write_regions_in(self, path: str) -> None:
+        if path not in self._around:
+            return
         for region in [region for region in self._open if is_inside(region, path)]:
             if region in self._open:
                 del self._open[region]
@@ -187,6 +190,10 @@ def layer_graph(module: nn.Module, path: str) -> Graph:
         graph.create_node("call_function", require_default, (given, None, name))
     graph.output(graph.create_node("call_module", "", tuple(inputs), name=path.replace(".", "_")))
     return graph
+
+
+def _dots(path: str) -> list[int]:
+    return [place for place, character in enumerate(path) if character == "."]
 
 
 def _prefixed(stack: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from biofx.guards import require_tensor
 from biofx.in_place import AUGMENTED_ASSIGNMENTS
 
 if TYPE_CHECKING:
-    from biofx.tracing import ModelTracer
+    from biofx.model_tracer import ModelTracer
 
 TORCH_FOLDER = torch.__path__[0]
 _OWN_ATTRIBUTES = frozenset({"tracer", "node", "_node", "root", "attr", "tensor", "path"})

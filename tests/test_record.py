@@ -405,6 +405,24 @@ class DropsByTheFlag(nn.Module):
         return F.dropout(self.fc(x), 0.5 if self.training else 0.0, training=self.training)
 
 
+def test_an_argument_by_keyword_alone_may_follow_optional_ones() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Any = None, *, y: Tensor, scale: float = 2.0) -> Any:
+            return self.fc(y) * scale
+
+    model = Keywords()
+    (x,), _ = vectors(3)
+    captured = capture(model, example_inputs=((), {"y": x}))
+    assert captured.kept_as_python == {}
+    assert_same(model, captured, ((), {"y": x}))
+    with pytest.raises(InputError, match="expected a tensor"):
+        captured()
+
+
 @pytest.mark.parametrize("given", [torch.ones(1), ((),), ([torch.ones(1)],), (torch.ones(1), {}), {"x": 1}])
 def test_example_inputs_of_another_form_are_refused(given: Any, mlp: nn.Module) -> None:
     with pytest.raises(InputError, match=r"example_inputs: expected \(args, kwargs\)"):
