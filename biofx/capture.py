@@ -69,6 +69,8 @@ def capture(
             foreign = _tensors_of(model)
             if example_inputs is not None:
                 captured = capture_recorded(root, example_inputs, frozenset(opaque), foreign)
+                if not regions and captured.kept_as_python:
+                    raise CaptureError(next(iter(captured.kept_as_python.values())))
             elif regions:
                 captured = capture_regions(root, frozenset(opaque), foreign)
             else:

@@ -73,7 +73,9 @@ class _RecordCapture:
         self._foreign = foreign
         self._modules = dict(root.named_modules())
         self._kept: dict[str, str] = {}
-        self._shared = {id(p): p for p in root.parameters()}
+        self._own = {id(p): p for p in root.parameters()}
+        # for all trial runs: a forward may write into its parameters
+        self._scratch = {id(p): copy.deepcopy(p) for p in root.parameters()}
         self._on_meta = any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers()))
 
     def captured(self) -> BioGraphModule:
@@ -81,22 +83,29 @@ class _RecordCapture:
         while True:
             try:
                 recorded = self._recorded()
-                made = self._assembled(self._copy(self._root), *recorded)
+                made = self._assembled(copy.deepcopy(self._root, dict(self._own)), *recorded)
                 doubt = None if self._on_meta else self._doubt(made)
+                self._check_parameters()
                 if doubt is None:
                     return made
                 self._keep(doubt if doubt.path not in self._kept else Keep("", doubt.reason))
             except InputError:
                 if not self._on_meta:
                     raise
-                return capture_regions(
-                    self._root, self._opaque, self._foreign
-                )  # asks for values, and has none
+                break  # it asks for values, and has none
             except CaptureError:  # it cannot be recorded at all
-                return capture_regions(self._root, self._opaque, self._foreign)
+                break
+        return capture_regions(self._root, self._opaque, self._foreign)
 
     def _copy(self, model: nn.Module) -> Any:
-        return copy.deepcopy(model, dict(self._shared))
+        """Return a copy to try something on."""
+        return copy.deepcopy(model, dict(self._scratch))
+
+    def _check_parameters(self) -> None:
+        for key, parameter in self._own.items():
+            tried = self._scratch[key]
+            if not parameter.is_meta and not torch.allclose(tried, parameter, rtol=0, atol=0, equal_nan=True):
+                raise CaptureError("the model's forward writes into its parameters")
 
     def _recorded(self) -> tuple[dict[str, Graph], list[str], set[str]]:
         while True:
@@ -153,7 +162,7 @@ class _RecordCapture:
         return graphs, layers, training.paths_called | evaluation.paths_called
 
     def _assembled(
-        self, root: BioGraphModule, graphs: dict[str, Graph], layers: list[str], called: set[str]
+        self, root: nn.Module, graphs: dict[str, Graph], layers: list[str], called: set[str]
     ) -> BioGraphModule:
         modules = dict(root.named_modules())
         kept = {path: reason for path, reason in self._kept.items() if path in called or not path}

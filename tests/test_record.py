@@ -203,6 +203,11 @@ def test_a_value_that_decides_leaves_the_module_in_python_and_no_more() -> None:
     assert_same(model, captured, *(vectors(batch) for batch in (4, 1, 9)))
 
 
+def test_a_value_that_decides_is_refused_where_regions_may_not_be() -> None:
+    with pytest.raises(biofx.CaptureError, match=r"module 'inner' \(Halts\).*item\(\) > 1"):
+        capture(Wraps(Halts()), example_inputs=vectors(4), regions=False)
+
+
 def test_a_mixture_of_experts_is_right_on_other_inputs() -> None:
     for model in (Routes(), Wraps(Routes())):
         captured = capture(model, example_inputs=vectors(6))
@@ -458,3 +463,21 @@ def test_what_the_example_does_not_lead_to_is_captured_all_the_same() -> None:
     captured = capture(model, example_inputs=vectors(3))
     assert region_paths(captured) == ("often", "rarely")
     assert_same(model, captured, vectors(3), ((torch.full((3, 8), 1e6),), {}))
+
+
+class ClampsItsWeight(Wraps):
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            self.first.weight.clamp_(-0.01, 0.01)
+        self.last.weight.data.mul_(0.5)
+        return self.last(self.first(x))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_forward_that_writes_into_its_parameters_does_so_in_use_alone(
+    share: bool, unchanged: Callable[[nn.Module], Any]
+) -> None:
+    model = ClampsItsWeight(nn.Identity())
+    with unchanged(model):
+        captured = capture(model, example_inputs=vectors(4), share_parameters=share)
+    assert_same(model, captured, vectors(4))
