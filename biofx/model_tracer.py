@@ -219,11 +219,11 @@ class ModelTracer(Tracer):
             self.kept[path] = str(first or self.refusal_of(error))
             if path in self.calls[: mark.calls]:
                 raise StartAgain(self.kept) from error
-            self._go_back(mark)
+            self._go_back(mark, m)
         self.calls.append(path)
         return super().call_module(m, forward, args, kwargs)
 
-    def _go_back(self, mark: _Mark) -> None:
+    def _go_back(self, mark: _Mark, module: nn.Module) -> None:
         """Forget what was traced since a mark."""
         for node in reversed(self.graph.nodes):
             if node is mark.last:
@@ -239,7 +239,7 @@ class ModelTracer(Tracer):
         del self.calls[mark.calls :]
         self.module_stack.clear()
         self.module_stack.update(mark.module_stack)
-        self._watch.restore()
+        self._watch.restore(module)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         """Return what stands for a parameter or buffer that a module is asked for."""

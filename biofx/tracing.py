@@ -49,9 +49,10 @@ def trace(
         try:
             graph = _traced(tracer, root)
             kept |= tracer.kept or {}
-            changed = [path for path in watch.changed_modules() if path and path not in kept]
+            left_in = watch.changed_modules()
+            changed = [path for path in left_in if path and path not in kept]
             if not keep or not changed:
-                watch.refuse_side_effects()
+                watch.refuse_side_effects(attributes=bool(left_in))
                 return Traced(graph, kept)
             for path in changed:
                 kept[path] = f"{tracer.named(path)} changes its attributes in the forward"
