@@ -16,7 +16,7 @@ from biofx.guards import require_default, require_same
 from biofx.tracked import is_tracked, plain, tracked
 
 if TYPE_CHECKING:
-    from biofx.record import Recorder
+    from biofx.forward_recorder import Recorder
 
 BY_VALUE = "sized_by_values"
 """The mark of a node whose size depends on the values of a tensor."""

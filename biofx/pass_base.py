@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch.fx import GraphModule, Node
 
 from biofx.attribution import attributed
-from biofx.coverage import coverage_of
+from biofx.model_coverage import coverage_of
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.graph_module import BioGraphModule
 from biofx.in_place import changes_in_place

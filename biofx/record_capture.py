@@ -17,7 +17,7 @@ from biofx.frames import Keep
 from biofx.graph_module import BioGraphModule, become_graph_module
 from biofx.guards import RecordingError
 from biofx.own_forward import own_forward_graph
-from biofx.record import Recorder
+from biofx.forward_recorder import Recorder
 from biofx.region_capture import capture_regions, capture_uncalled, weights_read_by_python
 from biofx.side_effects import Watch
 

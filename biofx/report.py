@@ -36,7 +36,7 @@ from rich.table import Table
 from rich.text import Text
 from torch.fx import Graph, Node
 
-from biofx.coverage import Coverage
+from biofx.model_coverage import ModelCoverage
 from biofx.printing import format_node
 
 SCHEMA = "biofx.report/1"
@@ -157,7 +157,7 @@ class Report:
     passes: tuple[PassReport, ...]
     changes: tuple[Change, ...]
     """The nodes that differ between the graph that went in and the graph that came out."""
-    coverage: Coverage | None = None
+    coverage: ModelCoverage | None = None
     """Every parameter: rewritten, or left alone with a reason; None in a report of graphs alone."""
 
     @property

@@ -49,7 +49,7 @@ def test_every_parameter_is_rewritten_or_listed_with_a_reason() -> None:
     assert left["unused.weight"].reason == "never used in the forward"
     assert not left["unused.weight"].is_visible
     assert left["asks.gain"].reason.startswith("used by Python: module 'asks' (Asks)")
-    assert "test_coverage.py" in left["asks.gain"].reason
+    assert "test_model_coverage.py" in left["asks.gain"].reason
     assert str(coverage) == "53 parameters: 28 rewritten (52.8%), 43 visible (81.1%)"
 
 

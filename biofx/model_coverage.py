@@ -29,7 +29,7 @@ class LeftAlone:
 
 
 @dataclass(frozen=True)
-class Coverage:
+class ModelCoverage:
     """Every parameter of a model: rewritten, or left alone with a reason."""
 
     total: int
@@ -63,7 +63,9 @@ class Coverage:
         }
 
 
-def coverage_of(graph_module: GraphModule, missed: Mapping[str, str], applied: Iterable[str]) -> Coverage:
+def coverage_of(
+    graph_module: GraphModule, missed: Mapping[str, str], applied: Iterable[str]
+) -> ModelCoverage:
     """Return what of a model was rewritten.
 
     Args:
@@ -92,7 +94,7 @@ def coverage_of(graph_module: GraphModule, missed: Mapping[str, str], applied: I
         else:
             reason = _why_hidden(path, kept)
         left.append(LeftAlone(path, parameter.numel(), reason, visible))
-    return Coverage(sum(p.numel() for p in parameters.values()), rewritten, tuple(left), kept)
+    return ModelCoverage(sum(p.numel() for p in parameters.values()), rewritten, tuple(left), kept)
 
 
 def _parameters_read(graph_module: GraphModule) -> Iterator[int]:
