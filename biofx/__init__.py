@@ -8,14 +8,22 @@ True
 """
 
 from biofx import passes
+from biofx.bisection import Culprit, bisect
 from biofx.capture import capture
+from biofx.check import check
+from biofx.check_report import Audit, Finding
+from biofx.checkpoint import Checkpoint, load, save
 from biofx.compile_config import compile_config
 from biofx.config import BioConfig, Distribution
 from biofx.converter import BioConverter
+from biofx.deploy import deploy
 from biofx.errors import (
     BiofxError,
+    BisectError,
     CaptureError,
+    CheckpointError,
     InputError,
+    InvariantError,
     NonFiniteWeightError,
     OptionError,
     PassError,
@@ -24,17 +32,23 @@ from biofx.errors import (
     SelectorError,
 )
 from biofx.graph_module import BioGraphModule
+from biofx.model_state import plain_state
 from biofx.monitor import Monitor
 from biofx.monitor_records import LayerRecord, StepRecord
+from biofx.optimizer_state import load_optimizer_state, optimizer_state
 from biofx.pass_base import Pass, PassResult, Scope
 from biofx.pipeline import Pipeline
 from biofx.plasticity import BioModule
 from biofx.plasticity.attach import attach
 from biofx.plasticity.schedule import Rule
 from biofx.printing import diff_graphs, format_graph, print_changed
+from biofx.record import TransformRecord
 from biofx.registry import available_passes
 from biofx.report import Remark, Report, applied, missed
+from biofx.sharded_checkpoint import load_sharded, save_sharded
 from biofx.transform import transform
+from biofx.units.flow import add_unit_rule
+from biofx.units.groups import UnitGroup, UnitGroups, unit_groups
 
 __version__ = "0.1.0"
 
@@ -50,6 +64,18 @@ __all__ = [
     "Monitor",
     "StepRecord",
     "LayerRecord",
+    "check",
+    # save, load, go on
+    "save",
+    "load",
+    "Checkpoint",
+    "save_sharded",
+    "load_sharded",
+    "TransformRecord",
+    "deploy",
+    "plain_state",
+    "optimizer_state",
+    "load_optimizer_state",
     # passes
     "Pass",
     "PassResult",
@@ -60,14 +86,23 @@ __all__ = [
     "passes",
     "available_passes",
     "compile_config",
+    # who is one unit
+    "unit_groups",
+    "add_unit_rule",
+    "UnitGroups",
+    "UnitGroup",
     # what comes out
     "BioGraphModule",
     "BioModule",
     "Remark",
     "Report",
+    "Audit",
+    "Finding",
     "format_graph",
     "diff_graphs",
     "print_changed",
+    "bisect",
+    "Culprit",
     # what can go wrong
     "BiofxError",
     "InputError",
@@ -76,6 +111,9 @@ __all__ = [
     "SelectorError",
     "PipelineError",
     "PassError",
+    "BisectError",
+    "CheckpointError",
     "PlasticityError",
     "NonFiniteWeightError",
+    "InvariantError",
 ]

@@ -16,7 +16,8 @@ from biofx.graph_module import BioGraphModule
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.sites import WeightSite
 
-_CHILD = "splitting_activation"
+SPLITTING_ACTIVATION = "splitting_activation"
+"""What a layer's ``bio_mod`` calls the activation that is applied before its synapses are summed."""
 
 
 class OpaqueActivation(nn.Module):
@@ -47,10 +48,10 @@ def insert_activation(
         except CaptureError:
             pass
     state = bio_module_at(graph_module, site.parameter_path)
-    if _CHILD not in state._modules:
+    if SPLITTING_ACTIVATION not in state._modules:
         own = copy.deepcopy(activation) if isinstance(activation, nn.Module) else OpaqueActivation(activation)
-        state.add_module(_CHILD, own)
-    path = f"{bio_module_path(site.parameter_path)}.{_CHILD}"
+        state.add_module(SPLITTING_ACTIVATION, own)
+    path = f"{bio_module_path(site.parameter_path)}.{SPLITTING_ACTIVATION}"
     with site.node.graph.inserting_after(site.node):
         node = site.node.graph.create_node(
             "call_module", path, (site.node,), {}, f"{site.node.name}_activated"

@@ -25,6 +25,11 @@ def attributed(changes: list[Change], graph_module: GraphModule, remarks: list[R
     for node in graph_module.graph.nodes:
         if node.name in touched:
             _inherit(node, because, (source for source in node.all_input_nodes if source.name in created))
+    for node in graph_module.graph.nodes:  # what reads a rewritten candidate now, and what follows from that
+        if node.name in touched:
+            _inherit(node, because, node.all_input_nodes)
+    for node in reversed(new_nodes):
+        _inherit(node, because, node.users)
     return [dataclasses.replace(change, because=because.get(change.node)) for change in changes]
 
 

@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule
 
 from biofx.errors import CaptureError, InputError
 from biofx.graph_module import BioGraphModule, become_graph_module
+from biofx.names import refuse_unwritable_names
 from biofx.record_capture import ExampleInputs, capture_recorded
 from biofx.region_capture import capture_regions
 from biofx.regions import region_paths
@@ -54,9 +55,11 @@ def capture(
         InputError: ``model`` is not a module, is wrapped or compiled, has parameters that are not
             initialised yet, cannot be copied, or has no module at a path of ``opaque``.
         CaptureError: with ``regions=False``, its forward cannot be captured as one graph without losing
-            something; the message names the module and the line. With regions, that neither can be.
+            something; the message names the module and the line. With regions, that neither can be. Or a
+            module has a name that code cannot carry.
     """
     _check_input(model)
+    refuse_unwritable_names(model)
     _check_paths(model, opaque)
     with preserved_random_state():
         memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
@@ -224,7 +227,7 @@ def _complete_module_stacks(graph_module: BioGraphModule) -> None:
     graph = graph_module.graph
     if region_paths(graph_module):
         return  # their tracing said so
-    layer_of = {site.node: site.layer for site in find_sites(graph_module).found}
+    layer_of = {site.node: site.layer for site in reversed(find_sites(graph_module).found)}
     for node in graph.nodes:
         path = str(node.target) if node.op == "call_module" else layer_of.get(node, "")
         if node.meta.get("nn_module_stack") or not path or path not in modules:

@@ -1,4 +1,4 @@
-"""The command line: ``biofx demo | transform | passes | explain``.
+"""The command line: ``biofx demo | transform | passes | explain | plot | bisect``.
 
 Exit codes: 0 done; 1 the model, a selector or an option was refused (one line on stderr says why); 2 the
 command line itself is wrong; 130 interrupted.
@@ -7,6 +7,7 @@ command line itself is wrong; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,16 +18,18 @@ from rich.console import Console
 
 from biofx import __version__
 from biofx.config import BioConfig
-from biofx.errors import BiofxError, OptionError
+from biofx.errors import BiofxError, InputError, OptionError
 from biofx.pass_text import parse_value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode gets what it can show
     try:
-        options.run(options)
+        options.run_command(options)
         sys.stdout.flush()
     except BiofxError as error:
         Console(stderr=True).print(
@@ -51,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="reproduces a run exactly (default: 0)")
     demo.add_argument("--epochs", type=int, default=12, help="passes over the training set (default: 12)")
     demo.add_argument("--out", type=Path, default=Path("biofx-demo"), help="folder for curves and report")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run_command=_demo)
 
     transform = commands.add_parser("transform", help="rewrite a model and show what changed")
     _add_target(transform)
@@ -70,16 +73,50 @@ def _parser() -> argparse.ArgumentParser:
     transform.add_argument(
         "--print-changed", action="store_true", help="print the difference after each pass"
     )
+    transform.add_argument(
+        "--table", action="store_true", help="print the remarks pass by pass, not as a tree"
+    )
     transform.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
-    transform.set_defaults(run=_transform)
+    transform.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page to look at")
+    transform.add_argument("--svg", type=Path, metavar="FILE", help="write a picture of the rewritten graph")
+    transform.add_argument("--dot", type=Path, metavar="FILE", help="write the rewritten graph for Graphviz")
+    transform.set_defaults(run_command=_transform)
+
+    plot = commands.add_parser("plot", help="draw what a monitor recorded in a file of JSON lines")
+    plot.add_argument("run", type=Path, metavar="RUN.jsonl", help="what biofx.Monitor(path=…) wrote")
+    plot.add_argument("--out", type=Path, metavar="FILE", help="the picture (default: RUN.png)")
+    plot.add_argument(
+        "--layers", action="store_true", help="one row per layer at the end, instead of curves over the steps"
+    )
+    plot.set_defaults(run_command=_plot)
+
+    bisect = commands.add_parser("bisect", help="find the pass and the node that make a predicate true")
+    bisect.add_argument(
+        "script",
+        type=Path,
+        metavar="SCRIPT.py",
+        help="defines model and predicate(bio_model), and, where wanted, config and passes",
+    )
+    bisect.add_argument("--only", action="append", metavar="SELECTOR", help="rewrite only these (repeatable)")
+    bisect.add_argument(
+        "--exclude", action="append", metavar="SELECTOR", help="leave these alone (repeatable)"
+    )
+    bisect.add_argument(
+        "--out",
+        type=Path,
+        default=Path("biofx-reproducer"),
+        metavar="FOLDER",
+        help="where the reproducer goes (default: biofx-reproducer)",
+    )
+    bisect.set_defaults(run_command=_bisect)
 
     passes = commands.add_parser("passes", help="list the passes and their options")
-    passes.set_defaults(run=_passes)
+    passes.set_defaults(run_command=_passes)
 
     explain = commands.add_parser("explain", help="show what a selector picks and what happens there")
     _add_target(explain)
     explain.add_argument("selector", metavar="SELECTOR", help="name, path, glob, re:… or type:…")
-    explain.set_defaults(run=_explain)
+    explain.set_defaults(run_command=_explain)
     return parser
 
 
@@ -120,7 +157,9 @@ def _assignments(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _transform(options: argparse.Namespace) -> None:
+    from biofx.model_tree import ModelTree
     from biofx.printing import diff_graphs, format_graph, print_changed, render_diff
+    from biofx.progress import shown
     from biofx.targets import load_target
     from biofx.toml import write_whole
     from biofx.transform import transform
@@ -133,22 +172,66 @@ def _transform(options: argparse.Namespace) -> None:
         if options.print_changed:
             print_changed(name, old, new, console=console)
 
-    bio_model, report = transform(
-        load_target(options.target),
-        _config(options),
-        passes=options.passes,
-        only=options.only,
-        exclude=options.exclude,
-        opaque=options.opaque,
-        observe=observe,
-    )
+    model = load_target(options.target)
+    with shown():
+        bio_model, report = transform(
+            model,
+            _config(options),
+            passes=options.passes,
+            only=options.only,
+            exclude=options.exclude,
+            opaque=options.opaque,
+            observe=observe,
+        )
+    for path, write in (
+        (options.html, report.to_html),
+        (options.svg, report.to_svg),
+        (options.dot, report.to_dot),
+    ):
+        if path:
+            write(path)
     if options.json:
         write_whole(options.json, report.to_json() + "\n")
     if options.diff:
         console.print(render_diff(diff_graphs(before[0], bio_model) if before else ""), soft_wrap=True)
     if options.graph:
         console.print(format_graph(bio_model), markup=False, highlight=False, soft_wrap=True)
-    console.print(report)
+    console.print(report if options.table else ModelTree(report))
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from biofx.layer_plot import plot_layers
+    from biofx.monitor import Monitor
+
+    out = options.out or options.run.with_suffix(".png")
+    monitor = Monitor.read(options.run)
+    if options.layers:
+        plot_layers(monitor.records, out)
+    else:
+        monitor.plot(out)
+    Console().print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _bisect(options: argparse.Namespace) -> None:
+    from biofx.bisection import bisect
+    from biofx.progress import shown
+    from biofx.targets import load_script, model_in
+
+    script = load_script(options.script)
+    predicate = getattr(script, "predicate", None)
+    if predicate is not None and not callable(predicate):
+        raise InputError(f"{options.script}: expected a function called predicate, found {predicate!r}")
+    with shown():
+        culprit = bisect(
+            model_in(script, "model", str(options.script)),
+            getattr(script, "config", None),
+            predicate,
+            passes=getattr(script, "passes", None),
+            only=options.only,
+            exclude=options.exclude,
+            reproducer=options.out,
+        )
+    Console().print(str(culprit), markup=False, highlight=False, soft_wrap=True)
 
 
 def _passes(options: argparse.Namespace) -> None:

@@ -9,7 +9,14 @@ from biofx.config import BioConfig, Distribution
 from biofx.errors import PipelineError, suggest
 from biofx.graph_module import BioGraphModule
 from biofx.pass_base import Pass
-from biofx.passes import ConstrainSigns, ObserveActivity, ScaleGradients, SplitWeights
+from biofx.passes import (
+    ConstrainSigns,
+    ExpandUnits,
+    FoldSplits,
+    ObserveActivity,
+    ScaleGradients,
+    SplitWeights,
+)
 from biofx.pipeline import Pipeline
 from biofx.plasticity.bio_state import rule_config
 from biofx.plasticity.model_rules import bio_modules
@@ -24,11 +31,17 @@ _OPTIONS: dict[type[Pass], dict[str, str]] = {
         "weight_splitting_Gamma": "gamma",
         "weight_splitting_activation_function": "activation",
     },
+    ExpandUnits: {
+        "dales_method": "enabled",
+        "dales_constrain_readout": "constrain_readout",
+    },
     ConstrainSigns: {
         "apply_dales_principle": "enabled",
         "dales_method": "method",
         "dales_axis": "axis",
+        "dales_initialisation": "initialisation",
         "dales_excitatory_fraction": "excitatory_fraction",
+        "dales_signs": "signs",
         "dales_constrain_inputs": "constrain_inputs",
         "dales_constrain_readout": "constrain_readout",
         "seed": "seed",
@@ -42,16 +55,22 @@ _OPTIONS: dict[type[Pass], dict[str, str]] = {
         "seed": "seed",
     },
     ObserveActivity: {"fuzzy_lr_distribution": "enabled"},
+    FoldSplits: {"weight_splitting_fold": "enabled"},
 }
 """For each pass the config fields it reads, and what it calls them."""
 
 _TRANSLATED: dict[tuple[type[Pass], str], Callable[[Any], Any]] = {
+    (ExpandUnits, "dales_method"): lambda method: method == "expand",
     (ObserveActivity, "fuzzy_lr_distribution"): lambda distribution: distribution is Distribution.ACTIVITY,
 }
 """How a field's value becomes the option's, where it is not the same."""
 
 _OFF_VALUES: dict[type[Pass], dict[str, Callable[[Any], bool]]] = {
     SplitWeights: {"weight_splitting_Gamma": lambda gamma: gamma < 2},
+    ExpandUnits: {
+        "apply_dales_principle": lambda applied: not applied,
+        "dales_method": lambda method: method != "expand",
+    },
     ConstrainSigns: {"apply_dales_principle": lambda applied: not applied},
     ScaleGradients: {
         "fuzzy_lr_distribution": lambda distribution: distribution is Distribution.BASELINE,
@@ -60,6 +79,10 @@ _OFF_VALUES: dict[type[Pass], dict[str, Callable[[Any], bool]]] = {
     ObserveActivity: {
         "fuzzy_lr_distribution": lambda distribution: distribution is not Distribution.ACTIVITY,
         "fuzzy_lr_dynamic": lambda dynamic: not dynamic,
+    },
+    FoldSplits: {
+        "weight_splitting_Gamma": lambda gamma: gamma < 2,
+        "weight_splitting_fold": lambda folded: not folded,
     },
 }
 """For each pass the fields that switch it off, and their values that do."""

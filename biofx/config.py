@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from biofx import toml
 from biofx.callables import callable_to_text, check_activation, identity
 from biofx.errors import OptionError, SelectorError, suggest
-from biofx.ops import SIGN_AXES, SIGN_METHODS
+from biofx.ops import INITIALISATIONS, SIGN_AXES, SIGN_METHODS
 from biofx.select import Override, Selector, check_selector
 from biofx.validate import (
     COUNT,
@@ -24,6 +24,7 @@ from biofx.validate import (
     Range,
     check_choice,
     check_flag,
+    check_signs,
 )
 
 
@@ -43,8 +44,9 @@ class Distribution(str, Enum):
 
 
 GRANULARITIES = ("element", "neuron", "layer")
+DALES_METHODS = (*SIGN_METHODS, "expand")
 
-_OPTIONAL = ("base_lr", "rejuvenation_turnover")
+_OPTIONAL = ("base_lr", "rejuvenation_turnover", "dales_signs")
 _RANGES: dict[str, Range] = {
     "fuzzy_learning_rate_factor_nu": FRACTION,
     "fuzzy_lr_min": FRACTION,
@@ -67,10 +69,14 @@ _RANGES: dict[str, Range] = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "fuzzy_lr_distribution": tuple(member.value for member in Distribution),
     "fuzzy_lr_granularity": GRANULARITIES,
-    "dales_method": SIGN_METHODS,
+    "dales_method": DALES_METHODS,
+    "dales_initialisation": INITIALISATIONS,
     "dales_axis": SIGN_AXES,
 }
-_FLAGS = ("fuzzy_lr_dynamic", "apply_dales_principle", "dales_constrain_inputs", "dales_constrain_readout")
+_FLAGS = (
+    *("fuzzy_lr_dynamic", "apply_dales_principle", "dales_constrain_inputs", "dales_constrain_readout"),
+    "weight_splitting_fold",
+)
 _NOT_PER_LAYER = ("seed", "overrides")
 
 ConfigT = TypeVar("ConfigT", bound="BioConfig")
@@ -139,6 +145,9 @@ class BioConfig:
     weight_splitting_activation_function: Callable[[Any], Any] = identity
     """Applied to a layer's output before its groups are summed; any callable that keeps the shape, or the
     name of one of torch's."""
+    weight_splitting_fold: bool = True
+    """Whether the sums of weight splitting are folded into the weights where they can be: the same function
+    for less work."""
     base_lr: float | None = 0.1
     """Volume-dependent plasticity: factor at zero weight, dimensionless, > 0; None for a mean factor of 1."""
     stability_factor: float = 2.0
@@ -148,11 +157,19 @@ class BioConfig:
     apply_dales_principle: bool = False
     """Whether every unit is excitatory or inhibitory at all of its outgoing synapses."""
     dales_method: str = "project"
-    """How a sign is enforced: ``"project"`` (wrong signs become 0) or ``"abs"`` (they are mirrored)."""
+    """How a sign is enforced: ``"project"`` (wrong signs become 0), ``"abs"`` (they are mirrored), or
+    ``"expand"`` (each unit becomes an excitatory and an inhibitory copy, and the model's function stays: for
+    pretrained models)."""
+    dales_initialisation: str = "balanced"
+    """Weights to begin with under ``"project"`` and ``"abs"``: ``"balanced"`` makes them sparse, with as much
+    excitation as inhibition at each unit; ``"keep"`` leaves them, which is right for trained weights."""
+    dales_signs: tuple[int, ...] | None = None
+    """The signs of a layer's outputs, +1 or -1 each, in an override for that layer; None to draw them."""
     dales_axis: str = "presynaptic"
     """Whose sign a weight carries; ``"postsynaptic"`` reproduces the reference package for comparison."""
     dales_excitatory_fraction: float = 0.5
-    """Fraction of a layer's units that are excitatory, dimensionless, in [0, 1]; 0.8 is cortical."""
+    """Fraction of a layer's units (its outputs) that are excitatory, dimensionless, in [0, 1]; 0.8 is
+    cortical."""
     dales_constrain_inputs: bool = False
     """Whether the model's inputs are units with a sign too."""
     dales_constrain_readout: bool = False
@@ -312,4 +329,6 @@ def _checked(name: str, value: Any) -> Any:
         return Distribution(text) if name == "fuzzy_lr_distribution" else text
     if name in _FLAGS:
         return check_flag(name, value)
+    if name == "dales_signs":
+        return check_signs(name, value)
     return check_activation(name, value)

@@ -17,6 +17,8 @@ from biofx.layer_kinds import kind_of
 from biofx.passes import ScaleGradients
 from biofx.pipeline import Pipeline
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.model_rules import bio_modules
+from biofx.record import add_step, matches_of, remembering_config
 from biofx.region_parts import joined
 from biofx.sites import find_sites
 
@@ -106,6 +108,7 @@ class BioConverter:
             module.add_module("bio_mod", BioModule(module, config=self.config))
 
     def _convert_instance(self, model: nn.Module) -> BioGraphModule:
+        config = remembering_config(self.config)
         captured = capture(model)
         with preserved_random_state():
             for module in list(captured.modules()):
@@ -113,11 +116,14 @@ class BioConverter:
                     module._modules.get("bio_mod"), BioModule
                 ):
                     self._bio_modulize(module)
-            passes = compile_config(self.config).passes
+            passes = compile_config(config).passes
             in_graph = Pipeline(tuple(entry for entry in passes if not isinstance(entry, ScaleGradients)))
             with joined(captured):
-                _prepare(captured, self.config)
-                return in_graph.on_own(captured).graph_module
+                _prepare(captured, config)
+                matches = matches_of(in_graph, captured)
+                converted = in_graph.on_own(captured).graph_module
+        add_step(converted, type(self).__qualname__, in_graph, config, matches=matches)
+        return converted
 
 
 def _prepare(captured: BioGraphModule, config: BioConfig) -> None:
@@ -137,8 +143,8 @@ def _prepare(captured: BioGraphModule, config: BioConfig) -> None:
             owners[id(state.parameter)] = state
     configure_layers(captured, config)
     depths = {weight.path: weight.depth for weight in find_sites(captured).weights()}
-    for state in owners.values():
-        if not state.scaled_in_graph:
+    for state in bio_modules(captured).values():
+        if state.parameter is not None and not state.scaled_in_graph:
             state.depth = depths.get(state.path, 0.0)
             state.draw()
 

@@ -10,8 +10,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+from biofx.fold_ops import fold_weight, sum_synapses
 from biofx.in_place import changed_in_place
-from biofx.layer_kinds import KIND_OF_FUNCTION
+from biofx.layer_kinds import kind_of_call
 from biofx.ops import pool_synapses
 from biofx.regions import region_output
 
@@ -69,17 +70,31 @@ def input_facing_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[No
 
 
 def split_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
-    """Return the synaptic nodes whose output already runs into a pool of synapses."""
+    """Return the synaptic nodes whose output already runs into a pool of synapses, or is folded into one."""
     split: set[Node] = set()
-    for pool in graph_module.graph.find_nodes(op="call_function", target=pool_synapses):
-        open_nodes = [pool]
-        while open_nodes:
-            for source in open_nodes.pop().all_input_nodes:
-                if source in synaptic:
-                    split.add(source)
-                else:
-                    open_nodes.append(source)
+    graph = graph_module.graph
+    for fold in graph.find_nodes(op="call_function", target=fold_weight):
+        if fold.kwargs.get("rows", 1) != 1:
+            split.update(fold.users)
+    for kind in (pool_synapses, sum_synapses):
+        for pool in graph.find_nodes(op="call_function", target=kind):
+            split |= _sources(pool, synaptic)
     return split
+
+
+def _sources(node: Node, synaptic: set[Node]) -> set[Node]:
+    """Return the nearest synaptic nodes that feed a node."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    open_nodes = [node]
+    while open_nodes:
+        for source in open_nodes.pop().all_input_nodes:
+            if source in synaptic:
+                found.add(source)
+            elif source not in seen:
+                seen.add(source)
+                open_nodes.append(source)
+    return found
 
 
 def unit_output(layer: Node, graph_module: GraphModule) -> tuple[Node, str]:
@@ -91,7 +106,7 @@ def unit_output(layer: Node, graph_module: GraphModule) -> tuple[Node, str]:
     node = layer
     while len(node.users) == 1:
         (node,) = node.users
-        name = _short_name(node, graph_module)
+        name = short_name(node, graph_module)
         if name in _NONLINEARITIES:
             return node, name
         if name not in _ON_THE_WAY:
@@ -99,7 +114,7 @@ def unit_output(layer: Node, graph_module: GraphModule) -> tuple[Node, str]:
     return layer, ""
 
 
-def _short_name(node: Node, graph_module: GraphModule) -> str:
+def short_name(node: Node, graph_module: GraphModule) -> str:
     """Return a lower-case name that a function, a method and a module of one kind share."""
     if node.op == "call_module":
         return type(graph_module.get_submodule(str(node.target))).__name__.lower()
@@ -116,7 +131,8 @@ _NONLINEARITIES = frozenset(
 _ON_THE_WAY = frozenset(
     {
         *("batchnorm1d", "batchnorm2d", "batchnorm3d", "batch_norm", "groupnorm", "group_norm"),
-        *("instancenorm1d", "instancenorm2d", "instancenorm3d", "layernorm", "layer_norm", "syncbatchnorm"),
+        *("instancenorm1d", "instancenorm2d", "instancenorm3d", "instance_norm", "layernorm", "layer_norm"),
+        *("rmsnorm", "rms_norm", "syncbatchnorm"),
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "add", "iadd", "pool_synapses", "identity"),
     }
 )
@@ -142,9 +158,7 @@ def is_synaptic(node: Node, graph_module: GraphModule) -> bool:
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             return False
         return any(parameter.dim() >= 2 for parameter in module.parameters())
-    return node.op == "call_function" and (
-        node.target in KIND_OF_FUNCTION or node.target in _MATRIX_FUNCTIONS
-    )
+    return node.op == "call_function" and (kind_of_call(node) is not None or node.target in _MATRIX_FUNCTIONS)
 
 
 _MATRIX_FUNCTIONS: frozenset[Any] = frozenset(

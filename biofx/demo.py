@@ -84,7 +84,8 @@ def run_demo(*, seed: int = 0, epochs: int = 12, folder: Path = Path("biofx-demo
         seed: decides split, initial weights, order of the batches and every draw of biofx; equal seeds give
             equal numbers.
         epochs: passes over the training set, a count >= 1.
-        folder: made if it is not there; gets ``curves.png``, ``report.json`` and ``results.json``.
+        folder: made if it is not there; gets ``curves.png``, ``report.html``, ``report.json`` and
+            ``results.json``.
 
     Raises:
         InputError: scikit-learn or matplotlib is missing, ``epochs`` is not positive, or the folder cannot
@@ -108,6 +109,7 @@ def run_demo(*, seed: int = 0, epochs: int = 12, folder: Path = Path("biofx-demo
     console.rule("training")
     runs = _train_both({"plain": plain, "bio": bio}, seed, epochs, console)
     console.print(_table(runs))
+    report.to_html(folder / "report.html")
     write_whole(folder / "report.json", report.to_json() + "\n")
     settings = {
         "seed": seed,
@@ -120,7 +122,9 @@ def run_demo(*, seed: int = 0, epochs: int = 12, folder: Path = Path("biofx-demo
     write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
     _plot(runs, folder / "curves.png")
     console.print(
-        f"wrote curves.png, report.json and results.json to {folder}", markup=False, highlight=False
+        f"wrote curves.png, report.html, report.json and results.json to {folder}",
+        markup=False,
+        highlight=False,
     )
     return runs
 
@@ -166,7 +170,7 @@ def _train_both(models: dict[str, nn.Module], seed: int, epochs: int, console: C
         ),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         tasks = [progress.add_task(run.name, total=epochs, loss="-", accuracy="-") for run in runs]
         for epoch in range(epochs):
             order = torch.randperm(

@@ -6,9 +6,12 @@ BiofxError
 ├── OptionError       a field of a config or an option of a pass is unknown or out of range (a ValueError)
 ├── SelectorError     a pattern selects nothing, or is not a pattern (also a LookupError)
 ├── PipelineError     a pipeline text is malformed, a pass unknown, an order cyclic (also a ValueError)
+├── BisectError       there is nothing to find, or the answers contradict each other
 ├── PassError         a pass was run on a graph it cannot take, or broke its own contract
-└── PlasticityError   a plasticity rule cannot be applied
-    └── NonFiniteWeightError  a weight is NaN or infinite
+├── CheckpointError   a file or state cannot be saved, or does not fit what it is loaded into (a ValueError)
+├── PlasticityError   a plasticity rule cannot be applied
+│   └── NonFiniteWeightError  a weight is NaN or infinite
+└── InvariantError    a transformed model no longer is what its passes made it
 """
 
 from __future__ import annotations
@@ -46,12 +49,24 @@ class PassError(BiofxError):
     """A pass cannot run on this graph, or what it did breaks its own contract."""
 
 
+class BisectError(BiofxError):
+    """There is no rewrite to find: the predicate is true from the start, never, or now and then."""
+
+
+class CheckpointError(BiofxError, ValueError):
+    """A checkpoint cannot be written or read, or does not belong to the model or the optimizer."""
+
+
 class PlasticityError(BiofxError):
     """A plasticity rule cannot be applied: no gradient, no sign, or something the graph does already."""
 
 
 class NonFiniteWeightError(PlasticityError):
     """A weight is NaN or infinite; the message names its layer."""
+
+
+class InvariantError(BiofxError):
+    """Something that a transformed model promises does not hold: a sign, a rate (see ``biofx.check``)."""
 
 
 def suggest(unknown: str, known: Iterable[str], *, limit: int = 3) -> str:

@@ -26,8 +26,8 @@ from biofx.binding import bind_inputs
 from biofx.errors import InputError
 from biofx.frames import BY_VALUE, Frame, Keep
 from biofx.layer_kinds import kind_of
+from biofx.obstacles import hooks_of
 from biofx.region_capture import is_plain_layer
-from biofx.sites import hooks_of
 from biofx.tracked import plain, tracked
 from biofx.values import TORCH_FOLDER
 

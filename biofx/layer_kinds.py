@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.fx import Node
 from torch.nn import functional as F
+
+from biofx.attention_ops import attend
+from biofx.recurrent_ops import recurrent
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,8 @@ class LayerKind:
     function: Callable[..., Any]
     kernel_axes: int
     transposed: bool = False
+    is_compound: bool = False
+    """Whether it has several weights, which it takes as a list, and returns more than one tensor."""
 
     @property
     def name(self) -> str:
@@ -50,9 +56,30 @@ LAYER_KINDS = (
     LayerKind(nn.ConvTranspose3d, F.conv_transpose3d, 3, transposed=True),
 )
 KIND_OF_FUNCTION: dict[Any, LayerKind] = {kind.function: kind for kind in LAYER_KINDS}
-"""Which kind of layer a function computes."""
+"""Which kind of layer with one weight a function computes."""
+
+RNN, GRU, LSTM = (LayerKind(kind, recurrent, 0, is_compound=True) for kind in (nn.RNN, nn.GRU, nn.LSTM))
+ATTENTION = LayerKind(nn.MultiheadAttention, attend, 0, is_compound=True)
+COMPOUND_KINDS = (RNN, GRU, LSTM, ATTENTION)
+"""The kinds of layers with several weights."""
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """Return the kind of a layer module, None for anything else."""
+    """Return the kind of a layer module with one weight, None for anything else."""
     return next((kind for kind in LAYER_KINDS if isinstance(module, kind.module_type)), None)
+
+
+def compound_kind_of(module: nn.Module) -> LayerKind | None:
+    """Return the kind of a layer module with several weights, None for anything else."""
+    return next((kind for kind in COMPOUND_KINDS if isinstance(module, kind.module_type)), None)
+
+
+def kind_of_call(node: Node) -> LayerKind | None:
+    """Return the kind of layer that a call of a function computes, None for anything else."""
+    if node.op != "call_function":
+        return None
+    if node.target is attend:
+        return ATTENTION
+    if node.target is recurrent:
+        return {"GRU": GRU, "LSTM": LSTM}.get(str(node.kwargs["mode"]), RNN)
+    return KIND_OF_FUNCTION.get(node.target)

@@ -6,6 +6,7 @@ the model that asks for them.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import linecache
 import traceback
@@ -22,9 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from biofx.errors import CaptureError
 from biofx.guards import require_default
 from biofx.in_place import changed_in_place
+from biofx.obstacles import hooks_of
+from biofx.progress import advance
 from biofx.recording import Recorder, leaves_of
 from biofx.side_effects import Watch
-from biofx.sites import hooks_of
+from biofx.transformer_layers import can_be_looked_into, pads_by_nesting, transformers_as_nodes
 from biofx.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 
 
@@ -78,6 +81,7 @@ class ModelTracer(Tracer):
         with ExitStack() as stack:
             stack.enter_context(self._flags_as_nodes())
             stack.enter_context(self._no_autograd_functions())
+            stack.enter_context(transformers_as_nodes())
             stack.enter_context(Recorder(self))
             yield
 
@@ -181,7 +185,7 @@ class ModelTracer(Tracer):
             or module_qualified_name in (self.kept or ())
             or isinstance(m, torch.jit.ScriptModule)
         )
-        return whole or super().is_leaf_module(m, module_qualified_name)
+        return whole or (super().is_leaf_module(m, module_qualified_name) and not can_be_looked_into(m))
 
     def path_of_module(self, mod: nn.Module) -> str:
         """Return the path of a module."""
@@ -196,6 +200,7 @@ class ModelTracer(Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a module: one node for a leaf, its own forward otherwise."""
         path = self.path_of_module(m)
+        advance("capture", len(self._paths))
         if self.is_leaf_module(m, path):
             self.calls.append(path)
             return super().call_module(m, forward, args, kwargs)
@@ -208,6 +213,8 @@ class ModelTracer(Tracer):
                     "again. Remove them first",
                 )
             self.calls.append(path)
+            if pads_by_nesting(m, args, kwargs):
+                forward = functools.partial(self._call_whole, path)
             found = super().call_module(m, forward, args, kwargs)
             if self.kept is not None and len(self.refusals) > mark.refusals:
                 raise self.refusals[mark.refusals]
@@ -297,6 +304,9 @@ class ModelTracer(Tracer):
                 default = args[place] = parameters[name].default
                 self.create_node("call_function", require_default, (value.node, default, name), {})
         return function, args
+
+    def _call_whole(self, path: str, *args: Any, **kwargs: Any) -> Proxy:
+        return self.create_proxy("call_module", path, args, kwargs)
 
     def _read(self, tensor: Tensor) -> StoredTensor:
         path, _ = self._stored[id(tensor)]

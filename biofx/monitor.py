@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from biofx.effective import Effective, effective_weights, unchanged
+from biofx.effective import Effective, effective_weights
 from biofx.errors import OptionError
 from biofx.monitor_json import JsonLines, read_json_lines
 from biofx.monitor_plot import plot_records
@@ -252,7 +252,7 @@ class Monitor:
     ) -> LayerRecord:
         return measure(
             state,
-            self._effective.get(path, unchanged),
+            self._effective[path],
             crystallized_below=self.crystallized_below,
             touched=self._touched.pop(path, {}),
             gradient_norm=gradient_norm,

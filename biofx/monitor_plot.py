@@ -60,7 +60,7 @@ def plot_records(
         axes.set_xlabel("optimizer step")
     _draw_key(figure, list(panels), colors)
     if path is not None:
-        _save(figure, path)
+        save_figure(figure, path)
     return figure
 
 
@@ -144,7 +144,7 @@ def _ei_ratio(layer: LayerRecord) -> float:
 
 def _draw_key(figure: Figure, panels: list[Any], colors: dict[str, Any]) -> None:
     """Say which colour is which layer: a legend, or for many layers a scale with some of them named."""
-    names = [_plain_text(short_name(path, _LONGEST_NAME)) for path in colors]
+    names = [plain_text(short_name(path, _LONGEST_NAME)) for path in colors]
     if len(names) <= _MOST_NAMED:
         lines = importlib.import_module("matplotlib.lines")
         handles = [lines.Line2D([], [], color=color) for color in colors.values()]
@@ -167,12 +167,17 @@ def _draw_key(figure: Figure, panels: list[Any], colors: dict[str, Any]) -> None
     bar.ax.invert_yaxis()
 
 
-def _plain_text(name: str) -> str:
-    """Keep matplotlib from reading formulas into a name."""
+def plain_text(name: str) -> str:
+    """Return a name that matplotlib reads no formula into."""
     return name.replace("$", r"\$")
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a picture, in the format that the path's ending names.
+
+    Raises:
+        OptionError: it cannot be written.
+    """
     try:
         figure.savefig(os.fspath(path), dpi=120)
     except (OSError, ValueError) as error:

@@ -108,7 +108,7 @@ def measure(
     """
     raw = state.weight.detach()
     used = effective(raw)
-    factors, signs = state.fuzzy_learning_rate_parameters, state.signs()
+    factors, signs = state.fuzzy_learning_rate_parameters, effective.count_signs(raw, used)
     return LayerRecord(
         synapses=raw.numel(),
         factor_mean=None if factors is None else factors.float().mean().item(),
@@ -116,8 +116,8 @@ def measure(
         factor_histogram=() if factors is None else _histogram(factors),
         crystallized=None if factors is None else int((factors < crystallized_below).count_nonzero()),
         touched=dict(touched),
-        wrong_signs=None if signs is None else int((used * signs < 0).count_nonzero()),
-        wrong_signs_raw=None if signs is None else int((raw * signs < 0).count_nonzero()),
+        wrong_signs=None if signs is None else signs.wrong,
+        wrong_signs_raw=None if signs is None else signs.wrong_raw,
         excitation=_total(used.clamp(min=0)),
         inhibition=_total(used.clamp(max=0).neg_()),
         gradient_norm=gradient_norm,

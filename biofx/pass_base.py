@@ -12,11 +12,13 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch.fx import GraphModule, Node
 
 from biofx.attribution import attributed
-from biofx.model_coverage import coverage_of
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.graph_module import BioGraphModule
+from biofx.graph_view import GraphView
 from biofx.in_place import changes_in_place
+from biofx.model_coverage import coverage_of
 from biofx.pass_text import format_item
+from biofx.progress import advance
 from biofx.region_parts import joined
 from biofx.report import PassReport, Remark, Report, Snapshot, compare
 from biofx.select import (
@@ -163,20 +165,28 @@ class Pass(ABC):
                 f"{self.name}: expected a torch.fx.GraphModule, found {type(graph_module).__name__}; "
                 "capture the model first (biofx.capture), or use biofx.transform"
             )
-        return self.on_own(BioGraphModule.copy_of(graph_module))
+        try:
+            return self.on_own(BioGraphModule.copy_of(graph_module))
+        except Exception as error:
+            from biofx.reproducer import note_reproducer  # which needs passes to say what was run
+
+            note_reproducer(error, lambda: BioGraphModule.copy_of(graph_module), self)
+            raise
 
     def on_own(self, graph_module: BioGraphModule) -> PassResult:
         """Do the same in place, on a graph module that the caller made and will not need as it was."""
         with joined(graph_module):
-            before = Snapshot.of(graph_module.graph)
+            before, view = Snapshot.of(graph_module.graph), GraphView.of(graph_module)
             reports = tuple(self.run(graph_module, ()))
             after = Snapshot.of(graph_module.graph) if reports else before
+            views = view, GraphView.of(graph_module) if reports else view
             coverage = coverage_of(graph_module, *_fates(reports))
         because = {change.node: change.because for entry in reports for change in entry.changes}
         changes = tuple(
             dataclasses.replace(change, because=because.get(change.node)) for change in compare(before, after)
         )
-        return PassResult(graph_module, Report(type(graph_module).__name__, reports, changes, coverage))
+        report = Report(type(graph_module).__name__, reports, changes, coverage, *views)
+        return PassResult(graph_module, report)
 
     def run(
         self, graph_module: BioGraphModule, within: tuple[tuple[Selector | None, Selector | None], ...]
@@ -188,7 +198,10 @@ class Pass(ABC):
         try:
             self.requires(graph_module)
             scope = Scope(self, graph_module, (*within, (self.only, self.exclude)))
-            remarks = list(self.rewrite(graph_module, scope))
+            remarks = []
+            for remark in self.rewrite(graph_module, scope):
+                advance(self.name)
+                remarks.append(remark)
             remarks += scope.idle_selections(remarks)
             _erase_orphans(graph_module, unused)
             graph_module.graph.lint()
@@ -238,6 +251,11 @@ class Scope:
             reason = selection.why_not(node, layer)
             if reason is not None:
                 return reason
+        chosen = self.variant(owner, node, layer)
+        return chosen if chosen.enabled else "switched off here (enabled=False)"
+
+    def variant(self, owner: PassT, node: Node | None, layer: str) -> PassT:
+        """Return the pass with the options that hold for a place, whether the pass may rewrite it or not."""
         active = tuple(
             number
             for number, (matches, _) in enumerate(self._overrides)
@@ -251,7 +269,7 @@ class Scope:
         chosen = self._variants[active]
         if not isinstance(chosen, type(owner)):
             raise PassError(f"the scope of {self._owner.name} was asked for the options of {owner.name}")
-        return chosen if chosen.enabled else "switched off here (enabled=False)"
+        return chosen
 
     def idle_selections(self, remarks: list[Remark]) -> list[Remark]:
         """Return a remark for each pattern that picks something, but no candidate of the pass."""

@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 
 from biofx.both_modes import unified
 from biofx.errors import CaptureError, InputError
+from biofx.forward_recorder import Recorder
 from biofx.frames import Keep
 from biofx.graph_module import BioGraphModule, become_graph_module
 from biofx.guards import RecordingError
 from biofx.own_forward import own_forward_graph
-from biofx.forward_recorder import Recorder
 from biofx.region_capture import capture_regions, capture_uncalled, weights_read_by_python
 from biofx.side_effects import Watch
 

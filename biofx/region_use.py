@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from biofx.layer_kinds import kind_of
+from biofx.layer_kinds import compound_kind_of, kind_of
 from biofx.regions import is_inside, reasons_against_regions, region_of_nodes, region_paths
 
 
@@ -68,6 +68,7 @@ class RegionUse:
             used = [] if held is None else [held]
         elif node.op == "call_module" and not self.is_call_of_a_region(node):
             module = self._modules[str(node.target)]
-            used = list(module.parameters(recurse=False)) if kind_of(module) is not None else []
+            is_layer = kind_of(module) is not None or compound_kind_of(module) is not None
+            used = list(module.parameters()) if is_layer else []
         for parameter in used:
             self._users.setdefault(id(parameter), set()).add(self._region_of.get(node, ""))

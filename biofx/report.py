@@ -27,6 +27,7 @@ The JSON form (:meth:`Report.to_json`) is an object with these keys; a reader sh
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -36,8 +37,10 @@ from rich.table import Table
 from rich.text import Text
 from torch.fx import Graph, Node
 
+from biofx.graph_view import GraphView
 from biofx.model_coverage import ModelCoverage
 from biofx.printing import format_node
+from biofx.toml import write_whole
 
 SCHEMA = "biofx.report/1"
 
@@ -159,6 +162,10 @@ class Report:
     """The nodes that differ between the graph that went in and the graph that came out."""
     coverage: ModelCoverage | None = None
     """Every parameter: rewritten, or left alone with a reason; None in a report of graphs alone."""
+    before: GraphView | None = field(default=None, compare=False, repr=False)
+    """The graph that went in; None for a report that was put together by hand."""
+    after: GraphView | None = field(default=None, compare=False, repr=False)
+    """The graph that came out."""
 
     @property
     def modified(self) -> bool:
@@ -199,6 +206,53 @@ class Report:
         """Return :meth:`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
 
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the report as one page to look at: both graphs side by side, remarks, coverage, times.
+
+        The page needs no other file and no network, and opens from disk. Equal reports give equal pages.
+
+        Args:
+            path: also written to this file, whole or not at all.
+
+        Raises:
+            InputError: the report was put together by hand, and holds no graphs.
+            OptionError: the file cannot be written.
+        """
+        from biofx.report_html import report_html
+
+        return _written(report_html(self), path)
+
+    def to_svg(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        graph: Literal["before", "after", "both"] = "after",
+    ) -> str:
+        """Return a picture of a graph, its nodes coloured by the passes that touched them.
+
+        Args:
+            path: also written to this file, whole or not at all.
+            graph: the one that went in, the one that came out, or that with what was erased.
+
+        Raises:
+            InputError: the report was put together by hand, and holds no graphs.
+            OptionError: there is no such graph, or the file cannot be written.
+        """
+        from biofx.report_svg import report_svg
+
+        return _written(report_svg(self, graph), path)
+
+    def to_dot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        graph: Literal["before", "after", "both"] = "after",
+    ) -> str:
+        """Return a graph in the language of Graphviz, modules as clusters; else as :meth:`to_svg`."""
+        from biofx.report_dot import report_dot
+
+        return _written(report_dot(self, graph), path)
+
     def summary(self) -> str:
         """Return one line: how many nodes differ, and how."""
         if not self.passes:
@@ -230,6 +284,12 @@ class Report:
         for entry in self.passes:
             parts.append(_pass_table(entry))
         yield Group(*parts)
+
+
+def _written(text: str, path: str | os.PathLike[str] | None) -> str:
+    if path is not None:
+        write_whole(os.fspath(path), text)
+    return text
 
 
 def _describe(change: Change) -> str:

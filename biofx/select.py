@@ -181,11 +181,12 @@ class NodeIndex:
         return paths, [*nodes, *named]
 
     def _within(self, paths: set[str]) -> tuple[set[str], list[Node]]:
-        inside = [c.node for c in self.candidates if any(path in paths for path, _ in c.calls)]
+        found = paths | {path for path in self._modules if _ancestors(path) & paths}
+        # what lies below counts: a ModuleList is never called itself, the modules in it are
+        inside = [c.node for c in self.candidates if any(path in found for path, _ in c.calls)]
         if "" in paths:
             inside = [candidate.node for candidate in self.candidates]
-        below = {path for path in self._modules if _ancestors(path) & paths}
-        return paths | below, inside
+        return found, inside
 
     def _nearest(self, pattern: Pattern) -> str:
         if not isinstance(pattern, str):

@@ -2,25 +2,32 @@
 
 A site is either a call of a layer module (``call_module fc``) or, once lowered, a call of the layer's
 function on a visible weight expression (``linear(x, scale_gradient(fc.weight, …), fc.bias)``). Code that a
-user wrote in the second form is a site like any other.
+user wrote in the second form is a site like any other. A recurrent layer or an attention has several
+weights, and so several sites at one node, each with a role.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from biofx import ops
-from biofx.layer_kinds import KIND_OF_FUNCTION, LayerKind, kind_of
+from biofx.fold_ops import fold_weight
+from biofx.layer_kinds import LayerKind, compound_kind_of, kind_of, kind_of_call
+from biofx.obstacles import computed, obstacle_to_lowering
 from biofx.region_use import RegionUse
 from biofx.regions import whole_graph
+from biofx.weight_slots import ONE_WEIGHT, WeightSlot, slots_of_call, slots_of_module
 
-WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset({ops.constrain_sign, ops.scale_gradient})
+WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
+    {ops.constrain_sign, ops.scale_gradient, fold_weight}
+)
 """What may stand between a parameter and the layer that uses it."""
 
 
@@ -37,6 +44,13 @@ class WeightSite:
     groups: int
     obstacle: str | None
     """Why the weight cannot be made visible, or None."""
+    slot: WeightSlot = ONE_WEIGHT[0]
+    """Which of the layer's weights it is."""
+
+    @property
+    def role(self) -> str:
+        """What the weight's presynaptic units are, ``"input"`` where it reads the layer's input."""
+        return self.slot.role
 
     @property
     def layer(self) -> str:
@@ -48,7 +62,7 @@ class WeightSite:
         """The weight expression the site reads, None while the layer module still hides it."""
         if self.node.op == "call_module":
             return None
-        weight = weight_argument(self.node)
+        weight = self.slot.read(self.node)
         return weight if isinstance(weight, Node) else None
 
     @property
@@ -63,9 +77,9 @@ class WeightSite:
 
     @property
     def output_channels(self) -> int:
-        """Channels of the layer's output, a count."""
+        """Channels of the output (its postsynaptic units), a count; gates do not count."""
         shape = self.parameter.shape
-        return shape[1] * self.groups if self.kind.transposed else shape[0]
+        return shape[1] * self.groups if self.kind.transposed else shape[0] // self.slot.blocks
 
     @property
     def input_channels(self) -> int:
@@ -73,9 +87,18 @@ class WeightSite:
         shape = self.parameter.shape
         return shape[0] if self.kind.transposed else shape[1] * self.groups
 
+    @property
+    def why_no_channels(self) -> str | None:
+        """Why the node's output is not one tensor with a channel for each unit, None if it is."""
+        return f"{self.kind.name} returns more than this weight's output" if self.kind.is_compound else None
+
     def has(self, operator: Callable[..., Any]) -> bool:
         """Whether the weight already passes through ``operator`` on its way here."""
         return any(node.target is operator for node in self.operators)
+
+    def told(self, message: str) -> str:
+        """Return words about the weight; they begin with its name where the layer has several."""
+        return f"{self.slot.name}: {message}" if self.kind.is_compound else message
 
 
 @dataclass(frozen=True)
@@ -127,38 +150,29 @@ def find_sites(graph_module: GraphModule) -> Sites:
     """Return every weight site of a graph, and every layer that has none with the reason."""
     found: list[WeightSite] = []
     bystanders: list[Bystander] = []
+    hidden: list[Bystander] = []
     survey = _Survey(graph_module)
     for node in survey.graph.nodes:
         if survey.use.is_call_of_a_region(node):
             continue
-        if node.op == "call_module":
-            site = survey.module_site(node)
-            if site is not None:
-                found.append(site)
-            else:
-                bystanders += survey.layers_inside(node)
-        elif node.op == "call_function" and node.target in KIND_OF_FUNCTION:
-            entry = survey.function_site(node)
+        if node.op == "call_module" and survey.is_opaque(node):
+            hidden += survey.layers_inside(node)
+        for entry in survey.sites_at(node):
             if isinstance(entry, WeightSite):
                 found.append(entry)
             else:
                 bystanders.append(entry)
-    seen = {site.layer for site in found} | {bystander.layer for bystander in bystanders}
     visible = {site.layer for site in found}
-    bystanders = [entry for entry in bystanders if entry.layer not in visible]
+    bystanders += [entry for entry in hidden if entry.layer not in visible]
+    seen = visible | {bystander.layer for bystander in bystanders}
     seen |= {str(node.target) for node in survey.graph.nodes if node.op == "call_module"}
-    seen |= {_innermost_path(site.node) for site in found}  # of a tied weight, the layer that is called
+    seen |= {innermost_path(site.node) for site in found}  # of a tied weight, the layer that is called
     bystanders += [
         Bystander(path, None, "never called in the forward")
-        for path, module in graph_module.named_modules()
-        if kind_of(module) is not None and path not in seen and not survey.is_used(path)
+        for path in _layers_of(graph_module)
+        if path not in seen and not survey.is_used(path)
     ]
     return Sites(found, bystanders)
-
-
-def weight_argument(node: Node) -> Any:
-    """Return the weight that a lowered site reads."""
-    return node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
 
 
 def parameter_behind(node: Any) -> Node | None:
@@ -166,6 +180,22 @@ def parameter_behind(node: Any) -> Node | None:
     while isinstance(node, Node) and node.op == "call_function" and node.target in WEIGHT_OPERATORS:
         node = node.args[0]
     return node if isinstance(node, Node) and node.op == "get_attr" else None
+
+
+def _layers_of(root: nn.Module) -> Iterator[str]:
+    """Yield the paths of all layers, each module once; the output projection is part of its attention."""
+    parts: set[int] = set()
+    for path, module in root.named_modules():
+        if compound_kind_of(module) is not None:
+            yield path
+            parts.update(map(id, module.children()))
+        elif kind_of(module) is not None and id(module) not in parts:
+            yield path
+
+
+def fold_behind(weight: Any) -> Node | None:
+    """Return the node that folds a weight that a layer reads, None where it is not folded."""
+    return weight if isinstance(weight, Node) and weight.target is fold_weight else None
 
 
 def _computed_weight(module: Any, kind: LayerKind) -> nn.Parameter:
@@ -193,31 +223,54 @@ class _Survey:
             self._parameters[path] = (first_path[id(parameter)], parameter)
         self._outside = self._uses_outside_sites()
 
-    def module_site(self, node: Node) -> WeightSite | None:
-        path = str(node.target)
-        module = self._modules[path]
-        kind = kind_of(module)
-        if kind is None:
-            return None
-        named = self._parameters.get(f"{path}.weight")
-        if named is None:
-            named = (f"{path}.weight", _computed_weight(module, kind))
-        else:
-            named = (self.use.path_for(node, f"{path}.weight", named[0]), named[1])
-        obstacle = _obstacle_to_lowering(node, module, kind) or self._obstacle(node, named[1])
-        groups: Any = getattr(module, "groups", 1)
-        return WeightSite(node, kind, *named, groups=groups, obstacle=obstacle)
+    def sites_at(self, node: Node) -> Iterator[WeightSite | Bystander]:
+        """Yield the site of each weight that a node reads as a layer."""
+        if node.op == "call_module":
+            module = self._modules[str(node.target)]
+            kind = kind_of(module) or compound_kind_of(module)
+            if kind is not None:
+                yield from self._module_sites(node, module, kind)
+        elif (kind := kind_of_call(node)) is not None:
+            for slot in slots_of_call(node, kind):
+                yield self._function_site(node, kind, slot)
 
-    def function_site(self, node: Node) -> WeightSite | Bystander:
-        kind = KIND_OF_FUNCTION[node.target]
-        root = parameter_behind(weight_argument(node))
+    def _module_sites(
+        self, node: Node, module: nn.Module, kind: LayerKind
+    ) -> Iterator[WeightSite | Bystander]:
+        slots = slots_of_module(module, kind)
+        obstacle = obstacle_to_lowering(node, module, kind, slots)
+        groups: Any = getattr(module, "groups", 1)
+        for slot in slots:
+            path = f"{node.target}.{slot.name}"
+            named = self._parameters.get(path)
+            if named is None and kind.is_compound:
+                yield Bystander(path.rpartition(".")[0], node, f"{slot.name}: {computed(slot.name)}")
+                continue
+            if named is None:
+                named = (path, _computed_weight(module, kind))
+            else:
+                named = (self.use.path_for(node, path, named[0]), named[1])
+            against = obstacle or self._obstacle(node, named[1])
+            yield WeightSite(node, kind, *named, groups=groups, obstacle=against, slot=slot)
+
+    def _function_site(self, node: Node, kind: LayerKind, slot: WeightSlot) -> WeightSite | Bystander:
+        weight = slot.read(node)
+        root = parameter_behind(weight)
         named = self._parameters.get(str(root.target)) if root is not None else None
         if root is None or named is None:
-            reason = f"its weight is {weight_argument(node)}, computed in the graph, not a parameter"
-            return Bystander(_innermost_path(node), node, reason)
+            reason = f"its weight is {weight}, computed in the graph, not a parameter"
+            return Bystander(innermost_path(node), node, reason)
         named = (self.use.path_for(node, str(root.target), named[0]), named[1])
         obstacle = self._obstacle(node, named[1])
-        return WeightSite(node, kind, *named, groups=_groups_of(node, kind), obstacle=obstacle)
+        folded = fold_behind(weight)
+        if folded is not None:
+            obstacle = f"its weight is folded already ({folded.name}); what acts on weights goes before folds"
+        return WeightSite(node, kind, *named, groups=_groups_of(node, kind), obstacle=obstacle, slot=slot)
+
+    def is_opaque(self, node: Node) -> bool:
+        """Whether a called module is no layer, so that layers may be hidden inside."""
+        module = self._modules[str(node.target)]
+        return kind_of(module) is None and compound_kind_of(module) is None
 
     def _obstacle(self, node: Node, parameter: nn.Parameter) -> str | None:
         return self._outside.get(id(parameter)) or self.use.obstacle(node, parameter)
@@ -226,11 +279,7 @@ class _Survey:
         path = str(node.target)
         opaque = self._modules[path]
         reason = f"inside {path!r} ({type(opaque).__name__}), which the graph calls as a whole"
-        return [
-            Bystander(f"{path}.{inner}", node, reason)
-            for inner, module in opaque.named_modules()
-            if inner and kind_of(module) is not None
-        ]
+        return [Bystander(f"{path}.{inner}", node, reason) for inner in _layers_of(opaque) if inner]
 
     def is_used(self, path: str) -> bool:
         return any(
@@ -242,7 +291,7 @@ class _Survey:
         outside: dict[int, str] = {}
         self._used: set[str] = set()
         for node in self.graph.nodes:
-            if node.op == "call_module" and kind_of(self._modules[str(node.target)]) is None:
+            if node.op == "call_module" and self.is_opaque(node):
                 for parameter in self._modules[str(node.target)].parameters():
                     if self.use.is_apart(parameter):
                         continue
@@ -258,8 +307,18 @@ def _readers_besides_sites(node: Node) -> Iterator[Node]:
     for user in node.users:
         if user.op == "call_function" and user.target in WEIGHT_OPERATORS:
             yield from _readers_besides_sites(user)
-        elif not (user.target in KIND_OF_FUNCTION and weight_argument(user) is node):
+            continue
+        kind = kind_of_call(user)
+        slots = () if kind is None else slots_of_call(user, kind)
+        if times_read(node, user) > sum(slot.read(user) is node for slot in slots):
             yield user
+
+
+def times_read(node: Node, reader: Node) -> int:
+    """Return how often a node is among another's arguments, a count."""
+    read: list[Node] = []
+    map_arg((reader.args, reader.kwargs), read.append)
+    return read.count(node)
 
 
 def _reader(node: Node, module: nn.Module | None = None) -> str:
@@ -267,7 +326,8 @@ def _reader(node: Node, module: nn.Module | None = None) -> str:
     return f"its weight is also read by {node.name!r}{described}, which would not follow"
 
 
-def _innermost_path(node: Node) -> str:
+def innermost_path(node: Node) -> str:
+    """Return the path of the innermost module that a node was traced in, empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
     return next(reversed(stack.values()))[0] if stack else ""
 
@@ -276,34 +336,8 @@ def _groups_of(node: Node, kind: LayerKind) -> int:
     """Return ``groups`` of a functional convolution: its seventh argument, transposed or not."""
     if kind.kernel_axes == 0:
         return 1
+    folded = fold_behind(node)
+    if folded is not None:
+        return int(folded.kwargs.get("groups", 1))  # type: ignore[arg-type]
     groups: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
     return int(groups)
-
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
-
-
-def hooks_of(module: nn.Module) -> list[str]:
-    """Return the kinds of hooks registered on a module, readable."""
-    return [name.strip("_").replace("_", " ") for name in _HOOKS if getattr(module, name)]
-
-
-def _obstacle_to_lowering(node: Node, module: nn.Module, kind: LayerKind) -> str | None:
-    """Return why a layer's call cannot be replaced by its function on a visible weight."""
-    if hooks := hooks_of(module):
-        return f"it has {' and '.join(hooks)}, which would no longer run"
-    if "weight" not in module._parameters:
-        return "its weight is computed by a parametrization, not a parameter"
-    overridden: Iterable[str] = ("forward", "_conv_forward")
-    if any(name in vars(module) for name in overridden):
-        return "its forward was replaced on the instance"
-    if any(getattr(type(module), m, None) is not getattr(kind.module_type, m, None) for m in overridden):
-        return f"{type(module).__name__} has a forward of its own, not {kind.name}'s"
-    if len(node.args) + len(node.kwargs) != 1:
-        return "it is called with more than its input (output_size), which its function does not take"
-    return None

@@ -27,7 +27,17 @@ def load_target(target: str) -> nn.Module:
     if not colon or not place or not name:
         raise InputError(f"expected MODULE:NAME or FILE.py:NAME, found {target!r}")
     with preserved_random_state():
-        found: Any = _import(place)
+        return model_in(_import(place), name, place)
+
+
+def model_in(found: Any, name: str, place: str) -> nn.Module:
+    """Return the model of that name in a module; ``place`` is what messages call it.
+
+    Raises:
+        InputError: nothing, or no model, is there.
+    """
+    target = f"{place}:{name}"
+    with preserved_random_state():
         for part in name.split("."):
             if not hasattr(found, part):
                 raise InputError(f"{place!r} has no {part!r}{suggest(part, dir(found))}")
@@ -41,6 +51,16 @@ def load_target(target: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise InputError(f"expected {target!r} to give a torch.nn.Module, found a {type(made).__name__}")
     return made
+
+
+def load_script(path: str | Path) -> ModuleType:
+    """Return what a Python file defines; a file that was read before is read again.
+
+    Raises:
+        InputError: there is none, or it fails.
+    """
+    with preserved_random_state():
+        return _import_file(Path(path))
 
 
 def _import(place: str) -> ModuleType:
@@ -58,6 +78,9 @@ def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise InputError(f"expected a Python file, found none at {str(path)!r}")
+    beside = str(path.resolve().parent)
+    if beside not in sys.path:  # as Python does for a script: it may import what lies beside it
+        sys.path.insert(0, beside)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     try:

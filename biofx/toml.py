@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import secrets
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from biofx.errors import OptionError
+from biofx.whole_file import whole_file
 
 _MOST_BYTES = 2**20
 
@@ -61,18 +59,11 @@ def write_whole(path: str | Path, text: str) -> None:
     Raises:
         OptionError: the file cannot be written.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    except (OSError, UnicodeError) as error:
-        raise OptionError(f"cannot write {target}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            file.write(text.encode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cannot write {path}: {error}") from error
 
 
 def _is_array_of_tables(value: Any) -> bool:

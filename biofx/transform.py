@@ -15,8 +15,10 @@ from biofx.errors import OptionError
 from biofx.graph_module import BioGraphModule
 from biofx.pass_base import PassResult
 from biofx.pipeline import Observer, Pipeline
+from biofx.record import add_step, matches_of, remembering, remembering_config
 from biofx.record_capture import ExampleInputs
 from biofx.region_parts import joined
+from biofx.reproducer import note_reproducer
 from biofx.select import NodeIndex, Selector
 
 
@@ -48,7 +50,8 @@ def transform(
         regions: where something cannot be captured, let the module in which it is keep its own forward and
             rewrite what that calls; if False, refuse.
         example_inputs: ``(args, kwargs)`` of one call; optional, see :func:`biofx.capture`.
-        share_parameters: let the result hold the model's own parameters instead of copies.
+        share_parameters: let the result hold the model's own parameters instead of copies, but for those that
+            a pass gives other values (``constrain-signs`` and ``expand-units`` do, and say so).
         observe: called after each pass that changed the graph, e.g. :func:`biofx.print_changed`.
 
     Returns:
@@ -71,12 +74,18 @@ def transform(
       created  _0_pooled = pool_synapses(_0, gamma=2, channel_axis=-1)
       rewired  _1 = self.1(_0_pooled)  # ReLU
     """
-    checked = _as_config(config)
+    checked = as_config(config)
+    checked = None if checked is None else remembering_config(checked)
     pipeline = choose_passes(passes, checked)
     if only is not None or exclude is not None:
         pipeline = Pipeline((pipeline,), only=only, exclude=exclude, observe=observe)
     elif observe is not None:
         pipeline = dataclasses.replace(pipeline, observe=observe)
+    pipeline = remembering(pipeline)
+
+    def captured_again() -> BioGraphModule:
+        return capture(model, opaque=opaque, regions=regions, example_inputs=example_inputs)
+
     captured = capture(
         model,
         share_parameters=share_parameters,
@@ -86,14 +95,25 @@ def transform(
     )
     with joined(captured):
         _check_overrides(captured, checked)
+        matches = matches_of(pipeline, captured)
         with preserved_random_state():
-            result = pipeline.on_own(captured)
+            try:
+                result = pipeline.on_own(captured)
+            except Exception as error:
+                note_reproducer(error, captured_again, pipeline)
+                raise
         if checked is not None:
             configure_layers(result.graph_module, checked)
+    add_step(result.graph_module, "transform", pipeline, checked, opaque=tuple(opaque), matches=matches)
     return result
 
 
-def _as_config(config: BioConfig | Mapping[str, Any] | None) -> BioConfig | None:
+def as_config(config: BioConfig | Mapping[str, Any] | None) -> BioConfig | None:
+    """Return a config that was given as one, as a dict, or not at all.
+
+    Raises:
+        OptionError: it is something else, or has an unknown field or a bad value.
+    """
     if config is None or isinstance(config, BioConfig):
         return config
     if isinstance(config, Mapping):

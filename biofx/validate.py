@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -73,6 +73,20 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise OptionError(f"{name}: expected True or False, found {value!r}")
     return value
+
+
+def check_signs(name: str, value: Any) -> tuple[int, ...] | None:
+    """Return signs as a tuple of +1 and -1, or None.
+
+    Raises:
+        OptionError: it is neither None nor a sequence of +1 and -1.
+    """
+    if value is None:
+        return None
+    entries = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    if not entries or any(isinstance(entry, bool) or entry not in (1, -1) for entry in entries):
+        raise OptionError(f"{name}: expected a list of 1 and -1, one for each output, found {value!r}")
+    return tuple(int(entry) for entry in entries)
 
 
 def check_bounds(low_name: str, low: float, high_name: str, high: float) -> None:

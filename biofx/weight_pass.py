@@ -20,7 +20,7 @@ from biofx.sites import Weight, WeightSite, find_sites
 class WeightPass(Pass):
     """A pass over weights: a weight is wrapped once, however many of its uses are selected."""
 
-    def survey(self, graph_module: BioGraphModule) -> Any:
+    def survey(self, graph_module: BioGraphModule, scope: Scope) -> Any:
         """Return what :meth:`reason_against` must know of the graph as it was before the pass."""
         return None
 
@@ -28,9 +28,18 @@ class WeightPass(Pass):
     def reason_against(self, site: WeightSite, survey: Any) -> str | None:
         """Return why a selected site is left alone, None if it is not."""
 
+    def prepare(self, lowering: Lowering, weights: list[Weight], survey: Any, scope: Scope) -> None:
+        """Do what must be done before the first of the weights is wrapped."""
+
     @abstractmethod
-    def wrap(self, lowering: Lowering, weight: Weight) -> Iterator[Remark]:
+    def wrap(self, lowering: Lowering, weight: Weight, survey: Any) -> Iterator[Remark]:
         """Wrap a weight for the uses it comes with, and say so of each."""
+
+    def finish(
+        self, lowering: Lowering, weights: list[Weight], survey: Any, scope: Scope
+    ) -> Iterator[Remark]:
+        """Do what can only be done once all weights are wrapped, and say so."""
+        return iter(())
 
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
         """Wrap each selected weight.
@@ -39,24 +48,31 @@ class WeightPass(Pass):
             OptionError: two uses of one weight are given different options.
         """
         sites = find_sites(graph_module)
-        survey, lowering = self.survey(graph_module), Lowering(graph_module)
+        survey, lowering = self.survey(graph_module, scope), Lowering(graph_module)
+        chosen: list[tuple[WeightPass, Weight]] = []
         for weight in sites.weights():
             taken: list[WeightSite] = []
-            chosen: WeightPass = self
+            options_taken: WeightPass = self
             for site in weight.sites:
                 options = scope.options(self, site.node, site.layer)
                 reason = options if isinstance(options, str) else options.reason_against(site, survey)
                 if isinstance(options, str) or reason is not None:
-                    yield missed(site.node, site.layer, str(reason))
+                    yield missed(site.node, site.layer, site.told(str(reason)))
                     continue
-                if taken and options != chosen:
+                if taken and options != options_taken:
                     raise OptionError(
-                        f"{self.name}: the uses of {weight.path!r} are given different options, {chosen} and "
-                        f"{options}, but a weight has one state; select them alike, or only one of them"
+                        f"{self.name}: the uses of {weight.path!r} are given different options, "
+                        f"{options_taken} and {options}, but a weight has one state; select them alike, or "
+                        "only one of them"
                     )
-                chosen = options
+                options_taken = options
                 taken.append(site)
             if taken:
-                yield from chosen.wrap(lowering, dataclasses.replace(weight, sites=tuple(taken)))
+                chosen.append((options_taken, dataclasses.replace(weight, sites=tuple(taken))))
+        weights = [weight for _, weight in chosen]
+        self.prepare(lowering, weights, survey, scope)
+        for options, weight in chosen:
+            yield from options.wrap(lowering, weight, survey)
+        yield from self.finish(lowering, weights, survey, scope)
         for bystander in sites.bystanders:
             yield missed(bystander.node, bystander.layer, bystander.reason)

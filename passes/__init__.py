@@ -7,8 +7,17 @@ if __name__ != "biofx.passes":
     )
 
 from biofx.passes.constrain_signs import ConstrainSigns
+from biofx.passes.expand_units import ExpandUnits
+from biofx.passes.fold_splits import FoldSplits
 from biofx.passes.observe_activity import ObserveActivity
 from biofx.passes.scale_gradients import ScaleGradients
 from biofx.passes.split_weights import SplitWeights
 
-__all__ = ["SplitWeights", "ConstrainSigns", "ScaleGradients", "ObserveActivity"]
+__all__ = [
+    "SplitWeights",
+    "ExpandUnits",
+    "ConstrainSigns",
+    "ScaleGradients",
+    "ObserveActivity",
+    "FoldSplits",
+]

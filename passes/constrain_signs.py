@@ -1,139 +1,192 @@
 """Make every unit excitatory or inhibitory: ``weight`` becomes ``constrain_sign(weight, sign)``.
 
-A neuron releases the same transmitters at all of its outgoing synapses (Dale's principle), so the sign of
-a weight belongs to the presynaptic unit: a column of a weight of shape ``(out, in, *)``.
+A neuron releases the same transmitters at all of its outgoing synapses (Dale's principle), so the sign of a
+weight belongs to the presynaptic unit: a column of a weight of shape ``(out, in, *)``. Whose activity a
+column reads is found by following the graph (:func:`biofx.unit_groups`), so all weights that read a unit
+agree on its sign.
 
 Source: Song, Yang, Wang, "Training excitatory-inhibitory recurrent neural networks for cognitive tasks",
 PLOS Computational Biology 12 (2016); Cornford et al., "Learning to live with Dale's principle", ICLR 2021.
 
-Deviations: the signs are drawn for each layer's inputs by themselves, so two layers that read the same
-units may give them different signs. Inputs of the model and the synapses onto its outputs are free unless
-asked for.
+Deviations: inputs of the model and the synapses onto its outputs are free unless asked for; queries and keys
+of attention, which are compared and not passed on, are free always.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.fx import Node
 
 from biofx import ops
-from biofx.dataflow import input_facing_nodes, readout_nodes, synaptic_nodes
 from biofx.graph_module import BioGraphModule
-from biofx.lowering import Lowering
+from biofx.lowering import Lowering, node_stem
+from biofx.pass_base import Scope
+from biofx.plasticity.balance import balanced_weight
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.plasticity.randomness import generator_for
-from biofx.regions import region_of_nodes
 from biofx.report import Remark, applied
 from biofx.sites import Weight, WeightSite
-from biofx.validate import FRACTION, SEED, check_choice, check_flag
+from biofx.units.gains import constrain_gains, fold_negative_gains, in_scope
+from biofx.units.sign_store import bring_signs, keep_row_signs, states_of
+from biofx.units.sign_survey import SignSurvey
+from biofx.validate import FRACTION, SEED, check_choice, check_flag, check_signs
 from biofx.weight_pass import WeightPass
 
-
-@dataclass(frozen=True)
-class Ends:
-    """The weight sites at the two ends of a model."""
-
-    inputs: set[Node]
-    readout: set[Node]
-    regions: Mapping[Node, str]
+EXPAND = "expand"
+"""The method that leaves the model's function as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConstrainSigns(WeightPass):
-    """Give each presynaptic unit of a layer one sign, which its weights carry at every forward."""
+    """Give each presynaptic unit one sign, which all weights that read it carry at every forward."""
 
     name: ClassVar[str] = "constrain-signs"
-    after: ClassVar[tuple[str, ...]] = ("split-weights",)
+    after: ClassVar[tuple[str, ...]] = ("split-weights", "expand-units")
 
     method: str = "project"
-    """``"project"``: wrong signs become 0 and may come back; ``"abs"``: they are mirrored."""
+    """``"project"``: wrong signs become 0 and may come back; ``"abs"``: they are mirrored; ``"expand"``: as
+    ``"project"``, but only for units that ``expand-units`` has given a sign, whose weights have the right
+    one."""
     axis: str = "presynaptic"
     """Whose sign it is; ``"postsynaptic"`` signs rows, and kernels of convolutions, for comparison only."""
+    initialisation: str = "balanced"
+    """``"balanced"``: weights are made sparse, with as much excitation as inhibition at each unit, which
+    keeps deep networks alive; ``"keep"``: they stay as they are, which is right for weights that were trained
+    so."""
     excitatory_fraction: float = 0.5
-    """Fraction of the units that are excitatory, dimensionless, in [0, 1]; rounded to whole units."""
+    """Fraction of a layer's units that are excitatory, dimensionless, in [0, 1]; rounded to whole units."""
+    signs: tuple[int, ...] | None = None
+    """The signs themselves, +1 or -1 for each of a layer's outputs, in an override for that layer."""
     constrain_inputs: bool = False
-    """Whether layers whose presynaptic units are the model's inputs are constrained too."""
+    """Whether the model's inputs are units with a sign too."""
     constrain_readout: bool = False
-    """Whether layers that lead straight to the model's outputs are constrained too."""
+    """Whether layers that lead to nothing but the model's outputs are constrained too."""
     seed: int = 0
     """Seed of the draw that decides which units are excitatory, a whole number."""
 
     def __post_init__(self) -> None:
-        check_choice(f"{self.name}: method", self.method, ops.SIGN_METHODS)
+        check_choice(f"{self.name}: method", self.method, (*ops.SIGN_METHODS, EXPAND))
         check_choice(f"{self.name}: axis", self.axis, ops.SIGN_AXES)
-        check_flag(f"{self.name}: constrain_inputs", self.constrain_inputs)
-        check_flag(f"{self.name}: constrain_readout", self.constrain_readout)
+        check_choice(f"{self.name}: initialisation", self.initialisation, ops.INITIALISATIONS)
+        for flag in ("constrain_inputs", "constrain_readout"):
+            check_flag(f"{self.name}: {flag}", getattr(self, flag))
+        object.__setattr__(self, "signs", check_signs(f"{self.name}: signs", self.signs))
         for option, permitted in (("excitatory_fraction", FRACTION), ("seed", SEED)):
             object.__setattr__(self, option, permitted.check(f"{self.name}: {option}", getattr(self, option)))
         super().__post_init__()
 
-    def survey(self, graph_module: BioGraphModule) -> Ends:
-        """Find the two ends of the model."""
-        synaptic = synaptic_nodes(graph_module)
-        inputs, readout = input_facing_nodes(graph_module, synaptic), readout_nodes(graph_module, synaptic)
-        return Ends(inputs, readout, region_of_nodes(graph_module.graph))
+    def survey(self, graph_module: BioGraphModule, scope: Scope) -> SignSurvey:
+        """Find out who reads whose activity."""
+        return SignSurvey(graph_module, lambda node, layer: scope.variant(self, node, layer))
 
-    def reason_against(self, site: WeightSite, survey: Ends) -> str | None:
-        """Leave alone what is constrained already, and the free ends of the model."""
+    def reason_against(self, site: WeightSite, survey: SignSurvey) -> str | None:
+        """Leave alone what is constrained already, the free ends of the model, queries and keys."""
         if site.has(ops.constrain_sign):
             return "its signs are constrained already"
         if site.has(ops.scale_gradient):
             return "its gradient is scaled already, and signs must be constrained before that"
-        region = survey.regions.get(site.node)
-        if region and site.node in survey.inputs and not self.constrain_inputs:
-            return f"what feeds it is not known: Python calls {region!r} (constrain_inputs=False)"
-        if region and site.node in survey.readout and not self.constrain_readout:
-            return f"what follows it is not known: Python calls {region!r} (constrain_readout=False)"
-        if site.node in survey.inputs and not self.constrain_inputs:
+        if site.parameter.is_meta:
+            return "its weight is on the meta device and has no values"
+        if survey.reads_only_inputs(site) and not self.constrain_inputs:
             return "its presynaptic units are the model's inputs, which have no sign (constrain_inputs=False)"
-        if site.node in survey.readout and not self.constrain_readout:
+        if survey.is_readout(site) and not self.constrain_readout:
             return "it is a readout: no weights between it and the model's output (constrain_readout=False)"
+        if survey.is_exempt(site):
+            return "its outputs are queries or keys, which are compared and not passed on"
+        if self.method == EXPAND and not survey.has_known_signs(site):
+            return "its presynaptic units were not expanded, and have no sign"
         return site.obstacle
 
-    def wrap(self, lowering: Lowering, weight: Weight) -> Iterator[Remark]:
-        """Draw the signs, unless another use of the weight has brought them, and insert them."""
+    def prepare(self, lowering: Lowering, weights: list[Weight], survey: SignSurvey, scope: Scope) -> None:
+        """Fold negative gains of normalisations into the layers before, while those are unconstrained."""
+        if self.axis == "presynaptic":
+            norms = in_scope(self, scope, lowering.graph_module, survey.norms_read_by(weights))
+            survey.folded = fold_negative_gains(lowering, norms, survey.layers)
+
+    def wrap(self, lowering: Lowering, weight: Weight, survey: SignSurvey) -> Iterator[Remark]:
+        """Find the signs of the units that the weight reads, draw those that have none, and insert them."""
         state = bio_module_at(lowering.graph_module, weight.path)
         first = weight.sites[0]
-        if state.sign is None:
-            state.sign = self._drawn(first)
+        kept = (
+            survey.store.keep(survey.reading(first))
+            if self.axis == "presynaptic"
+            else keep_row_signs(first, state, self.excitatory_fraction, self.seed)
+        )
+        state.unit_index = None if kept.index is None else kept.index.to(state.weight.device)
+        state.reads_signs_of(tuple(states_of(lowering.graph_module, kept)), _layout(first))
+        exempt = survey.exempt_rows(first)
+        if self.axis == "presynaptic" and exempt.any():
+            state.constrained_rows = (~exempt).to(torch.int8).to(state.weight.device)
+        signs = state.signs()
+        wrong = int((state.weight.detach() * signs < 0).sum())
+        balances = self._balances and not survey.is_used_elsewhere(weight)
+        if balances:
+            made = balanced_weight(
+                state.weight.detach(),
+                signs,
+                generator_for(self.seed, weight.path, purpose="balance"),
+                transposed=first.kind.transposed,
+                groups=first.groups,
+                rectified=survey.reading(first).nonnegative,
+            )
+            lowering.parameters.replace(state.weight, made)
         for site in weight.sites:
             lowering.lower(site)
-        options = {"axis": first.kind.input_axis} if first.kind.input_axis != 1 else {}
-        if first.groups > 1 and not first.kind.transposed and state.sign.dim() == 1:
-            options["groups"] = first.groups
-        state.sign_layout = options
-        sign = (f"{bio_module_path(weight.path)}.sign", "sign")
-        lowering.wrap_weight(weight.sites, ops.constrain_sign, sign, "signed", **options, method=self.method)
-        excitatory = int((state.sign > 0).sum())
-        wrong = int((weight.parameter.detach() * state.signs() < 0).sum())
-        numbers = {"excitatory": excitatory, "inhibitory": state.sign.numel() - excitatory, "wrong": wrong}
-        fate = "held at 0" if self.method == "project" else "mirrored"
+        options: dict[str, Any] = dict(state.sign_layout)
+        if state.constrained_rows is not None and first.weight_node is not None:
+            rows = f"{bio_module_path(weight.path)}.constrained_rows"
+            options["rows"] = lowering.read(rows, first.weight_node.next, f"{node_stem(weight.path)}_rows")
+        lowering.wrap_weight(
+            weight.sites,
+            ops.constrain_sign,
+            lambda node, stem: bring_signs(lowering, kept, state, node, stem),
+            "signed",
+            **options,
+            method="project" if self.method == EXPAND else self.method,
+        )
+        units = state.presynaptic_signs()
+        numbers = {
+            "excitatory": int((units > 0).sum()),
+            "inhibitory": int((units < 0).sum()),
+            "wrong": wrong,
+        }
+        message = self._told(weight, numbers, balances=balances)
         for site in weight.sites:
-            yield applied(
-                site.node,
-                site.layer,
-                f"{numbers['excitatory']} excitatory and {numbers['inhibitory']} inhibitory "
-                f"{'units' if self.axis == 'presynaptic' else 'rows'}; {wrong} of {weight.parameter.numel()} "
-                f"weights had the other sign and are {fate}",
-                **numbers,
+            unsure = survey.what_is_not_guaranteed(site) if self.axis == "presynaptic" else ""
+            yield applied(site.node, site.layer, site.told(message + unsure), **numbers)
+
+    def finish(
+        self, lowering: Lowering, weights: list[Weight], survey: SignSurvey, scope: Scope
+    ) -> Iterator[Remark]:
+        """Keep the gains of normalisations between units from turning a sign over."""
+        if self.axis == "presynaptic":
+            norms = survey.norms_read_by(weights)
+            yield from constrain_gains(
+                self, scope, lowering, norms, survey.folded, exact=self.method == EXPAND
             )
 
-    def _drawn(self, site: WeightSite) -> Tensor:
-        """Return signs for the presynaptic units, or for rows (and kernels) of the weight."""
-        weight = site.parameter
-        shape: tuple[int, ...] = (site.input_channels,)
-        if self.axis == "postsynaptic":
-            shape = (
-                (weight.shape[0], 1) if weight.dim() == 2 else (*weight.shape[:2], *(1,) * (weight.dim() - 2))
-            )
-        count = int(torch.Size(shape).numel())
-        signs = torch.full((count,), -1, dtype=torch.int8)
-        generator = generator_for(self.seed, site.parameter_path, purpose=self.name)
-        chosen = torch.randperm(count, generator=generator)[: round(count * self.excitatory_fraction)]
-        signs[chosen] = 1
-        return signs.reshape(shape).to(weight.device)
+    @property
+    def _balances(self) -> bool:
+        kept = self.initialisation == "keep" or self.method == EXPAND
+        return self.axis == "presynaptic" and not kept
+
+    def _told(self, weight: Weight, numbers: dict[str, int], *, balances: bool) -> str:
+        who = "presynaptic units" if self.axis == "presynaptic" else "rows or kernels"
+        fate = "are mirrored" if self.method == "abs" else "are held at 0"
+        if balances:
+            fate = "were given the right one, and all were made sparse and balanced"
+        return (
+            f"{numbers['excitatory']} excitatory and {numbers['inhibitory']} inhibitory {who}; "
+            f"{numbers['wrong']} of {weight.parameter.numel()} weights had the other sign and {fate}"
+        )
+
+
+def _layout(site: WeightSite) -> dict[str, int]:
+    """Return how signs are laid out over the weight, as ``constrain_sign`` takes it."""
+    layout = {"axis": site.kind.input_axis} if site.kind.input_axis != 1 else {}
+    if site.groups > 1 and not site.kind.transposed:
+        layout["groups"] = site.groups
+    return layout

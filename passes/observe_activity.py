@@ -42,7 +42,9 @@ class ObserveActivity(Pass):
             options = scope.options(self, site.node, site.layer)
             output, activation = unit_output(site.node, graph_module)
             if isinstance(options, str):
-                yield missed(site.node, site.layer, options)
+                yield missed(site.node, site.layer, site.told(options))
+            elif site.why_no_channels is not None:
+                yield missed(site.node, site.layer, site.told(site.why_no_channels))
             elif any(user.target is ops.observe_activity for user in output.users):
                 yield missed(site.node, site.layer, "its activity is observed already")
             else:

@@ -25,6 +25,7 @@ from biofx import ops
 from biofx.config import GRANULARITIES, Distribution
 from biofx.graph_module import BioGraphModule
 from biofx.lowering import Lowering
+from biofx.pass_base import Scope
 from biofx.plasticity.dynamics import initial_factors
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.plasticity.randomness import generator_for
@@ -69,7 +70,7 @@ class ScaleGradients(WeightPass):
         check_bounds("low", self.low, "high", self.high)
         super().__post_init__()
 
-    def survey(self, graph_module: BioGraphModule) -> Mapping[Node, str]:
+    def survey(self, graph_module: BioGraphModule, scope: Scope) -> Mapping[Node, str]:
         """Find the nodes whose place in the order of execution is not known."""
         return region_of_nodes(graph_module.graph)
 
@@ -87,12 +88,13 @@ class ScaleGradients(WeightPass):
             return "its weight is on the meta device and has no values"
         return site.obstacle
 
-    def wrap(self, lowering: Lowering, weight: Weight) -> Iterator[Remark]:
+    def wrap(self, lowering: Lowering, weight: Weight, survey: None) -> Iterator[Remark]:
         """Draw the factors, unless another use of the weight has brought them, and insert them."""
         state = bio_module_at(lowering.graph_module, weight.path)
         if state.fuzzy_learning_rate_parameters is None:
             state.fuzzy_learning_rate_parameters, state.noise = self._drawn(weight)
             state.depth = weight.depth
+            state.config = state.config.replace(fuzzy_lr_min=self.low, fuzzy_lr_max=self.high)
         factors = state.fuzzy_learning_rate_parameters
         state.scaled_in_graph = True
         for site in weight.sites:
@@ -105,7 +107,7 @@ class ScaleGradients(WeightPass):
         if len(weight.sites) > 1:
             message += f"; one set for {len(weight.sites)} uses of the weight"
         for site in weight.sites:
-            yield applied(site.node, site.layer, message, factors=factors.numel(), **numbers)
+            yield applied(site.node, site.layer, site.told(message), factors=factors.numel(), **numbers)
 
     def _drawn(self, weight: Weight) -> tuple[Tensor, Tensor | None]:
         return initial_factors(

@@ -74,7 +74,7 @@ class SplitWeights(Pass):
             else:
                 reason = options._reason_against(graph_module, site, readout)
             if isinstance(options, str) or reason is not None:
-                yield missed(site.node, site.layer, str(reason))
+                yield missed(site.node, site.layer, site.told(str(reason)))
             elif site.output_channels % options.gamma:
                 indivisible.append(site)
                 reason = f"gamma={options.gamma} does not divide its {site.output_channels} output channels"
@@ -100,8 +100,12 @@ class SplitWeights(Pass):
     ) -> str | None:
         if self.gamma < 2:
             return f"gamma={self.gamma} is off"
+        if site.why_no_channels is not None:
+            return f"{site.why_no_channels}; only those of a Linear or a convolution are split"
         if getattr(graph_module.get_submodule(site.layer), "last_module_token", False):
             return "it is marked as the last module"
+        if not site.node.users:
+            return "nothing reads its output"
         if site.node in readout and (region := region_of_nodes(graph_module.graph).get(site.node)):
             return f"whether it is an output layer is not known: Python calls {region!r} and what follows it"
         if site.node in readout:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import biofx
 from biofx.cli import main
@@ -51,12 +53,70 @@ def test_transform_prints_diff_and_report_and_writes_json(
     arguments = ["transform", target, "--set", "weight_splitting_Gamma=2", "--only", "fc1", "--diff"]
     assert main([*arguments, "--json", "report.json"]) == 0
     printed = capsys.readouterr().out
-    assert "+ fc1_pooled = pool_synapses(fc1, gamma=2, channel_axis=-1)" in printed
+    assert "+ fc1_folded = fold_weight(fc1_scaled, rows=2)" in printed
     assert "3 groups of 2 of its 6 output channels summed" in printed
     assert all(len(line) <= 80 for line in printed.splitlines())
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["schema"] == "biofx.report/1"
-    assert [entry["applied"] for entry in report["passes"]] == [1, 1]
+    assert [entry["applied"] for entry in report["passes"]] == [1, 1, 2]
+
+
+def test_transform_prints_a_tree_or_a_table_and_writes_page_and_pictures(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--html", "r.html", "--svg", "r.svg", "--dot", "r.dot"]
+    assert main(["transform", target, *files]) == 0
+    printed = capsys.readouterr().out
+    assert "├── fc1  Linear" in printed
+    assert "scale-gradients        3           0      100.0%" in printed
+    assert "\x1b" not in printed
+    for name, start in (("r.html", "<!doctype html>"), ("r.svg", "<svg "), ("r.dot", "digraph")):
+        assert (tmp_path / name).read_text(encoding="utf-8").startswith(start)
+    assert main(["transform", target, "--table"]) == 0
+    assert "created: fc1_weight" in capsys.readouterr().out
+
+
+def test_a_model_file_may_import_what_lies_beside_it(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "beside_it.py").write_text("from torch import nn\nWIDTH = 3\n", encoding="utf-8")
+    source = "from beside_it import WIDTH, nn\nmodel = nn.Linear(WIDTH, 2)\n"
+    (folder / "uses_beside.py").write_text(source, encoding="utf-8")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["transform", "models/uses_beside.py:model"]) == 0
+    assert "6 factors" in capsys.readouterr().out
+    for name in ("beside_it", "uses_beside"):
+        sys.modules.pop(name, None)
+
+
+def test_plot_draws_what_a_monitor_wrote(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bio_model, _ = biofx.transform(torch.nn.Linear(4, 2))
+    monitor = biofx.Monitor(path=tmp_path / "run.jsonl")
+    monitor.record(bio_model)
+    monitor.close()
+    assert main(["plot", "run.jsonl"]) == 0
+    assert main(["plot", "run.jsonl", "--layers", "--out", "layers.svg"]) == 0
+    assert capsys.readouterr().out == "wrote run.png\nwrote layers.svg\n"
+    assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (tmp_path / "layers.svg").read_text(encoding="utf-8")
+
+
+def test_a_stream_without_unicode_gets_what_it_can_show(target: str) -> None:
+    calls = "; ".join(f"main(['transform', {target!r}{options}])" for options in ("", ", '--table'"))
+    done = subprocess.run(
+        [sys.executable, "-c", f"from biofx.cli import main; {calls}"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "NO_COLOR": "1"},
+        capture_output=True,
+        check=True,
+    )
+    assert b"|-- fc1  Linear" in done.stdout.replace(b"+--", b"|--")
+    assert b"created: fc1_weight" in done.stdout
+    assert b"\x1b" not in done.stdout
+    assert done.stderr == b""
 
 
 def test_transform_takes_passes_config_overrides_and_a_module_path(
@@ -70,7 +130,7 @@ def test_transform_takes_passes_config_overrides_and_a_module_path(
     assert "scale-gradients{nu=0.1}" in capsys.readouterr().out
     assert main(["transform", "mymodels:Net", *options]) == 0
     printed = capsys.readouterr().out
-    assert "fc2_pooled = pool_synapses(fc2, gamma=3, channel_axis=-1)" in printed
+    assert "rows=3" in printed
     assert "scale-gradients" not in printed
 
 
@@ -145,6 +205,8 @@ def test_a_model_that_stays_in_python_is_told_with_the_line(
             "opaque: expected the path of a module, found 'fc9'",
         ),
         (["explain", "mymodels:Net", "fcc"], "selector 'fcc' matches nothing"),
+        (["transform", "mymodels:Net", "--html", "no/such/page.html"], "cannot write"),
+        (["plot", "nowhere.jsonl"], "nowhere.jsonl"),
         (["demo", "--epochs", "0"], "expected epochs >= 1"),
     ],
 )

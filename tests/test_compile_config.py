@@ -11,7 +11,7 @@ from torch import nn
 import biofx
 from biofx import BioConfig, Distribution, Pass, Pipeline, PipelineError, compile_config
 from biofx.compile_config import choose_passes
-from biofx.passes import ConstrainSigns, ObserveActivity, ScaleGradients, SplitWeights
+from biofx.passes import ConstrainSigns, FoldSplits, ObserveActivity, ScaleGradients, SplitWeights
 from biofx.select import Override
 
 OFF = BioConfig(fuzzy_lr_distribution=Distribution.BASELINE)
@@ -31,13 +31,15 @@ def test_a_mechanism_that_is_off_contributes_no_pass() -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"weight_splitting_Gamma": 2}, SplitWeights(gamma=2)),
-        ({"apply_dales_principle": True}, ConstrainSigns()),
-        ({"fuzzy_lr_distribution": "beta"}, ScaleGradients(distribution=Distribution.BETA)),
+        ({"weight_splitting_Gamma": 2}, (SplitWeights(gamma=2), FoldSplits())),
+        ({"apply_dales_principle": True}, (ConstrainSigns(),)),
+        ({"fuzzy_lr_distribution": "beta"}, (ScaleGradients(distribution=Distribution.BETA),)),
     ],
 )
-def test_a_mechanism_that_is_on_contributes_its_pass(fields: dict[str, Any], expected: Pass) -> None:
-    assert compile_config(OFF.replace(**fields)).passes == (expected,)
+def test_a_mechanism_that_is_on_contributes_its_pass(
+    fields: dict[str, Any], expected: tuple[Pass, ...]
+) -> None:
+    assert compile_config(OFF.replace(**fields)).passes == expected
 
 
 def test_every_option_of_a_config_reaches_its_pass() -> None:
@@ -67,18 +69,19 @@ def test_every_option_of_a_config_reaches_its_pass() -> None:
             seed=7,
         ),
         ScaleGradients(nu=0.3, distribution=Distribution.GAMMA, low=0.25, high=3.0, seed=7),
+        FoldSplits(),
     )
 
 
 def test_an_override_reaches_the_passes_that_have_the_option_in_order() -> None:
     config = ON.override("a", weight_splitting_Gamma=2, fuzzy_learning_rate_factor_nu=0.1)
     config = config.override(["a", "b"], weight_splitting_Gamma=8)
-    split, signs, scale = compile_config(config).passes
+    split, signs, scale, fold = compile_config(config).passes
     assert split.overrides == (
         Override("a", (("gamma", 2),)),
         Override(("a", "b"), (("gamma", 8),)),
     )
-    assert signs.overrides == ()
+    assert signs.overrides == fold.overrides == ()
     assert scale.overrides == (Override("a", (("nu", 0.1),)),)
 
 
@@ -92,7 +95,8 @@ def test_an_override_switches_a_mechanism_on_for_some_layers(mlp: nn.Module) -> 
         for remark in entry.remarks
         if remark.kind == "applied"
     ]
-    assert applied == [("split-weights", "2"), ("constrain-signs", "0")]
+    assert applied[:2] == [("split-weights", "2"), ("constrain-signs", "0")]
+    assert applied[2:] == [("fold-splits", layer) for layer in ("2", "2", "4")]
 
 
 def test_two_overrides_may_switch_a_mechanism_on_together(mlp: nn.Module) -> None:

@@ -73,7 +73,9 @@ def test_unknown_and_bad_options_are_refused(make: Callable[[dict[str, Any]], Bi
 def test_update_holds_for_later_conversions_alone() -> None:
     converter = BioConverter(crystal_thresh=1e-9)
     first = converter(mlp())
-    converter.update_config(crystal_thresh=1e9, dampening_factor=0.5, weight_splitting_Gamma=2)
+    converter.update_config(
+        crystal_thresh=1e9, dampening_factor=0.5, weight_splitting_Gamma=2, weight_splitting_fold=False
+    )
     second = converter(mlp())
     for model in (first, second):
         backward(model)
@@ -149,7 +151,7 @@ class Net(nn.Module):
 
 
 def test_instances_of_a_converted_class_come_out_converted() -> None:
-    converted: Any = BioConverter(weight_splitting_Gamma=2)(Net)
+    converted: Any = BioConverter(weight_splitting_Gamma=2, weight_splitting_fold=False)(Net)
     bio = converted(8, outputs=3)
     assert isinstance(bio, BioGraphModule)
     assert bio(torch.ones(5, 4)).shape == (5, 3)
@@ -231,10 +233,14 @@ def test_one_layer_alone() -> None:
 @pytest.mark.parametrize("method", ["project", "abs"])
 def test_signs_are_written_into_the_weights(method: str) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
-    config = BioConfig(apply_dales_principle=True, dales_method=method, dales_excitatory_fraction=0.5)
+    config = BioConfig(
+        apply_dales_principle=True,
+        dales_method=method,
+        dales_initialisation="keep",
+        dales_excitatory_fraction=0.5,
+    )
     bio = BioConverter(config)(model)
-    weight, sign = bio.get_parameter("2.weight"), state_of(bio, "2").sign
-    assert sign is not None
+    weight, sign = bio.get_parameter("2.weight"), state_of(bio, "2").presynaptic_signs()
     x = torch.linspace(-1, 1, 12).view(3, 4)
     expected_output = bio(x)
     before = weight.detach().clone()
@@ -242,7 +248,7 @@ def test_signs_are_written_into_the_weights(method: str) -> None:
     assert wrong.any()
     result = bio.enforce_dales_principle()
     assert result["2.weight"] == wrong.sum()
-    assert result["0.weight"] == "its units have no signs"
+    assert result["0.weight"] == "its presynaptic units have no signs"
     assert torch.equal(weight.detach(), torch.where(wrong, 0.0 if method == "project" else -before, before))
     torch.testing.assert_close(bio(x), expected_output)
     assert bio.enforce_dales_principle()["2.weight"] == 0
@@ -369,7 +375,7 @@ def test_own_state_class_and_choice_of_layers() -> None:
 def test_marked_layers_stay_whole() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     assert BioConverter.set_last_module_token_for_module(model[2]) is model[2]
-    bio = BioConverter(weight_splitting_Gamma=2)(model)
+    bio = BioConverter(weight_splitting_Gamma=2, weight_splitting_fold=False)(model)
     pools = bio.graph.find_nodes(op="call_function", target=pool_synapses)
     assert [pool.args[0].target for pool in pools] == ["0"]
 
@@ -473,3 +479,14 @@ def test_factors_of_layers_that_are_never_called_are_their_own() -> None:
     assert a is not None
     assert b is not None
     assert not torch.equal(a, b)
+
+
+def test_every_weight_of_a_recurrent_layer_has_factors() -> None:
+    bio = BioConverter(fuzzy_learning_rate_factor_nu=0.3)(nn.Sequential(nn.GRU(4, 3)))
+    bio(torch.randn(5, 2, 4))[0].square().sum().backward()
+    before = {path: parameter.grad.clone() for path, parameter in bio.named_parameters()}
+    assert bio.fuzzy_learning_rates() == {"0.weight_ih_l0": 36, "0.weight_hh_l0": 27}
+    for path in ("weight_ih_l0", "weight_hh_l0"):
+        factors = bio.get_buffer(f"0.bio_mod.{path}.fuzzy_learning_rate_parameters")
+        assert factors.std() > 0.05
+        torch.testing.assert_close(bio.get_parameter(f"0.{path}").grad, before[f"0.{path}"] * factors)

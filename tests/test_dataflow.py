@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from biofx import capture
 from biofx.dataflow import input_facing_nodes, readout_nodes, split_nodes, synaptic_nodes
+from biofx.lowering import Lowering
+from biofx.norm_sites import find_norms, lower_norm
 from biofx.ops import pool_synapses
+from biofx.sites import find_sites
 
 
 class Layers(nn.Module):
@@ -117,6 +120,30 @@ def test_an_opaque_module_with_weights_counts_as_layers_and_one_without_does_not
     synaptic = synaptic_nodes(captured)
     assert {node.target for node in synaptic} == {"0", "1"}
     assert {node.target for node in readout_nodes(captured, synaptic)} == {"1"}
+
+
+def test_recurrent_layers_and_attention_carry_weights_lowered_or_not() -> None:
+    class Recurs(Layers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.attention = nn.GRU(4, 4), nn.MultiheadAttention(4, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.norm(self.cell(x)[0].unflatten(1, (-1, 2))).flatten(1, 2)
+            return torch.relu(self.attention(y, y, y)[0])
+
+    captured = capture(Recurs())
+    for _ in range(2):
+        synaptic = synaptic_nodes(captured)
+        assert {node.name for node in synaptic} == {"cell", "attention"}
+        assert {node.name for node in input_facing_nodes(captured, synaptic)} == {"cell"}
+        assert {node.name for node in readout_nodes(captured, synaptic)} == {"attention"}
+        lowering = Lowering(captured)
+        for site in find_sites(captured).found:
+            lowering.lower(site)
+        for norm in find_norms(captured):
+            lower_norm(lowering, norm)
+    assert not captured.graph.find_nodes(op="call_module")
 
 
 def test_a_pool_marks_the_layers_that_run_into_it() -> None:

@@ -26,7 +26,7 @@ def test_demo_trains_both_networks_and_a_seed_reproduces_it(
         assert run.accuracies[-1] > 0.8
     assert first[0].losses != first[1].losses
     printed = capsys.readouterr().out
-    assert "+ block1_conv1_pooled = pool_synapses" in printed
+    assert "= fold_weight(block1_conv1_" in printed
     assert "handwritten digits" in printed
 
 
@@ -36,13 +36,15 @@ def test_demo_writes_curves_report_and_results(
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "--epochs", "1"]) == 0
     folder = tmp_path / "biofx-demo"
-    assert {path.name for path in folder.iterdir()} == {"curves.png", "report.json", "results.json"}
+    written = {"curves.png", "report.html", "report.json", "results.json"}
+    assert {path.name for path in folder.iterdir()} == written
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert {entry["name"] for entry in report["passes"]} == {
         "split-weights",
         "constrain-signs",
         "scale-gradients",
+        "fold-splits",
     }
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert len(results["runs"][1]["losses"]) == 1

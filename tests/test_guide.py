@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BioConfig, BioConverter, BioGraphModule, Distribution
+from biofx.fold_ops import fold_weight, sum_synapses
 from biofx.ops import pool_synapses
 
 GUIDE = Path(__file__).resolve().parents[2] / "shared" / "advanced_usage.rst"
@@ -246,7 +247,7 @@ def test_custom_activations(run: Run) -> None:
     names = run(3)
     bio, model, x = names["bio_model"], names["model"], names["inputs"]
     assert isinstance(bio, BioGraphModule)
-    assert len(bio.graph.find_nodes(op="call_function", target=pool_synapses)) == 1
+    assert len(bio.graph.find_nodes(op="call_function", target=sum_synapses)) == 1
 
     def expected(activation: Callable[[Tensor], Tensor]) -> Tensor:
         pooled = activation(model.fc1(x)).unflatten(1, (10, 2)).sum(2).repeat_interleave(2, 1)
@@ -263,7 +264,7 @@ def test_custom_activations(run: Run) -> None:
 
 
 def test_output_layer_is_marked(run: Run) -> None:
-    converter = BioConverter(weight_splitting_Gamma=5)
+    converter = BioConverter(weight_splitting_Gamma=5, weight_splitting_fold=False)
     names = run(4, converter=converter)
     bio, model = names["bio_model"], names["model"]
     assert model.fc3.last_module_token
@@ -432,7 +433,8 @@ def test_splitting_by_model_size(run: Run) -> None:
     pools = []
     for name in ("small_model_converter", "large_model_converter", "very_large_model_converter"):
         graph = names[name](Net()).graph
-        pools.append([n.kwargs["gamma"] for n in graph.find_nodes(op="call_function", target=pool_synapses)])
+        folds = graph.find_nodes(op="call_function", target=fold_weight)
+        pools.append([node.kwargs["rows"] for node in folds if "rows" in node.kwargs])
     assert pools == [[4], [2], []]
 
 

@@ -135,6 +135,49 @@ def test_a_weight_is_wrapped_once_for_all_its_uses(vectors: Tensor) -> None:
     torch.testing.assert_close(captured.get_parameter("0.weight").grad, layer.weight.grad * 3)
 
 
+def test_a_weight_in_two_places_of_one_call_is_wrapped_once() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, vdim=3)
+            self.attention.q_proj_weight = self.attention.k_proj_weight
+
+        def forward(self, x: Tensor, value: Tensor) -> Any:
+            return self.attention(x, x, value)[0]
+
+    model = Attends()
+    captured = lowered(model)
+    sites = [site for site in find_sites(captured).found if site.role in ("query", "key")]
+    assert {site.parameter_path for site in sites} == {"attention.q_proj_weight"}
+    captured.register_buffer("rates", torch.full((4, 4), 3.0))
+    Lowering(captured).wrap_weight(sites, ops.scale_gradient, ("rates", "rates"), "scaled")
+    captured.recompile()
+    (wrapper,) = captured.graph.find_nodes(op="call_function", target=ops.scale_gradient)
+    assert wrapper.name == "attention_q_proj_weight_scaled"
+    assert [site.weight_node for site in find_sites(captured).found[:2]] == [wrapper, wrapper]
+    x, value = torch.randn(5, 2, 4), torch.randn(5, 2, 3)
+    for each in (model, captured):
+        each(x, value).square().sum().backward()
+    gradient = captured.get_parameter("attention.q_proj_weight").grad
+    assert model.attention.q_proj_weight.grad is not None
+    torch.testing.assert_close(gradient, model.attention.q_proj_weight.grad * 3)
+
+
+def test_one_weight_of_several_is_wrapped_by_itself() -> None:
+    captured = lowered(nn.Sequential(nn.GRU(4, 3, 2)))
+    captured.register_buffer("rates", torch.ones(9, 3))
+    hidden = [site for site in find_sites(captured).found if site.parameter_path == "0.weight_hh_l1"]
+    Lowering(captured).wrap_weight(hidden, ops.scale_gradient, ("rates", "rates"), "scaled")
+    found = {site.parameter_path: site.has(ops.scale_gradient) for site in find_sites(captured).found}
+    assert found == {
+        "0.weight_ih_l0": False,
+        "0.weight_hh_l0": False,
+        "0.weight_ih_l1": False,
+        "0.weight_hh_l1": True,
+    }
+    captured.graph.lint()
+
+
 def test_a_hidden_weight_cannot_be_wrapped(mlp: nn.Module) -> None:
     captured = capture(mlp)
     with pytest.raises(PassError, match="must be lowered"):

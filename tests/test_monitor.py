@@ -162,12 +162,14 @@ def test_replaced_synapses_are_those_that_change_while_nothing_learns(
 
 def test_effective_signs_hold_where_raw_ones_do_not(mlp: nn.Module) -> None:
     for method in ("project", "abs"):
-        signed = ConstrainSigns(method=method, constrain_inputs=True, constrain_readout=True)
+        signed = ConstrainSigns(
+            method=method, initialisation="keep", constrain_inputs=True, constrain_readout=True
+        )
         bio = signed(biofx.capture(mlp)).graph_module
         layer = Monitor().record(bio)
         assert layer is not None
         for path, raw in weights(bio).items():
-            signs = state_of(bio, path).sign.float()
+            signs = state_of(bio, path).presynaptic_signs().float()
             wrong = int((raw * signs < 0).sum())
             used = raw.abs() * signs if method == "abs" else torch.where(raw * signs < 0, 0, raw)
             assert wrong > 0
@@ -179,7 +181,8 @@ def test_effective_signs_hold_where_raw_ones_do_not(mlp: nn.Module) -> None:
 
 def test_sign_that_the_graph_does_not_enforce_is_a_fault(mlp: nn.Module) -> None:
     bio = biofx.BioConverter()(mlp)
-    bio.get_submodule("2").bio_mod.sign = torch.ones(6, dtype=torch.int8)
+    state_of(bio, "0.weight").sign = torch.ones(6, dtype=torch.int8)
+    state_of(bio, "2.weight").reads_signs_of([(state_of(bio, "0.weight"), "sign")], {})
     record = Monitor().record(bio)
     assert record is not None
     negative = int((weights(bio)["2.weight"] < 0).sum())

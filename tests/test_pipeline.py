@@ -403,7 +403,7 @@ def test_transform_lets_the_observer_see_each_pass_whatever_is_selected(
 ) -> None:
     watch = Watch()
     biofx.transform(mlp, BioConfig(weight_splitting_Gamma=2), observe=watch, **selection)
-    assert watch.names == ["split-weights", "scale-gradients"]
+    assert watch.names == ["split-weights", "scale-gradients", "fold-splits"]
 
 
 def test_an_observer_is_no_part_of_what_a_pipeline_is() -> None:

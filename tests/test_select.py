@@ -374,3 +374,20 @@ def test_an_override_that_picks_no_candidate_of_the_pass_is_remarked(mlp: nn.Mod
     _, report = biofx.transform(mlp, config, passes="split-weights")
     told = [remark.message for remark in report.remarks if remark.layer == "1"]
     assert told == ["override='1' picks 1 nodes, none of which split-weights acts on"]
+
+
+def test_a_container_that_is_never_called_picks_what_lies_in_it() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+            self.head = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)  # type: ignore[no-any-return]
+
+    index = NodeIndex(biofx.capture(Listed()))
+    for pattern in ("blocks", "block?", "re:blocks", "type:ModuleList", nn.ModuleList):
+        assert {node.name for node in index.match(pattern).nodes} == {"blocks_0", "blocks_1"}

@@ -13,6 +13,7 @@ import biofx
 from biofx import capture, ops
 from biofx.dataflow import is_synaptic
 from biofx.layer_kinds import kind_of
+from biofx.lowering import Lowering
 from biofx.sites import Sites, find_sites
 
 CONFIG = biofx.BioConfig(
@@ -181,13 +182,10 @@ def test_a_weight_read_by_an_operation_is_an_obstacle() -> None:
 
 
 def test_layers_inside_what_is_called_whole_are_reported() -> None:
-    sites = find_sites(capture(nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8), nn.Linear(4, 2))))
-    assert [site.layer for site in sites.found] == ["1"]
-    assert {bystander.layer for bystander in sites.bystanders} == {
-        "0.self_attn.out_proj",
-        "0.linear1",
-        "0.linear2",
-    }
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8), nn.GRU(4, 2))
+    sites = find_sites(capture(model, opaque=["0"]))
+    assert [site.layer for site in sites.found] == ["1", "1"]
+    assert {bystander.layer for bystander in sites.bystanders} == {"0.self_attn", "0.linear1", "0.linear2"}
 
 
 def test_a_layer_whose_weight_is_used_directly_is_not_called_unused() -> None:
@@ -203,6 +201,188 @@ def test_a_layer_whose_weight_is_used_directly_is_not_called_unused() -> None:
     assert [site.layer for site in sites.found] == ["used"]
     assert [(entry.layer, entry.reason) for entry in sites.bystanders] == [
         ("unused", "never called in the forward")
+    ]
+
+
+RECURRENT: dict[str, tuple[Callable[[], nn.Module], list[tuple[str, str, int, int, int, int]]]] = {
+    "rnn": (
+        lambda: nn.RNN(4, 3, 2),
+        [
+            ("weight_ih_l0", "input", 0, 0, 4, 3),
+            ("weight_hh_l0", "hidden", 0, 0, 3, 3),
+            ("weight_ih_l1", "stacked", 1, 0, 3, 3),
+            ("weight_hh_l1", "hidden", 1, 0, 3, 3),
+        ],
+    ),
+    "gru": (
+        lambda: nn.GRU(4, 3, bidirectional=True, bias=False),
+        [
+            ("weight_ih_l0", "input", 0, 0, 4, 3),
+            ("weight_hh_l0", "hidden", 0, 0, 3, 3),
+            ("weight_ih_l0_reverse", "input", 0, 1, 4, 3),
+            ("weight_hh_l0_reverse", "hidden", 0, 1, 3, 3),
+        ],
+    ),
+    "lstm": (
+        lambda: nn.LSTM(4, 3, 2, proj_size=2),
+        [
+            ("weight_ih_l0", "input", 0, 0, 4, 3),
+            ("weight_hh_l0", "hidden", 0, 0, 2, 3),
+            ("weight_hr_l0", "projection", 0, 0, 3, 2),
+            ("weight_ih_l1", "stacked", 1, 0, 2, 3),
+            ("weight_hh_l1", "hidden", 1, 0, 2, 3),
+            ("weight_hr_l1", "projection", 1, 0, 3, 2),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_each_weight_of_a_recurrent_layer_is_a_site_with_a_role(name: str) -> None:
+    make, expected = RECURRENT[name]
+    captured = capture(nn.Sequential(make()))
+    hidden = find_sites(captured)
+    Lowering(captured).lower(hidden.found[0])
+    for sites in (hidden, find_sites(captured)):
+        assert not sites.bystanders
+        found = [
+            (slot.name, site.role, slot.layer, slot.direction, site.input_channels, site.output_channels)
+            for site in sites.found
+            for slot in [site.slot]
+        ]
+        assert found == expected
+        assert [site.parameter_path for site in sites.found] == [f"0.{name}" for name, *_ in expected]
+        assert {site.layer for site in sites.found} == {"0"}
+        assert len({site.node for site in sites.found}) == 1
+        for site in sites.found:
+            weight = site.weight_node
+            assert weight is None or weight.target == site.parameter_path
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_each_weight_of_an_attention_is_a_site_with_a_role(joint: bool) -> None:
+    captured = capture(Attends(nn.MultiheadAttention(6, 2, kdim=None if joint else 4)))
+    hidden = find_sites(captured)
+    Lowering(captured).lower(hidden.found[0])
+    inputs = [("query_key_value", 6, 6)] if joint else [("query", 6, 6), ("key", 4, 6), ("value", 6, 6)]
+    for sites in (hidden, find_sites(captured)):
+        found = [(site.role, site.input_channels, site.output_channels) for site in sites.found]
+        assert found == [*inputs, ("attention_output", 6, 6)]
+        assert sites.found[-1].layer == "attention.out_proj"
+        assert not sites.bystanders
+
+
+class Attends(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, query: Tensor, key: Tensor) -> Any:
+        return self.attention(query, key, query)[0]
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda *given: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: hooked(nn.GRU(4, 4)), "it has forward hooks, which would no longer run"),
+        (lambda: hooked(nn.MultiheadAttention(4, 2)), "it has forward hooks, which would no longer run"),
+        (lambda: OwnAttention(4, 2), "OwnAttention has a forward of its own, not MultiheadAttention's"),
+    ],
+)
+def test_a_layer_with_several_weights_that_cannot_be_lowered(
+    make: Callable[[], nn.Module], reason: str
+) -> None:
+    layer = make()
+    model = Attends(layer) if isinstance(layer, nn.MultiheadAttention) else nn.Sequential(layer)
+    path = "attention" if isinstance(layer, nn.MultiheadAttention) else "0"
+    sites = find_sites(capture(model, opaque=[path])).found
+    assert len(sites) == 2
+    assert {site.obstacle for site in sites} == {reason}
+    _, report = biofx.transform(model, passes="scale-gradients", opaque=[path])
+    told = {remark.message for remark in report.remarks}
+    assert told == {f"{site.slot.name}: {reason}" for site in sites}
+
+
+def test_a_computed_weight_keeps_the_others_of_its_layer_from_being_lowered() -> None:
+    layer = parametrizations.weight_norm(nn.GRU(4, 3), "weight_hh_l0")
+    sites = find_sites(capture(nn.Sequential(layer), opaque=["0"]))
+    reason = "its weight_hh_l0 is computed by a parametrization, not a parameter"
+    assert [(site.slot.name, site.obstacle) for site in sites.found] == [("weight_ih_l0", reason)]
+    assert [entry.reason for entry in sites.bystanders] == [f"weight_hh_l0: {reason}"]
+
+
+def test_a_recurrent_weight_that_something_else_reads_is_an_obstacle_for_it_alone() -> None:
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.RNN(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.cell(x)[0], self.cell.weight_hh_l0.norm()  # type: ignore[operator]
+
+    first, second = find_sites(capture(Penalised())).found
+    assert first.obstacle is None
+    assert second.obstacle == "its weight is also read by 'norm', which would not follow"
+
+
+def test_a_weight_that_is_its_own_input_is_an_obstacle() -> None:
+    class Squares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.eye(4))
+
+        def forward(self, x: Tensor) -> Any:
+            return x + F.linear(self.matrix, self.matrix)
+
+    (site,) = find_sites(capture(Squares())).found
+    assert site.obstacle == "its weight is also read by 'linear', which would not follow"
+
+
+def test_layers_with_several_weights_that_are_never_called_are_reported_once() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.attention = nn.GRU(4, 4), nn.MultiheadAttention(4, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return x
+
+    sites = find_sites(capture(Spare()))
+    assert not sites.found
+    assert [(entry.layer, entry.reason) for entry in sites.bystanders] == [
+        ("cell", "never called in the forward"),
+        ("attention", "never called in the forward"),
+    ]
+
+
+def test_frozen_recurrent_weights_are_left_alone() -> None:
+    model = nn.Sequential(nn.RNN(4, 4))
+    model.get_parameter("0.weight_hh_l0").requires_grad_(False)
+    bio_model, report = biofx.transform(model, passes="scale-gradients")
+    told = {remark.message.partition(":")[0]: remark.kind for remark in report.remarks}
+    assert told == {"weight_ih_l0": "applied", "weight_hh_l0": "missed"}
+    assert len(bio_model.graph.find_nodes(op="call_function", target=ops.scale_gradient)) == 1
+
+
+@pytest.mark.parametrize("name", ["split-weights", "observe-activity"])
+def test_passes_over_channels_say_why_they_leave_a_recurrent_layer_alone(name: str) -> None:
+    model = nn.Sequential(nn.RNN(4, 4))
+    bio_model, report = biofx.transform(model, passes=name)
+    assert not report.modified
+    assert bio_model.graph.find_nodes(op="call_module", target="0")
+    assert [remark.message.partition(";")[0] for remark in report.remarks] == [
+        "weight_ih_l0: RNN returns more than this weight's output",
+        "weight_hh_l0: RNN returns more than this weight's output",
     ]
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from biofx.errors import OptionError, suggest
+from biofx.errors import OptionError, PlasticityError, suggest
 from biofx.plasticity.attachment import Attachment
+from biofx.plasticity.exponentiated import UPDATES
 from biofx.plasticity.model_rules import exposed_rules, prepare_states
-from biofx.plasticity.ranks import group_to_agree_with
+from biofx.plasticity.ranks import group_to_agree_with, refuse_sharded_layers
 from biofx.plasticity.scale_survival import refuse_closures
 from biofx.plasticity.schedule import Observer, Rule
+from biofx.validate import check_choice
 
 
 def attach(
@@ -21,6 +24,7 @@ def attach(
     schedule: Iterable[Rule | str] = (),
     *,
     decay: str = "scaled",
+    updates: str = "additive",
     observers: Iterable[Observer] = (),
 ) -> Attachment:
     """Run a model's plasticity from the steps of its optimizer; the training loop stays as it is.
@@ -37,6 +41,9 @@ def attach(
         schedule: rules and when they run; a name alone runs at every step.
         decay: ``"scaled"``: a factor scales weight decay too, so that 0 freezes a weight to the bit;
             ``"free"``: decoupled weight decay acts in full.
+        updates: ``"additive"``: as the optimizer makes them; ``"exponentiated"``: the synapses of units with
+            a sign change in proportion to their strength (exponentiated gradient), so that none changes its
+            sign and those at 0 stay there.
         observers: called after each step, e.g. a :class:`biofx.Monitor`.
 
     Returns:
@@ -44,11 +51,13 @@ def attach(
 
     Raises:
         PlasticityError: the optimizer holds none of the model's weights, is attached already, or takes
-            steps that factors have no meaning for (LBFGS); a scheduled rule has no layer to act on.
+            steps that factors have no meaning for (LBFGS); a scheduled rule has no layer to act on;
+            exponentiated updates of units without signs, or with weight decay.
         OptionError: the schedule names an unknown rule, or ``decay`` is unknown.
     """
-    plain = unwrapped(model)
+    plain: Any = unwrapped(model)
     states = prepare_states(plain)
+    refuse_sharded_layers(plain)
     rules = tuple(Rule(entry) if isinstance(entry, str) else entry for entry in schedule)
     known = sorted(exposed_rules(plain))
     for rule in rules:
@@ -60,13 +69,20 @@ def attach(
             raise OptionError("schedule: fuzzy_learning_rates acts at every step already; leave it out")
     if decay not in ("scaled", "free"):
         raise OptionError(f"decay: expected 'scaled' or 'free', found {decay!r}")
+    check_choice("updates", updates, UPDATES)
+    if updates == "exponentiated" and not any(state.is_constrained for state in states.values()):
+        raise PlasticityError(
+            "updates='exponentiated': expected a model whose units have signs (apply_dales_principle=True)"
+        )
     refuse_closures(optimizer)
     present = tuple(observers)
     for observer in present:
         if hasattr(observer, "watch"):
             observer.watch(plain)
     group = group_to_agree_with(model, states.values())
-    return Attachment(states, optimizer, rules, decay, present, group)
+    return Attachment(
+        states, optimizer, rules, decay, present, group, exponentiated=updates == "exponentiated"
+    )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from biofx.config import Distribution
 from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.exponentiated import exponentiate, refuse_decay
 from biofx.plasticity.ranks import average_activity
 from biofx.plasticity.scale_survival import keeps_gradient_factors
 from biofx.plasticity.schedule import LayerStep, Observer, Rule, wants
+from biofx.plasticity.shards import local, local_part, norm_of_part, whole
 
 _BEFORE_STEP = ("crystallize", "update_fuzzy_learning_rates")
 _BUILT_IN = ("fuzzy_learning_rates", "volume_dependent_lr", *_BEFORE_STEP)
@@ -45,6 +49,8 @@ class Attachment:
         decay: str,
         observers: tuple[Observer, ...],
         group: Any = None,
+        *,
+        exponentiated: bool = False,
     ) -> None:
         self.steps = 0
         """Optimizer steps so far, a count."""
@@ -53,6 +59,7 @@ class Attachment:
         self.rules = rules
         self._decay = decay
         self._group = group
+        self._exponentiated = exponentiated
         self._observers = list(observers)
         self._bound = self._bind(states, optimizer)
         self._check_rules()
@@ -121,6 +128,8 @@ class Attachment:
                     survives[options] = keeps_gradient_factors(optimizer, group)
                 if self._decay == "free":
                     _decoupled_decay(optimizer, group)
+                if self._exponentiated and state.is_constrained:
+                    refuse_decay(path, group)
                 decays = bool(group.get("weight_decay"))
                 bound[path] = _Bound(state, weight, not survives[options] or decays, group)
         if not bound:
@@ -172,13 +181,19 @@ class Attachment:
                 continue
             layer = self._layers[path] = LayerStep(state, float("nan"), float("nan"))
             if watched:
-                layer.gradient_norm = float(gradient.norm())
-            unscaled = self._change_factors(bound, layer)
-            bound.multiplier = self._multiplier(bound, layer, done_in_graph=not unscaled)
-            if bound.scales_updates or watched:
-                bound.old = state.weight.detach().clone()
+                layer.gradient_norm = norm_of_part(local(gradient), gradient)
+            with whole(state) if self._reads_values(state) else nullcontext():
+                unscaled = self._change_factors(bound, layer)
+                bound.multiplier = self._multiplier(bound, layer, done_in_graph=not unscaled)
+            if bound.scales_updates or watched or (self._exponentiated and state.is_constrained):
+                bound.old = local(state.weight.detach()).clone()
             if bound.multiplier is not None and not bound.scales_updates:
-                gradient.mul_(bound.multiplier.to(gradient.dtype))
+                local(gradient).mul_(local_part(bound.multiplier, gradient).to(gradient.dtype))
+
+    def _reads_values(self, state: BioModule) -> bool:
+        """Whether a rule that is due before this step must see all of a layer's weight or gradient."""
+        follows = state.is_dynamic and state.config.fuzzy_lr_distribution is Distribution.WEIGHT_ADAPTIVE
+        return follows or self._is_due("crystallize") or self._is_due("volume_dependent_lr")
 
     def _check_weights(self) -> None:
         """Refuse to step parameters that have been replaced, before anything is changed."""
@@ -233,17 +248,21 @@ class Attachment:
         if self._skips:
             return
         for path, layer in self._layers.items():
-            bound, weight = self._bound[path], self._bound[path].weight
+            bound, weight = self._bound[path], local(self._bound[path].weight)
             if bound.scales_updates and bound.old is not None and bound.multiplier is not None:
                 start = bound.old
                 if self._decay == "free":
                     start = start * (1 - _decoupled_decay(optimizer, bound.group))
                 # lerp is exact at 0 and at 1
-                weight.copy_(torch.lerp(start, weight, bound.multiplier.expand_as(weight).to(weight.dtype)))
+                multiplier = local_part(bound.multiplier, bound.weight).expand_as(weight)
+                weight.copy_(torch.lerp(start, weight, multiplier.to(weight.dtype)))
+            if self._exponentiated and layer.state.is_constrained and bound.old is not None:
+                signs = layer.state.signs().expand(bound.weight.shape)
+                exponentiate(weight, bound.old, local_part(signs, bound.weight))
             if self._watched and bound.old is not None:
-                layer.update_norm = float((weight - bound.old).norm())
+                layer.update_norm = norm_of_part(weight - bound.old, bound.weight)
             bound.old = bound.multiplier = None
-            if layer.state.sign is not None:
+            if layer.state.is_constrained:
                 layer.touched["enforce_dales_principle"] = layer.state.enforce_dales_principle()
         for rule in self.rules:
             if rule.name not in _BUILT_IN and rule.is_due(self.steps):
@@ -256,10 +275,12 @@ class Attachment:
     def _run_on_weights(self, name: str, optimizer: Optimizer) -> None:
         able = [layer for layer in self._layers.values() if layer.state.why_not(name) is None]
         for layer in able:
-            layer.state.check(name)
+            with whole(layer.state):
+                layer.state.check(name)
         for layer in able:
             rule = getattr(layer.state, name)
-            result = rule(optimizer) if name == "rejuvenate_weights" else rule()
+            with whole(layer.state, optimizer):
+                result = rule(optimizer) if name == "rejuvenate_weights" else rule()
             layer.touched[name] = result if isinstance(result, int) else 0
 
 

@@ -26,6 +26,7 @@ from biofx.plasticity.rules.crystallization import crystallize
 from biofx.plasticity.rules.rejuvenation import check_finite, protection_for, rejuvenate
 from biofx.plasticity.rules.scaling import input_strength, synaptic_scaling
 from biofx.plasticity.rules.volume import multiply_by_volume, volume_factors
+from biofx.plasticity.shards import local, local_part
 from biofx.plasticity.units import laid_out
 
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
@@ -78,8 +79,8 @@ class BioModule(BioState):
             return "its weight is frozen"
         if rule in _NEED_FACTORS and self.fuzzy_learning_rate_parameters is None:
             return "it has no learning-rate factors"
-        if rule == "enforce_dales_principle" and self.sign is None:
-            return "its units have no signs"
+        if rule == "enforce_dales_principle" and not self.is_constrained:
+            return "its presynaptic units have no signs"
         if rule == "update_fuzzy_learning_rates" and not self.is_dynamic:
             return "its factors do not change (fuzzy_lr_dynamic=False, or a static distribution)"
         if rule == "fuzzy_learning_rates" and self.scaled_in_graph:
@@ -121,8 +122,9 @@ class BioModule(BioState):
     def provide_factors(self) -> None:
         """Let every synapse have a factor of its own, 1 to begin with, where there are none."""
         if self.fuzzy_learning_rate_parameters is None:
-            self.fuzzy_learning_rate_parameters = torch.ones_like(
-                self.weight, dtype=torch.float32, requires_grad=False
+            weight = self.weight
+            self.fuzzy_learning_rate_parameters = torch.ones(
+                weight.shape, dtype=torch.float32, device=weight.device
             )
 
     @torch.no_grad()
@@ -231,7 +233,8 @@ class BioModule(BioState):
             factors: as they were during backward.
         """
         gradient = self._gradient()
-        gradient.copy_(_divided(gradient, factors))
+        part = local(gradient)
+        part.copy_(_divided(part, local_part(factors, gradient)))
 
     @torch.no_grad()
     def crystallize(self) -> int:
@@ -281,12 +284,12 @@ class BioModule(BioState):
     def enforce_dales_principle(self) -> int:
         """Write the sign constraint into the weight itself; returns how many synapses it changed."""
         self._require("enforce_dales_principle")
-        signs = self.signs()
-        wrong = self.weight * signs < 0
+        weight, signs = local(self.weight), local_part(self.signs(), self.weight)
+        wrong = weight * signs < 0
         if self.config.dales_method == "abs":
-            self.weight[wrong] *= -1
+            weight[wrong] *= -1
         else:
-            self.weight[wrong] = 0
+            weight[wrong] = 0
         return int(wrong.sum())
 
     @torch.no_grad()

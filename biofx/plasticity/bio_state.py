@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -16,7 +16,8 @@ from biofx.ops import signs_like
 from biofx.plasticity.randomness import generator_for
 
 _FACTORS = "fuzzy_learning_rate_parameters"
-_CONFIGURED = (_FACTORS, "sign", "noise", "activity")
+_CONFIGURED = (_FACTORS, "sign", "local_sign", "noise", "activity")
+_DERIVED = ("unit_index", "constrained_rows")
 _REMEMBERED = ("diversity", "target_strength", "steps", "events")
 _DEFAULT = BioConfig()
 
@@ -33,8 +34,13 @@ class BioState(nn.Module):
         One learning-rate factor per synapse, dimensionless; shaped like the weight, or of size 1 along the
         axes that share a factor.
     ``sign``
-        +1 for an excitatory and -1 for an inhibitory presynaptic unit, 0 where unconstrained;
-        int8, shape ``(units,)``.
+        +1 for each excitatory and -1 for each inhibitory unit of the layer, that is, of its outputs; 0 where
+        unconstrained; int8, shape ``(units,)``. All layers that read the units read their signs from here.
+    ``local_sign``
+        The same for units that the layer reads and no layer makes; or, for comparison only, signs of rows.
+    ``unit_index``, ``constrained_rows``
+        Not saved, the graph tells them: which of the signs that the layer reads belongs to each of its input
+        channels, int64; and 1 for the outputs whose weights are constrained, 0 for those exempt, int8.
     ``noise``
         The random part u of factors that follow weights or activity, shaped like the factors.
     ``activity``
@@ -54,12 +60,15 @@ class BioState(nn.Module):
     """
 
     __jit_unused_properties__: ClassVar[list[str]] = [
-        *("weight", "parameter", "is_linked", "output_axis", "groups")
+        *("weight", "parameter", "is_linked", "is_constrained", "output_axis", "groups")
     ]
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         fuzzy_learning_rate_parameters: Tensor | None
         sign: Tensor | None
+        local_sign: Tensor | None
+        unit_index: Tensor | None
+        constrained_rows: Tensor | None
         noise: Tensor | None
         activity: Tensor | None
         diversity: Tensor | None
@@ -74,6 +83,8 @@ class BioState(nn.Module):
         super().__init__()
         for name in (*_CONFIGURED, *_REMEMBERED):
             self.register_buffer(name, None)
+        for name in _DERIVED:
+            self.register_buffer(name, None, persistent=False)
         self.config = _DEFAULT if config is None else rule_config(config)
         self.path = "weight"
         self.depth = 0.0
@@ -131,9 +142,41 @@ class BioState(nn.Module):
         """Groups of a convolution, a count; 1 for other layers."""
         return int(getattr(self.get_parent(), "groups", 1))
 
+    def reads_signs_of(self, sources: Sequence[tuple[BioState, str]], layout: dict[str, int]) -> None:
+        """Constrain the weight to the signs of its presynaptic units.
+
+        Args:
+            sources: who keeps them, and in which buffer; laid one after another, and picked from by
+                ``unit_index`` if there is one.
+            layout: ``axis`` and ``groups`` as :func:`biofx.ops.constrain_sign` takes them.
+        """
+        self.sign_layout = dict(layout)
+        self.__dict__["_sign_sources"] = tuple(sources)
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the weight's presynaptic units have signs."""
+        return "_sign_sources" in self.__dict__
+
+    def presynaptic_signs(self) -> Tensor:
+        """Return the sign of each presynaptic unit, int8, one per input channel.
+
+        Raises:
+            PlasticityError: the weight is not constrained.
+        """
+        if not self.is_constrained:
+            raise PlasticityError(f"the presynaptic units of {self.path!r} have no signs")
+        sources = cast("tuple[tuple[BioState, str], ...]", self.__dict__["_sign_sources"])
+        signs = [state.get_buffer(name) for state, name in sources]
+        joined = signs[0] if len(signs) == 1 else torch.cat(signs)
+        return joined if self.unit_index is None else joined.index_select(0, self.unit_index)
+
     def signs(self) -> Any:
         """Return the signs laid out to broadcast to the weight, None where the layer has none."""
-        return None if self.sign is None else signs_like(self.weight.detach(), self.sign, **self.sign_layout)
+        if not self.is_constrained:
+            return None
+        layout: dict[str, Any] = {**self.sign_layout, "rows": self.constrained_rows}
+        return signs_like(self.weight.detach(), self.presynaptic_signs(), **layout)
 
     def _gradient(self) -> Tensor:
         gradient = self.weight.grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
 
 
@@ -19,7 +20,11 @@ def bio_module_path(parameter_path: str) -> str:
 
 
 def bio_module_at(model: nn.Module, parameter_path: str) -> BioModule:
-    """Return the state of a weight, made if it is not there yet, and linked to the weight's layer."""
+    """Return the state of a weight, made if it is not there yet, and linked to the weight's layer.
+
+    Raises:
+        PlasticityError: something else is in its place.
+    """
     module: nn.Module = model
     for part in bio_module_path(parameter_path).split("."):
         found = module._modules.get(part)
@@ -33,7 +38,11 @@ def bio_module_at(model: nn.Module, parameter_path: str) -> BioModule:
             )
         module = found
     if not isinstance(module, BioModule):
-        raise AttributeError(f"{bio_module_path(parameter_path)!r} is taken by a {type(module).__name__}")
+        raise PlasticityError(
+            f"expected the plasticity state of {parameter_path!r} at {bio_module_path(parameter_path)!r}, "
+            f"found a {type(module).__name__}: tracing a transformed model anew keeps its buffers and "
+            "forgets its rules; run rules on the model that biofx.transform returned"
+        )
     module.path = parameter_path
     module.link(model.get_submodule(parameter_path.rpartition(".")[0]))
     return module

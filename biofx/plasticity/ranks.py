@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 
 from biofx.config import Distribution
 from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.shards import is_sharded
+from biofx.sites import find_sites
 
 
 def group_to_agree_with(model: nn.Module, states: Iterable[BioModule]) -> Any:
-    """Return the process group of a model wrapped in DistributedDataParallel, None where one rank is all.
+    """Return the process group of a model that is wrapped in DistributedDataParallel or sharded, else None.
 
     Raises:
         PlasticityError: factors follow activity, several ranks run, and the model does not say which of them
@@ -28,13 +31,32 @@ def group_to_agree_with(model: nn.Module, states: Iterable[BioModule]) -> Any:
         model = inner
     if isinstance(model, DistributedDataParallel):
         return model.process_group
+    sharded: Any = next((parameter for parameter in model.parameters() if is_sharded(parameter)), None)
+    if sharded is not None:
+        return sharded.device_mesh.get_group()
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     if several and any(follows_activity(state) for state in states):
         raise PlasticityError(
             "factors follow activity, and each rank sees its own: expected the model wrapped in "
-            "DistributedDataParallel, found it bare; attach the wrapper, so that ranks agree on the activity"
+            "DistributedDataParallel, or sharded, found it bare; attach the wrapper, so that ranks agree on "
+            "the activity"
         )
     return None
+
+
+def refuse_sharded_layers(model: GraphModule) -> None:
+    """Refuse a model of which single layers were sharded: the graph reads their weights without calling them.
+
+    Raises:
+        PlasticityError: a layer was sharded whose weight the graph reads itself.
+    """
+    for site in find_sites(model).found:
+        layer = model.get_submodule(site.layer)
+        if site.node.op != "call_module" and site.layer and hasattr(layer, "unshard"):
+            raise PlasticityError(
+                f"expected the transformed model to be sharded as a whole, fully_shard(bio_model), found its "
+                f"layer {site.layer!r} sharded by itself, whose weight the graph reads without calling it"
+            )
 
 
 def follows_activity(state: BioModule) -> bool:

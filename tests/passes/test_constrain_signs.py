@@ -22,17 +22,35 @@ def constrain(model: nn.Module, **options: Any) -> biofx.PassResult:
 
 def effective_weights(bio: biofx.BioGraphModule, x: Tensor) -> dict[str, Tensor]:
     """The weight that each constrained layer computes with, read off the running graph."""
-    seen: dict[str, Tensor] = {}
+    found = [value for value in constrained(bio, x) if value.dim() > 1]
+    return {str(number): value for number, value in enumerate(found)}
+
+
+def effective_gains(bio: biofx.BioGraphModule, x: Tensor) -> list[Tensor]:
+    """The gains that constrained normalisations compute with."""
+    return [value for value in constrained(bio, x) if value.dim() == 1]
+
+
+def constrained(bio: biofx.BioGraphModule, x: Tensor) -> list[Tensor]:
+    """All that ``constrain_sign`` returns, in execution order."""
+    seen: list[Tensor] = []
 
     class Reader(torch.fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
             result = super().call_function(target, args, kwargs)
             if target is biofx.ops.constrain_sign:
-                seen[str(len(seen))] = result.detach()
+                seen.append(result.detach())
             return result
 
     Reader(bio).run(x)
     return seen
+
+
+def presynaptic_signs(bio: biofx.BioGraphModule, layer: str) -> Tensor:
+    """The sign of each unit that a layer reads, one per input channel."""
+    state: Any = bio.get_submodule(layer).bio_mod
+    signs: Tensor = state.presynaptic_signs()
+    return signs
 
 
 def reasons(report: biofx.Report) -> dict[str, str]:
@@ -52,8 +70,8 @@ def test_graph_and_report(residual_net: nn.Module, golden: Callable[[str, str], 
 def test_project_keeps_weights_of_the_right_sign_and_zeroes_the_others(
     mlp: nn.Sequential, vectors: Tensor
 ) -> None:
-    bio, _ = constrain(mlp)
-    weight, sign = mlp.get_parameter("2.weight").detach(), bio.get_buffer("2.bio_mod.sign")
+    bio, _ = constrain(mlp, initialisation="keep")
+    weight, sign = mlp.get_parameter("2.weight").detach(), bio.get_buffer("0.bio_mod.sign")
     (found,) = effective_weights(bio, vectors).values()
     for row in range(4):
         for column in range(6):
@@ -62,9 +80,9 @@ def test_project_keeps_weights_of_the_right_sign_and_zeroes_the_others(
 
 
 def test_abs_mirrors_weights_of_the_wrong_sign(mlp: nn.Sequential, vectors: Tensor) -> None:
-    bio, _ = constrain(mlp, method="abs")
+    bio, _ = constrain(mlp, method="abs", initialisation="keep")
     (found,) = effective_weights(bio, vectors).values()
-    assert torch.equal(found, mlp.get_parameter("2.weight").detach().abs() * bio.get_buffer("2.bio_mod.sign"))
+    assert torch.equal(found, mlp.get_parameter("2.weight").detach().abs() * bio.get_buffer("0.bio_mod.sign"))
 
 
 @pytest.mark.parametrize("method", ["project", "abs"])
@@ -87,10 +105,12 @@ def test_sign_belongs_to_the_presynaptic_unit(
     # every unit starts with synapses of both signs, so that none ends up with none at all
     both_signs = (torch.arange(layer.weight.numel()) % 3 - 0.5).sign().view_as(layer.weight)
     layer.weight.data.copy_(both_signs * (0.1 + torch.rand(layer.weight.shape)))
-    bio, report = constrain(nn.Sequential(layer), method=method, excitatory_fraction=0.75, **EVERYWHERE)
+    options = {"method": method, "excitatory_fraction": 0.75, "initialisation": "keep", **EVERYWHERE}
+    bio, report = constrain(nn.Sequential(layer), **options)
     x = torch.randn(2, 4, *(6,) * (layer.weight.dim() - 2))
     (found,) = effective_weights(bio, x).values()
-    columns, sign = units_first(found), bio.get_buffer("0.bio_mod.sign")
+    columns, sign = units_first(found), bio.get_buffer("0.bio_mod.local_sign")
+    assert torch.equal(presynaptic_signs(bio, "0"), sign)
     assert sign.tolist().count(1) == 3
     assert is_single_signed(columns)
     assert (columns.sum(1).sign() == sign).all()
@@ -101,8 +121,8 @@ def test_sign_belongs_to_the_presynaptic_unit(
 def test_output_moves_with_the_sign_of_the_unit_at_every_consumer() -> None:
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
-    bio, _ = constrain(model)
-    sign = bio.get_buffer("2.bio_mod.sign")
+    bio, _ = constrain(model, initialisation="keep")
+    sign = bio.get_buffer("0.bio_mod.sign")
     hidden = torch.rand(8, generator=generator)
     effective = effective_weights(bio, torch.randn(1, 4, generator=generator))["0"]
     jacobian = torch.autograd.functional.jacobian(lambda h: effective @ h, hidden)
@@ -135,6 +155,8 @@ def test_no_violation_during_training(
         training.step()
         for weight in effective_weights(bio, images).values():
             assert is_single_signed(weight.transpose(0, 1).flatten(1))
+        (gain,) = effective_gains(bio, images)
+        assert (gain >= 0).all()
 
 
 def test_projected_gradient_lets_a_weight_return_but_not_leave() -> None:
@@ -152,7 +174,7 @@ def test_a_silent_synapse_comes_back_when_it_is_needed() -> None:
     layer = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         layer.weight.fill_(-0.5)
-    bio, _ = constrain(nn.Sequential(layer), excitatory_fraction=1.0, **EVERYWHERE)
+    bio, _ = constrain(nn.Sequential(layer), excitatory_fraction=1.0, initialisation="keep", **EVERYWHERE)
     training = torch.optim.SGD(bio.parameters(), lr=0.1)
     x = torch.ones(1, 1)
     assert bio(x).item() == 0
@@ -191,8 +213,9 @@ def test_inputs_and_readout_are_free_unless_asked_for(mlp: nn.Module) -> None:
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.25, 1), (0.5, 3), (0.8, 5), (1.0, 6)])
 def test_fraction_of_excitatory_units(fraction: float, count: int, mlp: nn.Module) -> None:
     bio, report = constrain(mlp, excitatory_fraction=fraction, only="2")
-    sign = bio.get_buffer("2.bio_mod.sign")
+    sign = bio.get_buffer("0.bio_mod.sign")
     assert sign.dtype == torch.int8
+    assert torch.equal(presynaptic_signs(bio, "2"), sign)
     assert (sign == 1).sum() == round(6 * fraction)
     assert count == pytest.approx(round(6 * fraction), abs=1)
     assert report.remarks[1].details["excitatory"] == round(6 * fraction)
@@ -204,11 +227,11 @@ def test_postsynaptic_axis_signs_rows_and_kernels(residual_net: nn.Module, image
     assert is_single_signed(fc)
     assert is_single_signed(conv.flatten(0, 1).flatten(1))
     assert is_single_signed(stem.flatten(0, 1).flatten(1))
-    assert bio.get_buffer("conv.bio_mod.sign").shape == (4, 4, 1, 1)
+    assert bio.get_buffer("conv.bio_mod.local_sign").shape == (4, 4, 1, 1)
 
 
 def test_signs_depend_on_seed_and_path_alone(mlp: nn.Module) -> None:
-    key = "2.bio_mod.sign"
+    key = "0.bio_mod.sign"
     first, again = constrain(mlp)[0].get_buffer(key), constrain(mlp, **EVERYWHERE)[0].get_buffer(key)
     others = [constrain(mlp, seed=seed)[0].get_buffer(key) for seed in range(1, 8)]
     assert torch.equal(first, again)
@@ -229,6 +252,56 @@ def test_weight_used_twice_is_constrained_once(vectors: Tensor) -> None:
     assert [remark.node for remark in report.remarks if remark.kind == "applied"] == ["fc", "fc_1"]
 
 
+class CalledTwice(nn.Module):
+    """A layer that reads the same units twice, rectified and not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fc, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        both = self.fc(torch.relu(hidden)) + self.fc(torch.tanh(hidden))
+        return self.last(torch.relu(both))  # type: ignore[no-any-return]
+
+
+def test_each_use_tells_whether_what_it_reads_may_be_negative() -> None:
+    _, report = constrain(CalledTwice())
+    told = {remark.node: "may be negative" in remark.message for remark in report.remarks}
+    assert told == {"first": False, "fc": False, "fc_1": True, "last": False}
+
+
+def test_weight_with_a_use_that_is_left_alone_keeps_its_values(vectors: Tensor) -> None:
+    model = CalledTwice()
+    bio, report = constrain(model, only="fc_1")
+    assert torch.equal(bio.get_parameter("fc.weight"), model.fc.weight)
+    assert reasons(report)["fc"] == "not selected by only=['fc_1']"
+    (found,) = effective_weights(bio, vectors).values()
+    sign = presynaptic_signs(bio, "fc")
+    assert torch.equal(found, torch.where(model.fc.weight * sign > 0, model.fc.weight, 0))
+
+
+def test_negative_gains_of_a_norm_that_is_not_selected_stay_as_they_are(residual_net: nn.Module) -> None:
+    residual_net.get_parameter("bn.weight").data[:2] = -1
+    bio, report = constrain(residual_net, only="conv", initialisation="keep")
+    assert reasons(report)["bn"] == "not selected by only=['conv']"
+    for name, parameter in residual_net.named_parameters():
+        assert torch.equal(parameter, bio.get_parameter(name)), name
+
+
+def test_given_signs_are_kept_and_others_are_refused_later(mlp: nn.Module) -> None:
+    config = biofx.BioConfig(apply_dales_principle=True)
+    signs = (1, 1, -1, 1, -1, -1)
+    only_fc = biofx.transform(mlp, config.override("0", dales_signs=signs), only="2")[0]
+    assert presynaptic_signs(only_fc, "2").tolist() == list(signs)
+    wide = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    expanded = config.replace(dales_method="expand", dales_constrain_readout=True)
+    with pytest.raises(
+        biofx.OptionError, match=r"given for '0\.weight' are not the ones that its 12 units have"
+    ):
+        biofx.transform(wide, expanded.override("0", dales_signs=signs))
+
+
 def test_second_application_and_late_application_change_nothing(mlp: nn.Module) -> None:
     once, _ = constrain(mlp)
     _, report = constrain(once, seed=5)
@@ -239,11 +312,27 @@ def test_second_application_and_late_application_change_nothing(mlp: nn.Module) 
     assert reasons(late)["2"] == "its gradient is scaled already, and signs must be constrained before that"
 
 
+@pytest.mark.parametrize("method", ["project", "abs"])
+def test_weights_begin_with_the_right_sign_and_balanced(
+    method: str, mlp: nn.Module, unchanged: Callable[[nn.Module], Any]
+) -> None:
+    with unchanged(mlp):
+        bio, report = constrain(mlp, method=method)
+    raw, sign = bio.get_parameter("2.weight").detach(), presynaptic_signs(bio, "2")
+    assert (raw * sign >= 0).all()
+    torch.testing.assert_close(raw.sum(1), torch.zeros(4))
+    assert torch.equal(effective_weights(bio, torch.randn(1, 4))["0"], raw)
+    wrong = int((mlp.get_parameter("2.weight").detach() * sign < 0).sum())
+    assert report.remarks[1].details["wrong"] == wrong > 0
+    for name, parameter in mlp.named_parameters():
+        assert torch.equal(parameter, bio.get_parameter(name)) is (name != "2.weight")
+
+
 def test_parameters_are_left_as_they_are_and_keys_appear_under_bio_mod(mlp: nn.Module) -> None:
-    bio, _ = constrain(mlp)
+    bio, _ = constrain(mlp, initialisation="keep")
     for name, parameter in mlp.named_parameters():
         assert torch.equal(parameter, bio.get_parameter(name))
-    assert set(bio.state_dict()) - set(mlp.state_dict()) == {"2.bio_mod.sign"}
+    assert set(bio.state_dict()) - set(mlp.state_dict()) == {"0.bio_mod.sign"}
 
 
 # torch.compile instantiates autograd functions itself, and warns of that
@@ -296,6 +385,8 @@ def test_gradients_survive_vmap(method: str, mlp: nn.Module, vectors: Tensor) ->
     [
         {"method": "clip"},
         {"axis": 1},
+        {"initialisation": "zeros"},
+        {"signs": (1, 0)},
         {"excitatory_fraction": 1.2},
         {"constrain_inputs": 1},
         {"constrain_readout": None},

@@ -287,7 +287,7 @@ def test_scaling_stands_outside_the_sign_constraint(mlp: nn.Module) -> None:
     passes = biofx.Pipeline((ScaleGradients(), ConstrainSigns(constrain_readout=True)))
     bio, _ = biofx.transform(mlp, passes=passes)
     text = biofx.format_graph(bio)
-    assert "_2_signed = constrain_sign(_2_weight, _2_sign, method='project')" in text
+    assert "_2_signed = constrain_sign(_2_weight, _0_sign, method='project')" in text
     assert "_2_scaled = scale_gradient(_2_signed, _2_rates)" in text
 
 

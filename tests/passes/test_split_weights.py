@@ -175,7 +175,7 @@ def test_layer_that_is_never_called_is_reported() -> None:
 
 def test_layer_inside_an_opaque_module_is_reported() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8), nn.Linear(4, 4), nn.Linear(4, 2))
-    _, report = split(model, gamma=2)
+    _, report = split(biofx.capture(model, opaque=["0"]), gamma=2)
     assert (
         reasons(report)["0.linear1"]
         == "inside '0' (TransformerEncoderLayer), which the graph calls as a whole"

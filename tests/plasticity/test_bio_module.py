@@ -32,7 +32,7 @@ def test_weights_of_other_names_get_a_place_of_their_own() -> None:
 def test_name_taken_by_another_module_is_refused() -> None:
     layer = nn.Linear(2, 2)
     layer.bio_mod = nn.ReLU()
-    with pytest.raises(AttributeError, match="'bio_mod' is taken by a ReLU"):
+    with pytest.raises(PlasticityError, match="at 'bio_mod', found a ReLU"):
         bio_module_at(layer, "weight")
 
 
@@ -96,7 +96,7 @@ def test_layer_whose_weight_is_computed_says_so() -> None:
         ("crystallize", "its weight has no gradient"),
         ("fuzzy_learning_rates", "its weight has no gradient"),
         ("volume_dependent_lr", "its weight has no gradient"),
-        ("enforce_dales_principle", "its units have no signs"),
+        ("enforce_dales_principle", "its presynaptic units have no signs"),
         ("update_fuzzy_learning_rates", "its factors do not change"),
     ],
 )

@@ -143,8 +143,7 @@ def test_dale_signs_of_a_model_hold() -> None:
     model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 2))
     bio = biofx.BioConverter(apply_dales_principle=True, rejuvenation_parameter_dre=0.5)(model)
     bio.enforce_dales_principle()
-    weight, sign = bio.get_parameter("2.weight"), bio.get_submodule("2").bio_mod.sign
-    assert sign is not None
+    weight, sign = bio.get_parameter("2.weight"), bio.get_submodule("2").bio_mod.presynaptic_signs()
     assert set(sign.tolist()) == {-1, 1}
     assert bio.rejuvenate_weights()["2.weight"] > 500
     assert (weight * sign >= 0).all()

@@ -1,94 +1,93 @@
-"""What plasticity costs: ``python tools/bench [--json FILE]``.
+"""What biofx costs: ``python tools/bench [--compiled] [--series] [--only WORD] [--json FILE]``.
 
-Every row is a ratio of medians measured interleaved in one run, so that a noisy machine disturbs both sides
-alike. The reference package is compared with if it is installed
-(``pip install pytorch-bio-transformations==0.0.5``).
+Each work is a table of candidates that do the same: the unmodified model, biofx, the paper's package where it
+is installed (``pip install pytorch-bio-transformations==0.0.5``), and the floor: the same layers made at the
+folded width, which is as fast as a fold could be. Candidates run in turn within each round; figures are
+medians and their ratios to the first. On CUDA where there is one, else on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import gc
 import json
-import statistics
-import time
-from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from growth import memory, transform_times
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-
-from biofx import BioConverter
-
-RULES = ("volume_dependent_lr", "crystallize", "rejuvenate_weights", "fuzzy_learning_rates")
-GOALS = {"volume_dependent_lr": 1 / 3, "crystallize": 1 / 5, "rejuvenate_weights": 1 / 5}
+from timing import interleaved
+from works import Work, series, works
 
 
-def fully_connected() -> nn.Module:
-    """Return the network of the comparison: 18.5 million weights."""
-    return nn.Sequential(
-        nn.Linear(3072, 3000), nn.ReLU(), nn.Linear(3000, 3000), nn.ReLU(), nn.Linear(3000, 100)
-    )
+def measured(work: Work, rounds: int, *, cpu_time: bool) -> dict[str, Any]:
+    """Return a work's figures: seconds, and ratios to the candidate that it is measured against."""
+    seconds = interleaved(work.candidates, rounds, cpu_time=cpu_time)
+    ratios = {name: value / seconds[work.against] for name, value in seconds.items()}
+    return {
+        "work": work.name,
+        "against": work.against,
+        "seconds": seconds,
+        "ratios": ratios,
+        "goals": {name: goal for name, goal in work.goals.items() if name in seconds},
+    }
 
 
-def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Return each candidate's median seconds, all of them timed in turn in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(rounds + 1):
-        for name, run in candidates.items():
-            started = time.perf_counter()
-            run()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def with_gradients(model: nn.Module, x: Tensor) -> nn.Module:
-    """Return the model with the gradients of a classification loss on random labels."""
-    labels = torch.randint(0, 100, (len(x),), generator=torch.Generator().manual_seed(0))
-    nn.functional.cross_entropy(model(x), labels).backward()
-    return model
-
-
-def bench_rules(rounds: int) -> list[dict[str, Any]]:
-    """Time each rule on every layer, against the reference package where that is installed."""
-    torch.manual_seed(0)
-    x = torch.randn(100, 3072)
-    models = {"biofx": with_gradients(BioConverter()(fully_connected()), x)}
-    try:
-        reference = importlib.import_module("bio_transformations")
-        models["reference"] = with_gradients(reference.BioConverter()(fully_connected()), x)
-    except ImportError:
-        pass
-    rows = []
-    for rule in RULES:
-        medians = interleaved({name: getattr(model, rule) for name, model in models.items()}, rounds)
-        ratio = medians["biofx"] / medians["reference"] if "reference" in medians else None
-        rows.append({"work": rule, **medians, "ratio": ratio, "goal": GOALS.get(rule)})
-    return rows
+def table_of(row: dict[str, Any]) -> Table:
+    """Return a work's figures for ``rich.print``."""
+    table = Table(title=row["work"], title_justify="left", box=None)
+    for column in ("candidate", "ms", f"/ {row['against']}", "goal"):
+        table.add_column(column, justify="left" if column == "candidate" else "right")
+    for name, value in row["seconds"].items():
+        goal = row["goals"].get(name)
+        met = goal is None or row["ratios"][name] <= goal
+        shown = f"[{'green' if met else 'red'}]{goal:.2f}[/]" if goal is not None else ""
+        table.add_row(name, f"{value * 1e3:.1f}", f"{row['ratios'][name]:.3f}", shown)
+    return table
 
 
 def main() -> None:
-    """Run the benchmark, print a table and write JSON if asked to."""
+    """Run the benchmark, print tables and write JSON if asked to."""
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
+    parser.add_argument("--compiled", action="store_true", help="compile every training step")
+    parser.add_argument("--series", action="store_true", help="grow sizes, to see how costs grow")
+    parser.add_argument("--threads", type=int, help="threads to compute with")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time what the process computes, not what it waits for"
+    )
+    parser.add_argument("--only", default="", help="only works whose name has this in it")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
-    rows = bench_rules(options.rounds)
-    table = Table(title=f"rules on 18.5 M weights, {torch.get_num_threads()} threads, medians")
-    for column in ("work", "biofx (ms)", "reference (ms)", "ratio", "goal"):
-        table.add_column(column, justify="left" if column == "work" else "right")
-    for row in rows:
-        numbers = [row["biofx"] * 1e3, row["reference"] * 1e3 if row.get("reference") else None]
-        cells = [*(f"{number:.0f}" if number is not None else "-" for number in numbers)]
-        cells += [f"{row[name]:.2f}" if row[name] is not None else "-" for name in ("ratio", "goal")]
-        table.add_row(row["work"], *cells)
-    Console().print(table)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    clock = "CPU time" if options.cpu_time else "time"
+    console = Console()
+    console.print(
+        f"{device.type}, {name}, torch {torch.__version__}, {clock}, medians of {options.rounds} rounds"
+    )
+    found = works(device, compiled=options.compiled)
+    rows: list[dict[str, Any]] = []
+    for work in chain(found, series(device) if options.series else ()):
+        if options.only in work.name:
+            rows.append(measured(work, options.rounds, cpu_time=options.cpu_time))
+            console.print(table_of(rows[-1]))
+        del work
+        gc.collect()
+    grown: dict[str, Any] = {}
+    if options.series:
+        grown = {"transform": transform_times(), "memory": memory()}
+        console.print(grown)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        about = {"device": str(device), "name": name, "torch": torch.__version__, "rounds": options.rounds}
+        about["clock"] = "process" if options.cpu_time else "wall"
+        content = {"schema": "biofx.bench/1", **about, "works": rows, **grown}
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,166 @@
+"""What an audit found: how much was checked of each layer, how much of it is wrong, and what to do.
+
+The form of :meth:`Audit.to_dict` is an object with these keys; a reader should check ``schema``:
+
+``schema``
+    ``"biofx.audit/1"``; the number goes up when a key changes its meaning or disappears.
+``model``, ``ok``
+    Class name of the model; whether every invariant holds.
+``invariants``
+    What each invariant says, by name.
+``layers``
+    For each layer, by path, and each invariant, by name: ``checked`` and ``violated`` (counts, 0 where the
+    layer has nothing to check), ``messages`` (one per fault) and ``details`` (further counts, no faults).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from biofx.errors import InvariantError
+
+SCHEMA = "biofx.audit/1"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked."""
+
+    layer: str
+    """Path of the layer, empty for the model itself."""
+    invariant: str
+    """Name of the invariant."""
+    subject: str
+    """Path of the weight or buffer, or name of the node, that was checked."""
+    checked: int
+    """Entries (synapses, factors, uses, …) that were looked at, a count."""
+    violated: int = 0
+    """How many of them break the invariant, a count."""
+    message: str = ""
+    """What is wrong and what to do; empty where nothing is wrong."""
+    details: Mapping[str, int] = field(default_factory=dict)
+    """Further counts that are no faults."""
+
+    def __str__(self) -> str:
+        counts = f"{self.violated} of {self.checked}" if self.violated else f"{self.checked}"
+        told = f": {self.message}" if self.message else ""
+        return f"{self.subject or '(the model)'}: {self.invariant}, {counts}{told}"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Every invariant of a model at one moment; print it, ``rich.print`` it, or take :meth:`to_dict`."""
+
+    model: str
+    """Class name of the model."""
+    layers: tuple[str, ...]
+    """Paths of its layers, in the model's order."""
+    invariants: Mapping[str, str]
+    """What each invariant says, by name."""
+    findings: tuple[Finding, ...]
+    """Everything that was checked."""
+
+    @property
+    def faults(self) -> tuple[Finding, ...]:
+        """What breaks an invariant."""
+        return tuple(finding for finding in self.findings if finding.violated)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every invariant holds."""
+        return not self.faults
+
+    def raise_if_broken(self) -> Audit:
+        """Return the audit, if every invariant holds.
+
+        Raises:
+            InvariantError: one does not; the message names layers and counts.
+        """
+        if not self.ok:
+            raise InvariantError(str(self))
+        return self
+
+    def summary(self) -> str:
+        """Return one line: what was checked, and how much of it is wrong."""
+        if self.ok:
+            return f"{self.model}: every invariant holds"
+        broken = ", ".join(dict.fromkeys(fault.invariant for fault in self.faults))
+        return f"{self.model}: {len(self.faults)} fault{'s' * (len(self.faults) > 1)} ({broken})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the audit as plain values, in the schema that this module's docstring describes."""
+        table = self._table()
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "ok": self.ok,
+            "invariants": dict(self.invariants),
+            "layers": {
+                layer: {name: _merged(table.get((layer, name), [])) for name in self.invariants}
+                for layer in self.layers
+            },
+        }
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """Return :meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield self.summary()
+        yield from (f"  {fault}" for fault in self.faults)
+        for layer, counts in self._counts():
+            yield f"  {layer}: {', '.join(words for words, _ in counts)}"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+        shown.add_column("layer", overflow="fold", style="bold")
+        shown.add_column("checked", overflow="fold")
+        for layer, counts in self._counts():
+            parts = [Text(words, style="bold red" if is_wrong else "") for words, is_wrong in counts]
+            shown.add_row(Text(layer), Text(", ").join(parts))
+        faults = [Text(str(fault), style="red") for fault in self.faults]
+        yield Group(Text(self.summary(), style="bold" if self.ok else "bold red"), *faults, shown)
+
+    def _counts(self) -> Iterator[tuple[str, list[tuple[str, bool]]]]:
+        """Yield each layer with words on what was checked there, and whether some of it is wrong."""
+        table = self._table()
+        for layer in self.layers:
+            counts = []
+            for name in self.invariants:
+                if (layer, name) in table:
+                    whole = _merged(table[layer, name])
+                    wrong = f"{whole['violated']} of " if whole["violated"] else ""
+                    counts.append((f"{name} {wrong}{whole['checked']}", bool(wrong)))
+            if counts:
+                yield layer or "(the model)", counts
+
+    def _table(self) -> dict[tuple[str, str], list[Finding]]:
+        """Return the findings that checked something, by layer and invariant."""
+        table: dict[tuple[str, str], list[Finding]] = {}
+        for finding in self.findings:
+            if finding.checked:
+                table.setdefault((finding.layer, finding.invariant), []).append(finding)
+        return table
+
+
+def _merged(findings: list[Finding]) -> dict[str, Any]:
+    details: dict[str, int] = {}
+    for finding in findings:
+        for name, count in finding.details.items():
+            details[name] = details.get(name, 0) + count
+    return {
+        "checked": sum(finding.checked for finding in findings),
+        "violated": sum(finding.violated for finding in findings),
+        "messages": [finding.message for finding in findings if finding.message],
+        "details": details,
+    }

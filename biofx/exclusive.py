@@ -1,0 +1,127 @@
+"""Whether a gradient that arrives in a backward is held by no one else, so that it may be changed in place.
+
+torch has no word for it. It shows in reference counts, which differ between versions of Python and torch; so
+they are not written down here but looked at, once, in gradients that are known to be free and in others that
+are known to be held. Where the two cannot be told apart, nothing counts as free.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Signature: TypeAlias = tuple[int, ...]
+
+
+def is_exclusive(gradient: Tensor) -> bool:
+    """Return whether a backward, which must be the direct caller, may change its gradient in place.
+
+    True only for a dense tensor that autograd has just made for this backward and drops behind it: no hook
+    and no caller of ``torch.autograd.grad`` holds it, or memory that it shares. ``retain_grad`` takes a copy.
+    """
+    plain = type(gradient) is Tensor and not torch._C._are_functorch_transforms_active()
+    if not plain or torch.is_grad_enabled() or not gradient.is_contiguous():
+        return False
+    return _signature(gradient) in _free_signatures()
+
+
+def _signature(gradient: Tensor) -> Signature:
+    base: Any = gradient._base
+    storage: Any = gradient.untyped_storage()
+    held: Any = gradient
+    of_base = () if base is None else (base._use_count(), sys.getrefcount(base))
+    shared = torch._C._storage_Use_Count(storage._cdata)
+    return (held._use_count(), sys.getrefcount(gradient), shared, *of_base)
+
+
+class _Probe(torch.autograd.Function):
+    """Notes the signature of each gradient that passes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, note: Callable[[Signature], None]) -> Tensor:
+        ctx.note = note
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.note(_noted(gradient))
+        return gradient, None
+
+
+def _noted(gradient: Tensor) -> Signature:
+    """Stand where :func:`is_exclusive` stands, between the backward and the signature."""
+    return _signature(gradient)
+
+
+@functools.cache
+def _free_signatures() -> frozenset[Signature]:
+    """Return how gradients look that are free, without those that look as held ones do."""
+    try:
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            return frozenset(_seen(_FREE)) - frozenset(_seen(_HELD))
+    except (AttributeError, RuntimeError):  # a torch without these counts
+        return frozenset()
+
+
+def _seen(uses: tuple[Callable[[Tensor], None], ...]) -> list[Signature]:
+    seen: list[Signature] = []
+    for use in uses:
+        weight = torch.zeros(4, 4, requires_grad=True)
+        use(_Probe.apply(weight, seen.append))  # type: ignore[no-untyped-call]
+    return seen
+
+
+def _linear(weight: Tensor) -> Tensor:
+    return F.linear(torch.zeros(3, 4), weight).sum()
+
+
+def _held_by_hook(weight: Tensor, use: Callable[[Tensor], Tensor] = _linear) -> None:
+    kept: list[Tensor] = []
+    weight.register_hook(kept.append)
+    use(weight).backward()
+
+
+def _held_base(weight: Tensor) -> None:
+    shift = torch.zeros(16, requires_grad=True)
+    (weight.view(16) + shift).backward(torch.zeros(16))
+
+
+def _held_base_elsewhere(weight: Tensor) -> None:
+    kept: list[Tensor | None] = []
+
+    def keep(gradient: Tensor) -> None:
+        kept.append(gradient._base)
+
+    weight.register_hook(keep)
+    _linear(weight).backward()
+
+
+def _captured(weight: Tensor) -> None:
+    (leaf, _), *_ = weight.grad_fn.next_functions  # type: ignore[union-attr]
+    torch.autograd.grad(_linear(weight), [weight, leaf.variable])  # type: ignore[union-attr]
+
+
+_FREE: tuple[Callable[[Tensor], None], ...] = (
+    lambda weight: _linear(weight).backward(),
+    lambda weight: F.linear(torch.zeros(3, 4), weight, torch.zeros(4, requires_grad=True)).sum().backward(),
+    lambda weight: F.linear(torch.zeros(2, 3, 4), weight).sum().backward(),
+    lambda weight: F.linear(torch.zeros(3, 4, requires_grad=True), weight).sum().backward(),
+    lambda weight: F.conv1d(torch.zeros(1, 4, 3), weight.unsqueeze(2)).sum().backward(),
+    lambda weight: (weight * 2).sum().backward(),
+)
+_HELD: tuple[Callable[[Tensor], None], ...] = (
+    _held_by_hook,
+    lambda weight: _held_by_hook(weight, lambda held: (held * 2).sum()),
+    _held_base,
+    _held_base_elsewhere,
+    lambda weight: weight.backward(torch.zeros(4, 4)),
+    lambda weight: (weight + torch.zeros(4, 4, requires_grad=True)).backward(torch.zeros(4, 4)),
+    lambda weight: (weight.t() + torch.zeros(4, 4, requires_grad=True)).backward(torch.zeros(4, 4)),
+    _captured,
+)

@@ -1,0 +1,203 @@
+"""What folded graphs call: sums over the synapses of a connection, and the way back where one is needed.
+
+A *compact* tensor holds one channel per connection; the *full* one gives each of the ``gamma`` neighbouring
+members the same value. See :mod:`biofx.ops` for what the functions of rewritten graphs owe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from biofx.errors import InputError, OptionError
+from biofx.ops import is_plain_eager, redispatch
+
+
+def sum_synapses(x: Tensor, *, gamma: int, channel_axis: int) -> Tensor:
+    """Sum groups of ``gamma`` neighbouring channels: what :func:`biofx.ops.pool_synapses` gives each member.
+
+    Args:
+        x: its size along ``channel_axis`` is a multiple of ``gamma``.
+        gamma: synapses per connection, a count.
+        channel_axis: counted from the end.
+
+    >>> sum_synapses(torch.tensor([1.0, 2.0, 10.0, 20.0]), gamma=2, channel_axis=-1).tolist()
+    [3.0, 30.0]
+    """
+    if has_torch_function((x,)):
+        return redispatch(sum_synapses, (x,), x, gamma=gamma, channel_axis=channel_axis)
+    if x.shape[channel_axis] % gamma:
+        raise OptionError(
+            f"sum_synapses expected the size of axis {channel_axis} to be a multiple of gamma={gamma}, "
+            f"found shape {tuple(x.shape)}"
+        )
+    grouped: Tensor = x.unflatten(channel_axis, (-1, gamma))
+    return grouped.sum(channel_axis if channel_axis < 0 else channel_axis + 1)
+
+
+def spread_synapses(x: Tensor, *, gamma: int, channel_axis: int, groups: int) -> Tensor:
+    """Give each of the ``gamma`` members of a connection its value: a compact tensor becomes the full one.
+
+    Args:
+        x: compact; its size along ``channel_axis`` is a multiple of ``groups``.
+        gamma: synapses per connection, a count.
+        channel_axis: counted from the end.
+        groups: connections, a count; what one holds (more than one value behind a flatten) stays together.
+
+    >>> spread_synapses(torch.tensor([1, 2, 3, 4]), gamma=2, channel_axis=-1, groups=2).tolist()
+    [1, 2, 1, 2, 3, 4, 3, 4]
+    """
+    if has_torch_function((x,)):
+        return redispatch(spread_synapses, (x,), x, gamma=gamma, channel_axis=channel_axis, groups=groups)
+    grouped = x.unflatten(channel_axis, (groups, 1, -1))
+    shape = list(grouped.shape)
+    shape[channel_axis - 1] = gamma
+    spread: Tensor = grouped.expand(shape).flatten(channel_axis - 2, channel_axis)
+    return spread.contiguous()
+
+
+def full_size(x: Tensor, axis: int | None = None, *, gamma: int, channel_axis: int) -> Any:
+    """Return the size that a compact tensor has when spread, of all axes or of one."""
+    if has_torch_function((x,)):
+        return redispatch(full_size, (x,), x, axis, gamma=gamma, channel_axis=channel_axis)
+    sizes = list(x.shape)
+    sizes[channel_axis] *= gamma
+    return torch.Size(sizes) if axis is None else sizes[axis]
+
+
+def require_axes(x: Tensor, count: int) -> Tensor:
+    """Return ``x``, for whose number of axes the graph was folded.
+
+    Raises:
+        InputError: it has another number of axes.
+    """
+    if has_torch_function((x,)):
+        return redispatch(require_axes, (x,), x, count)
+    if x.dim() != count:
+        raise InputError(
+            f"expected a tensor with {count} axes (a batch), for which the channels of this graph were "
+            f"folded, found shape {tuple(x.shape)}; add a batch axis, or transform without 'fold-splits' "
+            "(weight_splitting_fold=False)"
+        )
+    return x
+
+
+def fold_weight(
+    weight: Tensor,
+    *,
+    rows: int = 1,
+    columns: int = 1,
+    inner: int = 1,
+    groups: int = 1,
+    transposed: bool = False,
+) -> Tensor:
+    """Sum a layer's weight over the synapses of its connections, on the side of its outputs and its inputs.
+
+    With the summed weight the layer computes, from compact inputs, the sums over ``rows`` neighbouring
+    outputs. Its gradient goes to each of the synapses alike.
+
+    Args:
+        weight: ``(out, in / groups, *kernel)``, or ``(in, out / groups, *kernel)`` when transposed.
+        rows: synapses per connection among the outputs, a count; 1 leaves that side as it is.
+        columns: likewise among the inputs.
+        inner: neighbouring inputs that belong to one channel, a count; more than 1 behind a flatten.
+        groups: groups of the convolution as it was; :func:`folded_shape` gives those of the folded one.
+        transposed: whether it is a transposed convolution's.
+
+    >>> fold_weight(torch.arange(8.0).reshape(2, 4), rows=2, columns=2).tolist()
+    [[10.0, 18.0]]
+    """
+    if has_torch_function((weight,)):
+        return redispatch(
+            *(fold_weight, (weight,), weight),
+            rows=rows,
+            columns=columns,
+            inner=inner,
+            groups=groups,
+            transposed=transposed,
+        )
+    if groups == 1 and not transposed and weight.is_contiguous() and is_plain_eager():
+        return _tensor(_FoldDense.apply(weight, rows, columns, inner))  # type: ignore[no-untyped-call]
+    if inner > 1:
+        weight = weight.unflatten(1, (-1, columns, inner)).sum(2).flatten(1)
+        columns = 1
+    sides = [(columns, not transposed), (rows, transposed)]
+    for gamma, within_group in sides:
+        if gamma > 1:
+            fold = _fold_within_groups if within_group else _fold_across_groups
+            weight, groups = fold(weight, gamma, groups)
+    return weight
+
+
+def _fold_across_groups(weight: Tensor, gamma: int, groups: int) -> tuple[Tensor, int]:
+    """Sum along the axis that counts the channels of all groups one after the other."""
+    each = weight.shape[0] // groups
+    if each % gamma == 0:
+        return weight.unflatten(0, (-1, gamma)).sum(1), groups
+    merged = gamma // each  # this many groups make up one connection
+    return weight.unflatten(0, (-1, merged, each)).sum(2).flatten(1, 2), groups // merged
+
+
+def _fold_within_groups(weight: Tensor, gamma: int, groups: int) -> tuple[Tensor, int]:
+    """Sum along the axis that counts the channels of one group."""
+    each = weight.shape[1]
+    if each % gamma == 0:
+        return weight.unflatten(1, (-1, gamma)).sum(2), groups
+    return weight.sum(1, keepdim=True), groups // (gamma // each)
+
+
+class _FoldDense(torch.autograd.Function):
+    """The eager fold of a weight without groups: adds strided slices, faster than sums of short axes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows: int, columns: int, inner: int) -> Tensor:
+        ctx.shape, ctx.rows, ctx.columns, ctx.inner = weight.shape, rows, columns, inner
+        shape = [weight.shape[0] // rows, weight.shape[1] // columns, *weight.shape[2:]]
+        summed = weight.reshape(weight.shape[0], weight.shape[1] // inner, -1)
+        for axis, gamma in ((0, rows), (1, columns)):
+            if gamma > 1:
+                members = summed.unflatten(axis, (-1, gamma)).unbind(axis + 1)
+                summed = members[0] + members[1]
+                for member in members[2:]:
+                    summed += member
+        return summed.reshape(shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        rows, columns = ctx.shape[0] // ctx.rows, ctx.shape[1] // ctx.inner // ctx.columns
+        spread = gradient.reshape(rows, columns, -1)
+        if ctx.columns > 1:
+            members = spread.new_empty(rows, columns, ctx.columns, spread.shape[-1])
+            for member in range(ctx.columns):  # an expanded axis this short would be copied far more slowly
+                members[:, :, member] = spread
+            spread = members
+        spread = spread.reshape(rows, 1, -1)
+        return spread.expand(rows, ctx.rows, spread.shape[-1]).reshape(ctx.shape), None, None, None
+
+
+def folded_shape(
+    shape: tuple[int, ...], *, rows: int, columns: int, groups: int, transposed: bool
+) -> tuple[tuple[int, ...], int] | None:
+    """Return a folded weight's shape and its convolution's groups, None where it cannot be folded."""
+    first, second, *kernel = shape
+    for gamma, within_group in ((columns, not transposed), (rows, transposed)):
+        each = second if within_group else first // groups
+        if gamma == 1:
+            continue
+        if each % gamma == 0:
+            first, second = (first, second // gamma) if within_group else (first // gamma, second)
+        elif gamma % each == 0 and groups % (gamma // each) == 0:
+            merged = gamma // each
+            first, second = (first, 1) if within_group else (first // gamma, merged * second)
+            groups //= merged
+        else:
+            return None
+    return (first, second, *kernel), groups
+
+
+def _tensor(value: Any) -> Tensor:
+    result: Tensor = value
+    return result

@@ -1,0 +1,128 @@
+"""Recurrent layers as a function of their weights: what ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM`` compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import handle_torch_function, has_torch_function
+
+from biofx.errors import InputError
+
+_CELLS: dict[str, Callable[..., Any]] = {
+    "RNN_TANH": torch.rnn_tanh,
+    "RNN_RELU": torch.rnn_relu,
+    "GRU": torch.gru,
+    "LSTM": torch.lstm,
+}
+GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
+"""How many matrices, one for each gate, are stacked in a weight, by mode."""
+
+
+def recurrent(
+    x: Any,
+    state: Any,
+    weights: Sequence[Tensor],
+    training: bool,
+    *,
+    mode: str,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+) -> Any:
+    """Return what a recurrent layer of torch returns: the output, and the state at the end.
+
+    Args:
+        x: ``(time, batch, features)``, ``(batch, time, features)`` if ``batch_first``, ``(time, features)``
+            for one sequence alone, or a ``PackedSequence``.
+        state: the hidden state at the start, ``(layers * directions, batch, hidden)``; of an LSTM a pair,
+            hidden and cell; None for zeros.
+        weights: for each layer and direction the weights ih and hh, then the biases ih and hh if there are
+            any, then the projection hr if there is one, in torch's order.
+        training: whether dropout acts.
+        mode: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"GRU"`` or ``"LSTM"``.
+        num_layers: layers on top of each other, a count.
+        dropout: probability with which an output of a layer but the last is dropped in training.
+        bidirectional: whether a second set of weights reads the sequence from its end.
+        batch_first: whether the batch axis is the first one; not of states.
+
+    Raises:
+        InputError: the input or the state has a shape that does not fit the weights.
+    """
+    given = (x, training, *weights, *(state if isinstance(state, (tuple, list)) else (state,)))
+    if has_torch_function(given):
+        return handle_torch_function(
+            recurrent,
+            given,
+            x,
+            state,
+            weights,
+            training,
+            mode=mode,
+            num_layers=num_layers,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            batch_first=batch_first,
+        )
+    chains = num_layers * (2 if bidirectional else 1)
+    options = (list(weights), len(weights) // chains > 3, num_layers, dropout, training, bidirectional)
+    if isinstance(x, PackedSequence):
+        _check_input(x.data, (2,), weights, mode)
+        start = _start(state, x.data, weights, mode, chains, x.batch_sizes[0])
+        output, *end = _CELLS[mode](x.data, x.batch_sizes, _permuted(start, x.sorted_indices, mode), *options)
+        packed = PackedSequence(output, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
+        return packed, _permuted(_state(end, mode), x.unsorted_indices, mode)
+    _check_input(x, (2, 3), weights, mode)
+    batch_axis = 0 if batch_first else 1
+    if x.dim() == 2:
+        if state is not None:
+            state = _state([entry.unsqueeze(1) for entry in _entries(state, mode)], mode)
+        batched = x.unsqueeze(batch_axis)
+        start = _start(state, batched, weights, mode, chains, 1)
+        output, *end = _CELLS[mode](batched, start, *options, batch_first)
+        return output.squeeze(batch_axis), _state([entry.squeeze(1) for entry in end], mode)
+    start = _start(state, x, weights, mode, chains, x.size(batch_axis))
+    output, *end = _CELLS[mode](x, start, *options, batch_first)
+    return output, _state(end, mode)
+
+
+def _entries(state: Any, mode: str) -> list[Tensor]:
+    return list(state) if mode == "LSTM" else [state]
+
+
+def _state(entries: Sequence[Tensor], mode: str) -> Any:
+    return tuple(entries) if mode == "LSTM" else entries[0]
+
+
+def _permuted(state: Any, order: Tensor | None, mode: str) -> Any:
+    if order is None:
+        return state
+    return _state([entry.index_select(1, order) for entry in _entries(state, mode)], mode)
+
+
+def _start(state: Any, x: Tensor, weights: Sequence[Tensor], mode: str, chains: int, batch: Any) -> Any:
+    """Return the state at the start: the one given, if its shape is right, or zeros."""
+    hidden = weights[1]  # (gates * hidden, hidden), or (gates * hidden, projected)
+    sizes = (hidden.size(1), hidden.size(0) // GATES[mode]) if mode == "LSTM" else (hidden.size(1),)
+    if state is None:
+        zeros = [torch.zeros(chains, batch, size, dtype=x.dtype, device=x.device) for size in sizes]
+        return _state(zeros, mode)
+    for entry, size in zip(_entries(state, mode), sizes, strict=True):
+        if entry.size() != (chains, batch, size):
+            raise InputError(
+                f"{mode}: expected a state of shape {(chains, int(batch), size)} (layers and directions, "
+                f"batch, units), found {tuple(entry.shape)}"
+            )
+    return tuple(state) if mode == "LSTM" else state
+
+
+def _check_input(x: Tensor, ranks: tuple[int, ...], weights: Sequence[Tensor], mode: str) -> None:
+    if x.dim() not in ranks or x.size(-1) != weights[0].size(1):
+        raise InputError(
+            f"{mode}: expected an input of {' or '.join(map(str, ranks))} axes, the last one of "
+            f"{weights[0].size(1)} features, found shape {tuple(x.shape)}"
+        )

@@ -1,0 +1,1 @@
+"""Who is one unit: from a graph to the presynaptic units of each weight."""

@@ -1,0 +1,42 @@
+"""Where what a node gives out ends up: only in comparisons, or only in the model's output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+
+from torch.fx import Graph, Node
+
+_SIZES = frozenset({"size", "dim", "numel", "device", "dtype"})
+
+
+def only_compared(graph: Graph, comparisons: Mapping[Node, Set[Node]], synaptic: Set[Node]) -> set[Node]:
+    """Return the nodes whose every way on leads into a comparison before it meets another weight.
+
+    Args:
+        graph: the graph.
+        comparisons: operations that compare values, and the values they compare.
+        synaptic: the nodes with weights.
+    """
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        users = [user for user in node.users if not _asks_for_a_size(user)]
+        if users and all(
+            node in comparisons.get(user, ()) or (user in found and user not in synaptic) for user in users
+        ):
+            found.add(node)
+    return found
+
+
+def last_synapses(graph: Graph, synaptic: Set[Node]) -> set[Node]:
+    """Return the nodes with weights from which no other such node can be reached."""
+    leads_on: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if any(user in synaptic or user in leads_on for user in node.users):
+            leads_on.add(node)
+    return set(synaptic - leads_on)
+
+
+def _asks_for_a_size(node: Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _SIZES
+    return node.target is getattr and node.args[1] in ("shape", *_SIZES)

@@ -1,0 +1,107 @@
+"""Split each unit in two: it becomes an excitatory and an inhibitory copy, and the model's function stays.
+
+A trained unit has synapses of both signs. Its excitatory copy takes over the positive ones and its inhibitory
+copy the negative ones; both receive what the unit received. From then on they learn by themselves.
+
+Source: the construction is that of Dale networks with paired populations, as in Song, Yang, Wang, PLOS
+Computational Biology 12 (2016), made exact: w = max(w, 0) + min(w, 0).
+
+Deviations: the network becomes wider, by a factor of two in each layer whose units are expanded. Units whose
+number an operation names, and those of recurrent layers and attention, are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import Node
+
+from biofx.dataflow import synaptic_nodes
+from biofx.graph_module import BioGraphModule
+from biofx.lowering import Lowering
+from biofx.pass_base import Pass, Scope
+from biofx.report import Remark, applied, missed
+from biofx.sites import WeightSite, find_sites
+from biofx.units.expandable import Circuit, Expandability, circuits
+from biofx.units.expansion import expand
+from biofx.units.gains import fold_negative_gains
+from biofx.units.groups import unit_groups
+from biofx.units.reach import last_synapses
+from biofx.validate import check_flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpandUnits(Pass):
+    """Give every unit an excitatory and an inhibitory copy, and each its sign."""
+
+    name: ClassVar[str] = "expand-units"
+    after: ClassVar[tuple[str, ...]] = ("split-weights",)
+
+    constrain_readout: bool = False
+    """Whether units that only layers before the model's outputs read are expanded too."""
+
+    def __post_init__(self) -> None:
+        check_flag(f"{self.name}: constrain_readout", self.constrain_readout)
+        super().__post_init__()
+
+    def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
+        """Expand each circuit of units that can be expanded as a whole."""
+        sites = find_sites(graph_module)
+        groups, lowering = unit_groups(graph_module), Lowering(graph_module)
+        last = last_synapses(graph_module.graph, synaptic_nodes(graph_module))
+        told: dict[tuple[Node, str], Remark] = {}
+        chosen: list[Circuit] = []
+        makers: dict[str, list[WeightSite]] = {}
+        for site in sites.found:
+            makers.setdefault(site.parameter_path, []).append(site)
+        able = Expandability(groups, graph_module, makers)
+        for circuit in circuits(groups):
+            reason = self._reason_against(circuit, scope, last, makers)
+            reason = reason or able.why_not(circuit)
+            if reason is None:
+                chosen.append(circuit)
+            for reading in circuit.readings:
+                site = reading.site
+                message = site.told(reason or f"reads {len(reading.units)} channels as pairs of both signs")
+                kind = missed if reason is not None else applied
+                told[site.node, site.parameter_path] = kind(site.node, site.layer, message)
+        made = {source.name: circuit for circuit in chosen for source in circuit.sources}
+        fold_negative_gains(
+            lowering,
+            {node for circuit in chosen for node in circuit.nodes if node in groups.norms},
+            {site.node: site for site in sites.found if not site.kind.is_compound},
+        )
+        for circuit in chosen:
+            expand(circuit, groups, lowering, makers)
+        for site in sites.found:
+            remark = told[site.node, site.parameter_path]
+            if site.parameter_path in made:
+                units = site.output_channels
+                message = f"its {units} units became {units} excitatory and {units} inhibitory ones"
+                also = f"{remark.message}; " if remark.kind == "applied" else ""
+                remark = applied(site.node, site.layer, also + message, units=units)
+            yield remark
+        for bystander in sites.bystanders:
+            yield missed(bystander.node, bystander.layer, bystander.reason)
+
+    def _reason_against(
+        self,
+        circuit: Circuit,
+        scope: Scope,
+        last: set[Node],
+        makers: dict[str, list[WeightSite]],
+    ) -> str | None:
+        """Return why a circuit is not wanted, None if it is."""
+        if not circuit.readings:
+            return "no weight reads its units"
+        if not self.constrain_readout and all(reading.site.node in last for reading in circuit.readings):
+            return "only a readout reads its units (constrain_readout=False)"
+        parties = [reading.site for reading in circuit.readings]
+        parties += [site for source in circuit.sources for site in makers.get(source.name, ())]
+        for site in parties:
+            options = scope.options(self, site.node, site.layer)
+            if isinstance(options, str):
+                return f"{site.layer!r} takes part: {options}"
+        return None

@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import copy
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import biofx
+from biofx import BioConfig, InputError, PassError, passes
+
+EVERYTHING = BioConfig(
+    weight_splitting_Gamma=2,
+    apply_dales_principle=True,
+    dales_constrain_inputs=True,
+    dales_constrain_readout=True,
+    fuzzy_lr_distribution=biofx.Distribution.ACTIVITY,
+    fuzzy_lr_dynamic=True,
+)
+
+
+class Net(nn.Module):
+    """Convolutions of all sorts, batch normalisation, dropout of both kinds, shared and tied layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(2, 4, 3, padding=1, padding_mode="circular")
+        self.up = nn.ConvTranspose1d(4, 8, 4, stride=2, padding=1, groups=2)
+        self.down = nn.Conv1d(8, 4, 3, stride=2, padding=1, groups=2, bias=False)
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.2)
+        self.twice = nn.Linear(16, 16)
+        self.tied = nn.Linear(16, 16)
+        self.tied.weight = self.twice.weight
+        self.raw = nn.Parameter(torch.randn(6, 16))
+        self.out = nn.Linear(6, 2)
+        self.register_buffer("scale", torch.full((4, 1), 0.5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.up(torch.relu(self.stem(x))))
+        y = self.drop(torch.relu(self.norm(self.down(y)))) * self.scale
+        y = nn.functional.dropout(y.flatten(1), 0.3, self.training)
+        y = torch.relu(self.tied(torch.relu(self.twice(torch.relu(self.twice(y))))))
+        return self.out(torch.relu(nn.functional.linear(y, self.raw)))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(1))
+
+
+def trained(config: Any = EVERYTHING, **options: Any) -> Any:
+    """A transformed model some steps on, so that weights, signs and running means are not the first ones."""
+    bio_model, _ = biofx.transform(Net(), config, **options)
+    optimizer = torch.optim.SGD(bio_model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        bio_model(torch.randn(8, 2, 4)).square().mean().backward()
+        optimizer.step()
+    return bio_model
+
+
+def names_of_biofx(model: nn.Module) -> list[str]:
+    """Whatever in a model is biofx's."""
+    things: list[Any] = [*map(type, model.modules())]
+    if isinstance(model, GraphModule):
+        things += [node.target for node in model.graph.nodes]
+    values = [value for module in model.modules() for value in vars(module).values()]
+    things += map(type, values)
+    found = [str(thing) for thing in things if str(getattr(thing, "__module__", "")).startswith("biofx")]
+    return found + [key for key in model.state_dict() if "bio_mod" in key]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"config": EVERYTHING.replace(dales_method="abs", weight_splitting_Gamma=4)},
+        {"config": EVERYTHING.replace(dales_axis="postsynaptic")},
+        {"config": EVERYTHING.replace(weight_splitting_activation_function=nn.LeakyReLU(0.1))},
+        {"config": {}, "passes": "split-weights{activation=torch.tanh}"},
+        {"config": {"fuzzy_lr_distribution": "baseline"}},
+        {"passes": passes.ConstrainSigns(only="twice#1", constrain_inputs=True)},
+        {"passes": passes.SplitWeights(only=["up", "twice#0"])},
+        {"opaque": ["norm"]},
+    ],
+)
+def test_a_deployed_model_computes_the_same_and_holds_nothing_of_biofx(
+    options: dict[str, Any], x: Tensor
+) -> None:
+    bio_model = trained(**options)
+    bio_model.train()
+    before = copy.deepcopy(bio_model.state_dict())
+    deployed = biofx.deploy(bio_model)
+    assert bio_model.training
+    for key, value in bio_model.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert type(deployed).__mro__[1] is GraphModule
+    assert names_of_biofx(deployed) == []
+    assert not deployed.training
+    expected = bio_model.eval()(x)
+    torch.testing.assert_close(deployed(x), expected)
+    shared = {p.untyped_storage().data_ptr() for p in bio_model.state_dict().values()}
+    assert not shared & {p.untyped_storage().data_ptr() for p in deployed.state_dict().values()}
+    with torch.no_grad():
+        for parameter in deployed.parameters():
+            parameter.zero_()
+    assert torch.equal(bio_model(x), expected)
+
+
+def test_layers_are_ordinary_modules_under_their_names_again() -> None:
+    deployed = biofx.deploy(trained())
+    found = {node.target: type(deployed.get_submodule(str(node.target))).__name__ for node in calls(deployed)}
+    assert found == {
+        "stem": "Conv1d",
+        "up": "ConvTranspose1d",
+        "down": "Conv1d",
+        "norm": "BatchNorm1d",
+        "drop": "Dropout",
+        "twice": "Linear",
+        "tied": "Linear",
+        "out": "Linear",
+    }
+    assert set(deployed.state_dict()) <= set(Net().state_dict()) | {"raw_1"}
+    assert deployed.get_submodule("tied").weight is deployed.get_submodule("twice").weight
+
+
+def calls(model: GraphModule) -> list[Any]:
+    return [node for node in model.graph.nodes if node.op == "call_module"]
+
+
+def test_a_layer_whose_calls_see_different_weights_becomes_two(x: Tensor) -> None:
+    rule = passes.ConstrainSigns(only="twice#1", constrain_inputs=True, excitatory_fraction=1.0)
+    bio_model = trained(None, passes=rule)
+    deployed = biofx.deploy(bio_model)
+    paths = [node.target for node in calls(deployed) if str(node.target).startswith("twice")]
+    assert paths == ["twice", "twice_1"]
+    first, second = (deployed.get_parameter(f"{path}.weight") for path in paths)
+    assert torch.equal(first, bio_model.get_parameter("twice.weight"))
+    assert torch.equal(second, first.clamp(min=0))
+    assert (first < 0).any()
+
+
+def test_converted_models_deploy_too(x: Tensor) -> None:
+    converted = biofx.BioConverter(EVERYTHING)(Net()).eval()
+    deployed = biofx.deploy(converted)
+    torch.testing.assert_close(deployed(x), converted(x))
+    assert names_of_biofx(deployed) == []
+
+
+LOADED = """
+import sys
+sys.modules["biofx"] = None  # an import of it fails
+import torch
+model = torch.load(sys.argv[1], weights_only=False)
+scripted = torch.jit.load(sys.argv[2])
+x, expected = torch.load(sys.argv[3])
+torch.testing.assert_close(model(x), expected)
+torch.testing.assert_close(scripted(x), expected)
+assert not [name for name in sys.modules if name.startswith("biofx.")]
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")
+def test_a_process_without_biofx_loads_and_runs_it(x: Tensor, tmp_path: Path) -> None:
+    bio_model = trained()
+    deployed = biofx.deploy(bio_model)
+    files = [str(tmp_path / name) for name in ("model.pt", "scripted.pt", "expected.pt")]
+    torch.save(deployed, files[0])
+    torch.jit.script(deployed).save(files[1])
+    torch.save((x, bio_model.eval()(x).detach()), files[2])
+    command = [sys.executable, "-W", "ignore", "-c", LOADED, *files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_exports(x: Tensor) -> None:
+    bio_model = trained()
+    deployed = biofx.deploy(bio_model)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(deployed, (x,), dynamic_shapes=({0: batch},))
+    assert "biofx" not in str(program)
+    more = torch.randn(9, 2, 4)
+    torch.testing.assert_close(program.module()(more), bio_model.eval()(more))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="needs biofx[onnx]")
+@pytest.mark.filterwarnings("ignore")
+def test_it_runs_in_onnxruntime(x: Tensor, tmp_path: Path) -> None:
+    onnxruntime: Any = importlib.import_module("onnxruntime")
+    bio_model = trained()
+    torch.onnx.export(biofx.deploy(bio_model), (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), bio_model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+class Rude(nn.Module):
+    """Draws a number, or counts its calls, in every forward."""
+
+    count: Tensor
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(()))
+        self.counts = counts
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts:
+            self.count += 1
+            return self.layer(x) * self.count  # type: ignore[no-any-return]
+        return self.layer(x) + torch.rand(1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("counts", "match"), [(True, "writes to a tensor"), (False, "draws random numbers")])
+def test_what_saving_would_freeze_is_refused(counts: bool, match: str) -> None:
+    bio_model, _ = biofx.transform(Rude(counts), passes="scale-gradients")
+    with pytest.raises(PassError, match=match):
+        biofx.deploy(bio_model)
+
+
+def test_what_has_no_plain_form_is_refused() -> None:
+    bio_model, _ = biofx.transform(Net(), passes="scale-gradients")
+    bio_model.add_module("stranger", biofx.BioModule(nn.Linear(2, 2)))
+    with bio_model.graph.inserting_after(next(iter(bio_model.graph.nodes))):
+        node = bio_model.graph.call_module("stranger", (next(iter(bio_model.graph.nodes)),))
+    output = bio_model.graph.output_node()
+    output.args = ((output.args[0], node),)
+    with pytest.raises(PassError, match="'stranger' is biofx's and has no plain form"):
+        biofx.deploy(bio_model)
+    with pytest.raises(InputError, match=r"found a Net; use biofx\.transform"):
+        biofx.deploy(Net())
+
+
+def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * 2
+
+
+@pytest.mark.parametrize("path", ["", "norm"])
+def test_hooks_of_the_model_and_of_its_layers_stay(path: str, x: Tensor) -> None:
+    model = Net()
+    model.get_submodule(path).register_forward_hook(double)
+    bio_model = biofx.transform(model, EVERYTHING).graph_module.eval()
+    torch.testing.assert_close(biofx.deploy(bio_model)(x), bio_model(x))
+
+
+def test_a_function_that_cannot_be_traced_is_called_as_it_is(x: Tensor) -> None:
+    def branching(y: Tensor) -> Tensor:
+        return y.tanh() if float(y.detach().sum()) > -1e9 else y
+
+    config = EVERYTHING.replace(weight_splitting_activation_function=branching)
+    bio_model = trained(config).eval()
+    deployed = biofx.deploy(bio_model)
+    torch.testing.assert_close(deployed(x), bio_model(x))
+    assert names_of_biofx(deployed) == []
+
+
+def test_what_was_wrapped_is_unwrapped(x: Tensor) -> None:
+    bio_model = trained().eval()
+    wrap: Callable[..., nn.Module] = nn.DataParallel
+    torch.testing.assert_close(biofx.deploy(wrap(bio_model))(x), bio_model(x))

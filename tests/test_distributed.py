@@ -1,0 +1,268 @@
+"""Two ranks of one run, launched by torchrun on this machine; they tell what they found in files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import biofx
+
+COMMON = """
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+
+import biofx
+
+FOLDER = Path(sys.argv[1])
+RULES = ["crystallize", "volume_dependent_lr", "synaptic_scaling", biofx.Rule("rejuvenate_weights", every=3)]
+DISTRIBUTED = "RANK" in os.environ
+if DISTRIBUTED:
+    dist.init_process_group("gloo")
+RANK = dist.get_rank() if DISTRIBUTED else 0
+torch.set_num_threads(1)
+
+
+def net():
+    # 15 units do not fall into equal parts
+    layers = [nn.Linear(8, 15), nn.ReLU(), nn.Linear(15, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(16, 4))
+
+
+def transformed(kind="uniform"):
+    torch.manual_seed(0)
+    # "project" looks at the sign of each rank's own gradient, which the mean over the ranks does not follow
+    options = {"dales_method": "abs", "fuzzy_lr_distribution": kind, "fuzzy_lr_dynamic": True}
+    config = biofx.BioConfig(apply_dales_principle=True, **options)
+    return biofx.transform(net(), config.override("4", weight_splitting_Gamma=2))[0]
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def state_of(model):
+    return {key: whole(value).tolist() for key, value in model.state_dict().items()}
+
+
+def batch(step):
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+    return x.chunk(2)[RANK] if DISTRIBUTED and dist.get_world_size() == 2 else x
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+
+
+def optimizer_of(model, name):
+    options = {"SGD": {"lr": 0.1, "momentum": 0.9}, "AdamW": {"lr": 1e-2}}[name]
+    return getattr(torch.optim, name)(model.parameters(), **options)
+
+
+def trained():
+    found = {}
+    for name, kind in (("SGD", "uniform"), ("AdamW", "activity")):
+        model = transformed(kind)
+        if DISTRIBUTED:
+            torch.manual_seed(100 + RANK)
+            fully_shard(model)
+        optimizer = optimizer_of(model, name)
+        attachment = biofx.attach(model, optimizer, RULES)
+        train(model, optimizer, range(4))
+        folder = FOLDER / name
+        if DISTRIBUTED:
+            biofx.save_sharded(model, folder, optimizer=optimizer, plasticity=attachment, extra={"step": 4})
+        saved = state_of(model)
+        train(model, optimizer, range(4, 8))
+        found[name] = {"saved": saved, "after": state_of(model)}
+    return found
+
+
+def resumed(sharded):
+    found = {}
+    for name, kind in (("SGD", "uniform"), ("AdamW", "activity")):
+        model = transformed(kind)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        if sharded:
+            fully_shard(model)
+        wrapped = nn.parallel.DistributedDataParallel(model) if DISTRIBUTED and not sharded else model
+        optimizer = optimizer_of(wrapped, name)
+        attachment = biofx.attach(wrapped, optimizer, RULES)
+        extra = biofx.load_sharded(FOLDER / name, wrapped, optimizer=optimizer, plasticity=attachment)
+        saved = state_of(model)
+        train(wrapped, optimizer, range(extra["step"], 8))
+        found[name] = {"saved": saved, "after": state_of(model)}
+    return found
+"""
+
+RANKS = """
+found = {"trained": trained(), "sharded": resumed(True), "DDP": resumed(False), "errors": {}}
+if DISTRIBUTED:
+    # what a step asks of the other ranks, when no rule that needs the whole weight is due
+    counts = []
+    for bio in (False, True):
+        model = transformed("lognormal") if bio else net()
+        fully_shard(model)
+        optimizer = optimizer_of(model, "AdamW")
+        if bio:
+            biofx.attach(model, optimizer, [biofx.Rule("rejuvenate_weights", every=100, after=50)])
+        train(model, optimizer, [0])
+        with CommDebugMode() as traffic:
+            train(model, optimizer, [1])
+        counts.append({str(key): value for key, value in traffic.get_comm_counts().items()})
+    found["traffic"] = counts
+    nested = transformed()
+    fully_shard(nested.get_submodule("2"))
+    fully_shard(nested)
+    try:
+        nested(batch(0))
+    except biofx.PlasticityError as error:
+        found["errors"]["forward of a sharded layer"] = str(error)
+    try:
+        biofx.attach(nested, optimizer_of(nested, "SGD"))
+    except biofx.PlasticityError as error:
+        found["errors"]["attach to a sharded layer"] = str(error)
+    sharded = net()
+    fully_shard(sharded)
+    wrapped = nn.parallel.DistributedDataParallel(net())
+    for what, model in {"FSDP2": sharded, "DDP": wrapped}.items():
+        try:
+            biofx.transform(model)
+        except biofx.InputError as error:
+            found["errors"][f"transform of {what}"] = str(error)
+    model = transformed()
+    fully_shard(model)
+    biofx.save(transformed(), FOLDER / f"whole{RANK}.pt")
+    calls = {
+        "save": lambda: biofx.save(model, FOLDER / "x.pt"),
+        "load": lambda: biofx.load(FOLDER / f"whole{RANK}.pt", model),
+        "deploy": lambda: biofx.deploy(model),
+    }
+    for what, call in calls.items():
+        try:
+            call()
+        except biofx.BiofxError as error:
+            found["errors"][what] = str(error)
+(FOLDER / f"{RANK}.json").write_text(json.dumps(found))
+# leave at once: taking a process group down as the interpreter ends may abort, which is not the question
+time.sleep(1)
+os._exit(0)
+"""
+
+
+def launch(folder: Path) -> list[Any]:
+    """Run two ranks and return what each of them said."""
+    script = folder / "ranks.py"
+    script.write_text(COMMON + RANKS, encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    # the ranks talk over the loopback interface, whatever the machine's name resolves to
+    environment = {**os.environ, **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})}
+    done = subprocess.run(
+        [*launcher, str(script), str(folder)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    said = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.json"))]
+    assert len(said) == 2, done.stderr
+    return [json.loads(text) for text in said]
+
+
+def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(value), rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_train_as_one_process_does_and_what_they_save_any_number_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = launch(tmp_path)
+    assert first == second
+    monkeypatch.setattr(sys, "argv", ["ranks.py", str(tmp_path)])
+    here: dict[str, Any] = {}
+    exec(COMMON, here)
+    alone = here["trained"]()
+    resumed = here["resumed"](False)
+    assert set(alone) == {"SGD", "AdamW"}
+    for name, sharded in first["trained"].items():
+        # sharded or not, the same but for the order in which the ranks' gradients are added
+        close(sharded["saved"], alone[name]["saved"])
+        close(sharded["after"], alone[name]["after"])
+        assert sharded["saved"] != sharded["after"]
+        # the same number of ranks goes on to the bit, another number, or DDP, as closely as above
+        assert first["sharded"][name] == sharded
+        for other in (first["DDP"][name], resumed[name]):
+            assert other["saved"] == sharded["saved"]
+            close(other["after"], sharded["after"])
+    plain, bio = first["traffic"]
+    assert plain == bio
+    errors = first["errors"]
+    assert "fully_shard(bio_model)" in errors["forward of a sharded layer"]
+    assert "found its layer '2' sharded by itself" in errors["attach to a sharded layer"]
+    assert "shard the result instead: fully_shard(bio_model)" in errors["transform of FSDP2"]
+    assert "wrap the result instead" in errors["transform of DDP"]
+    assert "biofx.save_sharded" in errors["save"]
+    assert "load before fully_shard" in errors["load"]
+    assert "expected whole parameters" in errors["deploy"]
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def test_a_folder_of_one_process_and_what_does_not_fit(tmp_path: Path) -> None:
+    config = biofx.BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True)
+
+    def run() -> tuple[Any, Any, Any]:
+        bio_model, _ = biofx.transform(net(), config)
+        optimizer = torch.optim.AdamW(bio_model.parameters(), lr=1e-2)
+        return bio_model, optimizer, biofx.attach(bio_model, optimizer, ["rejuvenate_weights"])
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    bio_model, optimizer, plasticity = run()
+    train(bio_model, optimizer, torch.randn(8, 8))
+    biofx.save_sharded(
+        bio_model, tmp_path, optimizer=optimizer, plasticity=plasticity, extra={"a": [1, (2, "b")]}
+    )
+    other, other_optimizer, other_plasticity = run()
+    options = {"optimizer": other_optimizer, "plasticity": other_plasticity}
+    assert biofx.load_sharded(tmp_path, other, **options) == {"a": [1, (2, "b")]}
+    x = torch.randn(8, 8)
+    train(bio_model, optimizer, x)
+    train(other, other_optimizer, x)
+    for key, value in bio_model.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(biofx.CheckpointError, match=r"expected a folder that biofx\.save_sharded"):
+        biofx.load_sharded(tmp_path / "missing", other, **options)
+    narrow, _ = biofx.transform(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4)), config)
+    with pytest.raises(biofx.CheckpointError, match="the checkpoint is of a Sequential"):
+        biofx.load_sharded(tmp_path, narrow)
+    next(tmp_path.glob("*.distcp")).write_bytes(b"")
+    with pytest.raises(biofx.CheckpointError, match=r"expected a folder that biofx\.save_sharded"):
+        biofx.load_sharded(tmp_path, other, **options)
+    for key, value in other.state_dict().items():
+        assert torch.equal(before[key], value), key

@@ -1,0 +1,94 @@
+"""The models that are timed, each at any width, and a step of their training."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WIDTHS = (64, 128, 128, 256, 256)
+
+
+def convolutions(share: int = 1, *, norm: bool = False) -> nn.Module:
+    """Return five convolutions for 32 x 32 images, every other one with stride 2; widths over ``share``."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for place, width in enumerate(WIDTHS):
+        layers.append(nn.Conv2d(channels, width // share, 3, padding=1, stride=1 + place % 2))
+        channels = width // share
+        layers += [nn.BatchNorm2d(channels)] if norm else []
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def fully_connected(share: int = 1, *, width: int = 3000) -> nn.Module:
+    """Return 3072-3000-3000-100: 18.5 million weights."""
+    hidden = width // share
+    return nn.Sequential(
+        *(nn.Linear(3072, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 100))
+    )
+
+
+class _Block(nn.Module):
+    """Two convolutions and a way around them."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.around: nn.Module = nn.Identity()
+        if stride > 1 or channels != width:
+            self.around = nn.Sequential(
+                nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        y += self.around(x)
+        return self.relu(y)
+
+
+def resnet18(share: int = 1) -> nn.Module:
+    """Return a residual network of 18 layers, as He et al. (2016) have it, for ten classes."""
+    channels = 64 // share
+    layers: list[nn.Module] = [nn.Conv2d(3, channels, 7, 2, 3, bias=False), nn.BatchNorm2d(channels)]
+    layers += [nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    for place, width in enumerate((64, 128, 256, 512)):
+        layers.append(_Block(channels, width // share, 1 + (place > 0)))
+        channels = width // share
+        layers.append(_Block(channels, channels, 1))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def training_step(
+    model: nn.Module, x: Tensor, *, rules: tuple[str, ...] = (), compiled: bool = False
+) -> Callable[[], None]:
+    """Return a step of plain gradient descent; ``rules`` are methods called between backward and step."""
+    model = model.to(x.device).train()
+    call: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+    with torch.no_grad():
+        classes = model(x[:2]).shape[1]
+    labels = torch.randint(0, classes, (len(x),), generator=torch.Generator().manual_seed(0)).to(x.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(call(x), labels).backward()
+        for rule in rules:
+            getattr(model, rule)()
+        optimizer.step()
+
+    return step
+
+
+def inference(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Return a forward in evaluation mode."""
+    return functools.partial(torch.no_grad()(model.to(x.device).eval()), x)

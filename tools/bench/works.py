@@ -1,0 +1,154 @@
+"""What is timed: for each work its candidates, and the ratios that are wanted of them."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from models import convolutions, fully_connected, inference, resnet18, training_step
+from torch import Tensor, nn
+
+import biofx
+
+RULES = ("volume_dependent_lr", "crystallize", "rejuvenate_weights", "fuzzy_learning_rates")
+_UNSCALED = {"fuzzy_lr_distribution": "baseline"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Things that do the same, to be timed against each other."""
+
+    name: str
+    candidates: Mapping[str, Callable[[], object]]
+    against: str = "plain"
+    """The candidate that the others are divided by."""
+    goals: Mapping[str, float] = field(default_factory=dict)
+    """Ratios wanted, per candidate."""
+
+
+def reference() -> Any:
+    """Return the paper's package, None where it is not installed."""
+    found = importlib.util.find_spec("bio_transformations")
+    return None if found is None else importlib.import_module("bio_transformations")
+
+
+def works(device: torch.device, *, compiled: bool) -> Iterator[Work]:
+    """Yield every work, built when it is asked for, so that one at a time is in memory."""
+    images = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    large = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    vectors = torch.randn(100, 3072, generator=torch.Generator().manual_seed(0)).to(device)
+    yield _splits("5 convolutions", convolutions, images, {2: 0.30, 4: 0.15}, compiled)
+    yield _splits("5 convolutions, batch norm", _normalised, images, {2: 0.65, 4: 0.38}, compiled)
+    yield _splits("ResNet-18", resnet18, large, {2: 0.70, 4: None}, compiled)
+    yield _splits("FCNet", fully_connected, vectors, {2: 0.6, 4: None}, compiled)
+    yield _mechanisms(vectors, compiled)
+    if not compiled:
+        yield _inference(images)
+        yield from _rules(vectors)
+
+
+def series(device: torch.device) -> Iterator[Work]:
+    """Yield FCNets of growing width: how the cost of the mechanisms grows."""
+    for width in (500, 1000, 2000, 4000):
+        x = torch.randn(100, 3072).to(device)
+        plain = fully_connected(width=width)
+        candidates = {"plain": training_step(plain, x)}
+        for name, config in _MECHANISMS.items():
+            candidates[name] = training_step(biofx.transform(plain, config).graph_module, x)
+        candidates["split in 2"] = training_step(_split(plain, 2), x)
+        yield Work(f"FCNet, width {width}", candidates)
+
+
+_MECHANISMS: dict[str, dict[str, Any]] = {
+    "rates": {},
+    "rates and signs": {"apply_dales_principle": True},
+}
+
+
+def _normalised(share: int = 1) -> nn.Module:
+    return convolutions(share, norm=True)
+
+
+def _split(model: nn.Module, gamma: int, *, fold: bool = True) -> nn.Module:
+    config = {**_UNSCALED, "weight_splitting_Gamma": gamma, "weight_splitting_fold": fold}
+    return biofx.transform(model, config).graph_module
+
+
+def _splits(
+    name: str, make: Callable[..., nn.Module], x: Tensor, goals: dict[int, float | None], compiled: bool
+) -> Work:
+    """Return the training step of a model split in several ways, and of its floor: the folded widths."""
+    torch.manual_seed(0)
+    plain = make()
+    candidates = {"plain": training_step(plain, x, compiled=compiled)}
+    package = None if compiled else reference()
+    for gamma in goals:
+        folded = training_step(_split(plain, gamma), x, compiled=compiled)
+        candidates[f"split in {gamma}"] = folded
+        candidates[f"floor of {gamma}"] = training_step(make(gamma), x, compiled=compiled)
+    if not compiled:
+        candidates["split in 2, not folded"] = training_step(_split(plain, 2, fold=False), x)
+    if package is not None:
+        converter = package.BioConverter(weight_splitting_Gamma=2)
+        candidates["reference, 2"] = training_step(converter(_marked(package, copy.deepcopy(plain))), x)
+    wanted = {f"split in {gamma}": goal for gamma, goal in goals.items() if goal is not None}
+    return Work(f"{name}, training step", candidates, goals=wanted)
+
+
+def _marked(package: Any, model: nn.Module) -> nn.Module:
+    """Tell the reference package which layer is the last, which it does not find by itself."""
+    *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
+    package.BioConverter.set_last_module_token_for_module(last)
+    return model
+
+
+def _mechanisms(x: Tensor, compiled: bool) -> Work:
+    """Return the training step with mechanisms in the graph, and with every rule at every step."""
+    torch.manual_seed(0)
+    plain = fully_connected()
+    candidates = {"plain": training_step(plain, x, compiled=compiled)}
+    for name, config in _MECHANISMS.items():
+        made = biofx.transform(plain, config).graph_module
+        candidates[name] = training_step(made, x, compiled=compiled)
+    if not compiled:
+        converted = biofx.BioConverter(apply_dales_principle=True)(plain)
+        every = (*RULES, "enforce_dales_principle")
+        candidates["all rules every step"] = training_step(converted, x, rules=every)
+        package = reference()
+        if package is not None:
+            made = package.BioConverter(apply_dales_principle=True)(_marked(package, copy.deepcopy(plain)))
+            candidates["reference, all rules"] = training_step(made, x, rules=RULES)
+    goals = {"rates": 1.10, "rates and signs": 1.20, "all rules every step": 2.5}
+    return Work("FCNet, mechanisms, training step", candidates, goals=goals)
+
+
+def _inference(x: Tensor) -> Work:
+    """Return the forward alone, with the folded weights computed anew each time, and written down once."""
+    torch.manual_seed(0)
+    plain = convolutions()
+    candidates = {"plain": inference(plain, x), "floor of 2": inference(convolutions(2), x)}
+    candidates["split in 2"] = inference(_split(plain, 2), x)
+    return Work("5 convolutions, inference", candidates)
+
+
+def _rules(x: Tensor) -> Iterator[Work]:
+    """Yield each rule by itself against the reference package's."""
+    package = reference()
+    converters = {"biofx": biofx.BioConverter()} | (
+        {} if package is None else {"reference": package.BioConverter()}
+    )
+    models = {}
+    for name, converter in converters.items():
+        torch.manual_seed(0)
+        models[name] = converter(fully_connected()).to(x.device)
+        models[name](x).square().mean().backward()
+    goals = {"volume_dependent_lr": 1 / 3, "crystallize": 1 / 5, "rejuvenate_weights": 1 / 5}
+    for rule in RULES:
+        candidates = {name: getattr(model, rule) for name, model in models.items()}
+        against = "biofx" if package is None else "reference"
+        yield Work(f"FCNet, {rule}", candidates, against, {"biofx": goals[rule]} if rule in goals else {})
