@@ -9,11 +9,8 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from biofx.regions import is_inside, whole_graph
+from biofx.regions import is_inside, kept_modules, whole_graph
 from biofx.sites import find_sites
-
-KEPT = "kept_as_python"
-"""The attribute of a captured model that says which modules keep their own forward, and why."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def coverage_of(
         missed: paths of layers, and why a pass left them alone.
         applied: paths of layers that a pass rewrote.
     """
-    kept: Mapping[str, str] = vars(graph_module).get(KEPT, {})
+    kept = kept_modules(graph_module)
     parameters = dict(graph_module.named_parameters())
     layer_of = {id(site.parameter): site.layer for site in find_sites(graph_module).found}
     read = set(_parameters_read(graph_module))

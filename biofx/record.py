@@ -40,6 +40,8 @@ class TransformStep:
     """The config, in plain values; None if there was none."""
     opaque: tuple[str, ...]
     """Paths of the modules that were not looked into."""
+    recorded: bool
+    """Whether the model was recorded with example inputs."""
     matches: Mapping[str, list[str]]
     """For each selector that has a text, the nodes of the captured graph that it picked."""
 
@@ -165,6 +167,7 @@ def add_step(
     config: BioConfig | None,
     *,
     opaque: tuple[str, ...] = (),
+    recorded: bool = False,
     matches: Mapping[str, list[str]] | None = None,
 ) -> None:
     """Write down in a model how it has just been made, behind what was done to it before."""
@@ -172,7 +175,9 @@ def add_step(
 
     before = record_of(made)
     options = None if config is None else config_to_plain(config)
-    step = TransformStep(door, str(pipeline), pass_to_plain(pipeline), options, opaque, dict(matches or {}))
+    step = TransformStep(
+        door, str(pipeline), pass_to_plain(pipeline), options, opaque, recorded, dict(matches or {})
+    )
     made.__dict__[ATTRIBUTE] = TransformRecord(
         type(made).__name__,
         __version__,

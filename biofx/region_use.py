@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from biofx.layer_kinds import compound_kind_of, kind_of
-from biofx.regions import is_inside, reasons_against_regions, region_of_nodes, region_paths
+from biofx.regions import is_inside, kept_modules, reasons_against_regions, region_of_nodes, region_paths
 
 
 class RegionUse:
@@ -16,6 +15,7 @@ class RegionUse:
         self._modules = dict(graph_module.named_modules(remove_duplicate=False))
         paths = region_paths(graph_module)
         self._regions = {id(self._modules[path]): path for path in paths}
+        self._kept = {id(self._modules[path]) for path in kept_modules(graph_module)}
         self._held_by = {path: {id(inner) for inner in self._modules[path].modules()} for path in paths}
         self._region_of = region_of_nodes(graph) if paths else {}
         self._feared = reasons_against_regions(graph_module)
@@ -32,6 +32,12 @@ class RegionUse:
             return False
         region = self._regions.get(id(self._modules[str(node.target)]))
         return region is not None and self._region_of.get(node) != region
+
+    def is_run_by_python(self, node: Node) -> bool:
+        """Whether a node calls a module whose own forward, or whose own graph, is not part of this graph."""
+        return self.is_call_of_a_region(node) or (
+            node.op == "call_module" and id(self._modules[str(node.target)]) in self._kept
+        )
 
     def is_apart(self, parameter: nn.Parameter) -> bool:
         """Whether one region holds a parameter, and nothing outside that region does."""
@@ -66,9 +72,7 @@ class RegionUse:
             path, _, name = str(node.target).rpartition(".")
             held = self._modules[path]._parameters.get(name) if path in self._modules else None
             used = [] if held is None else [held]
-        elif node.op == "call_module" and not self.is_call_of_a_region(node):
-            module = self._modules[str(node.target)]
-            is_layer = kind_of(module) is not None or compound_kind_of(module) is not None
-            used = list(module.parameters()) if is_layer else []
+        elif node.op == "call_module" and not self.is_run_by_python(node):
+            used = list(self._modules[str(node.target)].parameters())
         for parameter in used:
             self._users.setdefault(id(parameter), set()).add(self._region_of.get(node, ""))

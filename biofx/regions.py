@@ -23,6 +23,8 @@ from biofx.errors import PassError
 from biofx.guards import require_default
 from biofx.own_forward import OWN_FORWARD, call_own_forward
 
+KEPT = "kept_as_python"
+"""The attribute of a captured model that says which modules keep their own forward, and why."""
 JOINED = "_joined"
 """The mark of a model whose graph holds those of its regions at present."""
 
@@ -55,6 +57,20 @@ def whole_graph(graph_module: GraphModule) -> Graph:
     return _Join(graph_module, paths).graph
 
 
+def whole_view(graph_module: GraphModule) -> GraphModule:
+    """Return a model that shows the graphs of its regions as one, to be looked at; the model itself if it has
+    none.
+
+    It holds the model's own modules and tensors, and the model stays as it is.
+    """
+    if not region_paths(graph_module) or is_joined(graph_module):
+        return graph_module
+    view: GraphModule = object.__new__(type(graph_module))
+    vars(view).update(vars(graph_module))
+    vars(view).update({"_graph": whole_graph(graph_module), JOINED: True})
+    return view
+
+
 def is_joined(graph_module: nn.Module) -> bool:
     """Whether a model's graph holds those of its regions at present."""
     return JOINED in vars(graph_module)
@@ -63,6 +79,12 @@ def is_joined(graph_module: nn.Module) -> bool:
 def region_paths(graph_module: nn.Module) -> tuple[str, ...]:
     """Return the paths of the modules whose regions a model has."""
     found: tuple[str, ...] = vars(graph_module).get("region_paths", ())
+    return found
+
+
+def kept_modules(graph_module: nn.Module) -> Mapping[str, str]:
+    """Return the paths of the modules that keep their own forward in Python, and why."""
+    found: Mapping[str, str] = vars(graph_module).get(KEPT, {})
     return found
 
 

@@ -104,7 +104,15 @@ def transform(
                 raise
         if checked is not None:
             configure_layers(result.graph_module, checked)
-    add_step(result.graph_module, "transform", pipeline, checked, opaque=tuple(opaque), matches=matches)
+    add_step(
+        result.graph_module,
+        "transform",
+        pipeline,
+        checked,
+        opaque=tuple(opaque),
+        recorded=example_inputs is not None,
+        matches=matches,
+    )
     return result
 
 
