@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from biofx.regions import is_inside, kept_modules, whole_graph
+from biofx.regions import kept_around, kept_modules, whole_graph
 from biofx.sites import find_sites
 
 
@@ -112,8 +112,5 @@ def _is_from_torch(module: nn.Module) -> bool:
 
 
 def _why_hidden(path: str, kept: Mapping[str, str]) -> str:
-    around = [module for module in kept if is_inside(path, module)]
-    if not around:
-        return "never used in the forward"
-    innermost = max(around, key=len)
-    return f"used by Python: {kept[innermost]}"
+    around = kept_around(path, kept)
+    return "never used in the forward" if around is None else f"used by Python: {kept[around]}"

@@ -185,7 +185,7 @@ class Pass(ABC):
         changes = tuple(
             dataclasses.replace(change, because=because.get(change.node)) for change in compare(before, after)
         )
-        report = Report(type(graph_module).__name__, reports, changes, coverage, *views)
+        report = Report(type(graph_module).__name__, reports, changes, *views, coverage)
         return PassResult(graph_module, report)
 
     def run(

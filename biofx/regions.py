@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -86,6 +86,11 @@ def kept_modules(graph_module: nn.Module) -> Mapping[str, str]:
     """Return the paths of the modules that keep their own forward in Python, and why."""
     found: Mapping[str, str] = vars(graph_module).get(KEPT, {})
     return found
+
+
+def kept_around(path: str, kept: Iterable[str]) -> str | None:
+    """Return the innermost of some modules that holds what is at a path, None if none does."""
+    return max((module for module in kept if is_inside(path, module)), key=len, default=None)
 
 
 def reasons_against_regions(graph_module: nn.Module) -> Mapping[str, str]:

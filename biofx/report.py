@@ -160,12 +160,12 @@ class Report:
     passes: tuple[PassReport, ...]
     changes: tuple[Change, ...]
     """The nodes that differ between the graph that went in and the graph that came out."""
-    coverage: ModelCoverage | None = None
-    """Every parameter: rewritten, or left alone with a reason; None in a report of graphs alone."""
     before: GraphView | None = field(default=None, compare=False, repr=False)
     """The graph that went in; None for a report that was put together by hand."""
     after: GraphView | None = field(default=None, compare=False, repr=False)
     """The graph that came out."""
+    coverage: ModelCoverage | None = None
+    """Every parameter: rewritten, or left alone with a reason; None in a report of graphs alone."""
 
     @property
     def modified(self) -> bool:

@@ -8,7 +8,7 @@ weights, and so several sites at one node, each with a role.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from biofx.fold_ops import fold_weight
 from biofx.layer_kinds import LayerKind, compound_kind_of, kind_of, kind_of_call
 from biofx.obstacles import computed, obstacle_to_lowering
 from biofx.region_use import RegionUse
-from biofx.regions import whole_graph
+from biofx.regions import kept_around, kept_modules, whole_graph
 from biofx.weight_slots import ONE_WEIGHT, WeightSlot, slots_of_call, slots_of_module
 
 WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
@@ -168,11 +168,19 @@ def find_sites(graph_module: GraphModule) -> Sites:
     seen |= {str(node.target) for node in survey.graph.nodes if node.op == "call_module"}
     seen |= {innermost_path(site.node) for site in found}  # of a tied weight, the layer that is called
     bystanders += [
-        Bystander(path, None, "never called in the forward")
+        Bystander(path, None, _why_not_seen(path, kept_modules(graph_module)))
         for path in _layers_of(graph_module)
         if path not in seen and not survey.is_used(path)
     ]
     return Sites(found, bystanders)
+
+
+def _why_not_seen(path: str, kept: Mapping[str, str]) -> str:
+    around = kept_around(path, kept)
+    if around is None:
+        return "never called in the forward"
+    owner = f"module {around!r}" if around else "the model"
+    return f"only Python calls it, if anything does: the forward of {owner} runs in Python"
 
 
 def parameter_behind(node: Any) -> Node | None:

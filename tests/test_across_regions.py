@@ -173,6 +173,23 @@ def test_folding_sets_members_apart_where_a_region_ends(vectors: Tensor) -> None
     close(bio_model, model, vectors)
 
 
+def test_a_layer_that_python_alone_calls_is_not_said_to_be_never_called(vectors: Tensor) -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.fc = nn.GRU(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.fc(self.rnn(x)[0] if x.sum() > 0 else x)
+
+    model = Remembers()
+    bio_model, report = biofx.transform(model, DALE)
+    assert missed(report, "constrain-signs")["rnn"] == (
+        "only Python calls it, if anything does: the forward of the model runs in Python"
+    )
+    close(bio_model, biofx.transform(model, DALE).graph_module, vectors)
+
+
 def test_an_audit_sees_into_regions() -> None:
     bio_model, _ = biofx.transform(Model(PlainBlock()), DALE)
     before = bio_model.graph, bio_model.gate.block.graph
@@ -213,7 +230,8 @@ def test_a_model_with_regions_is_saved_and_made_again(tmp_path: Path, vectors: T
 
 
 def test_a_recorded_model_is_loaded_into_one_that_was_recorded(tmp_path: Path, vectors: Tensor) -> None:
-    model, inputs = Model(PlainBlock()), ((vectors,), {})
+    model = Model(PlainBlock())
+    inputs: tuple[tuple[Tensor], dict[str, Any]] = ((vectors,), {})
     bio_model, _ = biofx.transform(model, DALE, example_inputs=inputs)
     biofx.save(bio_model, tmp_path / "model.pt")
     with pytest.raises(biofx.CheckpointError, match="example_inputs"):

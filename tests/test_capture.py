@@ -685,6 +685,33 @@ REFUSED: list[tuple[type[nn.Module], str]] = [
 ]
 
 
+def test_a_train_of_its_own_stays(vectors: Tensor) -> None:
+    original = KeepsAPartFrozen()
+    captured = capture(original)
+    assert not captured.kept_as_python
+    for model in (captured, copy.deepcopy(captured)):
+        model.train()
+        assert model.training
+        assert not model.fc.training
+    inside = capture(nn.Sequential(KeepsAPartFrozen(), nn.Dropout())).train()
+    assert not inside[0].fc.training  # type: ignore[union-attr]
+    assert inside[1].training  # type: ignore[union-attr]
+    assert_same(original, captured, vectors)
+
+
+def test_extra_state_of_its_own_stays() -> None:
+    class Counts(HasExtraState):
+        def set_extra_state(self, state: Any) -> None:
+            self.extra = state
+
+    captured = capture(Counts())
+    assert not captured.kept_as_python
+    state = captured.state_dict()
+    assert torch.equal(state["_extra_state"], torch.zeros(1))
+    captured.load_state_dict({**state, "_extra_state": torch.ones(1)})
+    assert torch.equal(captured.get_extra_state(), torch.ones(1))
+
+
 WORK_AT_THE_END_ONLY = (
     SetsAnAttributeOfAValue,
     WorksInInferenceMode,
