@@ -265,14 +265,14 @@ class Report:
 
     def _lines(self) -> Iterator[str]:
         yield f"{self.model}: {self.summary()}"
-        yield from self._kept()
+        yield from self.kept_lines()
         for entry in self.passes:
             yield f"{entry.text}: {entry.applied} applied, {entry.missed} left alone"
             yield from (f"  {remark}" for remark in entry.remarks)
             yield from (f"  {_describe(change)}" for change in entry.changes)
 
-    def _kept(self) -> Iterator[str]:
-        """Say of the modules that are not part of a graph why, and how much that leaves."""
+    def kept_lines(self) -> Iterator[str]:
+        """Yield lines on the modules that are not part of a graph: why, and how much that leaves."""
         if self.coverage is not None and self.coverage.kept:
             yield f"in Python: {len(self.coverage.kept)} modules keep their own forward; {self.coverage}"
             for path, reason in self.coverage.kept.items():
@@ -280,7 +280,7 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         parts: list[RenderableType] = [Text(f"{self.model}: {self.summary()}", style="bold")]
-        parts += [Text(line, style="yellow") for line in self._kept()]
+        parts += [Text(line, style="yellow") for line in self.kept_lines()]
         for entry in self.passes:
             parts.append(_pass_table(entry))
         yield Group(*parts)
