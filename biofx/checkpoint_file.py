@@ -52,9 +52,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            # torch's reader takes an entry with the attribute of a folder for empty and reads nothing into it
+            folders = (entry.filename for entry in archive.infolist() if entry.external_attr)
+            damaged = next(folders, None) or archive.testzip()
         if damaged is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged!r}")
+            raise zipfile.BadZipFile(f"wrong checksum or attributes of {damaged!r}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -13,9 +12,12 @@ from torch.fx.node import map_arg
 from biofx import ops
 from biofx.activation import OpaqueActivation
 from biofx.errors import InputError, PassError
+from biofx.fold_ops import require_axes
 from biofx.graph_module import BioGraphModule
 from biofx.guards import require_default, require_tensor
 from biofx.in_place import changed_in_place
+from biofx.passes.fold_splits import FoldSplits
+from biofx.plain_operators import write_out
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
 from biofx.raising import raise_layers
@@ -44,8 +46,9 @@ def deploy(bio_model: nn.Module) -> GraphModule:
 
     Raises:
         InputError: it is no graph module, or parts of it run in Python around its graphs, or it is sharded.
-        PassError: the graph draws random numbers from nothing or writes to a buffer, which a plain graph
-            module forgets when it is saved; or it holds something of biofx's that has no plain form.
+        PassError: an argument that must have its default is not the last; the graph draws random numbers from
+            nothing or writes to a buffer, which a plain graph module forgets when it is saved; or it holds
+            something of biofx's that has no plain form.
 
     >>> import biofx
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -79,8 +82,9 @@ def deploy(bio_model: nn.Module) -> GraphModule:
         )
     own = BioGraphModule.copy_of(model).eval()
     _drop_what_learns(own)
+    own = _folded(own)
     evaluate_weights(own)
-    _write_out_pools(own)
+    write_out(own)
     raise_layers(own)
     for module in own.modules():
         if isinstance(module._modules.get("bio_mod"), BioModule):
@@ -106,12 +110,15 @@ def _settle(flag: Node, value: bool) -> None:
 
 def _drop_what_learns(own: GraphModule) -> None:
     """Take out gradient factors, observers, checks of arguments, and training flags."""
+    fixed: list[Any] = []
     for node in list(own.graph.nodes):
         if node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
             _settle(node, False)
-        elif node.target in (ops.scale_gradient, ops.observe_activity):
+        elif node.target in (ops.scale_gradient, ops.observe_activity, ops.drop_pairs):
             node.replace_all_uses_with(node.args[0])
-        elif node.target in (require_default, require_tensor):
+        elif node.target is require_default:
+            fixed.append(node.args[0])
+        elif node.target is require_tensor:
             pass
         elif node.op == "call_module" and isinstance(
             function := own.get_submodule(str(node.target)), OpaqueActivation
@@ -126,22 +133,34 @@ def _drop_what_learns(own: GraphModule) -> None:
         else:
             continue
         own.graph.erase_node(node)
+    _drop_fixed_arguments(own, fixed)
 
 
-def _write_out_pools(own: GraphModule) -> None:
-    """Write pools of synapses as operations of torch."""
-    for node in list(own.graph.find_nodes(op="call_function", target=ops.pool_synapses)):
-        gamma, axis = node.kwargs["gamma"], node.kwargs["channel_axis"]
-        (x,) = node.args
-        with own.graph.inserting_before(node):
-            grouped = own.graph.call_function(torch.unflatten, (x, axis, [-1, gamma]))
-            summed = own.graph.call_method("sum", (grouped, axis), {"keepdim": True})
-            spread = own.graph.call_method("expand_as", (summed, grouped))
-            flat = own.graph.call_method("flatten", (spread, axis - 1, axis))
-        for made in (grouped, summed, spread, flat):
-            made.meta = dict(node.meta)
-        node.replace_all_uses_with(flat)
-        own.graph.erase_node(node)
+def _drop_fixed_arguments(own: GraphModule, fixed: list[Node]) -> None:
+    """Take arguments out of the signature that must have their default, now that nothing checks that.
+
+    Raises:
+        PassError: one stands before others, which would move up to its place.
+    """
+    arguments = list(own.graph.find_nodes(op="placeholder"))
+    while arguments and arguments[-1] in fixed and not arguments[-1].users:
+        own.graph.erase_node(arguments.pop())
+    left = next((node for node in fixed if node in arguments), None)
+    if left is not None:
+        raise PassError(
+            f"argument {left.target!r} must have its default, which a plain model does not check, and stands "
+            "before other arguments; deploy a model whose forward has it last, or not at all"
+        )
+
+
+def _folded(own: BioGraphModule) -> BioGraphModule:
+    """Return the model with its sums over synapses in its weights, where it takes the same inputs then."""
+    folded = FoldSplits().on_own(BioGraphModule.copy_of(own)).graph_module
+
+    def checks(graph_module: GraphModule) -> int:
+        return len(graph_module.graph.find_nodes(op="call_function", target=require_axes))
+
+    return folded if checks(folded) == checks(own) else own
 
 
 def _refuse_what_saving_forgets(own: GraphModule) -> None:

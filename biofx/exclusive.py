@@ -25,10 +25,20 @@ def is_exclusive(gradient: Tensor) -> bool:
     True only for a dense tensor that autograd has just made for this backward and drops behind it: no hook
     and no caller of ``torch.autograd.grad`` holds it, or memory that it shares. ``retain_grad`` takes a copy.
     """
-    plain = type(gradient) is Tensor and not torch._C._are_functorch_transforms_active()
-    if not plain or torch.is_grad_enabled() or not gradient.is_contiguous():
+    if type(gradient) is not Tensor or torch.is_grad_enabled() or _is_watched():
+        return False
+    if not gradient.is_contiguous():
         return False
     return _signature(gradient) in _free_signatures()
+
+
+def _is_watched() -> bool:
+    """Whether calls pass through someone else on their way, who may hold what is counted."""
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )
 
 
 def _signature(gradient: Tensor) -> Signature:

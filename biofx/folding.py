@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from biofx.errors import PassError
 from biofx.fold_ops import fold_weight, folded_shape, require_axes, spread_synapses, sum_synapses
 from biofx.graph_module import BioGraphModule
 from biofx.lowering import Lowering
@@ -29,8 +30,23 @@ class Fold:
     """Inputs that belong to one channel, a count."""
 
     @property
-    def folded(self) -> tuple[tuple[int, ...], int] | None:
-        """Shape of the folded weight and groups of its convolution, None where it cannot be folded so."""
+    def fits(self) -> bool:
+        """Whether the groups of the layer's convolution, if it is one, hold whole connections."""
+        return self._folded is not None
+
+    @property
+    def folded(self) -> tuple[tuple[int, ...], int]:
+        """Shape of the folded weight and groups of its convolution.
+
+        Raises:
+            PassError: it does not fit.
+        """
+        if self._folded is None:
+            raise PassError(f"{self.site.layer!r} cannot be folded: its groups cut connections apart")
+        return self._folded
+
+    @property
+    def _folded(self) -> tuple[tuple[int, ...], int] | None:
         return folded_shape(
             tuple(self.site.parameter.shape),
             rows=self.rows,
@@ -42,7 +58,7 @@ class Fold:
     @property
     def multiplications(self) -> tuple[int, int]:
         """Multiply-adds for one position of the kernel (one vector, in a linear layer), before and after."""
-        shape, _ = self.folded or ((), 1)
+        shape, _ = self.folded
         return self.site.parameter.numel(), math.prod(shape)
 
     @property
@@ -69,7 +85,7 @@ def columns_of(site: WeightSite, source: Replication) -> tuple[int, int]:
     inner, rest = divmod(site.input_channels, channels)
     if rest or (inner != 1 and not (source.inner and site.kind.kernel_axes == 0)):
         raise ReplicationEnds(f"it has {site.input_channels} inputs, which are not the {channels} channels")
-    if Fold(site, columns=source.gamma, inner=inner).folded is None:
+    if not Fold(site, columns=source.gamma, inner=inner).fits:
         raise ReplicationEnds(f"its {site.groups} groups do not hold whole connections of {source.gamma}")
     return source.gamma, inner
 
@@ -176,7 +192,6 @@ class Folding:
                 summed.args, summed.kwargs = (bias,), {"gamma": fold.rows, "channel_axis": -1}
                 self._made[key] = summed
             self._replace_argument(node, "bias", 2, self._made[key])
-        assert fold.folded is not None
         _, groups = fold.folded
         if groups != site.groups:
             self._replace_argument(node, "groups", 6, groups)

@@ -117,6 +117,8 @@ def load_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
         weight = _weight_of(owner)
         device = None if weight is None else weight.device
         for name, held in owner._buffers.items():
+            if name in owner._non_persistent_buffers_set:
+                continue  # no state, but part of how the model was made
             value = saved.get(prefix + name)
             if not isinstance(value, Tensor):
                 owner._buffers[name] = None
@@ -143,4 +145,5 @@ def _owner(owners: Mapping[str, BioModule], key: object) -> BioModule | None:
     """Return the plasticity state that a key may be a buffer of, None if it is no such key."""
     path, _, name = str(key).rpartition(".")
     owner = owners.get(f"{path}." if path else "")
-    return owner if owner is not None and name in owner._buffers else None
+    kept = owner is not None and name in owner._buffers and name not in owner._non_persistent_buffers_set
+    return owner if kept else None

@@ -186,12 +186,9 @@ class _ProjectSign(torch.autograd.Function):
         weight, signs = ctx.saved_tensors
         if torch.is_grad_enabled() or not _suits_kernels(weight, signs, gradient):
             return _project_backward(gradient, weight, signs), None
-        result = sign_kernels.project_gradient(
-            gradient.flatten(1),
-            weight.detach().flatten(1),
-            sign_kernels.by_rows(signs, weight),
-            in_place=is_exclusive(gradient),
-        )
+        free = is_exclusive(gradient)  # asked before anything else here refers to it
+        by_rows, rows = sign_kernels.by_rows(signs, weight), weight.detach().flatten(1)
+        result = sign_kernels.project_gradient(gradient.flatten(1), rows, by_rows, in_place=free)
         return result.view_as(gradient), None
 
 

@@ -231,7 +231,8 @@ def written_besides(graph_module: GraphModule) -> set[Node]:
     for node in graph_module.graph.nodes:
         if not changes_in_place(node):
             continue
-        base = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("out"))
+        first = node.args[0] if node.args else node.kwargs.get("input")
+        base = node.kwargs.get("out", first)
         while isinstance(base, Node):
             if len(base.users) > 1:
                 written.add(base)

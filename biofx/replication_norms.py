@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from biofx import fold_norm_ops, norm_ops
+from biofx import fold_norm_ops
 from biofx.replication import Call, Outcome, Replication, ReplicationEnds, Rule
 
 _BATCH_NORM_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
@@ -25,8 +25,6 @@ _BATCH_NORM_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
 def _batch_norm(call: Call) -> Outcome:
     """Normalises each channel over the batch."""
     source, module = call.source, call.module
-    if call.node.target is norm_ops.batch_norm:
-        return _lowered_batch_norm(call)
     if not isinstance(module, nn.modules.batchnorm._BatchNorm) or type(module) not in _BATCH_NORM_RANKS:
         raise ReplicationEnds("it has statistics for each channel")
     if source.inner:
@@ -63,8 +61,8 @@ def _batch_norm(call: Call) -> Outcome:
     return Outcome(None, normalise_compact, message=_statistics(source))
 
 
-def _lowered_batch_norm(call: Call) -> Outcome:
-    """Does the same where an earlier pass has made the weight visible."""
+def lowered_batch_norm(call: Call) -> Outcome:
+    """Normalises each channel over the batch, where an earlier pass has made the weight visible."""
     source, node = call.source, call.node
     if source.inner:
         raise ReplicationEnds("it has statistics for each of several values of a channel")

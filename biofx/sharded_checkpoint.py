@@ -8,19 +8,12 @@ torch unpickles it: load folders that you trust.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
 from biofx.checkpoint import (
     Attachments,
@@ -61,14 +54,15 @@ def save_sharded(
     Raises:
         CheckpointError: as :func:`biofx.save` says.
     """
+    from biofx.tensor_folder import write_tensors  # imports much of torch.distributed
+
     tensors: dict[str, Tensor] = {}
     content = content_of(bio_model, optimizer, plasticity, extra)
     plain({**content, "model": {}, "optimizers": []}, "the checkpoint")
     skeleton = _flattened({"format": FORMAT, "schema": SCHEMA, **content}, "", tensors)
     text = json.dumps(skeleton, ensure_ascii=True).encode()
     tensors[_SKELETON] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    with _alone_or_together():
-        write_tensors(tensors, checkpoint_id=str(folder))
+    write_tensors(tensors, folder)
 
 
 def load_sharded(
@@ -93,44 +87,26 @@ def load_sharded(
         CheckpointError: the folder cannot be read or is newer than this biofx, or the model, the optimizer or
             the attachment is another than was saved; nothing has been changed.
     """
+    from biofx.tensor_folder import read_tensors, sizes_in  # imports much of torch.distributed
+
     target = transformed(bio_model)
-    with _explained(folder):
-        sizes = _sizes(folder)
-        text = torch.empty(sizes[_SKELETON].shape, dtype=torch.uint8)
-        read_tensors({_SKELETON: text}, checkpoint_id=str(folder))
+    sizes = sizes_in(folder)
+    text = torch.empty_like(sizes.get(_SKELETON, torch.empty(0)), device="cpu", dtype=torch.uint8)
+    read_tensors({_SKELETON: text}, folder)
+    try:
         skeleton = json.loads(bytes(text.tolist()))
         content = _restored(skeleton, sizes)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: expected the content of a checkpoint, found {error!r}") from error
     check_stamp(content, folder)
     check_same_making(TransformRecord.from_json(content["record"]), target)
     prepare_states(target)
     check_state(target, content["model"])
     tensors = dict(_templates(target, skeleton, sizes))
-    with _explained(folder):
-        read_tensors(tensors, checkpoint_id=str(folder))
+    read_tensors(tensors, folder)
     saved = checkpoint_of(_restored(skeleton, tensors), folder)
     load(saved, target, optimizer=optimizer, plasticity=plasticity)
     return dict(saved.extra)
-
-
-@contextmanager
-def _alone_or_together() -> Iterator[None]:
-    """Let one process save and load by itself without being warned that it is alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-@contextmanager
-def _explained(folder: str | Path) -> Iterator[None]:
-    """Let whatever goes wrong in reading a folder, which may be damaged, be one clear error."""
-    try:
-        with _alone_or_together():
-            yield
-    except (Exception, CheckpointException) as error:  # torch's own is no Exception
-        raise CheckpointError(
-            f"{folder}: expected a folder that biofx.save_sharded wrote, found something else "
-            f"({type(error).__name__}: {str(error)[:200]})"
-        ) from error
 
 
 def _flattened(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -159,16 +135,6 @@ def _restored(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: _restored(entry, tensors) for key, entry in inner.items()}
     entries = [_restored(entry, tensors) for entry in inner]
     return tuple(entries) if kind == "tuple" else entries
-
-
-def _sizes(folder: str | Path) -> dict[str, Tensor]:
-    """Return for each tensor in a folder one without values."""
-    metadata = FileSystemReader(str(folder)).read_metadata()
-    return {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for key, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
 
 
 def _templates(target: nn.Module, skeleton: Any, sizes: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -344,7 +344,7 @@ def _groups_of(node: Node, kind: LayerKind) -> int:
     """Return ``groups`` of a functional convolution: its seventh argument, transposed or not."""
     if kind.kernel_axes == 0:
         return 1
-    folded = fold_behind(node)
+    folded = fold_behind(ONE_WEIGHT[0].read(node))
     if folded is not None:
         return int(folded.kwargs.get("groups", 1))  # type: ignore[arg-type]
     groups: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)

@@ -7,33 +7,29 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
+
+from biofx.constant_part import ConstantPart
 
 
 @torch.no_grad()
 def evaluate_weights(own: GraphModule) -> None:
     """Replace what biofx computes from parameters and buffers alone by its value, a parameter."""
+    constants = ConstantPart(own)
     values: dict[Node, Any] = {}
-    computed: set[Node] = set()
     for node in own.graph.nodes:
-        inputs = node.all_input_nodes
-        if node.op == "get_attr":
-            values[node] = _attribute(own, str(node.target))
-        elif (
-            node.op in ("call_function", "call_method")
-            and inputs
-            and all(source in values for source in inputs)
-            and (is_of_biofx(node.target) or any(source in computed for source in inputs))
-        ):
-            values[node] = _evaluated(node, values)
-            computed.add(node)
+        if node.op == "get_attr" or node not in constants:
+            continue
+        if is_of_biofx(node.target) or any(source in values for source in node.all_input_nodes):
+            values[node] = constants.value(node, values)
+    unread = {node for node in own.graph.nodes if not node.users}
     for node in list(own.graph.nodes):
-        if node in computed and any(user not in computed for user in node.users):
+        if node in values and any(user not in values for user in node.users):
             path = _root_path(node)
-            trained = _attribute(own, path).requires_grad
+            owner, _, name = path.rpartition(".")
+            trained = getattr(own.get_submodule(owner), name).requires_grad
             _replace(own, node, nn.Parameter(values[node].clone(), requires_grad=trained), path)
     for node in reversed(own.graph.nodes):
-        if node in computed and not node.users:
+        if not node.users and node in constants and node not in unread:
             own.graph.erase_node(node)
     erase_unused_reads(own)
 
@@ -43,15 +39,6 @@ def erase_unused_reads(own: GraphModule) -> None:
     for node in own.graph.find_nodes(op="get_attr"):
         if not node.users:
             own.graph.erase_node(node)
-
-
-def _evaluated(node: Node, values: dict[Node, Any]) -> Any:
-    args: Any = map_arg(node.args, values.__getitem__)
-    kwargs: Any = map_arg(node.kwargs, values.__getitem__)
-    if isinstance(node.target, str):
-        return getattr(args[0], node.target)(*args[1:], **kwargs)
-    function: Any = node.target
-    return function(*args, **kwargs)
 
 
 def _root_path(node: Node) -> str:
@@ -78,10 +65,3 @@ def _replace(own: GraphModule, node: Node, value: nn.Parameter, path: str) -> No
 def is_of_biofx(thing: Any) -> bool:
     """Whether a function or a class is one of biofx's own."""
     return str(getattr(thing, "__module__", "")).partition(".")[0] == "biofx"
-
-
-def _attribute(own: GraphModule, path: str) -> Any:
-    value: Any = own
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value

@@ -25,7 +25,7 @@ from biofx.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.report import Remark, applied, missed
-from biofx.sites import WeightSite, find_sites
+from biofx.sites import WeightSite, find_sites, fold_behind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,8 @@ class ObserveActivity(Pass):
                 yield missed(site.node, site.layer, site.told(site.why_no_channels))
             elif any(user.target is ops.observe_activity for user in output.users):
                 yield missed(site.node, site.layer, "its activity is observed already")
+            elif fold_behind(site.weight_node) is not None:
+                yield missed(site.node, site.layer, "its weight is folded already; observe it before")
             else:
                 self._observe(graph_module, site, output)
                 behind = f"behind {activation}" if activation else "as they are, for want of a nonlinearity"

@@ -276,7 +276,7 @@ def test_constraint_that_another_method_replaces(mlp: nn.Module, monkeypatch: py
     for parameter in bio.parameters():
         nn.init.normal_(parameter)
     assert faults(bio) == []
-    monkeypatch.setattr("biofx.ops._project", lambda weight, signs: weight)
+    monkeypatch.setattr("biofx.ops._ProjectSign.forward", staticmethod(lambda weight, signs: weight.clone()))
     wrong = {
         layer: int((bio.get_parameter(f"{layer}.weight") * state_of(bio, layer).signs() < 0).sum())
         for layer in ("0", "2", "4")

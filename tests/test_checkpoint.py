@@ -330,8 +330,12 @@ def test_a_state_that_does_not_fit_changes_nothing(
 def test_another_model_is_refused_with_what_differs(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     saved_run(path)
-    with pytest.raises(CheckpointError, match=r"'mix.weight': expected shape \(8, 20\), found \(6, 20\)"):
+    with pytest.raises(CheckpointError, match="its graph has 'mix_observed_spread = .*groups=3"):
         biofx.load(path, Net(hidden=8))
+    plain = tmp_path / "plain.pt"
+    biofx.save(biofx.transform(Net(), {"weight_splitting_Gamma": 0}).graph_module, plain)
+    with pytest.raises(CheckpointError, match=r"'mix.weight': expected shape \(8, 20\), found \(6, 20\)"):
+        biofx.load(plain, Net(hidden=8))
     with pytest.raises(CheckpointError, match=r"the checkpoint is of a Net.*its graph has"):
         biofx.load(path, nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
     frozen = Net()
@@ -402,6 +406,24 @@ def test_what_a_file_cannot_carry_the_user_makes_again(make: Callable[[], Any], 
     assert not torch.equal(again.mix.weight, bio_model.mix.weight)
     biofx.load(tmp_path / "model.pt", again)
     assert snapshot(again) == snapshot(bio_model)
+
+
+class Inner(nn.Module):
+    """A weight without a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.raw)
+
+
+def test_the_state_of_a_weight_without_a_layer(tmp_path: Path) -> None:
+    bio_model, _ = biofx.transform(nn.Sequential(Inner(), nn.Linear(4, 2)), EVERYTHING)
+    biofx.save(bio_model, tmp_path / "model.pt")
+    loaded = biofx.load(tmp_path / "model.pt", nn.Sequential(Inner(), nn.Linear(4, 2)))
+    assert snapshot(loaded) == snapshot(bio_model)
 
 
 def test_what_cannot_be_saved_leaves_the_older_file(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_deployed_model_computes_the_same_and_holds_nothing_of_biofx(
 
 
 def test_layers_are_ordinary_modules_under_their_names_again() -> None:
-    deployed = biofx.deploy(trained())
+    deployed = biofx.deploy(trained(EVERYTHING.replace(weight_splitting_Gamma=0)))
     found = {node.target: type(deployed.get_submodule(str(node.target))).__name__ for node in calls(deployed)}
     assert found == {
         "stem": "Conv1d",
@@ -239,6 +239,32 @@ def test_what_has_no_plain_form_is_refused() -> None:
         biofx.deploy(bio_model)
     with pytest.raises(InputError, match=r"found a Net; use biofx\.transform"):
         biofx.deploy(Net())
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.layer(x) if mask is None else self.layer(x) * mask  # type: ignore[no-any-return]
+
+
+class Middle(Masked):
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 2.0) -> Tensor:
+        return super().forward(x, mask) * scale
+
+
+def test_an_argument_that_was_left_out_cannot_be_given() -> None:
+    bio_model, _ = biofx.transform(Masked(), passes="scale-gradients")
+    deployed = biofx.deploy(bio_model)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(deployed(x), bio_model(x))
+    with pytest.raises(TypeError):
+        deployed(x, torch.ones(4))
+    bio_model, _ = biofx.transform(Middle(), passes="scale-gradients")
+    with pytest.raises(PassError, match="argument 'mask' must have its default"):
+        biofx.deploy(bio_model)
 
 
 def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -16,8 +16,11 @@ def view(*names: str) -> GraphView:
 
 def test_what_touched_a_node_is_told_pass_by_pass(mlp: nn.Module) -> None:
     touches = touches_of(biofx.transform(mlp, FULL).report)
-    assert touches["_0"] == (Touch(0, "applied"), Touch(1, "missed"), Touch(2, "replaced", "_0"))
-    assert touches["_0_pooled"] == (Touch(0, "created", "_0"),)
+    assert touches["_0"] == (
+        *(Touch(0, "applied"), Touch(1, "missed")),
+        *(Touch(2, "replaced", "_0"), Touch(3, "rewired", "_0")),
+    )
+    assert touches["_0_pooled"] == (Touch(0, "created", "_0"), Touch(3, "erased", "_0_pooled"))
     assert touches["_2_weight"] == (Touch(1, "created", "_2"),)
     assert "input_1" not in touches
 

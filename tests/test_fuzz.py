@@ -23,7 +23,7 @@ from biofx import BiofxError, OptionError, Rule
 
 EXAMPLES = int(os.environ.get("BIOFX_FUZZ_EXAMPLES", "0"))
 fuzz = settings(
-    max_examples=EXAMPLES or 15,
+    max_examples=EXAMPLES or 8,
     deadline=None,
     derandomize=not EXAMPLES,
     database=None,

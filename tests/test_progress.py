@@ -16,8 +16,9 @@ def test_capture_and_passes_say_how_far_they_are(mlp: nn.Module) -> None:
         biofx.transform(mlp, biofx.BioConfig(weight_splitting_Gamma=2))
     assert heard[:5] == [("capture", 6)] * 5  # the model has five layers, and is a module itself
     assert heard.count(("split-weights", None)) == heard.count(("scale-gradients", None)) == 3
+    assert heard.count(("fold-splits", None)) == 5  # it speaks of its two pools, too
     advance("nobody listens any more")
-    assert len(heard) == 11
+    assert len(heard) == 16
 
 
 def test_a_listener_that_is_interrupted_is_gone() -> None:

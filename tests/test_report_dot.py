@@ -10,6 +10,7 @@ from torch import nn
 
 import biofx
 from biofx import BioConfig, InputError, Report
+from biofx.graph_view import GraphView, NodeView
 
 FULL = BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True)
 
@@ -51,13 +52,26 @@ def test_it_reads_back_with_every_node_and_edge(residual_net: nn.Module, tmp_pat
 
 def test_names_with_quotes_and_backslashes_stay_names() -> None:
     model = nn.Sequential()
-    model.add_module("a\\n]; x [label='y", nn.Linear(2, 2))
+    model.add_module("a]; x [label='y", nn.Linear(2, 2))
     report = biofx.transform(model).report
     assert report.after is not None
     graph = parsed(report.to_dot())
     assert set(inside(graph)) == {node.name for node in report.after.nodes}
     label = inside(graph)[next(node.name for node in report.after.nodes if node.op == "get_attr")]
-    assert label == '"cluster_/a\\\\n]; x [label=\'y"'
+    assert label == '"cluster_/a]; x [label=\'y"'
+
+
+def test_quotation_marks_and_backslashes_end_no_string() -> None:
+    # capture refuses such names; what is put together by hand may hold them
+    path = 'a\\n"]; x [label="y'
+    names = ('p"', "q\\")
+    nodes = tuple(NodeView(name, "get_attr", 'w"\\', 'self."\\', (), ((path, 0),)) for name in names)
+    view = GraphView(nodes, {})
+    graph = parsed(Report('N"\\', (), (), view, view).to_dot())
+    (cluster,) = graph.get_subgraphs()
+    assert cluster.get_name() == '"cluster_/a\\\\n\\"]; x [label=\\"y"'
+    assert [node.get_name() for node in cluster.get_nodes()] == ['"p\\""', '"q\\\\"']
+    assert cluster.get_nodes()[0].get_tooltip() == '"self.\\"\\\\"'
 
 
 def test_a_report_without_graphs_is_refused() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import biofx
 
-STEPS = 60
+STEPS = 40
 RUN = """
 import json
 import sys
@@ -93,22 +93,21 @@ def test_the_loss_curve_of_a_killed_run_is_that_of_an_undisturbed_one(tmp_path: 
     command = [sys.executable, str(script)]
     reference = subprocess.Popen([*command, str(undisturbed), str(STEPS)])
     chance = random.Random(4)
-    for place in (chance.randrange(5, 25), chance.randrange(30, 50)):
-        process = subprocess.Popen([*command, str(killed), str(STEPS)])
-        while not (found := losses_in(killed)) or found[-1][0] < place:
-            assert process.poll() is None
-            time.sleep(0.002)
-        time.sleep(chance.random() * 0.02)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        assert biofx.Checkpoint.read(killed / "run.pt").extra["step"] >= place - 2
+    place = chance.randrange(5, 25)
+    process = subprocess.Popen([*command, str(killed), str(STEPS)])
+    while not (found := losses_in(killed)) or found[-1][0] < place:
+        assert process.poll() is None
+        time.sleep(0.002)
+    time.sleep(chance.random() * 0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert place - 2 <= biofx.Checkpoint.read(killed / "run.pt").extra["step"] < STEPS
     subprocess.run([*command, str(killed), str(STEPS)], check=True)
     assert reference.wait() == 0
     expected = dict(losses_in(undisturbed))
     assert len(expected) == STEPS
     assert len(set(expected.values())) > STEPS // 2
     found = losses_in(killed)
-    assert len(found) > STEPS  # some steps were taken twice
     assert {step for step, _ in found} == set(range(STEPS))
     assert [(step, loss) for step, loss in found if loss != expected[step]] == []
     final, other = (biofx.Checkpoint.read(folder / "run.pt") for folder in (undisturbed, killed))

@@ -1,7 +1,8 @@
 """What survives what: every mechanism through everything that happens to a model, measured.
 
-``python tools/durability.py`` prints the table. Each cell compares outputs and gradients with the mechanism's
-definition written out by hand below, and makes sure that the plain model would not have passed.
+``python tools/durability.py`` prints the table, with ``-v`` what was raised in each cell. A cell compares
+outputs and gradients with the mechanism's definition, written out by hand below, after making sure that the
+plain model would not pass.
 
 kept     outputs and gradients are those of the definition
 refused  biofx raises an error that says why and what to do
@@ -494,25 +495,20 @@ def one_process_group() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def measure(name: str, journey: Callable[[nn.Module], Arrived]) -> str:
-    """Return what goes into one cell."""
+def measure(name: str, journey: Callable[[nn.Module], Arrived], *, verbose: bool = False) -> str:
+    """Return what goes into one cell, with the error if there is one and it is asked for."""
     mechanism = MECHANISMS[name]
     try:
         return MEASURES.get(name, values_and_gradients)(mechanism, journey)
     except biofx.BiofxError as error:
-        return f"refused ({type(error).__name__})" if verbose() else "refused"
+        return f"refused: {error}" if verbose else "refused"
     except AssertionError:
         raise
     except Exception as error:
-        return f"CRASH {type(error).__name__}: {error}" if verbose() else "CRASH"
+        return f"CRASH: {type(error).__name__}: {error}" if verbose else "CRASH"
 
 
-def verbose() -> bool:
-    """Whether to say what went wrong."""
-    return "-v" in sys.argv
-
-
-def table() -> str:
+def table(*, verbose: bool = False) -> str:
     """Measure everything and return the table."""
     torch.set_num_threads(1)
     columns = list(MECHANISMS)
@@ -520,11 +516,11 @@ def table() -> str:
     with warnings.catch_warnings(), one_process_group():
         warnings.simplefilter("ignore")
         for name, journey in JOURNEYS.items():
-            rows.append([name, *(measure(column, journey) for column in columns)])
+            rows.append([name, *(measure(column, journey, verbose=verbose) for column in columns)])
     widths = [max(len(row[place]) for row in rows) for place in range(len(columns) + 1)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
 if __name__ == "__main__":
-    print(f"{table()}\n\n{NOTES}")
+    print(f"{table(verbose='-v' in sys.argv)}\n\n{NOTES}")

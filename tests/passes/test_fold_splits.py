@@ -303,8 +303,9 @@ def test_a_second_application_changes_nothing(mlp: nn.Module) -> None:
     assert biofx.format_graph(twice) == biofx.format_graph(once)
 
 
-def test_weight_passes_refuse_a_folded_weight(mlp: nn.Module) -> None:
-    _, report = biofx.transform(fold(mlp).graph_module, passes="scale-gradients")
+@pytest.mark.parametrize("late", ["scale-gradients", "constrain-signs", "observe-activity"])
+def test_what_comes_before_a_fold_refuses_a_folded_weight(mlp: nn.Module, late: str) -> None:
+    _, report = biofx.transform(fold(mlp).graph_module, passes=late)
     (message,) = {remark.message for remark in report.remarks if remark.layer == "2"}
     assert "folded already" in message
 
@@ -365,3 +366,27 @@ def test_folded_weight_is_the_sum_and_its_gradient_goes_to_all(rows: int, column
     assert torch.autograd.gradgradcheck(
         lambda w: fold_weight(w, rows=rows, columns=columns, inner=2).pow(3), (weight,)
     )
+
+
+# torch.func imports decompositions that torch scripts itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_gradients_of_each_sample_and_tangents(mlp: nn.Module, vectors: Tensor) -> None:
+    folded, plain = fold(mlp).graph_module, unfolded(mlp)
+    found = []
+    for model in (folded, plain):
+        parameters: dict[str, Tensor] = dict(model.named_parameters())
+
+        def loss(values: dict[str, Tensor], x: Tensor, model: nn.Module = model) -> Any:
+            return torch.func.functional_call(model, values, (x,)).square().sum()
+
+        gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, vectors)
+        tangents = {name: torch.ones_like(value) for name, value in parameters.items()}
+        tangent = torch.func.jvp(lambda values: loss(values, vectors), (parameters,), (tangents,))[1]
+        with torch.autograd.forward_ad.dual_level():
+            dual = {
+                name: torch.autograd.forward_ad.make_dual(value.detach(), tangents[name])
+                for name, value in parameters.items()
+            }
+            forward = torch.autograd.forward_ad.unpack_dual(loss(dual, vectors)).tangent
+        found.append((gradients, tangent, forward))
+    torch.testing.assert_close(found[0], found[1])

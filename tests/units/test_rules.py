@@ -350,8 +350,8 @@ def test_columns_are_those_that_move(names: list[str], is_flat: bool) -> None:
         model.a.bias.fill_(0.1)  # type: ignore[operator,union-attr]
     groups, moved = moved_columns(model, 1 + torch.rand(2, 1, 4, 4, dtype=torch.float64))
     told = told_columns(groups)
-    if groups.ends:  # how often a stacked unit is repeated is not known, so some operations are refused
-        assert "stack" in names
+    if groups.ends:  # sizes that are not known may leave a reshape open, and then it is refused
+        assert {"stack", "shuffle"} & set(names)
         return
     if not (is_flat and "pad" in names):
         assert moved == told

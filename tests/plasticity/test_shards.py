@@ -1,0 +1,53 @@
+"""What a rank does with its part; how ranks agree is in ``tests/test_distributed.py``."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from biofx.plasticity import BioModule
+from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part, whole
+
+
+def test_a_whole_tensor_is_all_of_itself() -> None:
+    weight = torch.randn(5, 3)
+    assert not is_sharded(weight)
+    assert local(weight) is weight
+    factors = torch.randn(5, 1)
+    assert local_part(factors, weight) is factors
+    assert norm_of_part(weight, weight) == pytest.approx(float(weight.norm()))
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(0, slice(0, 3)), (1, slice(3, 5))])
+@pytest.mark.parametrize("shape", [(5, 3), (5, 1), (1, 3), (1, 1)])
+def test_a_rank_takes_the_rows_that_it_has(
+    rank: int, rows: slice, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.tensor import _utils
+
+    def layout(*_: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (rows.stop - rows.start, 3), (rows.start, 0)
+
+    monkeypatch.setattr(_utils, "compute_local_shape_and_global_offset", layout)
+    like: Any = torch.randn(5, 3)
+    like.device_mesh = like.placements = SimpleNamespace(rank=rank)
+    full = torch.randn(shape)
+    expected = full.expand(5, 3)[rows]
+    found: Tensor = local_part(full, like)
+    assert torch.equal(found.expand(expected.shape), expected)
+    assert found.untyped_storage().data_ptr() == full.untyped_storage().data_ptr()
+    units = torch.randn(5)
+    assert local_part(units, like) is units
+
+
+def test_a_whole_layer_is_left_as_it_is() -> None:
+    layer = nn.Linear(2, 2)
+    state = BioModule(layer)
+    weight = layer.weight
+    with whole(state):
+        assert layer.weight is weight
+    assert layer.weight is weight
