@@ -18,6 +18,7 @@ from biofx.graph_module import BioGraphModule
 from biofx.pass_base import Pass, PassResult
 from biofx.pipeline import Pipeline
 from biofx.progress import advance
+from biofx.regions import whole_graph
 from biofx.report import PassReport
 from biofx.reproducer import without_reproducers, write_reproducer
 from biofx.select import Candidate, Selector
@@ -250,7 +251,7 @@ class _Search:
             with without_reproducers():
                 report = stage(before).report
         except Exception:
-            return [node.name for node in before.graph.nodes]
+            return [node.name for node in whole_graph(before).nodes]
         return [r.node for r in report.remarks if r.kind == "applied" and r.node is not None]
 
     def _without_earlier(self, earlier: tuple[Pass, ...], last: Pass) -> tuple[Pass, ...]:
@@ -270,7 +271,7 @@ class _Search:
         if not isinstance(last, Pipeline) or not isinstance(last.only, _Chosen):
             return passes
         result = self.last
-        order = [node.name for node in self.captured.graph.nodes]
+        order = [node.name for node in whole_graph(self.captured).nodes]
         names = sorted(last.only.names, key=lambda name: order.index(name) if name in order else len(order))
         named = (*earlier, Pipeline(last.passes, only=tuple(names) if len(names) > 1 else names[0]))
         same = self._is_bad(named)

@@ -2,7 +2,8 @@
 
 Symbolic tracing alone loses things without a word: a training flag, random numbers and tensors made in
 ``forward`` become constants, gradient and autocast contexts and hooks of containers vanish. Here each is
-either written down as a node or refused with the line of the model that asks for it.
+written down as a node, or the module that does it keeps its own forward and what it calls is captured in
+regions of their own, or, if asked to, the model is refused with the line that is in the way.
 """
 
 from __future__ import annotations
@@ -20,14 +21,22 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from biofx.errors import CaptureError, InputError
-from biofx.graph_module import BioGraphModule
+from biofx.graph_module import BioGraphModule, become_graph_module
 from biofx.names import refuse_unwritable_names
+from biofx.record_capture import ExampleInputs, capture_recorded
+from biofx.region_capture import capture_regions
+from biofx.regions import region_paths
 from biofx.sites import find_sites
 from biofx.tracing import trace
 
 
 def capture(
-    model: nn.Module, *, share_parameters: bool = False, opaque: Sequence[str] = ()
+    model: nn.Module,
+    *,
+    share_parameters: bool = False,
+    opaque: Sequence[str] = (),
+    regions: bool = True,
+    example_inputs: ExampleInputs | None = None,
 ) -> BioGraphModule:
     """Return a model as a graph module of its own; the model itself is not touched.
 
@@ -36,12 +45,18 @@ def capture(
         share_parameters: let the result hold the model's own parameters instead of copies. Buffers are
             copied all the same.
         opaque: paths of modules not to look into, which then become one call each.
+        regions: where something cannot be captured, let the module in which it is keep its own forward,
+            and capture what that calls in graphs of their own (see :mod:`biofx.regions`); if False, refuse.
+        example_inputs: ``(args, kwargs)`` of one call of the model, which is then recorded instead of traced
+            without inputs: more of it becomes one graph. The model is run on a copy, in both modes and with
+            sizes doubled; whatever the record does not get right keeps its own forward.
 
     Raises:
         InputError: ``model`` is not a module, is wrapped or compiled, has parameters that are not
             initialised yet, cannot be copied, or has no module at a path of ``opaque``.
-        CaptureError: its forward cannot be captured without losing something, with the module and the line;
-            or a module has a name that code cannot carry.
+        CaptureError: with ``regions=False``, its forward cannot be captured as one graph without losing
+            something; the message names the module and the line. With regions, that neither can be. Or a
+            module has a name that code cannot carry.
     """
     _check_input(model)
     refuse_unwritable_names(model)
@@ -54,8 +69,17 @@ def capture(
             _refuse_lost_methods(model)
             root = _copy(model, memo)
             _refuse_ties(model, root)
-            graph = trace(root, frozenset(opaque), _tensors_of(model))
-            captured = BioGraphModule.from_root(root, graph)
+            foreign = _tensors_of(model)
+            if example_inputs is not None:
+                captured = capture_recorded(root, example_inputs, frozenset(opaque), foreign)
+                if not regions and captured.kept_as_python:
+                    raise CaptureError(next(iter(captured.kept_as_python.values())))
+            elif regions:
+                captured = capture_regions(root, frozenset(opaque), foreign)
+            else:
+                captured = become_graph_module(root, trace(root, frozenset(opaque), foreign).graph)
+    for name, nothing in (("region_paths", ()), ("kept_as_python", {})):
+        vars(captured).setdefault(name, nothing)
     _complete_module_stacks(captured)
     return captured
 
@@ -72,7 +96,7 @@ def trace_function(function: Callable[[Any], Any]) -> Graph:
             return function(x)
 
     with preserved_random_state():
-        return trace(Holder())
+        return trace(Holder()).graph
 
 
 @contextmanager
@@ -139,15 +163,11 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 _METHODS_OF_THE_CALL = ("__call__", "_call_impl")
-_METHODS_OF_THE_STATE = (
-    *("train", "state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict"),
-    *("get_extra_state", "set_extra_state"),
-)
 
 
 def _refuse_lost_methods(model: nn.Module) -> None:
-    """Refuse a model whose own methods decide what ``train()`` or ``state_dict()`` of the result must do."""
-    for name in (*_METHODS_OF_THE_CALL, *_METHODS_OF_THE_STATE):
+    """Refuse a model that decides itself what a call of it means."""
+    for name in _METHODS_OF_THE_CALL:
         if getattr(type(model), name, None) is not getattr(nn.Module, name, None):
             raise CaptureError(
                 f"the model ({type(model).__name__}) has a {name}() of its own, which the result would not "
@@ -204,8 +224,11 @@ def _complete_module_stacks(graph_module: BioGraphModule) -> None:
     """Say of nodes that came without it (from a graph traced elsewhere) which module they belong to."""
     calls: dict[str, int] = {}
     modules = dict(graph_module.named_modules())
+    graph = graph_module.graph
+    if region_paths(graph_module):
+        return  # their tracing said so
     layer_of = {site.node: site.layer for site in reversed(find_sites(graph_module).found)}
-    for node in graph_module.graph.nodes:
+    for node in graph.nodes:
         path = str(node.target) if node.op == "call_module" else layer_of.get(node, "")
         if node.meta.get("nn_module_stack") or not path or path not in modules:
             continue

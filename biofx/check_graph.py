@@ -16,7 +16,8 @@ def fitting_graph(subject: Subject) -> Finding:
     """Find a graph that does not fit its module; what such a graph computes cannot be told."""
     graph, message = subject.graph_module.graph, ""
     try:
-        graph.lint()
+        for module in subject.graphs.values():
+            module.graph.lint()
     except Exception as error:
         message = f"the graph does not fit the model: {error}; transform the model anew"
     return Finding("", "graph", "", len(graph.nodes), int(bool(message)), message)
@@ -24,9 +25,11 @@ def fitting_graph(subject: Subject) -> Finding:
 
 def compiled_graph(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Find a graph that is not what the module runs."""
-    is_run = subject.graph_module.graph.python_code("self").src == subject.graph_module.code
-    message = "" if is_run else "it was changed and the module runs the old one; call bio_model.recompile()"
-    yield Finding("", "graph", "", 1, int(not is_run), message)
+    for path, module in subject.graphs.items():
+        is_run = module.graph.python_code("self").src == module.code
+        own = f"bio_model.get_submodule({path!r})" if path else "bio_model"
+        message = "" if is_run else f"it was changed and the module runs the old one; call {own}.recompile()"
+        yield Finding(path, "graph", path, 1, int(not is_run), message)
 
 
 def splits(subject: Subject, uses: Uses) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from biofx.dataflow import input_facing_nodes, readout_nodes, synaptic_nodes
 from biofx.effective_signs import count_signs, laid_out_signs
 from biofx.errors import InvariantError
 from biofx.printing import function_name
+from biofx.region_use import RegionUse
 from biofx.weight_uses import Treatment, WeightUse, argument
 
 
@@ -207,9 +208,10 @@ def _callers(subject: Subject, wanted: Iterable[int]) -> dict[int, list[Node]]:
     """Return the calls of modules that hold a parameter, by the id of each wanted one."""
     keys = set(wanted)
     found: dict[int, list[Node]] = {}
+    use = RegionUse(subject.graph_module, subject.graph_module.graph)
     for node in subject.graph_module.graph.find_nodes(op="call_module"):
         for parameter in subject.graph_module.get_submodule(str(node.target)).parameters():
-            if id(parameter) in keys:
+            if id(parameter) in keys and not (use.is_run_by_python(node) and use.is_apart(parameter)):
                 found.setdefault(id(parameter), []).append(node)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch.fx import GraphModule, Node
 from biofx.constant_part import ConstantPart
 from biofx.layer_kinds import kind_of
 from biofx.plasticity.bio_module import BioModule
+from biofx.regions import region_paths, whole_view
 from biofx.weight_uses import WeightUse, weight_uses
 
 
@@ -29,6 +31,9 @@ class Subject:
     """A model under audit."""
 
     graph_module: GraphModule
+    """The model; its regions are shown as parts of one graph."""
+    graphs: Mapping[str, GraphModule]
+    """The modules that run a graph, the model itself and its regions, by path."""
     parameters: dict[int, tuple[str, nn.Parameter]]
     """The parameters by id, each with the first path it goes by."""
     placed: tuple[Placed, ...]
@@ -49,7 +54,9 @@ class Subject:
                 placed.append(Placed(path, layer_around(path), module))
             elif module._parameters or kind_of(module) is not None or "bio_mod" in module._modules:
                 layers.setdefault(path)
-        return cls(graph_module, parameters, tuple(placed), tuple(layers))
+        regions = ((path, graph_module.get_submodule(path)) for path in region_paths(graph_module))
+        graphs = {"": graph_module, **{path: m for path, m in regions if isinstance(m, GraphModule)}}
+        return cls(whole_view(graph_module), graphs, parameters, tuple(placed), tuple(layers))
 
     def states(self) -> list[Placed]:
         """Return each state that belongs to a layer once, where it was found first."""
@@ -79,7 +86,7 @@ class Uses:
         """Walk through a graph."""
         constants = ConstantPart(graph_module)
         found = cls(constants, {}, {})
-        for use in weight_uses(constants, graph_module):
+        for use in weight_uses(constants):
             found.of_parameter.setdefault(id(use.parameter), []).append(use)
             for node in use.constraints:
                 found.of_constraint.setdefault(node, []).append(use)

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from biofx.errors import InvariantError
 from biofx.in_place import changed_in_place, changes_in_place
 from biofx.printing import format_node, function_name
+from biofx.regions import whole_graph
 
 _MISSING = object()
 
@@ -29,14 +30,16 @@ class ConstantPart:
 
     Args:
         graph_module: its nodes are looked at now; its tensors whenever a value is asked for.
+        graph: the graph to look at, if not that of the model and its regions.
     """
 
-    def __init__(self, graph_module: GraphModule) -> None:
+    def __init__(self, graph_module: GraphModule, graph: Graph | None = None) -> None:
         self._graph_module = graph_module
-        changed = {base for node in graph_module.graph.nodes for base in changed_in_place(node)}
+        self.graph = whole_graph(graph_module) if graph is None else graph
+        changed = {base for node in self.graph.nodes for base in changed_in_place(node)}
         self._nodes: set[Node] = set()
         self._roots: dict[int, list[Node]] = {}
-        for node in graph_module.graph.nodes:
+        for node in self.graph.nodes:
             if node not in changed and self._is_constant(node):
                 self._nodes.add(node)
                 if (parameter := self.parameter(node)) is not None:

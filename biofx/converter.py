@@ -19,6 +19,7 @@ from biofx.pipeline import Pipeline
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_rules import bio_modules
 from biofx.record import add_step, matches_of, remembering_config
+from biofx.region_parts import joined
 from biofx.sites import find_sites
 
 ConverterT = TypeVar("ConverterT", bound="BioConverter")
@@ -115,11 +116,12 @@ class BioConverter:
                     module._modules.get("bio_mod"), BioModule
                 ):
                     self._bio_modulize(module)
-            _prepare(captured, config)
             passes = compile_config(config).passes
             in_graph = Pipeline(tuple(entry for entry in passes if not isinstance(entry, ScaleGradients)))
-            matches = matches_of(in_graph, captured)
-            converted = in_graph.on_own(captured).graph_module
+            with joined(captured):
+                _prepare(captured, config)
+                matches = matches_of(in_graph, captured)
+                converted = in_graph.on_own(captured).graph_module
         add_step(converted, type(self).__qualname__, in_graph, config, matches=matches)
         return converted
 

@@ -14,6 +14,7 @@ from biofx.fold_ops import fold_weight, sum_synapses
 from biofx.in_place import changed_in_place
 from biofx.layer_kinds import kind_of_call
 from biofx.ops import pool_synapses
+from biofx.regions import region_output
 
 _PRODUCTS: frozenset[Any] = frozenset(
     {operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum}
@@ -38,12 +39,16 @@ def synaptic_nodes(graph_module: GraphModule) -> set[Node]:
 
 
 def readout_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
-    """Return the synaptic nodes with no other synaptic node between them and an output of the model."""
+    """Return the synaptic nodes with no other synaptic node between them and an output of the model.
+
+    What follows a region is not known, so its output counts as one.
+    """
     readout: set[Node] = set()
     open_nodes: set[Node] = set()
     for node in reversed(graph_module.graph.nodes):
         writes = any(changed in open_nodes for changed in changed_in_place(node))
-        if node.op == "output" or node in open_nodes or writes:
+        ends = node.op == "output" or node.target is region_output
+        if ends or node in open_nodes or writes:
             if node in synaptic:
                 readout.add(node)
             else:
@@ -52,7 +57,10 @@ def readout_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
 
 
 def input_facing_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
-    """Return the synaptic nodes that no other synaptic node feeds: their presynaptic units are inputs."""
+    """Return the synaptic nodes that no other synaptic node feeds: their presynaptic units are inputs.
+
+    What goes into a region is not known, so its inputs count as the model's.
+    """
     fed: set[Node] = set()
     for node in graph_module.graph.nodes:
         if any(source in synaptic or source in fed for source in node.all_input_nodes):

@@ -21,6 +21,7 @@ from biofx.plain_operators import write_out
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
 from biofx.raising import raise_layers
+from biofx.regions import kept_modules, region_paths
 from biofx.weight_values import erase_unused_reads, evaluate_weights, is_of_biofx
 
 _RANDOM = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "empty"})
@@ -44,7 +45,7 @@ def deploy(bio_model: nn.Module) -> GraphModule:
             changed.
 
     Raises:
-        InputError: it is no graph module, or it is sharded.
+        InputError: it is no graph module, or parts of it run in Python around its graphs, or it is sharded.
         PassError: an argument that must have its default is not the last; the graph draws random numbers from
             nothing or writes to a buffer, which a plain graph module forgets when it is saved; or it holds
             something of biofx's that has no plain form.
@@ -66,6 +67,13 @@ def deploy(bio_model: nn.Module) -> GraphModule:
     if not isinstance(model, GraphModule):
         raise InputError(
             f"expected a transformed or converted model, found a {type(model).__name__}; use biofx.transform"
+        )
+    if region_paths(model) or "" in kept_modules(model):
+        path, reason = next(iter(kept_modules(model).items()))
+        where = f"module {path!r}" if path else "the forward"
+        raise InputError(
+            f"expected a model of one graph, found one in which {where} runs in Python: {reason}. Rewrite "
+            "that line, or transform with example_inputs or opaque=[…]"
         )
     sharded = next((name for name, p in model.named_parameters() if hasattr(p, "device_mesh")), None)
     if sharded is not None:

@@ -25,7 +25,7 @@ def effective_weight(graph_module: GraphModule, node: Node) -> Tensor:
     Raises:
         InvariantError: it does not, or computing it fails.
     """
-    value: Tensor = ConstantPart(graph_module).value(node)
+    value: Tensor = ConstantPart(graph_module, node.graph).value(node)
     return value
 
 
@@ -33,7 +33,7 @@ def effective_weights(graph_module: GraphModule, states: Mapping[str, BioModule]
     """Return how each weight of ``states`` becomes the one that its layer uses, by path."""
     constants = ConstantPart(graph_module)
     uses: dict[int, list[WeightUse]] = {}
-    for use in weight_uses(constants, graph_module):
+    for use in weight_uses(constants):
         uses.setdefault(id(use.parameter), []).append(use)
     return {
         path: Effective(state, constants, uses.get(id(state.parameter), [])) for path, state in states.items()

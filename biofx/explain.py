@@ -17,6 +17,7 @@ from biofx.config import BioConfig
 from biofx.graph_module import BioGraphModule
 from biofx.pass_text import format_value
 from biofx.printing import format_node
+from biofx.region_parts import joined
 from biofx.report import Remark
 from biofx.select import NodeIndex, Override, Selector, picks
 
@@ -36,6 +37,11 @@ def explain(model: nn.Module, selector: Selector, config: BioConfig | None = Non
     """
     config = config if config is not None else BioConfig()
     captured = capture(model)
+    with joined(captured):
+        return Group(*_explained(captured, selector, config))
+
+
+def _explained(captured: BioGraphModule, selector: Selector, config: BioConfig) -> list[RenderableType]:
     index = NodeIndex(captured)
     matches = index.matches(selector)
     nodes = [c.node for c in index.candidates if any(c.node in match.nodes for match in matches)]
@@ -52,7 +58,7 @@ def explain(model: nn.Module, selector: Selector, config: BioConfig | None = Non
     if near:
         parts.append(Text(f"nearly picked: {', '.join(near)}", style="dim"))
     parts += _overrides(index, config, nodes)
-    return Group(*parts)
+    return parts
 
 
 def _remarks(captured: BioGraphModule, config: BioConfig) -> dict[str, list[tuple[str, Remark]]]:

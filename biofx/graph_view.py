@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from biofx.printing import format_node, function_name
+from biofx.regions import whole_graph
 from biofx.select import module_calls
 
 
@@ -63,7 +64,7 @@ class GraphView:
             path: ModuleView(_class_names(type(module), names), _own_elements(module, counted))
             for path, module in graph_module.named_modules(remove_duplicate=False)
         }
-        nodes = tuple(_node_view(node, modules) for node in graph_module.graph.nodes)
+        nodes = tuple(_node_view(node, modules) for node in whole_graph(graph_module).nodes)
         return cls(nodes, modules)
 
     @cached_property

@@ -48,3 +48,37 @@ def require_tensor(found: Any, where: str) -> None:
             "asks for the type of this value"
         )
     return None
+
+
+@has_side_effect
+def require_same(found: Any, expected: object, question: str, module: str) -> None:
+    """Check that what decided about the way through a forward is what it was when that was recorded.
+
+    Raises:
+        InputError: it is not.
+    """
+    if has_torch_function((found,)) and not isinstance(found, Tensor):
+        return handle_torch_function(require_same, (found,), found, expected, question, module)
+    if isinstance(found, Tensor) or found != expected:
+        shown = type(found).__name__ if isinstance(found, Tensor) else repr(found)
+        raise RecordingError(
+            f"module {module!r} asks {question}: recorded with {expected!r}, found {shown}; give "
+            f"example_inputs like this one, or name the module in opaque=[{module!r}]",
+            module,
+        )
+    return None
+
+
+class RecordingError(InputError):
+    """A forward was recorded on a way that another input does not take."""
+
+    def __init__(self, message: str, module: str = "") -> None:
+        super().__init__(message)
+        self.module = module
+
+
+def by_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
+    """Return what a forward uses in the mode that its module is in."""
+    if has_torch_function((training,)):
+        return handle_torch_function(by_mode, (training,), training, in_training, in_evaluation)
+    return in_training if training else in_evaluation

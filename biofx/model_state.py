@@ -14,6 +14,7 @@ from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_rules import expanded_weights
 from biofx.plasticity.shards import is_sharded
+from biofx.regions import whole_graph
 
 
 def plain_state(bio_model: nn.Module) -> dict[str, Tensor]:
@@ -46,7 +47,7 @@ def check_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
         CheckpointError: a key is missing or unknown, or a tensor has another shape or type.
     """
     owners, held = _owners(model), model.state_dict()
-    read = {str(node.target) for node in model.graph.find_nodes(op="get_attr")}
+    read = {str(node.target) for node in whole_graph(model).find_nodes(op="get_attr")}
     missing = [key for key in held if key not in saved and (key in read or _owner(owners, key) is None)]
     if missing:
         raise CheckpointError(

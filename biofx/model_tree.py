@@ -45,6 +45,8 @@ class ModelTree:
             tree.add(line)
         _grow(tree, root.children, self.report, plain)
         yield tree
+        for kept in self.report.kept_lines():
+            yield Text(kept, style="yellow")
         if self.report.passes:
             yield Text()
             yield _passes(self.report, before)

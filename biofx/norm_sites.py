@@ -17,6 +17,8 @@ from biofx.errors import PassError
 from biofx.lowering import Lowering
 from biofx.norm_ops import batch_norm, instance_norm
 from biofx.obstacles import computed, hooks_of
+from biofx.region_use import RegionUse
+from biofx.regions import whole_graph
 from biofx.sites import parameter_behind, times_read
 from biofx.weight_slots import WeightSlot
 
@@ -68,12 +70,18 @@ def find_norms(graph_module: GraphModule) -> list[NormSite]:
     }
     calls: list[tuple[Node, str, str | None]] = []
     readers: dict[int, str] = {}
-    for node in graph_module.graph.nodes:
+    graph = whole_graph(graph_module)
+    use = RegionUse(graph_module, graph)
+    for node in graph.nodes:
+        if use.is_call_of_a_region(node):
+            continue
         module = modules[str(node.target)] if node.op == "call_module" else None
         if module is not None and isinstance(module, _ALL):
             calls.append((node, f"{node.target}.weight", _obstacle(module)))
         elif module is not None:
             for parameter in module.parameters():
+                if use.is_apart(parameter):
+                    continue
                 readers.setdefault(id(parameter), node.name)
         elif node.op == "call_function" and node.target in _SLOT_OF_FUNCTION:
             root = parameter_behind(_SLOT_OF_FUNCTION[node.target].read(node))
@@ -87,7 +95,9 @@ def find_norms(graph_module: GraphModule) -> list[NormSite]:
             other = readers.get(id(weights[path][1]))
             if obstacle is None and other is not None:
                 obstacle = f"its weight is also read by {other!r}, which would not follow"
-            found.append(NormSite(node, *weights[path], obstacle))
+            first, parameter = weights[path]
+            obstacle = obstacle or use.obstacle(node, parameter)
+            found.append(NormSite(node, use.path_for(node, path, first), parameter, obstacle))
     return found
 
 

@@ -16,8 +16,10 @@ from biofx.errors import BiofxError, InputError, OptionError, PassError, add_not
 from biofx.graph_module import BioGraphModule
 from biofx.graph_view import GraphView
 from biofx.in_place import changes_in_place
+from biofx.model_coverage import coverage_of
 from biofx.pass_text import format_item
 from biofx.progress import advance
+from biofx.region_parts import joined
 from biofx.report import PassReport, Remark, Report, Snapshot, compare
 from biofx.select import (
     Match,
@@ -173,15 +175,18 @@ class Pass(ABC):
 
     def on_own(self, graph_module: BioGraphModule) -> PassResult:
         """Do the same in place, on a graph module that the caller made and will not need as it was."""
-        before, view = Snapshot.of(graph_module.graph), GraphView.of(graph_module)
-        reports = tuple(self.run(graph_module, ()))
-        after = Snapshot.of(graph_module.graph) if reports else before
+        with joined(graph_module):
+            before, view = Snapshot.of(graph_module.graph), GraphView.of(graph_module)
+            reports = tuple(self.run(graph_module, ()))
+            after = Snapshot.of(graph_module.graph) if reports else before
+            views = view, GraphView.of(graph_module) if reports else view
+            coverage = coverage_of(graph_module, *_fates(reports))
         because = {change.node: change.because for entry in reports for change in entry.changes}
         changes = tuple(
             dataclasses.replace(change, because=because.get(change.node)) for change in compare(before, after)
         )
-        views = view, GraphView.of(graph_module) if reports else view
-        return PassResult(graph_module, Report(type(graph_module).__name__, reports, changes, *views))
+        report = Report(type(graph_module).__name__, reports, changes, *views, coverage)
+        return PassResult(graph_module, report)
 
     def run(
         self, graph_module: BioGraphModule, within: tuple[tuple[Selector | None, Selector | None], ...]
@@ -285,6 +290,13 @@ class Scope:
             f"{side}={show_pattern(match.pattern)} picks {what}, none of which {self._owner.name} acts on"
         )
         return Remark("missed", first, min(match.paths, default=""), message, {"picked": len(match.nodes)})
+
+
+def _fates(reports: tuple[PassReport, ...]) -> tuple[dict[str, str], set[str]]:
+    """Return why layers were left alone, and which were not."""
+    remarks = [remark for entry in reports for remark in entry.remarks]
+    done = {remark.layer for remark in remarks if remark.kind == "applied"}
+    return {remark.layer: remark.message for remark in reversed(remarks) if remark.kind == "missed"}, done
 
 
 def _erase_orphans(graph_module: GraphModule, unused_before: set[Node]) -> None:

@@ -12,6 +12,8 @@ from rich.text import Text
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from biofx.regions import whole_graph
+
 _OPERATOR_SIGNS = {
     "add": "+",
     "iadd": "+=",
@@ -48,7 +50,7 @@ def format_graph(graph: GraphModule | Graph) -> str:
     _1 = self.1(_0)  # ReLU
     return _1
     """
-    fx_graph = graph.graph if isinstance(graph, GraphModule) else graph
+    fx_graph = whole_graph(graph) if isinstance(graph, GraphModule) else graph
     return "\n".join(format_node(node) for node in fx_graph.nodes)
 
 

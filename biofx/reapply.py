@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.fx import GraphModule
 
 from biofx.converter import BioConverter
 from biofx.errors import CheckpointError, OptionError, SelectorError
@@ -34,6 +35,11 @@ def make_again(record: TransformRecord, model: nn.Module) -> BioGraphModule:
 
 
 def _taken(step: TransformStep, model: nn.Module) -> BioGraphModule:
+    if step.recorded and not isinstance(model, GraphModule):
+        raise CheckpointError(
+            "the model was captured with example_inputs, which a checkpoint does not carry; transform the "
+            "model with them and the same options, and load into the result"
+        )
     if step.door == "transform":
         return transform(model, passes=pass_from_plain(step.passes), opaque=step.opaque).graph_module
     if step.door == BioConverter.__qualname__ and step.config is not None:

@@ -19,6 +19,7 @@ from biofx.pass_text import format_value
 from biofx.pipeline import Pipeline
 from biofx.plain_passes import config_to_plain, pass_to_plain
 from biofx.printing import format_node
+from biofx.regions import whole_graph
 from biofx.select import Candidate, NodeIndex, Override, Selector
 
 ATTRIBUTE = "transform_record"
@@ -39,6 +40,8 @@ class TransformStep:
     """The config, in plain values; None if there was none."""
     opaque: tuple[str, ...]
     """Paths of the modules that were not looked into."""
+    recorded: bool
+    """Whether the model was recorded with example inputs."""
     matches: Mapping[str, list[str]]
     """For each selector that has a text, the nodes of the captured graph that it picked."""
 
@@ -164,6 +167,7 @@ def add_step(
     config: BioConfig | None,
     *,
     opaque: tuple[str, ...] = (),
+    recorded: bool = False,
     matches: Mapping[str, list[str]] | None = None,
 ) -> None:
     """Write down in a model how it has just been made, behind what was done to it before."""
@@ -171,7 +175,9 @@ def add_step(
 
     before = record_of(made)
     options = None if config is None else config_to_plain(config)
-    step = TransformStep(door, str(pipeline), pass_to_plain(pipeline), options, opaque, dict(matches or {}))
+    step = TransformStep(
+        door, str(pipeline), pass_to_plain(pipeline), options, opaque, recorded, dict(matches or {})
+    )
     made.__dict__[ATTRIBUTE] = TransformRecord(
         type(made).__name__,
         __version__,
@@ -191,5 +197,5 @@ def graph_lines(graph_module: GraphModule) -> tuple[str, ...]:
     """Return a graph line by line, without the shapes of what it reads: those of factors may change."""
     return tuple(
         f"{node.name} = self.{node.target}" if node.op == "get_attr" else format_node(node)
-        for node in graph_module.graph.nodes
+        for node in whole_graph(graph_module).nodes
     )

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from biofx.values import Value
 
 if TYPE_CHECKING:
-    from biofx.tracing import ModelTracer
+    from biofx.model_tracer import ModelTracer
 
 
 class Recorder(TorchFunctionMode):

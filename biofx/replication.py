@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from biofx.dataflow import short_name
 from biofx.in_place import changes_in_place
 from biofx.obstacles import hooks_of
+from biofx.regions import region_output
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ def _judged(
         return "its value is changed in place while others read it"
     if node.op == "output":
         return "the model returns it"
+    if node.target is region_output:
+        return f"what follows is not known: Python calls {node.args[0]!r}"
     name, rule = rule_for(node)
     if rule is None:
         return f"{name} may mix channels, or is not known to keep them apart"

@@ -13,6 +13,10 @@ The JSON form (:meth:`Report.to_json`) is an object with these keys; a reader sh
     ``"erased"``, ``"rewired"``: other inputs or options, ``"replaced"``: another operation), ``node``,
     ``before`` and ``after`` (the node as a line of text, or null) and ``because`` (name of the candidate
     whose rewrite changed it, or null).
+``coverage``
+    Every parameter, or null: an object with ``total``, ``rewritten`` and ``visible`` (elements, counts),
+    ``left`` (objects with ``path``, ``elements``, ``reason`` and ``is_visible``) and ``kept`` (modules that
+    keep their own forward in Python: path to reason).
 ``passes``
     In the order they ran: objects with ``name``, ``text`` (the pass as pipeline text), ``seconds``,
     ``applied`` and ``missed`` (counts), ``changes`` (as above, for this pass alone) and ``remarks``:
@@ -34,6 +38,7 @@ from rich.text import Text
 from torch.fx import Graph, Node
 
 from biofx.graph_view import GraphView
+from biofx.model_coverage import ModelCoverage
 from biofx.printing import format_node
 from biofx.toml import write_whole
 
@@ -159,6 +164,8 @@ class Report:
     """The graph that went in; None for a report that was put together by hand."""
     after: GraphView | None = field(default=None, compare=False, repr=False)
     """The graph that came out."""
+    coverage: ModelCoverage | None = None
+    """Every parameter: rewritten, or left alone with a reason; None in a report of graphs alone."""
 
     @property
     def modified(self) -> bool:
@@ -180,6 +187,7 @@ class Report:
             "model": self.model,
             "modified": self.modified,
             "changes": [dict(vars(change)) for change in self.changes],
+            "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "passes": [
                 {
                     "name": entry.name,
@@ -257,13 +265,22 @@ class Report:
 
     def _lines(self) -> Iterator[str]:
         yield f"{self.model}: {self.summary()}"
+        yield from self.kept_lines()
         for entry in self.passes:
             yield f"{entry.text}: {entry.applied} applied, {entry.missed} left alone"
             yield from (f"  {remark}" for remark in entry.remarks)
             yield from (f"  {_describe(change)}" for change in entry.changes)
 
+    def kept_lines(self) -> Iterator[str]:
+        """Yield lines on the modules that are not part of a graph: why, and how much that leaves."""
+        if self.coverage is not None and self.coverage.kept:
+            yield f"in Python: {len(self.coverage.kept)} modules keep their own forward; {self.coverage}"
+            for path, reason in self.coverage.kept.items():
+                yield f"  {path or 'the model'}: {reason}"
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         parts: list[RenderableType] = [Text(f"{self.model}: {self.summary()}", style="bold")]
+        parts += [Text(line, style="yellow") for line in self.kept_lines()]
         for entry in self.passes:
             parts.append(_pass_table(entry))
         yield Group(*parts)

@@ -32,6 +32,7 @@ from biofx.graph_module import BioGraphModule
 from biofx.pass_base import Pass
 from biofx.pipeline import Pipeline
 from biofx.printing import format_graph
+from biofx.regions import region_paths
 from biofx.stages import stages_of
 from biofx.toml import write_whole
 
@@ -187,7 +188,7 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _standalone(graph_module: GraphModule, without_weights: bool) -> BioGraphModule:
-    """Return a copy that needs none of the user's classes, but for modules that the graph calls."""
+    """Return a copy that needs none of the user's classes, but for what the graph calls and Python runs."""
     memo: dict[int, Any] = {}
     if without_weights:
         for parameter in graph_module.parameters():
@@ -195,6 +196,8 @@ def _standalone(graph_module: GraphModule, without_weights: bool) -> BioGraphMod
             memo[id(parameter)] = empty
         memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in graph_module.buffers()}
     copied = BioGraphModule.copy_of(graph_module, memo)
+    if region_paths(copied):
+        return copied  # what Python runs must stay what it is
     called = {str(node.target) for node in copied.graph.nodes if node.op == "call_module"}
     for path, module in list(copied.named_modules()):
         is_ours = type(module).__module__.partition(".")[0] in ("torch", __name__.partition(".")[0])

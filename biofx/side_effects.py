@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections import deque
@@ -17,25 +18,62 @@ from biofx.errors import CaptureError
 class Watch:
     """Notices what a forward does besides computing: each would happen once, while it is captured."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, prefix: str = "") -> None:
         self._root = root
+        self._prefix = prefix
         self._kept: list[Any] = []
+        self._contained: dict[int, list[tuple[Any, Any]]] = {}
+        self._module = 0
+        self._is_complete = False
         self._before = self._attributes()
+        self._is_complete = True
         self._random = _random_states()
+        self._held = {
+            id(module): [(held, dict(held)) for held in _holders(module)] for module in root.modules()
+        }
 
-    def refuse_side_effects(self) -> None:
-        """Raise a CaptureError if the forward drew random numbers or left something in a module."""
-        drawn = [name for name, state in _random_states().items() if state != self._random[name]]
+    def restore(self, within: nn.Module | None = None) -> None:
+        """Put everything that modules hold back to where it was; those within one, or all."""
+        for module in (self._root if within is None else within).modules():
+            for held, before in self._held.get(id(module), ()):
+                if held.keys() != before.keys() or any(held[name] is not before[name] for name in before):
+                    flag = held.get("training")
+                    held.clear()
+                    held.update(before)
+                    if flag is not None:  # whoever follows the flags puts them back
+                        held["training"] = flag
+            for container, content in self._contained.get(id(module), ()):
+                container.clear()
+                (container.update if isinstance(container, (dict, set)) else container.extend)(content)
+
+    def changed_modules(self) -> list[str]:
+        """Return the paths of the modules in which the forward left something."""
+        found = self._attributes()
+        return [path for path, attributes in found.items() if attributes != self._before.get(path, {})]
+
+    def refuse_side_effects(self, *, torch_draws: bool = False, attributes: bool = True) -> None:
+        """Raise a CaptureError if the forward drew random numbers or left something in a module.
+
+        Args:
+            torch_draws: let torch's random numbers not count: where a forward runs, they are drawn.
+            attributes: whether to look for what was left in modules.
+        """
+        drawn = [
+            name
+            for name, state in _random_states().items()
+            if state != self._random[name] and not (torch_draws and name == "torch")
+        ]
         if drawn:
             raise CaptureError(
                 f"the model's forward draws from the random numbers of {' and '.join(drawn)}, which a graph "
                 "would do once and never again. Draw tensors with torch, or name the module in opaque=[…]"
             )
-        for path, attributes in self._attributes().items():
+        for path, found in self._attributes().items() if attributes else ():
             before = self._before.get(path, {})
-            for name in [*attributes, *before]:
-                if attributes.get(name) != before.get(name):
-                    owner = f"module {path!r}" if path else "the model"
+            for name in [*found, *before]:
+                if found.get(name) != before.get(name):
+                    place = ".".join(part for part in (self._prefix, path) if part)
+                    owner = f"module {place!r}" if place else "the model"
                     raise CaptureError(
                         f"the forward of {owner} changes its attribute {name!r}, which a graph would do once "
                         "and never again. Return the value or make it a buffer that is changed in place, or "
@@ -45,20 +83,23 @@ class Watch:
     def _attributes(self) -> dict[str, dict[str, Any]]:
         """Return, for each attribute of each module, what it is and what it holds, comparable."""
         seen: set[int] = set()
-        return {
-            path: {
-                name: self._contents(value, seen)
-                for name, value in _everything_in(module)
-                if name not in _KEPT_APART and not name.startswith("_tensor_constant")
-            }
-            for path, module in self._root.named_modules()
-            if not isinstance(module, torch.jit.ScriptModule)
-        }
+        found = {}
+        for path, module in self._root.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                self._module = id(module)
+                found[path] = {
+                    name: self._contents(value, seen)
+                    for name, value in _everything_in(module)
+                    if name not in _KEPT_APART and not name.startswith("_tensor_constant")
+                }
+        return found
 
     def _contents(self, value: Any, seen: set[int]) -> Any:
         self._kept.append(value)  # alive, so that no id is used twice
         if id(value) in seen or isinstance(value, (nn.Module, Tensor, type, str, bytes)):
             return id(value)
+        if isinstance(value, (dict, list, set, deque)) and not self._is_complete:
+            self._contained.setdefault(self._module, []).append((value, copy.copy(value)))
         if isinstance(value, dict):
             inner = [(id(key), entry) for key, entry in value.items()]
         elif isinstance(value, (list, tuple, deque)):
@@ -81,8 +122,15 @@ _KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
 
 
 def _everything_in(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for held in (vars(module), module._parameters, module._buffers, module._modules):
+    for held in _holders(module):
         yield from held.items()
+
+
+def _holders(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    parameters: dict[str, Any] = module._parameters
+    buffers: dict[str, Any] = module._buffers
+    modules: dict[str, Any] = module._modules
+    return vars(module), parameters, buffers, modules
 
 
 def _random_states() -> dict[str, Any]:

@@ -8,7 +8,7 @@ weights, and so several sites at one node, each with a role.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ from biofx import ops
 from biofx.fold_ops import fold_weight
 from biofx.layer_kinds import LayerKind, compound_kind_of, kind_of, kind_of_call
 from biofx.obstacles import computed, obstacle_to_lowering
+from biofx.region_use import RegionUse
+from biofx.regions import kept_around, kept_modules, whole_graph
 from biofx.weight_slots import ONE_WEIGHT, WeightSlot, slots_of_call, slots_of_module
 
 WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
@@ -148,24 +150,37 @@ def find_sites(graph_module: GraphModule) -> Sites:
     """Return every weight site of a graph, and every layer that has none with the reason."""
     found: list[WeightSite] = []
     bystanders: list[Bystander] = []
+    hidden: list[Bystander] = []
     survey = _Survey(graph_module)
-    for node in graph_module.graph.nodes:
+    for node in survey.graph.nodes:
+        if survey.use.is_call_of_a_region(node):
+            continue
         if node.op == "call_module" and survey.is_opaque(node):
-            bystanders += survey.layers_inside(node)
+            hidden += survey.layers_inside(node)
         for entry in survey.sites_at(node):
             if isinstance(entry, WeightSite):
                 found.append(entry)
             else:
                 bystanders.append(entry)
-    seen = {site.layer for site in found} | {bystander.layer for bystander in bystanders}
-    seen |= {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    visible = {site.layer for site in found}
+    bystanders += [entry for entry in hidden if entry.layer not in visible]
+    seen = visible | {bystander.layer for bystander in bystanders}
+    seen |= {str(node.target) for node in survey.graph.nodes if node.op == "call_module"}
     seen |= {innermost_path(site.node) for site in found}  # of a tied weight, the layer that is called
     bystanders += [
-        Bystander(path, None, "never called in the forward")
+        Bystander(path, None, _why_not_seen(path, kept_modules(graph_module)))
         for path in _layers_of(graph_module)
         if path not in seen and not survey.is_used(path)
     ]
     return Sites(found, bystanders)
+
+
+def _why_not_seen(path: str, kept: Mapping[str, str]) -> str:
+    around = kept_around(path, kept)
+    if around is None:
+        return "never called in the forward"
+    owner = f"module {around!r}" if around else "the model"
+    return f"only Python calls it, if anything does: the forward of {owner} runs in Python"
 
 
 def parameter_behind(node: Any) -> Node | None:
@@ -206,13 +221,15 @@ class _Survey:
     """One walk over a graph, with the tables it needs built once."""
 
     def __init__(self, graph_module: GraphModule) -> None:
+        self.graph = whole_graph(graph_module)
+        self.use = RegionUse(graph_module, self.graph)
         self._modules = dict(graph_module.named_modules(remove_duplicate=False))
         first_path: dict[int, str] = {}
         self._parameters: dict[str, tuple[str, nn.Parameter]] = {}
         for path, parameter in graph_module.named_parameters(remove_duplicate=False):
             first_path.setdefault(id(parameter), path)
             self._parameters[path] = (first_path[id(parameter)], parameter)
-        self._outside = self._uses_outside_sites(graph_module)
+        self._outside = self._uses_outside_sites()
 
     def sites_at(self, node: Node) -> Iterator[WeightSite | Bystander]:
         """Yield the site of each weight that a node reads as a layer."""
@@ -239,17 +256,20 @@ class _Survey:
                 continue
             if named is None:
                 named = (path, _computed_weight(module, kind))
-            against = obstacle or self._outside.get(id(named[1]))
+            else:
+                named = (self.use.path_for(node, path, named[0]), named[1])
+            against = obstacle or self._obstacle(node, named[1])
             yield WeightSite(node, kind, *named, groups=groups, obstacle=against, slot=slot)
 
     def _function_site(self, node: Node, kind: LayerKind, slot: WeightSlot) -> WeightSite | Bystander:
         weight = slot.read(node)
         root = parameter_behind(weight)
         named = self._parameters.get(str(root.target)) if root is not None else None
-        if named is None:
+        if root is None or named is None:
             reason = f"its weight is {weight}, computed in the graph, not a parameter"
             return Bystander(innermost_path(node), node, reason)
-        obstacle = self._outside.get(id(named[1]))
+        named = (self.use.path_for(node, str(root.target), named[0]), named[1])
+        obstacle = self._obstacle(node, named[1])
         folded = fold_behind(weight)
         if folded is not None:
             obstacle = f"its weight is folded already ({folded.name}); what acts on weights goes before folds"
@@ -259,6 +279,9 @@ class _Survey:
         """Whether a called module is no layer, so that layers may be hidden inside."""
         module = self._modules[str(node.target)]
         return kind_of(module) is None and compound_kind_of(module) is None
+
+    def _obstacle(self, node: Node, parameter: nn.Parameter) -> str | None:
+        return self._outside.get(id(parameter)) or self.use.obstacle(node, parameter)
 
     def layers_inside(self, node: Node) -> list[Bystander]:
         path = str(node.target)
@@ -271,13 +294,15 @@ class _Survey:
             f"{path}.{name}" in self._used for name, _ in self._modules[path].named_parameters(recurse=False)
         )
 
-    def _uses_outside_sites(self, graph_module: GraphModule) -> dict[int, str]:
+    def _uses_outside_sites(self) -> dict[int, str]:
         """Map each parameter that something other than a site reads to words about that reader."""
         outside: dict[int, str] = {}
         self._used: set[str] = set()
-        for node in graph_module.graph.nodes:
+        for node in self.graph.nodes:
             if node.op == "call_module" and self.is_opaque(node):
                 for parameter in self._modules[str(node.target)].parameters():
+                    if self.use.is_apart(parameter):
+                        continue
                     outside.setdefault(id(parameter), _reader(node, self._modules[str(node.target)]))
             elif node.op == "get_attr" and node.target in self._parameters:
                 self._used.add(str(node.target))

@@ -16,6 +16,8 @@ from biofx.graph_module import BioGraphModule
 from biofx.pass_base import PassResult
 from biofx.pipeline import Observer, Pipeline
 from biofx.record import add_step, matches_of, remembering, remembering_config
+from biofx.record_capture import ExampleInputs
+from biofx.region_parts import joined
 from biofx.reproducer import note_reproducer
 from biofx.select import NodeIndex, Selector
 
@@ -28,6 +30,8 @@ def transform(
     only: Selector | None = None,
     exclude: Selector | None = None,
     opaque: Sequence[str] = (),
+    regions: bool = True,
+    example_inputs: ExampleInputs | None = None,
     share_parameters: bool = False,
     observe: Observer | None = None,
 ) -> PassResult:
@@ -43,6 +47,9 @@ def transform(
         only: rewrite only what this selects (see :mod:`biofx.select`).
         exclude: leave alone what this selects.
         opaque: paths of modules not to look into.
+        regions: where something cannot be captured, let the module in which it is keep its own forward and
+            rewrite what that calls; if False, refuse.
+        example_inputs: ``(args, kwargs)`` of one call; optional, see :func:`biofx.capture`.
         share_parameters: let the result hold the model's own parameters instead of copies, but for those that
             a pass gives other values (``constrain-signs`` and ``expand-units`` do, and say so).
         observe: called after each pass that changed the graph, e.g. :func:`biofx.print_changed`.
@@ -75,18 +82,37 @@ def transform(
     elif observe is not None:
         pipeline = dataclasses.replace(pipeline, observe=observe)
     pipeline = remembering(pipeline)
-    captured = capture(model, share_parameters=share_parameters, opaque=opaque)
-    _check_overrides(captured, checked)
-    matches = matches_of(pipeline, captured)
-    with preserved_random_state():
-        try:
-            result = pipeline.on_own(captured)
-        except Exception as error:
-            note_reproducer(error, lambda: capture(model, opaque=opaque), pipeline)
-            raise
-    if checked is not None:
-        configure_layers(result.graph_module, checked)
-    add_step(result.graph_module, "transform", pipeline, checked, opaque=tuple(opaque), matches=matches)
+
+    def captured_again() -> BioGraphModule:
+        return capture(model, opaque=opaque, regions=regions, example_inputs=example_inputs)
+
+    captured = capture(
+        model,
+        share_parameters=share_parameters,
+        opaque=opaque,
+        regions=regions,
+        example_inputs=example_inputs,
+    )
+    with joined(captured):
+        _check_overrides(captured, checked)
+        matches = matches_of(pipeline, captured)
+        with preserved_random_state():
+            try:
+                result = pipeline.on_own(captured)
+            except Exception as error:
+                note_reproducer(error, captured_again, pipeline)
+                raise
+        if checked is not None:
+            configure_layers(result.graph_module, checked)
+    add_step(
+        result.graph_module,
+        "transform",
+        pipeline,
+        checked,
+        opaque=tuple(opaque),
+        recorded=example_inputs is not None,
+        matches=matches,
+    )
     return result
 
 

@@ -24,7 +24,7 @@ from biofx.guards import require_tensor
 from biofx.in_place import AUGMENTED_ASSIGNMENTS
 
 if TYPE_CHECKING:
-    from biofx.tracing import ModelTracer
+    from biofx.model_tracer import ModelTracer
 
 TORCH_FOLDER = torch.__path__[0]
 _OWN_ATTRIBUTES = frozenset({"tracer", "node", "_node", "root", "attr", "tensor", "path"})
@@ -111,8 +111,8 @@ class Value(_Typed, Proxy):
         """Return the type to show to the user's model; the graph then checks it whenever it runs."""
         node = self.node
         known = (
-            (node.op == "placeholder" and not str(node.target).startswith("*"))
-            or node.op == "call_module"
+            (node.op == "placeholder" and not str(node.target).startswith("*") and not self.tracer.prefix)
+            or (node.op == "call_module" and self.tracer.returns_a_tensor(str(node.target)))
             or (node.op == "call_method" and node.target not in _NO_TENSOR_METHODS)
             or (
                 node.op == "call_function" and str(getattr(node.target, "__module__", "")).startswith("torch")
@@ -198,6 +198,11 @@ class TrainingFlag(Value):
             target = f"{self.path}.training" if self.path else "training"
             self._node = self.tracer.create_node("get_attr", target, (), {}, target.replace(".", "_"))
         return self._node
+
+    def forget_erased(self) -> None:
+        """Make the node anew when asked for next, if it is no longer in the graph."""
+        if self._node is not None and self._node._erased:
+            self._node = None
 
     def __bool__(self) -> bool:
         self.tracer.refuse(

@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from biofx import ops
 from biofx.constant_part import ConstantPart
@@ -62,11 +62,11 @@ class WeightUse:
         return (id(self.parameter), self.whole, self.constraints, self.scalings, self.before, self.after)
 
 
-def weight_uses(constants: ConstantPart, graph_module: GraphModule) -> list[WeightUse]:
+def weight_uses(constants: ConstantPart) -> list[WeightUse]:
     """Return every way from a parameter to something that works on data, in the graph's order."""
     ways: dict[Node, dict[tuple[Any, ...], WeightUse]] = {}
     uses: list[WeightUse] = []
-    for node in graph_module.graph.nodes:
+    for node in constants.graph.nodes:
         if node not in constants:
             continue
         arriving = _arriving(node, constants, ways)

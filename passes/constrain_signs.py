@@ -90,6 +90,11 @@ class ConstrainSigns(WeightPass):
             return "its gradient is scaled already, and signs must be constrained before that"
         if site.parameter.is_meta:
             return "its weight is on the meta device and has no values"
+        feeding, following = survey.region_that_feeds(site), survey.region_that_follows(site)
+        if feeding is not None and not self.constrain_inputs:
+            return f"what feeds it is not known: Python calls {feeding!r} (constrain_inputs=False)"
+        if following is not None and not self.constrain_readout:
+            return f"what follows it is not known: Python calls {following!r} (constrain_readout=False)"
         if survey.reads_only_inputs(site) and not self.constrain_inputs:
             return "its presynaptic units are the model's inputs, which have no sign (constrain_inputs=False)"
         if survey.is_readout(site) and not self.constrain_readout:

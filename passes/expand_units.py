@@ -12,7 +12,7 @@ number an operation names, and those of recurrent layers and attention, are left
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +28,7 @@ from biofx.units.expandable import Circuit, Expandability, circuits
 from biofx.units.expansion import expand
 from biofx.units.gains import fold_negative_gains
 from biofx.units.groups import unit_groups
-from biofx.units.reach import last_synapses
+from biofx.units.reach import last_in_regions, last_synapses
 from biofx.validate import check_flag
 
 
@@ -50,7 +50,9 @@ class ExpandUnits(Pass):
         """Expand each circuit of units that can be expanded as a whole."""
         sites = find_sites(graph_module)
         groups, lowering = unit_groups(graph_module), Lowering(graph_module)
-        last = last_synapses(graph_module.graph, synaptic_nodes(graph_module))
+        synaptic = synaptic_nodes(graph_module)
+        last = last_synapses(graph_module.graph, synaptic)
+        in_regions = last_in_regions(graph_module.graph, synaptic)
         told: dict[tuple[Node, str], Remark] = {}
         chosen: list[Circuit] = []
         makers: dict[str, list[WeightSite]] = {}
@@ -58,7 +60,7 @@ class ExpandUnits(Pass):
             makers.setdefault(site.parameter_path, []).append(site)
         able = Expandability(groups, graph_module, makers)
         for circuit in circuits(groups):
-            reason = self._reason_against(circuit, scope, last, makers)
+            reason = self._reason_against(circuit, scope, last, in_regions, makers)
             reason = reason or able.why_not(circuit)
             if reason is None:
                 chosen.append(circuit)
@@ -91,6 +93,7 @@ class ExpandUnits(Pass):
         circuit: Circuit,
         scope: Scope,
         last: set[Node],
+        in_regions: Mapping[Node, str],
         makers: dict[str, list[WeightSite]],
     ) -> str | None:
         """Return why a circuit is not wanted, None if it is."""
@@ -98,6 +101,12 @@ class ExpandUnits(Pass):
             return "no weight reads its units"
         if not self.constrain_readout and all(reading.site.node in last for reading in circuit.readings):
             return "only a readout reads its units (constrain_readout=False)"
+        ends = [in_regions.get(reading.site.node) for reading in circuit.readings]
+        if not self.constrain_readout and None not in ends:
+            return (
+                "whether more than a readout reads its units is not known: Python calls "
+                f"{ends[0]!r} (constrain_readout=False)"
+            )
         parties = [reading.site for reading in circuit.readings]
         parties += [site for source in circuit.sources for site in makers.get(source.name, ())]
         for site in parties:

@@ -14,18 +14,22 @@ use SGD, or let ``biofx.attach`` scale their updates instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from torch.fx import Node
 
 from biofx import ops
 from biofx.config import GRANULARITIES, Distribution
+from biofx.graph_module import BioGraphModule
 from biofx.lowering import Lowering
+from biofx.pass_base import Scope
 from biofx.plasticity.dynamics import initial_factors
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.plasticity.randomness import generator_for
+from biofx.regions import region_of_nodes
 from biofx.report import Remark, applied
 from biofx.sites import Weight, WeightSite
 from biofx.validate import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, check_bounds, check_choice
@@ -66,10 +70,16 @@ class ScaleGradients(WeightPass):
         check_bounds("low", self.low, "high", self.high)
         super().__post_init__()
 
-    def reason_against(self, site: WeightSite, survey: None) -> str | None:
+    def survey(self, graph_module: BioGraphModule, scope: Scope) -> Mapping[Node, str]:
+        """Find the nodes whose place in the order of execution is not known."""
+        return region_of_nodes(graph_module.graph)
+
+    def reason_against(self, site: WeightSite, survey: Mapping[Node, str]) -> str | None:
         """Leave alone what is scaled already, would be scaled by 1, or is frozen."""
         if site.has(ops.scale_gradient):
             return "its gradient is scaled already"
+        if self.distribution is Distribution.LAYER_ADAPTIVE and survey.get(site.node):
+            return f"its place in the order of execution is not known: Python calls {survey[site.node]!r}"
         if self.distribution is Distribution.BASELINE or self.nu == 0:
             return f"every factor would be 1 ({self.distribution.value}, nu={self.nu:g})"
         if not site.parameter.requires_grad:

@@ -26,6 +26,7 @@ from biofx.errors import OptionError
 from biofx.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.printing import function_name
+from biofx.regions import region_of_nodes
 from biofx.report import Remark, applied, missed
 from biofx.sites import WeightSite, find_sites
 from biofx.validate import COUNT, check_choice
@@ -105,6 +106,8 @@ class SplitWeights(Pass):
             return "it is marked as the last module"
         if not site.node.users:
             return "nothing reads its output"
+        if site.node in readout and (region := region_of_nodes(graph_module.graph).get(site.node)):
+            return f"whether it is an output layer is not known: Python calls {region!r} and what follows it"
         if site.node in readout:
             return "it is an output layer: no weights between it and the model's output"
         return None

@@ -21,6 +21,8 @@ from biofx import CaptureError, InputError, capture
 def run(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
     """Two calls with the same seed, and what they leave: outputs, gradients of input and model, buffers."""
     torch.manual_seed(7)
+    random.seed(7)
+    numpy.random.seed(7)
     outputs, gradients = [], []
     for _ in range(2):
         given = x.clone().requires_grad_()
@@ -638,7 +640,7 @@ class HasExtraState(Body):
 
 class CopiesIntoNumpy(Body):
     def forward(self, x: Tensor) -> Any:
-        return self.fc(x) * float(x.sum())
+        return self.fc(x) * float(x.detach().sum())
 
 
 REFUSED: list[tuple[type[nn.Module], str]] = [
@@ -678,11 +680,68 @@ REFUSED: list[tuple[type[nn.Module], str]] = [
     (ListsParameters, r"parameter that no module holds.*nn.ParameterList"),
     (ReturnsAnOrderedDict, r"OrderedDict"),
     (SwitchesAPart, r"switches module 'bn'"),
-    (KeepsAPartFrozen, r"a train\(\) of its own"),
     (RefersToItself, r"refers to modules of the model"),
-    (HasExtraState, r"a get_extra_state\(\) of its own"),
     (CopiesIntoNumpy, r"float\(\) argument"),
 ]
+
+
+def test_a_train_of_its_own_stays(vectors: Tensor) -> None:
+    original = KeepsAPartFrozen()
+    captured = capture(original)
+    assert not captured.kept_as_python
+    for model in (captured, copy.deepcopy(captured)):
+        model.train()
+        assert model.training
+        assert not model.fc.training
+    inside = capture(nn.Sequential(KeepsAPartFrozen(), nn.Dropout())).train()
+    assert not inside[0].fc.training  # type: ignore[union-attr]
+    assert inside[1].training  # type: ignore[union-attr]
+    assert_same(original, captured, vectors)
+
+
+def test_extra_state_of_its_own_stays() -> None:
+    class Counts(HasExtraState):
+        def set_extra_state(self, state: Any) -> None:
+            self.extra = state
+
+    captured = capture(Counts())
+    assert not captured.kept_as_python
+    state = captured.state_dict()
+    assert torch.equal(state["_extra_state"], torch.zeros(1))
+    captured.load_state_dict({**state, "_extra_state": torch.ones(1)})
+    assert torch.equal(captured.get_extra_state(), torch.ones(1))
+
+
+WORK_AT_THE_END_ONLY = (
+    SetsAnAttributeOfAValue,
+    WorksInInferenceMode,
+    WorksUnderAutocast,
+    ReturnsAnOrderedDict,
+)
+
+
+@pytest.mark.parametrize("model_class", [model_class for model_class, _ in REFUSED])
+def test_what_is_refused_keeps_its_own_forward_where_regions_may_be(
+    model_class: type[nn.Module], vectors: Tensor, unchanged: Callable[[nn.Module], Any]
+) -> None:
+    model = model_class()
+    inside = nn.Sequential(nn.Linear(4, 4), model_class(), nn.Linear(4, 3))
+    if model_class is RefersToItself:
+        for either in (model, inside):
+            with pytest.raises(CaptureError, match="would go on using the original's"):
+                capture(either)
+        return
+    with unchanged(model):
+        captured = capture(model)
+    assert isinstance(captured, model_class)
+    assert list(captured.kept_as_python) == [""]
+    if model_class not in (SetsAnAttributeOfAValue, WorksInInferenceMode):  # fail as they are, in training
+        assert_same(model, captured, vectors)
+    if model_class not in WORK_AT_THE_END_ONLY:
+        captured = capture(inside)
+        assert isinstance(captured, nn.Sequential)
+        assert isinstance(captured[1], model_class)
+        assert_same(inside, captured, vectors)
 
 
 def numpy_state() -> bytes:
@@ -697,7 +756,7 @@ def test_what_a_graph_would_lose_is_refused_and_nothing_is_changed(
     model = model_class()
     state = numpy_state(), random.getstate()
     with unchanged(model), pytest.raises(CaptureError, match=message):
-        capture(model)
+        capture(model, regions=False)
     assert torch.is_grad_enabled()
     assert numpy_state() == state[0]
     assert random.getstate() == state[1]
@@ -710,7 +769,7 @@ def test_a_refusal_names_the_module_the_line_and_the_way_out() -> None:
 
     model = nn.Sequential(nn.Linear(4, 4), Inner())
     with pytest.raises(CaptureError) as caught:
-        capture(model)
+        capture(model, regions=False)
     message = str(caught.value)
     assert "module '1' (Inner)" in message
     assert "test_capture.py:" in message
@@ -767,7 +826,7 @@ def test_hooks_of_a_container_are_refused(vectors: Tensor, mlp: nn.Module) -> No
     model = nn.Sequential(mlp)
     model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     with pytest.raises(CaptureError, match=r"module '0' \(Sequential\) has forward pre hooks.*opaque="):
-        capture(model)
+        capture(model, regions=False)
 
 
 def test_a_forward_replaced_on_the_instance_is_refused(mlp: nn.Module) -> None:

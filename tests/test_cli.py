@@ -174,6 +174,15 @@ def test_explain_tells_matches_near_misses_and_winning_overrides(
     assert "weight_splitting_Gamma = 3 from fc1 (over 2 from fc*)" in printed
 
 
+def test_a_model_that_stays_in_python_is_told_with_the_line(
+    target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["transform", "mymodels:Branching"]) == 0
+    told = "".join(capsys.readouterr().out.split())
+    assert "1moduleskeeptheirownforward" in told
+    assert "mymodels.py:15" in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -183,7 +192,6 @@ def test_explain_tells_matches_near_misses_and_winning_overrides(
         (["transform", "mymodels:Nett"], "'mymodels' has no 'Nett'; did you mean 'Net'"),
         (["transform", "mymodels:number"], "to give a torch.nn.Module, found a int"),
         (["transform", "mymodels:needs_width"], "which fails: TypeError: needs_width() missing"),
-        (["transform", "mymodels:Branching"], "mymodels.py:15"),
         (["transform", "mymodels:Net", "--set", "gama=2"], "unknown field 'gama'"),
         (["transform", "mymodels:Net", "--set", "seed"], "expected FIELD=VALUE, found 'seed'"),
         (["transform", "mymodels:Net", "--set", "seed=x"], "seed: expected a whole number in [0, "),

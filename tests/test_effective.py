@@ -68,7 +68,7 @@ def weight_node(graph_module: torch.fx.GraphModule) -> torch.fx.Node:
 def counted(graph_module: torch.fx.GraphModule) -> SignCount:
     constants = ConstantPart(graph_module)
     (constraint,) = graph_module.graph.find_nodes(op="call_function", target=ops.constrain_sign)
-    uses = [use for use in weight_uses(constants, graph_module) if constraint in use.constraints]
+    uses = [use for use in weight_uses(constants) if constraint in use.constraints]
     return count_signs(constants, constraint, uses)
 
 
@@ -122,7 +122,7 @@ def test_long_expression_is_computed_without_recursion() -> None:
     graph_module = traced(Net())
     found = effective_weight(graph_module, weight_node(graph_module))
     torch.testing.assert_close(found, graph_module.get_parameter("weight").detach() + 3000)
-    assert len(weight_uses(ConstantPart(graph_module), graph_module)) == 1
+    assert len(weight_uses(ConstantPart(graph_module))) == 1
 
 
 @pytest.mark.parametrize("kind", ["random", "data", "in place", "module", "fails"])
@@ -174,7 +174,7 @@ def test_ways_say_what_lies_between_parameter_and_reader() -> None:
             return F.linear(x, used), raw, half, self.weight.norm() * x  # type: ignore[return-value]
 
     graph_module = traced(Net())
-    uses = weight_uses(ConstantPart(graph_module), graph_module)
+    uses = weight_uses(ConstantPart(graph_module))
     assert {use.path for use in uses} == {"weight"}
     told = {
         (len(use.constraints), len(use.scalings), use.before, use.after, use.reader.name)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -258,7 +259,11 @@ def test_untraceable_code_is_named_by_module_file_and_line(unchanged: Unchanged)
     model = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"gate": Untraceable()})["gate"])
     place = r"module '1' \(Untraceable\), .*test_transform\.py:\d+ \(if x\.mean\(\) > 0:\)"
     with unchanged(model), pytest.raises(CaptureError, match=place):
-        biofx.transform(model, EVERYTHING)
+        biofx.transform(model, EVERYTHING, regions=False)
+    with unchanged(model):
+        _, report = biofx.transform(model, EVERYTHING)
+    assert report.coverage is not None
+    assert re.search(place, report.coverage.kept["1"])
 
 
 def test_a_gamma_that_divides_nothing_is_an_error_and_one_that_divides_something_is_not(

@@ -13,6 +13,8 @@ from torch.fx import GraphModule, Node
 
 from biofx.dataflow import synaptic_nodes
 from biofx.in_place import changed_in_place
+from biofx.region_use import RegionUse
+from biofx.regions import region_input, region_output
 from biofx.sites import WeightSite, find_sites
 from biofx.units import rules_attention, rules_elementwise, rules_join, rules_layers, rules_shape
 from biofx.units.components import smallest_connected
@@ -66,6 +68,8 @@ class Analysis:
     """The units of each layer, by the path of its weight."""
     comparisons: dict[Node, set[Node]] = field(default_factory=dict)
     """Operations that compare values, and the values they compare."""
+    handed: dict[Node, str] = field(default_factory=dict)
+    """What depends on no weight but on what Python hands to a region, and the path of the region."""
     _count: int = 0
     _pairs: list[Tensor] = field(default_factory=list)
     _compared: list[Tensor] = field(default_factory=list)
@@ -172,19 +176,34 @@ class Analysis:
         for site in find_sites(self.graph_module).found:
             sites.setdefault(site.node, []).append(site)
         synaptic = synaptic_nodes(self.graph_module)
+        use = RegionUse(self.graph_module, self.graph_module.graph)
         for node in self.graph_module.graph.nodes:
-            if node in synaptic or any(source in self._fed for source in node.all_input_nodes):
-                self._fed.add(node)
+            self._note_what_feeds(node, node in synaptic)
             if node.op == "placeholder":
                 self.flows[node] = Flow(origin=node)
-            elif node.op in ("get_attr", "output"):
+            elif node.op in ("get_attr", "output") or node.target is region_output:
                 self.flows[node] = NOTHING
+            elif node.target is region_input:
+                region = node.args[0]
+                self.flows[node] = self.end(node, f"what feeds it is not known: Python calls {region!r}")
+            elif node not in sites and use.is_run_by_python(node):
+                self.flows[node] = self.end(node, f"Python runs {node.target!r}")
             else:
                 module = modules[str(node.target)] if node.op == "call_module" else None
                 call = Call(node, module, self)
                 self.flows[node] = self._layer(sites[node], call) if node in sites else self._apply(call)
                 for changed in changed_in_place(node):
                     self.flows[changed] = self.flows[node]
+
+    def _note_what_feeds(self, node: Node, is_synaptic: bool) -> None:
+        """Note whether weights feed a node, or Python does, behind which there may be weights."""
+        sources = [source for source in node.all_input_nodes if source in self._fed]
+        if node.target is region_input:
+            self.handed[node] = str(node.args[0])
+        elif sources and not is_synaptic and all(source in self.handed for source in sources):
+            self.handed[node] = self.handed[sources[0]]
+        if is_synaptic or sources or node in self.handed:
+            self._fed.add(node)
 
     def _apply(self, call: Call) -> Flow:
         """Return what the rule for an operation says of its result."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+from biofx.regions import region_output
 from biofx.sites import WeightSite
 from biofx.units import rules_elementwise as elementwise
 from biofx.units import rules_join as join
@@ -108,6 +109,9 @@ class Expandability:
         """Return why a circuit cannot be expanded, None if it can."""
         for source in circuit.sources:
             if source.kind != "layer":
+                region = self._groups.handed.get(source.name)
+                if region is not None:
+                    return f"what makes its units is not known: Python calls {region!r}"
                 return f"no layer makes its units: they begin at {source.name!r}"
             reason = self._unmakeable(self._makers[source.name][0])
             if reason is not None:
@@ -125,6 +129,8 @@ class Expandability:
             for user in node.users:
                 if user.op == "output":
                     return "its units are an output of the model"
+                if user.target is region_output:
+                    return f"what reads its units is not known: Python calls {user.args[0]!r}"
                 if user not in inside and user not in readers and self._groups.flows[user].has_units:
                     return f"its units go into {user.name!r}, behind which they are not known"
         return None

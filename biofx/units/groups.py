@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from biofx.dataflow import synaptic_nodes
 from biofx.errors import InputError
+from biofx.regions import whole_view
 from biofx.sites import WeightSite
 from biofx.units.analysis import Analysis, Reading, Source
 from biofx.units.flow import Flow
@@ -84,6 +85,18 @@ class UnitGroups:
     def ends(self) -> dict[Node, str]:
         """Where groups end, and why."""
         return dict(self._analysis.ended)
+
+    @cached_property
+    def handed(self) -> dict[str, str]:
+        """Names of nodes that depend on no weight but on what Python hands to a region, and that region."""
+        return {node.name: region for node, region in self._analysis.handed.items()}
+
+    def region_that_feeds(self, reading: Reading) -> str | None:
+        """Return the region by whose inputs alone a weight is fed as far as is known, None if others do."""
+        sources = self.home(reading.units).sources
+        regions = [self.handed.get(source.name) for source in sources if source.kind == "open"]
+        known = any(source.kind == "layer" for source in sources)
+        return None if known or None in regions else next(iter(regions), None)
 
     def reading(self, site: WeightSite) -> Reading:
         """Return what a site reads."""
@@ -231,4 +244,4 @@ def unit_groups(graph_module: GraphModule) -> UnitGroups:
             f"expected a torch.fx.GraphModule, found {type(graph_module).__name__}; capture the model first: "
             "biofx.unit_groups(biofx.capture(model))"
         )
-    return UnitGroups(Analysis.of(graph_module))
+    return UnitGroups(Analysis.of(whole_view(graph_module)))

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Set
 
 from torch.fx import Graph, Node
 
+from biofx.regions import region_of_nodes
+
 _SIZES = frozenset({"size", "dim", "numel", "device", "dtype"})
 
 
@@ -28,7 +30,17 @@ def only_compared(graph: Graph, comparisons: Mapping[Node, Set[Node]], synaptic:
 
 
 def last_synapses(graph: Graph, synaptic: Set[Node]) -> set[Node]:
-    """Return the nodes with weights from which no other such node can be reached."""
+    """Return the nodes with weights from which no other such node can be reached, outside of regions."""
+    return _last(graph, synaptic) - region_of_nodes(graph).keys()
+
+
+def last_in_regions(graph: Graph, synaptic: Set[Node]) -> dict[Node, str]:
+    """Return the same inside of regions, where what follows is not known, with the paths of the regions."""
+    regions = region_of_nodes(graph)
+    return {node: regions[node] for node in _last(graph, synaptic) if node in regions}
+
+
+def _last(graph: Graph, synaptic: Set[Node]) -> set[Node]:
     leads_on: set[Node] = set()
     for node in reversed(graph.nodes):
         if any(user in synaptic or user in leads_on for user in node.users):

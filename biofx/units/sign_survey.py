@@ -14,7 +14,7 @@ from biofx.dataflow import synaptic_nodes
 from biofx.sites import Weight, WeightSite, find_sites
 from biofx.units.analysis import Reading
 from biofx.units.groups import unit_groups
-from biofx.units.reach import last_synapses
+from biofx.units.reach import last_in_regions, last_synapses
 from biofx.units.sign_store import SignOptions, SignStore
 
 OptionsAt = Callable[["Node | None", str], SignOptions]
@@ -29,7 +29,9 @@ class SignSurvey:
         self.groups = unit_groups(graph_module)
         self.folded: dict[str, int] = {}
         """Negative gains that were folded away, counts by the path of the gain."""
-        self._last = last_synapses(graph_module.graph, synaptic_nodes(graph_module))
+        synaptic = synaptic_nodes(graph_module)
+        self._last = last_synapses(graph_module.graph, synaptic)
+        self._last_in_regions = last_in_regions(graph_module.graph, synaptic)
         makers = {site.parameter_path: site for site in reversed(self._sites)}
         self.store = SignStore(
             graph_module,
@@ -56,6 +58,15 @@ class SignSurvey:
         return (
             site.node in self._last and site.role in ("input", "attention_output") and not self._recurs(site)
         )
+
+    def region_that_feeds(self, site: WeightSite) -> str | None:
+        """Return the region to which Python hands all that it reads, None if something known feeds it."""
+        return self.groups.region_that_feeds(self.reading(site))
+
+    def region_that_follows(self, site: WeightSite) -> str | None:
+        """Return the region at whose end it stands, so that Python decides whether it is a readout."""
+        speaks_on = site.role not in ("input", "attention_output") or self._recurs(site)
+        return None if speaks_on else self._last_in_regions.get(site.node)
 
     def is_exempt(self, site: WeightSite) -> bool:
         """Whether all of its outputs are only compared with each other."""

@@ -1,0 +1,116 @@
+"""How much of a model a pipeline has rewritten, and why it left the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from biofx.regions import kept_around, kept_modules, whole_graph
+from biofx.sites import find_sites
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A parameter that nothing was done with."""
+
+    path: str
+    elements: int
+    """A count."""
+    reason: str
+    is_visible: bool
+    """Whether a graph reads it; if not, nothing could have been done."""
+
+
+@dataclass(frozen=True)
+class ModelCoverage:
+    """Every parameter of a model: rewritten, or left alone with a reason."""
+
+    total: int
+    """Elements of all parameters, a count; a parameter with two names counts once."""
+    rewritten: int
+    """Elements of those whose layer some pass rewrote, a count."""
+    left: tuple[LeftAlone, ...]
+    kept: Mapping[str, str]
+    """Paths of the modules that keep their own forward in Python, and why."""
+
+    @property
+    def visible(self) -> int:
+        """Elements of the parameters that are read in a graph, a count."""
+        return self.total - sum(entry.elements for entry in self.left if not entry.is_visible)
+
+    def __str__(self) -> str:
+        whole = max(1, self.total)
+        return (
+            f"{self.total} parameters: {self.rewritten} rewritten ({self.rewritten / whole:.1%}), "
+            f"{self.visible} visible ({self.visible / whole:.1%})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {
+            "total": self.total,
+            "rewritten": self.rewritten,
+            "visible": self.visible,
+            "left": [dict(vars(entry)) for entry in self.left],
+            "kept": dict(self.kept),
+        }
+
+
+def coverage_of(
+    graph_module: GraphModule, missed: Mapping[str, str], applied: Iterable[str]
+) -> ModelCoverage:
+    """Return what of a model was rewritten.
+
+    Args:
+        graph_module: the model as it is now.
+        missed: paths of layers, and why a pass left them alone.
+        applied: paths of layers that a pass rewrote.
+    """
+    kept = kept_modules(graph_module)
+    parameters = dict(graph_module.named_parameters())
+    layer_of = {id(site.parameter): site.layer for site in find_sites(graph_module).found}
+    read = set(_parameters_read(graph_module))
+    done = set(applied)
+    rewritten = 0
+    left: list[LeftAlone] = []
+    for path, parameter in parameters.items():
+        layer = layer_of.get(id(parameter))
+        if layer is not None and layer in done:
+            rewritten += parameter.numel()
+            continue
+        visible = layer is not None or id(parameter) in read
+        if layer is not None:
+            reason = missed.get(layer, "no pass acts on it")
+        elif visible:
+            owner = type(graph_module.get_submodule(path.rpartition(".")[0])).__name__
+            reason = f"no weight between units that passes act on, but {path.rpartition('.')[2]} of {owner}"
+        else:
+            reason = _why_hidden(path, kept)
+        left.append(LeftAlone(path, parameter.numel(), reason, visible))
+    return ModelCoverage(sum(p.numel() for p in parameters.values()), rewritten, tuple(left), kept)
+
+
+def _parameters_read(graph_module: GraphModule) -> Iterator[int]:
+    """Yield the ids of the parameters that a graph reads, by itself or in a module that torch brings."""
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    for node in whole_graph(graph_module).nodes:
+        if node.op == "get_attr":
+            path, _, name = str(node.target).rpartition(".")
+            held = modules[path]._parameters.get(name) if path in modules else None
+            if held is not None:
+                yield id(held)
+        elif node.op == "call_module" and _is_from_torch(modules[str(node.target)]):
+            yield from map(id, modules[str(node.target)].parameters())
+
+
+def _is_from_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn")
+
+
+def _why_hidden(path: str, kept: Mapping[str, str]) -> str:
+    around = kept_around(path, kept)
+    return "never used in the forward" if around is None else f"used by Python: {kept[around]}"

@@ -1,0 +1,68 @@
+"""What the Python code of a forward mentions by name, for questions that only its author can settle."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+ANYTHING = "*"
+"""Stands for whatever has no name of its own in the code."""
+_LIBRARIES = ("torch.", "builtins.", "typing.", "collections.", "functools.", "math.", "numpy.")
+
+
+def names_mentioned(module: nn.Module) -> frozenset[str]:
+    """Return the attributes, globals and texts that a module's forward mentions, and what it calls does."""
+    return frozenset(name for code in _code_of(module) for name in _names(code))
+
+
+def weights_mentioned(module: nn.Module) -> frozenset[str]:
+    """Return whose ``.weight`` a module's forward mentions: ``"fc"`` for ``self.fc.weight``.
+
+    Its own is left out; :data:`ANYTHING` for that of something without a name, as in ``layer.weight``.
+    """
+    found: set[str] = set()
+    for code in _code_of(module):
+        before: dis.Instruction | None = None
+        for instruction in dis.get_instructions(code):
+            if instruction.argval == "weight" and "ATTR" in instruction.opname and before is not None:
+                if before.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+                    found.add(str(before.argval))
+                elif before.argval != "self":
+                    found.add(ANYTHING)
+            before = instruction
+    return frozenset(found)
+
+
+def _code_of(module: nn.Module) -> Iterator[CodeType]:
+    """Yield the code of a forward, of methods and of functions of its own source that it may call."""
+    seen: set[CodeType] = set()
+    functions: list[Any] = [type(module).forward]
+    while functions:
+        function = functions.pop()
+        function = getattr(function, "__wrapped__", function)
+        code = getattr(function, "__code__", None)
+        if not isinstance(code, CodeType) or code in seen:
+            continue
+        seen.add(code)
+        yield from _with_inner(code)
+        for name in _names(code):
+            for called in (getattr(type(module), name, None), function.__globals__.get(name)):
+                if isinstance(called, FunctionType) and not f"{called.__module__}.".startswith(_LIBRARIES):
+                    functions.append(called)
+
+
+def _with_inner(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _with_inner(constant)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    for inner in _with_inner(code):
+        yield from inner.co_names
+        yield from (text for text in inner.co_consts if isinstance(text, str))  # getattr(self, "fc")

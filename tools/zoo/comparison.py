@@ -1,0 +1,136 @@
+"""Whether a captured model does what the model does, and how much of it can be rewritten."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import biofx
+
+Example = Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass
+class Outcome:
+    """What became of one model."""
+
+    name: str
+    verdict: str
+    """``equal``, ``refused``, ``DIFFERENT`` or ``not built``."""
+    note: str = ""
+    sites: float = 0.0
+    """Fraction of the elements of matrices that belong to a weight site, dimensionless."""
+    visible: float = 0.0
+    """Fraction of the elements of all parameters that are read in a graph, dimensionless."""
+    scaled: float = 0.0
+    """Fraction whose gradient is scaled with everything on, dimensionless."""
+    parameters: int = 0
+    graphs: int = 0
+    kept: int = 0
+    cost: float = float("nan")
+    """Time of ``capture`` over that of ``symbolic_trace`` and ``deepcopy``; NaN where that fails."""
+
+
+def compare(name: str, model: nn.Module, example: Example, *, recorded: bool) -> Outcome:
+    """Capture a model and compare; see :class:`Outcome`."""
+    options: dict[str, Any] = {"example_inputs": example(2)} if recorded else {}
+    try:
+        captured = biofx.capture(model, **options)
+    except biofx.BiofxError as error:
+        return Outcome(name, "refused", str(error))
+    outcome = Outcome(name, "equal", parameters=sum(p.numel() for p in model.parameters()))
+    outcome.graphs = 1 + len(vars(captured).get("region_paths", ()))
+    outcome.kept = len(vars(captured).get("kept_as_python", {}))
+    for training in (True, False):
+        for batch in (2, 3):  # recorded or traced without sizes, and another size
+            difference = _difference(model, captured, example(batch), training)
+            if difference:
+                outcome.verdict = "DIFFERENT"
+                outcome.note = f"{'train' if training else 'eval'}, batch {batch}: {difference}"
+                return outcome
+    try:
+        _try_everything(model, example(2), options, outcome)
+    except Exception as error:
+        outcome.verdict = "DIFFERENT"
+        outcome.note = f"with everything on: {type(error).__name__}: {error}"
+    return outcome
+
+
+def _difference(model: nn.Module, captured: nn.Module, given: Any, training: bool) -> str:
+    reference, other = copy.deepcopy(model).train(training), copy.deepcopy(captured).train(training)
+    (expected, failed), (found, fails) = _tried(reference, given), _tried(other, given)
+    if failed or fails:
+        return "" if failed == fails else f"{fails or 'no error'} instead of {failed or 'none'}"
+    try:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def _tried(model: nn.Module, given: Any) -> tuple[Any, str]:
+    """Return what a run gives, and what it raises."""
+    try:
+        return _run(model, given), ""
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _run(model: nn.Module, given: Any) -> tuple[Any, ...]:
+    args, kwargs = given
+    torch.manual_seed(5)
+    random.seed(5)
+    numpy.random.seed(5)
+    outputs = [model(*args, **kwargs) for _ in range(2)]
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    total = sum((leaf.float() ** 2).mean() for leaf in leaves if leaf.requires_grad)
+    if isinstance(total, Tensor):
+        total.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    return {type(outputs[0]).__name__: leaves}, gradients, buffers
+
+
+def _try_everything(model: nn.Module, given: Any, options: dict[str, Any], outcome: Outcome) -> None:
+    config = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.2, apply_dales_principle=True)
+    bio_model, report = biofx.transform(model, config, **options)
+    sites = biofx.sites.find_sites(bio_model).found
+    seen = {id(site.parameter): site.parameter.numel() for site in sites}
+    scaled = {
+        id(site.parameter): site.parameter.numel() for site in sites if site.has(biofx.ops.scale_gradient)
+    }
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    outcome.sites, outcome.scaled = (sum(x.values()) / max(1, matrices) for x in (seen, scaled))
+    outcome.visible = report.coverage.visible / max(1, report.coverage.total)  # type: ignore[union-attr]
+    bio_model.train()
+    args, kwargs = given
+    optimizer = torch.optim.SGD(bio_model.parameters(), 1e-3)
+    leaves = [x for x in pytree.tree_leaves(bio_model(*args, **kwargs)) if isinstance(x, Tensor)]
+    total = sum((leaf.float() ** 2).mean() for leaf in leaves if leaf.requires_grad)
+    total.backward()  # type: ignore[union-attr]
+    optimizer.step()
+
+
+def cost(model: nn.Module) -> float:
+    """Return the least time of a capture over that of plain tracing and copying, interleaved; or NaN."""
+    times: list[list[float]] = [[], []]
+    for _ in range(4):
+        try:
+            start = time.process_time()
+            torch.fx.symbolic_trace(copy.deepcopy(model))
+            middle = time.process_time()
+            biofx.capture(model)
+            times[0].append(middle - start)
+            times[1].append(time.process_time() - middle)
+        except Exception:
+            return float("nan")
+    return min(times[1]) / min(times[0])
