@@ -72,7 +72,9 @@ class BioGraphModule(GraphModule):
         vars(self).update(state)
         self.graph = unpack(graph)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load a state as any module does.
 
         Raises:
