@@ -85,8 +85,8 @@ class BioGraphModule(GraphModule):
             given = state_dict.get(path)
             if given is not None and given.shape != weight.shape:
                 raise CheckpointError(
-                    f"{path!r}: expected shape {tuple(weight.shape)}, in which each unit is an excitatory and "
-                    f"an inhibitory one (dales_method='expand'), found {tuple(given.shape)}; load a "
+                    f"{path!r}: expected shape {tuple(weight.shape)}, in which each unit is an excitatory "
+                    f"and an inhibitory one (dales_method='expand'), found {tuple(given.shape)}; load a "
                     "checkpoint of the original into the original, and transform that"
                 )
         return super().load_state_dict(state_dict, strict, assign)
