@@ -95,7 +95,9 @@ class BioGraphModule(GraphModule):
                 "imported here; make the class importable under the name it had"
             )
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load a state as any module does.
 
         Raises:
@@ -106,8 +108,8 @@ class BioGraphModule(GraphModule):
             given = state_dict.get(path)
             if given is not None and given.shape != weight.shape:
                 raise CheckpointError(
-                    f"{path!r}: expected shape {tuple(weight.shape)}, in which each unit is an excitatory and "
-                    f"an inhibitory one (dales_method='expand'), found {tuple(given.shape)}; load a "
+                    f"{path!r}: expected shape {tuple(weight.shape)}, in which each unit is an excitatory "
+                    f"and an inhibitory one (dales_method='expand'), found {tuple(given.shape)}; load a "
                     "checkpoint of the original into the original, and transform that"
                 )
         return super().load_state_dict(state_dict, strict, assign)

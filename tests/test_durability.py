@@ -36,11 +36,9 @@ def test_a_mechanism_that_is_lost_shows() -> None:
     tool = durability()
 
     def forgets(bio_model: Any) -> Any:
-        plain = tool.plain_net()
-        plain.load_state_dict(tool.biofx.plain_state(bio_model))
-        return tool.arrived(plain)
+        return tool.arrived(tool.untransformed(bio_model))
 
-    for name in ("split", "signs", "signs, abs", "factors"):
+    for name in ("split", "signs", "signs, abs", "signs, expand", "factors"):
         assert tool.measure(name, forgets) == "LOST"
     assert tool.measure("activity", forgets) == "LOST"
     assert tool.measure("rules", forgets) == "refused"

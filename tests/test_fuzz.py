@@ -80,6 +80,33 @@ class Weights(nn.Module):
         return nn.functional.dropout(mixed, 0.2, self.training) * self.scale
 
 
+class Sequence(nn.Module):
+    """A recurrent layer, or attention, along the last axis; of units alone, over sequences of one."""
+
+    def __init__(self, inner: nn.Module, *, alone: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        self.alone = alone
+
+    def forward(self, x: Tensor) -> Any:
+        steps = x.unsqueeze(1) if self.alone else x.transpose(1, 2)
+        attends = isinstance(self.inner, nn.MultiheadAttention)
+        y = self.inner(steps, steps, steps)[0] if attends else self.inner(steps)[0]
+        return y.squeeze(1) if self.alone else y.transpose(1, 2)
+
+
+def normalisations(axes: int, width: int) -> dict[str, Callable[[], nn.Module]]:
+    """Those for units of a shape, by name."""
+    instance: Any = (None, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[axes]
+    made: dict[str, Callable[[], nn.Module]] = {
+        "batch": lambda: NORMS[axes](width),
+        "layer": lambda: nn.LayerNorm([width, *[3] * axes]),
+        "rms": lambda: nn.RMSNorm([width, *[3] * axes]),
+        "group": lambda: nn.GroupNorm(width, width) if axes else nn.Identity(),
+    }
+    return {**made, "instance": lambda: instance(width, affine=True)} if axes else made
+
+
 @st.composite
 def models(draw: Callable[[Any], Any]) -> tuple[nn.Module, Tensor]:
     """A nest of blocks over units of shape ``(batch, units, *)``, and an input."""
@@ -98,8 +125,9 @@ def models(draw: Callable[[Any], Any]) -> tuple[nn.Module, Tensor]:
 
     def block(width: int, depth: int) -> tuple[nn.Module, int]:
         kinds = ["layer", "shared", "weights", "relu", "norm", "dropout", "gelu"]
+        kinds += ["recurrent", "attention"] * (axes < 2)
         kind = draw(st.sampled_from(kinds + ["residual", "concatenate", "nested"] * (depth < 2)))
-        out = draw(st.integers(1, 7))
+        out, norms = draw(st.integers(1, 7)), normalisations(axes, width)
         if kind == "layer":
             return layer(width, out), out
         if kind == "shared":
@@ -113,10 +141,17 @@ def models(draw: Callable[[Any], Any]) -> tuple[nn.Module, Tensor]:
         if kind == "nested":
             blocks, width = chain(width, depth + 1)
             return blocks, width
+        if kind == "recurrent":
+            cell: Any = draw(st.sampled_from([nn.GRU, nn.LSTM, nn.RNN]))
+            both = draw(st.booleans())
+            return Sequence(cell(width, out, batch_first=True, bidirectional=both), alone=axes == 0), out * (
+                1 + both
+            )
         simple: dict[str, Callable[[], nn.Module]] = {
             "weights": lambda: Weights(width),
             "relu": nn.ReLU,
-            "norm": lambda: NORMS[axes](width),
+            "norm": lambda: norms[draw(st.sampled_from(sorted(norms)))](),
+            "attention": lambda: Sequence(nn.MultiheadAttention(width, 1, batch_first=True), alone=axes == 0),
             "dropout": lambda: nn.Dropout(0.3),
             "gelu": nn.GELU,
         }
@@ -140,7 +175,9 @@ CONFIGS = st.fixed_dictionaries(
         "weight_splitting_Gamma": st.sampled_from([0, 2, 3]),
         "weight_splitting_activation_function": st.sampled_from(["identity", "torch.tanh", "torch.nn.ReLU"]),
         "apply_dales_principle": st.booleans(),
-        "dales_method": st.sampled_from(["project", "abs"]),
+        "weight_splitting_fold": st.booleans(),
+        "dales_method": st.sampled_from(["project", "abs", "expand"]),
+        "dales_initialisation": st.sampled_from(["balanced", "keep"]),
         "dales_axis": st.sampled_from(["presynaptic", "postsynaptic"]),
         "dales_constrain_inputs": st.booleans(),
         "dales_constrain_readout": st.booleans(),
@@ -236,7 +273,11 @@ def test_a_random_model_goes_through_everything(
     torch.testing.assert_close(deployed(x), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert not [key for key in deployed.state_dict() if "bio_mod" in key]
     plain = copy.deepcopy(model)
-    plain.load_state_dict(biofx.plain_state(bio_model))
+    if any(isinstance(state, biofx.BioModule) and state.is_expanded for state in bio_model.modules()):
+        with pytest.raises(biofx.CheckpointError, match="whose units became"):
+            biofx.plain_state(bio_model)
+    else:
+        plain.load_state_dict(biofx.plain_state(bio_model))
 
 
 @fuzz

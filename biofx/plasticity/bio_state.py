@@ -204,7 +204,7 @@ class BioState(nn.Module):
             held = self._buffers[name]
             if held is not None and not held.is_meta:
                 kept[name] = held
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in list(kept):
             moved = self._buffers[name]
             if moved is not None and not moved.is_meta:
