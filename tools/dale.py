@@ -15,10 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reproduce.data import digits
-from reproduce.networks import perceptron
-from reproduce.summary import with_error
-from reproduce.training import GRID, train
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,6 +23,10 @@ from torch import nn
 import biofx
 from biofx.demo import DigitNet
 from biofx.toml import write_whole
+from reproduce.data import digits
+from reproduce.networks import perceptron
+from reproduce.summary import with_error
+from reproduce.training import GRID, train
 
 SEEDS = tuple(range(8))
 _PLAIN_RATES = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0, apply_dales_principle=True)

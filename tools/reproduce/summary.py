@@ -14,16 +14,16 @@ from reproduce.arms import MECHANISMS
 from reproduce.runs import Result
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and its standard error, which takes two values at least; NaN for one."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and its standard error, which takes two values; None for one."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return statistics.mean(values), error
 
 
 def with_error(values: Sequence[float]) -> str:
-    """Return mean and standard error of the mean as text."""
+    """Return mean and standard error of the mean as text; of one value the mean alone."""
     mean, error = mean_and_error(values)
-    return f"{mean:.2f} ± {error:.2f}"
+    return f"{mean:.2f}" if error is None else f"{mean:.2f} ± {error:.2f}"
 
 
 @dataclass(frozen=True)
