@@ -1,4 +1,4 @@
-"""What both tutorials need: digits to learn from, an ordinary training loop, and a look at how well it went."""
+"""What both tutorials need: digits to learn from, an ordinary training loop, and how well it went."""
 
 from __future__ import annotations
 

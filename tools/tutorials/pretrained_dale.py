@@ -12,10 +12,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from learning import accuracy, digits, learn
 
 import biofx
 from biofx.demo import DigitNet
+from learning import accuracy, digits, learn
 
 
 def main(folder: Path, epochs: int) -> None:

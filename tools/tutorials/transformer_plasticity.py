@@ -1,8 +1,8 @@
 """A transformer with plasticity: ``python tools/tutorials/transformer_plasticity.py``.
 
-A small transformer reads a handwritten digit as a sequence of its eight rows. Its feed-forward synapses get learning
-rates of their own, weak ones are replaced by new ones, settled ones crystallize; attention is left as it is. All of it
-runs from the steps of AdamW, and the training loop does not change. Nothing is downloaded.
+A small transformer reads a handwritten digit as a sequence of its eight rows. Its feed-forward synapses begin
+with learning rates of their own; then, in all layers, weak synapses are replaced by new ones and settled ones
+crystallize. All of it runs from the steps of AdamW, and the training loop does not change. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from learning import accuracy, digits, learn
 from torch import Tensor, nn
 
 import biofx
 from biofx.layer_plot import plot_layers
+from learning import accuracy, digits, learn
 
 
 class RowReader(nn.Module):
@@ -58,7 +58,8 @@ def main(folder: Path, epochs: int) -> None:
     same = torch.equal(bio_model.eval()(test[0]), model.eval()(test[0]))
     print(f"rates change learning, not the function; equal to the last bit: {same}")
 
-    # 2. When? AdamW is indifferent to the scale of a gradient, so `attach` scales its updates instead.
+    # 2. When? Rules run in every layer, chosen above or not. AdamW is indifferent to the scale of a gradient,
+    # so `attach` scales its updates instead.
     monitor = biofx.Monitor(path=folder / "run.jsonl", every=5)
     optimizer = torch.optim.AdamW(bio_model.parameters(), lr=0.003)
     steps = epochs * -(-len(train[1]) // 50)
@@ -67,7 +68,7 @@ def main(folder: Path, epochs: int) -> None:
         biofx.Rule("crystallize", every=5, after=steps // 2),  # then settle
     ]
     plasticity = biofx.attach(bio_model, optimizer, schedule, observers=[monitor])
-    print(f"factors act on: {plasticity.modes}")
+    print(f"factors act on the {plasticity.modes['encoder.layers.0.linear1.weight']} of each weight")
 
     # 3. The loop is yours.
     print(f"before: {accuracy(bio_model, test):.2f}% of the test digits")
@@ -80,9 +81,7 @@ def main(folder: Path, epochs: int) -> None:
     for path in monitor.records[-1].layers:
         layers = [record.layers[path] for record in monitor.records]
         replaced, last = sum(layer.replaced for layer in layers), layers[-1]
-        print(
-            f"  {path}: {replaced} synapses replaced, mean factor {last.factor_mean:.2f} ± {last.factor_std:.2f}"
-        )
+        print(f"  {path}: {replaced} replaced, factors {last.factor_mean:.2f} ± {last.factor_std:.2f}")
     monitor.plot(folder / "run.png")
     plot_layers(monitor.records, folder / "layers.png")
 
