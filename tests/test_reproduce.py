@@ -216,7 +216,7 @@ def test_rates_are_chosen_on_validation_and_differences_are_paired_by_seed() -> 
 # data
 
 
-def idx(values: np.ndarray[Any, Any]) -> bytes:
+def idx(values: Any) -> bytes:
     return bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}i", *values.shape) + values.tobytes()
 
 
@@ -240,7 +240,7 @@ def test_mnist_is_read_from_a_folder(tmp_path: Path) -> None:
         loader("mnist", tmp_path)
 
 
-def write_cifar(folder: Path) -> np.ndarray[Any, Any]:
+def write_cifar(folder: Path) -> Any:
     """Write batches as Python 2 pickled them: keys and values of bytes."""
     random = np.random.default_rng(0)
     folder.mkdir()
