@@ -694,8 +694,8 @@ def test_a_train_of_its_own_stays(vectors: Tensor) -> None:
         assert model.training
         assert not model.fc.training
     inside = capture(nn.Sequential(KeepsAPartFrozen(), nn.Dropout())).train()
-    assert not inside[0].fc.training  # type: ignore[union-attr]
-    assert inside[1].training  # type: ignore[union-attr]
+    assert not inside.get_submodule("0.fc").training
+    assert inside.get_submodule("1").training
     assert_same(original, captured, vectors)
 
 

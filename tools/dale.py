@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,17 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import biofx
 from biofx.demo import DigitNet
 from biofx.toml import write_whole
+from reproduce.data import digits
+from reproduce.networks import perceptron
+from reproduce.summary import with_error
+from reproduce.training import GRID, train
 
-GRID = (0.01, 0.02, 0.05, 0.1)
 SEEDS = tuple(range(8))
-BATCH, MOMENTUM = 64, 0.9
-VALIDATION, TEST = 300, 500
 _PLAIN_RATES = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0, apply_dales_principle=True)
 ARMS: dict[str, biofx.BioConfig | None] = {
     "plain": None,
@@ -38,49 +38,22 @@ ARMS: dict[str, biofx.BioConfig | None] = {
 }
 
 
-def perceptron() -> nn.Module:
-    """Return a network of four hidden layers for ``(batch, 1, 8, 8)``."""
-    hidden = [layer for _ in range(3) for layer in (nn.Linear(64, 64), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), *hidden, nn.Linear(64, 10))
-
-
-NETWORKS = {"perceptron": (perceptron, 30), "residual CNN": (DigitNet, 12)}
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "perceptron": (perceptron, 30),
+    "residual CNN": (DigitNet, 12),
+}
 """What makes each network, and for how many epochs it learns."""
-
-
-def digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return training, validation and test images and labels, split by the seed."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(data.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    places = order[TEST + VALIDATION :], order[:VALIDATION], order[VALIDATION : VALIDATION + TEST]
-    train, validation, test = ((images[place], labels[place]) for place in places)
-    return train, validation, test
 
 
 def run(network: str, arm: str, rate: float, seed: int) -> tuple[float, float]:
     """Train one network; return its accuracy on validation and on test digits, in percent."""
-    train, validation, test = digits(seed)
     torch.manual_seed(seed)
     make, epochs = NETWORKS[network]
-    model: nn.Module = make()
+    model = make()
     config = ARMS[arm]
     if config is not None:
         model, _ = biofx.transform(model, config.replace(seed=seed))
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=MOMENTUM)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=epochs)
-    shuffle = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(train[1]), generator=shuffle).split(BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(model(train[0][batch]), train[1][batch]).backward()
-            optimizer.step()
-        decay.step()
-    model.eval()
-    with torch.no_grad():
-        found = [100 * float((model(x).argmax(1) == y).float().mean()) for x, y in (validation, test)]
-    return found[0], found[1]
+    return train(model, digits(seed), rate=rate, epochs=epochs, seed=seed)
 
 
 def measure(network: str) -> dict[str, dict[str, Any]]:
@@ -123,16 +96,11 @@ def main() -> None:
             differences = [
                 own - plain for own, plain in zip(result["test"], results["plain"]["test"], strict=True)
             ]
-            told = "" if arm == "plain" else _with_error(differences)
-            table.add_row(network, arm, f"{result['learning_rate']:g}", _with_error(result["test"]), told)
+            told = "" if arm == "plain" else with_error(differences)
+            table.add_row(network, arm, f"{result['learning_rate']:g}", with_error(result["test"]), told)
     Console().print(table)
     if options.json:
         write_whole(options.json, json.dumps(everything, indent=2) + "\n")
-
-
-def _with_error(values: list[float]) -> str:
-    """Return mean and standard error of the mean."""
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""An ablation that can be repeated: mechanism × network × seed, each with its control."""
