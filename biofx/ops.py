@@ -47,13 +47,9 @@ def scale_gradient(weight: Tensor, factor: Tensor, scale: Tensor | None = None) 
         )
     if is_recorded():
         held = weight.detach()
-        return held + (weight - held) * _factors(factor, scale, weight.dtype)
+        return held + (weight - held) * rate_codes.factors_of(factor, scale, weight.dtype)
     _refuse_shard(weight)
     return _tensor(_ScaleGradient.apply(weight, factor, scale))  # type: ignore[no-untyped-call]
-
-
-def _factors(factor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return (factor if scale is None else rate_codes.decode(factor, scale)).to(dtype)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -74,16 +70,16 @@ class _ScaleGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         factor, scale = ctx.saved_tensors
         free = is_exclusive(gradient)  # asked before anything else here refers to it
-        if scale is not None and is_plain_eager() and not torch.is_grad_enabled():
+        if factor.dtype != gradient.dtype and is_plain_eager() and not torch.is_grad_enabled():
             result = gradient if free else torch.empty_like(gradient)
             return rate_codes.multiply(gradient, factor, scale, out=result), None, None
-        factor = _factors(factor, scale, gradient.dtype)
+        factor = rate_codes.factors_of(factor, scale, gradient.dtype)
         return gradient.mul_(factor) if free else gradient * factor, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Tensor | None) -> Tensor:
         factor, scale = ctx.saved_tensors
-        scaled: Tensor = tangent * _factors(factor, scale, tangent.dtype)
+        scaled: Tensor = tangent * rate_codes.factors_of(factor, scale, tangent.dtype)
         return scaled
 
 

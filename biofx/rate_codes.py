@@ -18,7 +18,7 @@ from biofx.errors import PlasticityError
 
 _LAST = 255
 _FINEST = 1 << 16
-_BLOCK = 1 << 18  # entries that are decoded at a time: a megabyte
+_BLOCK = 1 << 17  # entries that are decoded at a time: half a megabyte, which stays in the cache
 
 
 def encode(factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,25 +51,31 @@ def encode(factors: Tensor) -> tuple[Tensor, Tensor]:
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """Return the factors, float32 and shaped like ``codes``, dimensionless."""
     # whole numbers up to 2**17, and a division by a power of two: nothing is rounded
-    return (codes.to(torch.float32) + scale[0]) / scale[1]
+    return codes.to(torch.float32).add_(scale[0]).div_(scale[1])
 
 
-def multiply(values: Tensor, codes: Tensor, scale: Tensor, *, out: Tensor) -> Tensor:
+def factors_of(held: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return factors in another type, from codes and their scale, or from numbers where there is no scale."""
+    return (held if scale is None else decode(held, scale)).to(dtype)
+
+
+def multiply(values: Tensor, held: Tensor, scale: Tensor | None, *, out: Tensor) -> Tensor:
     """Write ``values`` times the factors to ``out``, which may be ``values``, and return it.
 
-    The factors are decoded block by block, never all at once.
+    The factors are decoded, or converted, block by block, never all at once.
 
     Args:
-        values: of the shape of ``codes``, or one that they broadcast to.
-        codes: as :func:`encode` gives them; likewise ``scale``.
+        values: of the shape of ``held``, or one that it broadcasts to.
+        held: codes as :func:`encode` gives them, or factors.
+        scale: as :func:`encode` gives it, None for factors.
         out: shaped like ``values``.
     """
-    if codes.numel() <= _BLOCK or codes.dim() != values.dim() or len(codes) != len(values):
-        return torch.mul(values, decode(codes, scale).to(values.dtype), out=out)
-    step = max(1, _BLOCK * len(codes) // codes.numel())
-    for start in range(0, len(codes), step):
+    if held.numel() <= _BLOCK or held.dim() != values.dim() or len(held) != len(values):
+        return torch.mul(values, factors_of(held, scale, values.dtype), out=out)
+    step = max(1, _BLOCK * len(held) // held.numel())
+    for start in range(0, len(held), step):
         rows = slice(start, start + step)
-        torch.mul(values[rows], decode(codes[rows], scale).to(values.dtype), out=out[rows])
+        torch.mul(values[rows], factors_of(held[rows], scale, values.dtype), out=out[rows])
     return out
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import biofx
 from biofx import rate_codes
@@ -74,9 +77,10 @@ def test_factors_without_codes_are_refused(wrong: float) -> None:
 @pytest.mark.parametrize("shape", [(700, 900), (700, 1), (1, 900), (1, 1)])
 def test_blocks_multiply_as_the_whole_does(shape: tuple[int, int], dtype: torch.dtype) -> None:
     codes, scale = rate_codes.encode(1 + 0.3 * torch.rand(shape))
-    values = torch.randn(700, 900).to(dtype)
-    expected = values * rate_codes.decode(codes, scale).to(dtype)
-    assert torch.equal(rate_codes.multiply(values, codes, scale, out=torch.empty_like(values)), expected)
+    factors, values = rate_codes.decode(codes, scale), torch.randn(700, 900).to(dtype)
+    expected, out = values * factors.to(dtype), torch.empty_like(values)
+    assert torch.equal(rate_codes.multiply(values, codes, scale, out=out), expected)
+    assert torch.equal(rate_codes.multiply(values, factors, None, out=out.zero_()), expected)
     assert rate_codes.multiply(values, codes, scale, out=values) is values
     assert torch.equal(values, expected)
 
@@ -242,14 +246,45 @@ def test_the_report_says_how_fine_they_are(mlp: nn.Module) -> None:
     assert report.passes[0].remarks[0].message.startswith("24 factors in bfloat16, uniform")
 
 
-def test_sharing_parameters_makes_no_second_copy(mlp: nn.Module) -> None:
-    """Rates and splits read the weights there are; nothing as large is made beside them."""
-    model = nn.Sequential(
-        nn.Linear(1000, 1200), nn.ReLU(), nn.Linear(1200, 1000), nn.ReLU(), nn.Linear(1000, 4)
-    )
-    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    config = biofx.BioConfig(weight_splitting_Gamma=2, **CODED)  # type: ignore[arg-type]
-    bio = biofx.transform(model, config, share_parameters=True).graph_module
-    assert all(bio.get_parameter(name) is own for name, own in model.named_parameters())
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in bio.buffers())
-    assert buffers <= 0.26 * weights
+class LiveBytes(TorchDispatchMode):
+    """Watches how many bytes of memory the tensors hold that are made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._live = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {entry.untyped_storage()._cdata for entry in tree_leaves(args) if isinstance(entry, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.device.type == "cpu":
+                storage = made.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self._known:
+                    self._known.add(storage._cdata)
+                    self._live += storage.nbytes()
+                    self.most = max(self.most, self._live)
+                    weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+        return result
+
+    def _drop(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self._live -= size
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_sharing_parameters_makes_no_second_copy(shared: bool) -> None:
+    layers = [layer for _ in range(12) for layer in (nn.Linear(400, 400, bias=False), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(400, 4))
+    weights = sum(4 * parameter.numel() for parameter in model.parameters())
+    config = biofx.BioConfig(weight_splitting_Gamma=2, fuzzy_lr_dtype="uint8")
+    with LiveBytes() as watched:
+        bio = biofx.transform(model, config, share_parameters=shared).graph_module
+    same = [bio.get_parameter(name) is own for name, own in model.named_parameters()]
+    if shared:
+        # a byte per rate stays; while a layer draws, some numbers of its own, a twelfth of all
+        assert all(same)
+        assert watched.most <= 0.7 * weights
+    else:
+        assert not any(same)
+        assert watched.most >= weights

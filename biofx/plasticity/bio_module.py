@@ -145,12 +145,10 @@ class BioModule(BioState):
     def fuzzy_learning_rates(self) -> int:
         """Multiply the weight's gradient by the factors; call it once, between backward and step."""
         self._require("fuzzy_learning_rates")
-        gradient = self._gradient()
-        if self.fuzzy_learning_rate_codes is not None and self.fuzzy_learning_rate_scale is not None:
-            part, codes = local(gradient), local_part(self.fuzzy_learning_rate_codes, gradient)
-            multiply(part, codes, self.fuzzy_learning_rate_scale, out=part)
-        else:
-            gradient.mul_(self._factors().to(gradient.dtype))
+        gradient, held = self._gradient(), self.kept_factors
+        if held is not None:
+            part = local(gradient)
+            multiply(part, local_part(held, gradient), self.fuzzy_learning_rate_scale, out=part)
         return gradient.numel()
 
     @torch.no_grad()
