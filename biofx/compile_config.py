@@ -52,6 +52,7 @@ _OPTIONS: dict[type[Pass], dict[str, str]] = {
         "fuzzy_lr_min": "low",
         "fuzzy_lr_max": "high",
         "fuzzy_lr_granularity": "granularity",
+        "fuzzy_lr_dtype": "dtype",
         "seed": "seed",
     },
     ObserveActivity: {"fuzzy_lr_distribution": "enabled"},

@@ -43,7 +43,11 @@ class Distribution(str, Enum):
     ACTIVITY = "activity"
 
 
+CHANGING = (Distribution.TEMPORAL, Distribution.WEIGHT_ADAPTIVE, Distribution.ACTIVITY)
+"""The distributions whose factors can go on changing during training."""
 GRANULARITIES = ("element", "neuron", "layer")
+RATE_DTYPES = ("float32", "bfloat16", "uint8")
+"""What learning-rate factors may be stored as; uint8 are the codes of :mod:`biofx.rate_codes`."""
 DALES_METHODS = (*SIGN_METHODS, "expand")
 
 _OPTIONAL = ("base_lr", "rejuvenation_turnover", "dales_signs")
@@ -69,6 +73,7 @@ _RANGES: dict[str, Range] = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "fuzzy_lr_distribution": tuple(member.value for member in Distribution),
     "fuzzy_lr_granularity": GRANULARITIES,
+    "fuzzy_lr_dtype": RATE_DTYPES,
     "dales_method": DALES_METHODS,
     "dales_initialisation": INITIALISATIONS,
     "dales_axis": SIGN_AXES,
@@ -128,6 +133,9 @@ class BioConfig:
     """Correlation of a temporal factor with its predecessor, dimensionless, in [0, 1]."""
     fuzzy_lr_granularity: str = "element"
     """What shares a factor: ``"element"`` (nothing), the synapses onto a ``"neuron"``, or the ``"layer"``."""
+    fuzzy_lr_dtype: str = "float32"
+    """What the factors are stored as: ``"float32"``, ``"bfloat16"``, or ``"uint8"`` (codes, a byte each, see
+    :mod:`biofx.rate_codes`; crystallization cannot change them); factors that go on changing need float32."""
     dampening_factor: float = 0.6
     """What crystallization multiplies a caught synapse's factor by, dimensionless, in (0, 1]."""
     crystal_thresh: float = 4.5e-05
@@ -186,6 +194,16 @@ class BioConfig:
         if not isinstance(self.overrides, (list, tuple)):
             raise OptionError(f"overrides: expected a list of Override records, found {self.overrides!r}")
         object.__setattr__(self, "overrides", tuple(map(_checked_override, self.overrides)))
+        if (
+            self.fuzzy_lr_dtype != "float32"
+            and self.fuzzy_lr_dynamic
+            and self.fuzzy_lr_distribution in CHANGING
+        ):
+            raise OptionError(
+                "fuzzy_lr_dtype: expected 'float32' for factors that go on changing (fuzzy_lr_dynamic=True, "
+                f"{self.fuzzy_lr_distribution.value}), found {self.fuzzy_lr_dtype!r}, which rounds their "
+                "small steps away"
+            )
 
     def replace(self, **fields: Any) -> BioConfig:
         """Return a copy with some fields changed.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import handle_torch_function, has_torch_function
 
-from biofx import sign_kernels
+from biofx import rate_codes, sign_kernels
 from biofx.errors import OptionError, PlasticityError
 from biofx.exclusive import is_exclusive
 
@@ -30,7 +30,7 @@ INITIALISATIONS = ("balanced", "keep")
 """What becomes of weights when their units are first given signs."""
 
 
-def scale_gradient(weight: Tensor, factor: Tensor) -> Tensor:
+def scale_gradient(weight: Tensor, factor: Tensor, scale: Tensor | None = None) -> Tensor:
     """Return ``weight`` unchanged; its gradient is multiplied by ``factor`` on the way back.
 
     The learning rate of each synapse, relative to the optimizer's. The identity is exact to the bit.
@@ -38,14 +38,18 @@ def scale_gradient(weight: Tensor, factor: Tensor) -> Tensor:
     Args:
         weight: any shape.
         factor: broadcastable to ``weight``, dimensionless; it receives no gradient.
+        scale: where ``factor`` holds codes, what :mod:`biofx.rate_codes` decodes them by.
     """
-    if has_torch_function((weight, factor)):
-        return redispatch(scale_gradient, (weight, factor), weight, factor)
+    relevant = (weight, factor) if scale is None else (weight, factor, scale)
+    if has_torch_function(relevant):
+        return redispatch(
+            scale_gradient, relevant, weight, factor, **({} if scale is None else {"scale": scale})
+        )
     if is_recorded():
         held = weight.detach()
-        return held + (weight - held) * factor.to(weight.dtype)
+        return held + (weight - held) * rate_codes.factors_of(factor, scale, weight.dtype)
     _refuse_shard(weight)
-    return _tensor(_ScaleGradient.apply(weight, factor))  # type: ignore[no-untyped-call]
+    return _tensor(_ScaleGradient.apply(weight, factor, scale))  # type: ignore[no-untyped-call]
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -54,24 +58,28 @@ class _ScaleGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, factor: Tensor) -> Tensor:
+    def forward(weight: Tensor, factor: Tensor, scale: Tensor | None) -> Tensor:
         return weight.view_as(weight)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        factor = factor.to(gradient.dtype)
-        return gradient.mul_(factor) if is_exclusive(gradient) else gradient * factor, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        factor, scale = ctx.saved_tensors
+        free = is_exclusive(gradient)  # asked before anything else here refers to it
+        if factor.dtype != gradient.dtype and is_plain_eager() and not torch.is_grad_enabled():
+            result = gradient if free else torch.empty_like(gradient)
+            return rate_codes.multiply(gradient, factor, scale, out=result), None, None
+        factor = rate_codes.factors_of(factor, scale, gradient.dtype)
+        return gradient.mul_(factor) if free else gradient * factor, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Tensor | None) -> Tensor:
-        (factor,) = ctx.saved_tensors
-        scaled: Tensor = tangent * factor.to(tangent.dtype)
+    def jvp(ctx: Any, tangent: Tensor, *_: Tensor | None) -> Tensor:
+        factor, scale = ctx.saved_tensors
+        scaled: Tensor = tangent * rate_codes.factors_of(factor, scale, tangent.dtype)
         return scaled
 
 

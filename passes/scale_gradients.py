@@ -16,16 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor
 from torch.fx import Node
 
 from biofx import ops
-from biofx.config import GRANULARITIES, Distribution
+from biofx.config import GRANULARITIES, RATE_DTYPES, Distribution
 from biofx.graph_module import BioGraphModule
-from biofx.lowering import Lowering
+from biofx.lowering import Lowering, node_stem
 from biofx.pass_base import Scope
+from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.dynamics import initial_factors
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.plasticity.randomness import generator_for
@@ -53,12 +53,15 @@ class ScaleGradients(WeightPass):
     """Upper bound of a factor, dimensionless, >= 1; a draw above it is drawn again."""
     granularity: str = "element"
     """What shares a factor: ``"element"`` (nothing), the synapses onto a ``"neuron"``, or the ``"layer"``."""
+    dtype: str = "float32"
+    """What factors are stored as: ``"float32"``, ``"bfloat16"`` or ``"uint8"`` (:mod:`biofx.rate_codes`)."""
     seed: int = 0
     """Seed of the draw, a whole number; each weight has a draw of its own that depends on its path alone."""
 
     def __post_init__(self) -> None:
         named = check_choice(f"{self.name}: distribution", self.distribution, [d.value for d in Distribution])
         check_choice(f"{self.name}: granularity", self.granularity, GRANULARITIES)
+        check_choice(f"{self.name}: dtype", self.dtype, RATE_DTYPES)
         object.__setattr__(self, "distribution", Distribution(named))
         for option, permitted in (
             ("nu", FRACTION),
@@ -91,26 +94,36 @@ class ScaleGradients(WeightPass):
     def wrap(self, lowering: Lowering, weight: Weight, survey: None) -> Iterator[Remark]:
         """Draw the factors, unless another use of the weight has brought them, and insert them."""
         state = bio_module_at(lowering.graph_module, weight.path)
-        if state.fuzzy_learning_rate_parameters is None:
-            state.fuzzy_learning_rate_parameters, state.noise = self._drawn(weight)
-            state.depth = weight.depth
-            state.config = state.config.replace(fuzzy_lr_min=self.low, fuzzy_lr_max=self.high)
-        factors = state.fuzzy_learning_rate_parameters
+        if not state.has_factors:
+            self._provide(state, weight)
+        factors: Any = state.fuzzy_learning_rate_parameters
         state.scaled_in_graph = True
         for site in weight.sites:
             lowering.lower(site)
-        rates = f"{bio_module_path(weight.path)}.fuzzy_learning_rate_parameters"
-        lowering.wrap_weight(weight.sites, ops.scale_gradient, (rates, "rates"), "scaled")
-        numbers = {"mean": factors.mean().item(), "std": factors.std(correction=0).item()}
-        message = f"{factors.numel()} factors, {self.distribution.value}, mean {numbers['mean']:.3f}, "
+        place = bio_module_path(weight.path)
+        options: dict[str, Any] = {}
+        kept = "fuzzy_learning_rate_codes" if state.is_coded else "fuzzy_learning_rate_parameters"
+        if state.is_coded and (visible := weight.sites[0].weight_node) is not None:
+            named = f"{node_stem(weight.path)}_scale"
+            options["scale"] = lowering.read(f"{place}.fuzzy_learning_rate_scale", visible.next, named)
+        lowering.wrap_weight(
+            weight.sites, ops.scale_gradient, (f"{place}.{kept}", "rates"), "scaled", **options
+        )
+        numbers = {"mean": factors.float().mean().item(), "std": factors.float().std(correction=0).item()}
+        message = f"{factors.numel()} factors{self._told(state)}, {self.distribution.value}, "
+        message += f"mean {numbers['mean']:.3f}, "
         message += f"std {numbers['std']:.3f}"
         if len(weight.sites) > 1:
             message += f"; one set for {len(weight.sites)} uses of the weight"
         for site in weight.sites:
             yield applied(site.node, site.layer, site.told(message), factors=factors.numel(), **numbers)
 
-    def _drawn(self, weight: Weight) -> tuple[Tensor, Tensor | None]:
-        return initial_factors(
+    def _provide(self, state: BioModule, weight: Weight) -> None:
+        state.depth = weight.depth
+        state.config = state.config.replace(
+            fuzzy_lr_min=self.low, fuzzy_lr_max=self.high, fuzzy_lr_dtype=self.dtype
+        )
+        factors, noise = initial_factors(
             self.distribution,
             weight.parameter,
             nu=self.nu,
@@ -121,3 +134,11 @@ class ScaleGradients(WeightPass):
             granularity=self.granularity,
             output_axis=weight.sites[0].kind.output_axis,
         )
+        state.store_factors(factors, self.dtype)
+        # the random part of factors that go on changing, which coarser ones do not
+        state.noise = noise if self.dtype == "float32" else None
+
+    def _told(self, state: BioModule) -> str:
+        if state.fuzzy_learning_rate_scale is not None:
+            return f" in steps of 1/{int(state.fuzzy_learning_rate_scale[1])}"
+        return "" if self.dtype == "float32" else f" in {self.dtype}"

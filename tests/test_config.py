@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "fuzzy_lr_update_freq": 100,
     "fuzzy_lr_decay": 0.9995,
     "fuzzy_lr_granularity": "element",
+    "fuzzy_lr_dtype": "float32",
     "dampening_factor": 0.6,
     "crystal_thresh": 4.5e-05,
     "crystal_min": 0.01,
@@ -58,6 +59,7 @@ CHANGED: dict[str, Any] = {
     "fuzzy_lr_update_freq": 1,
     "fuzzy_lr_decay": 1.0,
     "fuzzy_lr_granularity": "neuron",
+    "fuzzy_lr_dtype": "uint8",
     "dampening_factor": 1.0,
     "crystal_thresh": 1e-300,
     "crystal_min": 0.0,
@@ -106,6 +108,7 @@ BAD: list[tuple[str, Any, str]] = [
         for value in (3, None, nn.ReLU)
     ],
     ("weight_splitting_activation_function", "import:os:system", "an activation such as"),
+    *[("fuzzy_lr_dtype", value, "one of float32, bfloat16, uint8") for value in ("int8", torch.uint8)],
     *[("fuzzy_lr_granularity", value, "one of element, neuron, layer") for value in ("synapse", 1)],
     *[("crystal_min", value, FRACTION) for value in (-0.01, 1.5)],
     *[("rejuvenation_turnover", value, "a number in (0, 1]") for value in (0, 1.5, "some")],

@@ -189,6 +189,7 @@ class Attachment:
                 bound.old = local(state.weight.detach()).clone()
             if bound.multiplier is not None and not bound.scales_updates:
                 local(gradient).mul_(local_part(bound.multiplier, gradient).to(gradient.dtype))
+                bound.multiplier = None
 
     def _reads_values(self, state: BioModule) -> bool:
         """Whether a rule that is due before this step must see all of a layer's weight or gradient."""
@@ -215,8 +216,9 @@ class Attachment:
         if state.is_dynamic and (not scheduled or self._is_due("update_fuzzy_learning_rates")):
             names.append("update_fuzzy_learning_rates")
         able = [name for name in names if state.why_not(name) is None]
-        factors = state.fuzzy_learning_rate_parameters
-        used = factors.clone() if factors is not None and able and state.scaled_in_graph else factors
+        needed = state.scaled_in_graph and (able or bound.scales_updates)
+        factors = state.fuzzy_learning_rate_parameters if needed else None
+        used = factors.clone() if factors is not None and able else factors
         if "update_fuzzy_learning_rates" in able:
             average_activity(state, self._group)
         for name in able:
@@ -224,7 +226,7 @@ class Attachment:
             layer.touched[name] = result if isinstance(result, int) else 0
         if not state.scaled_in_graph:
             return True
-        if used is not None and (able or bound.scales_updates):
+        if used is not None:
             state.unscale_gradient(used)
             return True
         return False

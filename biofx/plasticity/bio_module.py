@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from biofx.config import BioConfig, Distribution
+from biofx.config import CHANGING, BioConfig, Distribution
 from biofx.errors import PlasticityError
 from biofx.plasticity.bio_state import BioState
 from biofx.plasticity.dynamics import (
-    FOLLOWING,
     evolve,
     following_factors,
     initial_factors,
@@ -28,9 +27,11 @@ from biofx.plasticity.rules.scaling import input_strength, synaptic_scaling
 from biofx.plasticity.rules.volume import multiply_by_volume, volume_factors
 from biofx.plasticity.shards import local, local_part
 from biofx.plasticity.units import laid_out
+from biofx.rate_codes import multiply
 
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
-_NEED_FACTORS = frozenset({"fuzzy_learning_rates", "update_fuzzy_learning_rates", "crystallize"})
+_CHANGE_FACTORS = frozenset({"update_fuzzy_learning_rates", "crystallize"})
+_NEED_FACTORS = _CHANGE_FACTORS | {"fuzzy_learning_rates"}
 
 
 class BioModule(BioState):
@@ -77,8 +78,10 @@ class BioModule(BioState):
             return "its weight is computed by a parametrization, not a parameter"
         if not self.weight.requires_grad and rule != "enforce_dales_principle":
             return "its weight is frozen"
-        if rule in _NEED_FACTORS and self.fuzzy_learning_rate_parameters is None:
+        if rule in _NEED_FACTORS and not self.has_factors:
             return "it has no learning-rate factors"
+        if rule in _CHANGE_FACTORS and self.is_coded:
+            return "its factors are kept as codes, too coarse to be changed (fuzzy_lr_dtype='uint8')"
         if rule == "enforce_dales_principle" and not self.is_constrained:
             return "its presynaptic units have no signs"
         if rule == "update_fuzzy_learning_rates" and not self.is_dynamic:
@@ -101,13 +104,12 @@ class BioModule(BioState):
     @property
     def is_dynamic(self) -> bool:
         """Whether the factors go on changing."""
-        changing = (Distribution.TEMPORAL, *FOLLOWING)
-        return self.config.fuzzy_lr_dynamic and self.config.fuzzy_lr_distribution in changing
+        return self.config.fuzzy_lr_dynamic and self.config.fuzzy_lr_distribution in CHANGING
 
     def draw(self) -> None:
         """Draw the factors that the config asks for, replacing those there are."""
         config = self.config
-        self.fuzzy_learning_rate_parameters, self.noise = initial_factors(
+        factors, noise = initial_factors(
             config.fuzzy_lr_distribution,
             self.weight,
             nu=config.fuzzy_learning_rate_factor_nu,
@@ -118,10 +120,22 @@ class BioModule(BioState):
             granularity=config.fuzzy_lr_granularity,
             output_axis=self.output_axis,
         )
+        self.store_factors(factors, self._form())
+        self.noise = noise if self.config.fuzzy_lr_dtype == "float32" else None
+
+    def _form(self) -> str:
+        """Return what factors are to be stored as; a graph that reads codes goes on reading codes."""
+        if (
+            self.scaled_in_graph
+            and self.has_factors
+            and self.is_coded != (self.config.fuzzy_lr_dtype == "uint8")
+        ):
+            return "uint8" if self.is_coded else "float32"
+        return self.config.fuzzy_lr_dtype
 
     def provide_factors(self) -> None:
         """Let every synapse have a factor of its own, 1 to begin with, where there are none."""
-        if self.fuzzy_learning_rate_parameters is None:
+        if not self.has_factors:
             weight = self.weight
             self.fuzzy_learning_rate_parameters = torch.ones(
                 weight.shape, dtype=torch.float32, device=weight.device
@@ -131,8 +145,10 @@ class BioModule(BioState):
     def fuzzy_learning_rates(self) -> int:
         """Multiply the weight's gradient by the factors; call it once, between backward and step."""
         self._require("fuzzy_learning_rates")
-        gradient = self._gradient()
-        gradient.mul_(self._factors().to(gradient.dtype))
+        gradient, held = self._gradient(), self.kept_factors
+        if held is not None:
+            part = local(gradient)
+            multiply(part, local_part(held, gradient), self.fuzzy_learning_rate_scale, out=part)
         return gradient.numel()
 
     @torch.no_grad()

@@ -14,9 +14,11 @@ from biofx.errors import PlasticityError
 from biofx.layer_kinds import kind_of
 from biofx.ops import signs_like
 from biofx.plasticity.randomness import generator_for
+from biofx.rate_codes import decode, encode, rounded
 
 _FACTORS = "fuzzy_learning_rate_parameters"
-_CONFIGURED = (_FACTORS, "sign", "local_sign", "noise", "activity")
+_CODES, _SCALE = "fuzzy_learning_rate_codes", "fuzzy_learning_rate_scale"
+_CONFIGURED = (_FACTORS, _CODES, _SCALE, "sign", "local_sign", "noise", "activity")
 _DERIVED = ("unit_index", "constrained_rows")
 _REMEMBERED = ("diversity", "target_strength", "steps", "events")
 _DEFAULT = BioConfig()
@@ -32,7 +34,10 @@ class BioState(nn.Module):
 
     ``fuzzy_learning_rate_parameters``
         One learning-rate factor per synapse, dimensionless; shaped like the weight, or of size 1 along the
-        axes that share a factor.
+        axes that share a factor. Decoded anew at every reading where the factors are kept as codes.
+    ``fuzzy_learning_rate_codes``, ``fuzzy_learning_rate_scale``
+        The same as codes, uint8, and what they are decoded by (see :mod:`biofx.rate_codes`); instead of the
+        factors where ``fuzzy_lr_dtype`` is ``"uint8"``.
     ``sign``
         +1 for each excitatory and -1 for each inhibitory unit of the layer, that is, of its outputs; 0 where
         unconstrained; int8, shape ``(units,)``. All layers that read the units read their signs from here.
@@ -60,11 +65,14 @@ class BioState(nn.Module):
     """
 
     __jit_unused_properties__: ClassVar[list[str]] = [
-        *("weight", "parameter", "is_linked", "is_constrained", "output_axis", "groups")
+        *("weight", "parameter", "is_linked", "is_constrained", "output_axis", "groups"),
+        *("is_coded", "has_factors", "kept_factors"),
     ]
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         fuzzy_learning_rate_parameters: Tensor | None
+        fuzzy_learning_rate_codes: Tensor | None
+        fuzzy_learning_rate_scale: Tensor | None
         sign: Tensor | None
         local_sign: Tensor | None
         unit_index: Tensor | None
@@ -179,6 +187,50 @@ class BioState(nn.Module):
         layout: dict[str, Any] = {**self.sign_layout, "rows": self.constrained_rows}
         return signs_like(self.weight.detach(), self.presynaptic_signs(), **layout)
 
+    # learning-rate factors
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the factors are kept as codes."""
+        return self.__dict__["_buffers"].get(_CODES) is not None
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether it has factors, in whatever form."""
+        return self.kept_factors is not None
+
+    @property
+    def kept_factors(self) -> Tensor | None:
+        """The buffer that holds the factors or their codes, None without any."""
+        return self._buffers[_CODES if self.is_coded else _FACTORS]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == _FACTORS and "_buffers" in self.__dict__ and self.is_coded:
+            # torch refuses to write to an inference tensor: what is written to a copy would be lost
+            with torch.inference_mode():
+                return decode(self._buffers[_CODES], self._buffers[_SCALE])  # type: ignore[arg-type]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == _FACTORS and self.is_coded:
+            codes, scale = (None, None) if value is None else encode(value)
+            self._buffers.update({_CODES: codes, _SCALE: scale})
+        else:
+            super().__setattr__(name, value)
+
+    def store_factors(self, factors: Tensor, dtype: str) -> None:
+        """Keep factors as ``dtype`` says, one of :data:`biofx.config.RATE_DTYPES`, instead of any others.
+
+        Raises:
+            PlasticityError: codes are asked for, and there are none for such factors.
+        """
+        values, codes, scale = factors, None, None
+        if dtype == "uint8":
+            codes, scale = encode(factors)
+        elif dtype == "bfloat16":
+            values = rounded(factors, self.config.fuzzy_lr_min, self.config.fuzzy_lr_max)
+        self._buffers.update({_FACTORS: None if codes is not None else values, _CODES: codes, _SCALE: scale})
+
     def _gradient(self) -> Tensor:
         gradient = self.weight.grad
         if gradient is None:
@@ -186,9 +238,10 @@ class BioState(nn.Module):
         return gradient
 
     def _factors(self) -> Tensor:
-        if self.fuzzy_learning_rate_parameters is None:
+        factors = self.fuzzy_learning_rate_parameters
+        if factors is None:
             raise PlasticityError(f"{self.path!r} has no learning-rate factors")
-        return self.fuzzy_learning_rate_parameters
+        return factors
 
     def _generator(self, purpose: str) -> torch.Generator:
         """Return the generator of the next random event; equal on every rank and after a resume."""
@@ -223,10 +276,30 @@ class BioState(nn.Module):
             self._buffers[name] = (
                 None if saved is None else torch.empty_like(saved, device=self.weight.device)
             )
-        saved, held = state_dict.get(f"{prefix}{_FACTORS}"), self.fuzzy_learning_rate_parameters
+        state_dict = self._as_kept(state_dict, prefix)
+        name = _CODES if self.is_coded else _FACTORS
+        saved, held = state_dict.get(prefix + name), self._buffers[name]
         if saved is not None and held is not None and saved.shape != held.shape:
             # crystallization gives each synapse a factor of its own, where one was shared
             layouts = (self.weight.shape, held.shape if self.noise is None else self.noise.shape)
             if saved.shape in layouts or held.shape == self.weight.shape:
-                self.fuzzy_learning_rate_parameters = held.new_empty(saved.shape)
+                self._buffers[name] = held.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _as_kept(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """Return a saved state with its factors as codes if there are codes here, else as numbers."""
+        factors, codes, scale = (state_dict.get(prefix + name) for name in (_FACTORS, _CODES, _SCALE))
+        kept = dict(state_dict)
+        if self.config.fuzzy_lr_dtype != "float32" and self.noise is None:
+            kept.pop(f"{prefix}noise", None)  # the random part of factors that go on changing: none here do
+        if self.is_coded and codes is None and factors is not None:
+            kept[prefix + _CODES], kept[prefix + _SCALE] = encode(kept.pop(prefix + _FACTORS))
+        elif (
+            self._buffers[_FACTORS] is not None
+            and factors is None
+            and codes is not None
+            and scale is not None
+        ):
+            del kept[prefix + _CODES], kept[prefix + _SCALE]
+            kept[prefix + _FACTORS] = decode(codes, scale)
+        return kept

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import biofx
+from biofx.config import RATE_DTYPES
 from biofx.passes import ConstrainSigns, ScaleGradients
+from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.distributions import STATIC_DISTRIBUTIONS
 
 
@@ -33,16 +35,11 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def factors(bio: nn.Module) -> dict[str, Tensor]:
     """The factor of each parameter, 1 for those that have none."""
-    buffers = dict(bio.named_buffers())
-    return {
-        name: buffers.get(
-            f"{name.rpartition('.')[0]}.bio_mod.fuzzy_learning_rate_parameters"
-            if name.endswith("weight")
-            else "",
-            torch.ones_like(parameter),
-        )
-        for name, parameter in bio.named_parameters()
-    }
+    found = {name: torch.ones_like(parameter) for name, parameter in bio.named_parameters()}
+    for path, module in bio.named_modules():
+        if isinstance(module, BioModule) and module.fuzzy_learning_rate_parameters is not None:
+            found[f"{path.removesuffix('bio_mod')}weight"] = module.fuzzy_learning_rate_parameters.float()
+    return found
 
 
 def reasons(report: biofx.Report) -> dict[str, str]:
@@ -121,8 +118,11 @@ def stock_pickle(bio: nn.Module) -> nn.Module:
         "to float64 and back",
     ],
 )
-def test_the_effect_survives(survive: Callable[[Any], nn.Module], mlp: nn.Module, vectors: Tensor) -> None:
-    bio, _ = scale(mlp, nu=0.5)
+@pytest.mark.parametrize("dtype", RATE_DTYPES)
+def test_the_effect_survives(
+    survive: Callable[[Any], nn.Module], dtype: str, mlp: nn.Module, vectors: Tensor
+) -> None:
+    bio, _ = scale(mlp, nu=0.5, dtype=dtype)
     plain, factor = gradients(mlp, vectors), factors(bio)
     survivor = survive(bio)
     torch.testing.assert_close(survivor(vectors), mlp(vectors))
@@ -132,17 +132,19 @@ def test_the_effect_survives(survive: Callable[[Any], nn.Module], mlp: nn.Module
         torch.testing.assert_close(found[name], plain[name] * factor[name])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
-def test_the_effect_survives_the_default_compiler(mlp: nn.Module, vectors: Tensor) -> None:
-    bio, _ = scale(mlp, nu=0.5)
+def test_the_effect_survives_the_default_compiler(dtype: str, mlp: nn.Module, vectors: Tensor) -> None:
+    bio, _ = scale(mlp, nu=0.5, dtype=dtype)
     plain, factor = gradients(mlp, vectors), factors(bio)
     found = gradients(torch.compile(bio), vectors)  # type: ignore[arg-type]
     for name in plain:
         torch.testing.assert_close(found[name], plain[name] * factor[name])
 
 
-def test_the_effect_survives_vmap_of_grad(mlp: nn.Module, vectors: Tensor) -> None:
-    bio, _ = scale(mlp, nu=0.5)
+@pytest.mark.parametrize("dtype", RATE_DTYPES)
+def test_the_effect_survives_vmap_of_grad(dtype: str, mlp: nn.Module, vectors: Tensor) -> None:
+    bio, _ = scale(mlp, nu=0.5, dtype=dtype)
     parameters: dict[str, Tensor] = dict(bio.named_parameters())
     buffers = dict(bio.named_buffers())
 

@@ -1,4 +1,4 @@
-"""What biofx costs: ``python tools/bench [--compiled] [--series] [--only WORD] [--json FILE]``.
+"""What biofx costs: ``python tools/bench [--compiled] [--series] [--memory] [--only WORD] [--json FILE]``.
 
 Each work is a table of candidates that do the same: the unmodified model, biofx, the paper's package where it
 is installed (``pip install pytorch-bio-transformations==0.0.5``), and the floor: the same layers made at the
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from growth import memory, transform_times
+from growth import MEMORY_GOALS, memory, transform_times
 from rich.console import Console
 from rich.table import Table
 from timing import interleaved
@@ -49,12 +49,27 @@ def table_of(row: dict[str, Any]) -> Table:
     return table
 
 
+def table_of_memory(found: dict[str, Any]) -> Table:
+    """Return peak memory for ``rich.print``."""
+    table = Table(title="FCNet, peak memory of its training", title_justify="left", box=None)
+    for column in ("candidate", "MB", "above plain / parameters", "goal"):
+        table.add_column(column, justify="left" if column == "candidate" else "right")
+    for name, excess in found["excess_over_parameters"].items():
+        goal = MEMORY_GOALS.get(name)
+        shown = f"[{'green' if excess <= goal else 'red'}]{goal:.2f}[/]" if goal is not None else ""
+        table.add_row(name, f"{found['peak_bytes'][name] / 1e6:.0f}", f"{excess:.3f}", shown)
+    return table
+
+
 def main() -> None:
     """Run the benchmark, print tables and write JSON if asked to."""
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
     parser.add_argument("--compiled", action="store_true", help="compile every training step")
     parser.add_argument("--series", action="store_true", help="grow sizes, to see how costs grow")
+    parser.add_argument(
+        "--memory", action="store_true", help="measure peak memory, in processes of their own"
+    )
     parser.add_argument("--threads", type=int, help="threads to compute with")
     parser.add_argument(
         "--cpu-time", action="store_true", help="time what the process computes, not what it waits for"
@@ -81,8 +96,11 @@ def main() -> None:
         gc.collect()
     grown: dict[str, Any] = {}
     if options.series:
-        grown = {"transform": transform_times(), "memory": memory()}
+        grown["transform"] = transform_times()
         console.print(grown)
+    if options.memory:
+        grown["memory"] = memory()
+        console.print(table_of_memory(grown["memory"]))
     if options.json:
         about = {"device": str(device), "name": name, "torch": torch.__version__, "rounds": options.rounds}
         about["clock"] = "process" if options.cpu_time else "wall"

@@ -9,17 +9,27 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from models import fully_connected
 from torch import nn
 
 import biofx
 
 _COUNTS = (10, 100, 1000, 10000)
-_CONFIGS: dict[str, dict[str, Any] | None] = {"plain": None, "rates": {}}
+_CONFIGS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "rates, float32": {},
+    "rates, bfloat16": {"fuzzy_lr_dtype": "bfloat16"},
+    "rates, uint8": {"fuzzy_lr_dtype": "uint8"},
+}
+MEMORY_GOALS = {"rates, uint8": 0.3}
+"""Excess of peak memory over the plain model's that is wanted, in units of the parameters."""
 _PEAK = """
 import resource, sys, torch, biofx
+from pathlib import Path
 sys.path.insert(0, {place!r})
 from models import fully_connected, training_step
+torch.set_num_threads({threads})
 model, x = fully_connected(), torch.randn(100, 3072)
 config = {config!r}
 if config is not None:
@@ -27,7 +37,11 @@ if config is not None:
 step = training_step(model, x)
 for _ in range(3):
     step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# what getrusage counts begins with what the process that started this one held
+status = Path("/proc/self/status")
+lines = status.read_text().splitlines() if status.exists() else []
+held = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+print(1024 * (held or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0])
 """
 
 
@@ -49,7 +63,7 @@ def memory() -> dict[str, Any]:
     place = str(Path(__file__).parent)
     peaks: dict[str, float] = {}
     for name, config in _CONFIGS.items():
-        script = _PEAK.format(place=place, config=config)
+        script = _PEAK.format(place=place, config=config, threads=torch.get_num_threads())
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         peaks[name] = float(done.stdout)
     parameters = 4 * sum(parameter.numel() for parameter in fully_connected().parameters())
