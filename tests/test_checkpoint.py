@@ -523,7 +523,9 @@ def test_a_state_of_other_widths_than_those_of_expanded_layers_is_refused(tmp_pa
     config = {"apply_dales_principle": True, "dales_method": "expand", "dales_constrain_readout": True}
     bio_model, _ = biofx.transform(Net(), config)
     before = copy.deepcopy(bio_model.state_dict())
-    with pytest.raises(CheckpointError, match=r"'conv.weight': expected shape \(8, 2, 3\), in which each unit"):
+    with pytest.raises(
+        CheckpointError, match=r"'conv.weight': expected shape \(8, 2, 3\), in which each unit"
+    ):
         bio_model.load_state_dict(Net().state_dict())
     for key, value in bio_model.state_dict().items():
         assert torch.equal(value, before[key])
