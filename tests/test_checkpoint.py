@@ -330,7 +330,7 @@ def test_a_state_that_does_not_fit_changes_nothing(
 def test_another_model_is_refused_with_what_differs(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     saved_run(path)
-    with pytest.raises(CheckpointError, match="its graph has 'mix_observed_spread = .*groups=3"):
+    with pytest.raises(CheckpointError, match=r"its graph has 'mix_observed_spread = .*groups=3"):
         biofx.load(path, Net(hidden=8))
     plain = tmp_path / "plain.pt"
     biofx.save(biofx.transform(Net(), {"weight_splitting_Gamma": 0}).graph_module, plain)
