@@ -294,3 +294,92 @@ def test_what_was_wrapped_is_unwrapped(x: Tensor) -> None:
     bio_model = trained().eval()
     wrap: Callable[..., nn.Module] = nn.DataParallel
     torch.testing.assert_close(biofx.deploy(wrap(bio_model))(x), bio_model(x))
+
+
+class Sequences(nn.Module):
+    """A recurrent layer, attention, and a normalisation over features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 6)
+        self.gru = nn.GRU(6, 3, 2, batch_first=True, bidirectional=True)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.norm = nn.LayerNorm(6)
+        self.hidden = nn.Linear(6, 6)
+        self.drop = nn.Dropout(0.2)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.gru(torch.relu(self.embed(x)))[0])
+        z = self.attention(y, y, y, need_weights=False)[0]
+        y = self.drop(torch.relu(self.hidden(self.norm(y + torch.relu(z)))))
+        return self.out(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["project", "expand"])
+def test_recurrent_layers_attention_and_norms_are_modules_with_evaluated_weights(method: str) -> None:
+    config = {"apply_dales_principle": True, "dales_method": method, "dales_constrain_readout": True}
+    model = Sequences()
+    with torch.no_grad():
+        model.norm.weight[2] = -1.0
+    bio_model = biofx.transform(model, config).graph_module
+    with torch.no_grad():
+        for parameter in bio_model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    deployed, sequences = biofx.deploy(bio_model), torch.randn(3, 4, 5)
+    torch.testing.assert_close(deployed(sequences), bio_model.eval()(sequences), rtol=1e-4, atol=1e-5)
+    assert names_of_biofx(deployed) == []
+    found = {str(node.target): type(deployed.get_submodule(str(node.target))) for node in calls(deployed)}
+    expected = {name: type(module) for name, module in Sequences().named_children() if name != "drop"}
+    assert found.items() >= expected.items()
+    assert not list(deployed.graph.find_nodes(op="get_attr"))
+    if method == "project":
+        raw = bio_model.get_submodule("gru").weight_hh_l0
+        assert not torch.equal(deployed.get_submodule("gru").weight_hh_l0, raw)
+        assert (deployed.get_submodule("norm").weight >= 0).all()
+
+
+class Pictures(nn.Module):
+    """Convolutions with a normalisation between, whose sums of synapses are folded."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = norm
+        self.second = nn.Conv2d(4, 8, 3, padding=1)
+        self.hidden = nn.Linear(8, 6)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.second(torch.relu(self.norm(self.first(x)))))
+        y = nn.functional.adaptive_avg_pool2d(y, 1).flatten(1)
+        return self.out(torch.relu(self.hidden(y)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.BatchNorm2d(4, affine=False),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm([4, 6, 6]),
+    ],
+)
+def test_folded_layers_become_small_ones(norm: nn.Module, fold: bool) -> None:
+    config = EVERYTHING.replace(weight_splitting_fold=fold, fuzzy_lr_distribution="uniform")
+    bio_model = biofx.transform(Pictures(norm), config).graph_module
+    pictures = torch.randn(3, 2, 6, 6)
+    for _ in range(2):
+        bio_model(torch.randn(3, 2, 6, 6))
+    deployed = biofx.deploy(bio_model)
+    torch.testing.assert_close(deployed(pictures), bio_model.eval()(pictures), rtol=1e-4, atol=1e-5)
+    assert names_of_biofx(deployed) == []
+    if fold:
+        with pytest.raises((AssertionError, ValueError), match=r"4 axes|4D input"):
+            deployed(pictures[0])
+        assert deployed.get_submodule("hidden").weight.shape == (3, 4)
+        assert deployed.get_submodule("second").weight.shape[0] == 4
