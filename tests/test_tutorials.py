@@ -55,6 +55,7 @@ def test_a_pretrained_network_keeps_its_accuracy_under_dale(
 def test_a_transformer_learns_with_plasticity(
     tutorial: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "run.jsonl").write_text("what an earlier run left\n")
     tutorial.main(tmp_path, epochs=6)
     told = capsys.readouterr().out
     applied = re.findall(r"applied (\S+): 2048 factors, lognormal", told)

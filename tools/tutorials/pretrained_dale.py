@@ -67,7 +67,8 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("biofx-dale"), help="folder for what it draws")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=8)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # for networks this small, threads wait for each other longer than they compute
     main(options.out, options.epochs)

@@ -61,6 +61,7 @@ def main(folder: Path, epochs: int) -> None:
 
     # 2. When? Rules run in every layer, chosen above or not. AdamW is indifferent to the scale of a gradient,
     # so `attach` scales its updates instead.
+    (folder / "run.jsonl").unlink(missing_ok=True)  # of an earlier run; a monitor never writes over one
     monitor = biofx.Monitor(path=folder / "run.jsonl", every=5)
     optimizer = torch.optim.AdamW(bio_model.parameters(), lr=0.003)
     steps = epochs * -(-len(train[1]) // 50)
@@ -97,7 +98,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--out", type=Path, default=Path("biofx-transformer"), help="folder for what it records"
     )
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=15)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # for networks this small, threads wait for each other longer than they compute
     main(options.out, options.epochs)
