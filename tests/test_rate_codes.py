@@ -250,7 +250,7 @@ class LiveBytes(TorchDispatchMode):
     """Watches how many bytes of memory the tensors hold that are made meanwhile."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = self._live = 0
         self._known: set[int] = set()
 

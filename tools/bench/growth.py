@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from models import fully_connected
 from torch import nn
 
@@ -28,6 +29,7 @@ import resource, sys, torch, biofx
 from pathlib import Path
 sys.path.insert(0, {place!r})
 from models import fully_connected, training_step
+torch.set_num_threads({threads})
 model, x = fully_connected(), torch.randn(100, 3072)
 config = {config!r}
 if config is not None:
@@ -61,7 +63,7 @@ def memory() -> dict[str, Any]:
     place = str(Path(__file__).parent)
     peaks: dict[str, float] = {}
     for name, config in _CONFIGS.items():
-        script = _PEAK.format(place=place, config=config)
+        script = _PEAK.format(place=place, config=config, threads=torch.get_num_threads())
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         peaks[name] = float(done.stdout)
     parameters = 4 * sum(parameter.numel() for parameter in fully_connected().parameters())
