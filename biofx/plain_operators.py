@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from biofx import fold_norm_ops, fold_ops, norm_ops, ops
+from biofx.transformer_layers import sequence_length
 
 Call = Callable[..., Node]
 """Inserts a call of a method (named by a text) or of a function, and returns its node."""
@@ -21,6 +22,9 @@ def write_out(own: GraphModule) -> None:
 
     Batch normalisations between folded layers become calls of :func:`biofx.norm_ops.batch_norm`.
     """
+    for node in reversed(own.graph.nodes):
+        if node.target is sequence_length and not node.users:  # asked for a mask that is not there
+            own.graph.erase_node(node)
     for node in list(own.graph.nodes):
         writer = _WRITERS.get(node.target) if node.op == "call_function" else None
         if writer is None:

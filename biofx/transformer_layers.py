@@ -99,6 +99,8 @@ def _traced(original: Callable[..., Any], as_node: Callable[..., Any], about: Se
 
     def decide(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
+        if given.get(about[0]) is None:  # then the others do not matter
+            return original(*args, **kwargs)
         if any(isinstance(given.get(name), Proxy) for name in about):
             return as_node(**given)
         return original(*args, **kwargs)

@@ -383,3 +383,24 @@ def test_folded_layers_become_small_ones(norm: nn.Module, fold: bool) -> None:
             deployed(pictures[0])
         assert deployed.get_parameter("hidden.weight").shape == (3, 4)
         assert deployed.get_parameter("second.weight").shape[0] == 4
+
+
+def test_a_transformer_deploys_as_ordinary_layers() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter = nn.Linear(4, 8)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.leave = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.leave(self.encoder(self.enter(x)).mean(1))
+            return logits
+
+    bio_model = biofx.transform(Encoder(), {"apply_dales_principle": True}).graph_module.eval()
+    deployed = biofx.deploy(bio_model)
+    x = torch.randn(2, 5, 4)
+    torch.testing.assert_close(deployed(x), bio_model(x))
+    assert names_of_biofx(deployed) == []
+    assert isinstance(deployed.get_submodule("encoder.layers.0.self_attn"), nn.MultiheadAttention)
