@@ -15,22 +15,10 @@ from torch.nn import functional as F
 import biofx
 from biofx.passes import ConstrainSigns, ExpandUnits
 from biofx.plasticity import BioModule
+from tests.units.nets import Net
 
 RELATIVE = 1e-5
 """What outputs may differ by, relative to the largest."""
-
-
-class Net(nn.Module):
-    """Layers by name, and what is done with them."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self._forward = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Any:
-        return self._forward(self, x)
 
 
 def _mlp(m: Any, x: Tensor) -> Tensor:

@@ -14,20 +14,8 @@ from torch.nn import functional as F
 
 import biofx
 from biofx.ops import pool_synapses
+from tests.units.nets import Net
 from tests.units.oracle import columns_of, moved_columns, told_columns
-
-
-class Net(nn.Module):
-    """Layers by name, and what is done with them."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self._forward = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Any:
-        return self._forward(self, x)
 
 
 def view_and_permute(x: Tensor, groups: int) -> Tensor:

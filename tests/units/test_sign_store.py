@@ -17,19 +17,7 @@ from biofx.plasticity import BioModule
 from biofx.plasticity.placement import bio_module_at
 from biofx.select import Override
 from biofx.sites import find_sites
-
-
-class Net(nn.Module):
-    """Layers by name, and what is done with them."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self._forward = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Any:
-        return self._forward(self, x)
+from tests.units.nets import Net
 
 
 def _conv(inputs: int, outputs: int, **options: Any) -> nn.Conv2d:
