@@ -170,8 +170,14 @@ class ConstrainSigns(WeightPass):
         if self.axis == "presynaptic":
             norms = survey.norms_read_by(weights)
             yield from constrain_gains(
-                self, scope, lowering, norms, survey.folded, exact=self.method == EXPAND
+                self, scope, lowering, norms, survey.folded, exact=self._keeps_a_function
             )
+
+    @property
+    def _keeps_a_function(self) -> bool:
+        """Whether some layer is to compute what it did; which ones a normalisation serves is not asked."""
+        overridden = (dict(entry.options).get("method") for entry in self.overrides)
+        return EXPAND in (self.method, *overridden)
 
     @property
     def _balances(self) -> bool:

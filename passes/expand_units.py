@@ -26,7 +26,7 @@ from biofx.report import Remark, applied, missed
 from biofx.sites import WeightSite, find_sites
 from biofx.units.expandable import Circuit, Expandability, circuits
 from biofx.units.expansion import expand
-from biofx.units.gains import fold_negative_gains
+from biofx.units.gains import fold_negative_gains, in_scope
 from biofx.units.groups import unit_groups
 from biofx.units.reach import last_in_regions, last_synapses
 from biofx.validate import check_flag
@@ -70,9 +70,10 @@ class ExpandUnits(Pass):
                 kind = missed if reason is not None else applied
                 told[site.node, site.parameter_path] = kind(site.node, site.layer, message)
         made = {source.name: circuit for circuit in chosen for source in circuit.sources}
+        norms = {node for circuit in chosen for node in circuit.nodes if node in groups.norms}
         fold_negative_gains(
             lowering,
-            {node for circuit in chosen for node in circuit.nodes if node in groups.norms},
+            in_scope(self, scope, graph_module, norms),
             {site.node: site for site in sites.found if not site.kind.is_compound},
         )
         for circuit in chosen:

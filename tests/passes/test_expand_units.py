@@ -539,3 +539,49 @@ def test_function_of_any_net_stays(net: tuple[nn.Module, Tensor], is_training: b
 def test_bad_option_is_refused() -> None:
     with pytest.raises(biofx.OptionError, match="expand-units: constrain_readout: expected"):
         ExpandUnits(constrain_readout=1)  # type: ignore[arg-type]
+
+
+def shared_negative_gain() -> nn.Module:
+    """A normalisation whose negative gain cannot be folded: two layers are added up before it."""
+    model = Net(
+        lambda m, x: m.d(torch.relu(m.c(torch.relu(m.n(m.a(x) + m.b(x)))))),
+        a=nn.Conv2d(1, 4, 1),
+        b=nn.Conv2d(1, 4, 1),
+        n=nn.BatchNorm2d(4),
+        c=nn.Conv2d(4, 4, 1),
+        d=nn.Conv2d(4, 2, 1),
+    )
+    with torch.no_grad():
+        model.get_parameter("n.weight").copy_(torch.tensor([1.0, -1.0, 0.5, -0.5]))
+    return model
+
+
+def test_expanding_one_layer_alone_leaves_negative_gains_that_cannot_be_folded() -> None:
+    model = shared_negative_gain()
+    config = biofx.BioConfig(apply_dales_principle=False, fuzzy_learning_rate_factor_nu=0)
+    chosen = config.override(
+        ["a", "b", "n", "c"], apply_dales_principle=True, dales_method="expand", dales_initialisation="keep"
+    )
+    bio, report = biofx.transform(model, chosen)
+    x = torch.randn(3, 1, 5, 5)
+    for training in (True, False):
+        torch.testing.assert_close(bio.train(training)(x), model.train(training)(x))
+    told = {remark.layer: remark.message for remark in report.remarks if remark.kind == "missed"}
+    assert "2 of its gains are negative" in told["n"] or "4 of its gains are negative" in told["n"]
+
+
+def test_negative_gains_outside_the_selection_are_not_folded() -> None:
+    model = Net(
+        lambda m, x: m.d(torch.relu(m.c(torch.relu(m.n(m.a(x)))))),
+        a=nn.Conv2d(1, 4, 1),
+        n=nn.BatchNorm2d(4),
+        c=nn.Conv2d(4, 4, 1),
+        d=nn.Conv2d(4, 2, 1),
+    )
+    with torch.no_grad():
+        model.get_parameter("n.weight").copy_(torch.tensor([1.0, -1.0, 0.5, -0.5]))
+    bio, _ = biofx.transform(model, passes="expand-units", exclude="n")
+    expected = model.get_parameter("n.weight").detach().repeat_interleave(2)
+    assert torch.equal(bio.get_parameter("n.weight"), expected)
+    x = torch.randn(3, 1, 5, 5)
+    torch.testing.assert_close(bio.eval()(x), model.eval()(x))
