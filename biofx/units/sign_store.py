@@ -98,6 +98,8 @@ class SignStore:
             if place not in start:
                 start[place] = sum(self._signs(*known).numel() for known in places)
                 places.append(place)
+            if source.kind == "input" and self._options_of(reading.site.parameter_path).constrain_inputs:
+                self._refuse_free(path, self._signs(*place)[before : before + source.count])
             offsets.append(start[place] + before)
         counts = [source.count for source in home.sources]
         begins = torch.tensor([sum(counts[:number]) for number in range(len(counts))])
@@ -106,6 +108,14 @@ class SignStore:
         total = sum(self._signs(*place).numel() for place in places)
         whole = torch.equal(index, torch.arange(total))
         return KeptSigns(places, None if whole else index)
+
+    def _refuse_free(self, path: str, kept: Tensor) -> None:
+        """Refuse to constrain inputs that another weight reads as free."""
+        if bool((kept == 0).any()):
+            raise OptionError(
+                f"constrain_inputs: inputs of the model were left free where {path!r} reads them, and a unit "
+                "has one sign everywhere; transform the original once, with constrain_inputs=True for all"
+            )
 
     def _are_all_of(self, path: str, units: Tensor) -> bool:
         """Whether units are all those that a layer makes, in order; members of a pool count as one."""

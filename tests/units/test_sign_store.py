@@ -334,3 +334,21 @@ def test_queries_and_keys_are_exempt_and_values_are_not() -> None:
     assert not kept[:12].any()
     assert signs_by_column(bio)["out.weight"] == kept[12:].tolist()
     assert int((kept[12:] == 1).sum()) == 3
+
+
+def test_inputs_that_one_weight_reads_as_free_are_not_constrained_at_another() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        both = torch.cat([x, torch.relu(m.a(x))], 1)
+        out: Tensor = m.d(torch.relu(m.b(both)) + torch.relu(m.c(both)))
+        return out
+
+    parts = {"a": _conv(2, 3), "b": _conv(5, 4), "c": _conv(5, 4), "d": _conv(4, 2)}
+    free, _ = biofx.transform(Net(forward, **parts), passes=ConstrainSigns(only="b"))
+    assert free.get_buffer("a.bio_mod.local_sign").tolist() == [0, 0]
+    with pytest.raises(biofx.OptionError, match=r"left free where 'a\.weight' reads them"):
+        biofx.transform(free, passes=ConstrainSigns(only="c", constrain_inputs=True))
+    held, _ = biofx.transform(Net(forward, **parts), passes=ConstrainSigns(constrain_inputs=True))
+    for path in ("b", "c"):
+        state = held.get_submodule(f"{path}.bio_mod")
+        assert isinstance(state, biofx.BioModule)
+        assert (state.presynaptic_signs() != 0).all()
