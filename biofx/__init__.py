@@ -8,15 +8,19 @@ True
 """
 
 from biofx import passes
-from biofx.bisection import Culprit, bisect
+from biofx.audit.check import check
+from biofx.audit.check_report import Audit, Finding
+from biofx.bisecting.bisection import Culprit, bisect
 from biofx.capture import capture
-from biofx.check import check
-from biofx.check_report import Audit, Finding
-from biofx.checkpoint import Checkpoint, load, save
+from biofx.checkpoints.checkpoint import Checkpoint, load, save
+from biofx.checkpoints.model_state import plain_state
+from biofx.checkpoints.optimizer_state import load_optimizer_state, optimizer_state
+from biofx.checkpoints.record import TransformRecord
+from biofx.checkpoints.sharded_checkpoint import load_sharded, save_sharded
 from biofx.compile_config import compile_config
 from biofx.config import BioConfig, Distribution
 from biofx.converter import BioConverter
-from biofx.deploy import deploy
+from biofx.deploying.deploy import deploy
 from biofx.errors import (
     BiofxError,
     BisectError,
@@ -31,21 +35,17 @@ from biofx.errors import (
     PlasticityError,
     SelectorError,
 )
-from biofx.graph_module import BioGraphModule
-from biofx.model_state import plain_state
-from biofx.monitor import Monitor
-from biofx.monitor_records import LayerRecord, StepRecord
-from biofx.optimizer_state import load_optimizer_state, optimizer_state
+from biofx.graph.graph_module import BioGraphModule
+from biofx.monitoring.monitor import Monitor
+from biofx.monitoring.monitor_records import LayerRecord, StepRecord
 from biofx.pass_base import Pass, PassResult, Scope
 from biofx.pipeline import Pipeline
 from biofx.plasticity import BioModule
 from biofx.plasticity.attach import attach
 from biofx.plasticity.schedule import Rule
 from biofx.printing import diff_graphs, format_graph, print_changed
-from biofx.record import TransformRecord
 from biofx.registry import available_passes
 from biofx.report import Remark, Report, applied, missed
-from biofx.sharded_checkpoint import load_sharded, save_sharded
 from biofx.transform import transform
 from biofx.units.flow import add_unit_rule
 from biofx.units.groups import UnitGroup, UnitGroups, unit_groups

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
+from biofx.capturing.record_capture import ExampleInputs, capture_recorded
+from biofx.capturing.region_capture import capture_regions
+from biofx.capturing.tracing import trace
 from biofx.errors import CaptureError, InputError
-from biofx.graph_module import BioGraphModule, become_graph_module
-from biofx.names import refuse_unwritable_names
-from biofx.record_capture import ExampleInputs, capture_recorded
-from biofx.region_capture import capture_regions
-from biofx.regions import region_paths
+from biofx.graph.graph_module import BioGraphModule, become_graph_module
+from biofx.graph.names import refuse_unwritable_names
+from biofx.graph.regions import region_paths
 from biofx.sites import find_sites
-from biofx.tracing import trace
 
 
 def capture(

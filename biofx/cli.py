@@ -157,12 +157,12 @@ def _assignments(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _transform(options: argparse.Namespace) -> None:
-    from biofx.model_tree import ModelTree
     from biofx.printing import diff_graphs, format_graph, print_changed, render_diff
     from biofx.progress import shown
     from biofx.targets import load_target
     from biofx.toml import write_whole
     from biofx.transform import transform
+    from biofx.views.model_tree import ModelTree
 
     console = Console()
     before: list[str] = []
@@ -200,8 +200,8 @@ def _transform(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from biofx.layer_plot import plot_layers
-    from biofx.monitor import Monitor
+    from biofx.monitoring.layer_plot import plot_layers
+    from biofx.monitoring.monitor import Monitor
 
     out = options.out or options.run.with_suffix(".png")
     monitor = Monitor.read(options.run)
@@ -213,7 +213,7 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _bisect(options: argparse.Namespace) -> None:
-    from biofx.bisection import bisect
+    from biofx.bisecting.bisection import bisect
     from biofx.progress import shown
     from biofx.targets import load_script, model_in
 

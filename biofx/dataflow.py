@@ -10,11 +10,11 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from biofx.fold_ops import fold_weight, sum_synapses
-from biofx.in_place import changed_in_place
-from biofx.layer_kinds import kind_of_call
+from biofx.folding.fold_ops import fold_weight, sum_synapses
+from biofx.graph.in_place import changed_in_place
+from biofx.graph.regions import region_output
+from biofx.layers.layer_kinds import kind_of_call
 from biofx.ops import pool_synapses
-from biofx.regions import region_output
 
 _PRODUCTS: frozenset[Any] = frozenset(
     {operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from biofx.regions import kept_around, kept_modules, whole_graph
+from biofx.graph.regions import kept_around, kept_modules, whole_graph
 from biofx.sites import find_sites
 
 

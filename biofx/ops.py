@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import handle_torch_function, has_torch_function
 
-from biofx import rate_codes, sign_kernels
 from biofx.errors import OptionError, PlasticityError
-from biofx.exclusive import is_exclusive
+from biofx.kernels import rate_codes, sign_kernels
+from biofx.kernels.exclusive import is_exclusive
 
 SIGN_METHODS = ("project", "abs")
 SIGN_AXES = ("presynaptic", "postsynaptic")

@@ -13,13 +13,12 @@ from torch.fx import GraphModule, Node
 
 from biofx.attribution import attributed
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
-from biofx.graph_module import BioGraphModule
-from biofx.graph_view import GraphView
-from biofx.in_place import changes_in_place
+from biofx.graph.graph_module import BioGraphModule
+from biofx.graph.in_place import changes_in_place
+from biofx.graph.region_parts import joined
 from biofx.model_coverage import coverage_of
 from biofx.pass_text import format_item
 from biofx.progress import advance
-from biofx.region_parts import joined
 from biofx.report import PassReport, Remark, Report, Snapshot, compare
 from biofx.select import (
     Match,
@@ -31,6 +30,7 @@ from biofx.select import (
     picks,
     show_pattern,
 )
+from biofx.views.graph_view import GraphView
 
 PassT = TypeVar("PassT", bound="Pass")
 
@@ -168,7 +168,7 @@ class Pass(ABC):
         try:
             return self.on_own(BioGraphModule.copy_of(graph_module))
         except Exception as error:
-            from biofx.reproducer import note_reproducer  # which needs passes to say what was run
+            from biofx.bisecting.reproducer import note_reproducer  # which needs passes to say what was run
 
             note_reproducer(error, lambda: BioGraphModule.copy_of(graph_module), self)
             raise

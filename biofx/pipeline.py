@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import networkx
 
 from biofx.errors import OptionError, PipelineError
-from biofx.graph_module import BioGraphModule
+from biofx.graph.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.pass_text import ParsedItem, format_item, parse_items
 from biofx.registry import find_pass

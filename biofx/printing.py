@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from biofx.regions import whole_graph
+from biofx.graph.regions import whole_graph
 
 _OPERATOR_SIGNS = {
     "add": "+",

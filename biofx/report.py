@@ -37,10 +37,10 @@ from rich.table import Table
 from rich.text import Text
 from torch.fx import Graph, Node
 
-from biofx.graph_view import GraphView
 from biofx.model_coverage import ModelCoverage
 from biofx.printing import format_node
 from biofx.toml import write_whole
+from biofx.views.graph_view import GraphView
 
 SCHEMA = "biofx.report/1"
 
@@ -218,7 +218,7 @@ class Report:
             InputError: the report was put together by hand, and holds no graphs.
             OptionError: the file cannot be written.
         """
-        from biofx.report_html import report_html
+        from biofx.views.report_html import report_html
 
         return _written(report_html(self), path)
 
@@ -238,7 +238,7 @@ class Report:
             InputError: the report was put together by hand, and holds no graphs.
             OptionError: there is no such graph, or the file cannot be written.
         """
-        from biofx.report_svg import report_svg
+        from biofx.views.report_svg import report_svg
 
         return _written(report_svg(self, graph), path)
 
@@ -249,7 +249,7 @@ class Report:
         graph: Literal["before", "after", "both"] = "after",
     ) -> str:
         """Return a graph in the language of Graphviz, modules as clusters; else as :meth:`to_svg`."""
-        from biofx.report_dot import report_dot
+        from biofx.views.report_dot import report_dot
 
         return _written(report_dot(self, graph), path)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from biofx.errors import OptionError
-from biofx.graph_module import BioGraphModule
-from biofx.lowering import Lowering
+from biofx.graph.graph_module import BioGraphModule
+from biofx.layers.lowering import Lowering
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, missed
 from biofx.sites import Weight, WeightSite, find_sites

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 
 from biofx import ops
-from biofx.graph_module import BioGraphModule
-from biofx.lowering import Lowering, node_stem
+from biofx.graph.graph_module import BioGraphModule
+from biofx.layers.lowering import Lowering, node_stem
 from biofx.pass_base import Scope
 from biofx.plasticity.balance import balanced_weight
 from biofx.plasticity.placement import bio_module_at, bio_module_path

@@ -19,8 +19,8 @@ from typing import ClassVar
 from torch.fx import Node
 
 from biofx.dataflow import synaptic_nodes
-from biofx.graph_module import BioGraphModule
-from biofx.lowering import Lowering
+from biofx.graph.graph_module import BioGraphModule
+from biofx.layers.lowering import Lowering
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, applied, missed
 from biofx.sites import WeightSite, find_sites

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from biofx.fold_plan import FoldPlan
-from biofx.folding import Folding
-from biofx.graph_module import BioGraphModule
+from biofx.folding.fold_plan import FoldPlan
+from biofx.folding.folding import Folding
+from biofx.graph.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark
 from biofx.sites import find_sites

@@ -22,14 +22,14 @@ from torch.fx import Node
 
 from biofx import ops
 from biofx.config import GRANULARITIES, RATE_DTYPES, Distribution
-from biofx.graph_module import BioGraphModule
-from biofx.lowering import Lowering, node_stem
+from biofx.graph.graph_module import BioGraphModule
+from biofx.graph.regions import region_of_nodes
+from biofx.layers.lowering import Lowering, node_stem
 from biofx.pass_base import Scope
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.dynamics import initial_factors
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.plasticity.randomness import generator_for
-from biofx.regions import region_of_nodes
 from biofx.report import Remark, applied
 from biofx.sites import Weight, WeightSite
 from biofx.validate import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, check_bounds, check_choice

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BioConfig, ops
+from biofx.graph.regions import region_paths
 from biofx.passes import ConstrainSigns, ExpandUnits, FoldSplits
-from biofx.regions import region_paths
 from biofx.sites import find_sites
 
 DALE = BioConfig(apply_dales_principle=True, fuzzy_learning_rate_factor_nu=0.2)

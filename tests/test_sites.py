@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations
 import biofx
 from biofx import capture, ops
 from biofx.dataflow import is_synaptic
-from biofx.layer_kinds import kind_of
-from biofx.lowering import Lowering
+from biofx.layers.layer_kinds import kind_of
+from biofx.layers.lowering import Lowering
 from biofx.sites import Sites, find_sites
 
 CONFIG = biofx.BioConfig(

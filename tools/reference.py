@@ -13,7 +13,8 @@ from pathlib import Path
 import biofx
 
 _LANGUAGES = [
-    f"biofx.{name}" for name in ("select", "pass_text", "report", "monitor_json", "reproducer", "errors")
+    f"biofx.{name}"
+    for name in ("select", "pass_text", "report", "monitoring.monitor_json", "bisecting.reproducer", "errors")
 ]
 """Modules whose docstrings define what users write or read: selectors, pipeline texts, files, errors."""
 

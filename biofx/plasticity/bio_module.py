@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from biofx.config import CHANGING, BioConfig, Distribution
 from biofx.errors import PlasticityError
+from biofx.kernels.rate_codes import multiply
 from biofx.plasticity.bio_state import BioState
 from biofx.plasticity.dynamics import (
     evolve,
@@ -27,7 +28,6 @@ from biofx.plasticity.rules.scaling import input_strength, synaptic_scaling
 from biofx.plasticity.rules.volume import multiply_by_volume, volume_factors
 from biofx.plasticity.shards import local, local_part
 from biofx.plasticity.units import laid_out
-from biofx.rate_codes import multiply
 
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
 _CHANGE_FACTORS = frozenset({"update_fuzzy_learning_rates", "crystallize"})

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from biofx.callables import identity
 from biofx.config import BioConfig
 from biofx.errors import PlasticityError
-from biofx.layer_kinds import kind_of
+from biofx.kernels.rate_codes import decode, encode, rounded
+from biofx.layers.layer_kinds import kind_of
 from biofx.ops import signs_like
 from biofx.plasticity.randomness import generator_for
-from biofx.rate_codes import decode, encode, rounded
 
 _FACTORS = "fuzzy_learning_rate_parameters"
 _CODES, _SCALE = "fuzzy_learning_rate_codes", "fuzzy_learning_rate_scale"

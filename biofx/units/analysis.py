@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from biofx.dataflow import synaptic_nodes
-from biofx.in_place import changed_in_place
-from biofx.region_use import RegionUse
-from biofx.regions import region_input, region_output
+from biofx.graph.in_place import changed_in_place
+from biofx.graph.region_use import RegionUse
+from biofx.graph.regions import region_input, region_output
 from biofx.sites import WeightSite, find_sites
 from biofx.units import rules_attention, rules_elementwise, rules_join, rules_layers, rules_shape
 from biofx.units.components import smallest_connected

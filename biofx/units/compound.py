@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from biofx.layer_kinds import ATTENTION
+from biofx.layers.layer_kinds import ATTENTION
 from biofx.sites import WeightSite
 from biofx.units.flow import Call, Flow
 from biofx.units.layout import Axis, Layout

@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from biofx.regions import region_output
+from biofx.graph.regions import region_output
 from biofx.sites import WeightSite
 from biofx.units import rules_elementwise as elementwise
 from biofx.units import rules_join as join

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from biofx.lowering import Lowering
+from biofx.layers.lowering import Lowering
 from biofx.ops import drop_pairs
 from biofx.plasticity.placement import bio_module_at
 from biofx.sites import WeightSite

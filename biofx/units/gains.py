@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from biofx import ops
-from biofx.lowering import Lowering
-from biofx.norm_sites import NormSite, find_norms, lower_norm
+from biofx.layers.lowering import Lowering
+from biofx.layers.norm_sites import NormSite, find_norms, lower_norm
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, applied, missed
 from biofx.sites import WeightSite

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Set
 
 from torch.fx import Graph, Node
 
-from biofx.regions import region_of_nodes
+from biofx.graph.regions import region_of_nodes
 
 _SIZES = frozenset({"size", "dim", "numel", "device", "dtype"})
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from biofx.errors import OptionError
-from biofx.lowering import Lowering, node_stem
+from biofx.layers.lowering import Lowering, node_stem
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.plasticity.randomness import generator_for

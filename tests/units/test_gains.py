@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
-from biofx.lowering import Lowering
+from biofx.layers.lowering import Lowering
 from biofx.passes import ConstrainSigns
 from biofx.plasticity import BioModule
 from biofx.sites import find_sites

@@ -1,0 +1,364 @@
+"""Writing down what a forward does while it runs on example inputs.
+
+Every torch function that is called becomes a node, every layer of torch's a call of its module. Real
+tensors flow, so types, containers, lengths and optional arguments are what they are; only where a *value*
+would decide what Python does next (``bool``, ``item``, a gradient context, an autograd function) recording
+stops, and the module in which it happens keeps its own forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Tracer
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+from biofx.capturing.binding import bind_inputs
+from biofx.capturing.frames import BY_VALUE, Frame, Keep
+from biofx.capturing.region_capture import is_plain_layer
+from biofx.capturing.tracked import plain, tracked
+from biofx.capturing.values import TORCH_FOLDER
+from biofx.errors import InputError
+from biofx.layers.layer_kinds import kind_of
+from biofx.layers.obstacles import hooks_of
+
+
+class Recorder(TorchFunctionMode):
+    """Records one run of a model.
+
+    Args:
+        root: the model.
+        kept: paths of modules that keep their own forward; what they call gets graphs of its own.
+        opaque: paths of modules not to look into.
+    """
+
+    def __init__(self, root: nn.Module, kept: Mapping[str, str], opaque: frozenset[str]) -> None:
+        super().__init__()
+        self.frame: Frame | None = None
+        self.busy = False
+        self.graphs: dict[str, list[Graph]] = {}
+        self.layers: dict[str, None] = {}
+        self.paths_called: set[str] = set()
+        self._root = root
+        self._kept = kept
+        self._opaque = opaque
+        self._paths = {id(module): path for path, module in root.named_modules()}
+        self._ambient = _ambient()
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Run the model, which must be in the mode to record.
+
+        Raises:
+            Keep: a module must keep its own forward.
+            InputError: the model itself fails on these inputs.
+        """
+        with self._patched(), self:
+            try:
+                if "" in self._kept:
+                    self._root(*args, **kwargs)
+                else:
+                    self._in_frame("", self._root, self._root.forward, args, dict(kwargs))
+            except Exception as error:
+                raise InputError(
+                    f"example_inputs: the model fails on them: {type(error).__name__}: {error}"
+                ) from error
+
+    def stop(self, what: str) -> NoReturn:
+        """Let the module that is running keep its own forward."""
+        path = self.frame.innermost if self.frame is not None else ""
+        raise Keep(path, f"{self._where(path)} {what}")
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        frame = self.frame
+        if frame is None or self.busy:
+            return func(*args, **options)
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):
+            return self._attribute(frame, func, name, args)
+        if name in _SIZES:
+            return self._size(frame, func, name, args, options)
+        if name in _DECIDING:
+            self.stop(f"asks for the value of a tensor ({name})")
+        if func is torch._C._set_grad_enabled and args[0] != torch.is_grad_enabled():
+            self.stop("switches gradients on or off (torch.no_grad, …)")
+        with self.quiet():
+            found = func(*args, **options)
+        if (
+            isinstance(found, Tensor)
+            or (isinstance(found, (tuple, list)) and _has_tensors(found))
+            or name == "__setitem__"
+        ):
+            if _ambient() != self._ambient:
+                self.stop("works under a context (torch.autocast, torch.no_grad, …)")
+            node = self._write(frame, func, name, args, options)
+            if _is_sized_by_values(name, args):
+                node.meta[BY_VALUE] = True
+            return frame.take(node, found, in_place=name.endswith("_"))
+        if (
+            found is not None
+            and name not in _DESCRIPTIONS
+            and any(isinstance(x, Tensor) for x in _leaves((args, options)))
+        ):
+            self.stop(f"asks for something that depends on the value of a tensor ({name})")
+        return found
+
+    def _write(
+        self, frame: Frame, func: Any, name: str, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> Node:
+        arguments, named = frame.argument(tuple(args)), frame.argument(options)
+        if name in ("__getitem__", "__setitem__"):
+            function = operator.getitem if name == "__getitem__" else operator.setitem
+            return frame.node("call_function", function, arguments, named)
+        if is_tensor_method_or_property(func):
+            return frame.node("call_method", name, arguments, named)
+        return frame.node("call_function", func, arguments, named)
+
+    def _attribute(self, frame: Frame, func: Any, name: str, args: tuple[Any, ...]) -> Any:
+        attribute = func.__self__.__name__
+        if name == "__set__":
+            self.stop(f"sets {attribute!r} of a tensor")
+        with self.quiet():
+            found = func(*args)
+        if attribute == "shape":
+            return self._sizes(frame, args[0], found)
+        if isinstance(found, Tensor):
+            return frame.take(
+                frame.node("call_function", getattr, (frame.node_of(args[0]), attribute)), found
+            )
+        return found
+
+    def _size(self, frame: Frame, func: Any, name: str, args: Any, options: dict[str, Any]) -> Any:
+        with self.quiet():
+            found = func(*(plain(argument) for argument in args), **options)
+        if isinstance(found, torch.Size):
+            return self._sizes(frame, args[0], found)
+        if frame.is_stored(args[0]):
+            return found
+        method = {"__len__": "size", "nelement": "numel"}.get(name, name)
+        rest = (0,) if name == "__len__" else frame.argument(tuple(args[1:]))
+        named = frame.argument(options)
+
+        def make() -> Node:
+            made = frame.node("call_method", method, (frame.node_of(args[0]), *rest), named)
+            made.meta["auxiliary"] = True
+            return made
+
+        return found if name == "__len__" else tracked(found, frame, make)
+
+    def _sizes(self, frame: Frame, tensor: Tensor, found: torch.Size) -> Any:
+        if frame.is_stored(tensor):
+            return found
+        return torch.Size(
+            tracked(size, frame, lambda place=place: frame.size_of(tensor, place))  # type: ignore[misc]
+            for place, size in enumerate(found)
+        )
+
+    def _call(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        path = self._paths.get(id(module))
+        if self.busy:
+            return original(module, *args, **kwargs)
+        if path is not None:
+            self.paths_called.add(path)
+        if self.frame is None:
+            return self._call_from_python(path, module, original, args, kwargs)
+        frame = self.frame
+        if _is_checkpointed():
+            self.stop("runs modules under torch.utils.checkpoint")
+        whole = path in self._kept or path in self._opaque or _is_leaf(module)
+        # what is handed on is the business of the module that calls, not of the one that is called
+        given = (frame.argument(tuple(args)), frame.argument(dict(kwargs))) if whole else ((), {})
+        local = frame.enter(module)
+        try:
+            if not whole and hooks_of(module):
+                self.stop(f"has {' and '.join(hooks_of(module))}")
+            if not whole:
+                return original(module, *args, **kwargs)
+            node = frame.node("call_module", local, *given)
+            with self._in_python() if path in self._kept else self.quiet():
+                found = original(module, *args, **kwargs)
+            return frame.take(node, found)
+        finally:
+            frame.stack.pop()
+
+    def _call_from_python(
+        self, path: str | None, module: nn.Module, original: Any, args: Any, kwargs: Any
+    ) -> Any:
+        if path is None or path in self._opaque or _is_leaf(module):
+            is_plain = path not in self._opaque and is_plain_layer(module)
+            if path is not None and is_plain and len(args) == 1 and not kwargs:
+                self.layers.setdefault(path)
+            with self.quiet():
+                return original(module, *args, **kwargs)
+        only_holds = type(module).forward is nn.Sequential.forward
+        if path in self._kept or only_holds or not any(kind_of(inner) for inner in module.modules()):
+            return original(module, *args, **kwargs)
+        if hooks_of(module):
+            raise Keep(path, f"{self._named(path)} has {' and '.join(hooks_of(module))}")
+        return self._in_frame(path, module, lambda *a, **k: original(module, *a, **k), args, kwargs)
+
+    def _in_frame(self, path: str, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        outer, self.frame = self.frame, Frame(self, path, module)
+        try:
+            positional, named = bind_inputs(self.frame, module, args, kwargs)
+            found = forward(*positional, **named)
+            self.frame.output(found)
+            self.graphs.setdefault(path, []).append(self.frame.graph)
+        finally:
+            self.frame = outer
+        return _untracked(found)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Run something of torch's own, which is one node."""
+        before, self.busy = self.busy, True
+        try:
+            yield
+        finally:
+            self.busy = before
+
+    @contextmanager
+    def _in_python(self) -> Iterator[None]:
+        """Run a forward that stays in Python; what it calls gets graphs of its own."""
+        outer, self.frame = self.frame, None
+        try:
+            yield
+        finally:
+            self.frame = outer
+
+    @contextmanager
+    def _patched(self) -> Iterator[None]:
+        original_call = nn.Module.__call__
+        original_apply = torch.autograd.Function.__dict__["apply"]
+        recorder = self
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return recorder._call(module, original_call, args, kwargs)
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if recorder.frame is not None and not recorder.busy:
+                recorder.stop(f"calls {cls.__name__}, a torch.autograd.Function")
+            return original_apply.__func__(cls, *args, **kwargs)
+
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original_call  # type: ignore[method-assign]
+            torch.autograd.Function.apply = original_apply  # type: ignore[method-assign]
+
+    def _named(self, path: str) -> str:
+        kind = type(self._root.get_submodule(path)).__name__
+        return f"module {path!r} ({kind})" if path else f"the model ({kind})"
+
+    def _where(self, path: str) -> str:
+        named = self._named(path)
+        for frame in traceback.extract_stack(sys._getframe(2))[::-1]:
+            if not frame.filename.startswith(TORCH_FOLDER) and not frame.filename.startswith(_OWN_FOLDER):
+                return f"{named}, {frame.filename}:{frame.lineno} ({frame.line})"
+        return named
+
+
+_OWN_FOLDER = str(Path(__file__).parent.parent)
+_SIZES = frozenset({"size", "numel", "nelement", "__len__"})
+_DECIDING = frozenset(
+    {
+        *("__bool__", "__complex__", "__contains__", "__float__", "__index__", "__int__", "item", "tolist"),
+        *(
+            "numpy",
+            "__array__",
+            "is_nonzero",
+            "equal",
+            "allclose",
+            "__dlpack__",
+            "untyped_storage",
+            "storage",
+        ),
+        *("requires_grad_", "retain_grad", "register_hook", "backward", "stride", "data_ptr"),
+    }
+)
+_DESCRIPTIONS = frozenset(
+    {
+        *("__format__", "__hash__", "__repr__", "__str__", "dim", "ndimension", "element_size", "get_device"),
+        *(
+            "is_complex",
+            "is_contiguous",
+            "is_floating_point",
+            "is_signed",
+            "is_inference",
+            "is_conj",
+            "is_neg",
+        ),
+        *("is_same_size", "result_type", "can_cast", "promote_types", "has_names", "is_tensor", "is_storage"),
+        *("storage_offset", "type", "is_pinned", "is_shared", "is_set_to"),
+    }
+)
+
+
+_SIZED_BY_VALUES = frozenset(
+    {
+        *("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "histc"),
+        *("combinations", "repeat_interleave"),
+    }
+)
+
+
+def _is_sized_by_values(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether the size of what a function returns depends on the values of a tensor."""
+    if name == "__getitem__":
+        return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in _leaves(args[1]))
+    return name in _SIZED_BY_VALUES or (name == "where" and len(args) == 1)
+
+
+def _ambient() -> tuple[Any, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+        torch.get_default_dtype(),
+    )
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, "")
+
+
+_CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
+
+
+def _is_checkpointed() -> bool:
+    return any(frame.f_code is _CHECKPOINT for frame, _ in traceback.walk_stack(None))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _leaves(entry)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
+    else:
+        yield value
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in _leaves(value))
+
+
+def _untracked(value: Any) -> Any:
+    """Return an output without numbers that remember; tensors and other things as they are."""
+    if type(value) in (tuple, list):
+        return type(value)(_untracked(entry) for entry in value)
+    return plain(value)

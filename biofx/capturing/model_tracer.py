@@ -1,0 +1,402 @@
+"""A symbolic tracer that writes down, or refuses, what the stock one loses.
+
+Contexts that a graph has no place for, autograd functions and checkpointing are refused with the line of
+the model that asks for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Proxy, Tracer
+from torch.utils.checkpoint import checkpoint
+
+from biofx.capturing.recording import Recorder, leaves_of
+from biofx.capturing.side_effects import Watch
+from biofx.capturing.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
+from biofx.errors import CaptureError
+from biofx.graph.guards import require_default
+from biofx.graph.in_place import changed_in_place
+from biofx.layers.obstacles import hooks_of
+from biofx.layers.transformer_layers import can_be_looked_into, pads_by_nesting, transformers_as_nodes
+from biofx.progress import advance
+
+
+class StartAgain(BaseException):
+    """A module that cannot be traced is part of the graph already, by an earlier call that could be."""
+
+    def __init__(self, kept: dict[str, str]) -> None:
+        super().__init__()
+        self.kept = kept
+
+
+_REMEDY = (
+    "what Python decides from values cannot be part of a graph. Rewrite that line, or name the module in "
+    "opaque=[…] to keep it as one call"
+)
+
+
+class ModelTracer(Tracer):
+    """Traces one model; its proxies are :class:`biofx.values.Value`."""
+
+    def __init__(
+        self,
+        root: nn.Module,
+        opaque: frozenset[str],
+        foreign: frozenset[int],
+        prefix: str,
+        kept: dict[str, str] | None,
+        watch: Watch,
+    ) -> None:
+        super().__init__()
+        self.refusals: list[CaptureError] = []
+        self.kept = kept
+        self.prefix = prefix
+        self._watch = watch
+        self.calls: list[str] = []
+        self.known_tensors: set[Node] = set()
+        self._opaque = opaque
+        self._foreign = foreign
+        self._paths = {id(module): path for path, module in root.named_modules()}
+        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._ambient = _ambient_modes()
+        self._stored: dict[int, tuple[str, Tensor]] = {}
+        for path, tensor in (*root.named_parameters(), *root.named_buffers()):
+            self._stored[id(tensor)] = (path, tensor)
+        self._reads: dict[str, StoredTensor] = {}
+        self._constants: set[str] = set()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Let everything that a forward does reach this tracer."""
+        with ExitStack() as stack:
+            stack.enter_context(self._flags_as_nodes())
+            stack.enter_context(self._no_autograd_functions())
+            stack.enter_context(transformers_as_nodes())
+            stack.enter_context(Recorder(self))
+            yield
+
+    def refuse(self, what: str, remedy: str | None = None) -> NoReturn:
+        """Raise a CaptureError, and again in the end if the model swallows it."""
+        path = self._innermost
+        keep = (
+            f"name the module in opaque=[{path!r}] to keep it as one call"
+            if path
+            else "put the lines in a submodule and name that in opaque=[…]"
+        )
+        self._refuse(f"{self.where()} {what}. {f'{remedy}, or {keep}' if remedy else keep.capitalize()}")
+
+    def refuse_at(self, path: str, what: str) -> NoReturn:
+        """Do the same for a call of a module, which is not running yet."""
+        whole = ".".join(part for part in (self.prefix, path) if part)
+        self._refuse(f"{self.named(path)} {what}, or name it in opaque=[{whole!r}] to keep it as one call")
+
+    def _refuse(self, message: str) -> NoReturn:
+        error = CaptureError(message)
+        self.refusals.append(error)
+        raise error
+
+    def where(self) -> str:
+        """Name the module call that is being traced, and the line of it that is running."""
+        return self.describe(list(traceback.walk_stack(None)))
+
+    def describe(self, frames: Sequence[tuple[Any, int]]) -> str:
+        """Name the innermost of ``frames`` (innermost first) that runs the user's model."""
+        for frame, line in frames:
+            module = frame.f_locals.get("self")
+            file = frame.f_code.co_filename
+            if (
+                id(module) in self._paths
+                and isinstance(module, nn.Module)
+                and not file.startswith(TORCH_FOLDER)
+            ):
+                source = linecache.getline(file, line).strip()
+                return f"{self._named(module)}, {file}:{line} ({source})" if source else self._named(module)
+        return "the model's forward"
+
+    def _named(self, module: nn.Module) -> str:
+        return self.named(self._paths.get(id(module), ""))
+
+    def named(self, path: str) -> str:
+        """Name a module of the traced one, for a reader who sees the whole model."""
+        whole = ".".join(part for part in (self.prefix, path) if part)
+        kind = type(self._modules[path]).__name__
+        return f"module {whole!r} ({kind})" if whole else f"the model ({kind})"
+
+    def refusal_of(self, error: Exception) -> CaptureError:
+        """Return what to tell of an exception that came out of a forward."""
+        if isinstance(error, CaptureError):
+            return error
+        frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+        return CaptureError(f"cannot capture {self.describe(frames[::-1])}: {error}; {_REMEDY}")
+
+    @property
+    def _innermost(self) -> str:
+        inner = next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
+        return ".".join(part for part in (self.prefix, inner) if part)
+
+    def returns_a_tensor(self, path: str) -> bool:
+        """Whether a module that is one call may be taken to return a tensor."""
+        return path not in (self.kept or ())
+
+    # What follows overrides torch.fx.Tracer, which calls it.
+
+    def trace(self, root: Any, concrete_args: Any = None) -> Graph:
+        """Trace, and check that nothing but the model's own tensors is changed in place."""
+        graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if isinstance(node.type, str):
+                node.type = None  # an annotation as text, which torch.jit.script could not make sense of
+            for changed in changed_in_place(node):
+                if changed.op == "get_attr" and changed.target in self._constants:
+                    raise CaptureError(
+                        f"the model's forward changes in place ({node.name}) a tensor that no module holds "
+                        "and no call makes anew. Make it with torch.tensor, or make it a buffer"
+                    )
+        return graph
+
+    def proxy(self, node: Node) -> Value:
+        """Return what stands for a node."""
+        return Value(node, self)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """Refuse to decide anything by a value."""
+        self.refuse("decides by a value, which is not known before the graph runs", "Rewrite that line")
+
+    def iter(self, obj: Proxy) -> Any:
+        """Refuse to iterate over a value."""
+        self.refuse(
+            "iterates over a value, whose length is not known before the graph runs", "Rewrite that line"
+        )
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module becomes one call."""
+        whole = (
+            module_qualified_name in self._opaque
+            or module_qualified_name in (self.kept or ())
+            or isinstance(m, torch.jit.ScriptModule)
+        )
+        return whole or (super().is_leaf_module(m, module_qualified_name) and not can_be_looked_into(m))
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """Return the path of a module."""
+        if id(mod) not in self._paths:
+            self.refuse(
+                f"calls a {type(mod).__name__} that is not a submodule of the model",
+                "Make it one (nn.ModuleList and nn.ModuleDict hold several)",
+            )
+        path: str = self._paths[id(mod)]
+        return path
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call a module: one node for a leaf, its own forward otherwise."""
+        path = self.path_of_module(m)
+        advance("capture", len(self._paths))
+        if self.is_leaf_module(m, path):
+            self.calls.append(path)
+            return super().call_module(m, forward, args, kwargs)
+        mark = _Mark.of(self)
+        try:
+            if hooks := hooks_of(m):
+                self.refuse_at(
+                    path,
+                    f"has {' and '.join(hooks)}, which a graph runs once, while it is captured, and never "
+                    "again. Remove them first",
+                )
+            self.calls.append(path)
+            if pads_by_nesting(m, args, kwargs):
+                forward = functools.partial(self._call_whole, path)
+            found = super().call_module(m, forward, args, kwargs)
+            if self.kept is not None and len(self.refusals) > mark.refusals:
+                raise self.refusals[mark.refusals]
+            return found
+        except Exception as error:
+            if self.kept is None:
+                raise
+            first = next(iter(self.refusals[mark.refusals :]), None)
+            self.kept[path] = str(first or self.refusal_of(error))
+            if path in self.calls[: mark.calls]:
+                raise StartAgain(self.kept) from error
+            self._go_back(mark, m)
+        self.calls.append(path)
+        return super().call_module(m, forward, args, kwargs)
+
+    def _go_back(self, mark: _Mark, module: nn.Module) -> None:
+        """Forget what was traced since a mark."""
+        for node in reversed(self.graph.nodes):
+            if node is mark.last:
+                break
+            self.graph.erase_node(node)
+        self._reads = {path: read for path, read in self._reads.items() if not read.node._erased}
+        self.known_tensors = {node for node in self.known_tensors if not node._erased}
+        for flag in self._flags.values():
+            flag.forget_erased()
+        for path in self.calls[mark.calls :]:
+            self.num_calls[path] -= 1
+        del self.refusals[mark.refusals :]
+        del self.calls[mark.calls :]
+        self.module_stack.clear()
+        self.module_stack.update(mark.module_stack)
+        self._watch.restore(module)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        """Return what stands for a parameter or buffer that a module is asked for."""
+        return self._read(attr_val) if id(attr_val) in self._stored else attr_val
+
+    def create_arg(self, a: Any) -> Any:
+        """Return an argument in the form that a node can hold."""
+        if isinstance(a, Tensor):
+            if id(a) in self._stored:
+                return self._read(a).node
+            if id(a) in self._foreign:
+                self.refuse("uses a tensor of the model that went in, which the result must not share")
+            if isinstance(a, nn.Parameter):
+                self.refuse(
+                    "uses a parameter that no module holds", "Register it (nn.ParameterList holds several)"
+                )
+            node: Any = super().create_arg(a)
+            if str(node.target).startswith("_tensor_constant"):
+                self._constants.add(str(node.target))
+            return node
+        if not isinstance(a, Proxy) and isinstance(a, dict) and type(a) is not dict:
+            self.refuse(
+                f"passes on or returns a {type(a).__name__}, which a graph would turn into a plain dict",
+                "Use a dict, a tuple or a list",
+            )
+        return super().create_arg(a)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
+        """Write a node down, unless its effect depends on a context that would be lost."""
+        if kind.startswith("call"):
+            self._refuse_lost_context()
+        return super().create_node(kind, target, args, kwargs, *rest, **more)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, Any]:
+        """Return the stand-ins for the arguments, optional ones that steer Python with their defaults.
+
+        An argument that is None, a flag or a text by default is one that forwards look at before they
+        compute; and what ``**kwargs`` might hold is not known. So these count as not given.
+        """
+        parameters = inspect.signature(inspect.unwrap(root_fn)).parameters
+        plain = all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
+        if inspect.unwrap(root_fn) is not root_fn and not plain:
+            self.refuse("is decorated, and takes more than plain arguments, which a graph cannot follow")
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for place, value in enumerate(args):
+            if not isinstance(value, Proxy):
+                continue
+            name = str(value.node.target)
+            if name.startswith("**"):
+                self.graph.erase_node(value.node)
+                args[place] = {}
+            elif name in parameters and _steers(parameters[name].default):
+                default = args[place] = parameters[name].default
+                self.create_node("call_function", require_default, (value.node, default, name), {})
+        return function, args
+
+    def _call_whole(self, path: str, *args: Any, **kwargs: Any) -> Proxy:
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def _read(self, tensor: Tensor) -> StoredTensor:
+        path, _ = self._stored[id(tensor)]
+        if path not in self._reads:
+            self._reads[path] = StoredTensor(self.create_node("get_attr", path, (), {}), self, tensor)
+        return self._reads[path]
+
+    def _refuse_lost_context(self) -> None:
+        if _ambient_modes() != self._ambient:
+            self.refuse(
+                "works under a context (torch.no_grad, torch.autocast, a default dtype, a seed, …), which a "
+                "graph would drop",
+                "Open it around the model instead",
+            )
+        for frame, _ in traceback.walk_stack(None):
+            if frame.f_code is _CHECKPOINT:
+                self.refuse(
+                    "uses torch.utils.checkpoint, which a graph would drop", "Switch checkpointing off first"
+                )
+
+    @contextmanager
+    def _flags_as_nodes(self) -> Iterator[None]:
+        flags = {path: module.training for path, module in self._modules.items()}
+        shown = self._flags = {path: TrainingFlag(self, path) for path in self._modules}
+        for path, module in self._modules.items():
+            module.__dict__["training"] = shown[path]
+        try:
+            yield
+        finally:
+            switched = [path for path, m in self._modules.items() if not isinstance(m.training, TrainingFlag)]
+            for path, module in self._modules.items():
+                module.__dict__["training"] = flags[path]
+        if switched:
+            raise CaptureError(
+                f"the model's forward switches module {switched[0]!r} to training or evaluation, which a "
+                "graph would do once and never again. Do it outside the forward, or name the module that "
+                "does it in opaque=[…]"
+            )
+
+    @contextmanager
+    def _no_autograd_functions(self) -> Iterator[None]:
+        """Refuse an autograd.Function even where it has no operation of its own, as in gradient reversal."""
+        original = torch.autograd.Function.__dict__["apply"]
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, Value) for leaf in leaves_of((args, kwargs))):
+                self.refuse(
+                    f"calls {cls.__name__}, a torch.autograd.Function, whose backward a graph would drop",
+                    "Register it as a torch.library.custom_op instead",
+                )
+            return original.__func__(cls, *args, **kwargs)
+
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """How far a tracer had come before it entered a module."""
+
+    last: Node | None
+    refusals: int
+    calls: int
+    module_stack: dict[str, Any]
+
+    @classmethod
+    def of(cls, tracer: ModelTracer) -> _Mark:
+        last = next(iter(reversed(tracer.graph.nodes)), None)
+        return cls(last, len(tracer.refusals), len(tracer.calls), dict(tracer.module_stack))
+
+
+_CHECKPOINT = inspect.unwrap(checkpoint).__code__
+
+
+def _steers(default: object) -> bool:
+    return default is None or isinstance(default, (bool, str))
+
+
+def _ambient_modes() -> tuple[Any, ...]:
+    """Return what is in force around an operation and would be lost with the Python code around it."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return (
+        depth,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+        torch.get_default_dtype(),
+        torch.initial_seed(),
+    )

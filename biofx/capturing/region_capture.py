@@ -1,0 +1,183 @@
+"""Capture of a model that cannot be one graph: as much of it as can be in graphs, the rest as it is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Tracer
+
+from biofx.capturing.python_names import ANYTHING, names_mentioned, weights_mentioned
+from biofx.capturing.tracing import trace
+from biofx.errors import CaptureError
+from biofx.graph.graph_module import BioGraphModule, become_graph_module
+from biofx.graph.own_forward import own_forward_graph
+from biofx.graph.regions import is_inside
+from biofx.layers.layer_kinds import kind_of
+
+
+def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[int]) -> BioGraphModule:
+    """Turn a model, in place, into a graph module with as many regions as it takes.
+
+    Args:
+        root: the model, made for this.
+        opaque: paths of modules not to look into.
+        foreign: ids of tensors that must not find their way into a graph.
+
+    Raises:
+        CaptureError: not even that can be done.
+    """
+    capture = RegionCapture(root, opaque, foreign)
+    graph = capture.traced_root()
+    captured = become_graph_module(root, graph)
+    captured.region_paths = tuple(capture.regions)
+    captured.kept_as_python = dict(capture.kept)
+    captured.read_by_python = weights_read_by_python(captured)
+    return captured
+
+
+def capture_uncalled(
+    root: nn.Module,
+    opaque: frozenset[str],
+    foreign: frozenset[int],
+    kept: Iterable[str],
+    settled: Iterable[nn.Module],
+) -> RegionCapture:
+    """Capture below modules that keep their own forward what the example inputs did not lead to.
+
+    Args:
+        root: the model, made for this; modules in it become graph modules.
+        opaque: paths of modules not to look into.
+        foreign: ids of tensors that must not find their way into a graph.
+        kept: paths of the modules that keep their own forward.
+        settled: modules to leave as they are.
+    """
+    capture = RegionCapture(root, opaque, foreign)
+    capture.seen |= set(map(id, settled))
+    for path in kept:
+        capture.capture_children(path)
+    return capture
+
+
+def weights_read_by_python(captured: BioGraphModule) -> dict[str, str]:
+    """Return the regions whose weights a forward that stays in Python may read without calling them.
+
+    It may if its code mentions the ``weight`` of the layer, or of something that has no name in it.
+    """
+    found: dict[str, str] = {}
+    for kept in captured.kept_as_python:
+        feared = weights_mentioned(captured.get_submodule(kept))
+        start = f"{kept}." if kept else ""
+        for region in captured.region_paths if feared else ():
+            parts = set(region[len(start) :].split(".")) if region.startswith(start) else set()
+            if parts and (ANYTHING in feared or parts & feared):
+                owner = f"module {kept!r}" if kept else "the model"
+                found[region] = f"the forward of {owner}, in Python, may use its weight without calling it"
+    return found
+
+
+class RegionCapture:
+    """Captures regions of a model one by one."""
+
+    def __init__(self, root: nn.Module, opaque: frozenset[str], foreign: frozenset[int]) -> None:
+        self._root = root
+        self._opaque = opaque
+        self._foreign = foreign
+        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._first_paths = {id(module): path for path, module in root.named_modules()}
+        self.seen: set[int] = {id(self._modules[path]) for path in opaque}
+        self._names: frozenset[str] = frozenset()  # what the forward mentions that has the children called
+        self.regions: list[str] = []
+        self.kept: dict[str, str] = {}
+
+    def traced_root(self) -> torch.fx.Graph:
+        """Return the graph of the model itself, once its regions are captured."""
+        try:
+            traced = trace(self._root, self._opaque, self._foreign, keep=True)
+        except CaptureError as error:
+            self._keep("", str(error))
+            return own_forward_graph()
+        self._keep_inside("", traced.kept)
+        return traced.graph
+
+    def _keep_inside(self, path: str, kept: Mapping[str, str]) -> None:
+        for inner, reason in kept.items():
+            self._keep(f"{path}.{inner}" if path else inner, reason)
+
+    def _keep(self, path: str, reason: str) -> None:
+        """Let a module keep its own forward, and capture what it may call."""
+        self.kept[path] = reason
+        self.capture_children(path)
+
+    def capture_children(self, path: str) -> None:
+        """Capture what the module at a path may call."""
+        if path in self.kept:
+            self._names = names_mentioned(self._modules[path])
+        names = self._names
+        for child in self._modules[path].children():
+            self._names = names
+            self._capture(self._first_paths[id(child)], child)
+
+    def _capture(self, path: str, module: nn.Module) -> None:
+        if id(module) in self.seen:
+            return
+        self.seen.add(id(module))
+        if is_plain_layer(module):
+            self.regions.append(path)
+        elif not any(is_plain_layer(inner) or kind_of(inner) for inner in module.modules()):
+            return  # nothing in it that a pass could act on
+        elif _only_holds_others(module):
+            self.capture_children(path)
+        elif isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, path):
+            return
+        elif (reason := _why_calls_are_unknown(module)) is not None:
+            self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
+        elif parts := sorted(self._names & module._modules.keys()):
+            reason = f"has parts ({', '.join(parts)}) that the forward around it may use by itself"
+            self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
+        else:
+            self._trace(path, module)
+
+    def _trace(self, path: str, module: nn.Module) -> None:
+        inside = {inner[len(path) + 1 :] for inner in self._opaque if is_inside(inner, path)}
+        try:
+            traced = trace(module, frozenset(inside), self._foreign, prefix=path, keep=True)
+            become_graph_module(module, traced.graph)
+        except CaptureError as error:
+            self._keep(path, str(error))
+            return
+        self.regions.append(path)
+        self._keep_inside(path, traced.kept)
+
+
+def is_plain_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch's with a matrix of weights and one input, forward and all."""
+    kind = kind_of(module)
+    if kind is not None:
+        return type(module).forward is kind.module_type.forward
+    return type(module).forward is nn.Embedding.forward
+
+
+def _only_holds_others(module: nn.Module) -> bool:
+    """Whether a module is there to hold others, which its owner calls one by one, or may."""
+    no_forward = getattr(nn.Module, "forward", None)
+    return type(module).forward in (no_forward, nn.Sequential.forward)
+
+
+def _why_calls_are_unknown(module: nn.Module) -> str | None:
+    """Return why a module that Python calls is not captured whole, None if it can be.
+
+    What Python will hand to it is not known. A forward that takes one argument is called with that one;
+    where there are more, some may be None, or flags that steer the forward.
+    """
+    if "forward" in vars(module):
+        return "has had its forward replaced on the instance"
+    if isinstance(module, GraphModule):
+        return "is a graph module, called from Python"
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    plain = len(parameters) == 1 and parameters[0].kind is parameters[0].POSITIONAL_OR_KEYWORD
+    if plain and parameters[0].default is parameters[0].empty:
+        return None
+    return "takes arguments of which it is not known how Python will call it; give example_inputs"

@@ -1,0 +1,234 @@
+"""What flows through a forward while it is captured: stand-ins that write down what is done with them.
+
+A stock ``torch.fx.Proxy`` answers some questions of Python's wrongly and without a word: ``isinstance`` is
+false, ``hasattr`` true, ``x += y`` makes a new tensor, ``x.attribute = y`` and dictionary keys are lost.
+"""
+
+from __future__ import annotations
+
+import dis
+import linecache
+import operator
+import sys
+import typing
+from abc import ABCMeta
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.fx import Node, Proxy
+
+from biofx.graph.guards import require_tensor
+from biofx.graph.in_place import AUGMENTED_ASSIGNMENTS
+
+if TYPE_CHECKING:
+    from biofx.capturing.model_tracer import ModelTracer
+
+TORCH_FOLDER = torch.__path__[0]
+_OWN_PACKAGE = __name__.partition(".")[0]
+_OWN_ATTRIBUTES = frozenset({"tracer", "node", "_node", "root", "attr", "tensor", "path"})
+_NO_TENSOR_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "item", "tolist"})
+_ON_BEHALF = frozenset(
+    {
+        torch.nn.parameter.__file__,
+        torch.__file__,
+        ABCMeta.__instancecheck__.__code__.co_filename,
+        typing.__file__,
+    }
+)
+
+
+def _asks_for_itself(frame: FrameType | None) -> bool:
+    """Whether it is torch's or our own machinery that asks, and not the user's model."""
+    while frame is not None and frame.f_code.co_filename in _ON_BEHALF:
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_filename.startswith(TORCH_FOLDER):
+        return True
+    return str(frame.f_globals.get("__package__")).partition(".")[0] == _OWN_PACKAGE
+
+
+def _asks_for_a_type(frame: FrameType) -> bool:
+    """Whether a line of the model asks for a type, and not a function of torch that it calls."""
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    if "MATCH" in dis.opname[frame.f_code.co_code[frame.f_lasti]]:
+        return True
+    return any(name in (line or frame.f_code.co_names) for name in _TYPE_QUESTIONS)
+
+
+_TYPE_QUESTIONS = ("isinstance", "is_tensor", "__class__")
+
+
+class _Typed:
+    """Answers ``isinstance``: with the truth to torch, with what it stands for to the user's model."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        frame = sys._getframe(1)
+        if _asks_for_itself(frame) or not _asks_for_a_type(frame):
+            return type(self)
+        return self.stands_for()  # type: ignore[attr-defined]
+
+
+class Value(_Typed, Proxy):
+    """Stands for the result of a node."""
+
+    tracer: ModelTracer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_is_param" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        frame = sys._getframe(1)
+        if not hasattr(Tensor, name) and not _asks_for_itself(frame) and _is_in_a_call(frame):
+            self.refuse(f"asks whether a value has an attribute {name!r}")
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _OWN_ATTRIBUTES:
+            self.refuse(
+                "makes a parameter" if name == "_is_param" else f"sets the attribute {name!r} of a value"
+            )
+        object.__setattr__(self, name, value)
+
+    def __hash__(self) -> int:
+        if not _asks_for_itself(sys._getframe(1)):
+            self.refuse("uses a value as a key")
+        return id(self)
+
+    def __len__(self) -> int:
+        self.refuse("asks for the length of a value")
+
+    def __contains__(self, entry: object) -> bool:
+        self.refuse("looks for something in a value")
+
+    def __setitem__(self, index: Any, entry: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, entry), {})
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raise a CaptureError that names the line."""
+        self.tracer.refuse(f"{what}, which is not known before the graph runs")
+
+    def stands_for(self) -> type:
+        """Return the type to show to the user's model; the graph then checks it whenever it runs."""
+        node = self.node
+        known = (
+            (node.op == "placeholder" and not str(node.target).startswith("*") and not self.tracer.prefix)
+            or (node.op == "call_module" and self.tracer.returns_a_tensor(str(node.target)))
+            or (node.op == "call_method" and node.target not in _NO_TENSOR_METHODS)
+            or (
+                node.op == "call_function" and str(getattr(node.target, "__module__", "")).startswith("torch")
+            )
+        )
+        if not known:
+            self.refuse("asks for the type of a value")
+        if node not in self.tracer.known_tensors:
+            self.tracer.known_tensors.add(node)
+            self.tracer.create_node("call_function", require_tensor, (node, self.tracer.where()), {})
+        return Tensor
+
+
+class _Attribute(Value):
+    """Stands for an attribute of a value; a node only where it is not called as a method."""
+
+    def __init__(self, root: Value, attr: str) -> None:
+        self.root = root
+        self.attr = attr
+        self.tracer = root.tracer
+        self._node: Node | None = None
+
+    @property
+    def node(self) -> Node:  # type: ignore[override]
+        """The node that reads the attribute, made when first asked for."""
+        if self._node is None:
+            self._node = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {}).node
+        return self._node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Proxy:
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+class StoredTensor(Value):
+    """Stands for a parameter or buffer, whose shape is known."""
+
+    def __init__(self, node: Node, tracer: ModelTracer, tensor: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape."""
+        return self.tensor.shape
+
+    @property
+    def ndim(self) -> int:
+        """Its number of axes."""
+        return self.tensor.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return its shape, or one of its sizes."""
+        return self.tensor.shape if dim is None else self.tensor.shape[dim]
+
+    def dim(self) -> int:
+        """Return its number of axes."""
+        return self.tensor.dim()
+
+    def numel(self) -> int:
+        """Return its number of elements."""
+        return self.tensor.numel()
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def stands_for(self) -> type:
+        """Return its own type."""
+        return type(self.tensor)
+
+
+class TrainingFlag(Value):
+    """``module.training``: a node where it is passed on, an error where it decides."""
+
+    def __init__(self, tracer: ModelTracer, path: str) -> None:
+        self.tracer = tracer
+        self.path = path
+        self._node: Node | None = None
+
+    @property
+    def node(self) -> Node:  # type: ignore[override]
+        """The node that reads the flag, made when first asked for."""
+        if self._node is None:
+            target = f"{self.path}.training" if self.path else "training"
+            self._node = self.tracer.create_node("get_attr", target, (), {}, target.replace(".", "_"))
+        return self._node
+
+    def forget_erased(self) -> None:
+        """Make the node anew when asked for next, if it is no longer in the graph."""
+        if self._node is not None and self._node._erased:
+            self._node = None
+
+    def __bool__(self) -> bool:
+        self.tracer.refuse(
+            "does one thing in training and another in evaluation, and a graph would keep only one of them",
+            remedy="Pass self.training on to a function that takes it",
+        )
+
+    def stands_for(self) -> type:
+        """Return the type of a flag."""
+        return bool
+
+
+def _is_in_a_call(frame: FrameType) -> bool:
+    """Whether an attribute is looked up by a call (``hasattr``, ``getattr``) and not by a dot."""
+    return "CALL" in dis.opname[frame.f_code.co_code[frame.f_lasti]]
+
+
+def _augmented(function: Callable[[Any, Any], Any]) -> Callable[[Value, Any], Any]:
+    def assign(self: Value, other: Any) -> Any:
+        changed = self.tracer.create_proxy("call_function", function, (self, other), {})
+        return self.tensor if isinstance(self, StoredTensor) else changed
+
+    return assign
+
+
+for _name in AUGMENTED_ASSIGNMENTS:
+    setattr(Value, f"__{_name}__", _augmented(getattr(operator, _name)))

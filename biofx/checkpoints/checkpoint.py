@@ -1,0 +1,290 @@
+"""Save a transformed model with everything that a run has come to, and go on from there.
+
+A checkpoint holds how the model was made, its state, the options of each layer's rules, and if given the
+states of optimizer and attachment and whatever else the user puts in. Loading checks all of it before
+anything is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from biofx.checkpoints.checkpoint_file import plain, read_checkpoint, write_checkpoint
+from biofx.checkpoints.model_state import adopt_dtypes, check_layout, check_state, load_state
+from biofx.checkpoints.optimizer_state import fitted_state, optimizer_state
+from biofx.checkpoints.plain_passes import config_from_plain, config_to_plain
+from biofx.checkpoints.reapply import check_same_making, make_again
+from biofx.checkpoints.record import ATTRIBUTE, TransformRecord, graph_lines, record_of
+from biofx.errors import CheckpointError, InputError
+from biofx.graph.graph_module import BioGraphModule
+from biofx.plasticity.attach import unwrapped
+from biofx.plasticity.attachment import Attachment
+from biofx.plasticity.model_rules import bio_modules, prepare_states
+
+Optimizers = Optimizer | Sequence[Optimizer] | None
+Attachments = Attachment | Sequence[Attachment] | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds, read but not yet loaded into anything."""
+
+    record: TransformRecord
+    """How the model was made."""
+    model: Mapping[str, Tensor]
+    """Its state dict, on the CPU."""
+    rules: Mapping[str, Mapping[str, Any]]
+    """The options of the rules, a config in plain values for each weight's path."""
+    optimizers: tuple[Mapping[str, Any], ...]
+    """State of each optimizer, by name of the parameters."""
+    plasticity: tuple[Mapping[str, Any], ...]
+    """State of each attachment."""
+    extra: Mapping[str, Any]
+    """What the user put in."""
+
+    @classmethod
+    def read(cls, path: str | Path) -> Checkpoint:
+        """Read a file; no code of the file's is run.
+
+        Raises:
+            CheckpointError: it cannot be read, is damaged, is something else, or is newer than this biofx.
+        """
+        return checkpoint_of(read_checkpoint(path), path)
+
+
+def checkpoint_of(content: Mapping[str, Any], path: str | Path) -> Checkpoint:
+    """Return the content of a checkpoint, each part of it checked for its kind.
+
+    Raises:
+        CheckpointError: a part is missing or of another kind.
+    """
+    kinds: dict[str, type] = {
+        "record": str,
+        "model": dict,
+        "rules": dict,
+        "optimizers": list,
+        "plasticity": list,
+        "extra": dict,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            raise CheckpointError(
+                f"{path}: expected {name!r} to be a {kind.__name__}, found {type(content.get(name)).__name__}"
+            )
+    return Checkpoint(
+        TransformRecord.from_json(content["record"]),
+        content["model"],
+        content["rules"],
+        tuple(content["optimizers"]),
+        tuple(content["plasticity"]),
+        content["extra"],
+    )
+
+
+def save(
+    bio_model: nn.Module,
+    path: str | Path,
+    *,
+    optimizer: Optimizers = None,
+    plasticity: Attachments = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a transformed or converted model, and what its training needs to go on.
+
+    The file holds plain values and tensors only: ``torch.load(path, weights_only=True)`` reads it. It is
+    written whole or not at all; an older file of that name stays until the new one is complete.
+
+    Args:
+        bio_model: wrapped (DDP, ``torch.compile``) or not; of several ranks, one should save.
+        path: where to.
+        optimizer: the optimizer, or several in a list.
+        plasticity: what :func:`biofx.attach` returned, or several in a list.
+        extra: plain values and tensors of your own: an epoch, a scheduler's state, a random state.
+
+    Raises:
+        CheckpointError: the model does not know how it was made, or its graph was changed since; an
+            optimizer steps other parameters; a value is not plain; the file cannot be written.
+    """
+    write_checkpoint(path, content_of(bio_model, optimizer, plasticity, extra))
+
+
+def content_of(
+    bio_model: nn.Module, optimizer: Optimizers, plasticity: Attachments, extra: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return what goes into a checkpoint.
+
+    Raises:
+        CheckpointError: as :func:`save` says.
+    """
+    model = transformed(bio_model)
+    record: Any = record_of(model)
+    return {
+        "biofx": record.biofx,
+        "torch": record.torch,
+        "record": record.to_json(),
+        "model": model.state_dict(),
+        "rules": {name: config_to_plain(state.config) for name, state in bio_modules(model).items()},
+        "optimizers": [optimizer_state(model, entry) for entry in _listed(optimizer, Optimizer)],
+        "plasticity": [entry.state_dict() for entry in _listed(plasticity, Attachment)],
+        "extra": {} if extra is None else extra,
+    }
+
+
+def load(
+    checkpoint: str | Path | Checkpoint,
+    model: nn.Module,
+    *,
+    optimizer: Optimizers = None,
+    plasticity: Attachments = None,
+) -> BioGraphModule:
+    """Load a checkpoint.
+
+    A plain model, of the architecture that the saved one was made from, is transformed as that one was; it
+    is not changed itself. A model that is transformed already, in the same way, takes over the saved state in
+    place, and with it its optimizer and attachment if given. Everything is checked first: after an error all
+    of them are as they were.
+
+    Args:
+        checkpoint: the file, or what :meth:`Checkpoint.read` returned.
+        model: the plain model, or the transformed one.
+        optimizer: to be given with a transformed model: its optimizer, or several in a list, as saved.
+        plasticity: likewise, what :func:`biofx.attach` returned.
+
+    Returns:
+        The transformed model with the saved state.
+
+    Raises:
+        CheckpointError: the file is damaged or newer than this biofx; the model, the optimizer or the
+            attachment is another than was saved.
+        CaptureError: the plain model cannot be captured.
+    """
+    saved = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.read(checkpoint)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a model to load into, found {type(model).__name__}")
+    target = unwrapped(model)
+    if not isinstance(target, BioGraphModule) or record_of(target) is None:
+        return _load_into_new(saved, model, optimizer, plasticity)
+    _check_record(target)
+    check_same_making(saved.record, target)
+    prepare_states(target)
+    check_state(target, saved.model)
+    check_layout(target, saved.model)
+    _check_rules(saved, target)
+    optimizers = _listed(optimizer, Optimizer)
+    states = _paired("optimizer", optimizers, saved.optimizers)
+    fitted = [fitted_state(target, entry, state) for entry, state in zip(optimizers, states, strict=True)]
+    attachments = _listed(plasticity, Attachment)
+    _load_attachments(attachments, _paired("plasticity", attachments, saved.plasticity))
+    load_state(target, saved.model)
+    for entry, state in zip(optimizers, fitted, strict=True):
+        entry.load_state_dict(state)
+    return target
+
+
+def _load_into_new(
+    saved: Checkpoint, model: nn.Module, optimizer: Optimizers, plasticity: Attachments
+) -> BioGraphModule:
+    if optimizer is not None or plasticity is not None:
+        raise CheckpointError(
+            "expected a transformed model with its optimizer, found a plain model: an optimizer of its "
+            "parameters cannot step those of the transformed one. Call load(path, model) first, build the "
+            "optimizer from the result, and load into both"
+        )
+    made = make_again(saved.record, model)
+    check_same_making(saved.record, made)
+    prepare_states(made)
+    adopt_dtypes(made, saved.model)
+    check_state(made, saved.model)
+    configs = {path: config_from_plain(options) for path, options in saved.rules.items()}
+    states = bio_modules(made)
+    _check_weights(saved, states)
+    load_state(made, saved.model)
+    for path, state in states.items():
+        state.config = configs.get(path, state.config)
+    made.__dict__[ATTRIBUTE] = saved.record
+    return made
+
+
+def transformed(bio_model: nn.Module) -> BioGraphModule:
+    """Return the transformed model inside any wrapper, as its record describes it.
+
+    Raises:
+        CheckpointError: it does not know how it was made, or was changed since.
+    """
+    model: Any = unwrapped(bio_model)
+    if record_of(model) is None or not isinstance(model, BioGraphModule):
+        raise CheckpointError(
+            f"expected a model that biofx.transform or a BioConverter made, found a {type(model).__name__} "
+            "that does not say how it was made (tracing a model anew forgets it); save the transformed model "
+            "itself, or its state_dict with torch.save"
+        )
+    _check_record(model)
+    return model
+
+
+def _check_record(model: BioGraphModule) -> None:
+    record = record_of(model)
+    if record is not None and record.graph != graph_lines(model):
+        raise CheckpointError(
+            "expected the graph as biofx.transform left it, found one that was changed since, which the "
+            "record of the transform does not know about; make the change with a pass: "
+            "biofx.transform(bio_model, passes=...)"
+        )
+
+
+def _check_rules(saved: Checkpoint, target: BioGraphModule) -> None:
+    """Refuse a model whose rules have other options than the saved one's."""
+    states = bio_modules(target)
+    _check_weights(saved, states)
+    for path, options in saved.rules.items():
+        own = plain(config_to_plain(states[path].config), path)
+        wrong = [name for name in own if own[name] != options.get(name)]
+        if wrong:
+            raise CheckpointError(
+                f"{path!r}: expected {wrong[0]}={own[wrong[0]]!r}, as the model has it, found "
+                f"{options.get(wrong[0])!r} in the checkpoint; transform the model with the options of the "
+                "saved one, or load into a plain model"
+            )
+
+
+def _check_weights(saved: Checkpoint, states: Mapping[str, Any]) -> None:
+    unknown = [path for path in saved.rules if path not in states]
+    if unknown:
+        raise CheckpointError(
+            f"expected a model with a weight {unknown[0]!r}, which has saved state; found none"
+        )
+
+
+def _load_attachments(attachments: list[Any], states: Sequence[Mapping[str, Any]]) -> None:
+    before = [entry.state_dict() for entry in attachments]
+    try:
+        for entry, state in zip(attachments, states, strict=True):
+            entry.load_state_dict(state)
+    except Exception as error:
+        for entry, state in zip(attachments, before, strict=True):
+            entry.load_state_dict(state)
+        raise CheckpointError(f"plasticity: {error}") from error
+
+
+def _paired(
+    name: str, given: Sequence[Any], saved: Sequence[Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+    if given and len(given) != len(saved):
+        raise CheckpointError(
+            f"{name}: expected as many as were saved, {len(saved)}, found {len(given)}"
+            + ("; the file was saved without" if not saved else "")
+        )
+    return saved if given else ()
+
+
+def _listed(given: Any, kind: type) -> list[Any]:
+    entries = [] if given is None else [given] if isinstance(given, kind) else given
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, kind) for entry in entries):
+        raise InputError(f"expected a {kind.__name__} or a list of them, found {given!r}")
+    return list(entries)

@@ -1,0 +1,159 @@
+"""The state dict of a transformed model: checked first, then loaded; and what of it the original knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from biofx.errors import CheckpointError, suggest
+from biofx.graph.regions import whole_graph
+from biofx.plasticity.attach import unwrapped
+from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.model_rules import expanded_weights
+from biofx.plasticity.shards import is_sharded
+
+
+def plain_state(bio_model: nn.Module) -> dict[str, Tensor]:
+    """Return the part of a transformed model's state dict that the original has too.
+
+    ``original.load_state_dict(biofx.plain_state(bio_model))`` works as it is, and so does loading a
+    checkpoint of the original into ``bio_model``. The weights are the raw parameters; a model with those that
+    the transformed one computes with is what :func:`biofx.deploy` gives.
+
+    Raises:
+        CheckpointError: ``expand-units`` has made layers wider than the original's.
+    """
+    model = unwrapped(bio_model)
+    for path in expanded_weights(model):
+        raise CheckpointError(
+            f"expected a model with the original's layers, found {path!r}, whose units became excitatory and "
+            "inhibitory ones (dales_method='expand'), which the original has no room for; save the model "
+            "with biofx.save, or make a plain one with biofx.deploy"
+        )
+    own = tuple(_owners(model))
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
+
+
+def check_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
+    """Check that a saved state fits a model to the last tensor.
+
+    A layer's plasticity may have remembered more, or less, than the model's has so far.
+
+    Raises:
+        CheckpointError: a key is missing or unknown, or a tensor has another shape or type.
+    """
+    owners, held = _owners(model), model.state_dict()
+    read = {str(node.target) for node in whole_graph(model).find_nodes(op="get_attr")}
+    missing = [key for key in held if key not in saved and (key in read or _owner(owners, key) is None)]
+    if missing:
+        raise CheckpointError(
+            f"model: expected {missing[0]!r} and {len(missing) - 1} more that the checkpoint does not have"
+            f"{suggest(missing[0], saved)}; load into the architecture that was saved"
+        )
+    for key, value in saved.items():
+        owner = _owner(owners, key)
+        if key not in held and owner is None:
+            raise CheckpointError(
+                f"model: found {key!r} in the checkpoint, which this model does not have"
+                f"{suggest(str(key), held)}; load into the architecture that was saved"
+            )
+        _check_entry(key, held.get(key), value, owner)
+
+
+def _check_entry(key: str, own: Any, saved: Any, owner: BioModule | None) -> None:
+    if not isinstance(own, Tensor) and own is not None:
+        if type(own) is not type(saved):
+            raise CheckpointError(
+                f"model: {key!r}: expected a {type(own).__name__}, found a {type(saved).__name__}"
+            )
+        return
+    if not isinstance(saved, Tensor):
+        raise CheckpointError(f"model: {key!r}: expected a tensor, found a {type(saved).__name__}")
+    if own is not None and own.dtype != saved.dtype:
+        raise CheckpointError(
+            f"model: {key!r}: expected {own.dtype}, as the model has it, found {saved.dtype} in the "
+            "checkpoint; convert the model with .to(dtype) as it was when saved"
+        )
+    if own is not None and own.shape == saved.shape:
+        return
+    weight = None if owner is None else _weight_of(owner)
+    if weight is not None and _may_be_state(saved, weight, per_synapse=own is not None):
+        return
+    found = f"expected shape {tuple(own.shape)}" if own is not None else "expected a shape like the weight's"
+    raise CheckpointError(f"model: {key!r}: {found}, found {tuple(saved.shape)} in the checkpoint")
+
+
+def _may_be_state(saved: Tensor, weight: Tensor, *, per_synapse: bool) -> bool:
+    """Whether a tensor may be something that a layer remembers: per synapse, or else per unit or one number.
+
+    What is there already may be laid out anew per synapse: crystallization gives each a factor of its own.
+    """
+    if saved.dim() <= 1 and not per_synapse:
+        return saved.numel() <= weight.numel()
+    sizes = zip(saved.shape, weight.shape, strict=False)
+    return saved.dim() == weight.dim() and all(own in (1, full) for own, full in sizes)
+
+
+def check_layout(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Check that a sharded model is given a sharded state.
+
+    Raises:
+        CheckpointError: it is given a whole one, which only a whole model can load.
+    """
+    for key, own in model.state_dict().items():
+        if is_sharded(own) and not is_sharded(saved.get(key)):
+            raise CheckpointError(
+                f"model: expected a whole model, found {key!r} sharded; load before fully_shard, or use "
+                "biofx.save_sharded and biofx.load_sharded"
+            )
+
+
+def adopt_dtypes(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Convert what a model holds to the types of a saved state; for a model of our own making."""
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        value = saved.get(key)
+        if isinstance(tensor, Tensor) and isinstance(value, Tensor) and tensor.dtype != value.dtype:
+            tensor.data = tensor.data.to(value.dtype)
+
+
+@torch.no_grad()
+def load_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
+    """Load a state that :func:`check_state` has passed."""
+    for prefix, owner in _owners(model).items():
+        weight = _weight_of(owner)
+        device = None if weight is None else weight.device
+        for name, held in owner._buffers.items():
+            if name in owner._non_persistent_buffers_set:
+                continue  # no state, but part of how the model was made
+            value = saved.get(prefix + name)
+            if not isinstance(value, Tensor):
+                owner._buffers[name] = None
+            elif held is None or held.shape != value.shape:
+                owner._buffers[name] = torch.empty_like(value, device=device)
+    model.load_state_dict(dict(saved), strict=True)
+
+
+def _weight_of(owner: BioModule) -> Tensor | None:
+    """Return the weight whose state it is; None where there is none, or it is computed."""
+    return owner.parameter if owner.is_linked else None
+
+
+def _owners(model: nn.Module) -> dict[str, BioModule]:
+    """Return the state of each layer's plasticity by the prefix of its keys."""
+    return {
+        f"{path}." if path else "": module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, BioModule)
+    }
+
+
+def _owner(owners: Mapping[str, BioModule], key: object) -> BioModule | None:
+    """Return the plasticity state that a key may be a buffer of, None if it is no such key."""
+    path, _, name = str(key).rpartition(".")
+    owner = owners.get(f"{path}." if path else "")
+    kept = owner is not None and name in owner._buffers and name not in owner._non_persistent_buffers_set
+    return owner if kept else None

@@ -1,0 +1,154 @@
+"""Checkpoints that all ranks of a run write and read together, each its part; n ranks may write and m read.
+
+The folder is one of ``torch.distributed.checkpoint``. It holds tensors only: what is not a tensor is JSON
+text in one of them, since torch would unpickle anything else. Its index, ``.metadata``, is torch's own, and
+torch unpickles it: load folders that you trust.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biofx.checkpoints.checkpoint import (
+    Attachments,
+    Optimizers,
+    checkpoint_of,
+    content_of,
+    load,
+    transformed,
+)
+from biofx.checkpoints.checkpoint_file import FORMAT, SCHEMA, check_stamp, plain
+from biofx.checkpoints.model_state import check_state
+from biofx.checkpoints.reapply import check_same_making
+from biofx.checkpoints.record import TransformRecord
+from biofx.errors import CheckpointError
+from biofx.plasticity.model_rules import prepare_states
+
+_SKELETON = "biofx"
+"""Key of the tensor that holds what is not a tensor."""
+
+
+def save_sharded(
+    bio_model: nn.Module,
+    folder: str | Path,
+    *,
+    optimizer: Optimizers = None,
+    plasticity: Attachments = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Save what :func:`biofx.save` saves, each rank its part; all ranks must call it.
+
+    Args:
+        bio_model: sharded as a whole (FSDP2), wrapped in DDP, or as it is.
+        folder: where to, on a file system that all ranks see.
+        optimizer: the optimizer, or several in a list.
+        plasticity: what :func:`biofx.attach` returned, or several in a list.
+        extra: numbers, texts, flags, lists and dicts of them.
+
+    Raises:
+        CheckpointError: as :func:`biofx.save` says.
+    """
+    from biofx.checkpoints.tensor_folder import write_tensors  # imports much of torch.distributed
+
+    tensors: dict[str, Tensor] = {}
+    content = content_of(bio_model, optimizer, plasticity, extra)
+    plain({**content, "model": {}, "optimizers": []}, "the checkpoint")
+    skeleton = _flattened({"format": FORMAT, "schema": SCHEMA, **content}, "", tensors)
+    text = json.dumps(skeleton, ensure_ascii=True).encode()
+    tensors[_SKELETON] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    write_tensors(tensors, folder)
+
+
+def load_sharded(
+    folder: str | Path,
+    bio_model: nn.Module,
+    *,
+    optimizer: Optimizers = None,
+    plasticity: Attachments = None,
+) -> dict[str, Any]:
+    """Load what :func:`save_sharded` saved, on however many ranks; all of them must call it.
+
+    Args:
+        folder: what was saved.
+        bio_model: transformed as the saved one was, and sharded, wrapped, or neither.
+        optimizer: its optimizer, or several in a list, as saved.
+        plasticity: likewise, what :func:`biofx.attach` returned.
+
+    Returns:
+        What was saved as ``extra``.
+
+    Raises:
+        CheckpointError: the folder cannot be read or is newer than this biofx, or the model, the optimizer or
+            the attachment is another than was saved; nothing has been changed.
+    """
+    from biofx.checkpoints.tensor_folder import read_tensors, sizes_in  # imports much of torch.distributed
+
+    target = transformed(bio_model)
+    sizes = sizes_in(folder)
+    text = torch.empty_like(sizes.get(_SKELETON, torch.empty(0)), device="cpu", dtype=torch.uint8)
+    read_tensors({_SKELETON: text}, folder)
+    try:
+        skeleton = json.loads(bytes(text.tolist()))
+        content = _restored(skeleton, sizes)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: expected the content of a checkpoint, found {error!r}") from error
+    check_stamp(content, folder)
+    check_same_making(TransformRecord.from_json(content["record"]), target)
+    prepare_states(target)
+    check_state(target, content["model"])
+    tensors = dict(_templates(target, skeleton, sizes))
+    read_tensors(tensors, folder)
+    saved = checkpoint_of(_restored(skeleton, tensors), folder)
+    load(saved, target, optimizer=optimizer, plasticity=plasticity)
+    return dict(saved.extra)
+
+
+def _flattened(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a value as JSON can carry it, its tensors put aside under their paths."""
+    if isinstance(value, Tensor):
+        while path in tensors:  # names may have slashes
+            path += "/"
+        tensors[path] = value.detach()
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        return {"dict": {key: _flattened(entry, f"{path}/{key}", tensors) for key, entry in value.items()}}
+    if isinstance(value, (list, tuple)):
+        entries = [_flattened(entry, f"{path}/{number}", tensors) for number, entry in enumerate(value)]
+        return {type(value).__name__: entries} if type(value) in (list, tuple) else {"tuple": entries}
+    return value
+
+
+def _restored(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the value that :func:`_flattened` took apart."""
+    if not isinstance(skeleton, dict):
+        return skeleton
+    ((kind, inner),) = skeleton.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dict":
+        return {key: _restored(entry, tensors) for key, entry in inner.items()}
+    entries = [_restored(entry, tensors) for entry in inner]
+    return tuple(entries) if kind == "tuple" else entries
+
+
+def _templates(target: nn.Module, skeleton: Any, sizes: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Return for each saved tensor one to read into, over the ranks as this model's parameters are."""
+    parameters = dict(target.named_parameters(remove_duplicate=False))
+    content = skeleton["dict"]
+    places = list(content["model"]["dict"].items())
+    for optimizer in content["optimizers"]["list"]:
+        for name, state in optimizer["dict"]["state"]["dict"].items():
+            places += [(name, leaf) for leaf in state["dict"].values()]
+    owner = {leaf["tensor"]: name for name, leaf in places if isinstance(leaf, dict) and "tensor" in leaf}
+    for key, size in sizes.items():
+        like = parameters.get(owner.get(key, ""))
+        if like is not None and like.shape == size.shape:
+            yield key, torch.empty_like(like.detach(), dtype=size.dtype)
+        else:
+            yield key, torch.empty(size.shape, dtype=size.dtype)

@@ -1,0 +1,1 @@
+"""Back to a plain PyTorch model: ``biofx.deploy``."""

@@ -1,0 +1,206 @@
+"""A plain PyTorch model that computes what a transformed one does, with no trace of biofx in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from biofx import ops
+from biofx.activation import OpaqueActivation
+from biofx.deploying.plain_operators import write_out
+from biofx.deploying.raising import raise_layers
+from biofx.errors import InputError, PassError
+from biofx.folding.fold_ops import require_axes
+from biofx.graph.graph_module import BioGraphModule
+from biofx.graph.guards import require_default, require_tensor
+from biofx.graph.in_place import changed_in_place
+from biofx.graph.regions import kept_modules, region_paths
+from biofx.passes.fold_splits import FoldSplits
+from biofx.plasticity.attach import unwrapped
+from biofx.plasticity.bio_module import BioModule
+from biofx.weights.weight_values import erase_unused_reads, evaluate_weights, is_of_biofx
+
+_RANDOM = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "empty"})
+_ROOT_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
+
+
+def deploy(bio_model: nn.Module) -> GraphModule:
+    """Return a plain model for inference that computes what a transformed one computes in eval mode.
+
+    What the graph does to weights is done once and for all, what it does to gradients is left out, layers
+    are ordinary ``torch.nn`` modules again, under their old names. The result is a ``torch.fx.GraphModule``:
+    it can be saved with ``torch.save`` and loaded where biofx is not installed, scripted, exported with
+    ``torch.export`` and to ONNX. It is in eval mode; what the model's own code asked of ``self.training``
+    is settled as False.
+
+    Args:
+        bio_model: a transformed or converted model, wrapped (DDP, ``torch.compile``) or not; it is not
+            changed.
+
+    Raises:
+        InputError: it is no graph module, or parts of it run in Python around its graphs, or it is sharded.
+        PassError: an argument that must have its default is not the last; the graph draws random numbers from
+            nothing or writes to a buffer, which a plain graph module forgets when it is saved; or it holds
+            something of biofx's that has no plain form.
+
+    >>> import biofx
+    >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> bio_model, _ = biofx.transform(model, {"apply_dales_principle": True})
+    >>> deployed = deploy(bio_model)
+    >>> print(biofx.format_graph(deployed))
+    input_1 = input
+    _0 = self.0(input_1)  # Linear
+    _1 = self.1(_0)  # ReLU
+    _2 = self.2(_1)  # Linear
+    _3 = self.3(_2)  # ReLU
+    _4 = self.4(_3)  # Linear
+    return _4
+    """
+    model = unwrapped(bio_model)
+    if not isinstance(model, GraphModule):
+        raise InputError(
+            f"expected a transformed or converted model, found a {type(model).__name__}; use biofx.transform"
+        )
+    if region_paths(model) or "" in kept_modules(model):
+        path, reason = next(iter(kept_modules(model).items()))
+        where = f"module {path!r}" if path else "the forward"
+        raise InputError(
+            f"expected a model of one graph, found one in which {where} runs in Python: {reason}. Rewrite "
+            "that line, or transform with example_inputs or opaque=[…]"
+        )
+    sharded = next((name for name, p in model.named_parameters() if hasattr(p, "device_mesh")), None)
+    if sharded is not None:
+        raise InputError(
+            f"expected whole parameters, found {sharded!r} sharded; load its checkpoint into a whole model"
+        )
+    own = BioGraphModule.copy_of(model).eval()
+    _drop_what_learns(own)
+    own = _folded(own)
+    evaluate_weights(own)
+    write_out(own)
+    raise_layers(own)
+    for module in own.modules():
+        if isinstance(module._modules.get("bio_mod"), BioModule):
+            del module._modules["bio_mod"]
+    erase_unused_reads(own)
+    _refuse_what_saving_forgets(own)
+    deployed = GraphModule(own, own.graph, type(model).__name__)
+    _keep_buffers_as_they_are(own, deployed)
+    vars(deployed).update({name: vars(own)[name] for name in _ROOT_HOOKS if name in vars(own)})
+    _refuse_traces(deployed)
+    return deployed.eval()
+
+
+def _settle(flag: Node, value: bool) -> None:
+    """Put a constant where a node was read."""
+
+    def settled(source: Node) -> Any:
+        return value if source is flag else source
+
+    for user in list(flag.users):
+        user.args, user.kwargs = map_arg(user.args, settled), map_arg(user.kwargs, settled)
+
+
+def _drop_what_learns(own: GraphModule) -> None:
+    """Take out gradient factors, observers, checks of arguments, and training flags."""
+    fixed: list[Any] = []
+    for node in list(own.graph.nodes):
+        if node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
+            _settle(node, False)
+        elif node.target in (ops.scale_gradient, ops.observe_activity, ops.drop_pairs):
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is require_default:
+            fixed.append(node.args[0])
+        elif node.target is require_tensor:
+            pass
+        elif node.op == "call_module" and isinstance(
+            function := own.get_submodule(str(node.target)), OpaqueActivation
+        ):
+            node.op, node.target = "call_function", function.function
+            continue
+        elif node.op == "call_module" and "bio_mod" in str(node.target).split("."):
+            path = str(node.target).replace(".bio_mod.", "_").replace(".", "_")
+            own.add_module(path, own.get_submodule(str(node.target)))
+            node.target = path
+            continue
+        else:
+            continue
+        own.graph.erase_node(node)
+    _drop_fixed_arguments(own, fixed)
+
+
+def _drop_fixed_arguments(own: GraphModule, fixed: list[Node]) -> None:
+    """Take arguments out of the signature that must have their default, now that nothing checks that.
+
+    Raises:
+        PassError: one stands before others, which would move up to its place.
+    """
+    arguments = list(own.graph.find_nodes(op="placeholder"))
+    while arguments and arguments[-1] in fixed and not arguments[-1].users:
+        own.graph.erase_node(arguments.pop())
+    left = next((node for node in fixed if node in arguments), None)
+    if left is not None:
+        raise PassError(
+            f"argument {left.target!r} must have its default, which a plain model does not check, and stands "
+            "before other arguments; deploy a model whose forward has it last, or not at all"
+        )
+
+
+def _folded(own: BioGraphModule) -> BioGraphModule:
+    """Return the model with its sums over synapses in its weights, where it takes the same inputs then."""
+    folded = FoldSplits().on_own(BioGraphModule.copy_of(own)).graph_module
+
+    def checks(graph_module: GraphModule) -> int:
+        return len(graph_module.graph.find_nodes(op="call_function", target=require_axes))
+
+    return folded if checks(folded) == checks(own) else own
+
+
+def _refuse_what_saving_forgets(own: GraphModule) -> None:
+    """Refuse what loading a graph module, which traces it anew, would turn into a constant."""
+    floating: set[Node] = set()  # independent of the model's inputs
+    for node in own.graph.nodes:
+        if node.op == "get_attr" or (
+            node.op in ("call_function", "call_method")
+            and all(source in floating for source in node.all_input_nodes)
+        ):
+            floating.add(node)
+            name = str(getattr(node.target, "__name__", node.target))
+            writes = any(changed.op == "get_attr" for changed in changed_in_place(node))
+            if node.op != "get_attr" and (writes or name.rstrip("_") in _RANDOM):
+                what = "writes to a tensor of the model" if writes else "draws random numbers"
+                raise PassError(
+                    f"{node.name!r} ({name}) {what} at every call, which a plain graph module forgets when "
+                    "it is loaded; deploy a model whose forward does not do so in eval mode"
+                )
+
+
+def _keep_buffers_as_they_are(own: GraphModule, deployed: GraphModule) -> None:
+    """Keep buffers out of the state dict that were out of it before."""
+    for path, module in deployed.named_modules():
+        source = own.get_submodule(path)
+        if source is not module:
+            module._non_persistent_buffers_set |= source._non_persistent_buffers_set & set(module._buffers)
+
+
+def _refuse_traces(deployed: GraphModule) -> None:
+    """Refuse to hand out a model that needs biofx.
+
+    Raises:
+        PassError: a node calls a function of biofx, or a module is of a class of biofx.
+    """
+    found: Iterator[str] = (
+        node.name
+        for node in deployed.graph.nodes
+        if (node.op == "call_function" and is_of_biofx(node.target))
+    )
+    modules = (path for path, module in deployed.named_modules() if is_of_biofx(type(module)))
+    for name in (*found, *modules):
+        raise PassError(f"{name!r} is biofx's and has no plain form; leave the pass out that made it")

@@ -1,0 +1,75 @@
+"""The way back from lowering: ``linear(x, weight, bias)`` becomes a call of an ``nn.Linear`` again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from biofx.deploying.raised_calls import LayerCall
+from biofx.weights.weight_values import erase_unused_reads
+
+
+def raise_layers(graph_module: GraphModule) -> None:
+    """Let each layer that was lowered be called as a module again.
+
+    The module is a new one, at the path of the old one where nothing else in the graph needs what is there;
+    calls with different weights become calls of different modules.
+    """
+    layers = dict(graph_module.named_modules(remove_duplicate=False))
+    raised = {
+        node: call for node in graph_module.graph.nodes if (call := LayerCall.of(node, graph_module, layers))
+    }
+    places = _Places(graph_module, set(raised))
+    for node, call in raised.items():
+        node.target = places.place(call)
+        node.op, node.args, node.kwargs = "call_module", call.args, dict(call.kwargs)
+    erase_unused_reads(graph_module)
+
+
+@dataclass
+class _Places:
+    """Where in the tree the layers go."""
+
+    graph_module: GraphModule
+    leaving: set[Node]
+    """Nodes that will not read what they read now."""
+    _taken: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        staying = [node for node in self.graph_module.graph.nodes if node not in self.leaving]
+        self._called = {str(node.target) for node in staying if node.op == "call_module"}
+        self._read = {
+            str(node.target)
+            for node in staying
+            if node.op == "get_attr" and any(user not in self.leaving for user in node.users)
+        }
+
+    def place(self, call: LayerCall) -> str:
+        """Return where a layer is that does what a call does, made if there is none."""
+        number = 0
+        while True:
+            path = f"{call.path}_{number}" if number else call.path
+            if self._taken.get(path) == call.key:
+                return path
+            if path not in self._taken and self._is_free(path, call, original=number == 0):
+                self._taken[path] = call.key
+                owner, _, name = path.rpartition(".")
+                self.graph_module.get_submodule(owner).add_module(name, call.module())
+                return path
+            number += 1
+
+    def _is_free(self, path: str, call: LayerCall, *, original: bool) -> bool:
+        if not original:
+            owner, _, name = path.rpartition(".")
+            return not hasattr(self.graph_module.get_submodule(owner), name)
+        for read in (read for read in self._read if read.startswith(f"{path}.")):
+            if call.held.get(read[len(path) + 1 :]) is not _value(self.graph_module, read):
+                return False
+        return not any(called == path or called.startswith(f"{path}.") for called in self._called)
+
+
+def _value(graph_module: GraphModule, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(graph_module.get_submodule(owner), name)

@@ -1,0 +1,229 @@
+"""The rewritten model: a ``torch.fx.GraphModule`` that stays as close to the original as one can."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import types
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.fx import Graph, GraphModule, Node, Tracer
+
+from biofx.errors import CaptureError, CheckpointError, InputError
+from biofx.graph.graph_records import pack, unpack
+from biofx.graph.own_forward import call_own_forward
+from biofx.plasticity.model_rules import apply_rule, expanded_weights, exposed_rules
+
+_OWN_TO_GRAPH_MODULES = frozenset({"_graph", "_code", "_tracer_cls", "_tracer_extras"})
+
+
+class BioGraphModule(GraphModule):
+    """A graph module that keeps what a plain one drops.
+
+    It is an instance of the model's class too, with its methods and properties. The whole module tree stays
+    in its order, used by the graph or not, and with it state-dict keys, parameter order, persistence of
+    buffers, the model's own hooks and attributes. Copies and pickles carry the graph itself, not its code,
+    so nothing is traced a second time and no node changes its name.
+    """
+
+    __jit_unused_properties__ = [  # noqa: RUF012
+        *(*GraphModule.__jit_unused_properties__, "keeps_forward", "own_forward")
+    ]
+
+    if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
+        region_paths: tuple[str, ...]
+        """Paths of the modules with graphs of their own, empty where one graph is all there is."""
+        kept_as_python: Mapping[str, str]
+        """Paths of the modules that keep their own forward in Python, and why."""
+        read_by_python: Mapping[str, str]
+        """Paths of regions whose weights Python may use besides, and why that is to be feared."""
+
+    @classmethod
+    def from_root(cls, root: nn.Module, graph: Graph, class_name: str | None = None) -> BioGraphModule:
+        """Return a graph module that takes over everything ``root`` holds (without copying it)."""
+        made = _empty(class_name or type(root).__name__, user_class(root))
+        kept = {name: value for name, value in vars(root).items() if name not in _OWN_TO_GRAPH_MODULES}
+        vars(made).update(kept)
+        graph._tracer_cls = Tracer  # stock pickling traces again, and must be able to make one
+        made.graph = graph
+        return made
+
+    @classmethod
+    def copy_of(cls, graph_module: GraphModule, memo: dict[int, Any] | None = None) -> BioGraphModule:
+        """Return an independent copy of any graph module.
+
+        Raises:
+            InputError: the module holds something that cannot be copied.
+        """
+        memo = {} if memo is None else memo
+        own = {name: value for name, value in vars(graph_module).items() if name != "_graph"}
+        root = nn.Module()
+        memo[id(graph_module)] = made = _empty(type(graph_module).__name__, user_class(graph_module))
+        try:
+            vars(root).update(copy.deepcopy(own, memo))
+        except RuntimeError as error:
+            raise InputError(f"expected a model that can be copied: {error}") from error
+        vars(made).update(
+            {name: value for name, value in vars(root).items() if name not in _OWN_TO_GRAPH_MODULES}
+        )
+        made.graph = copy_graph(graph_module.graph)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BioGraphModule:
+        return BioGraphModule.copy_of(self, memo)
+
+    def __copy__(self) -> BioGraphModule:
+        return BioGraphModule.from_root(self, copy_graph(self.graph), type(self).__name__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the content goes in as state, after the object is known: it may refer back to the object
+        state = {name: value for name, value in vars(self).items() if name not in _OWN_TO_GRAPH_MODULES}
+        origin = user_class(self)
+        named = None if origin is None else (origin.__module__, origin.__qualname__)
+        return _unpickled, (type(self).__name__, named), (state, pack(self.graph))
+
+    def __setstate__(self, packed: tuple[dict[str, Any], tuple[Any, ...]]) -> None:
+        state, graph = packed
+        vars(self).update(state)
+        self.graph = unpack(graph)
+        if self.keeps_forward and user_class(self) is None:
+            raise CaptureError(
+                f"a {type(self).__name__} that runs its own forward was saved, whose class cannot be "
+                "imported here; make the class importable under the name it had"
+            )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state as any module does.
+
+        Raises:
+            CheckpointError: it is the state of a model with half as many units, as the original has after
+                ``expand-units``; nothing is changed then.
+        """
+        for path, weight in expanded_weights(self).items():
+            given = state_dict.get(path)
+            if given is not None and given.shape != weight.shape:
+                raise CheckpointError(
+                    f"{path!r}: expected shape {tuple(weight.shape)}, in which each unit is an excitatory "
+                    f"and an inhibitory one (dales_method='expand'), found {tuple(given.shape)}; load a "
+                    "checkpoint of the original into the original, and transform that"
+                )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not name.startswith("_") and name in exposed_rules(self):
+                return functools.partial(apply_rule, self, name)
+            raise
+
+    def recompile(self) -> Any:
+        """Make the graph's code anew; a module that keeps its own forward goes on running that."""
+        code = super().recompile()
+        origin = user_class(self)
+        if origin is not None and self.keeps_forward:
+            own: Any = origin.forward
+            type(self).forward = own
+        return code
+
+    @property
+    def keeps_forward(self) -> bool:
+        """Whether the module runs the forward of its class, with graphs in the modules that it calls."""
+        calls = self.graph.find_nodes(op="call_function", target=call_own_forward)
+        return any(isinstance(call.args[1], Node) for call in calls)  # with whatever is given, in one piece
+
+    @property
+    def own_forward(self) -> Callable[..., Any]:
+        """The forward that the module's class has, not the graph's.
+
+        Raises:
+            CaptureError: the class is not known.
+        """
+        origin: Any = user_class(self)
+        if origin is None:
+            raise CaptureError(f"{type(self).__name__} has no forward but its graph's")
+        return functools.partial(origin.forward, self)
+
+
+def become_graph_module(module: nn.Module, graph: Graph) -> BioGraphModule:
+    """Turn a module into a graph module in its place, for all who hold it.
+
+    Raises:
+        CaptureError: its class does not let it.
+    """
+    if not isinstance(module, BioGraphModule):
+        name = type(module).__name__
+        attributes = vars(_empty(name, None))
+        graph_class = _class_of_graph_modules(name, type(module))
+        try:
+            module.__class__ = graph_class
+        except TypeError as error:
+            raise CaptureError(f"{name} cannot become a graph module: {error}") from error
+        for key, value in attributes.items():
+            vars(module).setdefault(key, value)
+    made: Any = module
+    graph._tracer_cls = Tracer
+    made.graph = graph
+    if made.keeps_forward and user_class(made) is None:
+        raise CaptureError(f"{type(module).__name__} cannot be subclassed, and its forward cannot be traced")
+    return made  # type: ignore[no-any-return]
+
+
+def user_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class that a module had before it was a graph module, None where that is not known."""
+    if not isinstance(module, GraphModule):
+        return type(module)
+    return getattr(type(module), "_user_class", None)
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """Return a copy of a graph, with the same names."""
+    copied = Graph(tracer_cls=graph._tracer_cls)
+    copied._codegen = copy.deepcopy(graph._codegen)
+    mapping: dict[Node, Node] = {}
+    for node in graph.nodes:
+        mapping[node] = copied.node_copy(node, lambda source: mapping[source])
+    return copied
+
+
+def _class_of_graph_modules(name: str, origin: type[nn.Module] | None) -> type[BioGraphModule]:
+    """Return a class for one graph module alone, as torch.fx has one for each."""
+    known = origin is not None and origin is not nn.Module
+    bases = (BioGraphModule, origin) if known else (BioGraphModule,)
+    body = {"_user_class": origin if known else None, "__module__": BioGraphModule.__module__}
+    try:
+        made: Any = types.new_class(name, bases, {}, lambda namespace: namespace.update(body))
+    except TypeError:  # the class does not let itself be subclassed just so
+        if not known:
+            raise
+        return _class_of_graph_modules(name, None)
+    return made  # type: ignore[no-any-return]
+
+
+def _empty(class_name: str, origin: type[nn.Module] | None) -> BioGraphModule:
+    made = BioGraphModule(nn.Module(), Graph(), class_name)
+    if origin is not None:
+        # not by calling the class: that would run the __init__ of the user's
+        made.__class__ = _class_of_graph_modules(class_name, origin)
+    return made
+
+
+def _unpickled(class_name: str, origin: tuple[str, str] | None) -> BioGraphModule:
+    return _empty(class_name, None if origin is None else _imported(*origin))
+
+
+def _imported(module: str, name: str) -> type[nn.Module] | None:
+    """Return a class by its name, None if there is none: a graph runs without it."""
+    try:
+        __import__(module)
+        found: Any = sys.modules[module]
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, KeyError):
+        return None
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None

@@ -1,0 +1,123 @@
+"""One graph for the time of a rewrite, for models that have several; see :mod:`biofx.regions`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node, Tracer
+from torch.fx.node import map_arg
+
+from biofx.errors import PassError
+from biofx.graph.graph_module import BioGraphModule, become_graph_module
+from biofx.graph.guards import require_default
+from biofx.graph.own_forward import OWN_FORWARD, call_own_forward
+from biofx.graph.regions import (
+    JOINED,
+    begin_region,
+    is_joined,
+    region_input,
+    region_of_nodes,
+    region_output,
+    region_paths,
+    whole_graph,
+)
+
+
+@contextmanager
+def joined(graph_module: GraphModule) -> Iterator[None]:
+    """Let a model's graph hold those of its regions too; they take their parts back in the end.
+
+    A model of one graph is left as it is, and so is one that is joined already.
+    """
+    if not region_paths(graph_module) or is_joined(graph_module):
+        yield
+        return
+    root: Any = graph_module
+    root.graph = whole_graph(graph_module)
+    vars(graph_module)[JOINED] = True
+    try:
+        yield
+    finally:
+        del vars(graph_module)[JOINED]
+        _divide(root)
+
+
+def _divide(root: BioGraphModule) -> None:
+    """Give each region its part of a joined graph back."""
+    whole = root.graph
+    regions = region_of_nodes(whole)
+    modules = dict(root.named_modules(remove_duplicate=False))
+    main = Graph(tracer_cls=Tracer)
+    main._codegen = whole._codegen
+    parts: dict[str, _Part] = {}
+    mapping: dict[Node, Node] = {}
+    for node in whole.nodes:
+        path = regions.get(node)
+        if path is None:
+            mapping[node] = main.node_copy(node, mapping.__getitem__)
+        else:
+            parts.setdefault(path, _Part(path)).take(node)
+    for path, part in parts.items():
+        if isinstance(modules[path], BioGraphModule) or not part.is_a_bare_layer:
+            become_graph_module(modules[path], part.graph)
+    root.graph = main
+
+
+class _Part:
+    """One region's part of a joined graph, with the paths that its module knows."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._mapping: dict[Node, Node] = {}
+        self.graph = Graph(tracer_cls=Tracer)
+        self._calls_itself: list[Node] = []
+
+    @property
+    def is_a_bare_layer(self) -> bool:
+        """Whether nothing has happened to a layer that is a region by itself."""
+        graph = self.graph
+        others = [n for n in graph.nodes if n.op != "placeholder" and n.target is not require_default]
+        return len(self._calls_itself) == 1 and len(others) == 3
+
+    def take(self, node: Node) -> None:
+        """Copy a node into the region's own graph."""
+        if node.target is begin_region:
+            return
+        args: Any = map_arg(node.args, self._mapping.__getitem__)
+        kwargs: Any = map_arg(node.kwargs, self._mapping.__getitem__)
+        if node.target is region_input:
+            new = self.graph.create_node("placeholder", args[1], args[2:])
+        elif node.target is region_output:
+            new = self.graph.output(args[1])
+        elif node.op == "call_module" and node.target == self._path:
+            new = self._call_of_itself(node, args, kwargs)
+        else:
+            new = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+            if node.op in ("call_module", "get_attr"):
+                new.target = self._local(str(node.target), node)
+        new.meta = {**node.meta, "nn_module_stack": self._local_stack(node)}
+        self._mapping[node] = new
+
+    def _call_of_itself(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        own = self.graph.create_node("get_attr", OWN_FORWARD)
+        new = self.graph.create_node("call_function", call_own_forward, (own, args, kwargs), name=node.name)
+        self._calls_itself.append(new)
+        return new
+
+    def _local(self, path: str, node: Node) -> str:
+        if not path.startswith(f"{self._path}."):
+            raise PassError(
+                f"{node.name!r} reads {path!r} in the region of {self._path!r}, which does not hold it"
+            )
+        return path[len(self._path) + 1 :]
+
+    def _local_stack(self, node: Node) -> dict[str, Any]:
+        start = f"{self._path}."
+        stack = node.meta.get("nn_module_stack") or {}
+        return {
+            key[len(start) :]: (place[len(start) :], kind)
+            for key, (place, kind) in stack.items()
+            if place.startswith(start)
+        }

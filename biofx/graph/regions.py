@@ -1,0 +1,227 @@
+"""Models that have more than one graph, and how passes see all of them as one.
+
+Where Python has to stay in charge of a module (it decides by a value, keeps a cache, works under a context),
+the module keeps its own forward, and what it calls is captured below it: each such *region* is a graph
+module of its own, in the place where the module was. For the time of a rewrite the regions are written into
+the model's graph, one after the other, between a node that begins and a node that ends it. So there is one
+graph to select from and to report on, with full paths and unique names; afterwards each region takes its part
+back. Nothing leads from one region to another in that graph: who feeds whom across regions is not known.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, GraphModule, Node, Tracer
+from torch.fx.node import has_side_effect, map_arg
+
+from biofx.errors import PassError
+from biofx.graph.guards import require_default
+from biofx.graph.own_forward import OWN_FORWARD, call_own_forward
+
+KEPT = "kept_as_python"
+"""The attribute of a captured model that says which modules keep their own forward, and why."""
+JOINED = "_joined"
+"""The mark of a model whose graph holds those of its regions at present."""
+
+
+@has_side_effect
+def begin_region(path: str) -> None:
+    """Mark where, in a joined graph, the region of the module at ``path`` begins."""
+
+
+@has_side_effect
+def region_input(path: str, name: str, *default: Any) -> Any:
+    """Stand, in a joined graph, for an argument that Python hands to a region.
+
+    Raises:
+        PassError: always; a joined graph is for rewriting, not for running.
+    """
+    raise PassError(f"the graph of region {path!r} runs when its module is called, not as part of another")
+
+
+@has_side_effect
+def region_output(path: str, value: Any) -> None:
+    """Mark where, in a joined graph, a region ends, and what it returns."""
+
+
+def whole_graph(graph_module: GraphModule) -> Graph:
+    """Return a model's graph with those of its regions; a copy if there are any, else the graph itself."""
+    paths = region_paths(graph_module)
+    if not paths or is_joined(graph_module):
+        return graph_module.graph
+    return _Join(graph_module, paths).graph
+
+
+def whole_view(graph_module: GraphModule) -> GraphModule:
+    """Return a model that shows the graphs of its regions as one, to be looked at; the model itself if it has
+    none.
+
+    It holds the model's own modules and tensors, and the model stays as it is.
+    """
+    if not region_paths(graph_module) or is_joined(graph_module):
+        return graph_module
+    view: GraphModule = object.__new__(type(graph_module))
+    vars(view).update(vars(graph_module))
+    vars(view).update({"_graph": whole_graph(graph_module), JOINED: True})
+    return view
+
+
+def is_joined(graph_module: nn.Module) -> bool:
+    """Whether a model's graph holds those of its regions at present."""
+    return JOINED in vars(graph_module)
+
+
+def region_paths(graph_module: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the modules whose regions a model has."""
+    found: tuple[str, ...] = vars(graph_module).get("region_paths", ())
+    return found
+
+
+def kept_modules(graph_module: nn.Module) -> Mapping[str, str]:
+    """Return the paths of the modules that keep their own forward in Python, and why."""
+    found: Mapping[str, str] = vars(graph_module).get(KEPT, {})
+    return found
+
+
+def kept_around(path: str, kept: Iterable[str]) -> str | None:
+    """Return the innermost of some modules that holds what is at a path, None if none does."""
+    return max((module for module in kept if is_inside(path, module)), key=len, default=None)
+
+
+def reasons_against_regions(graph_module: nn.Module) -> Mapping[str, str]:
+    """Return the paths of regions whose weights Python may use besides, and why that is to be feared."""
+    found: Mapping[str, str] = vars(graph_module).get("read_by_python", {})
+    return found
+
+
+def region_of_nodes(graph: Graph) -> dict[Node, str]:
+    """Return for each node of a joined graph that lies in a region the path of the region's module."""
+    regions: dict[Node, str] = {}
+    current: str | None = None
+    for node in graph.nodes:
+        if node.target is begin_region:
+            current = str(node.args[0])
+        if current is not None:
+            regions[node] = current
+        if node.target is region_output:
+            current = None
+    return regions
+
+
+def is_inside(path: str, region: str) -> bool:
+    """Whether a path leads to a module, or to something that a module at or below it holds."""
+    return not region or path == region or path.startswith(f"{region}.")
+
+
+class _Join:
+    """Writes a model's graph and those of its regions into one; each region ahead of what calls it."""
+
+    def __init__(self, root: GraphModule, paths: tuple[str, ...]) -> None:
+        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._open = dict.fromkeys(paths)
+        self._around = {path[:end] for path in paths for end in (*_dots(path), len(path))} | {""}
+        self.graph = Graph(root, tracer_cls=Tracer)
+        self.graph._codegen = copy.deepcopy(root.graph._codegen)
+        mapping: dict[Node, Node] = {}
+        for node in root.graph.nodes:
+            if node.op == "call_module":
+                self._write_regions_in(str(node.target))
+            elif node.op == "output":
+                self._write_regions_in("")
+            mapping[node] = self.graph.node_copy(node, mapping.__getitem__)
+
+    def _write_regions_in(self, path: str) -> None:
+        if path not in self._around:
+            return
+        for region in [region for region in self._open if is_inside(region, path)]:
+            if region in self._open:
+                del self._open[region]
+                self._write(region)
+
+    def _write(self, path: str) -> None:
+        source = self._source(path)
+        for node in source.nodes:
+            if node.op == "call_module" and str(node.target):
+                self._write_regions_in(f"{path}.{node.target}")
+        stack = self._stack(path)
+        name = path.replace(".", "_")
+        begin = self.graph.create_node("call_function", begin_region, (path,), name=f"{name}_begin")
+        begin.meta["nn_module_stack"] = stack
+        mapping: dict[Node, Node] = {}
+        for node in source.nodes:
+            if node.target == OWN_FORWARD:
+                continue
+            new = mapping[node] = self._copied(node, path, mapping)
+            inner = node.meta.get("nn_module_stack") or {}
+            new.meta["nn_module_stack"] = {**stack, **_prefixed(inner, path)}
+
+    def _copied(self, node: Node, path: str, mapping: dict[Node, Node]) -> Node:
+        name = path.replace(".", "_")
+        if node.op == "placeholder":
+            default: Any = map_arg(node.args, mapping.__getitem__)
+            arguments: Any = (path, str(node.target), *default)
+            suffix = str(node.target).strip("*")
+            return self.graph.create_node("call_function", region_input, arguments, name=f"{name}_{suffix}")
+        if node.op == "output":
+            value: Any = map_arg(node.args[0], mapping.__getitem__)
+            return self.graph.create_node("call_function", region_output, (path, value), name=f"{name}_end")
+        if node.target is call_own_forward:  # a layer that is a region by itself, with something behind it
+            args: Any = map_arg(node.args[1], mapping.__getitem__)
+            kwargs: Any = map_arg(node.args[2], mapping.__getitem__)
+            return self.graph.create_node("call_module", path, args, kwargs, node.name)
+        copied = self._node_copy(node, name, mapping)
+        if node.op in ("call_module", "get_attr"):
+            copied.target = f"{path}.{node.target}" if node.target else path
+        return copied
+
+    def _node_copy(self, node: Node, stem: str, mapping: dict[Node, Node]) -> Node:
+        """Copy a node; a module that is called names its node by its whole path."""
+        args: Any = map_arg(node.args, mapping.__getitem__)
+        kwargs: Any = map_arg(node.kwargs, mapping.__getitem__)
+        plain = node.name.lstrip("_")
+        by_path = node.op == "call_module" and not plain.startswith(stem)
+        name = f"{stem}_{plain}" if by_path else node.name
+        copied = self.graph.create_node(
+            node.op,
+            str(node.target) if node.op != "call_function" else node.target,
+            args,
+            kwargs,
+            name,
+            node.type,
+        )
+        copied.meta = dict(node.meta)
+        return copied
+
+    def _source(self, path: str) -> Graph:
+        module = self._modules[path]
+        return module.graph if isinstance(module, GraphModule) else layer_graph(module, path)
+
+    def _stack(self, path: str) -> dict[str, tuple[str, type]]:
+        parts = path.split(".")
+        above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return {place: (place, type(self._modules[place])) for place in above}
+
+
+def layer_graph(module: nn.Module, path: str) -> Graph:
+    """Return the graph of a layer that is a region by itself: one call of itself, written with no path."""
+    graph = Graph(tracer_cls=Tracer)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    inputs = [graph.create_node("placeholder", names[0])]
+    for name in names[1:]:  # output_size of a transposed convolution
+        given = graph.create_node("placeholder", name, (None,))
+        graph.create_node("call_function", require_default, (given, None, name))
+    graph.output(graph.create_node("call_module", "", tuple(inputs), name=path.replace(".", "_")))
+    return graph
+
+
+def _dots(path: str) -> list[int]:
+    return [place for place, character in enumerate(path) if character == "."]
+
+
+def _prefixed(stack: Mapping[str, Any], path: str) -> dict[str, Any]:
+    return {f"{path}.{key}": (f"{path}.{place}", kind) for key, (place, kind) in stack.items()}

@@ -1,0 +1,1 @@
+"""The arithmetic behind the operators of rewritten graphs, where it is worth being quick."""

@@ -1,0 +1,117 @@
+"""What of torch's Transformer can be looked into while it is captured, and how.
+
+Their layers are modules of torch, which a tracer takes for one call each. Their forwards are plain Python
+but for three things: a fused path for inference, switched off here, and two questions about masks, which
+become calls.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn import functional as F
+from torch.nn.modules import transformer
+from torch.overrides import handle_torch_function, has_torch_function
+
+from biofx.layers.obstacles import hooks_of
+
+_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
+
+
+def can_be_looked_into(module: nn.Module) -> bool:
+    """Whether a module is one of torch's Transformer layers or stacks, as torch made it."""
+    if type(module) not in (*_LAYERS, *_STACKS) or hooks_of(module) or "forward" in vars(module):
+        return False
+    if isinstance(module, _LAYERS):
+        activation = module.activation
+        return isinstance(activation, nn.Module) or str(activation.__module__).startswith("torch")
+    layers: Any = module.layers
+    return all(type(layer) in _LAYERS for layer in layers)
+
+
+def pads_by_nesting(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call lets an encoder nest padded sequences in evaluation, which zeroes the padded outputs."""
+    if type(module) is not nn.TransformerEncoder or not module.use_nested_tensor:
+        return False
+    given = inspect.signature(nn.TransformerEncoder.forward).bind(module, *args, **kwargs).arguments
+    return given.get("src_key_padding_mask") is not None
+
+
+@contextmanager
+def transformers_as_nodes() -> Iterator[None]:
+    """Let the forwards of Transformer layers be traced."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    originals = [(owner, name, getattr(owner, name)) for owner, name, *_ in _ABOUT_MASKS]
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for (owner, name, as_node, about), (*_, original) in zip(_ABOUT_MASKS, originals, strict=True):
+            setattr(owner, name, _traced(original, as_node, about))
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def canonical_mask(
+    mask: Tensor, mask_name: str, other_type: Any, other_name: str, target_type: Any, check_other: bool = True
+) -> Any:
+    """Return a mask as one to be added; ``other_type`` may be the other mask itself, for its dtype."""
+    given = (mask, other_type, target_type)
+    if has_torch_function(given):
+        return handle_torch_function(
+            canonical_mask, given, mask, mask_name, other_type, other_name, target_type, check_other
+        )
+    other = other_type.dtype if isinstance(other_type, Tensor) else other_type
+    return F._canonical_mask(mask, mask_name, other, other_name, target_type, check_other)
+
+
+def detects_causal_mask(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """Return whether a mask is the causal one of a size, or what the caller says about it."""
+    given = (mask, is_causal, size)
+    if has_torch_function(given):
+        found: bool = handle_torch_function(detects_causal_mask, given, mask, is_causal, size)
+        return found
+    return bool(transformer._detect_is_causal_mask(mask, is_causal, size))
+
+
+def sequence_length(src: Tensor, batch_first: bool) -> Any:
+    """Return the length of the sequences in a tensor."""
+    if has_torch_function((src,)):
+        return handle_torch_function(sequence_length, (src,), src, batch_first)
+    return transformer._get_seq_len(src, batch_first)
+
+
+def _itself(input: Any) -> Any:
+    return input
+
+
+def _traced(original: Callable[..., Any], as_node: Callable[..., Any], about: Sequence[str]) -> Any:
+    """Return the original, but with ``as_node`` in its place where one of the arguments is a stand-in."""
+    signature = inspect.signature(original)
+
+    def decide(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if given.get(about[0]) is None:  # then the others do not matter
+            return original(*args, **kwargs)
+        if any(isinstance(given.get(name), Proxy) for name in about):
+            return as_node(**given)
+        return original(*args, **kwargs)
+
+    return decide
+
+
+_ABOUT_MASKS: tuple[tuple[Any, str, Callable[..., Any], Sequence[str]], ...] = (
+    (F, "_canonical_mask", canonical_mask, ("mask",)),
+    (F, "_none_or_dtype", _itself, ("input",)),
+    (transformer, "_detect_is_causal_mask", detects_causal_mask, ("mask", "size")),
+    (transformer, "_get_seq_len", sequence_length, ("src",)),
+)
+"""What a forward asks about masks, and what becomes a call instead where it asks about a stand-in."""

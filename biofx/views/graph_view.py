@@ -1,0 +1,104 @@
+"""A graph as plain values: what a picture or a page needs to know of it, long after the graph has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from biofx.graph.regions import whole_graph
+from biofx.printing import format_node, function_name
+from biofx.select import module_calls
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """One node as it stood."""
+
+    name: str
+    op: str
+    """Its ``torch.fx`` operation, e.g. ``"call_module"``."""
+    what: str
+    """Its operation in a word: a function's or method's name, a layer's class, a parameter's own name."""
+    line: str
+    """The node as a line of text."""
+    inputs: tuple[str, ...]
+    """Names of the nodes whose values it takes, in order, each once."""
+    calls: tuple[tuple[str, int], ...]
+    """The module calls it lies in, outermost first: module path and index of the call, from 0."""
+
+
+@dataclass(frozen=True)
+class ModuleView:
+    """One module of the tree, called in the graph or not."""
+
+    classes: tuple[str, ...]
+    """Names that ``type:`` selectors know it by: of its class and of every base, short and in full."""
+    parameters: int
+    """Elements of its own parameters, a count; one that several modules hold counts at the first."""
+
+    @property
+    def kind(self) -> str:
+        """Short name of its class."""
+        return self.classes[0]
+
+
+@dataclass(frozen=True)
+class GraphView:
+    """A graph and the modules around it."""
+
+    nodes: tuple[NodeView, ...]
+    """In graph order."""
+    modules: Mapping[str, ModuleView]
+    """By path, the model itself under the empty one."""
+
+    @classmethod
+    def of(cls, graph_module: GraphModule) -> GraphView:
+        """Take down a graph module as it is now."""
+        counted: set[int] = set()
+        names: dict[type, tuple[str, ...]] = {}
+        modules = {
+            path: ModuleView(_class_names(type(module), names), _own_elements(module, counted))
+            for path, module in graph_module.named_modules(remove_duplicate=False)
+        }
+        nodes = tuple(_node_view(node, modules) for node in whole_graph(graph_module).nodes)
+        return cls(nodes, modules)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, NodeView]:
+        """The nodes by name."""
+        return {node.name: node for node in self.nodes}
+
+
+def _node_view(node: Node, modules: Mapping[str, ModuleView]) -> NodeView:
+    inputs = tuple(source.name for source in node.all_input_nodes)
+    return NodeView(node.name, node.op, _what(node, modules), format_node(node), inputs, module_calls(node))
+
+
+def _what(node: Node, modules: Mapping[str, ModuleView]) -> str:
+    if node.op in ("placeholder", "output"):
+        return "input" if node.op == "placeholder" else "output"
+    if node.op == "call_module" and node.target in modules:
+        return modules[str(node.target)].kind
+    if node.op == "get_attr":
+        return str(node.target).rpartition(".")[2]
+    return function_name(node.target)
+
+
+def _class_names(cls: type, known: dict[type, tuple[str, ...]]) -> tuple[str, ...]:
+    if cls not in known:
+        both = ((c.__name__, f"{c.__module__}.{c.__qualname__}") for c in cls.__mro__)
+        known[cls] = tuple(dict.fromkeys(name for names in both for name in names))
+    return known[cls]
+
+
+def _own_elements(module: nn.Module, counted: set[int]) -> int:
+    total = 0
+    for parameter in module.parameters(recurse=False):
+        if id(parameter) not in counted:
+            counted.add(id(parameter))
+            total += parameter.numel()
+    return total
