@@ -50,6 +50,34 @@ def project_gradient(gradient: Tensor, weight: Tensor, signs: Tensor, *, in_plac
     return result
 
 
+def write_signs(weight: Tensor, signs: Tensor, *, flip: bool) -> int:
+    """Give entries of the wrong sign the right one, or 0, in place.
+
+    Args:
+        weight: any shape, layout and device; not recorded for autograd.
+        signs: broadcastable to it, in its dtype; +1, -1, or 0 where unconstrained.
+        flip: whether a magnitude stays, with the other sign.
+
+    Returns:
+        How many entries were changed, a count.
+    """
+    signs = signs.reshape((1,) * (weight.dim() - signs.dim()) + signs.shape)
+    low, high = _bounds(-signs)
+    step = max(1, _BLOCK * len(weight) // max(1, weight.numel()))
+    counts = []
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        block = weight[rows]
+        own = [part[rows] if len(part) > 1 else part for part in (signs, low, high)]
+        wrong = torch.mul(block, own[0]).clamp_(max=0).sign_()  # -1 where it is, else 0
+        counts.append(wrong.sum(dtype=torch.float32))
+        if flip:
+            block.mul_(wrong.mul_(2).add_(1))
+        else:
+            block.copy_(torch.clamp(block, own[1], own[2]))
+    return -int(torch.stack(counts).double().sum()) if counts else 0
+
+
 def by_rows(signs: Tensor, weight: Tensor) -> Tensor:
     """Lay signs that broadcast to ``weight`` out for its rows, ``(1 or rows, 1 or columns)``."""
     if weight.dim() == 2 or signs.numel() == len(signs):

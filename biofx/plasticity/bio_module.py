@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from biofx.config import CHANGING, BioConfig, Distribution
 from biofx.errors import PlasticityError
 from biofx.kernels.rate_codes import multiply
+from biofx.kernels.sign_kernels import write_signs
 from biofx.plasticity.bio_state import BioState
 from biofx.plasticity.dynamics import (
     evolve,
@@ -301,12 +302,7 @@ class BioModule(BioState):
         """Write the sign constraint into the weight itself; returns how many synapses it changed."""
         self._require("enforce_dales_principle")
         weight, signs = local(self.weight), local_part(self.signs(), self.weight)
-        wrong = weight * signs < 0
-        if self.config.dales_method == "abs":
-            weight[wrong] *= -1
-        else:
-            weight[wrong] = 0
-        return int(wrong.sum())
+        return write_signs(weight.detach(), signs.to(weight.dtype), flip=self.config.dales_method == "abs")
 
     @torch.no_grad()
     def synaptic_scaling(self) -> int:

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 17
 Result = TypeVar("Result")
 
 
@@ -41,3 +41,14 @@ def for_each_block(
         return [run(number) for number in range(len(blocks))]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(run, range(len(blocks))))
+
+
+def mean_over(count: int, work: Callable[[slice], Tensor]) -> float:
+    """Return the mean of what blocks add up to, in double precision; 0 of nothing.
+
+    Args:
+        count: elements in all.
+        work: called with a slice of the flat tensor; returns the sum over it, of shape ``()``.
+    """
+    sums = for_each_block(count, lambda block, _: work(block).double())
+    return torch.stack(sums).sum().item() / count if sums else 0.0

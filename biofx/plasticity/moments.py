@@ -38,6 +38,6 @@ def put(tensor: Tensor, places: Tensor, values: Tensor) -> None:
         values: one for each place, or one for all.
     """
     if tensor.is_contiguous():
-        tensor.view(-1)[places] = values
+        tensor.view(-1).scatter_(0, places, values.expand(len(places)))
     else:
         tensor[torch.unravel_index(places, tensor.shape)] = values

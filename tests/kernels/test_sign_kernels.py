@@ -51,3 +51,23 @@ def test_kernels_and_masks_agree_through_the_operator() -> None:
         effective.backward(torch.arange(24.0).reshape(6, 4) - 12)
         gradients.append((effective.detach(), leaf.grad))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("block", [1 << 17, 7])
+def test_signs_are_written_into_a_weight_as_the_definition_says(
+    case: str, block: int, flip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sign_kernels, "_BLOCK", block)
+    shape, layout = SHAPES[case]
+    weight, signs = drawn(shape), torch.randint(-1, 2, layout).float()
+    weight.view(-1)[:4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
+    if weight.dim() == 4:
+        weight = weight.to(memory_format=torch.channels_last)
+    wrong = weight * signs < 0
+    expected = torch.where(wrong, -weight if flip else torch.zeros_like(weight), weight)
+    pointer = weight.data_ptr()
+    assert sign_kernels.write_signs(weight, signs, flip=flip) == int(wrong.sum())
+    assert weight.data_ptr() == pointer
+    assert torch.equal(weight.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))

@@ -9,12 +9,10 @@ factor never falls below a floor.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Generator, Tensor
 
-from biofx.plasticity.blocks import for_each_block
+from biofx.plasticity.blocks import for_each_block, mean_over
 
 
 @torch.no_grad()
@@ -45,21 +43,18 @@ def crystallize(
     w, g = weight.detach().reshape(-1), gradient.detach().reshape(-1)
     # a view wherever the memory allows one; under channels_last it does not, and the copy is written back
     flat = factors.reshape(-1)
-    mean = (w.norm(1) / max(1, w.numel())).item()
+    mean = mean_over(w.numel(), lambda block: w[block].abs().sum(dtype=torch.float32))
 
-    def dampen(block: slice, _: Generator) -> int:
+    def dampen(block: slice, _: Generator) -> Tensor:
         strength, part = g[block].abs(), flat[block]
         # comparisons that make masks cost several times what arithmetic on floats does
-        settled = w[block].abs().mul_(threshold).sub_(strength).sign_().mul_(strength.sign()).clamp_(min=0)
-        caught = strength.sub_(mean).sign_().clamp_(min=0).maximum(settled)
-        count = caught.sum().item()
-        if math.isnan(count):
-            count = caught.nan_to_num_(0.0).sum().item()
-        if count:
-            part.lerp_(torch.maximum(part * dampening, part.clamp(max=floor)), caught.to(part.dtype))
-        return int(count)
+        settled = w[block].abs().mul_(threshold).sub_(strength)
+        caught = torch.minimum(settled, strength, out=settled)
+        caught = torch.maximum(caught, strength.sub_(mean), out=caught).sign_().clamp_(min=0)
+        part.lerp_(torch.maximum(part * dampening, part.clamp(max=floor)), caught.to(part.dtype))
+        return caught.sum(dtype=torch.float32)
 
-    caught = sum(for_each_block(w.numel(), dampen))
+    counts = for_each_block(w.numel(), dampen)
     if not factors.is_contiguous():
         factors.copy_(flat.view(factors.shape))
-    return caught
+    return int(torch.stack(counts).double().sum()) if counts else 0

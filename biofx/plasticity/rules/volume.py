@@ -10,11 +10,13 @@ same at any scale of the weights.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Generator, Tensor
 
-from biofx.plasticity.blocks import for_each_block
-from biofx.plasticity.normal_table import standard_normal
+from biofx.plasticity.blocks import for_each_block, mean_over
+from biofx.plasticity.levels import drawn_from, normal_quantiles
 
 
 @torch.no_grad()
@@ -66,14 +68,16 @@ def multiply_by_volume(
         generator: a CPU generator, the only source of randomness.
     """
     flat, product = weight.detach().reshape(-1), target.reshape(-1)
-    scale = flat.norm(1).div(max(1, flat.numel())).clamp(min=torch.finfo(weight.dtype).tiny).item()
+    mean = mean_over(flat.numel(), lambda block: flat[block].abs().sum(dtype=torch.float32))
+    scale = max(mean, torch.finfo(weight.dtype).tiny)
+    noise = normal_quantiles().mul(variability).add_(1).abs_().mul_(base) if variability else base
 
     def multiply(block: slice, own: Generator) -> None:
         magnitude = flat[block].abs()
-        factors = magnitude.div_(magnitude + scale).mul_(-stability).exp_()
-        if variability:
-            factors.mul_(standard_normal(len(factors), own).mul_(variability).add_(1).abs_().to(factors))
-        product[block].mul_(factors.mul_(base).to(product.dtype))
+        # a power of e costs four times what one of 2 does
+        factors = magnitude.div_(magnitude + scale).mul_(-stability / math.log(2)).exp2_()
+        drawn = drawn_from(noise, len(factors), own).to(factors) if isinstance(noise, Tensor) else noise
+        product[block].mul_(factors.mul_(drawn).to(product.dtype))
 
     for_each_block(flat.numel(), multiply, generator)
     if product.data_ptr() != target.data_ptr():
