@@ -119,15 +119,17 @@ class BioConverter:
             passes = compile_config(config).passes
             in_graph = Pipeline(tuple(entry for entry in passes if not isinstance(entry, ScaleGradients)))
             with joined(captured):
-                _prepare(captured, config)
+                _place(captured, config)
+                depths = {weight.path: weight.depth for weight in find_sites(captured).weights()}
                 matches = matches_of(in_graph, captured)
                 converted = in_graph.on_own(captured).graph_module
+                _draw(converted, depths)
         add_step(converted, type(self).__qualname__, in_graph, config, matches=matches)
         return converted
 
 
-def _prepare(captured: BioGraphModule, config: BioConfig) -> None:
-    """Tell every layer's state where it is in the model, and let it draw its factors accordingly."""
+def _place(captured: BioGraphModule, config: BioConfig) -> None:
+    """Tell every layer's state where it is in the model, and what is configured there."""
     owners: dict[int, BioModule] = {}
     for path, module in list(captured.named_modules()):
         state = module._modules.get("bio_mod")
@@ -142,8 +144,14 @@ def _prepare(captured: BioGraphModule, config: BioConfig) -> None:
         if state.parameter is not None:
             owners[id(state.parameter)] = state
     configure_layers(captured, config)
-    depths = {weight.path: weight.depth for weight in find_sites(captured).weights()}
     for state in bio_modules(captured).values():
+        if not state.scaled_in_graph:  # drawn when the passes have run: they may give the weight another size
+            state.fuzzy_learning_rate_parameters = None
+
+
+def _draw(converted: BioGraphModule, depths: Mapping[str, float]) -> None:
+    """Let every layer's state draw its factors, for the weight that the passes have made of it."""
+    for state in bio_modules(converted).values():
         if state.parameter is not None and not state.scaled_in_graph:
             state.depth = depths.get(state.path, 0.0)
             state.draw()

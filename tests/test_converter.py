@@ -22,6 +22,7 @@ from biofx import (
     PlasticityError,
 )
 from biofx.ops import pool_synapses, scale_gradient
+from biofx.plasticity.model_rules import bio_modules
 
 
 def mlp() -> nn.Sequential:
@@ -452,9 +453,10 @@ def test_checkpoints_go_both_ways() -> None:
         assert torch.equal(value, other.state_dict()[key]), key
     # a plain checkpoint leaves the state of plasticity as it is
     before = copy.deepcopy(bio.state_dict())
-    bio.load_state_dict(mlp().state_dict())
+    plain = {key: value + 1 for key, value in mlp().state_dict().items()}
+    bio.load_state_dict(plain)
     for key, value in bio.state_dict().items():
-        assert torch.equal(value, before[key]) is (".bio_mod." in key or key.endswith("bias")), key
+        assert torch.equal(value, before[key] if ".bio_mod." in key else plain[key]), key
 
 
 def test_same_seed_same_model_and_another_seed_another() -> None:
@@ -490,3 +492,18 @@ def test_every_weight_of_a_recurrent_layer_has_factors() -> None:
         factors = bio.get_buffer(f"0.bio_mod.{path}.fuzzy_learning_rate_parameters")
         assert factors.std() > 0.05
         torch.testing.assert_close(bio.get_parameter(f"0.{path}").grad, before[f"0.{path}"] * factors)
+
+
+def test_factors_are_those_of_the_weights_that_expansion_makes() -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+
+    bio = BioConverter(apply_dales_principle=True, dales_method="expand")(net())
+    assert bio.get_parameter("0.weight").shape == (12, 4)
+    for path, state in bio_modules(bio).items():
+        factors = state.fuzzy_learning_rate_parameters
+        assert factors is not None
+        assert factors.shape == bio.get_parameter(path).shape
+    again, report = biofx.transform(BioConverter()(net()), passes=biofx.passes.ExpandUnits())
+    assert again.get_parameter("0.weight").shape == (6, 4)
+    assert "learning rates" in str(report)

@@ -19,6 +19,15 @@ def bio_module_path(parameter_path: str) -> str:
     return ".".join([*parts, "bio_mod"] if name == "weight" else [*parts, "bio_mod", name])
 
 
+def state_of(model: nn.Module, parameter_path: str) -> BioModule | None:
+    """Return the state of a weight, None if it has none yet."""
+    try:
+        state = model.get_submodule(bio_module_path(parameter_path))
+    except AttributeError:
+        return None
+    return state if isinstance(state, BioModule) else None
+
+
 def bio_module_at(model: nn.Module, parameter_path: str) -> BioModule:
     """Return the state of a weight, made if it is not there yet, and linked to the weight's layer.
 

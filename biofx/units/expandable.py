@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from biofx.graph.regions import region_output
+from biofx.plasticity.placement import state_of
 from biofx.sites import WeightSite
 from biofx.units import rules_elementwise as elementwise
 from biofx.units import rules_join as join
@@ -113,11 +114,12 @@ class Expandability:
                 if region is not None:
                     return f"what makes its units is not known: Python calls {region!r}"
                 return f"no layer makes its units: they begin at {source.name!r}"
-            reason = self._unmakeable(self._makers[source.name][0])
+            reason = self._unmakeable(self._makers[source.name][0]) or self._is_plastic(source.name)
             if reason is not None:
                 return f"its units are made by {source.name!r}: {reason}"
         for reading in circuit.readings:
             reason = _obstacle(reading.site) or _unreadable(reading)
+            reason = reason or self._is_plastic(reading.site.parameter_path)
             if reason is not None:
                 return f"its units are read by {reading.site.parameter_path!r}: {reason}"
         inside = set(circuit.nodes)
@@ -140,6 +142,13 @@ class Expandability:
         if reason is None and not has_own_bias(self._graph_module, site, self._shared):
             return "its bias is not the layer's alone"
         return reason
+
+    def _is_plastic(self, path: str) -> str | None:
+        """Return what is kept for each synapse of a weight already, None if nothing is."""
+        state = state_of(self._graph_module, path)
+        if state is not None and (state.has_factors or state.target_strength is not None):
+            return "its synapses have learning rates or target strengths already; expand the original first"
+        return None
 
     def _names_channels(self, node: Node, inside: Set[Node]) -> str | None:
         """Return why an operation would not work with twice the channels, None if it would."""

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from biofx.errors import OptionError
 from biofx.layers.lowering import Lowering, node_stem
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.placement import bio_module_at, bio_module_path
+from biofx.plasticity.placement import bio_module_at, bio_module_path, state_of
 from biofx.plasticity.randomness import generator_for
 from biofx.sites import WeightSite
 from biofx.units.analysis import Reading, Source
@@ -133,11 +133,8 @@ class SignStore:
 
     def _kept(self, path: str, *, of_layer: bool) -> Tensor | None:
         """Return the signs that the state of a weight keeps already, None if it keeps none."""
-        try:
-            state = self._graph_module.get_submodule(bio_module_path(path))
-        except AttributeError:
-            return None
-        kept: Tensor | None = getattr(state, "sign" if of_layer else "local_sign")
+        state = state_of(self._graph_module, path)
+        kept: Tensor | None = None if state is None else getattr(state, "sign" if of_layer else "local_sign")
         return kept
 
     def _signs(self, path: str, buffer: str) -> Tensor:
