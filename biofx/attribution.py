@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from torch.fx import GraphModule, Node
 
-from biofx.report import Change, Remark
+from biofx.graph.changes import Change
+from biofx.report import Remark
 
 
 def attributed(changes: list[Change], graph_module: GraphModule, remarks: list[Remark]) -> list[Change]:

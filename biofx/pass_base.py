@@ -13,13 +13,14 @@ from torch.fx import GraphModule, Node
 
 from biofx.attribution import attributed
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
+from biofx.graph.changes import Snapshot, compare
 from biofx.graph.graph_module import BioGraphModule
 from biofx.graph.in_place import changes_in_place
 from biofx.graph.region_parts import joined
 from biofx.model_coverage import coverage_of
 from biofx.pass_text import format_item
 from biofx.progress import advance
-from biofx.report import PassReport, Remark, Report, Snapshot, compare
+from biofx.report import PassReport, Remark, Report
 from biofx.select import (
     Match,
     NodeIndex,

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import networkx
 
 from biofx.errors import OptionError, PipelineError
+from biofx.graph.changes import Snapshot
 from biofx.graph.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.pass_text import ParsedItem, format_item, parse_items
 from biofx.registry import find_pass
-from biofx.report import PassReport, Remark, Snapshot
+from biofx.report import PassReport, Remark
 from biofx.select import Override, Selector
 
 Observer = Callable[[str, str, str], object]

@@ -32,13 +32,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.table import Table
-from rich.text import Text
-from torch.fx import Graph, Node
+from rich.console import Console, ConsoleOptions, RenderResult
+from torch.fx import Node
 
+from biofx.graph.changes import Change
 from biofx.model_coverage import ModelCoverage
-from biofx.printing import format_node
 from biofx.toml import write_whole
 from biofx.views.graph_view import GraphView
 
@@ -77,57 +75,6 @@ def applied(node: Node, layer: str, message: str, **details: Any) -> Remark:
 def missed(node: Node | None, layer: str, message: str, **details: Any) -> Remark:
     """Say that a candidate was left alone, and why."""
     return Remark("missed", None if node is None else node.name, layer, message, details)
-
-
-@dataclass(frozen=True)
-class Change:
-    """One node that differs between two graphs."""
-
-    kind: Literal["created", "erased", "rewired", "replaced"]
-    node: str
-    before: str | None
-    after: str | None
-    because: str | None = None
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A graph as it stood: each node's operation and its line of text."""
-
-    operations: Mapping[str, tuple[str, str]]
-    lines: Mapping[str, str]
-
-    @classmethod
-    def of(cls, graph: Graph) -> Snapshot:
-        """Take down every node of a graph."""
-        operations = {node.name: (node.op, _identity(node)) for node in graph.nodes}
-        return cls(operations, {node.name: format_node(node) for node in graph.nodes})
-
-    @property
-    def text(self) -> str:
-        """The graph as :func:`biofx.format_graph` prints it."""
-        return "\n".join(self.lines.values())
-
-
-def compare(before: Snapshot, after: Snapshot) -> list[Change]:
-    """Return every node that differs, those of ``after`` in graph order and then the erased ones."""
-    changes = []
-    for name, line in after.lines.items():
-        if name not in before.lines:
-            changes.append(Change("created", name, None, line))
-        elif before.operations[name] != after.operations[name]:
-            changes.append(Change("replaced", name, before.lines[name], line))
-        elif before.lines[name] != line:
-            changes.append(Change("rewired", name, before.lines[name], line))
-    gone = [name for name in before.lines if name not in after.lines]
-    return changes + [Change("erased", name, before.lines[name], None) for name in gone]
-
-
-def _identity(node: Node) -> str:
-    target: Any = node.target
-    if isinstance(target, str):
-        return target
-    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"
 
 
 @dataclass(frozen=True)
@@ -279,11 +226,9 @@ class Report:
                 yield f"  {path or 'the model'}: {reason}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        parts: list[RenderableType] = [Text(f"{self.model}: {self.summary()}", style="bold")]
-        parts += [Text(line, style="yellow") for line in self.kept_lines()]
-        for entry in self.passes:
-            parts.append(_pass_table(entry))
-        yield Group(*parts)
+        from biofx.views.report_table import report_table
+
+        yield report_table(self)
 
 
 def _written(text: str, path: str | os.PathLike[str] | None) -> str:
@@ -295,39 +240,3 @@ def _written(text: str, path: str | os.PathLike[str] | None) -> str:
 def _describe(change: Change) -> str:
     line = change.before if change.after is None else change.after
     return f"{change.kind:<8} {line}"
-
-
-def _pass_table(entry: PassReport) -> Table:
-    title = Text(
-        f"{entry.text}  {entry.applied} applied, {entry.missed} left alone, {entry.seconds * 1e3:.1f} ms"
-    )
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), expand=False
-    )
-    table.add_column("", width=1)
-    table.add_column("node", overflow="fold")
-    table.add_column("what happened", overflow="fold")
-    by_candidate: dict[str | None, list[Change]] = {}
-    for change in entry.changes:
-        by_candidate.setdefault(change.because, []).append(change)
-    for remark in entry.remarks:
-        done = remark.kind == "applied"
-        message = Text(remark.message, style="" if done else "dim")
-        if done:
-            message.append_text(_changed_nodes(by_candidate.pop(remark.node, [])))
-        table.add_row(
-            Text("✓" if done else "·", style="green" if done else "dim"), Text(remark.subject), message
-        )
-    for changes in by_candidate.values():
-        table.add_row("", "", _changed_nodes(changes))
-    return table
-
-
-def _changed_nodes(changes: list[Change]) -> Text:
-    """Name the nodes that differ, one line for each kind of difference."""
-    kinds: dict[str, list[str]] = {}
-    for change in changes:
-        kinds.setdefault(change.kind, []).append(change.node)
-    return Text("").join(
-        Text(f"\n{kind}: {', '.join(names)}", style="green") for kind, names in kinds.items()
-    )

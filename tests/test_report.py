@@ -18,7 +18,8 @@ from torch.fx import GraphModule
 
 import biofx
 from biofx import BioConfig, Remark, Report
-from biofx.report import SCHEMA, Change, PassReport, Snapshot, applied, compare, missed
+from biofx.graph.changes import Change, Snapshot, compare
+from biofx.report import SCHEMA, PassReport, applied, missed
 from biofx.select import Candidate
 
 FULL = BioConfig(

@@ -16,13 +16,13 @@ from biofx.graph.in_place import changed_in_place
 from biofx.graph.region_use import RegionUse
 from biofx.graph.regions import region_input, region_output
 from biofx.sites import WeightSite, find_sites
-from biofx.units import rules_attention, rules_elementwise, rules_join, rules_layers, rules_shape
+from biofx.units import rules_attention, rules_elementwise, rules_join, rules_layers, rules_parts, rules_shape
 from biofx.units.components import smallest_connected
 from biofx.units.compound import compound_layer
 from biofx.units.flow import NOTHING, Call, Flow, rule_for
 from biofx.units.layout import Axis, Layout, LayoutError
 
-RULE_FILES = (rules_elementwise, rules_join, rules_layers, rules_shape, rules_attention)
+RULE_FILES = (rules_elementwise, rules_join, rules_layers, rules_shape, rules_parts, rules_attention)
 """Where the rules of torch's own operations stand."""
 
 

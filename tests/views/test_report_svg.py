@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BioConfig, InputError, OptionError, Report, passes
-from biofx.report import Change, PassReport, Remark
+from biofx.graph.changes import Change
+from biofx.report import PassReport, Remark
 from biofx.views.drawing import PALETTE
 from biofx.views.graph_view import GraphView, NodeView
 from biofx.views.model_tree import STYLES
