@@ -60,6 +60,8 @@ def report_html(report: Report) -> str:
             }
             for entry in report.passes
         ],
+        "whole": None if report.coverage is None else str(report.coverage),
+        "kept": [] if report.coverage is None else list(report.coverage.kept.items()),
         "classes": _classes(before, after),
     }
     place_of = {tuple(names): place for place, names in enumerate(data["classes"])}

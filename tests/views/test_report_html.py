@@ -266,6 +266,29 @@ def test_the_page_shows_both_graphs_coverage_and_times(browser: Any, tmp_path: P
     assert page.complaints() == []
 
 
+class Deciding(nn.Module):
+    """Keeps its forward in Python: a value decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() > 0 else x
+
+
+def test_what_stays_in_python_is_listed_with_its_reason(browser: Any, tmp_path: Path) -> None:
+    report = report_of(nn.Sequential(nn.Linear(4, 4), Deciding()))
+    assert report.coverage is not None
+    ((path, reason),) = report.coverage.kept.items()
+    page = Opened(browser, report, tmp_path)
+    assert page.text("#kept").split(maxsplit=1) == [path, reason]
+    assert str(report.coverage) in page.text("#details")
+    assert page.complaints() == []
+    without = Opened(browser, report_of(ResidualNet()), tmp_path)
+    assert without.run("return document.getElementById('kept')") is None
+
+
 def test_a_click_on_a_node_shows_its_remark_and_on_a_module_those_inside(
     browser: Any, tmp_path: Path
 ) -> None:

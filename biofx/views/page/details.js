@@ -83,6 +83,7 @@ function overview() {
   const longest = Math.max(...passes.map((entry) => entry.seconds), 1e-9);
   const parts = [make("h2", {}, "coverage")];
   if (!passes.length) parts.push(make("p", { class: "soft" }, "No pass ran: every mechanism is off."));
+  if (data.whole !== null) parts.push(make("p", { class: "soft" }, data.whole));
   const meter = (share, number) => {
     const bar = make("div", { class: `p${number % data.colors}` });
     bar.style.width = `${100 * share}%`;
@@ -96,6 +97,10 @@ function overview() {
   });
   parts.push(make("h2", {}, "time"));
   passes.forEach((entry, number) => parts.push(make("div", { class: "soft" }, `${entry.name}: ${milliseconds(entry.seconds)}`), meter(entry.seconds / longest, number)));
+  if (data.kept.length) {
+    const body = data.kept.map(([path, reason]) => make("tr", {}, make("td", {}, path || "the model"), make("td", {}, reason)));
+    parts.push(make("h2", {}, "stays in Python, and why"), make("table", { id: "kept" }, ...body));
+  }
   const reasons = passes.flatMap((entry, number) => entry.coverage.reasons.map(([message, count]) => ({ number, message, count })));
   if (reasons.length) {
     parts.push(make("h2", {}, "left alone, and why"));
