@@ -10,12 +10,11 @@ True
 from biofx import passes
 from biofx.audit.check import check
 from biofx.audit.check_report import Audit, Finding
-from biofx.bisecting.bisection import Culprit, bisect
+from biofx.bisection import Culprit, bisect
 from biofx.capture import capture
 from biofx.checkpoints.checkpoint import Checkpoint, load, save
 from biofx.checkpoints.model_state import plain_state
 from biofx.checkpoints.optimizer_state import load_optimizer_state, optimizer_state
-from biofx.checkpoints.record import TransformRecord
 from biofx.checkpoints.sharded_checkpoint import load_sharded, save_sharded
 from biofx.compile_config import compile_config
 from biofx.config import BioConfig, Distribution
@@ -35,7 +34,8 @@ from biofx.errors import (
     PlasticityError,
     SelectorError,
 )
-from biofx.graph.graph_module import BioGraphModule
+from biofx.graph.printing import diff_graphs, format_graph, print_changed
+from biofx.model.graph_module import BioGraphModule
 from biofx.monitoring.monitor import Monitor
 from biofx.monitoring.monitor_records import LayerRecord, StepRecord
 from biofx.pass_base import Pass, PassResult, Scope
@@ -43,7 +43,7 @@ from biofx.pipeline import Pipeline
 from biofx.plasticity import BioModule
 from biofx.plasticity.attach import attach
 from biofx.plasticity.schedule import Rule
-from biofx.printing import diff_graphs, format_graph, print_changed
+from biofx.record import TransformRecord
 from biofx.registry import available_passes
 from biofx.report import Remark, Report, applied, missed
 from biofx.transform import transform

@@ -12,7 +12,7 @@ from torch.fx import Node
 from biofx.callables import identity
 from biofx.capture import trace_function
 from biofx.errors import CaptureError
-from biofx.graph.graph_module import BioGraphModule
+from biofx.model.graph_module import BioGraphModule
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.sites import WeightSite
 

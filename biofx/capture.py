@@ -24,9 +24,9 @@ from biofx.capturing.record_capture import ExampleInputs, capture_recorded
 from biofx.capturing.region_capture import capture_regions
 from biofx.capturing.tracing import trace
 from biofx.errors import CaptureError, InputError
-from biofx.graph.graph_module import BioGraphModule, become_graph_module
 from biofx.graph.names import refuse_unwritable_names
 from biofx.graph.regions import region_paths
+from biofx.model.graph_module import BioGraphModule, become_graph_module
 from biofx.sites import find_sites
 
 

@@ -157,7 +157,7 @@ def _assignments(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _transform(options: argparse.Namespace) -> None:
-    from biofx.printing import diff_graphs, format_graph, print_changed, render_diff
+    from biofx.graph.printing import diff_graphs, format_graph, print_changed, render_diff
     from biofx.progress import shown
     from biofx.targets import load_target
     from biofx.toml import write_whole
@@ -213,7 +213,7 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _bisect(options: argparse.Namespace) -> None:
-    from biofx.bisecting.bisection import bisect
+    from biofx.bisection import bisect
     from biofx.progress import shown
     from biofx.targets import load_script, model_in
 

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from biofx.config import BioConfig, Distribution
 from biofx.errors import PipelineError, suggest
-from biofx.graph.graph_module import BioGraphModule
+from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass
 from biofx.passes import (
     ConstrainSigns,

@@ -10,10 +10,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from biofx.folding.fold_ops import fold_weight, sum_synapses
 from biofx.graph.in_place import changed_in_place
 from biofx.graph.regions import region_output
 from biofx.layers.layer_kinds import kind_of_call
+from biofx.operators.fold_ops import fold_weight, sum_synapses
 from biofx.ops import pool_synapses
 
 _PRODUCTS: frozenset[Any] = frozenset(

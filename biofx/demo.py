@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from biofx.config import BioConfig
 from biofx.errors import InputError
+from biofx.graph.printing import diff_graphs, render_diff
 from biofx.plasticity.randomness import generator_for
-from biofx.printing import diff_graphs, render_diff
 from biofx.toml import write_whole
 from biofx.transform import transform
 

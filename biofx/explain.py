@@ -14,10 +14,10 @@ from torch.fx import Node
 from biofx.capture import capture
 from biofx.compile_config import compile_config
 from biofx.config import BioConfig
-from biofx.graph.graph_module import BioGraphModule
-from biofx.graph.region_parts import joined
+from biofx.graph.printing import format_node
+from biofx.model.graph_module import BioGraphModule
+from biofx.model.region_parts import joined
 from biofx.pass_text import format_value
-from biofx.printing import format_node
 from biofx.report import Remark
 from biofx.select import NodeIndex, Override, Selector, picks
 

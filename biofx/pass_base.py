@@ -14,9 +14,10 @@ from torch.fx import GraphModule, Node
 from biofx.attribution import attributed
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.graph.changes import Snapshot, compare
-from biofx.graph.graph_module import BioGraphModule
+from biofx.graph.graph_view import GraphView
 from biofx.graph.in_place import changes_in_place
-from biofx.graph.region_parts import joined
+from biofx.model.graph_module import BioGraphModule
+from biofx.model.region_parts import joined
 from biofx.model_coverage import coverage_of
 from biofx.pass_text import format_item
 from biofx.progress import advance
@@ -31,7 +32,6 @@ from biofx.select import (
     picks,
     show_pattern,
 )
-from biofx.views.graph_view import GraphView
 
 PassT = TypeVar("PassT", bound="Pass")
 
@@ -169,7 +169,7 @@ class Pass(ABC):
         try:
             return self.on_own(BioGraphModule.copy_of(graph_module))
         except Exception as error:
-            from biofx.bisecting.reproducer import note_reproducer  # which needs passes to say what was run
+            from biofx.reproducing.reproducer import note_reproducer  # which needs passes to say what was run
 
             note_reproducer(error, lambda: BioGraphModule.copy_of(graph_module), self)
             raise

@@ -11,7 +11,7 @@ import networkx
 
 from biofx.errors import OptionError, PipelineError
 from biofx.graph.changes import Snapshot
-from biofx.graph.graph_module import BioGraphModule
+from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.pass_text import ParsedItem, format_item, parse_items
 from biofx.registry import find_pass

@@ -36,9 +36,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from torch.fx import Node
 
 from biofx.graph.changes import Change
+from biofx.graph.graph_view import GraphView
 from biofx.model_coverage import ModelCoverage
 from biofx.toml import write_whole
-from biofx.views.graph_view import GraphView
 
 SCHEMA = "biofx.report/1"
 

@@ -18,12 +18,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from biofx import ops
-from biofx.folding.fold_ops import fold_weight
 from biofx.graph.region_use import RegionUse
 from biofx.graph.regions import kept_around, kept_modules, whole_graph
 from biofx.layers.layer_kinds import LayerKind, compound_kind_of, kind_of, kind_of_call
 from biofx.layers.obstacles import computed, obstacle_to_lowering
 from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot, slots_of_call, slots_of_module
+from biofx.operators.fold_ops import fold_weight
 
 WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
     {ops.constrain_sign, ops.scale_gradient, fold_weight}

@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from biofx.bisecting.reproducer import note_reproducer
 from biofx.capture import capture, preserved_random_state
 from biofx.capturing.record_capture import ExampleInputs
-from biofx.checkpoints.record import add_step, matches_of, remembering, remembering_config
 from biofx.compile_config import PassChoice, choose_passes, configure_layers
 from biofx.config import BioConfig
 from biofx.errors import OptionError
-from biofx.graph.graph_module import BioGraphModule
-from biofx.graph.region_parts import joined
+from biofx.model.graph_module import BioGraphModule
+from biofx.model.region_parts import joined
 from biofx.pass_base import PassResult
 from biofx.pipeline import Observer, Pipeline
+from biofx.record import add_step, matches_of, remembering, remembering_config
+from biofx.reproducing.reproducer import note_reproducer
 from biofx.select import NodeIndex, Selector
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from biofx.errors import OptionError
-from biofx.graph.graph_module import BioGraphModule
-from biofx.layers.lowering import Lowering
+from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, missed
 from biofx.sites import Weight, WeightSite, find_sites
+from biofx.weights.lowering import Lowering
 
 
 @dataclass(frozen=True, kw_only=True)

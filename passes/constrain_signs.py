@@ -21,8 +21,7 @@ from typing import Any, ClassVar
 import torch
 
 from biofx import ops
-from biofx.graph.graph_module import BioGraphModule
-from biofx.layers.lowering import Lowering, node_stem
+from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Scope
 from biofx.plasticity.balance import balanced_weight
 from biofx.plasticity.placement import bio_module_at, bio_module_path
@@ -34,6 +33,7 @@ from biofx.units.sign_store import bring_signs, keep_row_signs, states_of
 from biofx.units.sign_survey import SignSurvey
 from biofx.validate import FRACTION, SEED, check_choice, check_flag, check_signs
 from biofx.weight_pass import WeightPass
+from biofx.weights.lowering import Lowering, node_stem
 
 EXPAND = "expand"
 """The method that leaves the model's function as it is."""

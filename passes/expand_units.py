@@ -19,8 +19,7 @@ from typing import ClassVar
 from torch.fx import Node
 
 from biofx.dataflow import synaptic_nodes
-from biofx.graph.graph_module import BioGraphModule
-from biofx.layers.lowering import Lowering
+from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, applied, missed
 from biofx.sites import WeightSite, find_sites
@@ -30,6 +29,7 @@ from biofx.units.gains import fold_negative_gains, in_scope
 from biofx.units.groups import unit_groups
 from biofx.units.reach import last_in_regions, last_synapses
 from biofx.validate import check_flag
+from biofx.weights.lowering import Lowering
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from biofx.folding.fold_plan import FoldPlan
 from biofx.folding.folding import Folding
-from biofx.graph.graph_module import BioGraphModule
+from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark
 from biofx.sites import find_sites

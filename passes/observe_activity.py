@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from biofx import ops
 from biofx.dataflow import unit_output
-from biofx.graph.graph_module import BioGraphModule
+from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.report import Remark, applied, missed

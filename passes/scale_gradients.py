@@ -22,9 +22,8 @@ from torch.fx import Node
 
 from biofx import ops
 from biofx.config import GRANULARITIES, RATE_DTYPES, Distribution
-from biofx.graph.graph_module import BioGraphModule
 from biofx.graph.regions import region_of_nodes
-from biofx.layers.lowering import Lowering, node_stem
+from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Scope
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.dynamics import initial_factors
@@ -34,6 +33,7 @@ from biofx.report import Remark, applied
 from biofx.sites import Weight, WeightSite
 from biofx.validate import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, check_bounds, check_choice
 from biofx.weight_pass import WeightPass
+from biofx.weights.lowering import Lowering, node_stem
 
 
 @dataclass(frozen=True, kw_only=True)

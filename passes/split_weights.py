@@ -23,10 +23,10 @@ from biofx.activation import insert_activation
 from biofx.callables import check_activation, identity
 from biofx.dataflow import readout_nodes, split_nodes, synaptic_nodes
 from biofx.errors import OptionError
-from biofx.graph.graph_module import BioGraphModule
+from biofx.graph.printing import function_name
 from biofx.graph.regions import region_of_nodes
+from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
-from biofx.printing import function_name
 from biofx.report import Remark, applied, missed
 from biofx.sites import WeightSite, find_sites
 from biofx.validate import COUNT, check_choice

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from biofx import capture
 from biofx.dataflow import input_facing_nodes, readout_nodes, split_nodes, synaptic_nodes
-from biofx.layers.lowering import Lowering
-from biofx.layers.norm_sites import find_norms, lower_norm
 from biofx.ops import pool_synapses
 from biofx.sites import find_sites
+from biofx.weights.lowering import Lowering
+from biofx.weights.norm_sites import find_norms, lower_norm
 
 
 class Layers(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BioConfig, BioConverter, BioGraphModule, Distribution
-from biofx.folding.fold_ops import fold_weight, sum_synapses
+from biofx.operators.fold_ops import fold_weight, sum_synapses
 from biofx.ops import pool_synapses
 
 GUIDE = Path(__file__).resolve().parents[2] / "shared" / "advanced_usage.rst"
@@ -130,7 +130,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
         recorded.append((rule, result))
         return result
 
-    monkeypatch.setattr("biofx.graph.graph_module.apply_rule", recording)
+    monkeypatch.setattr("biofx.model.graph_module.apply_rule", recording)
     return recorded
 
 

@@ -13,8 +13,8 @@ import biofx
 from biofx import capture, ops
 from biofx.dataflow import is_synaptic
 from biofx.layers.layer_kinds import kind_of
-from biofx.layers.lowering import Lowering
 from biofx.sites import Sites, find_sites
+from biofx.weights.lowering import Lowering
 
 CONFIG = biofx.BioConfig(
     apply_dales_principle=True, dales_constrain_inputs=True, dales_constrain_readout=True

@@ -33,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import biofx
-from biofx.checkpoints.plain_passes import config_from_plain
+from biofx.plain_passes import config_from_plain
 from biofx.plasticity.model_rules import bio_modules
 
 NOTES = """\

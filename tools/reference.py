@@ -14,7 +14,10 @@ import biofx
 
 _LANGUAGES = [
     f"biofx.{name}"
-    for name in ("select", "pass_text", "report", "monitoring.monitor_json", "bisecting.reproducer", "errors")
+    for name in (
+        *("select", "pass_text", "report", "errors"),
+        *("monitoring.monitor_json", "reproducing.reproducer"),
+    )
 ]
 """Modules whose docstrings define what users write or read: selectors, pipeline texts, files, errors."""
 

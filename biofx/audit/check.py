@@ -13,7 +13,7 @@ from biofx.audit.check_report import Audit, Finding
 from biofx.audit.check_subject import Subject, Uses
 from biofx.capture import preserved_random_state
 from biofx.errors import InputError
-from biofx.graph.graph_module import BioGraphModule
+from biofx.model.graph_module import BioGraphModule
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
 

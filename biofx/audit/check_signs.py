@@ -13,8 +13,8 @@ from biofx.audit.check_report import Finding
 from biofx.audit.check_subject import Subject, Uses, owner_of
 from biofx.dataflow import input_facing_nodes, readout_nodes, synaptic_nodes
 from biofx.errors import InvariantError
+from biofx.graph.printing import function_name
 from biofx.graph.region_use import RegionUse
-from biofx.printing import function_name
 from biofx.weights.effective_signs import count_signs, laid_out_signs
 from biofx.weights.weight_uses import Treatment, WeightUse, argument
 

@@ -17,9 +17,9 @@ from biofx.capturing.frames import Keep
 from biofx.capturing.region_capture import capture_regions, capture_uncalled, weights_read_by_python
 from biofx.capturing.side_effects import Watch
 from biofx.errors import CaptureError, InputError
-from biofx.graph.graph_module import BioGraphModule, become_graph_module
 from biofx.graph.guards import RecordingError
 from biofx.graph.own_forward import own_forward_graph
+from biofx.model.graph_module import BioGraphModule, become_graph_module
 
 ExampleInputs = tuple[Sequence[Any], Mapping[str, Any]]
 

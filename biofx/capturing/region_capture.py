@@ -12,10 +12,10 @@ from torch.fx import GraphModule, Tracer
 from biofx.capturing.python_names import ANYTHING, names_mentioned, weights_mentioned
 from biofx.capturing.tracing import trace
 from biofx.errors import CaptureError
-from biofx.graph.graph_module import BioGraphModule, become_graph_module
 from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside
 from biofx.layers.layer_kinds import kind_of
+from biofx.model.graph_module import BioGraphModule, become_graph_module
 
 
 def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[int]) -> BioGraphModule:

@@ -18,14 +18,14 @@ from torch.optim import Optimizer
 from biofx.checkpoints.checkpoint_file import plain, read_checkpoint, write_checkpoint
 from biofx.checkpoints.model_state import adopt_dtypes, check_layout, check_state, load_state
 from biofx.checkpoints.optimizer_state import fitted_state, optimizer_state
-from biofx.checkpoints.plain_passes import config_from_plain, config_to_plain
 from biofx.checkpoints.reapply import check_same_making, make_again
-from biofx.checkpoints.record import ATTRIBUTE, TransformRecord, graph_lines, record_of
 from biofx.errors import CheckpointError, InputError
-from biofx.graph.graph_module import BioGraphModule
+from biofx.model.graph_module import BioGraphModule
+from biofx.plain_passes import config_from_plain, config_to_plain
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.model_rules import bio_modules, prepare_states
+from biofx.record import ATTRIBUTE, TransformRecord, graph_lines, record_of
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 Attachments = Attachment | Sequence[Attachment] | None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 from torch.fx import GraphModule
 
-from biofx.checkpoints.plain_passes import config_from_plain, pass_from_plain
-from biofx.checkpoints.record import TransformRecord, TransformStep, record_of
 from biofx.converter import BioConverter
 from biofx.errors import CheckpointError, OptionError, SelectorError
-from biofx.graph.graph_module import BioGraphModule
+from biofx.model.graph_module import BioGraphModule
+from biofx.plain_passes import config_from_plain, pass_from_plain
+from biofx.record import TransformRecord, TransformStep, record_of
 from biofx.transform import transform
 
 

@@ -26,9 +26,9 @@ from biofx.checkpoints.checkpoint import (
 from biofx.checkpoints.checkpoint_file import FORMAT, SCHEMA, check_stamp, plain
 from biofx.checkpoints.model_state import check_state
 from biofx.checkpoints.reapply import check_same_making
-from biofx.checkpoints.record import TransformRecord
 from biofx.errors import CheckpointError
 from biofx.plasticity.model_rules import prepare_states
+from biofx.record import TransformRecord
 
 _SKELETON = "biofx"
 """Key of the tensor that holds what is not a tensor."""

@@ -14,11 +14,11 @@ from biofx.activation import OpaqueActivation
 from biofx.deploying.plain_operators import write_out
 from biofx.deploying.raising import raise_layers
 from biofx.errors import InputError, PassError
-from biofx.folding.fold_ops import require_axes
-from biofx.graph.graph_module import BioGraphModule
 from biofx.graph.guards import require_default, require_tensor
 from biofx.graph.in_place import changed_in_place
 from biofx.graph.regions import kept_modules, region_paths
+from biofx.model.graph_module import BioGraphModule
+from biofx.operators.fold_ops import require_axes
 from biofx.passes.fold_splits import FoldSplits
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule

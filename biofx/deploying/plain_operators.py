@@ -11,9 +11,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from biofx import ops
-from biofx.folding import fold_norm_ops, fold_ops
-from biofx.layers import norm_ops
 from biofx.layers.transformer_layers import sequence_length
+from biofx.operators import fold_norm_ops, fold_ops, norm_ops
 
 Call = Callable[..., Node]
 """Inserts a call of a method (named by a text) or of a function, and returns its node."""

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from biofx.layers import norm_ops
-from biofx.layers.attention_ops import attend
 from biofx.layers.layer_kinds import KIND_OF_FUNCTION, LayerKind, kind_of_call
-from biofx.layers.lowering import OPTIONS
-from biofx.layers.recurrent_ops import GATES, recurrent
 from biofx.layers.weight_slots import slots_of_call
+from biofx.operators import norm_ops
+from biofx.operators.attention_ops import attend
+from biofx.operators.recurrent_ops import GATES, recurrent
 from biofx.sites import innermost_path
+from biofx.weights.lowering import OPTIONS
 
 Held = dict[str, "Tensor | None"]
 """Parameters and buffers by their paths in the module."""

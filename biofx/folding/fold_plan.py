@@ -12,7 +12,7 @@ from biofx.activation import SPLITTING_ACTIVATION
 from biofx.folding.folding import Fold, columns_of, consume
 from biofx.folding.replication import Call, Flow, Outcome, Replication, ReplicationEnds, Rule, follow
 from biofx.folding.replication_rules import rule_for, works_by_element
-from biofx.graph.graph_module import BioGraphModule
+from biofx.model.graph_module import BioGraphModule
 from biofx.report import Remark, applied, missed
 from biofx.sites import Sites, WeightSite, innermost_path
 

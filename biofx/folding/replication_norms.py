@@ -12,8 +12,8 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from biofx.folding import fold_norm_ops
 from biofx.folding.replication import Call, Outcome, Replication, ReplicationEnds, Rule
+from biofx.operators import fold_norm_ops
 
 _BATCH_NORM_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3),

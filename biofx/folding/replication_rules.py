@@ -20,7 +20,7 @@ from biofx.folding.replication import Call, Outcome, Replication, ReplicationEnd
 from biofx.folding.replication_norms import NORM_RULES, lowered_batch_norm
 from biofx.folding.replication_shapes import SHAPE_RULES
 from biofx.graph import guards
-from biofx.layers import norm_ops
+from biofx.operators import norm_ops
 
 
 def rule_for(node: Node, graph_module: GraphModule) -> tuple[str, Rule | None]:

@@ -9,8 +9,8 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from biofx.dataflow import short_name
-from biofx.folding import fold_ops
 from biofx.folding.replication import Call, Outcome, ReplicationEnds, Rule
+from biofx.operators import fold_ops
 
 
 def _flatten(call: Call) -> Outcome:

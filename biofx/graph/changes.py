@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch.fx import Graph, Node
 
-from biofx.printing import format_node
+from biofx.graph.printing import format_node
 
 
 @dataclass(frozen=True)

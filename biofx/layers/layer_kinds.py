@@ -10,8 +10,8 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from biofx.layers.attention_ops import attend
-from biofx.layers.recurrent_ops import recurrent
+from biofx.operators.attention_ops import attend
+from biofx.operators.recurrent_ops import recurrent
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from biofx import ops
-from biofx.layers.lowering import Lowering
-from biofx.layers.norm_sites import NormSite, find_norms, lower_norm
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, applied, missed
 from biofx.sites import WeightSite
+from biofx.weights.lowering import Lowering
+from biofx.weights.norm_sites import NormSite, find_norms, lower_norm
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

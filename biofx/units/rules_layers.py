@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from biofx.layers.norm_ops import batch_norm, instance_norm
+from biofx.operators.norm_ops import batch_norm, instance_norm
 from biofx.ops import pool_synapses
 from biofx.units.flow import RULES, Call, Flow
 from biofx.units.layout import Layout, LayoutError

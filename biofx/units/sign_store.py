@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from biofx.errors import OptionError
-from biofx.layers.lowering import Lowering, node_stem
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.placement import bio_module_at, bio_module_path, state_of
 from biofx.plasticity.randomness import generator_for
 from biofx.sites import WeightSite
 from biofx.units.analysis import Reading, Source
 from biofx.units.groups import UnitGroups
+from biofx.weights.lowering import Lowering, node_stem
 
 _PURPOSE = "constrain-signs"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from biofx.graph.graph_view import GraphView
 from biofx.report import PassReport
-from biofx.views.graph_view import GraphView
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from biofx.errors import InputError, OptionError
+from biofx.graph.graph_view import GraphView
 from biofx.report import Report
-from biofx.views.graph_view import GraphView
 from biofx.views.layered_layout import Layout, layered_layout
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a6fdf", "#7f7f00")

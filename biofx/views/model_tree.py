@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from biofx.graph.graph_view import GraphView
 from biofx.report import Remark, Report
 from biofx.views.coverage import Coverage
 from biofx.views.drawing import graphs_of
-from biofx.views.graph_view import GraphView
 
 STYLES = ("blue", "yellow", "green", "magenta", "cyan", "red")
 """Styles of the passes, in the order they ran, again from the start when there are more."""

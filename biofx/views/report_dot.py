@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from biofx.graph.graph_view import NodeView
 from biofx.report import Report
 from biofx.views.drawing import MARKS, PALETTE, Side, Touch, changing, touches_of, view_of
-from biofx.views.graph_view import NodeView
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 

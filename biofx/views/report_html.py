@@ -15,10 +15,10 @@ import re
 from importlib.resources import files
 from typing import Any
 
+from biofx.graph.graph_view import GraphView
 from biofx.report import Remark, Report
 from biofx.views.coverage import Coverage
 from biofx.views.drawing import PALETTE, Touch, graphs_of, layout_of, touches_of, united_order
-from biofx.views.graph_view import GraphView
 from biofx.views.report_svg import BOX_HEIGHT, BOX_WIDTH, COLUMN, ROW, draw
 
 _SCRIPTS = ("data", "selectors", "picture", "camera", "details", "search", "tree", "start")

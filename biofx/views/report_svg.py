@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
+from biofx.graph.graph_view import GraphView, NodeView
 from biofx.report import Report
 from biofx.views.drawing import (
     MARKS,
@@ -19,7 +20,6 @@ from biofx.views.drawing import (
     touches_of,
     view_of,
 )
-from biofx.views.graph_view import GraphView, NodeView
 from biofx.views.layered_layout import LONGEST, Layout
 
 COLUMN, ROW = 196.0, 58.0  # pixels from one place to the next

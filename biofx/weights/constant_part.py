@@ -16,8 +16,8 @@ from torch.fx.node import map_arg
 
 from biofx.errors import InvariantError
 from biofx.graph.in_place import changed_in_place, changes_in_place
+from biofx.graph.printing import format_node, function_name
 from biofx.graph.regions import whole_graph
-from biofx.printing import format_node, function_name
 
 _MISSING = object()
 

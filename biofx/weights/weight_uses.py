@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from biofx import ops
-from biofx.printing import function_name
+from biofx.graph.printing import function_name
 from biofx.weights.constant_part import ConstantPart
 
 _OPERATORS: frozenset[Any] = frozenset({ops.constrain_sign, ops.scale_gradient})

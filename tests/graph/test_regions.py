@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BioConfig, BioGraphModule, format_graph, ops
-from biofx.graph.graph_records import pack
-from biofx.graph.region_parts import joined
 from biofx.graph.regions import region_paths, whole_graph
+from biofx.model.graph_records import pack
+from biofx.model.region_parts import joined
 from biofx.sites import find_sites
 
 EVERYTHING = BioConfig(

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.nn.modules import transformer
 
 from biofx import BioGraphModule, capture
-from biofx.layers.lowering import Lowering
 from biofx.sites import find_sites
+from biofx.weights.lowering import Lowering
 
 
 class Encodes(nn.Module):

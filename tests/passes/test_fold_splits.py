@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
-from biofx.folding.fold_ops import fold_weight, folded_shape
+from biofx.operators.fold_ops import fold_weight, folded_shape
 from biofx.passes import FoldSplits
 
 

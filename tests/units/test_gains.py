@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
-from biofx.layers.lowering import Lowering
 from biofx.passes import ConstrainSigns
 from biofx.plasticity import BioModule
 from biofx.sites import find_sites
 from biofx.units.gains import fold_negative_gains, shared_parameters
+from biofx.weights.lowering import Lowering
 
 
 def shaken(norm: Any) -> Any:

@@ -4,9 +4,9 @@ from torch import nn
 
 import biofx
 from biofx import BioConfig
+from biofx.graph.graph_view import GraphView
 from biofx.report import PassReport, Remark
 from biofx.views.coverage import Coverage
-from biofx.views.graph_view import GraphView
 
 
 def test_coverage_counts_layers_parameters_and_reasons(mlp: nn.Module) -> None:

@@ -4,8 +4,8 @@ from torch import nn
 
 import biofx
 from biofx import BioConfig
+from biofx.graph.graph_view import GraphView, NodeView
 from biofx.views.drawing import Touch, layout_of, touches_of, united_order, view_of
-from biofx.views.graph_view import GraphView, NodeView
 
 FULL = BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True)
 

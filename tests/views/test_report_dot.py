@@ -10,7 +10,7 @@ from torch import nn
 
 import biofx
 from biofx import BioConfig, InputError, Report
-from biofx.views.graph_view import GraphView, NodeView
+from biofx.graph.graph_view import GraphView, NodeView
 
 FULL = BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True)
 

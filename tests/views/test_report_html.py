@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BioConfig, InputError, OptionError, Report
+from biofx.graph.graph_view import GraphView, ModuleView, NodeView
 from biofx.select import NodeIndex
-from biofx.views.graph_view import GraphView, ModuleView, NodeView
 
 FULL = BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True)
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import biofx
 from biofx import BioConfig, InputError, OptionError, Report, passes
 from biofx.graph.changes import Change
+from biofx.graph.graph_view import GraphView, NodeView
 from biofx.report import PassReport, Remark
 from biofx.views.drawing import PALETTE
-from biofx.views.graph_view import GraphView, NodeView
 from biofx.views.model_tree import STYLES
 from biofx.views.report_svg import escaped, shortened
 

@@ -27,9 +27,9 @@ from biofx import (
     Scope,
     SelectorError,
 )
-from biofx.bisecting import reproducer as module
-from biofx.bisecting.reproducer import PLACE, write_reproducer
 from biofx.passes import ScaleGradients, SplitWeights
+from biofx.reproducing import reproducer as module
+from biofx.reproducing.reproducer import PLACE, write_reproducer
 
 
 class Inner(nn.Module):

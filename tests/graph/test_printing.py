@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 
 import biofx
 from biofx import diff_graphs, format_graph
-from biofx.printing import function_name, print_changed, render_diff
+from biofx.graph.printing import function_name, print_changed, render_diff
 
 
 class Pair(NamedTuple):

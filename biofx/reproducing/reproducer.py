@@ -25,15 +25,15 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from biofx.bisecting.carried_source import Carrier
-from biofx.bisecting.stages import stages_of
 from biofx.config import BioConfig
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note
-from biofx.graph.graph_module import BioGraphModule
+from biofx.graph.printing import format_graph
 from biofx.graph.regions import region_paths
+from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass
 from biofx.pipeline import Pipeline
-from biofx.printing import format_graph
+from biofx.reproducing.carried_source import Carrier
+from biofx.reproducing.stages import stages_of
 from biofx.toml import write_whole
 
 PLACE = "BIOFX_REPRODUCER"

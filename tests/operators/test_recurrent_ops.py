@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import biofx
 from biofx import BioGraphModule, InputError, capture, ops
-from biofx.layers.lowering import Lowering
-from biofx.layers.recurrent_ops import recurrent
+from biofx.operators.recurrent_ops import recurrent
 from biofx.sites import find_sites
+from biofx.weights.lowering import Lowering
 
 
 class Calls(nn.Module):

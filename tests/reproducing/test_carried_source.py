@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from biofx import BioConfig, InputError
-from biofx.bisecting.carried_source import Carrier
+from biofx.reproducing.carried_source import Carrier
 
 SCALE = torch.tensor([2.0, 3.0])
 relu = 5.0  # an attribute of another name must not bring it along

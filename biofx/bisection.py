@@ -10,18 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from biofx.bisecting.reproducer import without_reproducers, write_reproducer
-from biofx.bisecting.stages import stages_of
 from biofx.capture import capture
 from biofx.compile_config import PassChoice, choose_passes
 from biofx.config import BioConfig
 from biofx.errors import BisectError, InputError, add_note
-from biofx.graph.graph_module import BioGraphModule
 from biofx.graph.regions import whole_graph
+from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass, PassResult
 from biofx.pipeline import Pipeline
 from biofx.progress import advance
 from biofx.report import PassReport
+from biofx.reproducing.reproducer import without_reproducers, write_reproducer
+from biofx.reproducing.stages import stages_of
 from biofx.select import Candidate, Selector
 from biofx.transform import as_config, transform
 

@@ -5,7 +5,7 @@ from torch import nn
 
 import biofx
 from biofx import Pipeline, Remark
-from biofx.bisecting.stages import stages_of
+from biofx.reproducing.stages import stages_of
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from biofx.errors import PassError
 from biofx.graph.region_use import RegionUse
 from biofx.graph.regions import whole_graph
-from biofx.layers.lowering import Lowering
-from biofx.layers.norm_ops import batch_norm, instance_norm
 from biofx.layers.obstacles import computed, hooks_of
 from biofx.layers.weight_slots import WeightSlot
+from biofx.operators.norm_ops import batch_norm, instance_norm
 from biofx.sites import parameter_behind, times_read
+from biofx.weights.lowering import Lowering
 
 _SLOT_OF_FUNCTION: dict[Any, WeightSlot] = {
     function: WeightSlot(role="gain", argument=(place, "weight"))

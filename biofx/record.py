@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from biofx.checkpoints.plain_passes import config_to_plain, pass_to_plain
 from biofx.config import BioConfig
 from biofx.errors import CheckpointError, SelectorError
-from biofx.graph.graph_module import BioGraphModule
+from biofx.graph.printing import format_node
 from biofx.graph.regions import whole_graph
+from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass, PassT
 from biofx.pass_text import format_value
 from biofx.pipeline import Pipeline
-from biofx.printing import format_node
+from biofx.plain_passes import config_to_plain, pass_to_plain
 from biofx.select import Candidate, NodeIndex, Override, Selector
 
 ATTRIBUTE = "transform_record"

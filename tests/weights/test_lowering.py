@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from biofx import BioGraphModule, PassError, capture, ops
-from biofx.layers.lowering import Lowering
 from biofx.sites import find_sites
+from biofx.weights.lowering import Lowering
 
 SEQUENCE, IMAGE, VOLUME = (2, 4, 7), (2, 4, 7, 6), (2, 4, 5, 6, 5)
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BioGraphModule, InputError, capture
-from biofx.layers.attention_ops import attend
-from biofx.layers.lowering import Lowering
+from biofx.operators.attention_ops import attend
 from biofx.sites import find_sites
+from biofx.weights.lowering import Lowering
 
 
 class Attends(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx.views.graph_view import GraphView, ModuleView, NodeView
+from biofx.graph.graph_view import GraphView, ModuleView, NodeView
 
 
 class Tied(nn.Module):

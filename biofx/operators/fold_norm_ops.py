@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
 from biofx.errors import InputError
-from biofx.folding.fold_ops import spread_synapses
+from biofx.operators.fold_ops import spread_synapses
 from biofx.ops import is_plain_eager, redispatch
 
 

@@ -10,7 +10,6 @@ from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.fx.node import map_arg
 
 from biofx.errors import PassError
-from biofx.graph.graph_module import BioGraphModule, become_graph_module
 from biofx.graph.guards import require_default
 from biofx.graph.own_forward import OWN_FORWARD, call_own_forward
 from biofx.graph.regions import (
@@ -23,6 +22,7 @@ from biofx.graph.regions import (
     region_paths,
     whole_graph,
 )
+from biofx.model.graph_module import BioGraphModule, become_graph_module
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from biofx.errors import PassError
 from biofx.graph.parameters import Parameters
-from biofx.layers.compound_layers import lower_compound
 from biofx.layers.weight_slots import WeightSlot
 from biofx.sites import WeightSite
+from biofx.weights.compound_layers import lower_compound
 
 
 class Wrappable(Protocol):

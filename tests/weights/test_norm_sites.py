@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from biofx import BioGraphModule, InputError, PassError, capture, ops
-from biofx.layers.lowering import Lowering
-from biofx.layers.norm_ops import batch_norm
-from biofx.layers.norm_sites import find_norms, lower_norm
+from biofx.operators.norm_ops import batch_norm
 from biofx.sites import find_sites
+from biofx.weights.lowering import Lowering
+from biofx.weights.norm_sites import find_norms, lower_norm
 
 VECTORS, SEQUENCE, IMAGE, VOLUME = (5, 4), (5, 4, 3), (5, 4, 3, 2), (5, 4, 3, 2, 2)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -13,8 +13,8 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 
 from biofx.errors import CaptureError, CheckpointError, InputError
-from biofx.graph.graph_records import pack, unpack
 from biofx.graph.own_forward import call_own_forward
+from biofx.model.graph_records import pack, unpack
 from biofx.plasticity.model_rules import apply_rule, expanded_weights, exposed_rules
 
 _OWN_TO_GRAPH_MODULES = frozenset({"_graph", "_code", "_tracer_cls", "_tracer_extras"})

@@ -1,1 +1,0 @@
-"""Which pass did it: ``biofx.bisect``, and the reproducers of passes that fail."""
