@@ -11,9 +11,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from biofx import ops
+from biofx.deploying.plain_masks import write_out_masks
 from biofx.folding import fold_norm_ops, fold_ops
 from biofx.layers import norm_ops
-from biofx.layers.transformer_layers import sequence_length
 
 Call = Callable[..., Node]
 """Inserts a call of a method (named by a text) or of a function, and returns its node."""
@@ -24,9 +24,7 @@ def write_out(own: GraphModule) -> None:
 
     Batch normalisations between folded layers become calls of :func:`biofx.norm_ops.batch_norm`.
     """
-    for node in reversed(own.graph.nodes):
-        if node.target is sequence_length and not node.users:  # asked for a mask that is not there
-            own.graph.erase_node(node)
+    write_out_masks(own)
     for node in list(own.graph.nodes):
         writer = _WRITERS.get(node.target) if node.op == "call_function" else None
         if writer is None:
