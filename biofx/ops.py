@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import handle_torch_function, has_torch_function
 
 from biofx.errors import OptionError, PlasticityError
-from biofx.kernels import rate_codes, sign_kernels
+from biofx.kernels import rate_codes, sharded_rates, sign_kernels
 from biofx.kernels.exclusive import is_exclusive
 
 SIGN_METHODS = ("project", "abs")
@@ -45,6 +45,8 @@ def scale_gradient(weight: Tensor, factor: Tensor, scale: Tensor | None = None) 
         return redispatch(
             scale_gradient, relevant, weight, factor, **({} if scale is None else {"scale": scale})
         )
+    if sharded_rates.is_spread(factor) and not sharded_rates.is_spread(weight):
+        return sharded_rates.outside_graphs(sharded_rates.scaled_on_arrival)(weight, factor, scale)
     if is_recorded():
         held = weight.detach()
         return held + (weight - held) * rate_codes.factors_of(factor, scale, weight.dtype)

@@ -34,7 +34,7 @@ def plain_state(bio_model: nn.Module) -> dict[str, Tensor]:
             "inhibitory ones (dales_method='expand'), which the original has no room for; save the model "
             "with biofx.save, or make a plain one with biofx.deploy"
         )
-    own = tuple(_owners(model))
+    own = tuple(owners_of(model))
     return {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
 
 
@@ -46,7 +46,7 @@ def check_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: a key is missing or unknown, or a tensor has another shape or type.
     """
-    owners, held = _owners(model), model.state_dict()
+    owners, held = owners_of(model), model.state_dict()
     read = {str(node.target) for node in whole_graph(model).find_nodes(op="get_attr")}
     missing = [key for key in held if key not in saved and (key in read or _owner(owners, key) is None)]
     if missing:
@@ -123,7 +123,7 @@ def adopt_dtypes(model: nn.Module, saved: Mapping[str, Any]) -> None:
 @torch.no_grad()
 def load_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
     """Load a state that :func:`check_state` has passed."""
-    for prefix, owner in _owners(model).items():
+    for prefix, owner in owners_of(model).items():
         weight = _weight_of(owner)
         device = None if weight is None else weight.device
         for name, held in owner._buffers.items():
@@ -142,7 +142,7 @@ def _weight_of(owner: BioModule) -> Tensor | None:
     return owner.parameter if owner.is_linked else None
 
 
-def _owners(model: nn.Module) -> dict[str, BioModule]:
+def owners_of(model: nn.Module) -> dict[str, BioModule]:
     """Return the state of each layer's plasticity by the prefix of its keys."""
     return {
         f"{path}." if path else "": module

@@ -24,10 +24,13 @@ from biofx.checkpoints.checkpoint import (
     transformed,
 )
 from biofx.checkpoints.checkpoint_file import FORMAT, SCHEMA, check_stamp, plain
-from biofx.checkpoints.model_state import check_state
+from biofx.checkpoints.model_state import check_state, owners_of
 from biofx.checkpoints.reapply import check_same_making
 from biofx.errors import CheckpointError
+from biofx.plasticity.bio_state import PER_SYNAPSE
 from biofx.plasticity.model_rules import prepare_states
+from biofx.plasticity.sharded_model import shard_states
+from biofx.plasticity.shards import is_sharded, spread_like
 from biofx.record import TransformRecord
 
 _SKELETON = "biofx"
@@ -101,11 +104,13 @@ def load_sharded(
     check_stamp(content, folder)
     check_same_making(TransformRecord.from_json(content["record"]), target)
     prepare_states(target)
+    shard_states(target)
     check_state(target, content["model"])
     tensors = dict(_templates(target, skeleton, sizes))
     read_tensors(tensors, folder)
     saved = checkpoint_of(_restored(skeleton, tensors), folder)
     load(saved, target, optimizer=optimizer, plasticity=plasticity)
+    shard_states(target)
     return dict(saved.extra)
 
 
@@ -140,6 +145,12 @@ def _restored(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _templates(target: nn.Module, skeleton: Any, sizes: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Return for each saved tensor one to read into, over the ranks as this model's parameters are."""
     parameters = dict(target.named_parameters(remove_duplicate=False))
+    per_synapse = {
+        prefix + name: state.weight
+        for prefix, state in owners_of(target).items()
+        if state.is_linked and state.parameter is not None
+        for name in PER_SYNAPSE
+    }
     content = skeleton["dict"]
     places = list(content["model"]["dict"].items())
     for optimizer in content["optimizers"]["list"]:
@@ -147,8 +158,11 @@ def _templates(target: nn.Module, skeleton: Any, sizes: Mapping[str, Tensor]) ->
             places += [(name, leaf) for leaf in state["dict"].values()]
     owner = {leaf["tensor"]: name for name, leaf in places if isinstance(leaf, dict) and "tensor" in leaf}
     for key, size in sizes.items():
-        like = parameters.get(owner.get(key, ""))
-        if like is not None and like.shape == size.shape:
-            yield key, torch.empty_like(like.detach(), dtype=size.dtype)
-        else:
+        name = owner.get(key, "")
+        like = per_synapse.get(name, parameters.get(name))
+        if like is None or (like.shape != size.shape and name not in per_synapse):
             yield key, torch.empty(size.shape, dtype=size.dtype)
+        elif is_sharded(like):
+            yield key, spread_like(torch.zeros((), dtype=size.dtype).expand(size.shape), like)
+        else:
+            yield key, torch.empty(size.shape, dtype=size.dtype, device=like.device)

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from biofx import ops
 from biofx.activation import OpaqueActivation
 from biofx.deploying.plain_operators import write_out
 from biofx.deploying.raising import raise_layers
+from biofx.deploying.settling import settle
 from biofx.errors import InputError, PassError
 from biofx.graph.guards import require_default, require_tensor
 from biofx.graph.in_place import changed_in_place
@@ -98,23 +98,14 @@ def deploy(bio_model: nn.Module) -> GraphModule:
     return deployed.eval()
 
 
-def _settle(flag: Node, value: bool) -> None:
-    """Put a constant where a node was read."""
-
-    def settled(source: Node) -> Any:
-        return value if source is flag else source
-
-    for user in list(flag.users):
-        user.args, user.kwargs = map_arg(user.args, settled), map_arg(user.kwargs, settled)
-
-
 def _drop_what_learns(own: GraphModule) -> None:
     """Take out gradient factors, observers, checks of arguments, and training flags."""
     fixed: list[Any] = []
     for node in list(own.graph.nodes):
         if node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
-            _settle(node, False)
-        elif node.target in (ops.scale_gradient, ops.observe_activity, ops.drop_pairs):
+            settle(node, False)
+            continue
+        if node.target in (ops.scale_gradient, ops.observe_activity, ops.drop_pairs):
             node.replace_all_uses_with(node.args[0])
         elif node.target is require_default:
             fixed.append(node.args[0])

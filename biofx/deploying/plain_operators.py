@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from biofx import ops
-from biofx.layers.transformer_layers import sequence_length
+from biofx.deploying.plain_masks import write_out_masks
 from biofx.operators import fold_norm_ops, fold_ops, norm_ops
 
 Call = Callable[..., Node]
@@ -23,9 +23,7 @@ def write_out(own: GraphModule) -> None:
 
     Batch normalisations between folded layers become calls of :func:`biofx.norm_ops.batch_norm`.
     """
-    for node in reversed(own.graph.nodes):
-        if node.target is sequence_length and not node.users:  # asked for a mask that is not there
-            own.graph.erase_node(node)
+    write_out_masks(own)
     for node in list(own.graph.nodes):
         writer = _WRITERS.get(node.target) if node.op == "call_function" else None
         if writer is None:

@@ -14,8 +14,10 @@ from torch.fx import Graph, GraphModule, Node, Tracer
 
 from biofx.errors import CaptureError, CheckpointError, InputError
 from biofx.graph.own_forward import call_own_forward
+from biofx.kernels.sharded_rates import outside_graphs
 from biofx.model.graph_records import pack, unpack
 from biofx.plasticity.model_rules import apply_rule, expanded_weights, exposed_rules
+from biofx.plasticity.sharded_model import before_forward, is_fully_sharded
 
 _OWN_TO_GRAPH_MODULES = frozenset({"_graph", "_code", "_tracer_cls", "_tracer_extras"})
 
@@ -94,6 +96,12 @@ class BioGraphModule(GraphModule):
                 f"a {type(self).__name__} that runs its own forward was saved, whose class cannot be "
                 "imported here; make the class importable under the name it had"
             )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, with its hooks; what FSDP2 has sharded of it is made ready."""
+        if is_fully_sharded(self):
+            outside_graphs(before_forward)(self)
+        return super().__call__(*args, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -24,6 +24,7 @@ from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_rules import prepare_states
 from biofx.plasticity.schedule import LayerStep
+from biofx.plasticity.sharded_state import whole
 from biofx.validate import POSITIVE, Range
 from biofx.weights.effective import Effective, effective_weights
 
@@ -250,14 +251,15 @@ class Monitor:
     def _measured(
         self, path: str, state: BioModule, gradient_norm: float | None, update_norm: float | None
     ) -> LayerRecord:
-        return measure(
-            state,
-            self._effective[path],
-            crystallized_below=self.crystallized_below,
-            touched=self._touched.pop(path, {}),
-            gradient_norm=gradient_norm,
-            update_norm=update_norm,
-        )
+        with whole(state):
+            return measure(
+                state,
+                self._effective[path],
+                crystallized_below=self.crystallized_below,
+                touched=self._touched.pop(path, {}),
+                gradient_norm=gradient_norm,
+                update_norm=update_norm,
+            )
 
 
 def _is_first_rank() -> bool:

@@ -12,9 +12,10 @@ from biofx.errors import OptionError, PlasticityError, suggest
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.exponentiated import UPDATES
 from biofx.plasticity.model_rules import exposed_rules, prepare_states
-from biofx.plasticity.ranks import group_to_agree_with, refuse_sharded_layers
+from biofx.plasticity.ranks import group_to_agree_with
 from biofx.plasticity.scale_survival import refuse_closures
 from biofx.plasticity.schedule import Observer, Rule
+from biofx.plasticity.sharded_model import refuse_parts_alone, shard_states
 from biofx.validate import check_choice
 
 
@@ -57,7 +58,8 @@ def attach(
     """
     plain: Any = unwrapped(model)
     states = prepare_states(plain)
-    refuse_sharded_layers(plain)
+    refuse_parts_alone(plain)
+    shard_states(plain)
     rules = tuple(Rule(entry) if isinstance(entry, str) else entry for entry in schedule)
     known = sorted(exposed_rules(plain))
     for rule in rules:

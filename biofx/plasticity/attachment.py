@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from biofx.config import Distribution
 from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.exponentiated import exponentiate, refuse_decay
 from biofx.plasticity.ranks import average_activity
 from biofx.plasticity.scale_survival import keeps_gradient_factors
 from biofx.plasticity.schedule import LayerStep, Observer, Rule, wants
-from biofx.plasticity.shards import local, local_part, norm_of_part, whole
+from biofx.plasticity.sharded_state import shard_state, whole
+from biofx.plasticity.shards import local, local_part, norm_of_part
 
 _BEFORE_STEP = ("crystallize", "update_fuzzy_learning_rates")
 _BUILT_IN = ("fuzzy_learning_rates", "volume_dependent_lr", *_BEFORE_STEP)
+_ON_WEIGHTS = ("rejuvenate_weights", "synaptic_scaling")
 _TAKEN: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
 
 
@@ -145,6 +146,7 @@ class Attachment:
             if name == "crystallize":  # it dampens factors; where all are 1, there may be none yet
                 for bound in self._bound.values():
                     bound.state.provide_factors()
+                    shard_state(bound.state)
             reasons = {path: bound.state.why_never(name) for path, bound in self._bound.items()}
             if all(reason is not None for reason in reasons.values()):
                 told = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
@@ -193,7 +195,7 @@ class Attachment:
 
     def _reads_values(self, state: BioModule) -> bool:
         """Whether a rule that is due before this step must see all of a layer's weight or gradient."""
-        follows = state.is_dynamic and state.config.fuzzy_lr_distribution is Distribution.WEIGHT_ADAPTIVE
+        follows = state.is_dynamic and not state.follows_in_parts
         return follows or self._is_due("crystallize") or self._is_due("volume_dependent_lr")
 
     def _check_weights(self) -> None:
@@ -277,11 +279,11 @@ class Attachment:
     def _run_on_weights(self, name: str, optimizer: Optimizer) -> None:
         able = [layer for layer in self._layers.values() if layer.state.why_not(name) is None]
         for layer in able:
-            with whole(layer.state):
+            with whole(layer.state, factors=False):
                 layer.state.check(name)
         for layer in able:
             rule = getattr(layer.state, name)
-            with whole(layer.state, optimizer):
+            with whole(layer.state, optimizer, factors=name not in _ON_WEIGHTS):
                 result = rule(optimizer) if name == "rejuvenate_weights" else rule()
             layer.touched[name] = result if isinstance(result, int) else 0
 

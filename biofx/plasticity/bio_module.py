@@ -18,6 +18,7 @@ from biofx.plasticity.dynamics import (
     evolve,
     following_factors,
     initial_factors,
+    most_spread,
     pooled,
     relative_smallness,
 )
@@ -27,7 +28,7 @@ from biofx.plasticity.rules.crystallization import crystallize
 from biofx.plasticity.rules.rejuvenation import check_finite, protection_for, rejuvenate
 from biofx.plasticity.rules.scaling import input_strength, synaptic_scaling
 from biofx.plasticity.rules.volume import multiply_by_volume, volume_factors
-from biofx.plasticity.shards import local, local_part
+from biofx.plasticity.shards import flat_span, is_sharded, local, local_part
 from biofx.plasticity.units import laid_out
 
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
@@ -171,26 +172,50 @@ class BioModule(BioState):
         if config.fuzzy_lr_distribution is Distribution.TEMPORAL:
             if int(self.steps) % config.fuzzy_lr_update_freq:
                 return 0
-            changed = (self._factors() if self.diversity is None else self.diversity).clone()
-            evolve(changed, correlation=config.fuzzy_lr_decay, generator=self._generator("evolve"), **bounds)
+            before = self._factors() if self.diversity is None else self.diversity
+            changed, correlation = local(before).clone(), config.fuzzy_lr_decay
+            generator, place = self._generator("evolve"), flat_span(before)
+            evolve(
+                changed,
+                correlation=correlation,
+                generator=generator,
+                place=place,
+                total=before.numel(),
+                **bounds,
+            )
         elif self.noise is not None:
             generator = generator_for(config.seed, self.path, int(self.steps), purpose="follow")
-            changed = following_factors(self.noise, self._smallness(), generator=generator, **bounds)
+            smallness = self._smallness()
+            if isinstance(smallness, Tensor):
+                smallness = local_part(smallness, self.noise)
+            changed = following_factors(local(self.noise), smallness, generator=generator, **bounds)
         else:
             return 0
         return self._change_factors(changed)
 
+    @property
+    def follows_in_parts(self) -> bool:
+        """Whether each rank can let its part of dynamic factors change without the parts of the others."""
+        held, config = self.kept_factors, self.config
+        if held is None or not is_sharded(held):
+            return True
+        if config.fuzzy_lr_distribution is Distribution.TEMPORAL:
+            return flat_span(held) is not None
+        reach = most_spread(config.fuzzy_learning_rate_factor_nu)
+        return 1 - reach >= config.fuzzy_lr_min and 1 + reach <= config.fuzzy_lr_max  # nothing is redrawn
+
     def _change_factors(self, changed: Tensor) -> int:
         """Let dynamic factors take new values; what crystallization dampened stays dampened as much."""
-        factors, before = self._factors(), self.diversity
+        factors, before = local(self._factors()), self.diversity
         if before is None:
             factors.copy_(changed)
         else:
+            before = local(before)
             dampening = torch.where(before > 0, factors / before, 1.0)
             floor = changed.clamp(max=self.config.crystal_min)
             factors.copy_(torch.maximum(changed * dampening, floor))
             before.copy_(changed)
-        return factors.numel()
+        return self._factors().numel()
 
     def _smallness(self) -> Tensor | float:
         """Return the part of following factors that follows."""

@@ -21,6 +21,8 @@ _CODES, _SCALE = "fuzzy_learning_rate_codes", "fuzzy_learning_rate_scale"
 _CONFIGURED = (_FACTORS, _CODES, _SCALE, "sign", "local_sign", "noise", "activity")
 _DERIVED = ("unit_index", "constrained_rows")
 _REMEMBERED = ("diversity", "target_strength", "steps", "events")
+PER_SYNAPSE = (_FACTORS, _CODES, "noise", "diversity")
+"""The buffers that have an entry for each synapse, or for each that shares a factor."""
 _DEFAULT = BioConfig()
 
 

@@ -18,7 +18,11 @@ Result = TypeVar("Result")
 
 
 def for_each_block(
-    count: int, work: Callable[[slice, Generator], Result], generator: Generator | None = None
+    count: int,
+    work: Callable[[slice, Generator], Result],
+    generator: Generator | None = None,
+    *,
+    within: slice | None = None,
 ) -> list[Result]:
     """Return ``work(block, its own generator)`` for consecutive blocks of ``count`` elements, in order.
 
@@ -26,21 +30,28 @@ def for_each_block(
         count: elements in all.
         work: called with a slice of the flat tensor; from several threads at once.
         generator: a CPU generator that the blocks' own are seeded from; it advances by one draw per block.
+        within: the elements that matter; blocks without any of them are left out. None: all.
     """
     blocks = [slice(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
     seeds = torch.zeros(len(blocks), dtype=torch.int64)
     if generator is not None:
         seeds.random_(0, None, generator=generator)
 
+    numbers = [
+        number
+        for number, block in enumerate(blocks)
+        if within is None or max(block.start, within.start) < min(block.stop, within.stop)
+    ]
+
     def run(number: int) -> Result:
         with torch.no_grad():
             return work(blocks[number], Generator().manual_seed(int(seeds[number])))
 
     threads = torch.get_num_threads()
-    if threads == 1 or len(blocks) == 1:
-        return [run(number) for number in range(len(blocks))]
+    if threads == 1 or len(numbers) <= 1:
+        return [run(number) for number in numbers]
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(run, range(len(blocks))))
+        return list(pool.map(run, numbers))
 
 
 def mean_over(count: int, work: Callable[[slice], Tensor]) -> float:

@@ -21,6 +21,7 @@ from biofx.plasticity.moments import put
 
 FOLLOWING = (Distribution.WEIGHT_ADAPTIVE, Distribution.ACTIVITY)
 """The distributions whose factors are 1 + ν · c · u, with a random part u and a part c that can change."""
+_LARGEST = 1.5
 
 
 def pooled(weight: Tensor, granularity: str, output_axis: int) -> Tensor:
@@ -72,11 +73,16 @@ def initial_factors(
     return draw_factors(static, magnitude, nu=nu, low=low, high=high, generator=generator, depth=depth), None
 
 
+def most_spread(nu: float) -> float:
+    """Return how far factors that follow can be from 1 at the most, dimensionless."""
+    return _LARGEST * nu
+
+
 def relative_smallness(values: Tensor) -> Tensor:
     """Return clip(2 - v / mean v, ½, 1½): small weights, and quiet units, vary more than others."""
     mean = values.mean()
     relative = torch.where(mean > 0, values / mean, torch.ones_like(values))
-    return (2 - relative).clamp(0.5, 1.5)
+    return (2 - relative).clamp(0.5, _LARGEST)
 
 
 def following_factors(
@@ -102,7 +108,15 @@ def following_factors(
 
 
 def evolve(
-    factors: Tensor, *, correlation: float, nu: float, low: float, high: float, generator: Generator
+    factors: Tensor,
+    *,
+    correlation: float,
+    nu: float,
+    low: float,
+    high: float,
+    generator: Generator,
+    place: slice | None = None,
+    total: int | None = None,
 ) -> None:
     """Let temporal factors take one step, in place: f ← 1 + ρ(f - 1) + √(1 - ρ²) ξ, ξ ~ N(0, ν²).
 
@@ -117,17 +131,25 @@ def evolve(
         low: lower bound.
         high: upper bound.
         generator: a CPU generator, the only source of randomness.
+        place: where the factors lie in a larger tensor, flattened, of which they are to take the step that
+            they would take as its part; None if they are all there is.
+        total: how many elements that tensor has, a count.
     """
     step = nu * math.sqrt(1 - correlation**2)
     if step == 0:
         return
     moved = factors.flatten().cpu().float()
 
+    place = slice(0, len(moved)) if place is None else place
+    total = len(moved) if total is None else total
+
     def move(block: slice, own: Generator) -> None:
-        part = moved[block]
-        proposed = torch.randn(len(part), generator=own).mul_(step).add_(1)
+        start, stop = max(block.start, place.start), min(block.stop, place.stop)
+        part = moved[start - place.start : stop - place.start]
+        drawn = torch.randn(block.stop - block.start, generator=own)
+        proposed = drawn[start - block.start : stop - block.start].mul_(step).add_(1)
         proposed.add_(part - 1, alpha=correlation)
         torch.where((proposed < low) | (proposed > high), part, proposed, out=part)
 
-    for_each_block(len(moved), move, generator)
+    for_each_block(total, move, generator, within=place)
     factors.copy_(moved.reshape(factors.shape))

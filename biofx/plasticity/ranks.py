@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 
 from biofx.config import Distribution
 from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.shards import is_sharded
-from biofx.sites import find_sites
 
 
 def group_to_agree_with(model: nn.Module, states: Iterable[BioModule]) -> Any:
@@ -42,21 +40,6 @@ def group_to_agree_with(model: nn.Module, states: Iterable[BioModule]) -> Any:
             "the activity"
         )
     return None
-
-
-def refuse_sharded_layers(model: GraphModule) -> None:
-    """Refuse a model of which single layers were sharded: the graph reads their weights without calling them.
-
-    Raises:
-        PlasticityError: a layer was sharded whose weight the graph reads itself.
-    """
-    for site in find_sites(model).found:
-        layer = model.get_submodule(site.layer)
-        if site.node.op != "call_module" and site.layer and hasattr(layer, "unshard"):
-            raise PlasticityError(
-                f"expected the transformed model to be sharded as a whole, fully_shard(bio_model), found its "
-                f"layer {site.layer!r} sharded by itself, whose weight the graph reads without calling it"
-            )
 
 
 def follows_activity(state: BioModule) -> bool:

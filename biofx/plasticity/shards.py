@@ -1,22 +1,15 @@
-"""Rules on weights that are spread over the ranks of a run (FSDP2).
+"""Tensors that are spread over the ranks of a run (FSDP2), and the parts of them that are here.
 
-A sharded weight is a ``DTensor``. Factors and signs are kept whole on every rank and act on the part of the
-weight that is there, so that a step asks nothing of the other ranks. A rule that must see the whole weight
-gathers it when it is due: every rank then does the same with the same random numbers, and keeps its part.
+A sharded weight is a ``DTensor``. What is kept for each of its synapses is spread as the weight is; what is
+kept for each unit, signs among it, is small and whole on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-
-from biofx.plasticity.bio_state import BioState
-from biofx.plasticity.moments import FIRST_MOMENTS
+from torch import Tensor
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -31,24 +24,60 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def local_part(full: Tensor, like: Tensor) -> Tensor:
-    """Return the part of a whole tensor that belongs to the part of ``like`` on this rank, as a view.
+def gathered(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, without its history; all ranks must ask together."""
+    sharded: Any = tensor.detach()
+    full: Tensor = sharded.full_tensor() if is_sharded(tensor) else sharded
+    return full
+
+
+def local_part(values: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a tensor that belongs to the part of ``like`` on this rank, as a view if it can.
 
     Args:
-        full: of the shape of ``like``, or of size 1 along some of its axes; any tensor of fewer axes than
-            ``like`` is returned as it is.
-        like: sharded, or whole, which makes it all of ``full``.
+        values: of the shape of ``like``, or of size 1 along some of its axes; any tensor of fewer axes than
+            ``like`` is returned as it is. Whole, or spread as ``like`` is.
+        like: sharded, or whole, which makes it all of ``values``.
     """
-    if not is_sharded(like) or full.dim() != like.dim():
-        return full
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    if is_sharded(values):
+        return local(values) if is_sharded(like) else gathered(values)
+    if not is_sharded(like) or values.dim() != like.dim():
+        return values
+    for axis, (size, start) in enumerate(zip(*_layout(like), strict=True)):
+        if values.shape[axis] != 1 and size != values.shape[axis]:
+            values = values.narrow(axis, min(start, values.shape[axis] - size), size)
+    return values
 
+
+def spread_like(full: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor spread over the ranks as ``like`` is, this rank's part in memory of its own.
+
+    What is of another size along an axis that is spread (factors that many synapses share) stays whole.
+    """
     sharded: Any = like
-    shape, offset = compute_local_shape_and_global_offset(like.shape, sharded.device_mesh, sharded.placements)
-    for axis, (size, start) in enumerate(zip(shape, offset, strict=True)):
-        if full.shape[axis] != 1 and size != full.shape[axis]:
-            full = full.narrow(axis, min(start, full.shape[axis] - size), size)
-    return full
+    axes = [placement.dim for placement in sharded.placements if placement.is_shard()]
+    if full.dim() != like.dim() or any(full.shape[axis] != like.shape[axis] for axis in axes):
+        return full.contiguous()
+    from torch.distributed.tensor import DTensor
+
+    part = local_part(full, like).to(local(like.detach()).device).clone(memory_format=torch.contiguous_format)
+    stride = torch.empty(full.shape, device="meta").stride()
+    made: Tensor = DTensor.from_local(
+        part, sharded.device_mesh, sharded.placements, run_check=False, shape=full.shape, stride=stride
+    )
+    return made
+
+
+def flat_span(tensor: Tensor) -> slice | None:
+    """Return where this rank's part of a tensor lies in all of it, flattened; None if not in one piece."""
+    if not is_sharded(tensor):
+        return slice(0, tensor.numel())
+    shape, offset = _layout(tensor)
+    if tuple(shape[1:]) != tuple(tensor.shape[1:]):
+        return None
+    row = tensor.shape[1:].numel()
+    start = min(offset[0], tensor.shape[0]) * row
+    return slice(start, start + shape[0] * row)
 
 
 def norm_of_part(part: Tensor, like: Tensor) -> float:
@@ -66,44 +95,9 @@ def norm_of_part(part: Tensor, like: Tensor) -> float:
     return float(total.sqrt())
 
 
-@contextmanager
-def whole(state: BioState, optimizer: Optimizer | None = None) -> Iterator[None]:
-    """Let a layer have its whole weight, gradient and first moments for a while.
+def _layout(like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shape of this rank's part, and where it begins along each axis."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    All ranks must do it together; of what is written, each rank keeps its part.
-    """
-    weight = state.parameter
-    if weight is None or not is_sharded(weight):
-        yield
-        return
-    owner, name = state.get_parent(), state.path.rpartition(".")[2]
-    full = nn.Parameter(_gathered(weight), requires_grad=weight.requires_grad)
-    if weight.grad is not None:
-        full.grad = _gathered(weight.grad)
-    moments = {} if optimizer is None else optimizer.state.get(weight, {})
-    gathered = {key: _gathered(moments[key]) for key in FIRST_MOMENTS if is_sharded(moments.get(key))}
-    if optimizer is not None and gathered:
-        optimizer.state[full] = gathered
-    owner._parameters[name] = full
-    try:
-        yield
-    finally:
-        owner._parameters[name] = weight
-        if optimizer is not None:
-            optimizer.state.pop(full, None)
-        with torch.no_grad():
-            _keep(full, weight)
-            if weight.grad is not None and full.grad is not None:
-                _keep(full.grad, weight.grad)
-            for key, moment in gathered.items():
-                _keep(moment, moments[key])
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    sharded: Any = tensor.detach()
-    full: Tensor = sharded.full_tensor()
-    return full
-
-
-def _keep(full: Tensor, sharded: Tensor) -> None:
-    local(sharded.detach()).copy_(local_part(full, sharded))
+    sharded: Any = like
+    return compute_local_shape_and_global_offset(like.shape, sharded.device_mesh, sharded.placements)

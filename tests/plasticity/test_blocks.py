@@ -32,6 +32,22 @@ def test_blocks_cover_everything_once_and_in_order() -> None:
     assert len(found) == 3
 
 
+def test_what_does_not_matter_is_left_out_and_changes_nothing_else() -> None:
+    count, size = 2 * blocks._BLOCK + 5, blocks._BLOCK
+
+    def work(block: slice, own: Generator) -> tuple[slice, Tensor]:
+        return block, torch.rand(block.stop - block.start, generator=own)
+
+    everything = draw(count)
+    for within in (slice(0, 1), slice(size - 1, size + 1), slice(2 * size, count), slice(size, size)):
+        found = for_each_block(count, work, Generator().manual_seed(0), within=within)
+        covered = [place for block, _ in found for place in range(block.start, block.stop)]
+        assert set(range(within.start, within.stop)) <= set(covered)
+        assert len(covered) < count
+        for block, numbers in found:
+            assert torch.equal(numbers, everything[block])
+
+
 def test_numbers_do_not_depend_on_the_number_of_threads(two_threads: None) -> None:
     count = 3 * blocks._BLOCK + 1
     in_parallel = draw(count)

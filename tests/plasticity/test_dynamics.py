@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import Distribution, OptionError
+from biofx.plasticity import blocks
 from biofx.plasticity.dynamics import evolve, following_factors, initial_factors, pooled, relative_smallness
 from biofx.plasticity.randomness import generator_for
 
@@ -313,3 +315,18 @@ def test_what_crystallization_dampened_stays_dampened_while_factors_change(
         assert factors_of(bio, "0")[:5].min() >= 0.01
     bio.crystallize()
     assert (factors_of(bio, "0")[:5] == 0.01).all()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, blocks._BLOCK, blocks._BLOCK + 3])
+def test_parts_evolve_as_the_whole_does(cut: int) -> None:
+    before = torch.randn(blocks._BLOCK + 10).mul(0.1).add(1)
+    options: dict[str, Any] = {"correlation": 0.5, "nu": 0.1, "low": 0.8, "high": 1.2}
+    whole = before.clone()
+    evolve(whole, generator=generator_for(0, "w", purpose="evolve"), **options)
+    places = (slice(0, cut), slice(cut, len(before)))
+    parts = [before[place].clone() for place in places]
+    for part, place in zip(parts, places, strict=True):
+        generator = generator_for(0, "w", purpose="evolve")
+        evolve(part, generator=generator, place=place, total=len(before), **options)
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(whole, before)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from biofx.plasticity import BioModule
-from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part, whole
+from biofx.plasticity.sharded_state import whole
+from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part
 
 
 def test_a_whole_tensor_is_all_of_itself() -> None:
