@@ -86,7 +86,7 @@ class ConstrainSigns(WeightPass):
         """Leave alone what is constrained already, the free ends of the model, queries and keys."""
         if site.has(ops.constrain_sign):
             return "its signs are constrained already"
-        if site.has(ops.scale_gradient):
+        if site.is_scaled:
             return "its gradient is scaled already, and signs must be constrained before that"
         if site.parameter.is_meta:
             return "its weight is on the meta device and has no values"

@@ -22,6 +22,7 @@ from biofx.graph.regions import kept_modules, region_paths
 from biofx.passes.fold_splits import FoldSplits
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.rate_ops import GRADIENT_SCALINGS
 from biofx.weights.weight_values import erase_unused_reads, evaluate_weights, is_of_biofx
 
 _RANDOM = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "empty"})
@@ -114,7 +115,7 @@ def _drop_what_learns(own: GraphModule) -> None:
     for node in list(own.graph.nodes):
         if node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
             _settle(node, False)
-        elif node.target in (ops.scale_gradient, ops.observe_activity, ops.drop_pairs):
+        elif node.target in GRADIENT_SCALINGS | {ops.observe_activity, ops.drop_pairs}:
             node.replace_all_uses_with(node.args[0])
         elif node.target is require_default:
             fixed.append(node.args[0])

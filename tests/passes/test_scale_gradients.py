@@ -118,6 +118,7 @@ def stock_pickle(bio: nn.Module) -> nn.Module:
         "to float64 and back",
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
 @pytest.mark.parametrize("dtype", RATE_DTYPES)
 def test_the_effect_survives(
     survive: Callable[[Any], nn.Module], dtype: str, mlp: nn.Module, vectors: Tensor
@@ -132,7 +133,7 @@ def test_the_effect_survives(
         torch.testing.assert_close(found[name], plain[name] * factor[name])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "seed"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
 def test_the_effect_survives_the_default_compiler(dtype: str, mlp: nn.Module, vectors: Tensor) -> None:
     bio, _ = scale(mlp, nu=0.5, dtype=dtype)
