@@ -345,11 +345,11 @@ class BioState(nn.Module):
         kept = dict(state_dict)
         if self.config.fuzzy_lr_dtype != "float32" and self.noise is None:
             kept.pop(f"{prefix}noise", None)  # the random part of factors that go on changing: none here do
-        config = self.config
+        config, weight = self.config, self.parameter if self.is_linked else None
         saved = {name: kept.pop(prefix + name, None) for name in RATE_BUFFERS}
         held = converted(
             *(saved, self._buffers),
-            shape=self.weight.shape,
+            shape=torch.Size() if weight is None else weight.shape,
             low=config.fuzzy_lr_min,
             high=config.fuzzy_lr_max,
         )

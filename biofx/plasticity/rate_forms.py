@@ -5,6 +5,7 @@ A form is one of :data:`biofx.config.RATE_DTYPES`. The buffers of a form, by nam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -100,7 +101,11 @@ def converted(saved: Held, own: Held, *, shape: torch.Size, low: float, high: fl
         return saved
     if wanted != FROM_SEED:
         factors = factors_held(saved, shape, _device(saved))
-        return saved if factors is None else held_as(wanted, factors, low, high)
+        if factors is None:
+            return saved
+        least, most = (float(bound) for bound in factors.aminmax())
+        # crystallization leads below the bounds of the draw
+        return held_as(wanted, factors, low if low <= least else 0.0, high if most <= high else math.inf)
     _check_drawn(saved, own, shape, low, high)
     return {**dict.fromkeys(RATE_BUFFERS), DRAW: own[DRAW]}
 

@@ -10,15 +10,15 @@ from biofx.config import GRANULARITIES, INDEPENDENT, Distribution
 from biofx.errors import OptionError, PlasticityError
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.dynamics import initial_factors
-from biofx.plasticity.rate_draws import RateDraw, rate_draw
 from biofx.plasticity.randomness import generator_for
+from biofx.plasticity.rate_draws import RateDraw, rate_draw
 
 CPU = torch.device("cpu")
 
 
 def a_draw(distribution: str = "uniform", granularity: str = "element", **options: float) -> RateDraw:
     given = {"nu": 0.3, "low": 0.8, "high": 1.25, "depth": 0.5, **options}
-    return rate_draw(distribution, seed=4, path="fc.weight", granularity=granularity, output_axis=1, **given)  # type: ignore[arg-type]
+    return rate_draw(distribution, seed=4, path="fc.weight", granularity=granularity, output_axis=1, **given)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
