@@ -46,8 +46,17 @@ class Distribution(str, Enum):
 CHANGING = (Distribution.TEMPORAL, Distribution.WEIGHT_ADAPTIVE, Distribution.ACTIVITY)
 """The distributions whose factors can go on changing during training."""
 GRANULARITIES = ("element", "neuron", "layer")
-RATE_DTYPES = ("float32", "bfloat16", "uint8")
-"""What learning-rate factors may be stored as; uint8 are the codes of :mod:`biofx.rate_codes`."""
+INDEPENDENT = (
+    *(Distribution.BASELINE, Distribution.UNIFORM, Distribution.NORMAL, Distribution.LOGNORMAL),
+    *(Distribution.GAMMA, Distribution.BETA, Distribution.LAYER_ADAPTIVE),
+)
+"""The distributions that ask nothing of weights or of time, so that factors can be drawn again at any time;
+files refer to them by their place."""
+STORED_RATE_DTYPES = ("float32", "bfloat16", "uint8")
+"""What learning-rate factors may be stored as; uint8 are the codes of :mod:`biofx.kernels.rate_codes`."""
+FROM_SEED = "seed"
+RATE_DTYPES = (*STORED_RATE_DTYPES, FROM_SEED)
+"""The same, and that they are not stored but drawn again from the seed at each use."""
 DALES_METHODS = (*SIGN_METHODS, "expand")
 
 _OPTIONAL = ("base_lr", "rejuvenation_turnover", "dales_signs")
@@ -135,7 +144,9 @@ class BioConfig:
     """What shares a factor: ``"element"`` (nothing), the synapses onto a ``"neuron"``, or the ``"layer"``."""
     fuzzy_lr_dtype: str = "float32"
     """What the factors are stored as: ``"float32"``, ``"bfloat16"``, or ``"uint8"`` (codes, a byte each, see
-    :mod:`biofx.rate_codes`; crystallization cannot change them); factors that go on changing need float32."""
+    :mod:`biofx.kernels.rate_codes`; crystallization cannot change them); factors that go on changing need
+    float32. With ``"seed"`` they are not stored: each backward draws those of float32 again, which nothing
+    can change, from a distribution that asks nothing of weights or of time."""
     dampening_factor: float = 0.6
     """What crystallization multiplies a caught synapse's factor by, dimensionless, in (0, 1]."""
     crystal_thresh: float = 4.5e-05
@@ -204,6 +215,8 @@ class BioConfig:
                 f"{self.fuzzy_lr_distribution.value}), found {self.fuzzy_lr_dtype!r}, which rounds their "
                 "small steps away"
             )
+        if self.fuzzy_lr_dtype == FROM_SEED:
+            check_drawn_again("fuzzy_lr_dtype", self.fuzzy_lr_distribution)
 
     def replace(self, **fields: Any) -> BioConfig:
         """Return a copy with some fields changed.
@@ -296,6 +309,20 @@ class BioConfig:
         table = self.to_dict()
         table["overrides"] = [_as_text(entry) for entry in table["overrides"]]
         toml.write(path, _as_text(table))
+
+
+def check_drawn_again(field: str, distribution: Distribution) -> None:
+    """Check that factors of a distribution can be drawn again from their seed.
+
+    Raises:
+        OptionError: they depend on more than that.
+    """
+    if distribution not in INDEPENDENT:
+        raise OptionError(
+            f"{field}: expected 'float32' for factors that depend on weights, activity or time "
+            f"({distribution.value}), found {FROM_SEED!r}, which draws them again at each use; store them, "
+            f"or take one of {', '.join(member.value for member in INDEPENDENT)}"
+        )
 
 
 @functools.cache

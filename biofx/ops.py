@@ -50,7 +50,7 @@ def scale_gradient(weight: Tensor, factor: Tensor, scale: Tensor | None = None) 
     if is_recorded():
         held = weight.detach()
         return held + (weight - held) * rate_codes.factors_of(factor, scale, weight.dtype)
-    _refuse_shard(weight)
+    refuse_shard(weight)
     return _tensor(_ScaleGradient.apply(weight, factor, scale))  # type: ignore[no-untyped-call]
 
 
@@ -118,13 +118,13 @@ def constrain_sign(
             constrain_sign, relevant, weight, sign, axis=axis, groups=groups, rows=rows, method=method
         )
     if not torch.compiler.is_compiling():
-        _refuse_shard(weight)
+        refuse_shard(weight)
     signs = signs_like(weight, sign, axis=axis, groups=groups, rows=rows)
     if method == "abs":
         mirrored = torch.where(weight >= 0, weight, -weight) * signs
         return _tensor(torch.where(signs == 0, weight, mirrored))
     if method == "project":
-        if _is_recorded_below_autograd():
+        if is_recorded_below_autograd():
             return _tensor(_recorded_projection(weight, signs))
         return _tensor(_ProjectSign.apply(weight, signs))  # type: ignore[no-untyped-call]
     raise OptionError(f"method must be one of {SIGN_METHODS}, found {method!r}")
@@ -329,7 +329,7 @@ def _is_recomputed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _refuse_shard(weight: Tensor) -> None:
+def refuse_shard(weight: Tensor) -> None:
     """Say what is wrong where torch would say that it cannot mix two kinds of tensors."""
     if hasattr(weight, "device_mesh"):
         raise PlasticityError(
@@ -348,7 +348,7 @@ def is_plain_eager() -> bool:
     return not is_recorded() and not torch._C._are_functorch_transforms_active()
 
 
-def _is_recorded_below_autograd() -> bool:
+def is_recorded_below_autograd() -> bool:
     """Whether operators are being written down below autograd, which then never sees our backward."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()

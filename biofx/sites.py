@@ -24,10 +24,9 @@ from biofx.layers.layer_kinds import LayerKind, compound_kind_of, kind_of, kind_
 from biofx.layers.obstacles import computed, obstacle_to_lowering
 from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot, slots_of_call, slots_of_module
 from biofx.operators.fold_ops import fold_weight
+from biofx.operators.rate_ops import GRADIENT_SCALINGS
 
-WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
-    {ops.constrain_sign, ops.scale_gradient, fold_weight}
-)
+WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = GRADIENT_SCALINGS | {ops.constrain_sign, fold_weight}
 """What may stand between a parameter and the layer that uses it."""
 
 
@@ -95,6 +94,11 @@ class WeightSite:
     def has(self, operator: Callable[..., Any]) -> bool:
         """Whether the weight already passes through ``operator`` on its way here."""
         return any(node.target is operator for node in self.operators)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the weight's gradient is scaled on the way back from here, by factors kept or drawn."""
+        return any(node.target in GRADIENT_SCALINGS for node in self.operators)
 
     def told(self, message: str) -> str:
         """Return words about the weight; they begin with its name where the layer has several."""

@@ -21,11 +21,11 @@ from typing import Any, ClassVar
 import torch
 
 from biofx import ops
+from biofx.draws.randomness import generator_for
 from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Scope
 from biofx.plasticity.balance import balanced_weight
 from biofx.plasticity.placement import bio_module_at, bio_module_path
-from biofx.plasticity.randomness import generator_for
 from biofx.report import Remark, applied
 from biofx.sites import Weight, WeightSite
 from biofx.units.gains import constrain_gains, fold_negative_gains, in_scope
@@ -86,7 +86,7 @@ class ConstrainSigns(WeightPass):
         """Leave alone what is constrained already, the free ends of the model, queries and keys."""
         if site.has(ops.constrain_sign):
             return "its signs are constrained already"
-        if site.has(ops.scale_gradient):
+        if site.is_scaled:
             return "its gradient is scaled already, and signs must be constrained before that"
         if site.parameter.is_meta:
             return "its weight is on the meta device and has no values"

@@ -21,15 +21,17 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from biofx import ops
-from biofx.config import GRANULARITIES, RATE_DTYPES, Distribution
+from biofx.config import FROM_SEED, GRANULARITIES, RATE_DTYPES, Distribution, check_drawn_again
+from biofx.draws.randomness import generator_for
+from biofx.draws.rate_draws import PURPOSE, rate_draw, told_of_place
 from biofx.graph.regions import region_of_nodes
 from biofx.model.graph_module import BioGraphModule
+from biofx.operators.rate_ops import scale_gradient_by_seed
 from biofx.pass_base import Scope
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.dynamics import initial_factors
 from biofx.plasticity.placement import bio_module_at, bio_module_path
-from biofx.plasticity.randomness import generator_for
-from biofx.report import Remark, applied
+from biofx.report import Remark, applied, missed
 from biofx.sites import Weight, WeightSite
 from biofx.validate import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, check_bounds, check_choice
 from biofx.weight_pass import WeightPass
@@ -54,7 +56,8 @@ class ScaleGradients(WeightPass):
     granularity: str = "element"
     """What shares a factor: ``"element"`` (nothing), the synapses onto a ``"neuron"``, or the ``"layer"``."""
     dtype: str = "float32"
-    """What factors are stored as: ``"float32"``, ``"bfloat16"`` or ``"uint8"`` (:mod:`biofx.rate_codes`)."""
+    """What factors are stored as: ``"float32"``, ``"bfloat16"`` or ``"uint8"`` (see
+    :mod:`biofx.kernels.rate_codes`); ``"seed"`` draws those of float32 again at each backward instead."""
     seed: int = 0
     """Seed of the draw, a whole number; each weight has a draw of its own that depends on its path alone."""
 
@@ -71,6 +74,8 @@ class ScaleGradients(WeightPass):
         ):
             object.__setattr__(self, option, permitted.check(f"{self.name}: {option}", getattr(self, option)))
         check_bounds("low", self.low, "high", self.high)
+        if self.dtype == FROM_SEED:
+            check_drawn_again(f"{self.name}: dtype", self.distribution)
         super().__post_init__()
 
     def survey(self, graph_module: BioGraphModule, scope: Scope) -> Mapping[Node, str]:
@@ -79,7 +84,7 @@ class ScaleGradients(WeightPass):
 
     def reason_against(self, site: WeightSite, survey: Mapping[Node, str]) -> str | None:
         """Leave alone what is scaled already, would be scaled by 1, or is frozen."""
-        if site.has(ops.scale_gradient):
+        if site.is_scaled:
             return "its gradient is scaled already"
         if self.distribution is Distribution.LAYER_ADAPTIVE and survey.get(site.node):
             return f"its place in the order of execution is not known: Python calls {survey[site.node]!r}"
@@ -96,19 +101,20 @@ class ScaleGradients(WeightPass):
         state = bio_module_at(lowering.graph_module, weight.path)
         if not state.has_factors:
             self._provide(state, weight)
+        if state.is_drawn and state.rate_draw != rate_draw(**self._drawn(weight)):
+            for site in weight.sites:
+                yield missed(
+                    site.node, site.layer, site.told("its weight has factors from another draw already")
+                )
+            return
         factors: Any = state.fuzzy_learning_rate_parameters
         state.scaled_in_graph = True
         for site in weight.sites:
             lowering.lower(site)
-        place = bio_module_path(weight.path)
-        options: dict[str, Any] = {}
-        kept = "fuzzy_learning_rate_codes" if state.is_coded else "fuzzy_learning_rate_parameters"
-        if state.is_coded and (visible := weight.sites[0].weight_node) is not None:
-            named = f"{node_stem(weight.path)}_scale"
-            options["scale"] = lowering.read(f"{place}.fuzzy_learning_rate_scale", visible.next, named)
-        lowering.wrap_weight(
-            weight.sites, ops.scale_gradient, (f"{place}.{kept}", "rates"), "scaled", **options
-        )
+        if state.is_drawn:
+            lowering.wrap_weight(weight.sites, scale_gradient_by_seed, None, "scaled", **self._drawn(weight))
+        else:
+            self._read_kept(lowering, weight, state)
         numbers = {"mean": factors.float().mean().item(), "std": factors.float().std(correction=0).item()}
         message = f"{factors.numel()} factors{self._told(state)}, {self.distribution.value}, "
         message += f"mean {numbers['mean']:.3f}, "
@@ -118,18 +124,47 @@ class ScaleGradients(WeightPass):
         for site in weight.sites:
             yield applied(site.node, site.layer, site.told(message), factors=factors.numel(), **numbers)
 
+    def _read_kept(self, lowering: Lowering, weight: Weight, state: BioModule) -> None:
+        """Insert the operator that reads the factors which a state keeps."""
+        place = bio_module_path(weight.path)
+        options: dict[str, Any] = {}
+        kept = "fuzzy_learning_rate_codes" if state.is_coded else "fuzzy_learning_rate_parameters"
+        if state.is_coded and (visible := weight.sites[0].weight_node) is not None:
+            named = f"{node_stem(weight.path)}_scale"
+            options["scale"] = lowering.read(f"{place}.fuzzy_learning_rate_scale", visible.next, named)
+        lowering.wrap_weight(
+            weight.sites, ops.scale_gradient, (f"{place}.{kept}", "rates"), "scaled", **options
+        )
+
+    def _drawn(self, weight: Weight) -> dict[str, Any]:
+        """Return what the factors of a weight are drawn from, as the graph says it."""
+        depth = weight.depth if self.distribution is Distribution.LAYER_ADAPTIVE else 0.0
+        output_axis = weight.sites[0].kind.output_axis
+        return {
+            "distribution": self.distribution.value,
+            "nu": self.nu,
+            "low": self.low,
+            "high": self.high,
+            "seed": self.seed,
+            "path": weight.path,
+            **told_of_place(depth, self.granularity, output_axis),
+        }
+
     def _provide(self, state: BioModule, weight: Weight) -> None:
         state.depth = weight.depth
         state.config = state.config.replace(
             fuzzy_lr_min=self.low, fuzzy_lr_max=self.high, fuzzy_lr_dtype=self.dtype
         )
+        if self.dtype == FROM_SEED:
+            state.draw_factors_from(rate_draw(**self._drawn(weight)))
+            return
         factors, noise = initial_factors(
             self.distribution,
             weight.parameter,
             nu=self.nu,
             low=self.low,
             high=self.high,
-            generator=generator_for(self.seed, weight.path, purpose=self.name),
+            generator=generator_for(self.seed, weight.path, purpose=PURPOSE),
             depth=weight.depth,
             granularity=self.granularity,
             output_axis=weight.sites[0].kind.output_axis,
@@ -141,4 +176,6 @@ class ScaleGradients(WeightPass):
     def _told(self, state: BioModule) -> str:
         if state.fuzzy_learning_rate_scale is not None:
             return f" in steps of 1/{int(state.fuzzy_learning_rate_scale[1])}"
+        if state.is_drawn:
+            return " drawn from their seed at each backward"
         return "" if self.dtype == "float32" else f" in {self.dtype}"

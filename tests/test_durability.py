@@ -38,7 +38,7 @@ def test_a_mechanism_that_is_lost_shows() -> None:
     def forgets(bio_model: Any) -> Any:
         return tool.arrived(tool.untransformed(bio_model))
 
-    for name in ("split", "signs", "signs, abs", "signs, expand", "factors"):
+    for name in ("split", "signs", "signs, abs", "signs, expand", "factors", "from seed"):
         assert tool.measure(name, forgets) == "LOST"
     assert tool.measure("activity", forgets) == "LOST"
     assert tool.measure("rules", forgets) == "refused"

@@ -183,6 +183,7 @@ MECHANISMS = {
     ),
     "signs, expand": Mechanism({**DALE, "dales_method": "expand"}, weight=projected, gradient=outward),
     "factors": Mechanism({"fuzzy_learning_rate_factor_nu": 0.4}, scaled=True),
+    "from seed": Mechanism({"fuzzy_learning_rate_factor_nu": 0.4, "fuzzy_lr_dtype": "seed"}, scaled=True),
     "activity": Mechanism({"fuzzy_lr_distribution": "activity", "fuzzy_lr_dynamic": True}),
     "rules": Mechanism({"weight_splitting_Gamma": 2, "apply_dales_principle": True}),
 }

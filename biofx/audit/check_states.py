@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from biofx.audit.check_report import Finding
 from biofx.audit.check_subject import Placed, Subject, Uses, owner_of
+from biofx.operators.rate_ops import draw_of, scale_gradient_by_seed
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.placement import bio_module_path
 from biofx.weights.weight_uses import WeightUse, argument
@@ -86,7 +87,12 @@ def _misscaled(use: WeightUse, state: BioModule, uses: Uses) -> str:
             "its gradient is scaled in the graph, and its state does not say so: a call of "
             "fuzzy_learning_rates() would scale it again; set bio_mod.scaled_in_graph = True"
         )
-    factors = argument(use.scalings[0], 1, "factor")
+    (scaling,) = use.scalings
+    if scaling.target is scale_gradient_by_seed:
+        if draw_of(scaling) == state.rate_draw:
+            return ""
+        return f"{scaling.name!r} draws other factors for its gradient than it has; transform the model anew"
+    factors = argument(scaling, 1, "factor")
     if (
         factors.op == "get_attr"
         and factors in uses.constants

@@ -7,6 +7,7 @@ anything is changed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from torch.optim import Optimizer
 from biofx.checkpoints.checkpoint_file import plain, read_checkpoint, write_checkpoint
 from biofx.checkpoints.model_state import adopt_dtypes, check_layout, check_state, load_state
 from biofx.checkpoints.optimizer_state import fitted_state, optimizer_state
+from biofx.checkpoints.rate_types import convert_rates, record_as, rules_as
 from biofx.checkpoints.reapply import check_same_making, make_again
+from biofx.config import RATE_DTYPES
 from biofx.errors import CheckpointError, InputError
 from biofx.model.graph_module import BioGraphModule
 from biofx.plain_passes import config_from_plain, config_to_plain
@@ -26,6 +29,7 @@ from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.model_rules import bio_modules, prepare_states
 from biofx.record import ATTRIBUTE, TransformRecord, graph_lines, record_of
+from biofx.validate import check_choice
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 Attachments = Attachment | Sequence[Attachment] | None
@@ -142,6 +146,7 @@ def load(
     *,
     optimizer: Optimizers = None,
     plasticity: Attachments = None,
+    fuzzy_lr_dtype: str | None = None,
 ) -> BioGraphModule:
     """Load a checkpoint.
 
@@ -150,11 +155,18 @@ def load(
     place, and with it its optimizer and attachment if given. Everything is checked first: after an error all
     of them are as they were.
 
+    A transformed model may keep its rates in another type than the saved one: they are converted to its own.
+    So they are for a plain model where ``fuzzy_lr_dtype`` asks for it. Where a type has no such rates, the
+    nearest are taken, and a ``UserWarning`` says by how much they differ. To ``"seed"`` only those can go
+    that the seed draws.
+
     Args:
         checkpoint: the file, or what :meth:`Checkpoint.read` returned.
         model: the plain model, or the transformed one.
         optimizer: to be given with a transformed model: its optimizer, or several in a list, as saved.
         plasticity: likewise, what :func:`biofx.attach` returned.
+        fuzzy_lr_dtype: to be given with a plain model: what all of its rates are to be stored as, if not as
+            the saved ones; one of :data:`biofx.config.RATE_DTYPES`.
 
     Returns:
         The transformed model with the saved state.
@@ -163,16 +175,25 @@ def load(
         CheckpointError: the file is damaged or newer than this biofx; the model, the optimizer or the
             attachment is another than was saved.
         CaptureError: the plain model cannot be captured.
+        OptionError: there is no such type of rates.
     """
+    if fuzzy_lr_dtype is not None:
+        check_choice("fuzzy_lr_dtype", fuzzy_lr_dtype, RATE_DTYPES)
     saved = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.read(checkpoint)
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a model to load into, found {type(model).__name__}")
     target = unwrapped(model)
     if not isinstance(target, BioGraphModule) or record_of(target) is None:
-        return _load_into_new(saved, model, optimizer, plasticity)
+        return _load_into_new(saved, model, optimizer, plasticity, fuzzy_lr_dtype)
+    if fuzzy_lr_dtype is not None:
+        raise CheckpointError(
+            "expected a plain model with fuzzy_lr_dtype, found a transformed one, whose rates have a type "
+            "already; leave fuzzy_lr_dtype out, and the saved rates are converted to that"
+        )
     _check_record(target)
-    check_same_making(saved.record, target)
+    check_same_making(saved.record, target, any_rate_type=True)
     prepare_states(target)
+    saved = dataclasses.replace(saved, model=convert_rates(target, saved.model))
     check_state(target, saved.model)
     check_layout(target, saved.model)
     _check_rules(saved, target)
@@ -188,7 +209,11 @@ def load(
 
 
 def _load_into_new(
-    saved: Checkpoint, model: nn.Module, optimizer: Optimizers, plasticity: Attachments
+    saved: Checkpoint,
+    model: nn.Module,
+    optimizer: Optimizers,
+    plasticity: Attachments,
+    rate_type: str | None,
 ) -> BioGraphModule:
     if optimizer is not None or plasticity is not None:
         raise CheckpointError(
@@ -196,19 +221,34 @@ def _load_into_new(
             "parameters cannot step those of the transformed one. Call load(path, model) first, build the "
             "optimizer from the result, and load into both"
         )
-    made = make_again(saved.record, model)
-    check_same_making(saved.record, made)
+    record, rules = saved.record, saved.rules
+    if rate_type is not None:
+        record = record_as(record, rate_type)
+        rules = {path: rules_as(options, rate_type) for path, options in rules.items()}
+    configs = {path: config_from_plain(options) for path, options in rules.items()}
+    made = make_again(record, model)
+    check_same_making(saved.record, made, any_rate_type=rate_type is not None)
     prepare_states(made)
-    adopt_dtypes(made, saved.model)
-    check_state(made, saved.model)
-    configs = {path: config_from_plain(options) for path, options in saved.rules.items()}
+    state_dict = saved.model if rate_type is None else convert_rates(made, saved.model)
+    adopt_dtypes(made, state_dict)
+    check_state(made, state_dict)
     states = bio_modules(made)
     _check_weights(saved, states)
-    load_state(made, saved.model)
+    load_state(made, state_dict)
     for path, state in states.items():
         state.config = configs.get(path, state.config)
-    made.__dict__[ATTRIBUTE] = saved.record
+    made.__dict__[ATTRIBUTE] = record if rate_type is None else _told_as_made(record, made)
     return made
+
+
+def _told_as_made(record: TransformRecord, made: BioGraphModule) -> TransformRecord:
+    """Return a record with the texts of a model that was made by it."""
+    own: Any = record_of(made)
+    steps = tuple(
+        dataclasses.replace(step, pipeline=told.pipeline)
+        for step, told in zip(record.steps, own.steps, strict=True)
+    )
+    return dataclasses.replace(record, steps=steps, graph=own.graph)
 
 
 def transformed(bio_model: nn.Module) -> BioGraphModule:
@@ -244,7 +284,7 @@ def _check_rules(saved: Checkpoint, target: BioGraphModule) -> None:
     _check_weights(saved, states)
     for path, options in saved.rules.items():
         own = plain(config_to_plain(states[path].config), path)
-        wrong = [name for name in own if own[name] != options.get(name)]
+        wrong = [name for name in own if own[name] != options.get(name) and name != "fuzzy_lr_dtype"]
         if wrong:
             raise CheckpointError(
                 f"{path!r}: expected {wrong[0]}={own[wrong[0]]!r}, as the model has it, found "

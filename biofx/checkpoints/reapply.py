@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.fx import GraphModule
 
+from biofx.checkpoints.rate_types import without_rate_types
 from biofx.converter import BioConverter
 from biofx.errors import CheckpointError, OptionError, SelectorError
 from biofx.model.graph_module import BioGraphModule
@@ -51,8 +52,13 @@ def _taken(step: TransformStep, model: nn.Module) -> BioGraphModule:
     )
 
 
-def check_same_making(record: TransformRecord, made: BioGraphModule) -> None:
+def check_same_making(record: TransformRecord, made: BioGraphModule, *, any_rate_type: bool = False) -> None:
     """Check that a model was made as a record says.
+
+    Args:
+        record: of the saved model.
+        made: the model.
+        any_rate_type: whether the two may keep their rates in different types.
 
     Raises:
         CheckpointError: it was not; the message names the first difference.
@@ -60,6 +66,8 @@ def check_same_making(record: TransformRecord, made: BioGraphModule) -> None:
     own = record_of(made)
     if own is None:
         raise CheckpointError("expected a transformed model, found one that does not say how it was made")
+    if any_rate_type and [step.passes for step in own.steps] != [step.passes for step in record.steps]:
+        own, record = without_rate_types(own), without_rate_types(record)
     kind = f"the checkpoint is of a {record.model}, made by biofx {record.biofx} with torch {record.torch}"
     if len(own.steps) != len(record.steps):
         raise CheckpointError(

@@ -19,6 +19,7 @@ from biofx.graph.in_place import changed_in_place
 from biofx.graph.regions import kept_modules, region_paths
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.fold_ops import require_axes
+from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.passes.fold_splits import FoldSplits
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
@@ -105,7 +106,7 @@ def _drop_what_learns(own: GraphModule) -> None:
         if node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
             settle(node, False)
             continue
-        if node.target in (ops.scale_gradient, ops.observe_activity, ops.drop_pairs):
+        if node.target in GRADIENT_SCALINGS | {ops.observe_activity, ops.drop_pairs}:
             node.replace_all_uses_with(node.args[0])
         elif node.target is require_default:
             fixed.append(node.args[0])

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from biofx.config import CHANGING, BioConfig, Distribution
+from biofx.config import CHANGING, FROM_SEED, BioConfig, Distribution
+from biofx.draws.randomness import generator_for
+from biofx.draws.rate_draws import PURPOSE, RateDraw, rate_draw, told_of_place
 from biofx.errors import PlasticityError
 from biofx.kernels.rate_codes import multiply
 from biofx.kernels.sign_kernels import write_signs
@@ -23,7 +25,6 @@ from biofx.plasticity.dynamics import (
     relative_smallness,
 )
 from biofx.plasticity.moments import forget_direction
-from biofx.plasticity.randomness import generator_for
 from biofx.plasticity.rules.crystallization import crystallize
 from biofx.plasticity.rules.rejuvenation import check_finite, protection_for, rejuvenate
 from biofx.plasticity.rules.scaling import input_strength, synaptic_scaling
@@ -84,6 +85,10 @@ class BioModule(BioState):
             return "it has no learning-rate factors"
         if rule in _CHANGE_FACTORS and self.is_coded:
             return "its factors are kept as codes, too coarse to be changed (fuzzy_lr_dtype='uint8')"
+        if rule in _CHANGE_FACTORS and self.is_drawn:
+            return (
+                "its factors are drawn from their seed at each use; to change them, fuzzy_lr_dtype='float32'"
+            )
         if rule == "enforce_dales_principle" and not self.is_constrained:
             return "its presynaptic units have no signs"
         if rule == "update_fuzzy_learning_rates" and not self.is_dynamic:
@@ -109,15 +114,30 @@ class BioModule(BioState):
         return self.config.fuzzy_lr_dynamic and self.config.fuzzy_lr_distribution in CHANGING
 
     def draw(self) -> None:
-        """Draw the factors that the config asks for, replacing those there are."""
+        """Draw the factors that the config asks for, replacing those there are.
+
+        Raises:
+            PlasticityError: the graph draws its factors itself, and from something else.
+        """
         config = self.config
+        if self.scaled_in_graph and self.is_drawn:
+            if config.fuzzy_lr_dtype != FROM_SEED or self._configured_draw() != self.rate_draw:
+                raise PlasticityError(
+                    f"{self.path!r}: the graph draws its factors at each backward, from other options than "
+                    "the config has; transform the model anew"
+                )
+            return
+        if self._form() == FROM_SEED:
+            self.draw_factors_from(self._configured_draw())
+            self.noise = None
+            return
         factors, noise = initial_factors(
             config.fuzzy_lr_distribution,
             self.weight,
             nu=config.fuzzy_learning_rate_factor_nu,
             low=config.fuzzy_lr_min,
             high=config.fuzzy_lr_max,
-            generator=generator_for(config.seed, self.path, purpose="scale-gradients"),
+            generator=generator_for(config.seed, self.path, purpose=PURPOSE),
             depth=self.depth,
             granularity=config.fuzzy_lr_granularity,
             output_axis=self.output_axis,
@@ -127,13 +147,25 @@ class BioModule(BioState):
 
     def _form(self) -> str:
         """Return what factors are to be stored as; a graph that reads codes goes on reading codes."""
-        if (
-            self.scaled_in_graph
-            and self.has_factors
-            and self.is_coded != (self.config.fuzzy_lr_dtype == "uint8")
-        ):
-            return "uint8" if self.is_coded else "float32"
-        return self.config.fuzzy_lr_dtype
+        asked = self.config.fuzzy_lr_dtype
+        if self.scaled_in_graph and self.has_factors:
+            if self.is_coded:
+                return "uint8"
+            return "float32" if asked in ("uint8", FROM_SEED) else asked
+        return asked
+
+    def _configured_draw(self) -> RateDraw:
+        config = self.config
+        adaptive = config.fuzzy_lr_distribution is Distribution.LAYER_ADAPTIVE
+        return rate_draw(
+            distribution=config.fuzzy_lr_distribution.value,
+            nu=config.fuzzy_learning_rate_factor_nu,
+            low=config.fuzzy_lr_min,
+            high=config.fuzzy_lr_max,
+            seed=config.seed,
+            path=self.path,
+            **told_of_place(self.depth if adaptive else 0.0, config.fuzzy_lr_granularity, self.output_axis),
+        )
 
     def provide_factors(self) -> None:
         """Let every synapse have a factor of its own, 1 to begin with, where there are none."""
@@ -147,10 +179,13 @@ class BioModule(BioState):
     def fuzzy_learning_rates(self) -> int:
         """Multiply the weight's gradient by the factors; call it once, between backward and step."""
         self._require("fuzzy_learning_rates")
-        gradient, held = self._gradient(), self.kept_factors
-        if held is not None:
-            part = local(gradient)
-            multiply(part, local_part(held, gradient), self.fuzzy_learning_rate_scale, out=part)
+        gradient, held, draw = self._gradient(), self.kept_factors, self.rate_draw
+        part = local(gradient)
+        if draw is not None and part is gradient:
+            draw.multiply(part, out=part)
+        else:
+            factors = self._factors() if held is None else held
+            multiply(part, local_part(factors, gradient), self.fuzzy_learning_rate_scale, out=part)
         return gradient.numel()
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -10,18 +11,27 @@ from torch import Tensor, nn
 
 from biofx.callables import identity
 from biofx.config import BioConfig
+from biofx.draws.randomness import generator_for
+from biofx.draws.rate_draws import RateDraw
 from biofx.errors import PlasticityError
-from biofx.kernels.rate_codes import decode, encode, rounded
 from biofx.layers.layer_kinds import kind_of
 from biofx.ops import signs_like
-from biofx.plasticity.randomness import generator_for
+from biofx.plasticity.rate_forms import (
+    CODES,
+    DRAW,
+    FACTORS,
+    RATE_BUFFERS,
+    converted,
+    draw_held,
+    factors_held,
+    held_as,
+)
 
-_FACTORS = "fuzzy_learning_rate_parameters"
-_CODES, _SCALE = "fuzzy_learning_rate_codes", "fuzzy_learning_rate_scale"
-_CONFIGURED = (_FACTORS, _CODES, _SCALE, "sign", "local_sign", "noise", "activity")
+_CONFIGURED = (*RATE_BUFFERS, "sign", "local_sign", "noise", "activity")
 _DERIVED = ("unit_index", "constrained_rows")
+_OF_THE_GRAPH = (*_DERIVED, DRAW)
 _REMEMBERED = ("diversity", "target_strength", "steps", "events")
-PER_SYNAPSE = (_FACTORS, _CODES, "noise", "diversity")
+PER_SYNAPSE = (FACTORS, CODES, "noise", "diversity")
 """The buffers that have an entry for each synapse, or for each that shares a factor."""
 _DEFAULT = BioConfig()
 
@@ -40,6 +50,10 @@ class BioState(nn.Module):
     ``fuzzy_learning_rate_codes``, ``fuzzy_learning_rate_scale``
         The same as codes, uint8, and what they are decoded by (see :mod:`biofx.rate_codes`); instead of the
         factors where ``fuzzy_lr_dtype`` is ``"uint8"``.
+    ``fuzzy_learning_rate_draw``
+        What the factors are drawn from at every reading, int64 (a
+        :class:`~biofx.plasticity.rate_draws.RateDraw`); instead of them where ``fuzzy_lr_dtype`` is
+        ``"seed"``.
     ``sign``
         +1 for each excitatory and -1 for each inhibitory unit of the layer, that is, of its outputs; 0 where
         unconstrained; int8, shape ``(units,)``. All layers that read the units read their signs from here.
@@ -68,13 +82,14 @@ class BioState(nn.Module):
 
     __jit_unused_properties__: ClassVar[list[str]] = [
         *("weight", "parameter", "is_linked", "is_constrained", "output_axis", "groups"),
-        *("is_coded", "has_factors", "kept_factors"),
+        *("is_coded", "is_drawn", "rate_draw", "has_factors", "kept_factors"),
     ]
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         fuzzy_learning_rate_parameters: Tensor | None
         fuzzy_learning_rate_codes: Tensor | None
         fuzzy_learning_rate_scale: Tensor | None
+        fuzzy_learning_rate_draw: Tensor | None
         sign: Tensor | None
         local_sign: Tensor | None
         unit_index: Tensor | None
@@ -194,44 +209,62 @@ class BioState(nn.Module):
     @property
     def is_coded(self) -> bool:
         """Whether the factors are kept as codes."""
-        return self.__dict__["_buffers"].get(_CODES) is not None
+        return self.__dict__["_buffers"].get(CODES) is not None
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the factors are not stored, but drawn again from their seed at each use."""
+        return self.__dict__["_buffers"].get(DRAW) is not None
+
+    @property
+    def rate_draw(self) -> RateDraw | None:
+        """What the factors are drawn from at each use, None where they are stored."""
+        return draw_held(self._buffers)
 
     @property
     def has_factors(self) -> bool:
         """Whether it has factors, in whatever form."""
-        return self.kept_factors is not None
+        return self.is_drawn or self.kept_factors is not None
 
     @property
     def kept_factors(self) -> Tensor | None:
         """The buffer that holds the factors or their codes, None without any."""
-        return self._buffers[_CODES if self.is_coded else _FACTORS]
+        return self._buffers[CODES if self.is_coded else FACTORS]
 
     def __getattr__(self, name: str) -> Any:
-        if name == _FACTORS and "_buffers" in self.__dict__ and self.is_coded:
+        if name == FACTORS and "_buffers" in self.__dict__ and (self.is_coded or self.is_drawn):
             # torch refuses to write to an inference tensor: what is written to a copy would be lost
             with torch.inference_mode():
-                return decode(self._buffers[_CODES], self._buffers[_SCALE])  # type: ignore[arg-type]
+                return factors_held(self._buffers, self.weight.shape, self.weight.device)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == _FACTORS and self.is_coded:
-            codes, scale = (None, None) if value is None else encode(value)
-            self._buffers.update({_CODES: codes, _SCALE: scale})
+        if name == FACTORS and self.is_drawn:
+            raise PlasticityError(
+                f"{self.path!r}: its factors are drawn from their seed at each use (fuzzy_lr_dtype='seed'), "
+                "there is nothing to assign to; transform the model with fuzzy_lr_dtype='float32'"
+            )
+        if name == FACTORS and self.is_coded:
+            none = dict.fromkeys(RATE_BUFFERS)
+            self._buffers.update(none if value is None else held_as("uint8", value, 0.0, math.inf))
         else:
             super().__setattr__(name, value)
 
     def store_factors(self, factors: Tensor, dtype: str) -> None:
-        """Keep factors as ``dtype`` says, one of :data:`biofx.config.RATE_DTYPES`, instead of any others.
+        """Keep factors as ``dtype`` says, instead of any others.
+
+        Args:
+            factors: dimensionless.
+            dtype: one of :data:`biofx.config.STORED_RATE_DTYPES`.
 
         Raises:
             PlasticityError: codes are asked for, and there are none for such factors.
         """
-        values, codes, scale = factors, None, None
-        if dtype == "uint8":
-            codes, scale = encode(factors)
-        elif dtype == "bfloat16":
-            values = rounded(factors, self.config.fuzzy_lr_min, self.config.fuzzy_lr_max)
-        self._buffers.update({_FACTORS: None if codes is not None else values, _CODES: codes, _SCALE: scale})
+        self._buffers.update(held_as(dtype, factors, self.config.fuzzy_lr_min, self.config.fuzzy_lr_max))
+
+    def draw_factors_from(self, draw: RateDraw) -> None:
+        """Draw factors at each use, instead of any that are stored."""
+        self._buffers.update({**dict.fromkeys(RATE_BUFFERS), DRAW: draw.to_tensor(self.weight.device)})
 
     def _gradient(self) -> Tensor:
         gradient = self.weight.grad
@@ -253,9 +286,9 @@ class BioState(nn.Module):
         return generator_for(self.config.seed, self.path, event, purpose=purpose)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BioState:
-        """Move and convert as any module does; what no state dict holds keeps its values on every way."""
+        """Move and convert as any module does; what the graph tells keeps its values on every way."""
         kept: dict[str, Tensor] = self.__dict__.setdefault("_kept", {})
-        for name in _DERIVED:
+        for name in _OF_THE_GRAPH:
             held = self._buffers[name]
             if held is not None and not held.is_meta:
                 kept[name] = held
@@ -269,7 +302,14 @@ class BioState(nn.Module):
         return self
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
             return
@@ -278,30 +318,41 @@ class BioState(nn.Module):
             self._buffers[name] = (
                 None if saved is None else torch.empty_like(saved, device=self.weight.device)
             )
-        state_dict = self._as_kept(state_dict, prefix)
-        name = _CODES if self.is_coded else _FACTORS
+        try:
+            state_dict = self.with_rates_as_kept(state_dict, prefix)
+        except PlasticityError as error:
+            error_msgs.append(f"{self.path!r}: {error}")
+            return
+        name = CODES if self.is_coded else FACTORS
         saved, held = state_dict.get(prefix + name), self._buffers[name]
         if saved is not None and held is not None and saved.shape != held.shape:
             # crystallization gives each synapse a factor of its own, where one was shared
             layouts = (self.weight.shape, held.shape if self.noise is None else self.noise.shape)
             if saved.shape in layouts or held.shape == self.weight.shape:
                 self._buffers[name] = held.new_empty(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
-    def _as_kept(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-        """Return a saved state with its factors as codes if there are codes here, else as numbers."""
-        factors, codes, scale = (state_dict.get(prefix + name) for name in (_FACTORS, _CODES, _SCALE))
+    def with_rates_as_kept(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        """Return a saved state with this layer's factors in the form in which it keeps them.
+
+        Args:
+            state_dict: of a model; nothing of it is changed.
+            prefix: how the keys of this layer's state begin.
+
+        Raises:
+            PlasticityError: they cannot be kept so: codes do not span them, or the seed does not draw them.
+        """
         kept = dict(state_dict)
         if self.config.fuzzy_lr_dtype != "float32" and self.noise is None:
             kept.pop(f"{prefix}noise", None)  # the random part of factors that go on changing: none here do
-        if self.is_coded and codes is None and factors is not None:
-            kept[prefix + _CODES], kept[prefix + _SCALE] = encode(kept.pop(prefix + _FACTORS))
-        elif (
-            self._buffers[_FACTORS] is not None
-            and factors is None
-            and codes is not None
-            and scale is not None
-        ):
-            del kept[prefix + _CODES], kept[prefix + _SCALE]
-            kept[prefix + _FACTORS] = decode(codes, scale)
-        return kept
+        config, weight = self.config, self.parameter if self.is_linked else None
+        saved = {name: kept.pop(prefix + name, None) for name in RATE_BUFFERS}
+        held = converted(
+            *(saved, self._buffers),
+            shape=torch.Size() if weight is None else weight.shape,
+            low=config.fuzzy_lr_min,
+            high=config.fuzzy_lr_max,
+        )
+        return kept | {prefix + name: tensor for name, tensor in held.items() if tensor is not None}

@@ -15,8 +15,8 @@ import torch
 from torch import Generator, Tensor
 
 from biofx.config import Distribution
-from biofx.plasticity.blocks import for_each_block
-from biofx.plasticity.distributions import draw_factors, symmetric, truncated
+from biofx.draws.blocks import for_each_block
+from biofx.draws.distributions import draw_factors, symmetric, truncated
 from biofx.plasticity.moments import put
 
 FOLLOWING = (Distribution.WEIGHT_ADAPTIVE, Distribution.ACTIVITY)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from biofx.ops import constrain_sign, drop_pairs, observe_activity, scale_gradient
+from biofx.operators.rate_ops import GRADIENT_SCALINGS
+from biofx.ops import constrain_sign, drop_pairs, observe_activity
 from biofx.units.flow import RULES, Call, Flow, Rule
 
 _MODULES = {name.lower(): cls for name, cls in vars(nn).items() if isinstance(cls, type)}
@@ -92,5 +93,5 @@ declare(_UNCHANGED, keeps)
 declare(("clamp", "clip", "hardtanh"), bounded)
 declare(("clamp_min",), bounded)
 declare(("neg", "negative"), turned_over)
-for _target in (observe_activity, scale_gradient, constrain_sign, drop_pairs):
+for _target in (*GRADIENT_SCALINGS, observe_activity, constrain_sign, drop_pairs):
     RULES[_target] = keeps

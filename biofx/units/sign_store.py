@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from biofx.draws.randomness import generator_for
 from biofx.errors import OptionError
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.placement import bio_module_at, bio_module_path, state_of
-from biofx.plasticity.randomness import generator_for
 from biofx.sites import WeightSite
 from biofx.units.analysis import Reading, Source
 from biofx.units.groups import UnitGroups

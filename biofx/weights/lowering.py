@@ -95,7 +95,7 @@ class Lowering:
         self,
         sites: Sequence[Wrappable],
         operator: Callable[..., Any],
-        argument: tuple[str, str] | Callable[[Node, str], Node],
+        argument: tuple[str, str] | Callable[[Node, str], Node] | None,
         suffix: str,
         **options: Any,
     ) -> None:
@@ -107,7 +107,7 @@ class Lowering:
             sites: lowered sites of one parameter.
             operator: a weight operator.
             argument: its second argument: path of a buffer, and how the name of the node that reads it ends;
-                or what makes the node, given the weight and how names begin.
+                or what makes the node, given the weight and how names begin; None where there is none.
             suffix: how the name of the new node ends; both begin with the layer's.
             **options: its keyword arguments, constants or nodes.
         """
@@ -118,14 +118,15 @@ class Lowering:
                 raise PassError(f"{site.node.name!r} must be lowered before its weight can be wrapped")
             if weight not in wrapped:
                 stem = node_stem(site.parameter_path)
+                args = [weight]
                 if isinstance(argument, tuple):
-                    state = self.read(argument[0], weight.next, f"{stem}_{argument[1]}")
-                else:
-                    state = argument(weight, stem)
+                    args.append(self.read(argument[0], weight.next, f"{stem}_{argument[1]}"))
+                elif argument is not None:
+                    args.append(argument(weight, stem))
                 given = [value for value in options.values() if isinstance(value, Node)]
-                with weight.graph.inserting_before(max((state, weight, *given)).next):
+                with weight.graph.inserting_before(max((*args, *given)).next):
                     new = weight.graph.create_node(
-                        "call_function", operator, (weight, state), options, f"{stem}_{suffix}"
+                        "call_function", operator, tuple(args), options, f"{stem}_{suffix}"
                     )
                 new.meta = dict(weight.meta)
                 wrapped[weight] = new

@@ -12,9 +12,10 @@ from torch.fx import Node
 
 from biofx import ops
 from biofx.graph.printing import function_name
+from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.weights.constant_part import ConstantPart
 
-_OPERATORS: frozenset[Any] = frozenset({ops.constrain_sign, ops.scale_gradient})
+_OPERATORS: frozenset[Any] = GRADIENT_SCALINGS | {ops.constrain_sign}
 _MOVES = frozenset(
     {
         *("chunk", "contiguous", "detach", "expand", "flatten", "getattr", "getitem", "index_select"),

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import biofx
-from biofx.config import CHANGING, RATE_DTYPES
+from biofx.config import CHANGING, RATE_DTYPES, STORED_RATE_DTYPES
 from biofx.errors import OptionError, PlasticityError
 from biofx.kernels import rate_codes
 from biofx.plasticity.bio_module import BioModule
@@ -175,8 +175,8 @@ def test_attached_steps_equal_those_with_the_same_rates_as_numbers(
     assert torch.equal(coded.get_parameter("0.weight"), plain.get_parameter("0.weight"))
 
 
-@pytest.mark.parametrize("first", RATE_DTYPES)
-@pytest.mark.parametrize("then", RATE_DTYPES)
+@pytest.mark.parametrize("first", STORED_RATE_DTYPES)
+@pytest.mark.parametrize("then", STORED_RATE_DTYPES)
 @pytest.mark.parametrize("distribution", ["uniform", "weight_adaptive"])
 def test_checkpoints_pass_between_types(first: str, then: str, distribution: str, mlp: nn.Module) -> None:
     config = biofx.BioConfig(fuzzy_lr_distribution=distribution)  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from torch.func import functional_call, grad, vmap
 
 import biofx
 from biofx.config import RATE_DTYPES
+from biofx.draws.distributions import STATIC_DISTRIBUTIONS
 from biofx.passes import ConstrainSigns, ScaleGradients
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.distributions import STATIC_DISTRIBUTIONS
 
 
 def scale(model: nn.Module, **options: Any) -> biofx.PassResult:
@@ -118,6 +118,7 @@ def stock_pickle(bio: nn.Module) -> nn.Module:
         "to float64 and back",
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
 @pytest.mark.parametrize("dtype", RATE_DTYPES)
 def test_the_effect_survives(
     survive: Callable[[Any], nn.Module], dtype: str, mlp: nn.Module, vectors: Tensor
@@ -132,7 +133,7 @@ def test_the_effect_survives(
         torch.testing.assert_close(found[name], plain[name] * factor[name])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "seed"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
 def test_the_effect_survives_the_default_compiler(dtype: str, mlp: nn.Module, vectors: Tensor) -> None:
     bio, _ = scale(mlp, nu=0.5, dtype=dtype)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import Distribution, OptionError
-from biofx.plasticity import blocks
+from biofx.draws import blocks
+from biofx.draws.randomness import generator_for
 from biofx.plasticity.dynamics import evolve, following_factors, initial_factors, pooled, relative_smallness
-from biofx.plasticity.randomness import generator_for
 
 COUNT = 30_000  # below what torch splits between threads, whose waiting would cost more than the work
 

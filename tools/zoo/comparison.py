@@ -105,9 +105,7 @@ def _try_everything(model: nn.Module, given: Any, options: dict[str, Any], outco
     bio_model, report = biofx.transform(model, config, **options)
     sites = biofx.sites.find_sites(bio_model).found
     seen = {id(site.parameter): site.parameter.numel() for site in sites}
-    scaled = {
-        id(site.parameter): site.parameter.numel() for site in sites if site.has(biofx.ops.scale_gradient)
-    }
+    scaled = {id(site.parameter): site.parameter.numel() for site in sites if site.is_scaled}
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     outcome.sites, outcome.scaled = (sum(x.values()) / max(1, matrices) for x in (seen, scaled))
     outcome.visible = report.coverage.visible / max(1, report.coverage.total)  # type: ignore[union-attr]

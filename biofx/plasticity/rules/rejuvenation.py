@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from biofx.draws.blocks import for_each_block, mean_over
+from biofx.draws.levels import LEVELS, random_levels
 from biofx.errors import NonFiniteWeightError, OptionError
-from biofx.plasticity.blocks import for_each_block, mean_over
-from biofx.plasticity.levels import LEVELS, random_levels
 from biofx.plasticity.moments import put
 
 _ENOUGH = 1 << 18

@@ -4,7 +4,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from biofx.plasticity.levels import LEVELS, drawn_from, normal_quantiles, random_levels
+from biofx.draws.levels import LEVELS, drawn_from, normal_quantiles, random_levels
 
 
 def draw(count: int, seed: int) -> Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from biofx.plasticity import blocks
-from biofx.plasticity.blocks import for_each_block
+from biofx.draws import blocks
+from biofx.draws.blocks import for_each_block
 
 
 @pytest.fixture

@@ -18,14 +18,16 @@ import torch
 from torch import Generator, Tensor
 
 from biofx.config import Distribution
+from biofx.draws.blocks import for_each_block
 from biofx.errors import OptionError
-from biofx.plasticity.blocks import for_each_block
 
 _MOST_ROUNDS = 1000
 Places: TypeAlias = slice | Tensor
 """Flat positions: a block, or single ones."""
 Draw: TypeAlias = Callable[[Places, int, Generator], Tensor]
 """Returns numbers for some places, how many these are, drawn from a generator."""
+Take: TypeAlias = Callable[[slice, Tensor], object]
+"""Is given a block of flat positions, and the numbers that were drawn for it."""
 
 
 def _uniform(count: int, nu: float, generator: Generator) -> Tensor:
@@ -35,12 +37,12 @@ def _uniform(count: int, nu: float, generator: Generator) -> Tensor:
 
 def _normal(count: int, nu: float, generator: Generator) -> Tensor:
     """N(1, ν²)."""
-    return torch.randn(count, generator=generator).mul_(nu).add_(1)
+    return _standard_normal(count, generator).mul_(nu).add_(1)
 
 
 def _lognormal(count: int, nu: float, generator: Generator) -> Tensor:
     """exp N(-ν²/2, ν²), whose mean is 1."""
-    return torch.randn(count, generator=generator).mul_(nu).sub_(nu**2 / 2).exp_()
+    return _standard_normal(count, generator).mul_(nu).sub_(nu**2 / 2).exp_()
 
 
 def _gamma(count: int, nu: float, generator: Generator) -> Tensor:
@@ -96,27 +98,43 @@ def draw_factors(
     """
     if distribution is Distribution.BASELINE or nu == 0:
         return torch.ones_like(weight, dtype=torch.float32, requires_grad=False)
-    if distribution is Distribution.LAYER_ADAPTIVE:
-        nu *= 1 - depth / 2
     if distribution is Distribution.WEIGHT_ADAPTIVE:
-        spread = nu * _smallness(weight).flatten()
-
-        def draw(places: Places, count: int, own: Generator) -> Tensor:
-            return symmetric(count, own).mul_(spread[places]).add_(1)
-
+        draw, what = _adaptive_draw(weight, nu), f"{distribution.value} with nu={nu:g}"
     elif distribution in _DRAWS:
-
-        def draw(places: Places, count: int, own: Generator) -> Tensor:
-            return _DRAWS[distribution](count, nu, own)
-
+        draw, what = independent_draw(distribution, nu, depth)
     else:
         raise OptionError(
             "expected a distribution that is drawn once "
             f"({', '.join(member.value for member in STATIC_DISTRIBUTIONS)}), "
             f"found {distribution.value!r}, which changes during training"
         )
-    factors = truncated(draw, weight.numel(), low, high, f"{distribution.value} with nu={nu:g}", generator)
+    factors = truncated(draw, weight.numel(), low, high, what, generator)
     return factors.reshape(weight.shape).to(device=weight.device, dtype=torch.float32)
+
+
+def _adaptive_draw(weight: Tensor, nu: float) -> Draw:
+    spread = nu * _smallness(weight).flatten()
+
+    def draw(places: Places, count: int, own: Generator) -> Tensor:
+        return symmetric(count, own).mul_(spread[places]).add_(1)
+
+    return draw
+
+
+def independent_draw(distribution: Distribution, nu: float, depth: float) -> tuple[Draw, str]:
+    """Return how factors of an independent distribution, not the baseline, are drawn, and what it is called.
+
+    Args:
+        distribution: one of :data:`biofx.config.INDEPENDENT`, but not the baseline.
+        nu: as for :func:`draw_factors`, and so ``depth``.
+        depth: likewise.
+    """
+    spread = nu * (1 - depth / 2) if distribution is Distribution.LAYER_ADAPTIVE else nu
+
+    def draw(places: Places, count: int, own: Generator) -> Tensor:
+        return _DRAWS[distribution](count, spread, own)
+
+    return draw, f"{distribution.value} with nu={spread:g}"
 
 
 def truncated(draw: Draw, count: int, low: float, high: float, what: str, generator: Generator) -> Tensor:
@@ -133,13 +151,37 @@ def truncated(draw: Draw, count: int, low: float, high: float, what: str, genera
     Raises:
         OptionError: next to none of the draws lies in the bounds.
     """
-    numbers = torch.empty(count)
+    numbers = torch.empty(count, dtype=torch.float32, device="cpu")
+    for_each_truncated(
+        draw, count, low, high, what, generator, lambda block, part: numbers[block].copy_(part)
+    )
+    return numbers
+
+
+def for_each_truncated(
+    draw: Draw, count: int, low: float, high: float, what: str, generator: Generator, take: Take
+) -> None:
+    """Hand over the numbers that :func:`truncated` would return, block by block, never all at once.
+
+    Args:
+        draw: as for :func:`truncated`, and so all up to ``generator``.
+        count: likewise.
+        low: likewise.
+        high: likewise.
+        what: likewise.
+        generator: likewise.
+        take: called once for each block, from several threads at once.
+
+    Raises:
+        OptionError: next to none of the draws lies in the bounds; some blocks may have been taken.
+    """
 
     def fill(block: slice, own: Generator) -> bool:
-        part = numbers[block]
-        part.copy_(draw(block, len(part), own))
+        part = draw(block, block.stop - block.start, own)
         for _ in range(_MOST_ROUNDS):
-            if low <= part.min() and part.max() <= high:
+            least, most = part.aminmax()
+            if low <= least and most <= high:
+                take(block, part)
                 return True
             outside = ((part < low) | (part > high)).nonzero().flatten()
             part[outside] = draw(outside + block.start, len(outside), own).to(part.dtype)
@@ -150,7 +192,6 @@ def truncated(draw: Draw, count: int, low: float, high: float, what: str, genera
             f"expected bounds that leave room for {what}, found [{low:g}, {high:g}], which it hardly "
             "ever meets; widen fuzzy_lr_min and fuzzy_lr_max"
         )
-    return numbers
 
 
 def _smallness(weight: Tensor) -> Tensor:
@@ -163,10 +204,16 @@ def _smallness(weight: Tensor) -> Tensor:
 
 def symmetric(count: int, generator: Generator) -> Tensor:
     """U(-1, 1)."""
-    return torch.rand(count, generator=generator).mul_(2).sub_(1)
+    uniform = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
+    return uniform.mul_(2).sub_(1)
+
+
+def _standard_normal(count: int, generator: Generator) -> Tensor:
+    return torch.randn(count, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _standard_gamma(count: int, shape: float, generator: Generator) -> Tensor:
     if not math.isfinite(shape):
         raise OptionError(f"expected a spread nu that a gamma distribution can have, found shape {shape}")
-    return torch._standard_gamma(torch.full((count,), shape), generator=generator)
+    shapes = torch.full((count,), shape, dtype=torch.float32, device="cpu")
+    return torch._standard_gamma(shapes, generator=generator)

@@ -19,6 +19,10 @@ def generator_for(seed: int, path: str, event: int = 0, *, purpose: str = "") ->
         event: how many draws of this kind came before, a count.
         purpose: keeps draws of different kinds for one parameter apart.
     """
+    return torch.Generator().manual_seed(key_for(seed, path, event, purpose=purpose))
+
+
+def key_for(seed: int, path: str, event: int = 0, *, purpose: str = "") -> int:
+    """Return what :func:`generator_for` seeds its generator with, a number below 2**63."""
     key = f"{seed}\0{purpose}\0{path}\0{event}".encode()
-    number = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
-    return torch.Generator().manual_seed(number)
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1

@@ -10,8 +10,8 @@ from scipy import stats
 from torch import Tensor
 
 from biofx import Distribution, OptionError
-from biofx.plasticity.distributions import STATIC_DISTRIBUTIONS, draw_factors
-from biofx.plasticity.randomness import generator_for
+from biofx.draws.distributions import STATIC_DISTRIBUTIONS, draw_factors
+from biofx.draws.randomness import generator_for
 
 COUNT = 200_000
 NU = 0.2

@@ -1,0 +1,138 @@
+"""The forms that a layer keeps its learning-rate factors in, and the ways between them.
+
+A form is one of :data:`biofx.config.RATE_DTYPES`. The buffers of a form, by name, are what is *held*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from biofx.config import FROM_SEED
+from biofx.draws.rate_draws import RateDraw
+from biofx.errors import PlasticityError
+from biofx.kernels.rate_codes import decode, encode, rounded
+
+FACTORS = "fuzzy_learning_rate_parameters"
+CODES, SCALE = "fuzzy_learning_rate_codes", "fuzzy_learning_rate_scale"
+DRAW = "fuzzy_learning_rate_draw"
+RATE_BUFFERS = (FACTORS, CODES, SCALE, DRAW)
+Held: TypeAlias = Mapping[str, Tensor | None]
+"""Buffers by name, those that a form does not have None or left out."""
+
+
+def form_of(held: Held) -> str | None:
+    """Return the form of what is held, None where nothing is; numbers of other types count as float32."""
+    factors = held.get(FACTORS)
+    if held.get(DRAW) is not None:
+        return FROM_SEED
+    if held.get(CODES) is not None and held.get(SCALE) is not None:
+        return "uint8"
+    if factors is None:
+        return None
+    return "bfloat16" if factors.dtype is torch.bfloat16 else "float32"
+
+
+def factors_held(held: Held, shape: torch.Size, device: torch.device) -> Tensor | None:
+    """Return the factors, None where there are none.
+
+    Args:
+        held: in any form.
+        shape: of the weight.
+        device: where factors are drawn to.
+    """
+    draw, codes, scale = draw_held(held), held.get(CODES), held.get(SCALE)
+    if draw is not None:
+        return draw.factors(shape, device)
+    return held.get(FACTORS) if codes is None or scale is None else decode(codes, scale)
+
+
+def draw_held(held: Held) -> RateDraw | None:
+    """Return what factors are drawn from, None where they are stored or where there are none.
+
+    Raises:
+        PlasticityError: what is held for it is something else.
+    """
+    numbers = held.get(DRAW)
+    return None if numbers is None else RateDraw.from_tensor(numbers)
+
+
+def held_as(form: str, factors: Tensor, low: float, high: float) -> dict[str, Tensor | None]:
+    """Return factors in a form that stores them.
+
+    Args:
+        form: one of :data:`biofx.config.STORED_RATE_DTYPES`.
+        factors: dimensionless.
+        low: bounds of the factors, which no rounding leaves.
+        high: likewise.
+
+    Raises:
+        PlasticityError: codes are asked for, and there are none for such factors.
+    """
+    held: dict[str, Tensor | None] = dict.fromkeys(RATE_BUFFERS)
+    if form == "uint8":
+        held[CODES], held[SCALE] = encode(factors)
+    elif form == "bfloat16":
+        held[FACTORS] = rounded(factors, low, high)
+    else:
+        held[FACTORS] = factors.to(torch.promote_types(factors.dtype, torch.float32))
+    return held
+
+
+def converted(saved: Held, own: Held, *, shape: torch.Size, low: float, high: float) -> Held:
+    """Return saved factors in the form in which a layer holds its own.
+
+    Args:
+        saved: in any form; returned as it is where it has the form already, or where either has none.
+        own: what the layer holds.
+        shape: of the weight.
+        low: the layer's bounds.
+        high: likewise.
+
+    Raises:
+        PlasticityError: they cannot be: codes do not span them, or a seed does not draw them.
+    """
+    given, wanted = form_of(saved), form_of(own)
+    if given is None or wanted is None or given == wanted != FROM_SEED:
+        return saved
+    if wanted != FROM_SEED:
+        factors = factors_held(saved, shape, _device(saved))
+        if factors is None:
+            return saved
+        least, most = (float(bound) for bound in factors.aminmax())
+        # crystallization leads below the bounds of the draw
+        return held_as(wanted, factors, low if low <= least else 0.0, high if most <= high else math.inf)
+    _check_drawn(saved, own, shape, low, high)
+    return {**dict.fromkeys(RATE_BUFFERS), DRAW: own[DRAW]}
+
+
+def _check_drawn(saved: Held, own: Held, shape: torch.Size, low: float, high: float) -> None:
+    """Check that saved factors are those that the layer draws, but for how their form rounds them."""
+    expected, given = draw_held(own), draw_held(saved)
+    if expected is None:
+        return
+    if given is not None:
+        same = given == expected
+    else:
+        drawn = held_as(str(form_of(saved)), expected.factors(shape, _device(saved)), low, high)
+        same = all(_equal(saved.get(name), drawn[name]) for name in RATE_BUFFERS)
+    if not same:
+        raise PlasticityError(
+            f"expected the factors that {expected.told()} draws, found others: drawn from another seed or "
+            "distribution, or changed since; make the model with the options that these were drawn with, or "
+            "store them (fuzzy_lr_dtype='float32')"
+        )
+
+
+def _equal(saved: Tensor | None, drawn: Tensor | None) -> bool:
+    if saved is None or drawn is None:
+        return saved is drawn
+    return torch.equal(saved, drawn.to(saved.dtype))
+
+
+def _device(held: Held) -> torch.device:
+    return next(tensor.device for tensor in held.values() if tensor is not None)
