@@ -102,7 +102,8 @@ class Decides(nn.Module):
 
 def test_what_python_calls_is_visible_with_or_without_a_matrix() -> None:
     model = Decides()
-    for options in ({}, {"example_inputs": ((-torch.ones(3, 4),), {})}):
+    both: list[dict[str, Any]] = [{}, {"example_inputs": ((-torch.ones(3, 4),), {})}]
+    for options in both:
         captured = biofx.capture(model, **options)
         assert set(region_paths(captured)) == {"gain", "norm"}
         coverage = coverage_of(captured, {}, ())
