@@ -23,7 +23,7 @@ from biofx.graph.region_use import RegionUse
 from biofx.graph.regions import kept_around, kept_modules, whole_graph
 from biofx.layers.layer_kinds import LayerKind, compound_kind_of, kind_of, kind_of_call
 from biofx.layers.obstacles import computed, obstacle_to_lowering
-from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot, slots_of_call, slots_of_module
+from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot, argument, slots_of_call, slots_of_module
 
 WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
     {ops.constrain_sign, ops.scale_gradient, fold_weight}
@@ -238,7 +238,7 @@ class _Survey:
             kind = kind_of(module) or compound_kind_of(module)
             if kind is not None:
                 yield from self._module_sites(node, module, kind)
-        elif (kind := kind_of_call(node)) is not None:
+        elif (kind := self._kind_of_call(node)) is not None:
             for slot in slots_of_call(node, kind):
                 yield self._function_site(node, kind, slot)
 
@@ -275,6 +275,17 @@ class _Survey:
             obstacle = f"its weight is folded already ({folded.name}); what acts on weights goes before folds"
         return WeightSite(node, kind, *named, groups=_groups_of(node, kind), obstacle=obstacle, slot=slot)
 
+    def _kind_of_call(self, node: Node) -> LayerKind | None:
+        """Return the kind of a call; a product is a layer where a matrix of parameters is its factor."""
+        kind = kind_of_call(node)
+        if kind is None or not kind.is_product:
+            return kind
+        root = parameter_behind(slots_of_call(node, kind)[0].read(node))
+        named = None if root is None else self._parameters.get(str(root.target))
+        bias = argument(node, 0, "input") if kind.source[0] > 0 else None
+        added_to_data = isinstance(bias, Node) and parameter_behind(bias) is None
+        return None if named is None or named[1].dim() != 2 or added_to_data else kind
+
     def is_opaque(self, node: Node) -> bool:
         """Whether a called module is no layer, so that layers may be hidden inside."""
         module = self._modules[str(node.target)]
@@ -306,20 +317,19 @@ class _Survey:
                     outside.setdefault(id(parameter), _reader(node, self._modules[str(node.target)]))
             elif node.op == "get_attr" and node.target in self._parameters:
                 self._used.add(str(node.target))
-                for reader in _readers_besides_sites(node):
+                for reader in self._readers_besides_sites(node):
                     outside.setdefault(id(self._parameters[str(node.target)][1]), _reader(reader))
         return outside
 
-
-def _readers_besides_sites(node: Node) -> Iterator[Node]:
-    for user in node.users:
-        if user.op == "call_function" and user.target in WEIGHT_OPERATORS:
-            yield from _readers_besides_sites(user)
-            continue
-        kind = kind_of_call(user)
-        slots = () if kind is None else slots_of_call(user, kind)
-        if times_read(node, user) > sum(slot.read(user) is node for slot in slots):
-            yield user
+    def _readers_besides_sites(self, node: Node) -> Iterator[Node]:
+        for user in node.users:
+            if user.op == "call_function" and user.target in WEIGHT_OPERATORS:
+                yield from self._readers_besides_sites(user)
+                continue
+            kind = self._kind_of_call(user)
+            slots = () if kind is None else slots_of_call(user, kind)
+            if times_read(node, user) > sum(slot.read(user) is node for slot in slots):
+                yield user
 
 
 def times_read(node: Node, reader: Node) -> int:

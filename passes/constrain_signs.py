@@ -25,7 +25,7 @@ from biofx.graph.graph_module import BioGraphModule
 from biofx.layers.lowering import Lowering, node_stem
 from biofx.pass_base import Scope
 from biofx.plasticity.balance import balanced_weight
-from biofx.plasticity.placement import bio_module_at, bio_module_path
+from biofx.plasticity.placement import bio_module_path, state_of
 from biofx.plasticity.randomness import generator_for
 from biofx.report import Remark, applied
 from biofx.sites import Weight, WeightSite
@@ -113,7 +113,7 @@ class ConstrainSigns(WeightPass):
 
     def wrap(self, lowering: Lowering, weight: Weight, survey: SignSurvey) -> Iterator[Remark]:
         """Find the signs of the units that the weight reads, draw those that have none, and insert them."""
-        state = bio_module_at(lowering.graph_module, weight.path)
+        state = state_of(lowering.graph_module, weight)
         first = weight.sites[0]
         kept = (
             survey.store.keep(survey.reading(first))

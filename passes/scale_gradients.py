@@ -28,7 +28,7 @@ from biofx.layers.lowering import Lowering, node_stem
 from biofx.pass_base import Scope
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.dynamics import initial_factors
-from biofx.plasticity.placement import bio_module_at, bio_module_path
+from biofx.plasticity.placement import bio_module_path, state_of
 from biofx.plasticity.randomness import generator_for
 from biofx.report import Remark, applied
 from biofx.sites import Weight, WeightSite
@@ -93,7 +93,7 @@ class ScaleGradients(WeightPass):
 
     def wrap(self, lowering: Lowering, weight: Weight, survey: None) -> Iterator[Remark]:
         """Draw the factors, unless another use of the weight has brought them, and insert them."""
-        state = bio_module_at(lowering.graph_module, weight.path)
+        state = state_of(lowering.graph_module, weight)
         if not state.has_factors:
             self._provide(state, weight)
         factors: Any = state.fuzzy_learning_rate_parameters

@@ -14,9 +14,10 @@ from biofx.audit.check_subject import Subject, Uses, owner_of
 from biofx.dataflow import input_facing_nodes, readout_nodes, synaptic_nodes
 from biofx.errors import InvariantError
 from biofx.graph.region_use import RegionUse
+from biofx.layers.weight_slots import argument
 from biofx.printing import function_name
 from biofx.weights.effective_signs import count_signs, laid_out_signs
-from biofx.weights.weight_uses import Treatment, WeightUse, argument
+from biofx.weights.weight_uses import Treatment, WeightUse
 
 
 def effective_signs(subject: Subject, uses: Uses) -> Iterator[Finding]:

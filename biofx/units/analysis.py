@@ -224,7 +224,7 @@ class Analysis:
         site = sites[0]
         if site.kind.is_compound:
             return compound_layer(call, sites, self)
-        source = call.argument(0, "input")
+        source = call.argument(*site.kind.source)
         self.read(site, source, site.kind.channel_axis)
         made = self.made(site.parameter_path, site.output_channels, site.kind.channel_axis)
         given = self.flows[source] if isinstance(source, Node) else NOTHING

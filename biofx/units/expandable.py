@@ -207,6 +207,8 @@ def _has_state(module: nn.Module) -> bool:
 def _obstacle(site: WeightSite) -> str | None:
     if site.kind.is_compound:
         return f"a {site.kind.name} has several weights, whose sizes hang together"
+    if site.kind.is_product:
+        return f"it is a factor of {site.kind.name}, not the weight of a layer"
     if site.operators:
         return "its weight is constrained or scaled already"
     return site.obstacle
@@ -229,6 +231,8 @@ def run_of(reading: Reading) -> Axis | None:
 
 def _is_named(node: Node, position: int) -> bool:
     sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], Node):
+        return True  # sizes computed as a whole, with numbers in them that are not seen here
     size = list(sizes)[position]
     return isinstance(size, int) and size != -1
 

@@ -222,10 +222,12 @@ def _take(taken: Tensor, path: str, signs: tuple[int, ...], home: Tensor) -> Non
 
 
 def keep_row_signs(site: WeightSite, state: BioModule, fraction: float, seed: int) -> KeptSigns:
-    """Draw a sign for each row of a weight, and for each kernel of a convolution, unless it has them."""
+    """Draw a sign for each output of a weight, and for each kernel of a convolution, unless it has them."""
     if state.local_sign is None:
         shape = site.parameter.shape
         laid_out = (*shape[:2], *(1,) * (len(shape) - 2)) if len(shape) > 2 else (shape[0], 1)
+        if site.kind.is_product:
+            laid_out = (1, shape[1])
         drawn = _draw(int(torch.Size(laid_out).numel()), fraction, seed, site.parameter_path)
         state.local_sign = drawn.reshape(laid_out).to(site.parameter.device)
     return KeptSigns([(site.parameter_path, "local_sign")], None)

@@ -41,8 +41,8 @@ class SignSurvey:
 
     @cached_property
     def layers(self) -> dict[Node, WeightSite]:
-        """The layers with one weight, by their nodes."""
-        return {site.node: site for site in self._sites if not site.kind.is_compound}
+        """The layers with one weight that are modules, by their nodes."""
+        return {s.node: s for s in self._sites if not (s.kind.is_compound or s.kind.is_product)}
 
     def reading(self, site: WeightSite) -> Reading:
         """Return what a site reads."""

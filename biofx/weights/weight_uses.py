@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from biofx import ops
+from biofx.layers.weight_slots import argument
 from biofx.printing import function_name
 from biofx.weights.constant_part import ConstantPart
 
@@ -103,8 +104,3 @@ def _through(way: WeightUse, node: Node) -> WeightUse:
     if node.target is ops.constrain_sign:
         return replace(way, expression=node, whole=whole, constraints=(*way.constraints, node))
     return replace(way, expression=node, whole=whole, scalings=(*way.scalings, node))
-
-
-def argument(node: Node, place: int, name: str) -> Any:
-    """Return an argument of a node, given by place or by name; None if it is not given."""
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
