@@ -90,6 +90,8 @@ class ConstrainSigns(WeightPass):
             return "its gradient is scaled already, and signs must be constrained before that"
         if site.parameter.is_meta:
             return "its weight is on the meta device and has no values"
+        if (reason := survey.why_no_signs(site)) is not None:
+            return reason
         feeding, following = survey.region_that_feeds(site), survey.region_that_follows(site)
         if feeding is not None and not self.constrain_inputs:
             return f"what feeds it is not known: Python calls {feeding!r} (constrain_inputs=False)"

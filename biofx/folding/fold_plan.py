@@ -33,7 +33,7 @@ class FoldPlan:
 
     def __init__(self, graph_module: BioGraphModule, sites: Sites, left_alone: Mapping[Node, str]) -> None:
         self._graph_module = graph_module
-        self._sites = {site.node: site for site in sites.found}
+        self._sites = {site.node: site for site in sites.found if not site.kind.why_no_units}
         self._bystanders = sites.bystanders
         obstacles = {site.node: site.obstacle for site in sites.found if site.obstacle is not None}
         compound = {

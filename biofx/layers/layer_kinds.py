@@ -90,6 +90,23 @@ COMPOUND_KINDS = (RNN, GRU, LSTM, ATTENTION)
 """The kinds of layers with several weights."""
 
 
+_LOOKED_UP = "its rows are looked up, and no unit is presynaptic to them"
+EMBEDDING, EMBEDDING_BAG, BILINEAR = UNITLESS_KINDS = (
+    LayerKind(nn.Embedding, F.embedding, 0, transposed=True, why_no_units=_LOOKED_UP),
+    LayerKind(nn.EmbeddingBag, F.embedding_bag, 0, transposed=True, why_no_units=_LOOKED_UP),
+    LayerKind(
+        *(nn.Bilinear, F.bilinear, 0),
+        argument=(2, "weight"),
+        why_no_units="each of its weights has two presynaptic units, whose activity is multiplied",
+    ),
+)
+"""The kinds of layers with one weight that is not from one unit to another."""
+_UNITLESS_OF: dict[Any, LayerKind] = {
+    **{kind.function: kind for kind in UNITLESS_KINDS},
+    torch.bilinear: BILINEAR,
+}
+
+
 def kind_of(module: nn.Module) -> LayerKind | None:
     """Return the kind of a layer module with one weight, None for anything else."""
     return next((kind for kind in LAYER_KINDS if isinstance(module, kind.module_type)), None)
@@ -98,6 +115,11 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 def compound_kind_of(module: nn.Module) -> LayerKind | None:
     """Return the kind of a layer module with several weights, None for anything else."""
     return next((kind for kind in COMPOUND_KINDS if isinstance(module, kind.module_type)), None)
+
+
+def unitless_kind_of(module: nn.Module) -> LayerKind | None:
+    """Return the kind of a layer module whose weight is not from one unit to another, None otherwise."""
+    return next((kind for kind in UNITLESS_KINDS if isinstance(module, kind.module_type)), None)
 
 
 def kind_of_call(node: Node) -> LayerKind | None:
@@ -110,7 +132,7 @@ def kind_of_call(node: Node) -> LayerKind | None:
         return ATTENTION
     if node.target is recurrent:
         return {"GRU": GRU, "LSTM": LSTM}.get(str(node.kwargs["mode"]), RNN)
-    return KIND_OF_FUNCTION.get(node.target)
+    return KIND_OF_FUNCTION.get(node.target) or _UNITLESS_OF.get(node.target)
 
 
 def _product_of(node: Node) -> LayerKind | None:

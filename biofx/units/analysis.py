@@ -174,6 +174,8 @@ class Analysis:
         modules = dict(self.graph_module.named_modules(remove_duplicate=False))
         sites: dict[Node, list[WeightSite]] = {}
         for site in find_sites(self.graph_module).found:
+            if site.kind.why_no_units:
+                continue
             sites.setdefault(site.node, []).append(site)
         synaptic = synaptic_nodes(self.graph_module)
         use = RegionUse(self.graph_module, self.graph_module.graph)

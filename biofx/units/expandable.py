@@ -113,11 +113,13 @@ class Expandability:
                 if region is not None:
                     return f"what makes its units is not known: Python calls {region!r}"
                 return f"no layer makes its units: they begin at {source.name!r}"
-            reason = self._unmakeable(self._makers[source.name][0])
+            reason = self._used_without_units(source.name)
+            reason = reason or self._unmakeable(self._makers[source.name][0])
             if reason is not None:
                 return f"its units are made by {source.name!r}: {reason}"
         for reading in circuit.readings:
-            reason = _obstacle(reading.site) or _unreadable(reading)
+            reason = self._used_without_units(reading.site.parameter_path)
+            reason = reason or _obstacle(reading.site) or _unreadable(reading)
             if reason is not None:
                 return f"its units are read by {reading.site.parameter_path!r}: {reason}"
         inside = set(circuit.nodes)
@@ -134,6 +136,11 @@ class Expandability:
                 if user not in inside and user not in readers and self._groups.flows[user].has_units:
                     return f"its units go into {user.name!r}, behind which they are not known"
         return None
+
+    def _used_without_units(self, path: str) -> str | None:
+        """Return words about a use of a weight in which its entries are not from one unit to another."""
+        uses = (site for site in self._makers[path] if site.kind.why_no_units)
+        return next((f"{site.node.name!r} reads it too: {site.kind.why_no_units}" for site in uses), None)
 
     def _unmakeable(self, site: WeightSite) -> str | None:
         reason = _obstacle(site)
