@@ -20,7 +20,7 @@ from biofx.passes import (
 from biofx.pipeline import Pipeline
 from biofx.plasticity.bio_state import rule_config
 from biofx.plasticity.model_rules import bio_modules
-from biofx.plasticity.placement import bio_module_at
+from biofx.plasticity.placement import state_of
 from biofx.select import NodeIndex, Override, picks
 from biofx.sites import find_sites
 
@@ -188,5 +188,5 @@ def configure_layers(graph_module: BioGraphModule, config: BioConfig) -> None:
             fields = {name: value for number in active for name, value in config.overrides[number].options}
             made[active] = rule_config(config.replace(**fields))
         # made where there is none yet: rules may act on the weight later, and then by these options
-        state = states.get(weight.path) or bio_module_at(graph_module, weight.path)
+        state = states.get(weight.path) or state_of(graph_module, weight)
         state.config = made[active]

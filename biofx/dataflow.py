@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
@@ -17,7 +17,10 @@ from biofx.operators.fold_ops import fold_weight, sum_synapses
 from biofx.ops import pool_synapses
 
 _PRODUCTS: frozenset[Any] = frozenset(
-    {operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum}
+    {
+        *(operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
+        *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm, torch.tensordot),
+    }
 )
 _PRODUCT_METHODS = frozenset({"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__"})
 
@@ -48,6 +51,8 @@ def readout_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
     for node in reversed(graph_module.graph.nodes):
         writes = any(changed in open_nodes for changed in changed_in_place(node))
         ends = node.op == "output" or node.target is region_output
+        if asks_for_a_size(node):
+            continue
         if ends or node in open_nodes or writes:
             if node in synaptic:
                 readout.add(node)
@@ -114,6 +119,16 @@ def unit_output(layer: Node, graph_module: GraphModule) -> tuple[Node, str]:
     return layer, ""
 
 
+def asks_for_a_size(node: Node) -> bool:
+    """Whether a node asks a value for its size, type or place, and not for what is in it."""
+    if node.op == "call_method":
+        return node.target in _SIZES
+    return node.target is getattr and node.args[1] in ("shape", *_SIZES)
+
+
+_SIZES = frozenset({"size", "dim", "numel", "device", "dtype"})
+
+
 def short_name(node: Node, graph_module: GraphModule) -> str:
     """Return a lower-case name that a function, a method and a module of one kind share."""
     if node.op == "call_module":
@@ -158,7 +173,9 @@ def is_synaptic(node: Node, graph_module: GraphModule) -> bool:
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             return False
         return any(parameter.dim() >= 2 for parameter in module.parameters())
-    return node.op == "call_function" and (kind_of_call(node) is not None or node.target in _MATRIX_FUNCTIONS)
+    kind = kind_of_call(node)
+    is_layer = kind is not None and not kind.is_product  # a product may be of data alone
+    return node.op == "call_function" and (is_layer or node.target in _MATRIX_FUNCTIONS)
 
 
 _MATRIX_FUNCTIONS: frozenset[Any] = frozenset(

@@ -20,9 +20,10 @@ from torch.fx.node import map_arg
 from biofx import ops
 from biofx.graph.region_use import RegionUse
 from biofx.graph.regions import kept_around, kept_modules, whole_graph
-from biofx.layers.layer_kinds import LayerKind, compound_kind_of, kind_of, kind_of_call
+from biofx.layers.layer_kinds import LayerKind, compound_kind_of, kind_of, kind_of_call, unitless_kind_of
 from biofx.layers.obstacles import computed, obstacle_to_lowering
-from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot, slots_of_call, slots_of_module
+from biofx.layers.unitless_layers import obstacle_to_lookup
+from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot, argument, slots_of_call, slots_of_module
 from biofx.operators.fold_ops import fold_weight
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 
@@ -89,6 +90,8 @@ class WeightSite:
     @property
     def why_no_channels(self) -> str | None:
         """Why the node's output is not one tensor with a channel for each unit, None if it is."""
+        if self.kind.why_no_units:
+            return self.kind.why_no_units
         return f"{self.kind.name} returns more than this weight's output" if self.kind.is_compound else None
 
     def has(self, operator: Callable[..., Any]) -> bool:
@@ -201,8 +204,12 @@ def _layers_of(root: nn.Module) -> Iterator[str]:
         if compound_kind_of(module) is not None:
             yield path
             parts.update(map(id, module.children()))
-        elif kind_of(module) is not None and id(module) not in parts:
+        elif _kind_of_module(module) is not None and id(module) not in parts:
             yield path
+
+
+def _kind_of_module(module: nn.Module) -> LayerKind | None:
+    return kind_of(module) or compound_kind_of(module) or unitless_kind_of(module)
 
 
 def fold_behind(weight: Any) -> Node | None:
@@ -212,13 +219,21 @@ def fold_behind(weight: Any) -> Node | None:
 
 def _computed_weight(module: Any, kind: LayerKind) -> nn.Parameter:
     """Return something of a weight's shape; to compute the weight itself would be a step of spectral norm."""
-    if kind.kernel_axes == 0:
+    if kind.why_no_units:
+        shape = _shape_without_units(module)
+    elif kind.kernel_axes == 0:
         shape = (module.out_features, module.in_features)
     else:
         ends = (module.out_channels, module.in_channels)
         first, second = ends[::-1] if kind.transposed else ends
         shape = (first, second // module.groups, *module.kernel_size)
     return nn.Parameter(torch.zeros(()).expand(shape))
+
+
+def _shape_without_units(module: Any) -> tuple[int, ...]:
+    if isinstance(module, nn.Bilinear):
+        return (module.out_features, module.in1_features, module.in2_features)
+    return (module.num_embeddings, module.embedding_dim)
 
 
 class _Survey:
@@ -239,10 +254,10 @@ class _Survey:
         """Yield the site of each weight that a node reads as a layer."""
         if node.op == "call_module":
             module = self._modules[str(node.target)]
-            kind = kind_of(module) or compound_kind_of(module)
+            kind = _kind_of_module(module)
             if kind is not None:
                 yield from self._module_sites(node, module, kind)
-        elif (kind := kind_of_call(node)) is not None:
+        elif (kind := self._kind_of_call(node)) is not None:
             for slot in slots_of_call(node, kind):
                 yield self._function_site(node, kind, slot)
 
@@ -251,6 +266,8 @@ class _Survey:
     ) -> Iterator[WeightSite | Bystander]:
         slots = slots_of_module(module, kind)
         obstacle = obstacle_to_lowering(node, module, kind, slots)
+        if kind.why_no_units:
+            obstacle = obstacle or obstacle_to_lookup(node, module, kind)
         groups: Any = getattr(module, "groups", 1)
         for slot in slots:
             path = f"{node.target}.{slot.name}"
@@ -274,15 +291,28 @@ class _Survey:
             return Bystander(innermost_path(node), node, reason)
         named = (self.use.path_for(node, str(root.target), named[0]), named[1])
         obstacle = self._obstacle(node, named[1])
+        if kind.why_no_units:
+            obstacle = obstacle or obstacle_to_lookup(node, None, kind)
         folded = fold_behind(weight)
         if folded is not None:
             obstacle = f"its weight is folded already ({folded.name}); what acts on weights goes before folds"
         return WeightSite(node, kind, *named, groups=_groups_of(node, kind), obstacle=obstacle, slot=slot)
 
+    def _kind_of_call(self, node: Node) -> LayerKind | None:
+        """Return the kind of a call; a product is a layer where a matrix of parameters is its factor."""
+        kind = kind_of_call(node)
+        if kind is None or not kind.is_product:
+            return kind
+        root = parameter_behind(slots_of_call(node, kind)[0].read(node))
+        named = None if root is None else self._parameters.get(str(root.target))
+        bias = argument(node, 0, "input") if kind.source[0] > 0 else None
+        added_to_data = isinstance(bias, Node) and parameter_behind(bias) is None
+        return None if named is None or named[1].dim() != 2 or added_to_data else kind
+
     def is_opaque(self, node: Node) -> bool:
         """Whether a called module is no layer, so that layers may be hidden inside."""
         module = self._modules[str(node.target)]
-        return kind_of(module) is None and compound_kind_of(module) is None
+        return _kind_of_module(module) is None
 
     def _obstacle(self, node: Node, parameter: nn.Parameter) -> str | None:
         return self._outside.get(id(parameter)) or self.use.obstacle(node, parameter)
@@ -310,20 +340,19 @@ class _Survey:
                     outside.setdefault(id(parameter), _reader(node, self._modules[str(node.target)]))
             elif node.op == "get_attr" and node.target in self._parameters:
                 self._used.add(str(node.target))
-                for reader in _readers_besides_sites(node):
+                for reader in self._readers_besides_sites(node):
                     outside.setdefault(id(self._parameters[str(node.target)][1]), _reader(reader))
         return outside
 
-
-def _readers_besides_sites(node: Node) -> Iterator[Node]:
-    for user in node.users:
-        if user.op == "call_function" and user.target in WEIGHT_OPERATORS:
-            yield from _readers_besides_sites(user)
-            continue
-        kind = kind_of_call(user)
-        slots = () if kind is None else slots_of_call(user, kind)
-        if times_read(node, user) > sum(slot.read(user) is node for slot in slots):
-            yield user
+    def _readers_besides_sites(self, node: Node) -> Iterator[Node]:
+        for user in node.users:
+            if user.op == "call_function" and user.target in WEIGHT_OPERATORS:
+                yield from self._readers_besides_sites(user)
+                continue
+            kind = self._kind_of_call(user)
+            slots = () if kind is None else slots_of_call(user, kind)
+            if times_read(node, user) > sum(slot.read(user) is node for slot in slots):
+                yield user
 
 
 def times_read(node: Node, reader: Node) -> int:

@@ -25,7 +25,7 @@ from biofx.draws.randomness import generator_for
 from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Scope
 from biofx.plasticity.balance import balanced_weight
-from biofx.plasticity.placement import bio_module_at, bio_module_path
+from biofx.plasticity.placement import bio_module_path, state_of
 from biofx.report import Remark, applied
 from biofx.sites import Weight, WeightSite
 from biofx.units.gains import constrain_gains, fold_negative_gains, in_scope
@@ -90,6 +90,8 @@ class ConstrainSigns(WeightPass):
             return "its gradient is scaled already, and signs must be constrained before that"
         if site.parameter.is_meta:
             return "its weight is on the meta device and has no values"
+        if (reason := survey.why_no_signs(site)) is not None:
+            return reason
         feeding, following = survey.region_that_feeds(site), survey.region_that_follows(site)
         if feeding is not None and not self.constrain_inputs:
             return f"what feeds it is not known: Python calls {feeding!r} (constrain_inputs=False)"
@@ -113,7 +115,7 @@ class ConstrainSigns(WeightPass):
 
     def wrap(self, lowering: Lowering, weight: Weight, survey: SignSurvey) -> Iterator[Remark]:
         """Find the signs of the units that the weight reads, draw those that have none, and insert them."""
-        state = bio_module_at(lowering.graph_module, weight.path)
+        state = state_of(lowering.graph_module, weight)
         first = weight.sites[0]
         kept = (
             survey.store.keep(survey.reading(first))

@@ -74,11 +74,14 @@ class ExpandUnits(Pass):
         fold_negative_gains(
             lowering,
             in_scope(self, scope, graph_module, norms),
-            {site.node: site for site in sites.found if not site.kind.is_compound},
+            {s.node: s for s in sites.found if s.why_no_channels is None and not s.kind.is_product},
         )
         for circuit in chosen:
             expand(circuit, groups, lowering, makers)
         for site in sites.found:
+            if site.kind.why_no_units:
+                yield missed(site.node, site.layer, site.kind.why_no_units)
+                continue
             remark = told[site.node, site.parameter_path]
             if site.parameter_path in made:
                 units = site.output_channels

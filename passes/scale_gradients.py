@@ -30,7 +30,7 @@ from biofx.operators.rate_ops import scale_gradient_by_seed
 from biofx.pass_base import Scope
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.dynamics import initial_factors
-from biofx.plasticity.placement import bio_module_at, bio_module_path
+from biofx.plasticity.placement import bio_module_path, state_of
 from biofx.report import Remark, applied, missed
 from biofx.sites import Weight, WeightSite
 from biofx.validate import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, check_bounds, check_choice
@@ -98,7 +98,7 @@ class ScaleGradients(WeightPass):
 
     def wrap(self, lowering: Lowering, weight: Weight, survey: None) -> Iterator[Remark]:
         """Draw the factors, unless another use of the weight has brought them, and insert them."""
-        state = bio_module_at(lowering.graph_module, weight.path)
+        state = state_of(lowering.graph_module, weight)
         if not state.has_factors:
             self._provide(state, weight)
         if state.is_drawn and state.rate_draw != rate_draw(**self._drawn(weight)):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import biofx
+from biofx.graph.regions import region_paths
+from biofx.model_coverage import coverage_of
 
 
 class Mixed(nn.Module):
@@ -75,3 +78,35 @@ def test_a_tied_parameter_counts_once(mlp: nn.Module) -> None:
     _, report = biofx.transform(model, passes="scale-gradients")
     assert report.coverage is not None
     assert (report.coverage.total, report.coverage.rewritten) == (24, 16)
+
+
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return x * self.gain
+
+
+class Decides(nn.Module):
+    """Asks for a value, and calls modules that hold parameters, but no matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.norm, self.act = Gain(), nn.BatchNorm1d(4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self.norm(x)) if x.sum() > 0 else self.gain(x)
+
+
+def test_what_python_calls_is_visible_with_or_without_a_matrix() -> None:
+    model = Decides()
+    both: list[dict[str, Any]] = [{}, {"example_inputs": ((-torch.ones(3, 4),), {})}]
+    for options in both:
+        captured = biofx.capture(model, **options)
+        assert set(region_paths(captured)) == {"gain", "norm"}
+        coverage = coverage_of(captured, {}, ())
+        assert (coverage.total, coverage.visible) == (12, 12)
+        for x in (torch.randn(3, 4).abs(), -torch.randn(3, 4).abs()):
+            torch.testing.assert_close(captured(x), copy.deepcopy(model)(x), rtol=0, atol=0)

@@ -15,8 +15,9 @@ from biofx.dataflow import input_facing_nodes, readout_nodes, synaptic_nodes
 from biofx.errors import InvariantError
 from biofx.graph.printing import function_name
 from biofx.graph.region_use import RegionUse
+from biofx.layers.weight_slots import argument
 from biofx.weights.effective_signs import count_signs, laid_out_signs
-from biofx.weights.weight_uses import Treatment, WeightUse, argument
+from biofx.weights.weight_uses import Treatment, WeightUse
 
 
 def effective_signs(subject: Subject, uses: Uses) -> Iterator[Finding]:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from biofx.audit.check_report import Finding
 from biofx.audit.check_subject import Placed, Subject, Uses, owner_of
+from biofx.layers.weight_slots import argument
 from biofx.operators.rate_ops import draw_of, scale_gradient_by_seed
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.placement import bio_module_path
-from biofx.weights.weight_uses import WeightUse, argument
+from biofx.weights.weight_uses import WeightUse
 
 _FACTORS = "fuzzy_learning_rate_parameters"
 _ROUNDING = 2**-8  # relative; a factor at a bound may be, or once have been, held in bfloat16

@@ -29,7 +29,6 @@ from biofx.capturing.region_capture import is_plain_layer
 from biofx.capturing.tracked import plain, tracked
 from biofx.capturing.values import TORCH_FOLDER
 from biofx.errors import InputError
-from biofx.layers.layer_kinds import kind_of
 from biofx.layers.obstacles import hooks_of
 
 
@@ -203,7 +202,7 @@ class Recorder(TorchFunctionMode):
             with self.quiet():
                 return original(module, *args, **kwargs)
         only_holds = type(module).forward is nn.Sequential.forward
-        if path in self._kept or only_holds or not any(kind_of(inner) for inner in module.modules()):
+        if path in self._kept or only_holds or next(module.parameters(), None) is None:
             return original(module, *args, **kwargs)
         if hooks_of(module):
             raise Keep(path, f"{self._named(path)} has {' and '.join(hooks_of(module))}")

@@ -126,7 +126,7 @@ class RegionCapture:
         self.seen.add(id(module))
         if is_plain_layer(module):
             self.regions.append(path)
-        elif not any(is_plain_layer(inner) or kind_of(inner) for inner in module.modules()):
+        elif next(module.parameters(), None) is None:
             return  # nothing in it that a pass could act on
         elif _only_holds_others(module):
             self.capture_children(path)
@@ -153,11 +153,20 @@ class RegionCapture:
 
 
 def is_plain_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch's with a matrix of weights and one input, forward and all."""
+    """Whether a module is a layer of torch's with weights and one input, forward and all."""
     kind = kind_of(module)
     if kind is not None:
         return type(module).forward is kind.module_type.forward
-    return type(module).forward is nn.Embedding.forward
+    own = type(module).forward
+    return any(isinstance(module, plain) and own is plain.forward for plain in _PLAIN)
+
+
+_PLAIN: tuple[type[nn.Module], ...] = (
+    *(nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+"""Layers of torch's with one input, besides those between units."""
 
 
 def _only_holds_others(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from biofx.layers.layer_kinds import KIND_OF_FUNCTION, LayerKind, kind_of_call
+from biofx.layers.layer_kinds import EMBEDDING, EMBEDDING_BAG, KIND_OF_FUNCTION, LayerKind, kind_of_call
 from biofx.layers.weight_slots import slots_of_call
 from biofx.operators import norm_ops
 from biofx.operators.attention_ops import attend
@@ -270,6 +270,38 @@ def _attention(reading: _Reading) -> LayerCall | None:
     )
 
 
+_LOOKUP_INPUTS = ("offsets", "per_sample_weights")
+
+
+def _lookup(kind: LayerKind) -> Callable[[_Reading], LayerCall | None]:
+    def read(reading: _Reading) -> LayerCall | None:
+        node = reading.node
+        if not isinstance(reading.before, kind.module_type) or len(node.args) != 2:
+            return None
+        options: dict[str, Any] = dict(node.kwargs)
+        inputs = {name: options.pop(name) for name in _LOOKUP_INPUTS if name in options}
+        held = reading.parameters({"weight": node.args[1]})
+        weight = held["weight"]
+        if weight is None:
+            return None
+        return reading.call(kind.module_type, tuple(weight.shape), held, (node.args[0],), inputs, **options)
+
+    return read
+
+
+def _bilinear(reading: _Reading) -> LayerCall | None:
+    node = reading.node
+    if not isinstance(reading.before, nn.Bilinear) or node.kwargs or not 2 < len(node.args) < 5:
+        return None
+    bias = node.args[3] if len(node.args) > 3 else None
+    held = reading.parameters({"weight": node.args[2], "bias": bias})
+    weight = held["weight"]
+    if weight is None:
+        return None
+    out, first, second = weight.shape
+    return reading.call(nn.Bilinear, (first, second, out), held, node.args[:2], bias=bias is not None)
+
+
 _READERS: dict[Any, Callable[[_Reading], LayerCall | None]] = {
     **dict.fromkeys(KIND_OF_FUNCTION, _or_none(_layer)),
     norm_ops.batch_norm: _or_none(_batch_norm),
@@ -277,6 +309,9 @@ _READERS: dict[Any, Callable[[_Reading], LayerCall | None]] = {
     F.layer_norm: _or_none(_affine_norm(nn.LayerNorm, "normalized_shape", "weight", "bias", "eps")),
     F.rms_norm: _or_none(_affine_norm(nn.RMSNorm, "normalized_shape", "weight", "eps")),
     F.group_norm: _or_none(_affine_norm(nn.GroupNorm, "num_groups", "weight", "bias", "eps")),
+    F.embedding: _or_none(_lookup(EMBEDDING)),
+    F.embedding_bag: _or_none(_lookup(EMBEDDING_BAG)),
+    F.bilinear: _or_none(_bilinear),
     recurrent: _or_none(_recurrent),
     attend: _or_none(_attention),
 }

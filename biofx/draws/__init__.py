@@ -1,1 +1,1 @@
-"""Random numbers that depend on what they are for: keyed, drawn in blocks, from the distributions of rates."""
+"""Random numbers that depend on what they are for: keyed, in blocks, from the distributions of rates."""

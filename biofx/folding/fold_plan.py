@@ -33,7 +33,7 @@ class FoldPlan:
 
     def __init__(self, graph_module: BioGraphModule, sites: Sites, left_alone: Mapping[Node, str]) -> None:
         self._graph_module = graph_module
-        self._sites = {site.node: site for site in sites.found}
+        self._sites = {site.node: site for site in sites.found if not site.kind.why_no_units}
         self._bystanders = sites.bystanders
         obstacles = {site.node: site.obstacle for site in sites.found if site.obstacle is not None}
         compound = {
@@ -41,7 +41,12 @@ class FoldPlan:
             for site in sites.found
             if site.kind.is_compound
         }
-        self._left_alone = {**compound, **obstacles, **left_alone}
+        products = {
+            site.node: f"its weight is a factor of {site.kind.name}, and is not folded"
+            for site in sites.found
+            if site.kind.is_product
+        }
+        self._left_alone = {**compound, **products, **obstacles, **left_alone}
         self.folds: dict[Node, Fold] = {}
         self.flow = Flow({}, {})
         pools = graph_module.graph.find_nodes(op="call_function", target=ops.pool_synapses)

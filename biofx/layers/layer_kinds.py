@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
 
@@ -24,11 +26,20 @@ class LayerKind:
     transposed: bool = False
     is_compound: bool = False
     """Whether it has several weights, which it takes as a list, and returns more than one tensor."""
+    argument: tuple[int, str] = (1, "weight")
+    """The argument of the function that is the weight, by place and by name; not of compound ones."""
+    source: tuple[int, str] = (0, "input")
+    """The argument that the weight acts on."""
+    is_product: bool = False
+    """Whether the function is a product of matrices, which is a layer if a parameter is its second factor."""
+
+    why_no_units: str = ""
+    """Why the entries of the weight are no synapses from one unit to another, empty where they are."""
 
     @property
     def name(self) -> str:
-        """Name of the module class."""
-        return self.module_type.__name__
+        """Name of the module class, of a product that of its function."""
+        return str(self.function.__name__) if self.is_product else self.module_type.__name__
 
     @property
     def channel_axis(self) -> int:
@@ -58,10 +69,42 @@ LAYER_KINDS = (
 KIND_OF_FUNCTION: dict[Any, LayerKind] = {kind.function: kind for kind in LAYER_KINDS}
 """Which kind of layer with one weight a function computes."""
 
+_MATMUL, _MM, _ADDMM = (
+    LayerKind(nn.Linear, function, 0, transposed=True, argument=weight, source=source, is_product=True)
+    for function, weight, source in (
+        (torch.matmul, (1, "other"), (0, "input")),
+        (torch.mm, (1, "mat2"), (0, "input")),
+        (torch.addmm, (2, "mat2"), (1, "mat1")),
+    )
+)
+_PRODUCT_OF: dict[Any, LayerKind] = {
+    **dict.fromkeys((torch.matmul, operator.matmul, Tensor.matmul, "matmul", "__matmul__"), _MATMUL),
+    **dict.fromkeys((torch.mm, Tensor.mm, "mm"), _MM),
+    **dict.fromkeys((torch.addmm, Tensor.addmm, "addmm"), _ADDMM),
+}
+"""Which product a function or method is; as a layer it has its weight the other way round, ``(in, out)``."""
+
 RNN, GRU, LSTM = (LayerKind(kind, recurrent, 0, is_compound=True) for kind in (nn.RNN, nn.GRU, nn.LSTM))
 ATTENTION = LayerKind(nn.MultiheadAttention, attend, 0, is_compound=True)
 COMPOUND_KINDS = (RNN, GRU, LSTM, ATTENTION)
 """The kinds of layers with several weights."""
+
+
+_LOOKED_UP = "its rows are looked up, and no unit is presynaptic to them"
+EMBEDDING, EMBEDDING_BAG, BILINEAR = UNITLESS_KINDS = (
+    LayerKind(nn.Embedding, F.embedding, 0, transposed=True, why_no_units=_LOOKED_UP),
+    LayerKind(nn.EmbeddingBag, F.embedding_bag, 0, transposed=True, why_no_units=_LOOKED_UP),
+    LayerKind(
+        *(nn.Bilinear, F.bilinear, 0),
+        argument=(2, "weight"),
+        why_no_units="each of its weights has two presynaptic units, whose activity is multiplied",
+    ),
+)
+"""The kinds of layers with one weight that is not from one unit to another."""
+_UNITLESS_OF: dict[Any, LayerKind] = {
+    **{kind.function: kind for kind in UNITLESS_KINDS},
+    torch.bilinear: BILINEAR,
+}
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
@@ -74,12 +117,26 @@ def compound_kind_of(module: nn.Module) -> LayerKind | None:
     return next((kind for kind in COMPOUND_KINDS if isinstance(module, kind.module_type)), None)
 
 
+def unitless_kind_of(module: nn.Module) -> LayerKind | None:
+    """Return the kind of a layer module whose weight is not from one unit to another, None otherwise."""
+    return next((kind for kind in UNITLESS_KINDS if isinstance(module, kind.module_type)), None)
+
+
 def kind_of_call(node: Node) -> LayerKind | None:
     """Return the kind of layer that a call of a function computes, None for anything else."""
+    if node.target in _PRODUCT_OF and node.op != "call_module":
+        return _product_of(node)
     if node.op != "call_function":
         return None
     if node.target is attend:
         return ATTENTION
     if node.target is recurrent:
         return {"GRU": GRU, "LSTM": LSTM}.get(str(node.kwargs["mode"]), RNN)
-    return KIND_OF_FUNCTION.get(node.target)
+    return KIND_OF_FUNCTION.get(node.target) or _UNITLESS_OF.get(node.target)
+
+
+def _product_of(node: Node) -> LayerKind | None:
+    """Return the kind of a product as it stands; one with factors of its own (alpha, beta) is no layer."""
+    kind = _PRODUCT_OF[node.target]
+    named = set(node.kwargs) <= {"input", kind.argument[1], kind.source[1]}
+    return kind if named else None

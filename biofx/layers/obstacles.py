@@ -43,6 +43,6 @@ def obstacle_to_lowering(
         return "its forward was replaced on the instance"
     if any(getattr(type(module), m, None) is not getattr(kind.module_type, m, None) for m in overridden):
         return f"{type(module).__name__} has a forward of its own, not {kind.name}'s"
-    if not kind.is_compound and len(node.args) + len(node.kwargs) != 1:
+    if not (kind.is_compound or kind.why_no_units) and len(node.args) + len(node.kwargs) != 1:
         return "it is called with more than its input (output_size), which its function does not take"
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -46,8 +46,7 @@ class WeightSlot:
 
     def read(self, node: Node) -> Any:
         """Return the weight in a call of the function."""
-        place, name = self.argument
-        found: Any = node.args[place] if len(node.args) > place else node.kwargs.get(name)
+        found = argument(node, *self.argument)
         return found if self.index is None else found[self.index]
 
     def write(self, node: Node, weight: Node) -> None:
@@ -68,15 +67,25 @@ class WeightSlot:
             yield weight if index == self.index else held
 
 
+def argument(node: Node, place: int, name: str) -> Any:
+    """Return an argument of a node, given by place or by name; None if it is not given."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
+
+
 ONE_WEIGHT = (WeightSlot(),)
 """The slots of a layer with one weight."""
+
+
+def _only_slot(kind: LayerKind) -> tuple[WeightSlot, ...]:
+    slot = ONE_WEIGHT[0]
+    return ONE_WEIGHT if slot.argument == kind.argument else (replace(slot, argument=kind.argument),)
 
 
 def slots_of_module(module: nn.Module, kind: LayerKind) -> tuple[WeightSlot, ...]:
     """Return the slots of the weights that a layer module has."""
     held: Any = module
     if not kind.is_compound:
-        return ONE_WEIGHT
+        return _only_slot(kind)
     if kind is ATTENTION:
         return _attention_slots(joint=bool(held._qkv_same_embed_dim))
     return tuple(
@@ -89,7 +98,7 @@ def slots_of_module(module: nn.Module, kind: LayerKind) -> tuple[WeightSlot, ...
 def slots_of_call(node: Node, kind: LayerKind) -> tuple[WeightSlot, ...]:
     """Return the slots of the weights in a call of the function."""
     if not kind.is_compound:
-        return ONE_WEIGHT
+        return _only_slot(kind)
     if kind is ATTENTION:
         weights: Any = WeightSlot(argument=_ATTENTION_WEIGHTS).read(node)
         return _attention_slots(joint=len(weights) == 2)

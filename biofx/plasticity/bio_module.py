@@ -34,6 +34,7 @@ from biofx.plasticity.units import laid_out
 
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
 _CHANGE_FACTORS = frozenset({"update_fuzzy_learning_rates", "crystallize"})
+_NEED_SYNAPSES = frozenset({"rejuvenate_weights", "synaptic_scaling", "enforce_dales_principle"})
 _NEED_FACTORS = _CHANGE_FACTORS | {"fuzzy_learning_rates"}
 
 
@@ -81,6 +82,8 @@ class BioModule(BioState):
             return "its weight is computed by a parametrization, not a parameter"
         if not self.weight.requires_grad and rule != "enforce_dales_principle":
             return "its weight is frozen"
+        if self.why_no_synapses and rule in _NEED_SYNAPSES:
+            return self.why_no_synapses
         if rule in _NEED_FACTORS and not self.has_factors:
             return "it has no learning-rate factors"
         if rule in _CHANGE_FACTORS and self.is_coded:

@@ -75,6 +75,9 @@ class BioState(nn.Module):
 
     A checkpoint of the original model has none of these keys; loading it leaves the state as it is.
 
+    Of a weight that no layer of torch's tells about, ``inputs_first`` says that it is ``(in, out)``, and
+    ``why_no_synapses``, if it says anything, why its entries are no synapses between units.
+
     Args:
         parent: the layer, or a function that returns it.
         config: options of the rules; the default config if None.
@@ -115,6 +118,8 @@ class BioState(nn.Module):
         self.depth = 0.0
         self.scaled_in_graph = False
         self.is_expanded = False
+        self.inputs_first = False
+        self.why_no_synapses = ""
         self.sign_layout = {}
         if parent is not None:
             self.link(parent if isinstance(parent, nn.Module) else parent())
@@ -161,7 +166,7 @@ class BioState(nn.Module):
     def output_axis(self) -> int:
         """The axis of the weight that counts the postsynaptic units."""
         kind = kind_of(self.get_parent())
-        return 0 if kind is None else kind.output_axis
+        return int(self.inputs_first) if kind is None else kind.output_axis
 
     @property
     def groups(self) -> int:

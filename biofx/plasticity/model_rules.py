@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.placement import bio_module_at
+from biofx.plasticity.placement import state_of
 from biofx.sites import find_sites
 
 
@@ -47,7 +47,7 @@ def prepare_states(model: nn.Module) -> dict[str, BioModule]:
             "use biofx.transform or biofx.BioConverter first"
         )
     for weight in find_sites(model).weights():
-        bio_module_at(model, weight.path)
+        state_of(model, weight)
     return bio_modules(model)
 
 

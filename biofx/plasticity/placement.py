@@ -6,6 +6,7 @@ from torch import nn
 
 from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
+from biofx.sites import Weight
 
 
 def bio_module_path(parameter_path: str) -> str:
@@ -19,13 +20,26 @@ def bio_module_path(parameter_path: str) -> str:
     return ".".join([*parts, "bio_mod"] if name == "weight" else [*parts, "bio_mod", name])
 
 
-def state_of(model: nn.Module, parameter_path: str) -> BioModule | None:
+def kept_state(model: nn.Module, parameter_path: str) -> BioModule | None:
     """Return the state of a weight, None if it has none yet."""
     try:
         state = model.get_submodule(bio_module_path(parameter_path))
     except AttributeError:
         return None
     return state if isinstance(state, BioModule) else None
+
+
+def state_of(model: nn.Module, weight: Weight) -> BioModule:
+    """Return the state of a weight, made if it is not there yet, which knows how the weight is laid out.
+
+    Raises:
+        PlasticityError: something else is in its place.
+    """
+    state = bio_module_at(model, weight.path)
+    kinds = [site.kind for site in weight.sites]
+    state.inputs_first = all(kind.transposed for kind in kinds)
+    state.why_no_synapses = next((kind.why_no_units for kind in kinds if kind.why_no_units), "")
+    return state
 
 
 def bio_module_at(model: nn.Module, parameter_path: str) -> BioModule:

@@ -174,6 +174,8 @@ class Analysis:
         modules = dict(self.graph_module.named_modules(remove_duplicate=False))
         sites: dict[Node, list[WeightSite]] = {}
         for site in find_sites(self.graph_module).found:
+            if site.kind.why_no_units:
+                continue
             sites.setdefault(site.node, []).append(site)
         synaptic = synaptic_nodes(self.graph_module)
         use = RegionUse(self.graph_module, self.graph_module.graph)
@@ -224,7 +226,7 @@ class Analysis:
         site = sites[0]
         if site.kind.is_compound:
             return compound_layer(call, sites, self)
-        source = call.argument(0, "input")
+        source = call.argument(*site.kind.source)
         self.read(site, source, site.kind.channel_axis)
         made = self.made(site.parameter_path, site.output_channels, site.kind.channel_axis)
         given = self.flows[source] if isinstance(source, Node) else NOTHING

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from biofx.graph.regions import region_output
-from biofx.plasticity.placement import state_of
+from biofx.plasticity.placement import kept_state
 from biofx.sites import WeightSite
 from biofx.units import rules_elementwise as elementwise
 from biofx.units import rules_join as join
@@ -114,12 +114,14 @@ class Expandability:
                 if region is not None:
                     return f"what makes its units is not known: Python calls {region!r}"
                 return f"no layer makes its units: they begin at {source.name!r}"
-            reason = self._unmakeable(self._makers[source.name][0]) or self._is_plastic(source.name)
+            reason = self._used_without_units(source.name)
+            reason = reason or self._unmakeable(self._makers[source.name][0]) or self._is_plastic(source.name)
             if reason is not None:
                 return f"its units are made by {source.name!r}: {reason}"
         for reading in circuit.readings:
-            reason = _obstacle(reading.site) or _unreadable(reading)
-            reason = reason or self._is_plastic(reading.site.parameter_path)
+            path = reading.site.parameter_path
+            reason = self._used_without_units(path) or _obstacle(reading.site) or _unreadable(reading)
+            reason = reason or self._is_plastic(path)
             if reason is not None:
                 return f"its units are read by {reading.site.parameter_path!r}: {reason}"
         inside = set(circuit.nodes)
@@ -137,6 +139,11 @@ class Expandability:
                     return f"its units go into {user.name!r}, behind which they are not known"
         return None
 
+    def _used_without_units(self, path: str) -> str | None:
+        """Return words about a use of a weight in which its entries are not from one unit to another."""
+        uses = (site for site in self._makers[path] if site.kind.why_no_units)
+        return next((f"{site.node.name!r} reads it too: {site.kind.why_no_units}" for site in uses), None)
+
     def _unmakeable(self, site: WeightSite) -> str | None:
         reason = _obstacle(site)
         if reason is None and not has_own_bias(self._graph_module, site, self._shared):
@@ -145,7 +152,7 @@ class Expandability:
 
     def _is_plastic(self, path: str) -> str | None:
         """Return what is kept for each synapse of a weight already, None if nothing is."""
-        state = state_of(self._graph_module, path)
+        state = kept_state(self._graph_module, path)
         if state is not None and (state.has_factors or state.target_strength is not None):
             return "its synapses have learning rates or target strengths already; expand the original first"
         return None
@@ -216,6 +223,8 @@ def _has_state(module: nn.Module) -> bool:
 def _obstacle(site: WeightSite) -> str | None:
     if site.kind.is_compound:
         return f"a {site.kind.name} has several weights, whose sizes hang together"
+    if site.kind.is_product:
+        return f"it is a factor of {site.kind.name}, not the weight of a layer"
     if site.operators:
         return "its weight is constrained or scaled already"
     return site.obstacle
@@ -238,6 +247,8 @@ def run_of(reading: Reading) -> Axis | None:
 
 def _is_named(node: Node, position: int) -> bool:
     sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], Node):
+        return True  # sizes computed as a whole, with numbers in them that are not seen here
     size = list(sizes)[position]
     return isinstance(size, int) and size != -1
 

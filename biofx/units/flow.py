@@ -31,6 +31,8 @@ class Flow:
     """Whether none of its entries can be negative."""
     parts: tuple[Flow, ...] | None = None
     """Of a tuple or list, its entries."""
+    tail: tuple[Flow, ...] | None = None
+    """Of a tuple of unknown length, what is known of its last entries."""
     number: int | None = None
     """Of a whole number that the graph computes from sizes, its value."""
     size_of: int | None = None
@@ -112,7 +114,8 @@ class Call:
 
     def keeps(self, flow: Flow | None = None, **changes: Any) -> Flow:
         """Return that the result has the units of the first argument (or of ``flow``) where they were."""
-        return (self.x if flow is None else flow).replace(number=None, parts=None, size_of=None, **changes)
+        kept = self.x if flow is None else flow
+        return kept.replace(number=None, parts=None, tail=None, size_of=None, **changes)
 
     def unified(self, flows: Sequence[Flow]) -> Flow:
         """Return the flow of a result whose units are those of several values, one by one.

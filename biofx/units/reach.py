@@ -6,9 +6,8 @@ from collections.abc import Mapping, Set
 
 from torch.fx import Graph, Node
 
+from biofx.dataflow import asks_for_a_size
 from biofx.graph.regions import region_of_nodes
-
-_SIZES = frozenset({"size", "dim", "numel", "device", "dtype"})
 
 
 def only_compared(graph: Graph, comparisons: Mapping[Node, Set[Node]], synaptic: Set[Node]) -> set[Node]:
@@ -21,7 +20,7 @@ def only_compared(graph: Graph, comparisons: Mapping[Node, Set[Node]], synaptic:
     """
     found: set[Node] = set()
     for node in reversed(graph.nodes):
-        users = [user for user in node.users if not _asks_for_a_size(user)]
+        users = [user for user in node.users if not asks_for_a_size(user)]
         if users and all(
             node in comparisons.get(user, ()) or (user in found and user not in synaptic) for user in users
         ):
@@ -43,12 +42,7 @@ def last_in_regions(graph: Graph, synaptic: Set[Node]) -> dict[Node, str]:
 def _last(graph: Graph, synaptic: Set[Node]) -> set[Node]:
     leads_on: set[Node] = set()
     for node in reversed(graph.nodes):
-        if any(user in synaptic or user in leads_on for user in node.users):
+        followers = [user for user in node.users if not asks_for_a_size(user)]
+        if any(user in synaptic or user in leads_on for user in followers):
             leads_on.add(node)
     return set(synaptic - leads_on)
-
-
-def _asks_for_a_size(node: Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _SIZES
-    return node.target is getattr and node.args[1] in ("shape", *_SIZES)

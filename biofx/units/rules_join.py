@@ -125,6 +125,11 @@ def stacked(call: Call) -> Flow:
 
 def _computed(call: Call, left: Flow, right: Flow, function: object) -> Flow | None:
     """Return the result of arithmetic on sizes, None where it is not that."""
+    if function is operator.add and right.parts is not None:  # a tuple of sizes, and more of them
+        if left.parts is not None:
+            return Flow(parts=left.parts + right.parts)
+        if left.tail is not None:
+            return Flow(nonnegative=True, tail=left.tail + right.parts)
     if left.number is not None and right.number is not None and callable(function):
         value = function(left.number, right.number)
         return Flow(number=value, nonnegative=value >= 0)

@@ -24,6 +24,11 @@ def normalised(call: Call) -> Flow:
     return call.keeps(nonnegative=False)
 
 
+def looked_up(call: Call) -> Flow:
+    """``embedding``: rows of numbers that are learned."""
+    return call.ends("it looks up rows of a weight, which no unit makes")
+
+
 def pooled_over_space(call: Call) -> Flow:
     """Pooling: each channel by itself, over axes behind it."""
     axes = _spatial_axes(call)
@@ -89,3 +94,5 @@ for _module in (nn.Upsample, nn.UpsamplingNearest2d):
 RULES[nn.UpsamplingBilinear2d] = keeps
 RULES[F.normalize] = perhaps_negative
 RULES[pool_synapses] = pooled
+for _lookup in (nn.Embedding, nn.EmbeddingBag, F.embedding, F.embedding_bag):
+    RULES[_lookup] = looked_up

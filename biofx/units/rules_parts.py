@@ -19,6 +19,8 @@ def indexed(call: Call) -> Flow:
     flow = call.x
     if flow.parts is not None:
         return _entry(call, flow.parts, index)
+    if flow.tail is not None:
+        return _entry_from_the_end(flow, index)
     if flow.layout is None:
         return call.moves_unknown() if flow.origin is not None else NOTHING
     entries = list(index) if isinstance(index, tuple) else [index]
@@ -40,6 +42,16 @@ def indexed(call: Call) -> Flow:
         layout, rank, _ = _taken(layout, rank, position - (entry is None), entry)
         position += entry is not None
     return call.keeps(rank=rank).replace(layout=layout)
+
+
+def _entry_from_the_end(sizes: Flow, index: Any) -> Flow:
+    """Return what is known of an entry, or of all but the last few, of a tuple of unknown length."""
+    if isinstance(index, int) and not isinstance(index, bool):
+        return _size_along(sizes, index)
+    is_front = isinstance(index, slice) and index.start is None and index.step is None
+    if is_front and isinstance(index.stop, int) and index.stop < 0 and sizes.tail is not None:
+        return Flow(nonnegative=True, tail=sizes.tail[: index.stop])
+    return Flow(nonnegative=True)
 
 
 def _taken(layout: Layout, rank: int | None, position: int, entry: Any) -> tuple[Layout, int | None, bool]:
@@ -146,16 +158,24 @@ def sized(call: Call) -> Flow:
     """``x.size()``."""
     axis = call.argument(1, "dim")
     sizes = _sizes(call.x)
-    if axis is None or sizes.parts is None:
-        return sizes if axis is None else Flow(nonnegative=True, size_of=1)
-    number = call.flow(axis).number
-    return NOTHING if number is None else sizes.parts[number]
+    return sizes if axis is None else _size_along(sizes, call.flow(axis).number)
+
+
+def _size_along(sizes: Flow, axis: int | None) -> Flow:
+    known = sizes.tail if sizes.parts is None else sizes.parts
+    if axis is None:
+        return NOTHING
+    if known is not None and (sizes.parts is not None or -len(known) <= axis < 0):
+        return known[axis]
+    return Flow(nonnegative=True, size_of=1)
 
 
 def _sizes(flow: Flow) -> Flow:
-    if flow.rank is None:
-        return Flow(nonnegative=True)
     layout = flow.layout
+    if flow.rank is None:
+        size = None if layout is None else layout.size_at(-1)
+        last = () if size is None else (Flow(number=size, nonnegative=True, size_of=1),)
+        return Flow(nonnegative=True, tail=last)
     sizes = (None if layout is None else layout.size_at(place - flow.rank) for place in range(flow.rank))
     return Flow(parts=tuple(Flow(number=size, nonnegative=True, size_of=1) for size in sizes))
 

@@ -41,10 +41,18 @@ def unflattened(call: Call) -> Flow:
 
 def reshaped(call: Call) -> Flow:
     """``reshape``, ``view``: axes merged and taken apart."""
-    sizes = _listed(call, 1, "shape")
+    whole = call.flow(call.argument(1, "shape"))
+    if whole.tail is not None:  # as many axes in front as some other value has
+        if call.x.layout is None:
+            return call.moves_unknown()
+        last = [_size(size) for size in whole.tail]
+        return call.keeps(rank=None).replace(layout=reshaped_layout(call.x.layout, None, last))
+    sizes = whole.parts or tuple(call.flow(size) for size in _listed(call, 1, "shape"))
     if call.x.layout is None:
         return call.moves_unknown(rank=len(sizes))
-    given = [_size(call.flow(size)) for size in sizes]
+    if len(sizes) == 1 and sizes[0].number is None and sizes[0].size_of is None:
+        raise LayoutError("it reshapes to sizes that are computed in the graph")
+    given = [_size(size) for size in sizes]
     return call.keeps(rank=len(given)).replace(layout=reshaped_layout(call.x.layout, call.x.rank, given))
 
 

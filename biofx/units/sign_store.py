@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from biofx.draws.randomness import generator_for
 from biofx.errors import OptionError
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.placement import bio_module_at, bio_module_path, state_of
+from biofx.plasticity.placement import bio_module_at, bio_module_path, kept_state
 from biofx.sites import WeightSite
 from biofx.units.analysis import Reading, Source
 from biofx.units.groups import UnitGroups
@@ -133,7 +133,7 @@ class SignStore:
 
     def _kept(self, path: str, *, of_layer: bool) -> Tensor | None:
         """Return the signs that the state of a weight keeps already, None if it keeps none."""
-        state = state_of(self._graph_module, path)
+        state = kept_state(self._graph_module, path)
         kept: Tensor | None = None if state is None else getattr(state, "sign" if of_layer else "local_sign")
         return kept
 
@@ -219,10 +219,12 @@ def _take(taken: Tensor, path: str, signs: tuple[int, ...], home: Tensor) -> Non
 
 
 def keep_row_signs(site: WeightSite, state: BioModule, fraction: float, seed: int) -> KeptSigns:
-    """Draw a sign for each row of a weight, and for each kernel of a convolution, unless it has them."""
+    """Draw a sign for each output of a weight, and for each kernel of a convolution, unless it has them."""
     if state.local_sign is None:
         shape = site.parameter.shape
         laid_out = (*shape[:2], *(1,) * (len(shape) - 2)) if len(shape) > 2 else (shape[0], 1)
+        if site.kind.is_product:
+            laid_out = (1, shape[1])
         drawn = _draw(int(torch.Size(laid_out).numel()), fraction, seed, site.parameter_path)
         state.local_sign = drawn.reshape(laid_out).to(site.parameter.device)
     return KeptSigns([(site.parameter_path, "local_sign")], None)

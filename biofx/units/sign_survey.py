@@ -41,8 +41,8 @@ class SignSurvey:
 
     @cached_property
     def layers(self) -> dict[Node, WeightSite]:
-        """The layers with one weight, by their nodes."""
-        return {site.node: site for site in self._sites if not site.kind.is_compound}
+        """The layers with one weight that are modules, by their nodes."""
+        return {s.node: s for s in self._sites if s.why_no_channels is None and not s.kind.is_product}
 
     def reading(self, site: WeightSite) -> Reading:
         """Return what a site reads."""
@@ -75,6 +75,17 @@ class SignSurvey:
     def exempt_rows(self, site: WeightSite) -> Tensor:
         """Return which rows of the weight make outputs that are only compared, bool, ``(rows,)``."""
         return self.groups.exempt_rows(site)
+
+    def why_no_signs(self, site: WeightSite) -> str | None:
+        """Return why a weight has no presynaptic units, at this use or at another, None if it has."""
+        if site.kind.why_no_units:
+            return f"{site.kind.why_no_units}, which could have a sign"
+        other = self._without_units.get(id(site.parameter))
+        return None if other is None else f"its weight is also read by {other!r}, where signs mean nothing"
+
+    @cached_property
+    def _without_units(self) -> dict[int, str]:
+        return {id(site.parameter): site.node.name for site in self._sites if site.kind.why_no_units}
 
     def is_used_elsewhere(self, weight: Weight) -> bool:
         """Whether there are uses of the parameter besides the weight's sites, which are left as they are."""

@@ -13,8 +13,9 @@ from torch.fx import Node
 
 from biofx import ops
 from biofx.errors import InvariantError
+from biofx.layers.weight_slots import argument
 from biofx.weights.constant_part import ConstantPart
-from biofx.weights.weight_uses import Treatment, WeightUse, argument
+from biofx.weights.weight_uses import Treatment, WeightUse
 
 _OPTIONS = frozenset(inspect.signature(ops.signs_like).parameters) - {"weight", "sign"}
 

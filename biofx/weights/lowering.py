@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from biofx.errors import PassError
 from biofx.graph.parameters import Parameters
+from biofx.layers.unitless_layers import lower_unitless
 from biofx.layers.weight_slots import WeightSlot
 from biofx.sites import WeightSite
 from biofx.weights.compound_layers import lower_compound
@@ -78,6 +79,9 @@ class Lowering:
         node, module = site.node, self.graph_module.get_submodule(str(site.node.target))
         if site.kind.is_compound:
             lower_compound(node, module, site.kind, functools.partial(self.read_of, node))
+            return
+        if site.kind.why_no_units:
+            lower_unitless(node, module, site.kind, functools.partial(self.read_of, node))
             return
         (source,) = (*node.args, *node.kwargs.values())
         weight = self.read(site.parameter_path, node)

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from biofx import ops
 from biofx.graph.printing import function_name
+from biofx.layers.weight_slots import argument
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.weights.constant_part import ConstantPart
 
@@ -104,8 +105,3 @@ def _through(way: WeightUse, node: Node) -> WeightUse:
     if node.target is ops.constrain_sign:
         return replace(way, expression=node, whole=whole, constraints=(*way.constraints, node))
     return replace(way, expression=node, whole=whole, scalings=(*way.scalings, node))
-
-
-def argument(node: Node, place: int, name: str) -> Any:
-    """Return an argument of a node, given by place or by name; None if it is not given."""
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name)

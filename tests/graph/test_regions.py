@@ -82,7 +82,7 @@ def both_ways(x: Tensor) -> list[Tensor]:
 def test_what_python_calls_is_captured_below_it(vectors: Tensor) -> None:
     model = Model()
     captured = biofx.capture(model)
-    assert region_paths(captured) == ("gate.open.0", "gate.open.2", "gate.closed")
+    assert region_paths(captured) == ("gate.open.0", "gate.open.2", "gate.norm", "gate.closed")
     assert list(captured.kept_as_python) == ["gate"]
     assert "test_regions.py" in captured.kept_as_python["gate"]
     assert "(if x.sum() > 0:)" in captured.kept_as_python["gate"]
@@ -231,7 +231,9 @@ def test_joining_and_dividing_changes_nothing(vectors: Tensor) -> None:
     bio_model = biofx.transform(Model(), EVERYTHING).graph_module
     before = format_graph(bio_model)
     expected = bio_model(vectors)
-    regions: dict[str, Any] = {path: bio_model.get_submodule(path) for path in region_paths(bio_model)}
+    modules: dict[str, Any] = {path: bio_model.get_submodule(path) for path in region_paths(bio_model)}
+    regions = {path: module for path, module in modules.items() if isinstance(module, torch.fx.GraphModule)}
+    assert [path for path in modules if path not in regions] == ["gate.norm"]  # nothing was done with it
     parts = {path: pack(region.graph)[0] for path, region in regions.items()}
     with joined(bio_model), joined(bio_model):
         assert format_graph(bio_model.graph) == before
