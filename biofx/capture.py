@@ -24,6 +24,7 @@ from biofx.capturing.record_capture import ExampleInputs, capture_recorded
 from biofx.capturing.region_capture import capture_regions
 from biofx.capturing.tracing import trace
 from biofx.errors import CaptureError, InputError
+from biofx.graph.contexts import preserved_modes
 from biofx.graph.graph_module import BioGraphModule, become_graph_module
 from biofx.graph.names import refuse_unwritable_names
 from biofx.graph.regions import region_paths
@@ -61,7 +62,7 @@ def capture(
     _check_input(model)
     refuse_unwritable_names(model)
     _check_paths(model, opaque)
-    with preserved_random_state():
+    with preserved_random_state(), preserved_modes():
         memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
         if isinstance(model, GraphModule):
             captured = BioGraphModule.copy_of(model, memo)
@@ -95,7 +96,7 @@ def trace_function(function: Callable[[Any], Any]) -> Graph:
         def forward(self, x: Any) -> Any:
             return function(x)
 
-    with preserved_random_state():
+    with preserved_random_state(), preserved_modes():
         return trace(Holder()).graph
 
 

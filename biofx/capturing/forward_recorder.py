@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from biofx.capturing.binding import bind_inputs
 from biofx.capturing.frames import BY_VALUE, Frame, Keep
 from biofx.capturing.region_capture import is_plain_layer
+from biofx.capturing.switches import Switches, SwitchPatches
 from biofx.capturing.tracked import plain, tracked
 from biofx.capturing.values import TORCH_FOLDER
 from biofx.errors import InputError
@@ -53,7 +54,7 @@ class Recorder(TorchFunctionMode):
         self._kept = kept
         self._opaque = opaque
         self._paths = {id(module): path for path, module in root.named_modules()}
-        self._ambient = _ambient()
+        self._patches = SwitchPatches(self._switches, self.stop)
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the model, which must be in the mode to record.
@@ -62,7 +63,7 @@ class Recorder(TorchFunctionMode):
             Keep: a module must keep its own forward.
             InputError: the model itself fails on these inputs.
         """
-        with self._patched(), self:
+        with self._patched(), self._patches.patched(), self:
             try:
                 if "" in self._kept:
                     self._root(*args, **kwargs)
@@ -92,8 +93,8 @@ class Recorder(TorchFunctionMode):
             return self._size(frame, func, name, args, options)
         if name in _DECIDING:
             self.stop(f"asks for the value of a tensor ({name})")
-        if func is torch._C._set_grad_enabled and args[0] != torch.is_grad_enabled():
-            self.stop("switches gradients on or off (torch.no_grad, …)")
+        if func is torch._C._set_grad_enabled and not self._patches.is_switching:
+            self.stop("switches gradients by itself")
         with self.quiet():
             found = func(*args, **options)
         if (
@@ -101,8 +102,7 @@ class Recorder(TorchFunctionMode):
             or (isinstance(found, (tuple, list)) and _has_tensors(found))
             or name == "__setitem__"
         ):
-            if _ambient() != self._ambient:
-                self.stop("works under a context (torch.autocast, torch.no_grad, …)")
+            frame.switches.check()
             node = self._write(frame, func, name, args, options)
             if _is_sized_by_values(name, args):
                 node.meta[BY_VALUE] = True
@@ -186,6 +186,7 @@ class Recorder(TorchFunctionMode):
                 self.stop(f"has {' and '.join(hooks_of(module))}")
             if not whole:
                 return original(module, *args, **kwargs)
+            frame.switches.check()
             node = frame.node("call_module", local, *given)
             with self._in_python() if path in self._kept else self.quiet():
                 found = original(module, *args, **kwargs)
@@ -219,6 +220,9 @@ class Recorder(TorchFunctionMode):
         finally:
             self.frame = outer
         return _untracked(found)
+
+    def _switches(self) -> Switches | None:
+        return None if self.frame is None or self.busy else self.frame.switches
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -321,15 +325,6 @@ def _is_sized_by_values(name: str, args: tuple[Any, ...]) -> bool:
     if name == "__getitem__":
         return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in _leaves(args[1]))
     return name in _SIZED_BY_VALUES or (name == "where" and len(args) == 1)
-
-
-def _ambient() -> tuple[Any, ...]:
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
-        torch.get_default_dtype(),
-    )
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from biofx.capturing.recording import Recorder, leaves_of
 from biofx.capturing.side_effects import Watch
+from biofx.capturing.switches import Switches, SwitchPatches
 from biofx.capturing.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 from biofx.errors import CaptureError
 from biofx.graph.guards import require_default
@@ -68,12 +69,13 @@ class ModelTracer(Tracer):
         self._foreign = foreign
         self._paths = {id(module): path for path, module in root.named_modules()}
         self._modules = dict(root.named_modules(remove_duplicate=False))
-        self._ambient = _ambient_modes()
         self._stored: dict[int, tuple[str, Tensor]] = {}
         for path, tensor in (*root.named_parameters(), *root.named_buffers()):
             self._stored[id(tensor)] = (path, tensor)
         self._reads: dict[str, StoredTensor] = {}
         self._constants: set[str] = set()
+        self._switches = Switches(self)
+        self._patches = SwitchPatches(lambda: self._switches, self.refuse)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -82,8 +84,33 @@ class ModelTracer(Tracer):
             stack.enter_context(self._flags_as_nodes())
             stack.enter_context(self._no_autograd_functions())
             stack.enter_context(transformers_as_nodes())
+            stack.enter_context(self._patches.patched())
             stack.enter_context(Recorder(self))
             yield
+
+    @property
+    def is_switching(self) -> bool:
+        """Whether a context that is written down switches gradients just now."""
+        return self._patches.is_switching
+
+    def anchor(self) -> tuple[Node, None] | None:
+        """Return an input of the graph, None if it has none."""
+        found = next((node for node in self.graph.nodes if node.op == "placeholder"), None)
+        return None if found is None else (found, None)
+
+    def write(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+        """Write a call of a function down."""
+        found: Node = self.create_node(
+            "call_function",
+            function,
+            tuple(a if isinstance(a, Node) else self.create_arg(a) for a in args),
+            {},
+        )
+        return found
+
+    def stop(self, what: str) -> NoReturn:
+        """Refuse what a context does."""
+        self.refuse(what, "Open it around the model instead")
 
     def refuse(self, what: str, remedy: str | None = None) -> NoReturn:
         """Raise a CaptureError, and again in the end if the model swallows it."""
@@ -247,6 +274,7 @@ class ModelTracer(Tracer):
         self.module_stack.clear()
         self.module_stack.update(mark.module_stack)
         self._watch.restore(module)
+        self._switches.forget_loose()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         """Return what stands for a parameter or buffer that a module is asked for."""
@@ -315,12 +343,7 @@ class ModelTracer(Tracer):
         return self._reads[path]
 
     def _refuse_lost_context(self) -> None:
-        if _ambient_modes() != self._ambient:
-            self.refuse(
-                "works under a context (torch.no_grad, torch.autocast, a default dtype, a seed, …), which a "
-                "graph would drop",
-                "Open it around the model instead",
-            )
+        self._switches.check()
         for frame, _ in traceback.walk_stack(None):
             if frame.f_code is _CHECKPOINT:
                 self.refuse(
@@ -386,17 +409,3 @@ _CHECKPOINT = inspect.unwrap(checkpoint).__code__
 
 def _steers(default: object) -> bool:
     return default is None or isinstance(default, (bool, str))
-
-
-def _ambient_modes() -> tuple[Any, ...]:
-    """Return what is in force around an operation and would be lost with the Python code around it."""
-    depth = torch.autocast_increment_nesting()
-    torch.autocast_decrement_nesting()
-    return (
-        depth,
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
-        torch.get_default_dtype(),
-        torch.initial_seed(),
-    )

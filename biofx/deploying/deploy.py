@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -15,6 +16,7 @@ from biofx.deploying.plain_operators import write_out
 from biofx.deploying.raising import raise_layers
 from biofx.errors import InputError, PassError
 from biofx.folding.fold_ops import require_axes
+from biofx.graph.contexts import begin_autocast, begin_grad_mode, end_autocast, end_grad_mode
 from biofx.graph.graph_module import BioGraphModule
 from biofx.graph.guards import require_default, require_tensor
 from biofx.graph.in_place import changed_in_place
@@ -120,6 +122,14 @@ def _drop_what_learns(own: GraphModule) -> None:
             fixed.append(node.args[0])
         elif node.target is require_tensor:
             pass
+        elif node.target in (begin_grad_mode, end_grad_mode):
+            pass
+        elif node.target is begin_autocast:
+            node.target, node.args = torch.amp.autocast_mode._enter_autocast, node.args[1:5]
+            continue
+        elif node.target is end_autocast:
+            node.target = torch.amp.autocast_mode._exit_autocast
+            continue
         elif node.op == "call_module" and isinstance(
             function := own.get_submodule(str(node.target)), OpaqueActivation
         ):
