@@ -341,7 +341,26 @@ class WorksWithoutAutocast(Body):
             return self.fc(x)
 
 
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+class ReversesGradients(Body):
+    def forward(self, x: Tensor) -> Any:
+        return Reverse.apply(self.fc(x))  # type: ignore[no-untyped-call]
+
+
 CAPTURED: list[type[nn.Module]] = [
+    ReversesGradients,
     WorksWithoutGradient,
     SwitchesGradientByTheFlag,
     EnablesGradient,
@@ -473,24 +492,6 @@ class Seeds(Body):
         with torch.random.fork_rng():
             torch.manual_seed(3)
             return self.fc(x) + torch.rand(4)
-
-
-class Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return -gradient
-
-
-class ReversesGradients(Body):
-    def forward(self, x: Tensor) -> Any:
-        return Reverse.apply(self.fc(x))  # type: ignore[no-untyped-call]
 
 
 class Checkpoints(Body):
@@ -664,7 +665,6 @@ REFUSED: list[tuple[type[nn.Module], str]] = [
     (SetsAnAttributeOfAValue, r"sets the attribute 'requires_grad'"),
     (WorksInInferenceMode, r"inference_mode"),
     (Seeds, r"a seed"),
-    (ReversesGradients, r"Reverse, a torch.autograd.Function"),
     (Checkpoints, r"checkpoint"),
     (CountsInPython, r"'steps'"),
     (Caches, r"'cache'"),

@@ -2,7 +2,7 @@
 
 Every torch function that is called becomes a node, every layer of torch's a call of its module. Real
 tensors flow, so types, containers, lengths and optional arguments are what they are; only where a *value*
-would decide what Python does next (``bool``, ``item``, a gradient context, an autograd function) recording
+would decide what Python does next (``bool``, ``item``) recording
 stops, and the module in which it happens keeps its own forward.
 """
 
@@ -30,6 +30,7 @@ from biofx.capturing.switches import Switches, SwitchPatches
 from biofx.capturing.tracked import plain, tracked
 from biofx.capturing.values import TORCH_FOLDER
 from biofx.errors import InputError
+from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
 from biofx.layers.layer_kinds import kind_of
 from biofx.layers.obstacles import hooks_of
 
@@ -252,9 +253,19 @@ class Recorder(TorchFunctionMode):
             return recorder._call(module, original_call, args, kwargs)
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            if recorder.frame is not None and not recorder.busy:
-                recorder.stop(f"calls {cls.__name__}, a torch.autograd.Function")
-            return original_apply.__func__(cls, *args, **kwargs)
+            frame = recorder.frame
+            if frame is None or recorder.busy:
+                return original_apply.__func__(cls, *args, **kwargs)
+            if _is_checkpointed():
+                recorder.stop("runs under torch.utils.checkpoint")
+            if not can_be_applied(cls):
+                recorder.stop(f"calls {cls.__name__}, an autograd function with an apply() of its own")
+            frame.switches.check()
+            given = frame.argument(tuple(args)), frame.argument(dict(kwargs))
+            node = frame.node("call_function", AppliedFunction(cls), *given)
+            with recorder.quiet():
+                found = original_apply.__func__(cls, *args, **kwargs)
+            return frame.take(node, found)
 
         nn.Module.__call__ = call  # type: ignore[method-assign]
         torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]

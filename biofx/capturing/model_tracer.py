@@ -1,7 +1,7 @@
 """A symbolic tracer that writes down, or refuses, what the stock one loses.
 
-Contexts that a graph has no place for, autograd functions and checkpointing are refused with the line of
-the model that asks for them.
+Contexts of gradients and autocast are nodes, and so is a call of an autograd function. Contexts that a graph
+has no place for and checkpointing are refused with the line of the model that asks for them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from biofx.capturing.side_effects import Watch
 from biofx.capturing.switches import Switches, SwitchPatches
 from biofx.capturing.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 from biofx.errors import CaptureError
+from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
 from biofx.graph.guards import require_default
 from biofx.graph.in_place import changed_in_place
 from biofx.layers.obstacles import hooks_of
@@ -82,7 +83,7 @@ class ModelTracer(Tracer):
         """Let everything that a forward does reach this tracer."""
         with ExitStack() as stack:
             stack.enter_context(self._flags_as_nodes())
-            stack.enter_context(self._no_autograd_functions())
+            stack.enter_context(self._autograd_functions_as_nodes())
             stack.enter_context(transformers_as_nodes())
             stack.enter_context(self._patches.patched())
             stack.enter_context(Recorder(self))
@@ -370,16 +371,15 @@ class ModelTracer(Tracer):
             )
 
     @contextmanager
-    def _no_autograd_functions(self) -> Iterator[None]:
-        """Refuse an autograd.Function even where it has no operation of its own, as in gradient reversal."""
+    def _autograd_functions_as_nodes(self) -> Iterator[None]:
+        """Write an autograd.Function down as one call, even one without an operation of its own."""
         original = torch.autograd.Function.__dict__["apply"]
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             if any(isinstance(leaf, Value) for leaf in leaves_of((args, kwargs))):
-                self.refuse(
-                    f"calls {cls.__name__}, a torch.autograd.Function, whose backward a graph would drop",
-                    "Register it as a torch.library.custom_op instead",
-                )
+                if not can_be_applied(cls):
+                    self.refuse(f"calls {cls.__name__}, an autograd function with an apply() of its own")
+                return self.create_proxy("call_function", AppliedFunction(cls), args, kwargs)
             return original.__func__(cls, *args, **kwargs)
 
         torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]

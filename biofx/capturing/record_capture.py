@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
 from biofx.capturing.both_modes import unified
@@ -17,6 +17,8 @@ from biofx.capturing.frames import Keep
 from biofx.capturing.region_capture import capture_regions, capture_uncalled, weights_read_by_python
 from biofx.capturing.side_effects import Watch
 from biofx.errors import CaptureError, InputError
+from biofx.graph.autograd_functions import AppliedFunction
+from biofx.graph.contexts import steers_gradients
 from biofx.graph.graph_module import BioGraphModule, become_graph_module
 from biofx.graph.guards import RecordingError
 from biofx.graph.own_forward import own_forward_graph
@@ -182,25 +184,55 @@ class _RecordCapture:
         """Return where the result does not do what the model does; None if it does."""
         for training in (True, False):
             for given in _variants(*self._given):
-                doubt = self._difference(made, given, training)
+                doubt = self._difference(made, given, training, _outcome, exact=True)
+                if doubt is not None:
+                    return doubt
+            if any(_says_more_than_values(graph) for graph in _graphs_of(made)):
+                doubt = self._difference(made, self._given, training, self._gradients, exact=False)
                 if doubt is not None:
                     return doubt
         return None
 
-    def _difference(self, made: BioGraphModule, given: Any, training: bool) -> Keep | None:
+    def _gradients(self, model: nn.Module, given: Any, training: bool) -> Any:
+        """Return which outputs have gradients, and the gradients of the parameters."""
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given)
+        model.train(training)
+        torch.manual_seed(0)
+        with torch.enable_grad():
+            leaves = pytree.tree_leaves(model(*args, **kwargs))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            trained = [leaf.abs().double().pow(2).sum() for leaf in tensors if leaf.requires_grad]
+            parameters = [p for p in self._scratch.values() if p.requires_grad]
+            total = torch.stack(trained).sum() if trained else None
+            gradients = None if total is None else torch.autograd.grad(total, parameters, allow_unused=True)
+        return [leaf.requires_grad for leaf in tensors], gradients
+
+    def _difference(
+        self, made: BioGraphModule, given: Any, training: bool, outcome: Callable[..., Any], *, exact: bool
+    ) -> Keep | None:
         try:
-            expected = _outcome(self._copy(self._root), given, training)
+            expected = outcome(self._copy(self._root), given, training)
         except Exception:
             return None  # nothing to compare with: the model does not work at this size
+        tolerance = 0.0 if exact else None  # None: what is usual for the type
         try:
-            found = _outcome(self._copy(made), given, training)
-            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+            found = outcome(self._copy(made), given, training)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
         except RecordingError as error:
             return Keep(error.module, str(error))
         except Exception as error:
             mode = "training" if training else "evaluation"
             return Keep("", f"what was recorded does not do what the model does in {mode}: {error}")
         return None
+
+
+def _graphs_of(made: nn.Module) -> Iterator[Graph]:
+    return (module.graph for module in made.modules() if isinstance(module, GraphModule))
+
+
+def _says_more_than_values(graph: Graph) -> bool:
+    """Whether equal values do not show that gradients are equal too."""
+    return steers_gradients(graph) or any(isinstance(node.target, AppliedFunction) for node in graph.nodes)
 
 
 def _outcome(model: nn.Module, given: Any, training: bool) -> Any:

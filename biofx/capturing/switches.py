@@ -179,7 +179,7 @@ class SwitchPatches:
     def _noting_loose(self, kind: Any) -> Any:
         make, decorate = kind.__init__, kind.__call__
 
-        def made(switch: Any, mode: bool) -> None:
+        def made(switch: Any, mode: Any) -> None:
             with self._switching() as was_switching:
                 if isinstance(mode, Proxy):
                     switch.prev, switch.mode = torch.is_grad_enabled(), mode

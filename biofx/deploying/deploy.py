@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -16,7 +15,7 @@ from biofx.deploying.plain_operators import write_out
 from biofx.deploying.raising import raise_layers
 from biofx.errors import InputError, PassError
 from biofx.folding.fold_ops import require_axes
-from biofx.graph.contexts import begin_autocast, begin_grad_mode, end_autocast, end_grad_mode
+from biofx.graph.contexts import begin_autocast, begin_grad_mode
 from biofx.graph.graph_module import BioGraphModule
 from biofx.graph.guards import require_default, require_tensor
 from biofx.graph.in_place import changed_in_place
@@ -110,8 +109,26 @@ def _settle(flag: Node, value: bool) -> None:
         user.args, user.kwargs = map_arg(user.args, settled), map_arg(user.kwargs, settled)
 
 
+def _drop_gradient_modes(own: GraphModule) -> None:
+    """Take out contexts that say where gradients flow; refuse the others.
+
+    Raises:
+        PassError: the graph opens an autocast.
+    """
+    for begin in own.graph.find_nodes(op="call_function", target=begin_grad_mode):
+        for end in list(begin.users):
+            own.graph.erase_node(end)
+        own.graph.erase_node(begin)
+    for begin in own.graph.find_nodes(op="call_function", target=begin_autocast):
+        raise PassError(
+            f"{begin.name!r} opens torch.autocast in the forward, which a plain graph module forgets "
+            "when it is loaded; deploy a model whose forward does not, and open it around the result"
+        )
+
+
 def _drop_what_learns(own: GraphModule) -> None:
     """Take out gradient factors, observers, checks of arguments, and training flags."""
+    _drop_gradient_modes(own)
     fixed: list[Any] = []
     for node in list(own.graph.nodes):
         if node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
@@ -122,14 +139,6 @@ def _drop_what_learns(own: GraphModule) -> None:
             fixed.append(node.args[0])
         elif node.target is require_tensor:
             pass
-        elif node.target in (begin_grad_mode, end_grad_mode):
-            pass
-        elif node.target is begin_autocast:
-            node.target, node.args = torch.amp.autocast_mode._enter_autocast, node.args[1:5]
-            continue
-        elif node.target is end_autocast:
-            node.target = torch.amp.autocast_mode._exit_autocast
-            continue
         elif node.op == "call_module" and isinstance(
             function := own.get_submodule(str(node.target)), OpaqueActivation
         ):

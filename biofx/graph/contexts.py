@@ -31,19 +31,20 @@ def begin_grad_mode(anchor: Any, enabled: bool) -> bool:
         enabled: whether it is to be on.
     """
     if isinstance(anchor, Proxy):
-        return _written(anchor, begin_grad_mode, (anchor, enabled))
+        recorded: bool = _written(anchor, begin_grad_mode, (anchor, enabled))
+        return recorded
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(enabled)
     return before
 
 
 @has_side_effect
-def end_grad_mode(before: bool) -> None:
+def end_grad_mode(before: Any) -> None:
     """Go back to what :func:`begin_grad_mode` found."""
     if isinstance(before, Proxy):
-        return _written(before, end_grad_mode, (before,))
-    torch._C._set_grad_enabled(before)
-    return None
+        _written(before, end_grad_mode, (before,))
+    else:
+        torch._C._set_grad_enabled(before)
 
 
 @has_side_effect
@@ -82,7 +83,8 @@ def begin_autocast(
     if torch.compiler.is_dynamo_compiling():  # the compiler knows this pair, and no other outside a with
         if torch.compiler.is_exporting():
             raise CaptureError("torch.export loses autocast where it is strict; export with strict=False")
-        return torch.amp._enter_autocast(device_type, dtype, enabled, cache_enabled)  # type: ignore[attr-defined]
+        enter: Any = torch.amp._enter_autocast  # type: ignore[attr-defined]
+        return enter(device_type, dtype, enabled, cache_enabled)
     context = torch.autocast(device_type, dtype, enabled, cache_enabled)
     context.__enter__()
     return context
@@ -91,13 +93,13 @@ def begin_autocast(
 @has_side_effect
 def end_autocast(context: Any) -> None:
     """Leave what :func:`begin_autocast` entered."""
+    leave: Any = torch.amp._exit_autocast  # type: ignore[attr-defined]
     if isinstance(context, Proxy):
-        return _written(context, end_autocast, (context,))
-    if torch.compiler.is_dynamo_compiling():
-        torch.amp._exit_autocast(context)  # type: ignore[attr-defined]
+        _written(context, end_autocast, (context,))
+    elif torch.compiler.is_dynamo_compiling():
+        leave(context)
     else:
         context.__exit__(None, None, None)
-    return None
 
 
 BEGINNINGS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -112,17 +114,22 @@ def _written(proxy: Proxy, function: Callable[..., Any], args: tuple[Any, ...]) 
     return proxy.tracer.create_proxy("call_function", function, args, {})
 
 
+def steers_gradients(graph: Graph) -> bool:
+    """Whether a graph says where gradients flow, besides what its operations say."""
+    return any(graph.find_nodes(op="call_function", target=begin) for begin in BEGINNINGS)
+
+
 class ContextMap:
     """Says in which context the nodes of a graph are, those written later included."""
 
     def __init__(self, graph: Graph) -> None:
         self._around: dict[Node, Node | None] = {}
-        if not any(graph.find_nodes(op="call_function", target=begin) for begin in BEGINNINGS):
+        if not steers_gradients(graph):
             return
         around: list[Node] = []
         for node in graph.nodes:
             if node.target in _ENDS and node.args[0] in around:
-                del around[around.index(node.args[0]) :]  # type: ignore[arg-type]
+                del around[around.index(node.args[0]) :]
             self._around[node] = around[-1] if around else None
             if node.target in BEGINNINGS:
                 around.append(node)

@@ -349,7 +349,7 @@ IDIOMS: list[tuple[type[Wraps], list[str]]] = [
     (Remembers, [""]),
     (UsesPythonsRandom, [""]),
     (SharesLayers, []),
-    (ReversesGradients, [""]),
+    (ReversesGradients, []),
     (Checkpoints, [""]),
     (ChangesInPlace, []),
     (TakesTheSameTwice, []),
