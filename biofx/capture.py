@@ -75,6 +75,11 @@ def capture(
                 captured = capture_recorded(root, example_inputs, frozenset(opaque), foreign)
                 if not regions and captured.kept_as_python:
                     raise CaptureError(next(iter(captured.kept_as_python.values())))
+                if not regions and captured.region_paths:
+                    raise CaptureError(
+                        f"module {captured.region_paths[0]!r} is called under torch.utils.checkpoint, and so "
+                        "has a graph of its own. Switch checkpointing off first"
+                    )
             elif regions:
                 captured = capture_regions(root, frozenset(opaque), foreign)
             else:

@@ -8,7 +8,6 @@ stops, and the module in which it happens keeps its own forward.
 
 from __future__ import annotations
 
-import inspect
 import operator
 import sys
 import traceback
@@ -18,12 +17,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Tracer
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from biofx.capturing.binding import bind_inputs
+from biofx.capturing.checkpoints import (
+    OPTIONS,
+    checkpointed_module,
+    checkpoints_handled,
+)
 from biofx.capturing.frames import BY_VALUE, Frame, Keep
 from biofx.capturing.region_capture import is_plain_layer
 from biofx.capturing.switches import Switches, SwitchPatches
@@ -31,6 +34,7 @@ from biofx.capturing.tracked import plain, tracked
 from biofx.capturing.values import TORCH_FOLDER
 from biofx.errors import InputError
 from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
+from biofx.graph.checkpointing import call_checkpointed
 from biofx.layers.layer_kinds import kind_of
 from biofx.layers.obstacles import hooks_of
 
@@ -64,7 +68,7 @@ class Recorder(TorchFunctionMode):
             Keep: a module must keep its own forward.
             InputError: the model itself fails on these inputs.
         """
-        with self._patched(), self._patches.patched(), self:
+        with self._patched(), self._patches.patched(), checkpoints_handled(self._checkpoint), self:
             try:
                 if "" in self._kept:
                     self._root(*args, **kwargs)
@@ -176,8 +180,6 @@ class Recorder(TorchFunctionMode):
         if self.frame is None:
             return self._call_from_python(path, module, original, args, kwargs)
         frame = self.frame
-        if _is_checkpointed():
-            self.stop("runs modules under torch.utils.checkpoint")
         whole = path in self._kept or path in self._opaque or _is_leaf(module)
         # what is handed on is the business of the module that calls, not of the one that is called
         given = (frame.argument(tuple(args)), frame.argument(dict(kwargs))) if whole else ((), {})
@@ -191,6 +193,32 @@ class Recorder(TorchFunctionMode):
             node = frame.node("call_module", local, *given)
             with self._in_python() if path in self._kept else self.quiet():
                 found = original(module, *args, **kwargs)
+            return frame.take(node, found)
+        finally:
+            frame.stack.pop()
+
+    def _checkpoint(
+        self, original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Write a checkpointed call of a module down as one node; the module gets a graph of its own."""
+        frame = self.frame
+        if frame is None or self.busy:
+            return original(function, *args, **kwargs)
+        module = checkpointed_module(function)
+        if module is None or self._paths.get(id(module)) is None:
+            self.stop("checkpoints (torch.utils.checkpoint) something else than the call of a submodule")
+        if "context_fn" in kwargs:
+            self.stop("checkpoints with a context_fn (torch.utils.checkpoint)")
+        options = {name: value for name, value in kwargs.items() if name in OPTIONS}
+        named = {name: value for name, value in kwargs.items() if name not in OPTIONS}
+        frame.switches.check()
+        given = frame.argument(tuple(args)), frame.argument(named), frame.argument(options)
+        local = frame.enter(module)
+        try:
+            owner = frame.node("get_attr", local)
+            node = frame.node("call_function", call_checkpointed, (owner, *given))
+            with self._in_python():
+                found = original(function, *args, **kwargs)
             return frame.take(node, found)
         finally:
             frame.stack.pop()
@@ -256,8 +284,6 @@ class Recorder(TorchFunctionMode):
             frame = recorder.frame
             if frame is None or recorder.busy:
                 return original_apply.__func__(cls, *args, **kwargs)
-            if _is_checkpointed():
-                recorder.stop("runs under torch.utils.checkpoint")
             if not can_be_applied(cls):
                 recorder.stop(f"calls {cls.__name__}, an autograd function with an apply() of its own")
             frame.switches.check()
@@ -340,13 +366,6 @@ def _is_sized_by_values(name: str, args: tuple[Any, ...]) -> bool:
 
 def _is_leaf(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, "")
-
-
-_CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
-
-
-def _is_checkpointed() -> bool:
-    return any(frame.f_code is _CHECKPOINT for frame, _ in traceback.walk_stack(None))
 
 
 def _leaves(value: Any) -> Iterator[Any]:

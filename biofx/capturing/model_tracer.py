@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
-from torch.utils.checkpoint import checkpoint
 
+from biofx.capturing.checkpoints import is_checkpointed
 from biofx.capturing.recording import Recorder, leaves_of
 from biofx.capturing.side_effects import Watch
 from biofx.capturing.switches import Switches, SwitchPatches
@@ -345,11 +345,11 @@ class ModelTracer(Tracer):
 
     def _refuse_lost_context(self) -> None:
         self._switches.check()
-        for frame, _ in traceback.walk_stack(None):
-            if frame.f_code is _CHECKPOINT:
-                self.refuse(
-                    "uses torch.utils.checkpoint, which a graph would drop", "Switch checkpointing off first"
-                )
+        if is_checkpointed():
+            self.refuse(
+                "uses torch.utils.checkpoint, which a graph would drop",
+                "Switch checkpointing off first, or give example_inputs",
+            )
 
     @contextmanager
     def _flags_as_nodes(self) -> Iterator[None]:
@@ -402,9 +402,6 @@ class _Mark:
     def of(cls, tracer: ModelTracer) -> _Mark:
         last = next(iter(reversed(tracer.graph.nodes)), None)
         return cls(last, len(tracer.refusals), len(tracer.calls), dict(tracer.module_stack))
-
-
-_CHECKPOINT = inspect.unwrap(checkpoint).__code__
 
 
 def _steers(default: object) -> bool:

@@ -18,6 +18,7 @@ from biofx.capturing.region_capture import capture_regions, capture_uncalled, we
 from biofx.capturing.side_effects import Watch
 from biofx.errors import CaptureError, InputError
 from biofx.graph.autograd_functions import AppliedFunction
+from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import steers_gradients
 from biofx.graph.graph_module import BioGraphModule, become_graph_module
 from biofx.graph.guards import RecordingError
@@ -152,7 +153,8 @@ class _RecordCapture:
         self, training: Recorder, evaluation: Recorder
     ) -> tuple[dict[str, Graph], list[str], set[str]]:
         graphs: dict[str, Graph] = {}
-        for path in dict.fromkeys([*training.graphs, *evaluation.graphs]):
+        paths = dict.fromkeys([*training.graphs, *evaluation.graphs])
+        for path in sorted(paths, key=len):  # whoever decides how to call a module, ahead of that module
             found = [recorder.graphs.get(path, []) for recorder in (training, evaluation)]
             if not all(found):
                 raise Keep(path, f"module {path!r} is called in one mode only")
@@ -161,6 +163,7 @@ class _RecordCapture:
                     raise Keep(path, f"module {path!r} does not do the same at every call")
             graphs[path] = unified(path, found[0][0], found[1][0])
         layers = list(dict.fromkeys([*training.layers, *evaluation.layers]))
+        graphs = {path: graphs[path] for path in paths}
         return graphs, layers, training.paths_called | evaluation.paths_called
 
     def _assembled(
@@ -232,7 +235,8 @@ def _graphs_of(made: nn.Module) -> Iterator[Graph]:
 
 def _says_more_than_values(graph: Graph) -> bool:
     """Whether equal values do not show that gradients are equal too."""
-    return steers_gradients(graph) or any(isinstance(node.target, AppliedFunction) for node in graph.nodes)
+    applies = any(isinstance(node.target, AppliedFunction) for node in graph.nodes)
+    return applies or steers_gradients(graph) or checkpoints(graph)
 
 
 def _outcome(model: nn.Module, given: Any, training: bool) -> Any:

@@ -15,6 +15,7 @@ from biofx.deploying.plain_operators import write_out
 from biofx.deploying.raising import raise_layers
 from biofx.errors import InputError, PassError
 from biofx.folding.fold_ops import require_axes
+from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import begin_autocast, begin_grad_mode
 from biofx.graph.graph_module import BioGraphModule
 from biofx.graph.guards import require_default, require_tensor
@@ -68,6 +69,11 @@ def deploy(bio_model: nn.Module) -> GraphModule:
     if not isinstance(model, GraphModule):
         raise InputError(
             f"expected a transformed or converted model, found a {type(model).__name__}; use biofx.transform"
+        )
+    if checkpoints(model.graph):
+        raise InputError(
+            "expected a model of one graph, found one that calls modules under torch.utils.checkpoint; "
+            "switch checkpointing off before the model is transformed"
         )
     if region_paths(model) or "" in kept_modules(model):
         path, reason = next(iter(kept_modules(model).items()))

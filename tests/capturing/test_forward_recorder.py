@@ -350,7 +350,7 @@ IDIOMS: list[tuple[type[Wraps], list[str]]] = [
     (UsesPythonsRandom, [""]),
     (SharesLayers, []),
     (ReversesGradients, []),
-    (Checkpoints, [""]),
+    (Checkpoints, []),
     (ChangesInPlace, []),
     (TakesTheSameTwice, []),
 ]
