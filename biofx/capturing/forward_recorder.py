@@ -214,14 +214,11 @@ class Recorder(TorchFunctionMode):
         frame.switches.check()
         given = frame.argument(tuple(args)), frame.argument(named), frame.argument(options)
         local = frame.enter(module)
-        try:
-            owner = frame.node("get_attr", local)
-            node = frame.node("call_function", call_checkpointed, (owner, *given))
-            with self._in_python():
-                found = original(function, *args, **kwargs)
-            return frame.take(node, found)
-        finally:
-            frame.stack.pop()
+        frame.stack.pop()  # how it is called is the business of the module that calls
+        node = frame.node("call_function", call_checkpointed, (frame.node("get_attr", local), *given))
+        with self._in_python():
+            found = original(function, *args, **kwargs)
+        return frame.take(node, found)
 
     def _call_from_python(
         self, path: str | None, module: nn.Module, original: Any, args: Any, kwargs: Any
