@@ -24,6 +24,7 @@ from biofx.capturing.record_capture import ExampleInputs, capture_recorded
 from biofx.capturing.region_capture import capture_regions
 from biofx.capturing.tracing import trace
 from biofx.errors import CaptureError, InputError
+from biofx.graph.contexts import preserved_modes
 from biofx.graph.names import refuse_unwritable_names
 from biofx.graph.regions import region_paths
 from biofx.model.graph_module import BioGraphModule, become_graph_module
@@ -61,7 +62,7 @@ def capture(
     _check_input(model)
     refuse_unwritable_names(model)
     _check_paths(model, opaque)
-    with preserved_random_state():
+    with preserved_random_state(), preserved_modes():
         memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
         if isinstance(model, GraphModule):
             captured = BioGraphModule.copy_of(model, memo)
@@ -74,6 +75,11 @@ def capture(
                 captured = capture_recorded(root, example_inputs, frozenset(opaque), foreign)
                 if not regions and captured.kept_as_python:
                     raise CaptureError(next(iter(captured.kept_as_python.values())))
+                if not regions and captured.region_paths:
+                    raise CaptureError(
+                        f"module {captured.region_paths[0]!r} is called under torch.utils.checkpoint, and so "
+                        "has a graph of its own. Switch checkpointing off first"
+                    )
             elif regions:
                 captured = capture_regions(root, frozenset(opaque), foreign)
             else:
@@ -95,7 +101,7 @@ def trace_function(function: Callable[[Any], Any]) -> Graph:
         def forward(self, x: Any) -> Any:
             return function(x)
 
-    with preserved_random_state():
+    with preserved_random_state(), preserved_modes():
         return trace(Holder()).graph
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+from biofx.graph.checkpointing import checkpointed_path
 from biofx.graph.in_place import changed_in_place
 from biofx.graph.regions import region_output
 from biofx.layers.layer_kinds import kind_of_call
@@ -168,8 +169,9 @@ def _attribute(graph_module: GraphModule, node: Node) -> Any:
 
 def is_synaptic(node: Node, graph_module: GraphModule) -> bool:
     """Whether a node carries weights between units: a layer, or an opaque module with a matrix inside."""
-    if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
+    path = str(node.target) if node.op == "call_module" else checkpointed_path(node)
+    if path is not None:
+        module = graph_module.get_submodule(path)
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             return False
         return any(parameter.dim() >= 2 for parameter in module.parameters())

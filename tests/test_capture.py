@@ -310,7 +310,62 @@ class LeavesAFrozenPart(Body):
         return self.fixed(self.fc(x)).detach() + self.fc(x)
 
 
+class WorksWithoutGradient(Body):
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            scale = x.mean()
+        return self.fc(x) * scale
+
+
+class SwitchesGradientByTheFlag(Body):
+    def forward(self, x: Tensor) -> Any:
+        with torch.set_grad_enabled(self.training):
+            return self.fc(x)
+
+
+class EnablesGradient(Body):
+    def forward(self, x: Tensor) -> Any:
+        with torch.enable_grad():
+            return self.fc(x)
+
+
+class WorksUnderAutocast(Body):
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.fc(x)
+
+
+class WorksWithoutAutocast(Body):
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return self.fc(x)
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+class ReversesGradients(Body):
+    def forward(self, x: Tensor) -> Any:
+        return Reverse.apply(self.fc(x))  # type: ignore[no-untyped-call]
+
+
 CAPTURED: list[type[nn.Module]] = [
+    ReversesGradients,
+    WorksWithoutGradient,
+    SwitchesGradientByTheFlag,
+    EnablesGradient,
+    WorksUnderAutocast,
+    WorksWithoutAutocast,
     PassesTheFlagOn,
     MixesTheFlagIn,
     FunctionalBatchNorm,
@@ -426,41 +481,10 @@ class SetsAnAttributeOfAValue(Body):
         return y
 
 
-class WorksWithoutGradient(Body):
-    def forward(self, x: Tensor) -> Any:
-        with torch.no_grad():
-            scale = x.mean()
-        return self.fc(x) * scale
-
-
-class SwitchesGradientByTheFlag(Body):
-    def forward(self, x: Tensor) -> Any:
-        with torch.set_grad_enabled(self.training):
-            return self.fc(x)
-
-
-class EnablesGradient(Body):
-    def forward(self, x: Tensor) -> Any:
-        with torch.enable_grad():
-            return self.fc(x)
-
-
 class WorksInInferenceMode(Body):
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Any:
         return self.fc(x)
-
-
-class WorksUnderAutocast(Body):
-    def forward(self, x: Tensor) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.fc(x)
-
-
-class WorksWithoutAutocast(Body):
-    def forward(self, x: Tensor) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            return self.fc(x)
 
 
 class Seeds(Body):
@@ -468,24 +492,6 @@ class Seeds(Body):
         with torch.random.fork_rng():
             torch.manual_seed(3)
             return self.fc(x) + torch.rand(4)
-
-
-class Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return -gradient
-
-
-class ReversesGradients(Body):
-    def forward(self, x: Tensor) -> Any:
-        return Reverse.apply(self.fc(x))  # type: ignore[no-untyped-call]
 
 
 class Checkpoints(Body):
@@ -657,14 +663,8 @@ REFUSED: list[tuple[type[nn.Module], str]] = [
     (AsksForTheLength, r"length of a value"),
     (Contains, r"looks for something in a value"),
     (SetsAnAttributeOfAValue, r"sets the attribute 'requires_grad'"),
-    (WorksWithoutGradient, r"no_grad"),
-    (SwitchesGradientByTheFlag, r"enables gradients"),
-    (EnablesGradient, r"enables gradients"),
-    (WorksInInferenceMode, r"no_grad"),
-    (WorksUnderAutocast, r"autocast"),
-    (WorksWithoutAutocast, r"autocast"),
+    (WorksInInferenceMode, r"inference_mode"),
     (Seeds, r"a seed"),
-    (ReversesGradients, r"Reverse, a torch.autograd.Function"),
     (Checkpoints, r"checkpoint"),
     (CountsInPython, r"'steps'"),
     (Caches, r"'cache'"),
@@ -715,7 +715,6 @@ def test_extra_state_of_its_own_stays() -> None:
 WORK_AT_THE_END_ONLY = (
     SetsAnAttributeOfAValue,
     WorksInInferenceMode,
-    WorksUnderAutocast,
     ReturnsAnOrderedDict,
 )
 

@@ -2,13 +2,12 @@
 
 Every torch function that is called becomes a node, every layer of torch's a call of its module. Real
 tensors flow, so types, containers, lengths and optional arguments are what they are; only where a *value*
-would decide what Python does next (``bool``, ``item``, a gradient context, an autograd function) recording
+would decide what Python does next (``bool``, ``item``) recording
 stops, and the module in which it happens keeps its own forward.
 """
 
 from __future__ import annotations
 
-import inspect
 import operator
 import sys
 import traceback
@@ -18,17 +17,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Tracer
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from biofx.capturing.binding import bind_inputs
+from biofx.capturing.checkpoints import (
+    OPTIONS,
+    checkpointed_module,
+    checkpoints_handled,
+)
 from biofx.capturing.frames import BY_VALUE, Frame, Keep
 from biofx.capturing.region_capture import is_plain_layer
+from biofx.capturing.switches import Switches, SwitchPatches
 from biofx.capturing.tracked import plain, tracked
 from biofx.capturing.values import TORCH_FOLDER
 from biofx.errors import InputError
+from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
+from biofx.graph.checkpointing import call_checkpointed
 from biofx.layers.obstacles import hooks_of
 
 
@@ -52,7 +58,7 @@ class Recorder(TorchFunctionMode):
         self._kept = kept
         self._opaque = opaque
         self._paths = {id(module): path for path, module in root.named_modules()}
-        self._ambient = _ambient()
+        self._patches = SwitchPatches(self._switches, self.stop)
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the model, which must be in the mode to record.
@@ -61,7 +67,7 @@ class Recorder(TorchFunctionMode):
             Keep: a module must keep its own forward.
             InputError: the model itself fails on these inputs.
         """
-        with self._patched(), self:
+        with self._patched(), self._patches.patched(), checkpoints_handled(self._checkpoint), self:
             try:
                 if "" in self._kept:
                     self._root(*args, **kwargs)
@@ -91,8 +97,8 @@ class Recorder(TorchFunctionMode):
             return self._size(frame, func, name, args, options)
         if name in _DECIDING:
             self.stop(f"asks for the value of a tensor ({name})")
-        if func is torch._C._set_grad_enabled and args[0] != torch.is_grad_enabled():
-            self.stop("switches gradients on or off (torch.no_grad, …)")
+        if func is torch._C._set_grad_enabled and not self._patches.is_switching:
+            self.stop("switches gradients by itself")
         with self.quiet():
             found = func(*args, **options)
         if (
@@ -100,8 +106,7 @@ class Recorder(TorchFunctionMode):
             or (isinstance(found, (tuple, list)) and _has_tensors(found))
             or name == "__setitem__"
         ):
-            if _ambient() != self._ambient:
-                self.stop("works under a context (torch.autocast, torch.no_grad, …)")
+            frame.switches.check()
             node = self._write(frame, func, name, args, options)
             if _is_sized_by_values(name, args):
                 node.meta[BY_VALUE] = True
@@ -174,8 +179,6 @@ class Recorder(TorchFunctionMode):
         if self.frame is None:
             return self._call_from_python(path, module, original, args, kwargs)
         frame = self.frame
-        if _is_checkpointed():
-            self.stop("runs modules under torch.utils.checkpoint")
         whole = path in self._kept or path in self._opaque or _is_leaf(module)
         # what is handed on is the business of the module that calls, not of the one that is called
         given = (frame.argument(tuple(args)), frame.argument(dict(kwargs))) if whole else ((), {})
@@ -185,12 +188,36 @@ class Recorder(TorchFunctionMode):
                 self.stop(f"has {' and '.join(hooks_of(module))}")
             if not whole:
                 return original(module, *args, **kwargs)
+            frame.switches.check()
             node = frame.node("call_module", local, *given)
             with self._in_python() if path in self._kept else self.quiet():
                 found = original(module, *args, **kwargs)
             return frame.take(node, found)
         finally:
             frame.stack.pop()
+
+    def _checkpoint(
+        self, original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Write a checkpointed call of a module down as one node; the module gets a graph of its own."""
+        frame = self.frame
+        if frame is None or self.busy:
+            return original(function, *args, **kwargs)
+        module = checkpointed_module(function)
+        if module is None or self._paths.get(id(module)) is None:
+            self.stop("checkpoints (torch.utils.checkpoint) something else than the call of a submodule")
+        if "context_fn" in kwargs:
+            self.stop("checkpoints with a context_fn (torch.utils.checkpoint)")
+        options = {name: value for name, value in kwargs.items() if name in OPTIONS}
+        named = {name: value for name, value in kwargs.items() if name not in OPTIONS}
+        frame.switches.check()
+        given = frame.argument(tuple(args)), frame.argument(named), frame.argument(options)
+        local = frame.enter(module)
+        frame.stack.pop()  # how it is called is the business of the module that calls
+        node = frame.node("call_function", call_checkpointed, (frame.node("get_attr", local), *given))
+        with self._in_python():
+            found = original(function, *args, **kwargs)
+        return frame.take(node, found)
 
     def _call_from_python(
         self, path: str | None, module: nn.Module, original: Any, args: Any, kwargs: Any
@@ -218,6 +245,9 @@ class Recorder(TorchFunctionMode):
         finally:
             self.frame = outer
         return _untracked(found)
+
+    def _switches(self) -> Switches | None:
+        return None if self.frame is None or self.busy else self.frame.switches
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -247,9 +277,17 @@ class Recorder(TorchFunctionMode):
             return recorder._call(module, original_call, args, kwargs)
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            if recorder.frame is not None and not recorder.busy:
-                recorder.stop(f"calls {cls.__name__}, a torch.autograd.Function")
-            return original_apply.__func__(cls, *args, **kwargs)
+            frame = recorder.frame
+            if frame is None or recorder.busy:
+                return original_apply.__func__(cls, *args, **kwargs)
+            if not can_be_applied(cls):
+                recorder.stop(f"calls {cls.__name__}, an autograd function with an apply() of its own")
+            frame.switches.check()
+            given = frame.argument(tuple(args)), frame.argument(dict(kwargs))
+            node = frame.node("call_function", AppliedFunction(cls), *given)
+            with recorder.quiet():
+                found = original_apply.__func__(cls, *args, **kwargs)
+            return frame.take(node, found)
 
         nn.Module.__call__ = call  # type: ignore[method-assign]
         torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
@@ -322,24 +360,8 @@ def _is_sized_by_values(name: str, args: tuple[Any, ...]) -> bool:
     return name in _SIZED_BY_VALUES or (name == "where" and len(args) == 1)
 
 
-def _ambient() -> tuple[Any, ...]:
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
-        torch.get_default_dtype(),
-    )
-
-
 def _is_leaf(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, "")
-
-
-_CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
-
-
-def _is_checkpointed() -> bool:
-    return any(frame.f_code is _CHECKPOINT for frame, _ in traceback.walk_stack(None))
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Tracer
 
+from biofx.capturing.switches import Switches
 from biofx.capturing.tracked import is_tracked, plain, tracked
 from biofx.graph.guards import require_default, require_same
 
@@ -50,6 +51,7 @@ class Frame:
                     self._stored.setdefault(id(value), f"{name}.{key}" if name else key)
         self._reads: dict[str, Node] = {}
         self._expected: set[Any] = set()
+        self.switches = Switches(self)
 
     @property
     def is_current(self) -> bool:
@@ -65,6 +67,18 @@ class Frame:
     def stop(self, what: str) -> NoReturn:
         """Let the module that is running keep its own forward."""
         self._recorder.stop(what)
+
+    def anchor(self) -> tuple[Node, str | None] | None:
+        """Return an input of the graph, one that is a tensor if there is any, and what device that is on."""
+        held = (
+            (node, tensor.device.type) for node, tensor in self._nodes.values() if node.op == "placeholder"
+        )
+        plain = ((node, None) for node in self.graph.nodes if node.op == "placeholder")
+        return next(held, None) or next(plain, None)
+
+    def write(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+        """Write a call of a function down."""
+        return self.node("call_function", function, args)
 
     def enter(self, module: nn.Module) -> str:
         """Begin a call of a module inside this one; returns its path here."""
@@ -194,6 +208,7 @@ class Frame:
 
     def output(self, value: Any) -> None:
         """End the graph, and drop what nothing uses."""
+        self.switches.check_end()
         self.graph.output(self._returned(value))
         for node in reversed(self.graph.nodes):
             if node.meta.get("auxiliary") and not node.users:

@@ -1,7 +1,7 @@
 """A symbolic tracer that writes down, or refuses, what the stock one loses.
 
-Contexts that a graph has no place for, autograd functions and checkpointing are refused with the line of
-the model that asks for them.
+Contexts of gradients and autocast are nodes, and so is a call of an autograd function. Contexts that a graph
+has no place for and checkpointing are refused with the line of the model that asks for them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
-from torch.utils.checkpoint import checkpoint
 
+from biofx.capturing.checkpoints import is_checkpointed
 from biofx.capturing.recording import Recorder, leaves_of
 from biofx.capturing.side_effects import Watch
+from biofx.capturing.switches import Switches, SwitchPatches
 from biofx.capturing.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 from biofx.errors import CaptureError
+from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
 from biofx.graph.guards import require_default
 from biofx.graph.in_place import changed_in_place
 from biofx.layers.obstacles import hooks_of
@@ -68,22 +70,48 @@ class ModelTracer(Tracer):
         self._foreign = foreign
         self._paths = {id(module): path for path, module in root.named_modules()}
         self._modules = dict(root.named_modules(remove_duplicate=False))
-        self._ambient = _ambient_modes()
         self._stored: dict[int, tuple[str, Tensor]] = {}
         for path, tensor in (*root.named_parameters(), *root.named_buffers()):
             self._stored[id(tensor)] = (path, tensor)
         self._reads: dict[str, StoredTensor] = {}
         self._constants: set[str] = set()
+        self._switches = Switches(self)
+        self._patches = SwitchPatches(lambda: self._switches, self.refuse)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Let everything that a forward does reach this tracer."""
         with ExitStack() as stack:
             stack.enter_context(self._flags_as_nodes())
-            stack.enter_context(self._no_autograd_functions())
+            stack.enter_context(self._autograd_functions_as_nodes())
             stack.enter_context(transformers_as_nodes())
+            stack.enter_context(self._patches.patched())
             stack.enter_context(Recorder(self))
             yield
+
+    @property
+    def is_switching(self) -> bool:
+        """Whether a context that is written down switches gradients just now."""
+        return self._patches.is_switching
+
+    def anchor(self) -> tuple[Node, None] | None:
+        """Return an input of the graph, None if it has none."""
+        found = next((node for node in self.graph.nodes if node.op == "placeholder"), None)
+        return None if found is None else (found, None)
+
+    def write(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+        """Write a call of a function down."""
+        found: Node = self.create_node(
+            "call_function",
+            function,
+            tuple(a if isinstance(a, Node) else self.create_arg(a) for a in args),
+            {},
+        )
+        return found
+
+    def stop(self, what: str) -> NoReturn:
+        """Refuse what a context does."""
+        self.refuse(what, "Open it around the model instead")
 
     def refuse(self, what: str, remedy: str | None = None) -> NoReturn:
         """Raise a CaptureError, and again in the end if the model swallows it."""
@@ -247,6 +275,7 @@ class ModelTracer(Tracer):
         self.module_stack.clear()
         self.module_stack.update(mark.module_stack)
         self._watch.restore(module)
+        self._switches.forget_loose()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         """Return what stands for a parameter or buffer that a module is asked for."""
@@ -315,17 +344,12 @@ class ModelTracer(Tracer):
         return self._reads[path]
 
     def _refuse_lost_context(self) -> None:
-        if _ambient_modes() != self._ambient:
+        self._switches.check()
+        if is_checkpointed():
             self.refuse(
-                "works under a context (torch.no_grad, torch.autocast, a default dtype, a seed, …), which a "
-                "graph would drop",
-                "Open it around the model instead",
+                "uses torch.utils.checkpoint, which a graph would drop",
+                "Switch checkpointing off first, or give example_inputs",
             )
-        for frame, _ in traceback.walk_stack(None):
-            if frame.f_code is _CHECKPOINT:
-                self.refuse(
-                    "uses torch.utils.checkpoint, which a graph would drop", "Switch checkpointing off first"
-                )
 
     @contextmanager
     def _flags_as_nodes(self) -> Iterator[None]:
@@ -347,16 +371,15 @@ class ModelTracer(Tracer):
             )
 
     @contextmanager
-    def _no_autograd_functions(self) -> Iterator[None]:
-        """Refuse an autograd.Function even where it has no operation of its own, as in gradient reversal."""
+    def _autograd_functions_as_nodes(self) -> Iterator[None]:
+        """Write an autograd.Function down as one call, even one without an operation of its own."""
         original = torch.autograd.Function.__dict__["apply"]
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             if any(isinstance(leaf, Value) for leaf in leaves_of((args, kwargs))):
-                self.refuse(
-                    f"calls {cls.__name__}, a torch.autograd.Function, whose backward a graph would drop",
-                    "Register it as a torch.library.custom_op instead",
-                )
+                if not can_be_applied(cls):
+                    self.refuse(f"calls {cls.__name__}, an autograd function with an apply() of its own")
+                return self.create_proxy("call_function", AppliedFunction(cls), args, kwargs)
             return original.__func__(cls, *args, **kwargs)
 
         torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
@@ -381,22 +404,5 @@ class _Mark:
         return cls(last, len(tracer.refusals), len(tracer.calls), dict(tracer.module_stack))
 
 
-_CHECKPOINT = inspect.unwrap(checkpoint).__code__
-
-
 def _steers(default: object) -> bool:
     return default is None or isinstance(default, (bool, str))
-
-
-def _ambient_modes() -> tuple[Any, ...]:
-    """Return what is in force around an operation and would be lost with the Python code around it."""
-    depth = torch.autocast_increment_nesting()
-    torch.autocast_decrement_nesting()
-    return (
-        depth,
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
-        torch.get_default_dtype(),
-        torch.initial_seed(),
-    )

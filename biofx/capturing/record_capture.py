@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
 from biofx.capturing.both_modes import unified
@@ -17,6 +17,9 @@ from biofx.capturing.frames import Keep
 from biofx.capturing.region_capture import capture_regions, capture_uncalled, weights_read_by_python
 from biofx.capturing.side_effects import Watch
 from biofx.errors import CaptureError, InputError
+from biofx.graph.autograd_functions import AppliedFunction
+from biofx.graph.checkpointing import checkpoints
+from biofx.graph.contexts import steers_gradients
 from biofx.graph.guards import RecordingError
 from biofx.graph.own_forward import own_forward_graph
 from biofx.model.graph_module import BioGraphModule, become_graph_module
@@ -150,7 +153,8 @@ class _RecordCapture:
         self, training: Recorder, evaluation: Recorder
     ) -> tuple[dict[str, Graph], list[str], set[str]]:
         graphs: dict[str, Graph] = {}
-        for path in dict.fromkeys([*training.graphs, *evaluation.graphs]):
+        paths = dict.fromkeys([*training.graphs, *evaluation.graphs])
+        for path in sorted(paths, key=len):  # whoever decides how to call a module, ahead of that module
             found = [recorder.graphs.get(path, []) for recorder in (training, evaluation)]
             if not all(found):
                 raise Keep(path, f"module {path!r} is called in one mode only")
@@ -159,6 +163,7 @@ class _RecordCapture:
                     raise Keep(path, f"module {path!r} does not do the same at every call")
             graphs[path] = unified(path, found[0][0], found[1][0])
         layers = list(dict.fromkeys([*training.layers, *evaluation.layers]))
+        graphs = {path: graphs[path] for path in paths}
         return graphs, layers, training.paths_called | evaluation.paths_called
 
     def _assembled(
@@ -182,25 +187,56 @@ class _RecordCapture:
         """Return where the result does not do what the model does; None if it does."""
         for training in (True, False):
             for given in _variants(*self._given):
-                doubt = self._difference(made, given, training)
+                doubt = self._difference(made, given, training, _outcome, exact=True)
+                if doubt is not None:
+                    return doubt
+            if any(_says_more_than_values(graph) for graph in _graphs_of(made)):
+                doubt = self._difference(made, self._given, training, self._gradients, exact=False)
                 if doubt is not None:
                     return doubt
         return None
 
-    def _difference(self, made: BioGraphModule, given: Any, training: bool) -> Keep | None:
+    def _gradients(self, model: nn.Module, given: Any, training: bool) -> Any:
+        """Return which outputs have gradients, and the gradients of the parameters."""
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given)
+        model.train(training)
+        torch.manual_seed(0)
+        with torch.enable_grad():
+            leaves = pytree.tree_leaves(model(*args, **kwargs))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            trained = [leaf.abs().double().pow(2).sum() for leaf in tensors if leaf.requires_grad]
+            parameters = [p for p in self._scratch.values() if p.requires_grad]
+            total = torch.stack(trained).sum() if trained else None
+            gradients = None if total is None else torch.autograd.grad(total, parameters, allow_unused=True)
+        return [leaf.requires_grad for leaf in tensors], gradients
+
+    def _difference(
+        self, made: BioGraphModule, given: Any, training: bool, outcome: Callable[..., Any], *, exact: bool
+    ) -> Keep | None:
         try:
-            expected = _outcome(self._copy(self._root), given, training)
+            expected = outcome(self._copy(self._root), given, training)
         except Exception:
             return None  # nothing to compare with: the model does not work at this size
+        tolerance = 0.0 if exact else None  # None: what is usual for the type
         try:
-            found = _outcome(self._copy(made), given, training)
-            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+            found = outcome(self._copy(made), given, training)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
         except RecordingError as error:
             return Keep(error.module, str(error))
         except Exception as error:
             mode = "training" if training else "evaluation"
             return Keep("", f"what was recorded does not do what the model does in {mode}: {error}")
         return None
+
+
+def _graphs_of(made: nn.Module) -> Iterator[Graph]:
+    return (module.graph for module in made.modules() if isinstance(module, GraphModule))
+
+
+def _says_more_than_values(graph: Graph) -> bool:
+    """Whether equal values do not show that gradients are equal too."""
+    applies = any(isinstance(node.target, AppliedFunction) for node in graph.nodes)
+    return applies or steers_gradients(graph) or checkpoints(graph)
 
 
 def _outcome(model: nn.Module, given: Any, training: bool) -> Any:

@@ -6,7 +6,6 @@ that every call of the graph computes them anew.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +31,10 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = dict(kwargs or {})
-        if func is torch._C._set_grad_enabled and args[0] is not False and not _is_leaving():
-            self._tracer.refuse("enables gradients for itself, which a graph would drop")
+        if func is torch._C._set_grad_enabled:
+            if not self._tracer.is_switching:
+                self._tracer.refuse("switches gradients by itself, which a graph would drop")
+            return func(*args, **options)
         if any(isinstance(leaf, (Value, Tensor)) for leaf in leaves_of((args, options))):
             return self._on_tensors(func, tuple(args), options)
         if func in _FACTORIES:
@@ -65,13 +66,6 @@ class Recorder(TorchFunctionMode):
             return self._tracer.create_proxy("call_method", func.__name__, args, options)
         name = None if func is getattr else self._tracer.graph._target_to_str(func.__name__)
         return self._tracer.create_proxy("call_function", func, args, options, name=name)
-
-
-def _is_leaving() -> bool:
-    """Whether torch restores a gradient mode: what it was before a context or a decorated function."""
-    switch = sys._getframe(2)
-    callers = (switch, switch.f_back)
-    return any(frame and frame.f_code.co_name in ("__exit__", "__call__") for frame in callers)
 
 
 _TENSOR_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "grad", "imag", "real"})

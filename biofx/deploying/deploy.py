@@ -14,6 +14,8 @@ from biofx.deploying.plain_operators import write_out
 from biofx.deploying.raising import raise_layers
 from biofx.deploying.settling import settle
 from biofx.errors import InputError, PassError
+from biofx.graph.checkpointing import checkpoints
+from biofx.graph.contexts import begin_autocast, begin_grad_mode
 from biofx.graph.guards import require_default, require_tensor
 from biofx.graph.in_place import changed_in_place
 from biofx.graph.regions import kept_modules, region_paths
@@ -69,6 +71,11 @@ def deploy(bio_model: nn.Module) -> GraphModule:
         raise InputError(
             f"expected a transformed or converted model, found a {type(model).__name__}; use biofx.transform"
         )
+    if checkpoints(model.graph):
+        raise InputError(
+            "expected a model of one graph, found one that calls modules under torch.utils.checkpoint; "
+            "switch checkpointing off before the model is transformed"
+        )
     if region_paths(model) or "" in kept_modules(model):
         path, reason = next(iter(kept_modules(model).items()))
         where = f"module {path!r}" if path else "the forward"
@@ -99,8 +106,26 @@ def deploy(bio_model: nn.Module) -> GraphModule:
     return deployed.eval()
 
 
+def _drop_gradient_modes(own: GraphModule) -> None:
+    """Take out contexts that say where gradients flow; refuse the others.
+
+    Raises:
+        PassError: the graph opens an autocast.
+    """
+    for begin in own.graph.find_nodes(op="call_function", target=begin_grad_mode):
+        for end in list(begin.users):
+            own.graph.erase_node(end)
+        own.graph.erase_node(begin)
+    for begin in own.graph.find_nodes(op="call_function", target=begin_autocast):
+        raise PassError(
+            f"{begin.name!r} opens torch.autocast in the forward, which a plain graph module forgets "
+            "when it is loaded; deploy a model whose forward does not, and open it around the result"
+        )
+
+
 def _drop_what_learns(own: GraphModule) -> None:
     """Take out gradient factors, observers, checks of arguments, and training flags."""
+    _drop_gradient_modes(own)
     fixed: list[Any] = []
     for node in list(own.graph.nodes):
         if node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":

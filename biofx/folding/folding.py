@@ -147,6 +147,13 @@ class Folding:
         made.meta = {key: value for key, value in place.meta.items() if key == "nn_module_stack"}
         return made
 
+    def _insert_for(self, reader: Node, source: Node, name: str, target: Callable[..., Any]) -> Node:
+        """Insert what is computed from a weight or a bias in the context of the node that reads it."""
+        ahead = self._lowering.contexts.place_for(reader, (source,))
+        made = self.insert_after(ahead.prev, name, target)
+        made.meta = {key: value for key, value in source.meta.items() if key == "nn_module_stack"}
+        return made
+
     def _begun(self, pool: Node, pools: Mapping[Node, Node | None]) -> Node:
         layer = pools[pool]
         if layer is None:
@@ -178,17 +185,18 @@ class Folding:
         self._lowering.lower(site)
         weight = site.weight_node
         stem = site.parameter_path.removesuffix(".weight").replace(".", "_")
-        key: tuple[Any, ...] = ("weight", weight, *fold.options.items())
+        context = self._lowering.contexts.around(node)
+        key: tuple[Any, ...] = ("weight", weight, context, *fold.options.items())
         if weight is not None and key not in self._made:
-            folded = self.insert_after(weight, f"{stem}_folded", fold_weight)
+            folded = self._insert_for(node, weight, f"{stem}_folded", fold_weight)
             folded.args, folded.kwargs = (weight,), fold.options
             self._made[key] = folded
         self._replace_argument(node, "weight", 1, self._made[key])
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         if fold.rows > 1 and isinstance(bias, Node):
-            key = ("bias", bias, fold.rows)
+            key = ("bias", bias, context, fold.rows)
             if key not in self._made:
-                summed = self.insert_after(bias, f"{bias.name}_folded", sum_synapses)
+                summed = self._insert_for(node, bias, f"{bias.name}_folded", sum_synapses)
                 summed.args, summed.kwargs = (bias,), {"gamma": fold.rows, "channel_axis": -1}
                 self._made[key] = summed
             self._replace_argument(node, "bias", 2, self._made[key])

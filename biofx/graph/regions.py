@@ -129,7 +129,7 @@ class _Join:
         self.graph._codegen = copy.deepcopy(root.graph._codegen)
         mapping: dict[Node, Node] = {}
         for node in root.graph.nodes:
-            if node.op == "call_module":
+            if node.op in ("call_module", "get_attr"):  # the latter where it is called under checkpointing
                 self._write_regions_in(str(node.target))
             elif node.op == "output":
                 self._write_regions_in("")
@@ -146,7 +146,7 @@ class _Join:
     def _write(self, path: str) -> None:
         source = self._source(path)
         for node in source.nodes:
-            if node.op == "call_module" and str(node.target):
+            if node.op in ("call_module", "get_attr") and str(node.target):
                 self._write_regions_in(f"{path}.{node.target}")
         stack = self._stack(path)
         name = path.replace(".", "_")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 
 from biofx.errors import CaptureError, CheckpointError, InputError
+from biofx.graph.contexts import restoring_modes
 from biofx.graph.own_forward import call_own_forward
 from biofx.kernels.sharded_rates import outside_graphs
 from biofx.model.graph_records import pack, unpack
@@ -137,6 +138,9 @@ class BioGraphModule(GraphModule):
         if origin is not None and self.keeps_forward:
             own: Any = origin.forward
             type(self).forward = own
+        else:
+            guarded: Any = restoring_modes(self.graph, type(self).forward)
+            type(self).forward = guarded
         return code
 
     @property

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from biofx.errors import PassError
+from biofx.graph.contexts import ContextMap
 from biofx.graph.parameters import Parameters
 from biofx.layers.unitless_layers import lower_unitless
 from biofx.layers.weight_slots import WeightSlot
@@ -56,6 +57,7 @@ class Lowering:
         self._reads = {
             str(node.target): node for node in reversed(graph_module.graph.find_nodes(op="get_attr"))
         }
+        self.contexts = ContextMap(graph_module.graph)
 
     @functools.cached_property
     def parameters(self) -> Parameters:
@@ -106,6 +108,8 @@ class Lowering:
         """Insert ``operator(weight, argument, **options)`` between a weight and some sites that use it.
 
         Sites that read the same expression go on sharing one: a weight that is used twice is wrapped once.
+        Only where some of them are in a context (``torch.no_grad``, …) has each context one of its own, since
+        what is computed there has no gradient, and none outside.
 
         Args:
             sites: lowered sites of one parameter.
@@ -115,26 +119,31 @@ class Lowering:
             suffix: how the name of the new node ends; both begin with the layer's.
             **options: its keyword arguments, constants or nodes.
         """
-        wrapped: dict[Node, Node] = {}
+        wrapped: dict[tuple[Node, Node | None], Node] = {}
+        arguments: dict[Node, tuple[Node, ...]] = {}
         weights = [(site, site.weight_node) for site in sites]
         for site, weight in weights:
             if weight is None:
                 raise PassError(f"{site.node.name!r} must be lowered before its weight can be wrapped")
-            if weight not in wrapped:
-                stem = node_stem(site.parameter_path)
-                args = [weight]
+            stem = node_stem(site.parameter_path)
+            if weight not in arguments:
+                read = [weight]
                 if isinstance(argument, tuple):
-                    args.append(self.read(argument[0], weight.next, f"{stem}_{argument[1]}"))
+                    read.append(self.read(argument[0], weight.next, f"{stem}_{argument[1]}"))
                 elif argument is not None:
-                    args.append(argument(weight, stem))
+                    read.append(argument(weight, stem))
+                arguments[weight] = tuple(read)
+            key = weight, self.contexts.around(site.node)
+            if key not in wrapped:
                 given = [value for value in options.values() if isinstance(value, Node)]
-                with weight.graph.inserting_before(max((*args, *given)).next):
+                place = self.contexts.place_for(site.node, (*arguments[weight], *given))
+                with weight.graph.inserting_before(place):
                     new = weight.graph.create_node(
-                        "call_function", operator, tuple(args), options, f"{stem}_{suffix}"
+                        "call_function", operator, arguments[weight], options, f"{stem}_{suffix}"
                     )
                 new.meta = dict(weight.meta)
-                wrapped[weight] = new
-            site.slot.write(site.node, wrapped[weight])
+                wrapped[key] = new
+            site.slot.write(site.node, wrapped[key])
 
     def read_of(self, node: Node, name: str) -> Node:
         """Return the ``get_attr`` node for what the module that ``node`` calls has under a name."""

@@ -404,3 +404,27 @@ def test_a_transformer_deploys_as_ordinary_layers() -> None:
     torch.testing.assert_close(deployed(x), bio_model(x))
     assert names_of_biofx(deployed) == []
     assert isinstance(deployed.get_submodule("encoder.layers.0.self_attn"), nn.MultiheadAttention)
+
+
+def test_contexts_of_gradients_are_left_out_and_autocast_is_refused() -> None:
+    class Teaches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            with torch.no_grad():
+                y = self.first(x)
+            return self.last(y * self.first(x))
+
+    class Casts(Teaches):
+        def forward(self, x: Tensor) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.last(self.first(x))
+
+    bio_model, _ = biofx.transform(Teaches(), {"fuzzy_learning_rate_factor_nu": 0.2})
+    deployed, x = biofx.deploy(bio_model), torch.randn(3, 4)
+    assert not any("grad_mode" in node.name for node in deployed.graph.nodes)
+    torch.testing.assert_close(deployed(x), bio_model.eval()(x))
+    with pytest.raises(biofx.PassError, match=r"opens torch\.autocast in the forward"):
+        biofx.deploy(biofx.transform(Casts(), {}).graph_module)

@@ -1,0 +1,37 @@
+"""Calls of a ``torch.autograd.Function`` as nodes: what it does, both ways, is its own business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Proxy
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class AppliedFunction:
+    """Applies an autograd function; tracing a graph again finds the one call, and does not look inside.
+
+    It is pickled as the name of the function's class, which must be importable where it is loaded.
+    """
+
+    function: type[torch.autograd.Function]
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply it."""
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Proxy):
+                return leaf.tracer.create_proxy("call_function", self, args, kwargs)
+        apply: Any = self.function.apply
+        return apply(*args, **kwargs)
+
+
+def can_be_applied(function: type[torch.autograd.Function]) -> bool:
+    """Whether applying a function means what it means for every other: it has no ``apply`` of its own."""
+    return next(kind for kind in function.__mro__ if "apply" in vars(kind)) is torch.autograd.Function

@@ -1,0 +1,224 @@
+"""Contexts that a forward opens (``torch.no_grad``, ``torch.autocast``, …) as pairs of nodes in its graph.
+
+A node begins the context and gives what was in force before to the node that ends it. Whatever mode a caller
+has chosen is so what a graph starts from and goes back to, as in the Python code. Every node that begins one
+is handed an input of the graph, which it does not use: tracing the graph again follows its inputs, and would
+otherwise run the switch once instead of writing it down.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node, Proxy
+from torch.fx.node import has_side_effect
+
+from biofx.errors import CaptureError, InputError
+
+
+@has_side_effect
+def begin_grad_mode(anchor: Any, enabled: bool) -> bool:
+    """Switch the recording of gradients on or off; return whether it was on.
+
+    Args:
+        anchor: any input of the graph; not used.
+        enabled: whether it is to be on.
+    """
+    if isinstance(anchor, Proxy):
+        recorded: bool = _written(anchor, begin_grad_mode, (anchor, enabled))
+        return recorded
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(enabled)
+    return before
+
+
+@has_side_effect
+def end_grad_mode(before: Any) -> None:
+    """Go back to what :func:`begin_grad_mode` found."""
+    if isinstance(before, Proxy):
+        _written(before, end_grad_mode, (before,))
+    else:
+        torch._C._set_grad_enabled(before)
+
+
+@has_side_effect
+def begin_autocast(
+    anchor: Any,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    enabled: bool = True,
+    cache_enabled: bool | None = None,
+    recorded_on: str | None = None,
+) -> Any:
+    """Enter a ``torch.autocast``; return it.
+
+    Args:
+        anchor: any input of the graph.
+        device_type: whose operations are cast, as ``torch.autocast`` takes it.
+        dtype: to which type; None for the one in force.
+        enabled: whether anything is cast.
+        cache_enabled: whether casts of weights are kept; None for what is in force.
+        recorded_on: the type of device that ``anchor`` was on when the forward was recorded.
+
+    Raises:
+        InputError: the forward was recorded on a device of the type that it casts on, and runs on another: it
+            may have asked its inputs for it.
+        CaptureError: it is exported in strict mode, which does not keep autocast.
+    """
+    if isinstance(anchor, Proxy):
+        return _written(
+            anchor, begin_autocast, (anchor, device_type, dtype, enabled, cache_enabled, recorded_on)
+        )
+    if recorded_on == device_type and isinstance(anchor, Tensor) and anchor.device.type != recorded_on:
+        raise InputError(
+            f"the forward opens torch.autocast({device_type!r}), and was recorded on {recorded_on}; here it "
+            f"runs on {anchor.device.type}. Move the original there and transform it there"
+        )
+    if torch.compiler.is_dynamo_compiling():  # the compiler knows this pair, and no other outside a with
+        if torch.compiler.is_exporting():
+            raise CaptureError("torch.export loses autocast where it is strict; export with strict=False")
+        enter: Any = torch.amp._enter_autocast  # type: ignore[attr-defined]
+        return enter(device_type, dtype, enabled, cache_enabled)
+    context = torch.autocast(device_type, dtype, enabled, cache_enabled)
+    context.__enter__()
+    return context
+
+
+@has_side_effect
+def end_autocast(context: Any) -> None:
+    """Leave what :func:`begin_autocast` entered."""
+    leave: Any = torch.amp._exit_autocast  # type: ignore[attr-defined]
+    if isinstance(context, Proxy):
+        _written(context, end_autocast, (context,))
+    elif torch.compiler.is_dynamo_compiling():
+        leave(context)
+    else:
+        context.__exit__(None, None, None)
+
+
+BEGINNINGS: dict[Callable[..., Any], Callable[..., Any]] = {
+    begin_grad_mode: end_grad_mode,
+    begin_autocast: end_autocast,
+}
+"""The function of each node that begins a context, and of the one that ends it."""
+_ENDS = frozenset(BEGINNINGS.values())
+
+
+def _written(proxy: Proxy, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return proxy.tracer.create_proxy("call_function", function, args, {})
+
+
+def steers_gradients(graph: Graph) -> bool:
+    """Whether a graph says where gradients flow, besides what its operations say."""
+    return any(graph.find_nodes(op="call_function", target=begin) for begin in BEGINNINGS)
+
+
+class ContextMap:
+    """Says in which context the nodes of a graph are, those written later included."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._around: dict[Node, Node | None] = {}
+        if not steers_gradients(graph):
+            return
+        around: list[Node] = []
+        for node in graph.nodes:
+            if node.target in _ENDS and node.args[0] in around:
+                del around[around.index(node.args[0]) :]
+            self._around[node] = around[-1] if around else None
+            if node.target in BEGINNINGS:
+                around.append(node)
+
+    def around(self, node: Node) -> Node | None:
+        """Return the node that begins the innermost context around a node, None if it is in none."""
+        if not self._around:
+            return None
+        before = node
+        while before.op != "root":
+            if before in self._around:
+                inside = before is not node and before.target in BEGINNINGS
+                return before if inside else self._around[before]
+            before = before.prev
+        return None
+
+    def place_for(self, reader: Node, inputs: tuple[Node, ...]) -> Node:
+        """Return ahead of which node to write what is computed from some nodes for one that reads it.
+
+        Behind the last of its inputs where that is in the reader's context, else right ahead of the reader:
+        under other modes it would be another value, or one without a gradient.
+        """
+        last = max(inputs)
+        return last.next if self.around(last) is self.around(reader) else reader
+
+
+def restoring_modes(graph: Graph, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that goes back to the modes it found when the graph fails inside a context.
+
+    Args:
+        graph: whose code the forward is.
+        forward: of a graph module, with the module as its first argument.
+    """
+    autocasts = graph.find_nodes(op="call_function", target=begin_autocast)
+    if not autocasts and not graph.find_nodes(op="call_function", target=begin_grad_mode):
+        return forward
+    devices = tuple(dict.fromkeys(str(node.args[1]) for node in autocasts))
+
+    @functools.wraps(forward)
+    def restoring(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        before = _Modes.now(devices)
+        try:
+            return forward(self, *args, **kwargs)
+        except BaseException:
+            before.restore()
+            raise
+
+    return restoring
+
+
+@contextmanager
+def preserved_modes() -> Iterator[None]:
+    """Leave gradient mode and autocast as they were, whatever a forward that runs meanwhile does to them."""
+    before = _Modes.now(("cpu", "cuda"))
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+@dataclass(frozen=True)
+class _Modes:
+    """What contexts change."""
+
+    gradients: bool
+    nesting: int
+    cache: bool
+    casts: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def now(cls, devices: tuple[str, ...]) -> _Modes:
+        casts = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
+        return cls(torch.is_grad_enabled(), autocast_nesting(), torch.is_autocast_cache_enabled(), casts)
+
+    def restore(self) -> None:
+        torch._C._set_grad_enabled(self.gradients)
+        while autocast_nesting() > self.nesting:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(self.cache)
+        for device, enabled, dtype in self.casts:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+
+
+def autocast_nesting() -> int:
+    """Return how many autocasts are open, a count."""
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return int(depth)
