@@ -1,4 +1,9 @@
-"""Whether a captured model does what the model does, and how much of it can be rewritten."""
+"""Whether a captured model does what the model does, and how much of it can be rewritten.
+
+What is compared is a sequence of two calls with their gradients: outputs, gradients of all parameters and
+buffers, to the bit, in training and in evaluation, on the example, on fresh values, and on others of another
+size. Only where the model by itself is not the same twice, it is compared to what it is then.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,9 @@ from torch.utils import _pytree as pytree
 
 import biofx
 
+SIZES = (2, 3, 4)
+"""The first is recorded; 3 is a fresh batch of another size, 4 one of another length too if that can be."""
+
 Example = Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -25,8 +33,14 @@ class Outcome:
 
     name: str
     verdict: str
-    """``equal``, ``refused``, ``DIFFERENT`` or ``not built``."""
+    """``equal``; ``refused`` before anything is captured; ``guarded`` if a call ends in an error that says
+    why; ``DIFFERENT`` if anything else is not as the model has it; ``untrained`` if a step with everything on
+    fails; ``too slow``, ``DIED``, ``not built``."""
     note: str = ""
+    in_training: bool = True
+    """Whether it is equal in training."""
+    in_evaluation: bool = True
+    """Whether it is equal in evaluation."""
     sites: float = 0.0
     """Fraction of the elements of matrices that belong to a weight site, dimensionless."""
     visible: float = 0.0
@@ -51,25 +65,46 @@ def compare(name: str, model: nn.Module, example: Example, *, recorded: bool) ->
     outcome.graphs = 1 + len(vars(captured).get("region_paths", ()))
     outcome.kept = len(vars(captured).get("kept_as_python", {}))
     for training in (True, False):
-        for batch in (2, 3):  # recorded or traced without sizes, and another size
-            difference = _difference(model, captured, example(batch), training)
-            if difference:
-                outcome.verdict = "DIFFERENT"
-                outcome.note = f"{'train' if training else 'eval'}, batch {batch}: {difference}"
-                return outcome
+        for size in SIZES:
+            given = example(size)
+            verdict, note = _difference(model, captured, given, training)
+            if verdict == "equal":
+                continue
+            if training:
+                outcome.in_training = False
+            else:
+                outcome.in_evaluation = False
+            if outcome.verdict in ("equal", "guarded"):
+                outcome.verdict = verdict
+                outcome.note = f"{'train' if training else 'eval'}, size {size}: {note}"
+    if outcome.verdict != "equal":
+        return outcome
     try:
         _try_everything(model, example(2), options, outcome)
     except Exception as error:
-        outcome.verdict = "DIFFERENT"
+        outcome.verdict = "untrained"
         outcome.note = f"with everything on: {type(error).__name__}: {error}"
     return outcome
 
 
-def _difference(model: nn.Module, captured: nn.Module, given: Any, training: bool) -> str:
+def _difference(model: nn.Module, captured: nn.Module, given: Any, training: bool) -> tuple[str, str]:
+    """Return the verdict on one mode and size, and what differs."""
     reference, other = copy.deepcopy(model).train(training), copy.deepcopy(captured).train(training)
     (expected, failed), (found, fails) = _tried(reference, given), _tried(other, given)
-    if failed or fails:
-        return "" if failed == fails else f"{fails or 'no error'} instead of {failed or 'none'}"
+    if failed is not None:
+        alike = fails is not None and (type(fails) is type(failed) or isinstance(fails, biofx.BiofxError))
+        return ("equal", "") if alike else ("DIFFERENT", f"{fails or 'no error'} instead of {failed!r}")
+    if isinstance(fails, biofx.BiofxError):
+        return "guarded", str(fails)
+    if fails is not None:
+        return "DIFFERENT", repr(fails)
+    note = _apart(found, expected)
+    if note and _apart(_tried(copy.deepcopy(model).train(training), given)[0], expected):
+        return "equal", ""  # the model itself is not the same twice
+    return ("DIFFERENT", note) if note else ("equal", "")
+
+
+def _apart(found: Any, expected: Any) -> str:
     try:
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     except AssertionError as error:
@@ -77,16 +112,16 @@ def _difference(model: nn.Module, captured: nn.Module, given: Any, training: boo
     return ""
 
 
-def _tried(model: nn.Module, given: Any) -> tuple[Any, str]:
+def _tried(model: nn.Module, given: Any) -> tuple[Any, Exception | None]:
     """Return what a run gives, and what it raises."""
     try:
-        return _run(model, given), ""
+        return _run(model, given), None
     except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+        return None, error
 
 
 def _run(model: nn.Module, given: Any) -> tuple[Any, ...]:
-    args, kwargs = given
+    args, kwargs = copy.deepcopy(given)
     torch.manual_seed(5)
     random.seed(5)
     numpy.random.seed(5)
