@@ -6,6 +6,7 @@ the model that asks for them.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import linecache
@@ -152,6 +153,8 @@ class ModelTracer(Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
         """Trace, and check that nothing but the model's own tensors is changed in place."""
+        if _catches(root):
+            self.refuse(_CATCHING, "Do without")
         graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             if isinstance(node.type, str):
@@ -212,6 +215,8 @@ class ModelTracer(Tracer):
                     f"has {' and '.join(hooks)}, which a graph runs once, while it is captured, and never "
                     "again. Remove them first",
                 )
+            if _catches(m):
+                self.refuse_at(path, f"{_CATCHING}. Do without")
             self.calls.append(path)
             if pads_by_nesting(m, args, kwargs):
                 forward = functools.partial(self._call_whole, path)
@@ -380,6 +385,17 @@ class _Mark:
         last = next(iter(reversed(tracer.graph.nodes)), None)
         return cls(last, len(tracer.refusals), len(tracer.calls), dict(tracer.module_stack))
 
+
+_CATCHING = "catches exceptions, and a graph does not know which way that goes"
+
+
+def _catches(module: nn.Module) -> bool:
+    """Whether the forward of a module has an ``except`` clause."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and any(code.co_code[::2].count(number) for number in _EXCEPTS)
+
+
+_EXCEPTS = [dis.opmap[name] for name in ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH") if name in dis.opmap]
 
 _CHECKPOINT = inspect.unwrap(checkpoint).__code__
 

@@ -24,6 +24,8 @@ import biofx
 SIZES = (2, 3, 4)
 """The first is recorded; 3 is a fresh batch of another size, 4 one of another length too if that can be."""
 
+_SEVERITY = ("equal", "guarded", "fails", "DIFFERENT")
+
 Example = Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -33,9 +35,9 @@ class Outcome:
 
     name: str
     verdict: str
-    """``equal``; ``refused`` before anything is captured; ``guarded`` if a call ends in an error that says
-    why; ``DIFFERENT`` if anything else is not as the model has it; ``untrained`` if a step with everything on
-    fails; ``too slow``, ``DIED``, ``not built``."""
+    """``equal``; ``refused`` before anything is captured; ``guarded`` if a call ends in an error of ours that
+    says why; ``fails`` if in another; ``DIFFERENT`` if what it gives is, without a word; ``untrained`` if a
+    step with everything on fails; ``too slow``, ``DIED``, ``not built``."""
     note: str = ""
     in_training: bool = True
     """Whether it is equal in training."""
@@ -74,7 +76,7 @@ def compare(name: str, model: nn.Module, example: Example, *, recorded: bool) ->
                 outcome.in_training = False
             else:
                 outcome.in_evaluation = False
-            if outcome.verdict in ("equal", "guarded"):
+            if _SEVERITY.index(verdict) > _SEVERITY.index(outcome.verdict):
                 outcome.verdict = verdict
                 outcome.note = f"{'train' if training else 'eval'}, size {size}: {note}"
     if outcome.verdict != "equal":
@@ -93,11 +95,11 @@ def _difference(model: nn.Module, captured: nn.Module, given: Any, training: boo
     (expected, failed), (found, fails) = _tried(reference, given), _tried(other, given)
     if failed is not None:
         alike = fails is not None and (type(fails) is type(failed) or isinstance(fails, biofx.BiofxError))
-        return ("equal", "") if alike else ("DIFFERENT", f"{fails or 'no error'} instead of {failed!r}")
+        return ("equal", "") if alike else ("fails", f"{fails or 'no error'} instead of {failed!r}")
     if isinstance(fails, biofx.BiofxError):
         return "guarded", str(fails)
     if fails is not None:
-        return "DIFFERENT", repr(fails)
+        return "fails", repr(fails)
     note = _apart(found, expected)
     if note and _apart(_tried(copy.deepcopy(model).train(training), given)[0], expected):
         return "equal", ""  # the model itself is not the same twice
@@ -126,13 +128,25 @@ def _run(model: nn.Module, given: Any) -> tuple[Any, ...]:
     random.seed(5)
     numpy.random.seed(5)
     outputs = [model(*args, **kwargs) for _ in range(2)]
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    leaves = _tensors(outputs)
     total = sum((leaf.float() ** 2).mean() for leaf in leaves if leaf.requires_grad)
     if isinstance(total, Tensor):
         total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
-    return {type(outputs[0]).__name__: leaves}, gradients, buffers
+    numbers = [torch.tensor(leaf) for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, (int, float))]
+    return {type(outputs[0]).__name__: leaves + numbers}, gradients, buffers
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Return the tensors in an output, those in objects of classes of the model's own too."""
+    found = []
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not callable(leaf):
+            found += _tensors(list(vars(leaf).values()))
+    return found
 
 
 def _try_everything(model: nn.Module, given: Any, options: dict[str, Any], outcome: Outcome) -> None:
@@ -149,7 +163,7 @@ def _try_everything(model: nn.Module, given: Any, options: dict[str, Any], outco
     bio_model.train()
     args, kwargs = given
     optimizer = torch.optim.SGD(bio_model.parameters(), 1e-3)
-    leaves = [x for x in pytree.tree_leaves(bio_model(*args, **kwargs)) if isinstance(x, Tensor)]
+    leaves = _tensors(bio_model(*args, **kwargs))
     total = sum((leaf.float() ** 2).mean() for leaf in leaves if leaf.requires_grad)
     total.backward()  # type: ignore[union-attr]
     optimizer.step()

@@ -28,6 +28,7 @@ import torchvision_operators
 from comparison import Outcome
 
 PACKAGES = {
+    "idioms": "biofx",
     "transformers_models": "transformers",
     "pytorchcv_models": "pytorchcv",
     "torchvision_models": "torchvision",
