@@ -10,10 +10,12 @@ import dis
 import functools
 import inspect
 import linecache
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -153,9 +155,9 @@ class ModelTracer(Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
         """Trace, and check that nothing but the model's own tensors is changed in place."""
+        graph = super().trace(root, concrete_args)
         if _catches(root):
             self.refuse(_CATCHING, "Do without")
-        graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             if isinstance(node.type, str):
                 node.type = None  # an annotation as text, which torch.jit.script could not make sense of
@@ -215,14 +217,14 @@ class ModelTracer(Tracer):
                     f"has {' and '.join(hooks)}, which a graph runs once, while it is captured, and never "
                     "again. Remove them first",
                 )
-            if _catches(m):
-                self.refuse_at(path, f"{_CATCHING}. Do without")
             self.calls.append(path)
             if pads_by_nesting(m, args, kwargs):
                 forward = functools.partial(self._call_whole, path)
             found = super().call_module(m, forward, args, kwargs)
             if self.kept is not None and len(self.refusals) > mark.refusals:
                 raise self.refusals[mark.refusals]
+            if _catches(m):
+                self.refuse_at(path, f"{_CATCHING}. Do without")
             return found
         except Exception as error:
             if self.kept is None:
@@ -326,11 +328,13 @@ class ModelTracer(Tracer):
                 "graph would drop",
                 "Open it around the model instead",
             )
-        for frame, _ in traceback.walk_stack(None):
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
             if frame.f_code is _CHECKPOINT:
                 self.refuse(
                     "uses torch.utils.checkpoint, which a graph would drop", "Switch checkpointing off first"
                 )
+            frame = frame.f_back
 
     @contextmanager
     def _flags_as_nodes(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 import biofx
 
-SIZES = (2, 3, 4)
+_SIZES = (2, 3, 4)
 """The first is recorded; 3 is a fresh batch of another size, 4 one of another length too if that can be."""
 
 _SEVERITY = ("equal", "guarded", "fails", "DIFFERENT")
@@ -56,8 +56,10 @@ class Outcome:
     """Time of ``capture`` over that of ``symbolic_trace`` and ``deepcopy``; NaN where that fails."""
 
 
-def compare(name: str, model: nn.Module, example: Example, *, recorded: bool) -> Outcome:
-    """Capture a model and compare; see :class:`Outcome`."""
+def compare(
+    name: str, model: nn.Module, example: Example, *, recorded: bool, sizes: Sequence[int] = ()
+) -> Outcome:
+    """Capture a model and compare, at the sizes given or at those that make sense; see :class:`Outcome`."""
     options: dict[str, Any] = {"example_inputs": example(2)} if recorded else {}
     try:
         captured = biofx.capture(model, **options)
@@ -67,7 +69,7 @@ def compare(name: str, model: nn.Module, example: Example, *, recorded: bool) ->
     outcome.graphs = 1 + len(vars(captured).get("region_paths", ()))
     outcome.kept = len(vars(captured).get("kept_as_python", {}))
     for training in (True, False):
-        for size in SIZES:
+        for size in sizes or _sizes(example):
             given = example(size)
             verdict, note = _difference(model, captured, given, training)
             if verdict == "equal":
@@ -87,6 +89,15 @@ def compare(name: str, model: nn.Module, example: Example, *, recorded: bool) ->
         outcome.verdict = "untrained"
         outcome.note = f"with everything on: {type(error).__name__}: {error}"
     return outcome
+
+
+def _sizes(example: Example) -> list[int]:
+    """Return the sizes to try; the third only where more than the batch is of another size in it."""
+    found: dict[Any, int] = {}
+    for size in _SIZES:
+        leaves = _tensors(example(size))
+        found.setdefault((size == _SIZES[0], *(leaf.shape[1:] for leaf in leaves)), size)
+    return list(found.values())
 
 
 def _difference(model: nn.Module, captured: nn.Module, given: Any, training: bool) -> tuple[str, str]:

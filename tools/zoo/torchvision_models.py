@@ -9,24 +9,17 @@ import torch
 from torch import nn
 
 _IMAGES = {
-    **dict.fromkeys(("resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d", "densenet121"), 64),
-    **dict.fromkeys(("alexnet", "squeezenet1_0", "shufflenet_v2_x0_5", "mobilenet_v2", "mnasnet0_5"), 64),
-    **dict.fromkeys(("mobilenet_v3_small", "efficientnet_b0", "efficientnet_v2_s", "regnet_x_400mf"), 64),
-    **dict.fromkeys(("regnet_y_400mf", "convnext_tiny", "swin_t", "swin_v2_t", "googlenet", "vgg11"), 64),
-    "vgg11_bn": 32,
-    "inception_v3": 96,
-    "maxvit_t": 224,
-    "vit_b_16": 32,
-    "lraspp_mobilenet_v3_large": 64,
-    "deeplabv3_mobilenet_v3_large": 64,
-    "fcn_resnet50": 32,
+    **dict.fromkeys(("resnet18", "alexnet", "squeezenet1_0", "shufflenet_v2_x0_5", "mobilenet_v2"), 64),
+    **dict.fromkeys(("mnasnet0_5", "mobilenet_v3_small", "efficientnet_b0", "regnet_x_400mf"), 64),
+    **dict.fromkeys(("regnet_y_400mf", "convnext_tiny", "swin_t", "googlenet"), 64),
+    **dict.fromkeys(("lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"), 64),
+    **dict.fromkeys(("vgg11_bn", "vit_b_16"), 32),
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
     "vit_b_16": {"image_size": 32},
     "googlenet": {"init_weights": True},
-    "inception_v3": {"init_weights": False},
 }
-_VIDEOS = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
+_VIDEOS = ("r3d_18", "r2plus1d_18")
 _DETECTORS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large", "fcos_resnet50_fpn")
 
 
@@ -38,15 +31,7 @@ def models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
             lambda name=name, size=size: (_built(name), _tensors(3, size, size)),  # type: ignore[misc]
         )
     for name in _VIDEOS:
-        frames = 16 if name == "s3d" else 4
-        size = 224 if name == "s3d" else 32
-        yield (
-            f"torchvision {name}",
-            lambda name=name, frames=frames, size=size: (  # type: ignore[misc]
-                _built(name),
-                _tensors(3, frames, size, size),
-            ),
-        )
+        yield f"torchvision {name}", lambda name=name: (_built(name), _tensors(3, 4, 32, 32))  # type: ignore[misc]
     for name in _DETECTORS:
         yield f"torchvision {name}", lambda name=name: (_built(name), _scenes)  # type: ignore[misc]
     yield "torchvision raft_small", lambda: (_built("raft_small"), _image_pairs)
@@ -60,7 +45,7 @@ def _built(name: str) -> nn.Module:
 
     torch.manual_seed(0)
     options = dict(_OPTIONS.get(name, {}))
-    if name in (*_DETECTORS, "lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", "fcn_resnet50"):
+    if name in (*_DETECTORS, "lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"):
         options["weights_backbone"] = None
     model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     return model
