@@ -29,7 +29,7 @@ def test_an_idiom_is_equal_in_both_modes_on_fresh_inputs_of_other_sizes_or_refus
     name: str, recorded: bool
 ) -> None:
     model, example = IDIOMS[name]()
-    outcome = comparison.compare(name, model, example, recorded=recorded, sizes=(2, 3, 4, 5))
+    outcome = comparison.compare(name, model, example, recorded=recorded, sizes=(2, 3, 4))
     if name in REFUSED:
         assert outcome.verdict == "refused"
         assert REFUSED[name] in outcome.note
@@ -47,16 +47,14 @@ def test_a_comparison_tells_what_differs() -> None:
         assert comparison._difference(model, baked, example(2), training)[0] == verdict
 
 
-def test_an_idiom_that_a_graph_has_room_for_is_one_graph() -> None:
-    kept = {}
-    for name, build in IDIOMS.items():
-        if name not in REFUSED:
-            model, example = build()
-            captured = biofx.capture(model, example_inputs=example(2))
-            kept[name.removeprefix("idiom ")] = set(captured.kept_as_python)
-    whole = {name for name, paths in kept.items() if not paths}
-    assert whole >= {
-        *("FunctionalDropout", "FrozenNormalisation", "NoiseInForward", "BufferByItem", "SharedLayer"),
-        *("TiedWeights", "WeightNorm", "ForwardHookOnModel", "PositionsByLength", "AssertsShapes"),
-        *("JugglesKeywords", "ReturnsADict", "Closures", "WritesItems", "SizesInArithmetic", "Einsum"),
-    }
+ONE_GRAPH = (
+    *("FunctionalDropout", "FrozenNormalisation", "NoiseInForward", "BufferByItem", "SharedLayer"),
+    *("TiedWeights", "WeightNorm", "ForwardHookOnModel", "PositionsByLength", "AssertsShapes"),
+    *("JugglesKeywords", "ReturnsADict", "Closures", "WritesItems", "SizesInArithmetic", "Einsum"),
+)
+
+
+@pytest.mark.parametrize("name", ONE_GRAPH)
+def test_an_idiom_that_a_graph_has_room_for_is_one_graph(name: str) -> None:
+    model, example = IDIOMS[f"idiom {name}"]()
+    assert biofx.capture(model, example_inputs=example(2)).kept_as_python == {}

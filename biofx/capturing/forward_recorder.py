@@ -25,12 +25,11 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from biofx.capturing.binding import bind_inputs
 from biofx.capturing.frames import BY_VALUE, Frame, Keep
-from biofx.capturing.region_capture import is_plain_layer
+from biofx.capturing.region_capture import holds_layers, is_plain_layer
 from biofx.capturing.sized_by_values import gives_as_many_as_there_are, is_sized_by_values
 from biofx.capturing.tracked import plain, tracked
 from biofx.capturing.values import TORCH_FOLDER
 from biofx.errors import InputError
-from biofx.layers.layer_kinds import kind_of
 from biofx.layers.obstacles import hooks_of
 
 
@@ -218,7 +217,7 @@ class Recorder(TorchFunctionMode):
             with self.quiet():
                 return original(module, *args, **kwargs)
         only_holds = type(module).forward is nn.Sequential.forward
-        if path in self._kept or only_holds or not any(kind_of(inner) for inner in module.modules()):
+        if path in self._kept or only_holds or not holds_layers(module):
             return original(module, *args, **kwargs)
         if hooks_of(module):
             raise Keep(path, f"{self._named(path)} has {' and '.join(hooks_of(module))}")

@@ -126,8 +126,8 @@ class RegionCapture:
         self.seen.add(id(module))
         if is_plain_layer(module):
             self.regions.append(path)
-        elif not any(is_plain_layer(inner) or kind_of(inner) for inner in module.modules()):
-            return  # nothing in it that a pass could act on
+        elif not holds_layers(module):
+            return
         elif _only_holds_others(module):
             self.capture_children(path)
         elif isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, path):
@@ -158,6 +158,11 @@ def is_plain_layer(module: nn.Module) -> bool:
     if kind is not None:
         return type(module).forward is kind.module_type.forward
     return type(module).forward is nn.Embedding.forward
+
+
+def holds_layers(module: nn.Module) -> bool:
+    """Whether there is anything in a module that a pass could act on, or that is a table of vectors."""
+    return any(kind_of(inner) or isinstance(inner, nn.Embedding) for inner in module.modules())
 
 
 def _only_holds_others(module: nn.Module) -> bool:

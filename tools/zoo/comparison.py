@@ -84,7 +84,7 @@ def compare(
     if outcome.verdict != "equal":
         return outcome
     try:
-        _try_everything(model, example(2), options, outcome)
+        _try_everything(captured, example(2), outcome)
     except Exception as error:
         outcome.verdict = "untrained"
         outcome.note = f"with everything on: {type(error).__name__}: {error}"
@@ -160,9 +160,9 @@ def _tensors(output: Any) -> list[Tensor]:
     return found
 
 
-def _try_everything(model: nn.Module, given: Any, options: dict[str, Any], outcome: Outcome) -> None:
+def _try_everything(model: nn.Module, given: Any, outcome: Outcome) -> None:
     config = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.2, apply_dales_principle=True)
-    bio_model, report = biofx.transform(model, config, **options)
+    bio_model, report = biofx.transform(model, config)
     sites = biofx.sites.find_sites(bio_model).found
     seen = {id(site.parameter): site.parameter.numel() for site in sites}
     scaled = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 _GRAPH_NETWORKS = ("GCN", "GraphSAGE", "GIN", "GAT", "PNA", "EdgeCNN")
-_SEGMENTATION = ("Unet", "UnetPlusPlus", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "MAnet")
+_SEGMENTATION = ("Unet", "Linknet", "FPN", "PSPNet", "DeepLabV3Plus", "MAnet")
 
 
 def models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:

@@ -14,7 +14,7 @@ from torch import nn
 
 _MODELS = (
     *("resnet10", "resneta10", "preresnet10", "resnext14_16x4d", "seresnet10", "sepreresnet10"),
-    *("cbam_resnet18", "airnet50_1x64d_r16", "diaresnet10", "diapreresnet10", "octresnet10_ad2"),
+    *("cbam_resnet18", "diaresnet10", "diapreresnet10", "octresnet10_ad2"),
     *("sharesnet18", "regnetx002", "regnety002", "densenet121", "condensenet74_c4_g4", "peleenet"),
     *("hardnet39ds", "vovnet27s", "selecsls42", "darknet_tiny", "alexnet", "bninception", "darts"),
     *("squeezenet_v1_0", "sqnxt23_w1", "shufflenet_g1_wd4", "shufflenetv2_wd2", "shufflenetv2b_wd2"),

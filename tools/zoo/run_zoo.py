@@ -30,10 +30,10 @@ from comparison import Outcome
 PACKAGES = {
     "idioms": "biofx",
     "transformers_models": "transformers",
-    "pytorchcv_models": "pytorchcv",
+    "other_models": "einops",
     "torchvision_models": "torchvision",
     "timm_models": "timm",
-    "other_models": "einops",
+    "pytorchcv_models": "pytorchcv",
 }
 
 
