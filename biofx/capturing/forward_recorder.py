@@ -29,6 +29,7 @@ from biofx.capturing.checkpoints import (
 )
 from biofx.capturing.frames import BY_VALUE, Frame, Keep
 from biofx.capturing.region_capture import is_plain_layer
+from biofx.capturing.sized_by_values import gives_as_many_as_there_are, is_sized_by_values
 from biofx.capturing.switches import Switches, SwitchPatches
 from biofx.capturing.tracked import plain, tracked
 from biofx.capturing.values import TORCH_FOLDER
@@ -59,6 +60,7 @@ class Recorder(TorchFunctionMode):
         self._opaque = opaque
         self._paths = {id(module): path for path, module in root.named_modules()}
         self._patches = SwitchPatches(self._switches, self.stop)
+        self._failed: tuple[str, str] | None = None
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the model, which must be in the mode to record.
@@ -77,6 +79,12 @@ class Recorder(TorchFunctionMode):
                 raise InputError(
                     f"example_inputs: the model fails on them: {type(error).__name__}: {error}"
                 ) from error
+        if self._failed is not None:
+            path, caught = self._failed
+            raise Keep(
+                path,
+                f"{self._named(path)} catches {caught}, an exception that another input may not raise",
+            )
 
     def stop(self, what: str) -> NoReturn:
         """Let the module that is running keep its own forward."""
@@ -99,8 +107,12 @@ class Recorder(TorchFunctionMode):
             self.stop(f"asks for the value of a tensor ({name})")
         if func is torch._C._set_grad_enabled and not self._patches.is_switching:
             self.stop("switches gradients by itself")
-        with self.quiet():
-            found = func(*args, **options)
+        try:
+            with self.quiet():
+                found = func(*args, **options)
+        except Exception as error:
+            self._failed = self._failed or (frame.innermost, f"{type(error).__name__}: {error}")
+            raise
         if (
             isinstance(found, Tensor)
             or (isinstance(found, (tuple, list)) and _has_tensors(found))
@@ -108,8 +120,10 @@ class Recorder(TorchFunctionMode):
         ):
             frame.switches.check()
             node = self._write(frame, func, name, args, options)
-            if _is_sized_by_values(name, args):
+            if is_sized_by_values(func, name, args, options):
                 node.meta[BY_VALUE] = True
+            if isinstance(found, (tuple, list)) and gives_as_many_as_there_are(name):
+                frame.expect(len, (node,), len(found))
             return frame.take(node, found, in_place=name.endswith("_"))
         if (
             found is not None
@@ -151,16 +165,18 @@ class Recorder(TorchFunctionMode):
             return self._sizes(frame, args[0], found)
         if frame.is_stored(args[0]):
             return found
-        method = {"__len__": "size", "nelement": "numel"}.get(name, name)
-        rest = (0,) if name == "__len__" else frame.argument(tuple(args[1:]))
-        named = frame.argument(options)
+        if name == "__len__":  # Python makes it a number that remembers nothing
+            frame.expect(len, (args[0],), found)
+            return found
+        method = {"nelement": "numel"}.get(name, name)
+        rest, named = frame.argument(tuple(args[1:])), frame.argument(options)
 
         def make() -> Node:
             made = frame.node("call_method", method, (frame.node_of(args[0]), *rest), named)
             made.meta["auxiliary"] = True
             return made
 
-        return found if name == "__len__" else tracked(found, frame, make)
+        return tracked(found, frame, make)
 
     def _sizes(self, frame: Frame, tensor: Tensor, found: torch.Size) -> Any:
         if frame.is_stored(tensor):
@@ -343,21 +359,6 @@ _DESCRIPTIONS = frozenset(
         *("storage_offset", "type", "is_pinned", "is_shared", "is_set_to"),
     }
 )
-
-
-_SIZED_BY_VALUES = frozenset(
-    {
-        *("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "histc"),
-        *("combinations", "repeat_interleave"),
-    }
-)
-
-
-def _is_sized_by_values(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether the size of what a function returns depends on the values of a tensor."""
-    if name == "__getitem__":
-        return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in _leaves(args[1]))
-    return name in _SIZED_BY_VALUES or (name == "where" and len(args) == 1)
 
 
 def _is_leaf(module: nn.Module) -> bool:

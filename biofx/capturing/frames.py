@@ -117,6 +117,8 @@ class Frame:
 
     def argument(self, value: Any) -> Any:
         """Return a value in the form that a node can hold."""
+        if isinstance(value, Node):
+            return value
         if isinstance(value, Tensor):
             return self.node_of(value)
         if is_tracked(value, self):

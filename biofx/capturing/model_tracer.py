@@ -6,6 +6,7 @@ has no place for and checkpointing are refused with the line of the model that a
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import linecache
@@ -181,6 +182,8 @@ class ModelTracer(Tracer):
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
         """Trace, and check that nothing but the model's own tensors is changed in place."""
         graph = super().trace(root, concrete_args)
+        if _catches(root):
+            self.refuse(_CATCHING, "Do without")
         for node in graph.nodes:
             if isinstance(node.type, str):
                 node.type = None  # an annotation as text, which torch.jit.script could not make sense of
@@ -246,6 +249,8 @@ class ModelTracer(Tracer):
             found = super().call_module(m, forward, args, kwargs)
             if self.kept is not None and len(self.refusals) > mark.refusals:
                 raise self.refusals[mark.refusals]
+            if _catches(m):
+                self.refuse_at(path, f"{_CATCHING}. Do without")
             return found
         except Exception as error:
             if self.kept is None:
@@ -402,6 +407,18 @@ class _Mark:
     def of(cls, tracer: ModelTracer) -> _Mark:
         last = next(iter(reversed(tracer.graph.nodes)), None)
         return cls(last, len(tracer.refusals), len(tracer.calls), dict(tracer.module_stack))
+
+
+_CATCHING = "catches exceptions, and a graph does not know which way that goes"
+
+
+def _catches(module: nn.Module) -> bool:
+    """Whether the forward of a module has an ``except`` clause."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and any(code.co_code[::2].count(number) for number in _EXCEPTS)
+
+
+_EXCEPTS = [dis.opmap[name] for name in ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH") if name in dis.opmap]
 
 
 def _steers(default: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from biofx.capturing.both_modes import unified
 from biofx.capturing.forward_recorder import Recorder
-from biofx.capturing.frames import Keep
+from biofx.capturing.frames import Keep, joined_path
 from biofx.capturing.region_capture import capture_regions, capture_uncalled, weights_read_by_python
 from biofx.capturing.side_effects import Watch
 from biofx.errors import CaptureError, InputError
@@ -22,6 +23,7 @@ from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import steers_gradients
 from biofx.graph.guards import RecordingError
 from biofx.graph.own_forward import own_forward_graph
+from biofx.graph.regions import is_inside
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 
 ExampleInputs = tuple[Sequence[Any], Mapping[str, Any]]
@@ -174,7 +176,12 @@ class _RecordCapture:
         regions = [path for path in graphs if path]
         for path in regions:
             become_graph_module(modules[path], graphs[path])
-        settled = [inner for path in regions for inner in modules[path].modules()]
+        settled = [
+            inner
+            for path in regions
+            for name, inner in modules[path].named_modules()
+            if not any(_is_between(path, around, joined_path(path, name)) for around in kept)
+        ]
         settled += [modules[path] for path in called | set(kept)]
         rest = capture_uncalled(root, self._opaque, self._foreign, kept, settled)
         made = become_graph_module(root, graphs.get("") or own_forward_graph())
@@ -184,14 +191,31 @@ class _RecordCapture:
         return made
 
     def _doubt(self, made: BioGraphModule) -> Keep | None:
-        """Return where the result does not do what the model does; None if it does."""
+        """Return where the result does not do what the model does; None if it does.
+
+        Copies of both go through the same calls, so that what one call leaves behind shows in the next.
+        """
+        pair: tuple[Any, Any] | None = None
         for training in (True, False):
             for given in _variants(*self._given):
-                doubt = self._difference(made, given, training, _outcome, exact=True)
+                pair = pair or (self._copy(self._root), self._copy(made))
+                try:
+                    expected = _outcome(pair[0], given, training)
+                except Exception:
+                    pair = None  # nothing to compare with: the model does not work at this size
+                    continue
+                doubt = self._difference(_outcome, pair[1], given, training, expected)
                 if doubt is not None:
                     return doubt
             if any(_says_more_than_values(graph) for graph in _graphs_of(made)):
-                doubt = self._difference(made, self._given, training, self._gradients, exact=False)
+                try:
+                    gradients = self._gradients(self._copy(self._root), self._given, training)
+                except Exception:
+                    continue
+                copied = self._copy(made)
+                doubt = self._difference(
+                    self._gradients, copied, self._given, training, gradients, exact=False
+                )
                 if doubt is not None:
                     return doubt
         return None
@@ -211,15 +235,18 @@ class _RecordCapture:
         return [leaf.requires_grad for leaf in tensors], gradients
 
     def _difference(
-        self, made: BioGraphModule, given: Any, training: bool, outcome: Callable[..., Any], *, exact: bool
+        self,
+        outcome: Callable[..., Any],
+        copied: BioGraphModule,
+        given: Any,
+        training: bool,
+        expected: Any,
+        *,
+        exact: bool = True,
     ) -> Keep | None:
-        try:
-            expected = outcome(self._copy(self._root), given, training)
-        except Exception:
-            return None  # nothing to compare with: the model does not work at this size
         tolerance = 0.0 if exact else None  # None: what is usual for the type
         try:
-            found = outcome(self._copy(made), given, training)
+            found = outcome(copied, given, training)
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
         except RecordingError as error:
             return Keep(error.module, str(error))
@@ -239,14 +266,27 @@ def _says_more_than_values(graph: Graph) -> bool:
     return applies or steers_gradients(graph) or checkpoints(graph)
 
 
+def _is_between(region: str, kept: str, path: str) -> bool:
+    """Whether a module of a region is inside one that keeps its own forward, which is in the region."""
+    return is_inside(kept, region) and is_inside(path, kept)
+
+
 def _outcome(model: nn.Module, given: Any, training: bool) -> Any:
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given)
     model.train(training)
     torch.manual_seed(0)
     with torch.no_grad():
         output = model(*args, **kwargs)
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    return {type(output).__name__: leaves}, dict(model.named_buffers())
+    return {type(output).__name__: list(_content(output))}, dict(model.named_buffers())
+
+
+def _content(output: Any) -> Iterator[Any]:
+    """Yield the tensors and numbers in an output, those in objects of the model's own classes too."""
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, (Tensor, int, float)):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _content(list(vars(leaf).values()))
 
 
 def _variants(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:

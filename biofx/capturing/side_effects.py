@@ -96,10 +96,19 @@ class Watch:
 
     def _contents(self, value: Any, seen: set[int]) -> Any:
         self._kept.append(value)  # alive, so that no id is used twice
-        if id(value) in seen or isinstance(value, (nn.Module, Tensor, type, str, bytes)):
+        if (
+            type(value) in _INDIVISIBLE
+            or id(value) in seen
+            or isinstance(value, (nn.Module, Tensor, type, str, bytes))
+        ):
             return id(value)
-        if isinstance(value, (dict, list, set, deque)) and not self._is_complete:
-            self._contained.setdefault(self._module, []).append((value, copy.copy(value)))
+        if isinstance(value, (dict, list, set, deque)):
+            if not self._is_complete:
+                content = copy.copy(value) if value else ()
+                self._contained.setdefault(self._module, []).append((value, content))
+            if not value:
+                seen.add(id(value))
+                return id(value)
         if isinstance(value, dict):
             inner = [(id(key), entry) for key, entry in value.items()]
         elif isinstance(value, (list, tuple, deque)):
@@ -118,6 +127,7 @@ class Watch:
         )
 
 
+_INDIVISIBLE = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, Tensor})
 _KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
 
 

@@ -105,15 +105,21 @@ _UNITLESS_OF: dict[Any, LayerKind] = {
     **{kind.function: kind for kind in UNITLESS_KINDS},
     torch.bilinear: BILINEAR,
 }
+_LAYER_TYPES = tuple(kind.module_type for kind in LAYER_KINDS)
+_COMPOUND_TYPES = tuple(kind.module_type for kind in COMPOUND_KINDS)
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """Return the kind of a layer module with one weight, None for anything else."""
+    if not isinstance(module, _LAYER_TYPES):
+        return None
     return next((kind for kind in LAYER_KINDS if isinstance(module, kind.module_type)), None)
 
 
 def compound_kind_of(module: nn.Module) -> LayerKind | None:
     """Return the kind of a layer module with several weights, None for anything else."""
+    if not isinstance(module, _COMPOUND_TYPES):
+        return None
     return next((kind for kind in COMPOUND_KINDS if isinstance(module, kind.module_type)), None)
 
 

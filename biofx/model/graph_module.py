@@ -133,6 +133,8 @@ class BioGraphModule(GraphModule):
 
     def recompile(self) -> Any:
         """Make the graph's code anew; a module that keeps its own forward goes on running that."""
+        if isinstance(self._graph, _NotYet):
+            return None
         code = super().recompile()
         origin = user_class(self)
         if origin is not None and self.keeps_forward:
@@ -217,8 +219,12 @@ def _class_of_graph_modules(name: str, origin: type[nn.Module] | None) -> type[B
     return made  # type: ignore[no-any-return]
 
 
+class _NotYet(Graph):
+    """Stands where a graph is still to come: there is no code to make of it."""
+
+
 def _empty(class_name: str, origin: type[nn.Module] | None) -> BioGraphModule:
-    made = BioGraphModule(nn.Module(), Graph(), class_name)
+    made = BioGraphModule(nn.Module(), _NotYet(), class_name)
     if origin is not None:
         # not by calling the class: that would run the __init__ of the user's
         made.__class__ = _class_of_graph_modules(class_name, origin)

@@ -1,11 +1,16 @@
-"""Whether a captured model does what the model does, and how much of it can be rewritten."""
+"""Whether a captured model does what the model does, and how much of it can be rewritten.
+
+What is compared is a sequence of two calls with their gradients: outputs, gradients of all parameters and
+buffers, to the bit, in training and in evaluation, on the example, on fresh values, and on others of another
+size. Only where the model by itself is not the same twice, it is compared to what it is then.
+"""
 
 from __future__ import annotations
 
 import copy
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +21,11 @@ from torch.utils import _pytree as pytree
 
 import biofx
 
+_SIZES = (2, 3, 4)
+"""The first is recorded; 3 is a fresh batch of another size, 4 one of another length too if that can be."""
+
+_SEVERITY = ("equal", "guarded", "fails", "DIFFERENT")
+
 Example = Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -25,8 +35,14 @@ class Outcome:
 
     name: str
     verdict: str
-    """``equal``, ``refused``, ``DIFFERENT`` or ``not built``."""
+    """``equal``; ``refused`` before anything is captured; ``guarded`` if a call ends in an error of ours that
+    says why; ``fails`` if in another; ``DIFFERENT`` if what it gives is, without a word; ``untrained`` if a
+    step with everything on fails; ``too slow``, ``DIED``, ``not built``."""
     note: str = ""
+    in_training: bool = True
+    """Whether it is equal in training."""
+    in_evaluation: bool = True
+    """Whether it is equal in evaluation."""
     sites: float = 0.0
     """Fraction of the elements of matrices that belong to a weight site, dimensionless."""
     visible: float = 0.0
@@ -40,8 +56,10 @@ class Outcome:
     """Time of ``capture`` over that of ``symbolic_trace`` and ``deepcopy``; NaN where that fails."""
 
 
-def compare(name: str, model: nn.Module, example: Example, *, recorded: bool) -> Outcome:
-    """Capture a model and compare; see :class:`Outcome`."""
+def compare(
+    name: str, model: nn.Module, example: Example, *, recorded: bool, sizes: Sequence[int] = ()
+) -> Outcome:
+    """Capture a model and compare, at the sizes given or at those that make sense; see :class:`Outcome`."""
     options: dict[str, Any] = {"example_inputs": example(2)} if recorded else {}
     try:
         captured = biofx.capture(model, **options)
@@ -51,25 +69,55 @@ def compare(name: str, model: nn.Module, example: Example, *, recorded: bool) ->
     outcome.graphs = 1 + len(vars(captured).get("region_paths", ()))
     outcome.kept = len(vars(captured).get("kept_as_python", {}))
     for training in (True, False):
-        for batch in (2, 3):  # recorded or traced without sizes, and another size
-            difference = _difference(model, captured, example(batch), training)
-            if difference:
-                outcome.verdict = "DIFFERENT"
-                outcome.note = f"{'train' if training else 'eval'}, batch {batch}: {difference}"
-                return outcome
+        for size in sizes or _sizes(example):
+            given = example(size)
+            verdict, note = _difference(model, captured, given, training)
+            if verdict == "equal":
+                continue
+            if training:
+                outcome.in_training = False
+            else:
+                outcome.in_evaluation = False
+            if _SEVERITY.index(verdict) > _SEVERITY.index(outcome.verdict):
+                outcome.verdict = verdict
+                outcome.note = f"{'train' if training else 'eval'}, size {size}: {note}"
+    if outcome.verdict != "equal":
+        return outcome
     try:
-        _try_everything(model, example(2), options, outcome)
+        _try_everything(captured, example(2), outcome)
     except Exception as error:
-        outcome.verdict = "DIFFERENT"
+        outcome.verdict = "untrained"
         outcome.note = f"with everything on: {type(error).__name__}: {error}"
     return outcome
 
 
-def _difference(model: nn.Module, captured: nn.Module, given: Any, training: bool) -> str:
+def _sizes(example: Example) -> list[int]:
+    """Return the sizes to try; the third only where more than the batch is of another size in it."""
+    found: dict[Any, int] = {}
+    for size in _SIZES:
+        leaves = _tensors(example(size))
+        found.setdefault((size == _SIZES[0], *(leaf.shape[1:] for leaf in leaves)), size)
+    return list(found.values())
+
+
+def _difference(model: nn.Module, captured: nn.Module, given: Any, training: bool) -> tuple[str, str]:
+    """Return the verdict on one mode and size, and what differs."""
     reference, other = copy.deepcopy(model).train(training), copy.deepcopy(captured).train(training)
     (expected, failed), (found, fails) = _tried(reference, given), _tried(other, given)
-    if failed or fails:
-        return "" if failed == fails else f"{fails or 'no error'} instead of {failed or 'none'}"
+    if failed is not None:
+        alike = fails is not None and (type(fails) is type(failed) or isinstance(fails, biofx.BiofxError))
+        return ("equal", "") if alike else ("fails", f"{fails or 'no error'} instead of {failed!r}")
+    if isinstance(fails, biofx.BiofxError):
+        return "guarded", str(fails)
+    if fails is not None:
+        return "fails", repr(fails)
+    note = _apart(found, expected)
+    if note and _apart(_tried(copy.deepcopy(model).train(training), given)[0], expected):
+        return "equal", ""  # the model itself is not the same twice
+    return ("DIFFERENT", note) if note else ("equal", "")
+
+
+def _apart(found: Any, expected: Any) -> str:
     try:
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     except AssertionError as error:
@@ -77,32 +125,44 @@ def _difference(model: nn.Module, captured: nn.Module, given: Any, training: boo
     return ""
 
 
-def _tried(model: nn.Module, given: Any) -> tuple[Any, str]:
+def _tried(model: nn.Module, given: Any) -> tuple[Any, Exception | None]:
     """Return what a run gives, and what it raises."""
     try:
-        return _run(model, given), ""
+        return _run(model, given), None
     except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+        return None, error
 
 
 def _run(model: nn.Module, given: Any) -> tuple[Any, ...]:
-    args, kwargs = given
+    args, kwargs = copy.deepcopy(given)
     torch.manual_seed(5)
     random.seed(5)
     numpy.random.seed(5)
     outputs = [model(*args, **kwargs) for _ in range(2)]
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    leaves = _tensors(outputs)
     total = sum((leaf.float() ** 2).mean() for leaf in leaves if leaf.requires_grad)
     if isinstance(total, Tensor):
         total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
-    return {type(outputs[0]).__name__: leaves}, gradients, buffers
+    numbers = [torch.tensor(leaf) for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, (int, float))]
+    return {type(outputs[0]).__name__: leaves + numbers}, gradients, buffers
 
 
-def _try_everything(model: nn.Module, given: Any, options: dict[str, Any], outcome: Outcome) -> None:
+def _tensors(output: Any) -> list[Tensor]:
+    """Return the tensors in an output, those in objects of classes of the model's own too."""
+    found = []
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not callable(leaf):
+            found += _tensors(list(vars(leaf).values()))
+    return found
+
+
+def _try_everything(model: nn.Module, given: Any, outcome: Outcome) -> None:
     config = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.2, apply_dales_principle=True)
-    bio_model, report = biofx.transform(model, config, **options)
+    bio_model, report = biofx.transform(model, config)
     sites = biofx.sites.find_sites(bio_model).found
     seen = {id(site.parameter): site.parameter.numel() for site in sites}
     scaled = {id(site.parameter): site.parameter.numel() for site in sites if site.is_scaled}
@@ -112,7 +172,7 @@ def _try_everything(model: nn.Module, given: Any, options: dict[str, Any], outco
     bio_model.train()
     args, kwargs = given
     optimizer = torch.optim.SGD(bio_model.parameters(), 1e-3)
-    leaves = [x for x in pytree.tree_leaves(bio_model(*args, **kwargs)) if isinstance(x, Tensor)]
+    leaves = _tensors(bio_model(*args, **kwargs))
     total = sum((leaf.float() ** 2).mean() for leaf in leaves if leaf.requires_grad)
     total.backward()  # type: ignore[union-attr]
     optimizer.step()

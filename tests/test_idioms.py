@@ -1,0 +1,60 @@
+"""Small modules, each with something in it that goes wrong where a forward is traced without care."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import biofx
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "zoo"))
+comparison: Any = importlib.import_module("comparison")
+IDIOMS: dict[str, Any] = dict(importlib.import_module("idioms").models())
+sys.path.pop(0)
+
+REFUSED = {"idiom ReplacedForward": "Make it a method"}
+NEEDS_INPUTS = "idiom JugglesKeywords given some"
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["traced", "recorded"])
+@pytest.mark.parametrize("name", IDIOMS)
+def test_an_idiom_is_equal_in_both_modes_on_fresh_inputs_of_other_sizes_or_refused(
+    name: str, recorded: bool
+) -> None:
+    model, example = IDIOMS[name]()
+    outcome = comparison.compare(name, model, example, recorded=recorded, sizes=(2, 3, 4))
+    if name in REFUSED:
+        assert outcome.verdict == "refused"
+        assert REFUSED[name] in outcome.note
+    elif name == NEEDS_INPUTS and not recorded:
+        assert outcome.verdict == "fails"
+        assert "unexpected keyword argument 'gain'" in outcome.note
+    else:
+        assert (outcome.verdict, outcome.note) == ("equal", "")
+
+
+def test_a_comparison_tells_what_differs() -> None:
+    model, example = IDIOMS["idiom FunctionalDropout"]()
+    baked = torch.fx.symbolic_trace(model)
+    for training, verdict in ((True, "equal"), (False, "DIFFERENT")):
+        assert comparison._difference(model, baked, example(2), training)[0] == verdict
+
+
+ONE_GRAPH = (
+    *("FunctionalDropout", "FrozenNormalisation", "NoiseInForward", "BufferByItem", "SharedLayer"),
+    *("TiedWeights", "WeightNorm", "ForwardHookOnModel", "PositionsByLength", "AssertsShapes"),
+    *("JugglesKeywords", "ReturnsADict", "Closures", "WritesItems", "SizesInArithmetic", "Einsum"),
+)
+
+
+@pytest.mark.parametrize("name", ONE_GRAPH)
+def test_an_idiom_that_a_graph_has_room_for_is_one_graph(name: str) -> None:
+    model, example = IDIOMS[f"idiom {name}"]()
+    assert biofx.capture(model, example_inputs=example(2)).kept_as_python == {}
