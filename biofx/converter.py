@@ -146,7 +146,7 @@ def _place(captured: BioGraphModule, config: BioConfig) -> None:
     configure_layers(captured, config)
     for state in bio_modules(captured).values():
         if not state.scaled_in_graph:  # drawn when the passes have run: they may give the weight another size
-            state.fuzzy_learning_rate_parameters = None
+            state.forget_factors()
 
 
 def _draw(converted: BioGraphModule, depths: Mapping[str, float]) -> None:

@@ -255,6 +255,10 @@ class BioState(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def forget_factors(self) -> None:
+        """Have no factors, in no form, until they are drawn."""
+        self._buffers.update(dict.fromkeys(RATE_BUFFERS))
+
     def store_factors(self, factors: Tensor, dtype: str) -> None:
         """Keep factors as ``dtype`` says, instead of any others.
 
