@@ -132,7 +132,7 @@ def test_layers_are_ordinary_modules_under_their_names_again() -> None:
     assert deployed.get_submodule("tied").weight is deployed.get_submodule("twice").weight
 
 
-def calls(model: GraphModule) -> list[Any]:
+def calls(model: Any) -> list[Any]:
     return [node for node in model.graph.nodes if node.op == "call_module"]
 
 
@@ -326,7 +326,8 @@ def test_recurrent_layers_attention_and_norms_are_modules_with_evaluated_weights
     with torch.no_grad():
         for parameter in bio_model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    deployed, sequences = biofx.deploy(bio_model), torch.randn(3, 4, 5)
+    deployed: Any = biofx.deploy(bio_model)
+    sequences = torch.randn(3, 4, 5)
     torch.testing.assert_close(deployed(sequences), bio_model.eval()(sequences), rtol=1e-4, atol=1e-5)
     assert names_of_biofx(deployed) == []
     found = {str(node.target): type(deployed.get_submodule(str(node.target))) for node in calls(deployed)}
