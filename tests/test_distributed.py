@@ -78,10 +78,12 @@ def optimizer_of(model, name):
     return getattr(torch.optim, name)(model.parameters(), **options)
 
 
+FOLLOWING = {"fuzzy_lr_distribution": "weight_adaptive", "fuzzy_lr_dynamic": True}
 KINDS = {
     "codes": {"fuzzy_lr_dtype": "uint8"},
-    "neurons": {"fuzzy_lr_distribution": "normal", "fuzzy_lr_granularity": "neuron"},
-    "following": {"fuzzy_lr_distribution": "weight_adaptive", "fuzzy_lr_dynamic": True},
+    "neurons": {**FOLLOWING, "fuzzy_lr_granularity": "neuron"},
+    "layers": {**FOLLOWING, "fuzzy_lr_granularity": "layer"},
+    "following": FOLLOWING,
     "evolving": {"fuzzy_lr_distribution": "temporal", "fuzzy_lr_dynamic": True},
 }
 
@@ -96,7 +98,8 @@ def accumulated():
     found = {}
     for name, options in KINDS.items():
         torch.manual_seed(0)
-        config = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.3, fuzzy_lr_min=0, **options)
+        options = {"fuzzy_learning_rate_factor_nu": 0.3, "fuzzy_lr_min": 0, **options}
+        config = biofx.BioConfig(apply_dales_principle=True, dales_method="abs", **options)
         model, _ = biofx.transform(blocks(), config, exclude=() if name == "codes" else "3")
         if DISTRIBUTED:
             if name in ("codes", "following"):  # the graph has taken the blocks apart, and calls the readout
@@ -115,6 +118,7 @@ def accumulated():
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
         found[name] = state_of(model)
+        assert biofx.check(model).ok
     return found
 
 
