@@ -166,13 +166,14 @@ found["accumulated"] = accumulated()
 if DISTRIBUTED:
     # what a step asks of the other ranks, when no rule that needs the whole weight is due
     counts = []
-    for bio in (False, True):
-        # temporal factors change at every step
+    for rules in (None, [], ["crystallize"]):
+        bio = rules is not None  # temporal factors change at every step
         model = transformed("temporal") if bio else net()
         fully_shard(model)
         optimizer = optimizer_of(model, "AdamW")
         if bio:
-            biofx.attach(model, optimizer, [biofx.Rule("rejuvenate_weights", every=100, after=50)])
+            rare = biofx.Rule("rejuvenate_weights", every=100, after=50)
+            biofx.attach(model, optimizer, [*rules, rare])
         train(model, optimizer, [0])
         with CommDebugMode() as traffic:
             train(model, optimizer, [1])
@@ -264,8 +265,10 @@ def test_two_ranks_train_as_one_process_does_and_what_they_save_any_number_resum
         for other in (first["DDP"][name], resumed[name]):
             assert other["saved"] == sharded["saved"]
             close(other["after"], sharded["after"])
-    plain, bio = first["traffic"]
+    plain, bio, crystallizing = first["traffic"]
     assert plain == bio
+    summed = {name: count for name, count in crystallizing.items() if "allreduce" not in name}
+    assert summed == plain  # sums of one number each are all that is added
     expected = here["accumulated"]()
     assert set(first["accumulated"]) == set(expected) == set(here["KINDS"])
     for name, found in first["accumulated"].items():
