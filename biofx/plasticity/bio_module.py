@@ -261,12 +261,6 @@ class BioModule(BioState):
         )
 
     @torch.no_grad()
-    def plain_gradient(self) -> Tensor:
-        """Return the gradient without the factors that the graph applied (but for those of 0)."""
-        gradient = self._gradient()
-        return _divided(gradient, self._factors()) if self.scaled_in_graph else gradient
-
-    @torch.no_grad()
     def unscale_gradient(self, factors: Tensor) -> None:
         """Take out of the gradient the factors that the graph applied to it (but for those of 0).
 
