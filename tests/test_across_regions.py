@@ -241,10 +241,13 @@ def test_a_recorded_model_is_loaded_into_one_that_was_recorded(tmp_path: Path, v
     assert torch.equal(other(vectors), bio_model(vectors))
 
 
-def test_a_model_with_regions_is_not_deployed() -> None:
-    bio_model, _ = biofx.transform(Model(PlainBlock()), DALE)
-    with pytest.raises(biofx.InputError, match=r"module 'gate' runs in Python.*test_across_regions"):
-        biofx.deploy(bio_model)
+def test_a_model_with_regions_is_deployed_around_what_runs_in_python(vectors: Tensor) -> None:
+    model = Model(PlainBlock())
+    bio_model = biofx.transform(model, DALE).graph_module.eval()
+    deployed = biofx.deploy(bio_model)
+    assert type(deployed.get_submodule("gate")) is type(model.gate)
+    for x in (vectors, -vectors):
+        torch.testing.assert_close(deployed(x), bio_model(x))
 
 
 def test_the_page_and_the_drawing_show_regions() -> None:

@@ -78,10 +78,12 @@ def optimizer_of(model, name):
     return getattr(torch.optim, name)(model.parameters(), **options)
 
 
+FOLLOWING = {"fuzzy_lr_distribution": "weight_adaptive", "fuzzy_lr_dynamic": True}
 KINDS = {
     "codes": {"fuzzy_lr_dtype": "uint8"},
-    "neurons": {"fuzzy_lr_distribution": "normal", "fuzzy_lr_granularity": "neuron"},
-    "following": {"fuzzy_lr_distribution": "weight_adaptive", "fuzzy_lr_dynamic": True},
+    "neurons": {**FOLLOWING, "fuzzy_lr_granularity": "neuron"},
+    "layers": {**FOLLOWING, "fuzzy_lr_granularity": "layer"},
+    "following": FOLLOWING,
     "evolving": {"fuzzy_lr_distribution": "temporal", "fuzzy_lr_dynamic": True},
 }
 
@@ -96,7 +98,8 @@ def accumulated():
     found = {}
     for name, options in KINDS.items():
         torch.manual_seed(0)
-        config = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.3, fuzzy_lr_min=0, **options)
+        options = {"fuzzy_learning_rate_factor_nu": 0.3, "fuzzy_lr_min": 0, **options}
+        config = biofx.BioConfig(apply_dales_principle=True, dales_method="abs", **options)
         model, _ = biofx.transform(blocks(), config, exclude=() if name == "codes" else "3")
         if DISTRIBUTED:
             if name in ("codes", "following"):  # the graph has taken the blocks apart, and calls the readout
@@ -115,6 +118,7 @@ def accumulated():
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
         found[name] = state_of(model)
+        assert biofx.check(model).ok
     return found
 
 
@@ -162,13 +166,14 @@ found["accumulated"] = accumulated()
 if DISTRIBUTED:
     # what a step asks of the other ranks, when no rule that needs the whole weight is due
     counts = []
-    for bio in (False, True):
-        # temporal factors change at every step
+    for rules in (None, [], ["crystallize"]):
+        bio = rules is not None  # temporal factors change at every step
         model = transformed("temporal") if bio else net()
         fully_shard(model)
         optimizer = optimizer_of(model, "AdamW")
         if bio:
-            biofx.attach(model, optimizer, [biofx.Rule("rejuvenate_weights", every=100, after=50)])
+            rare = biofx.Rule("rejuvenate_weights", every=100, after=50)
+            biofx.attach(model, optimizer, [*rules, rare])
         train(model, optimizer, [0])
         with CommDebugMode() as traffic:
             train(model, optimizer, [1])
@@ -260,8 +265,10 @@ def test_two_ranks_train_as_one_process_does_and_what_they_save_any_number_resum
         for other in (first["DDP"][name], resumed[name]):
             assert other["saved"] == sharded["saved"]
             close(other["after"], sharded["after"])
-    plain, bio = first["traffic"]
+    plain, bio, crystallizing = first["traffic"]
     assert plain == bio
+    summed = {name: count for name, count in crystallizing.items() if "allreduce" not in name}
+    assert summed == plain  # sums of one number each are all that is added
     expected = here["accumulated"]()
     assert set(first["accumulated"]) == set(expected) == set(here["KINDS"])
     for name, found in first["accumulated"].items():

@@ -16,6 +16,7 @@ from biofx.errors import InputError
 from biofx.model.graph_module import BioGraphModule
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.sharded_model import whole_weights
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def check(model: nn.Module) -> Audit:
 
     Args:
         model: as :func:`biofx.transform`, a pass or :class:`biofx.BioConverter` returned it, wrapped
-            (``DistributedDataParallel``, ``torch.compile``) or not.
+            (``DistributedDataParallel``, ``torch.compile``) or not. If it is sharded, all ranks must ask
+            together, and have room for its weights.
 
     Returns:
         The audit: ``ok``, ``faults``, ``raise_if_broken()``, counts per layer.
@@ -95,7 +97,7 @@ def check(model: nn.Module) -> Audit:
             f"expected a model that biofx made, found a {type(plain).__name__}; transform or convert it "
             "(biofx.transform, biofx.BioConverter), and check what comes out"
         )
-    with preserved_random_state():
+    with preserved_random_state(), whole_weights(plain):
         subject = Subject.of(plain)
         findings = tuple(_findings(subject))
     layers = dict.fromkeys([*subject.layers, *(finding.layer for finding in findings if finding.checked)])

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from biofx import ops
 from biofx.activation import OpaqueActivation
+from biofx.deploying.plain_modules import make_plain, plain_graph_module
 from biofx.deploying.plain_operators import write_out
 from biofx.deploying.raising import raise_layers
 from biofx.deploying.settling import settle
@@ -18,8 +19,9 @@ from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import begin_autocast, begin_grad_mode
 from biofx.graph.guards import require_default, require_tensor
 from biofx.graph.in_place import changed_in_place
-from biofx.graph.regions import kept_modules, region_paths
+from biofx.graph.regions import region_input, region_of_nodes, whole_graph
 from biofx.model.graph_module import BioGraphModule
+from biofx.model.region_parts import joined
 from biofx.operators.fold_ops import require_axes
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.passes.fold_splits import FoldSplits
@@ -28,13 +30,9 @@ from biofx.plasticity.bio_module import BioModule
 from biofx.weights.weight_values import erase_unused_reads, evaluate_weights, is_of_biofx
 
 _RANDOM = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "empty"})
-_ROOT_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
-)
 
 
-def deploy(bio_model: nn.Module) -> GraphModule:
+def deploy(bio_model: nn.Module) -> nn.Module:
     """Return a plain model for inference that computes what a transformed one computes in eval mode.
 
     What the graph does to weights is done once and for all, what it does to gradients is left out, layers
@@ -43,12 +41,16 @@ def deploy(bio_model: nn.Module) -> GraphModule:
     ``torch.export`` and to ONNX. It is in eval mode; what the model's own code asked of ``self.training``
     is settled as False.
 
+    A module that Python runs around its graphs stays of its own class, with its own forward, and so does the
+    whole model if it is one; what it calls are graph modules and layers. Its class must be importable where
+    the result is loaded, and exporting it is between the class and the exporter.
+
     Args:
         bio_model: a transformed or converted model, wrapped (DDP, ``torch.compile``) or not; it is not
             changed.
 
     Raises:
-        InputError: it is no graph module, or parts of it run in Python around its graphs, or it is sharded.
+        InputError: it is no graph module, or it is sharded.
         PassError: an argument that must have its default is not the last; the graph draws random numbers from
             nothing or writes to a buffer, which a plain graph module forgets when it is saved; or it holds
             something of biofx's that has no plain form.
@@ -71,17 +73,10 @@ def deploy(bio_model: nn.Module) -> GraphModule:
         raise InputError(
             f"expected a transformed or converted model, found a {type(model).__name__}; use biofx.transform"
         )
-    if checkpoints(model.graph):
+    if any(checkpoints(module.graph) for module in model.modules() if isinstance(module, GraphModule)):
         raise InputError(
-            "expected a model of one graph, found one that calls modules under torch.utils.checkpoint; "
-            "switch checkpointing off before the model is transformed"
-        )
-    if region_paths(model) or "" in kept_modules(model):
-        path, reason = next(iter(kept_modules(model).items()))
-        where = f"module {path!r}" if path else "the forward"
-        raise InputError(
-            f"expected a model of one graph, found one in which {where} runs in Python: {reason}. Rewrite "
-            "that line, or transform with example_inputs or opaque=[…]"
+            "expected a model that computes as it goes, found one that calls modules under "
+            "torch.utils.checkpoint; switch checkpointing off before the model is transformed"
         )
     sharded = next((name for name, p in model.named_parameters() if hasattr(p, "device_mesh")), None)
     if sharded is not None:
@@ -89,19 +84,27 @@ def deploy(bio_model: nn.Module) -> GraphModule:
             f"expected whole parameters, found {sharded!r} sharded; load its checkpoint into a whole model"
         )
     own = BioGraphModule.copy_of(model).eval()
-    _drop_what_learns(own)
+    with joined(own):
+        _drop_what_learns(own)
     own = _folded(own)
-    evaluate_weights(own)
-    write_out(own)
-    raise_layers(own)
+    with joined(own):
+        evaluate_weights(own)
+        write_out(own)
+        raise_layers(own)
     for module in own.modules():
         if isinstance(module._modules.get("bio_mod"), BioModule):
             del module._modules["bio_mod"]
-    erase_unused_reads(own)
-    _refuse_what_saving_forgets(own)
-    deployed = GraphModule(own, own.graph, type(model).__name__)
-    _keep_buffers_as_they_are(own, deployed)
-    vars(deployed).update({name: vars(own)[name] for name in _ROOT_HOOKS if name in vars(own)})
+    regions = [module for module in own.modules() if isinstance(module, BioGraphModule) and module is not own]
+    for region in (*regions, own):
+        erase_unused_reads(region)
+        _refuse_what_saving_forgets(region)
+    for region in reversed(regions):  # the inner ones first
+        make_plain(region)
+    deployed: nn.Module = own
+    if own.keeps_forward:
+        make_plain(own)
+    else:
+        deployed = plain_graph_module(own, type(model).__name__)
     _refuse_traces(deployed)
     return deployed.eval()
 
@@ -127,6 +130,7 @@ def _drop_what_learns(own: GraphModule) -> None:
     """Take out gradient factors, observers, checks of arguments, and training flags."""
     _drop_gradient_modes(own)
     fixed: list[Any] = []
+    regions = region_of_nodes(own.graph)
     for node in list(own.graph.nodes):
         if node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
             settle(node, False)
@@ -134,6 +138,8 @@ def _drop_what_learns(own: GraphModule) -> None:
         if node.target in GRADIENT_SCALINGS | {ops.observe_activity, ops.drop_pairs}:
             node.replace_all_uses_with(node.args[0])
         elif node.target is require_default:
+            if node.args[0].target is region_input:
+                continue  # Python may hand it on, so the region goes on checking it
             fixed.append(node.args[0])
         elif node.target is require_tensor:
             pass
@@ -143,9 +149,11 @@ def _drop_what_learns(own: GraphModule) -> None:
             node.op, node.target = "call_function", function.function
             continue
         elif node.op == "call_module" and "bio_mod" in str(node.target).split("."):
-            path = str(node.target).replace(".bio_mod.", "_").replace(".", "_")
-            own.add_module(path, own.get_submodule(str(node.target)))
-            node.target = path
+            region = regions.get(node, "")
+            inner = str(node.target)[len(region) + bool(region) :].split(".")
+            name = "_".join(part for part in inner if part != "bio_mod")
+            own.get_submodule(region).add_module(name, own.get_submodule(str(node.target)))
+            node.target = f"{region}.{name}" if region else name
             continue
         else:
             continue
@@ -175,7 +183,7 @@ def _folded(own: BioGraphModule) -> BioGraphModule:
     folded = FoldSplits().on_own(BioGraphModule.copy_of(own)).graph_module
 
     def checks(graph_module: GraphModule) -> int:
-        return len(graph_module.graph.find_nodes(op="call_function", target=require_axes))
+        return len(whole_graph(graph_module).find_nodes(op="call_function", target=require_axes))
 
     return folded if checks(folded) == checks(own) else own
 
@@ -199,15 +207,7 @@ def _refuse_what_saving_forgets(own: GraphModule) -> None:
                 )
 
 
-def _keep_buffers_as_they_are(own: GraphModule, deployed: GraphModule) -> None:
-    """Keep buffers out of the state dict that were out of it before."""
-    for path, module in deployed.named_modules():
-        source = own.get_submodule(path)
-        if source is not module:
-            module._non_persistent_buffers_set |= source._non_persistent_buffers_set & set(module._buffers)
-
-
-def _refuse_traces(deployed: GraphModule) -> None:
+def _refuse_traces(deployed: nn.Module) -> None:
     """Refuse to hand out a model that needs biofx.
 
     Raises:
@@ -215,9 +215,15 @@ def _refuse_traces(deployed: GraphModule) -> None:
     """
     found: Iterator[str] = (
         node.name
-        for node in deployed.graph.nodes
+        for module in deployed.modules()
+        if isinstance(module, GraphModule)
+        for node in module.graph.nodes
         if (node.op == "call_function" and is_of_biofx(node.target))
     )
-    modules = (path for path, module in deployed.named_modules() if is_of_biofx(type(module)))
+    modules = (
+        path
+        for path, module in deployed.named_modules()
+        if is_of_biofx(type(module)) or any(is_of_biofx(type(value)) for value in vars(module).values())
+    )
     for name in (*found, *modules):
         raise PassError(f"{name!r} is biofx's and has no plain form; leave the pass out that made it")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from biofx.deploying.raised_calls import LayerCall
+from biofx.graph.regions import region_paths
 from biofx.weights.weight_values import erase_unused_reads
 
 
@@ -39,7 +41,10 @@ class _Places:
 
     def __post_init__(self) -> None:
         staying = [node for node in self.graph_module.graph.nodes if node not in self.leaving]
-        self._called = {str(node.target) for node in staying if node.op == "call_module"}
+        called = {str(node.target) for node in staying if node.op == "call_module"}
+        self._called = called - {
+            *region_paths(self.graph_module)
+        }  # who calls a region calls what is put there
         self._read = {
             str(node.target)
             for node in staying
@@ -55,10 +60,22 @@ class _Places:
                 return path
             if path not in self._taken and self._is_free(path, call, original=number == 0):
                 self._taken[path] = call.key
-                owner, _, name = path.rpartition(".")
-                self.graph_module.get_submodule(owner).add_module(name, call.module())
+                self._put(path, call.module())
                 return path
             number += 1
+
+    def _put(self, path: str, made: nn.Module) -> None:
+        """Put a layer at a path; in the place of a region everywhere, with what the region calls besides."""
+        paths = [path]
+        if path in region_paths(self.graph_module):
+            before = self.graph_module.get_submodule(path)
+            for name, module in before.named_children():
+                made._modules.setdefault(name, module)
+            everything = self.graph_module.named_modules(remove_duplicate=False)
+            paths = [place for place, module in everything if module is before]
+        for place in paths:
+            owner, _, name = place.rpartition(".")
+            self.graph_module.get_submodule(owner).add_module(name, made)
 
     def _is_free(self, path: str, call: LayerCall, *, original: bool) -> bool:
         if not original:

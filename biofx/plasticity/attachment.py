@@ -196,7 +196,8 @@ class Attachment:
     def _reads_values(self, state: BioModule) -> bool:
         """Whether a rule that is due before this step must see all of a layer's weight or gradient."""
         follows = state.is_dynamic and not state.follows_in_parts
-        return follows or self._is_due("crystallize") or self._is_due("volume_dependent_lr")
+        dampens = self._is_due("crystallize") and not state.crystallizes_in_parts
+        return follows or dampens or self._is_due("volume_dependent_lr")
 
     def _check_weights(self) -> None:
         """Refuse to step parameters that have been replaced, before anything is changed."""

@@ -29,7 +29,7 @@ from biofx.plasticity.rules.crystallization import crystallize
 from biofx.plasticity.rules.rejuvenation import check_finite, protection_for, rejuvenate
 from biofx.plasticity.rules.scaling import input_strength, synaptic_scaling
 from biofx.plasticity.rules.volume import multiply_by_volume, volume_factors
-from biofx.plasticity.shards import flat_span, is_sharded, local, local_part
+from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
 from biofx.plasticity.units import laid_out
 
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
@@ -300,12 +300,6 @@ class BioModule(BioState):
         )
 
     @torch.no_grad()
-    def plain_gradient(self) -> Tensor:
-        """Return the gradient without the factors that the graph applied (but for those of 0)."""
-        gradient = self._gradient()
-        return _divided(gradient, self._factors()) if self.scaled_in_graph else gradient
-
-    @torch.no_grad()
     def unscale_gradient(self, factors: Tensor) -> None:
         """Take out of the gradient the factors that the graph applied to it (but for those of 0).
 
@@ -320,19 +314,32 @@ class BioModule(BioState):
     def crystallize(self) -> int:
         """Dampen the factors of settled and of shaken synapses; call it between backward and scaling."""
         self._require("crystallize")
-        gradient, factors = self.plain_gradient(), self._factors()
+        factors, weight = self._factors(), self.weight.detach()
         if self.is_dynamic and self.diversity is None:
             self.diversity = factors.clone()
-        if factors.shape != self.weight.shape:
-            factors = self.fuzzy_learning_rate_parameters = factors.expand_as(self.weight).contiguous()
-        return crystallize(
-            self.weight,
+        if factors.shape != weight.shape:
+            factors = self.fuzzy_learning_rate_parameters = factors.expand_as(weight).contiguous()
+        gradient, strength, mean = local(self._gradient()), local(weight), None
+        if self.scaled_in_graph:
+            gradient = _divided(gradient, local(factors))
+        if is_sharded(weight):
+            mean = float(sum_over_ranks(strength.norm(1), weight)) / max(1, weight.numel())
+        caught = crystallize(
+            strength,
             gradient,
-            factors,
+            local(factors),
             threshold=self.config.crystal_thresh,
             dampening=self.config.dampening_factor,
             floor=self.config.crystal_min,
+            mean=mean,
         )
+        return int(sum_over_ranks(torch.tensor(caught, device=strength.device), weight))
+
+    @property
+    def crystallizes_in_parts(self) -> bool:
+        """Whether each rank can dampen the factors of its part without the parts of the others."""
+        held = self.kept_factors
+        return held is not None and is_sharded(held) and held.shape == self.weight.shape
 
     # rules on weights
 

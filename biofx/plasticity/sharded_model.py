@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch.fx import GraphModule
 
 from biofx.errors import PlasticityError
 from biofx.plasticity.model_rules import bio_modules
-from biofx.plasticity.sharded_state import shard_state
+from biofx.plasticity.sharded_state import shard_state, whole
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
@@ -22,6 +23,15 @@ def shard_states(model: nn.Module) -> None:
     """Let each rank keep what it needs of the state of sharded weights, in place."""
     for state in bio_modules(model).values():
         shard_state(state)
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Let a sharded model have its weights and what is kept for each synapse whole; all ranks together."""
+    with ExitStack() as gathered:
+        for state in bio_modules(model).values():
+            gathered.enter_context(whole(state))
+        yield
 
 
 def before_forward(model: nn.Module) -> None:

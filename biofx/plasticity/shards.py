@@ -89,10 +89,22 @@ def norm_of_part(part: Tensor, like: Tensor) -> float:
     """
     if not is_sharded(like):
         return float(part.norm())
-    sharded: Any = like
-    total = part.square().sum()
-    torch.distributed.all_reduce(total, group=sharded.device_mesh.get_group())
-    return float(total.sqrt())
+    return float(sum_over_ranks(part.square().sum(), like).sqrt())
+
+
+def sum_over_ranks(value: Tensor, like: Tensor) -> Tensor:
+    """Return the sum of what each rank has found in its part of a tensor; all ranks must ask together.
+
+    Args:
+        value: found in the part; changed in place.
+        like: the tensor; a whole one has no other parts.
+    """
+    if is_sharded(like):
+        sharded: Any = like
+        for axis, placement in enumerate(sharded.placements):
+            if placement.is_shard():
+                torch.distributed.all_reduce(value, group=sharded.device_mesh.get_group(axis))
+    return value
 
 
 def _layout(like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -132,7 +132,7 @@ def test_layers_are_ordinary_modules_under_their_names_again() -> None:
     assert deployed.get_submodule("tied").weight is deployed.get_submodule("twice").weight
 
 
-def calls(model: GraphModule) -> list[Any]:
+def calls(model: Any) -> list[Any]:
     return [node for node in model.graph.nodes if node.op == "call_module"]
 
 
@@ -326,7 +326,8 @@ def test_recurrent_layers_attention_and_norms_are_modules_with_evaluated_weights
     with torch.no_grad():
         for parameter in bio_model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    deployed, sequences = biofx.deploy(bio_model), torch.randn(3, 4, 5)
+    deployed: Any = biofx.deploy(bio_model)
+    sequences = torch.randn(3, 4, 5)
     torch.testing.assert_close(deployed(sequences), bio_model.eval()(sequences), rtol=1e-4, atol=1e-5)
     assert names_of_biofx(deployed) == []
     found = {str(node.target): type(deployed.get_submodule(str(node.target))) for node in calls(deployed)}
@@ -423,7 +424,8 @@ def test_contexts_of_gradients_are_left_out_and_autocast_is_refused() -> None:
                 return self.last(self.first(x))
 
     bio_model, _ = biofx.transform(Teaches(), {"fuzzy_learning_rate_factor_nu": 0.2})
-    deployed, x = biofx.deploy(bio_model), torch.randn(3, 4)
+    deployed: Any = biofx.deploy(bio_model)
+    x = torch.randn(3, 4)
     assert not any("grad_mode" in node.name for node in deployed.graph.nodes)
     torch.testing.assert_close(deployed(x), bio_model.eval()(x))
     with pytest.raises(biofx.PassError, match=r"opens torch\.autocast in the forward"):

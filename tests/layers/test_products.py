@@ -165,7 +165,7 @@ def test_what_is_no_dense_layer_has_no_units() -> None:
 def test_deployed_and_saved() -> None:
     model, x = Net(), torch.randn(3, 7, 4)
     bio_model, _ = biofx.transform(model, EVERYTHING)
-    deployed = biofx.deploy(bio_model)
+    deployed: Any = biofx.deploy(bio_model)
     torch.testing.assert_close(deployed(x), bio_model(x))
     assert not any("biofx" in str(getattr(node.target, "__module__", "")) for node in deployed.graph.nodes)
     file = io.BytesIO()

@@ -159,7 +159,7 @@ def test_a_neuron_is_a_column_of_an_embedding() -> None:
 def test_they_deploy_to_what_they_were() -> None:
     model = Words()
     bio_model, _ = biofx.transform(model, EVERYTHING)
-    deployed = biofx.deploy(bio_model)
+    deployed: Any = biofx.deploy(bio_model)
     torch.testing.assert_close(deployed(ids_of(3)), bio_model(ids_of(3)))
     called = {
         node.target: deployed.get_submodule(str(node.target))

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from biofx.plasticity import BioModule
-from biofx.plasticity.sharded_state import whole
-from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part
+from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, norm_of_part, sum_over_ranks
 
 
 def test_a_whole_tensor_is_all_of_itself() -> None:
@@ -21,6 +19,8 @@ def test_a_whole_tensor_is_all_of_itself() -> None:
     factors = torch.randn(5, 1)
     assert local_part(factors, weight) is factors
     assert norm_of_part(weight, weight) == pytest.approx(float(weight.norm()))
+    assert flat_span(weight) == slice(0, 15)
+    assert sum_over_ranks(torch.tensor(3), weight) == 3
 
 
 @pytest.mark.parametrize(("rank", "rows"), [(0, slice(0, 3)), (1, slice(3, 5))])
@@ -41,14 +41,6 @@ def test_a_rank_takes_the_rows_that_it_has(
     found: Tensor = local_part(full, like)
     assert torch.equal(found.expand(expected.shape), expected)
     assert found.untyped_storage().data_ptr() == full.untyped_storage().data_ptr()
+    assert flat_span(like) == slice(3 * rows.start, 3 * rows.stop)
     units = torch.randn(5)
     assert local_part(units, like) is units
-
-
-def test_a_whole_layer_is_left_as_it_is() -> None:
-    layer = nn.Linear(2, 2)
-    state = BioModule(layer)
-    weight = layer.weight
-    with whole(state):
-        assert layer.weight is weight
-    assert layer.weight is weight

@@ -24,6 +24,7 @@ def crystallize(
     threshold: float,
     dampening: float,
     floor: float,
+    mean: float | None = None,
 ) -> int:
     """Multiply the factors of caught synapses by ``dampening``, in place.
 
@@ -36,6 +37,7 @@ def crystallize(
         threshold: > 0, in units of gradient per weight.
         dampening: dimensionless, in (0, 1].
         floor: lowest factor, dimensionless; factors that start below it stay as they are.
+        mean: mean|w| of the layer, where the weight is a part of it only; None to take the weight's.
 
     Returns:
         How many synapses were caught, a count.
@@ -43,7 +45,8 @@ def crystallize(
     w, g = weight.detach().reshape(-1), gradient.detach().reshape(-1)
     # a view wherever the memory allows one; under channels_last it does not, and the copy is written back
     flat = factors.reshape(-1)
-    mean = mean_over(w.numel(), lambda block: w[block].abs().sum(dtype=torch.float32))
+    if mean is None:
+        mean = mean_over(w.numel(), lambda block: w[block].abs().sum(dtype=torch.float32))
 
     def dampen(block: slice, _: Generator) -> Tensor:
         strength, part = g[block].abs(), flat[block]
