@@ -32,8 +32,10 @@ def for_each_block(
     if generator is not None:
         seeds.random_(0, None, generator=generator)
 
+    inference = torch.is_inference_mode_enabled()  # which threads do not take over from who starts them
+
     def run(number: int) -> Result:
-        with torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad():
             return work(blocks[number], Generator().manual_seed(int(seeds[number])))
 
     threads = torch.get_num_threads()
