@@ -42,9 +42,10 @@ def for_each_block(
         for number, block in enumerate(blocks)
         if within is None or max(block.start, within.start) < min(block.stop, within.stop)
     ]
+    inference = torch.is_inference_mode_enabled()  # which threads do not take over from who starts them
 
     def run(number: int) -> Result:
-        with torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad():
             return work(blocks[number], Generator().manual_seed(int(seeds[number])))
 
     threads = torch.get_num_threads()

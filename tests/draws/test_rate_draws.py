@@ -107,10 +107,21 @@ def test_the_order_that_files_rely_on() -> None:
     assert GRANULARITIES == ("element", "neuron", "layer")
 
 
-def test_a_state_draws_when_it_is_read() -> None:
-    layer = nn.Linear(5, 3)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("inputs", [5, 300_000])
+def test_a_state_draws_when_it_is_read(inputs: int, threads: int) -> None:
+    layer = nn.Linear(inputs, 3)
     state = BioModule(layer)
     state.draw_factors_from(a_draw())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        read_from(state, layer)
+    finally:
+        torch.set_num_threads(before)
+
+
+def read_from(state: BioModule, layer: nn.Linear) -> None:
     assert state.is_drawn
     assert state.has_factors
     assert state.rate_draw == a_draw()

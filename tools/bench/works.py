@@ -66,6 +66,7 @@ def series(device: torch.device) -> Iterator[Work]:
 
 _MECHANISMS: dict[str, dict[str, Any]] = {
     "rates": {},
+    "rates from their seed": {"fuzzy_lr_dtype": "seed"},
     "rates and signs": {"apply_dales_principle": True},
 }
 
@@ -128,12 +129,14 @@ def _mechanisms(x: Tensor, compiled: bool) -> Work:
 
 
 def _inference(x: Tensor) -> Work:
-    """Return the forward alone, with the folded weights computed anew each time, and written down once."""
+    """Return the forward alone, with the folded weights computed anew each time, and deployed."""
     torch.manual_seed(0)
     plain = convolutions()
     candidates = {"plain": inference(plain, x), "floor of 2": inference(convolutions(2), x)}
-    candidates["split in 2"] = inference(_split(plain, 2), x)
-    return Work("5 convolutions, inference", candidates)
+    split = _split(plain, 2)
+    candidates["split in 2"] = inference(split, x)
+    candidates["split in 2, deployed"] = inference(biofx.deploy(split), x)
+    return Work("5 convolutions, inference", candidates, goals={"split in 2, deployed": 0.28})
 
 
 def _rules(x: Tensor) -> Iterator[Work]:
