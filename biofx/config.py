@@ -46,6 +46,8 @@ class Distribution(str, Enum):
 CHANGING = (Distribution.TEMPORAL, Distribution.WEIGHT_ADAPTIVE, Distribution.ACTIVITY)
 """The distributions whose factors can go on changing during training."""
 GRANULARITIES = ("element", "neuron", "layer")
+PARAMETERS = ("weights", "all")
+"""Which parameters may have learning-rate factors."""
 RATE_DTYPES = ("float32", "bfloat16", "uint8")
 """What learning-rate factors may be stored as; uint8 are the codes of :mod:`biofx.rate_codes`."""
 DALES_METHODS = (*SIGN_METHODS, "expand")
@@ -74,6 +76,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "fuzzy_lr_distribution": tuple(member.value for member in Distribution),
     "fuzzy_lr_granularity": GRANULARITIES,
     "fuzzy_lr_dtype": RATE_DTYPES,
+    "fuzzy_lr_parameters": PARAMETERS,
     "dales_method": DALES_METHODS,
     "dales_initialisation": INITIALISATIONS,
     "dales_axis": SIGN_AXES,
@@ -136,6 +139,9 @@ class BioConfig:
     fuzzy_lr_dtype: str = "float32"
     """What the factors are stored as: ``"float32"``, ``"bfloat16"``, or ``"uint8"`` (codes, a byte each, see
     :mod:`biofx.rate_codes`; crystallization cannot change them); factors that go on changing need float32."""
+    fuzzy_lr_parameters: str = "weights"
+    """Which parameters have factors: ``"weights"`` of layers, look-ups and products, or ``"all"`` that are
+    trained, so also biases, gains of normalisations and what is used directly (learned positions)."""
     dampening_factor: float = 0.6
     """What crystallization multiplies a caught synapse's factor by, dimensionless, in (0, 1]."""
     crystal_thresh: float = 4.5e-05
