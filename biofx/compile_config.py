@@ -53,6 +53,7 @@ _OPTIONS: dict[type[Pass], dict[str, str]] = {
         "fuzzy_lr_max": "high",
         "fuzzy_lr_granularity": "granularity",
         "fuzzy_lr_dtype": "dtype",
+        "fuzzy_lr_parameters": "parameters",
         "seed": "seed",
     },
     ObserveActivity: {"fuzzy_lr_distribution": "enabled"},
@@ -178,7 +179,9 @@ def configure_layers(graph_module: BioGraphModule, config: BioConfig) -> None:
     matches = [index.matches(override.selector) for override in config.overrides]
     states = bio_modules(graph_module)
     made: dict[tuple[int, ...], BioConfig] = {}
-    for weight in find_sites(graph_module).weights():
+    sites = find_sites(graph_module)
+    scaled = [weight for weight in sites.weights_and_reads(directly=True) if weight.path in states]
+    for weight in {weight.path: weight for weight in (*sites.weights(), *scaled)}.values():
         active = tuple(
             number
             for number, found in enumerate(matches)

@@ -46,6 +46,8 @@ class Distribution(str, Enum):
 CHANGING = (Distribution.TEMPORAL, Distribution.WEIGHT_ADAPTIVE, Distribution.ACTIVITY)
 """The distributions whose factors can go on changing during training."""
 GRANULARITIES = ("element", "neuron", "layer")
+PARAMETERS = ("weights", "all")
+"""Which parameters may have learning-rate factors."""
 INDEPENDENT = (
     *(Distribution.BASELINE, Distribution.UNIFORM, Distribution.NORMAL, Distribution.LOGNORMAL),
     *(Distribution.GAMMA, Distribution.BETA, Distribution.LAYER_ADAPTIVE),
@@ -83,6 +85,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "fuzzy_lr_distribution": tuple(member.value for member in Distribution),
     "fuzzy_lr_granularity": GRANULARITIES,
     "fuzzy_lr_dtype": RATE_DTYPES,
+    "fuzzy_lr_parameters": PARAMETERS,
     "dales_method": DALES_METHODS,
     "dales_initialisation": INITIALISATIONS,
     "dales_axis": SIGN_AXES,
@@ -147,6 +150,9 @@ class BioConfig:
     :mod:`biofx.kernels.rate_codes`; crystallization cannot change them); factors that go on changing need
     float32. With ``"seed"`` they are not stored: each backward draws those of float32 again, which nothing
     can change, from a distribution that asks nothing of weights or of time."""
+    fuzzy_lr_parameters: str = "weights"
+    """Which parameters have factors: ``"weights"`` of layers, look-ups and products, or ``"all"`` that are
+    trained, so also biases, gains of normalisations and what is used directly (learned positions)."""
     dampening_factor: float = 0.6
     """What crystallization multiplies a caught synapse's factor by, dimensionless, in (0, 1]."""
     crystal_thresh: float = 4.5e-05

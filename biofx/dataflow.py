@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from biofx.graph.checkpointing import checkpointed_path
 from biofx.graph.in_place import changed_in_place
 from biofx.graph.regions import region_output
+from biofx.graph.size_questions import asks_for_a_size
 from biofx.layers.layer_kinds import kind_of_call
 from biofx.operators.fold_ops import fold_weight, sum_synapses
 from biofx.ops import pool_synapses
@@ -118,16 +119,6 @@ def unit_output(layer: Node, graph_module: GraphModule) -> tuple[Node, str]:
         if name not in _ON_THE_WAY:
             break
     return layer, ""
-
-
-def asks_for_a_size(node: Node) -> bool:
-    """Whether a node asks a value for its size, type or place, and not for what is in it."""
-    if node.op == "call_method":
-        return node.target in _SIZES
-    return node.target is getattr and node.args[1] in ("shape", *_SIZES)
-
-
-_SIZES = frozenset({"size", "dim", "numel", "device", "dtype"})
 
 
 def short_name(node: Node, graph_module: GraphModule) -> str:

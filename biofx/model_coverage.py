@@ -72,14 +72,16 @@ def coverage_of(
     """
     kept = kept_modules(graph_module)
     parameters = dict(graph_module.named_parameters())
-    layer_of = {id(site.parameter): site.layer for site in find_sites(graph_module).found}
+    sites = find_sites(graph_module)
+    layer_of = {id(site.parameter): site.layer for site in sites.found}
+    wrapped = {id(site.parameter) for site in sites.reads if site.operators}
     read = set(_parameters_read(graph_module))
     done = set(applied)
     rewritten = 0
     left: list[LeftAlone] = []
     for path, parameter in parameters.items():
         layer = layer_of.get(id(parameter))
-        if layer is not None and layer in done:
+        if (layer is not None and layer in done) or id(parameter) in wrapped:
             rewritten += parameter.numel()
             continue
         visible = layer is not None or id(parameter) in read

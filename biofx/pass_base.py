@@ -239,6 +239,11 @@ class Scope:
         self._overrides = [(index.matches(entry.selector), dict(entry.options)) for entry in owner.overrides]
         self._owner = owner
         self._variants: dict[tuple[int, ...], Pass] = {}
+        self._stands_for: dict[Node, Node] = {}
+
+    def let_stand_for(self, node: Node, original: Node) -> None:
+        """Let what holds for a node hold for one that the pass has made since."""
+        self._stands_for[node] = original
 
     def options(self, owner: PassT, node: Node | None, layer: str) -> PassT | str:
         """Return the pass with the options that hold for a candidate, or words on why it is out.
@@ -248,6 +253,7 @@ class Scope:
             node: the candidate; None for a layer that is never called.
             layer: path of its layer.
         """
+        node = node if node is None else self._stands_for.get(node, node)
         for selection in self._selections:
             reason = selection.why_not(node, layer)
             if reason is not None:
@@ -257,6 +263,7 @@ class Scope:
 
     def variant(self, owner: PassT, node: Node | None, layer: str) -> PassT:
         """Return the pass with the options that hold for a place, whether the pass may rewrite it or not."""
+        node = node if node is None else self._stands_for.get(node, node)
         active = tuple(
             number
             for number, (matches, _) in enumerate(self._overrides)

@@ -22,6 +22,7 @@ from biofx.graph.region_use import RegionUse
 from biofx.graph.regions import kept_around, kept_modules, whole_graph
 from biofx.layers.layer_kinds import LayerKind, compound_kind_of, kind_of, kind_of_call, unitless_kind_of
 from biofx.layers.obstacles import computed, obstacle_to_lowering
+from biofx.layers.other_reads import READ, ReadSlot, multiplies, obstacle_to_reads, slot_of_reads
 from biofx.layers.unitless_layers import obstacle_to_lookup
 from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot, argument, slots_of_call, slots_of_module
 from biofx.operators.fold_ops import fold_weight
@@ -43,9 +44,11 @@ class WeightSite:
     parameter: nn.Parameter = field(repr=False)
     groups: int
     obstacle: str | None
-    """Why the weight cannot be made visible, or None."""
+    """Why nothing may be done with the weight's values, or None."""
     slot: WeightSlot = ONE_WEIGHT[0]
     """Which of the layer's weights it is."""
+    barrier: str | None = None
+    """Why the weight cannot even be made visible, so that its gradient could be scaled, or None."""
 
     @property
     def role(self) -> str:
@@ -60,7 +63,7 @@ class WeightSite:
     @property
     def weight_node(self) -> Node | None:
         """The weight expression the site reads, None while the layer module still hides it."""
-        if self.node.op == "call_module":
+        if self.node.op == "call_module" and self.kind is not READ:
             return None
         weight = self.slot.read(self.node)
         return weight if isinstance(weight, Node) else None
@@ -105,7 +108,7 @@ class WeightSite:
 
     def told(self, message: str) -> str:
         """Return words about the weight; they begin with its name where the layer has several."""
-        return f"{self.slot.name}: {message}" if self.kind.is_compound else message
+        return f"{self.slot.name}: {message}" if self.kind.is_compound or self.kind is READ else message
 
 
 @dataclass(frozen=True)
@@ -124,14 +127,34 @@ class Sites:
     found: list[WeightSite]
     """In execution order."""
     bystanders: list[Bystander]
+    reads: list[WeightSite] = field(default_factory=list)
+    """What else reads parameters, of kind ``READ``; in execution order."""
 
     def weights(self) -> list[Weight]:
         """Return the weights, in order of their first use, each with all its sites."""
-        uses: dict[int, list[WeightSite]] = {}
-        for site in self.found:
-            uses.setdefault(id(site.parameter), []).append(site)
+        uses = _by_parameter(self.found)
         last = max(1, len(uses) - 1)
         return [Weight(tuple(sites), place / last) for place, sites in enumerate(uses.values())]
+
+    def weights_and_reads(self, *, directly: bool) -> list[Weight]:
+        """Return the weights with whatever else reads them, and those that no site has but a product.
+
+        Args:
+            directly: whether to return all other parameters too that a graph reads.
+        """
+        reads = _by_parameter(self.reads)
+        weights = [
+            Weight((*weight.sites, *reads.pop(id(weight.parameter), ())), weight.depth)
+            for weight in self.weights()
+        ]
+        for sites in reads.values():
+            first = sites[0]
+            if directly or any(
+                isinstance(site.slot, ReadSlot) and multiplies(site.slot, first.parameter) for site in sites
+            ):
+                before = [weight.depth for weight in weights if weight.sites[0].node < first.node]
+                weights.append(Weight(tuple(sites), max(before, default=0.0)))
+        return weights
 
 
 @dataclass(frozen=True)
@@ -151,6 +174,13 @@ class Weight:
     def parameter(self) -> nn.Parameter:
         """The parameter itself."""
         return self.sites[0].parameter
+
+
+def _by_parameter(sites: list[WeightSite]) -> dict[int, list[WeightSite]]:
+    uses: dict[int, list[WeightSite]] = {}
+    for site in sites:
+        uses.setdefault(id(site.parameter), []).append(site)
+    return uses
 
 
 def find_sites(graph_module: GraphModule) -> Sites:
@@ -179,7 +209,7 @@ def find_sites(graph_module: GraphModule) -> Sites:
         for path in _layers_of(graph_module)
         if path not in seen and not survey.is_used(path)
     ]
-    return Sites(found, bystanders)
+    return Sites(found, bystanders, survey.reads())
 
 
 def _why_not_seen(path: str, kept: Mapping[str, str]) -> str:
@@ -279,8 +309,9 @@ class _Survey:
                 named = (path, _computed_weight(module, kind))
             else:
                 named = (self.use.path_for(node, path, named[0]), named[1])
-            against = obstacle or self._obstacle(node, named[1])
-            yield WeightSite(node, kind, *named, groups=groups, obstacle=against, slot=slot)
+            barrier = obstacle or self._barrier(node, named[1])
+            against = barrier or self._outside.get(id(named[1]))
+            yield WeightSite(node, kind, *named, groups, against, slot, barrier)
 
     def _function_site(self, node: Node, kind: LayerKind, slot: WeightSlot) -> WeightSite | Bystander:
         weight = slot.read(node)
@@ -290,13 +321,14 @@ class _Survey:
             reason = f"its weight is {weight}, computed in the graph, not a parameter"
             return Bystander(innermost_path(node), node, reason)
         named = (self.use.path_for(node, str(root.target), named[0]), named[1])
-        obstacle = self._obstacle(node, named[1])
+        barrier = self._barrier(node, named[1])
         if kind.why_no_units:
-            obstacle = obstacle or obstacle_to_lookup(node, None, kind)
+            barrier = barrier or obstacle_to_lookup(node, None, kind)
         folded = fold_behind(weight)
         if folded is not None:
-            obstacle = f"its weight is folded already ({folded.name}); what acts on weights goes before folds"
-        return WeightSite(node, kind, *named, groups=_groups_of(node, kind), obstacle=obstacle, slot=slot)
+            barrier = f"its weight is folded already ({folded.name}); what acts on weights goes before folds"
+        obstacle = barrier or self._outside.get(id(named[1]))
+        return WeightSite(node, kind, *named, _groups_of(node, kind), obstacle, slot, barrier)
 
     def _kind_of_call(self, node: Node) -> LayerKind | None:
         """Return the kind of a call; a product is a layer where a matrix of parameters is its factor."""
@@ -314,8 +346,20 @@ class _Survey:
         module = self._modules[str(node.target)]
         return _kind_of_module(module) is None
 
-    def _obstacle(self, node: Node, parameter: nn.Parameter) -> str | None:
-        return self._outside.get(id(parameter)) or self.use.obstacle(node, parameter)
+    def _barrier(self, node: Node, parameter: nn.Parameter) -> str | None:
+        return self._hidden.get(id(parameter)) or self.use.obstacle(node, parameter)
+
+    def reads(self) -> list[WeightSite]:
+        """Return what reads parameters besides layers."""
+        found = []
+        for source, root, readers in self._reads:
+            path, parameter = self._parameters[str(root.target)]
+            path = self.use.path_for(root, str(root.target), path)
+            slot = slot_of_reads(path.rpartition(".")[2], source, readers)
+            if slot is not None:
+                against = obstacle_to_reads(parameter, slot) or self._barrier(root, parameter)
+                found.append(WeightSite(root, READ, path, parameter, 1, against, slot, against))
+        return found
 
     def layers_inside(self, node: Node) -> list[Bystander]:
         path = str(node.target)
@@ -331,20 +375,27 @@ class _Survey:
     def _uses_outside_sites(self) -> dict[int, str]:
         """Map each parameter that something other than a site reads to words about that reader."""
         outside: dict[int, str] = {}
+        self._hidden: dict[int, str] = {}
+        self._reads: list[tuple[Node, Node, list[Node]]] = []
         self._used: set[str] = set()
         for node in self.graph.nodes:
             if node.op == "call_module" and self.is_opaque(node):
                 for parameter in self._modules[str(node.target)].parameters():
                     if self.use.is_apart(parameter):
                         continue
-                    outside.setdefault(id(parameter), _reader(node, self._modules[str(node.target)]))
+                    words = _reader(node, self._modules[str(node.target)])
+                    outside.setdefault(id(parameter), words)
+                    self._hidden.setdefault(id(parameter), words)
             elif node.op == "get_attr" and node.target in self._parameters:
                 self._used.add(str(node.target))
-                for reader in self._readers_besides_sites(node):
-                    outside.setdefault(id(self._parameters[str(node.target)][1]), _reader(reader))
+                for source, readers in self._readers_besides_sites(node):
+                    self._reads.append((source, node, readers))
+                    outside.setdefault(id(self._parameters[str(node.target)][1]), _reader(readers[0]))
         return outside
 
-    def _readers_besides_sites(self, node: Node) -> Iterator[Node]:
+    def _readers_besides_sites(self, node: Node) -> Iterator[tuple[Node, list[Node]]]:
+        """Yield what reads an expression, and that expression, for it and for all operators on it."""
+        found = []
         for user in node.users:
             if user.op == "call_function" and user.target in WEIGHT_OPERATORS:
                 yield from self._readers_besides_sites(user)
@@ -352,7 +403,9 @@ class _Survey:
             kind = self._kind_of_call(user)
             slots = () if kind is None else slots_of_call(user, kind)
             if times_read(node, user) > sum(slot.read(user) is node for slot in slots):
-                yield user
+                found.append(user)
+        if found:
+            yield node, found
 
 
 def times_read(node: Node, reader: Node) -> int:

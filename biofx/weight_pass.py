@@ -12,7 +12,7 @@ from biofx.errors import OptionError
 from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, missed
-from biofx.sites import Weight, WeightSite, find_sites
+from biofx.sites import Sites, Weight, WeightSite, find_sites
 from biofx.weights.lowering import Lowering
 
 
@@ -23,6 +23,14 @@ class WeightPass(Pass):
     def survey(self, graph_module: BioGraphModule, scope: Scope) -> Any:
         """Return what :meth:`reason_against` must know of the graph as it was before the pass."""
         return None
+
+    def show(self, graph_module: BioGraphModule, scope: Scope) -> None:
+        """Make visible what the pass acts on besides weights."""
+        return
+
+    def candidates(self, sites: Sites, scope: Scope) -> list[Weight]:
+        """Return the weights that the pass may act on."""
+        return sites.weights()
 
     @abstractmethod
     def reason_against(self, site: WeightSite, survey: Any) -> str | None:
@@ -47,10 +55,15 @@ class WeightPass(Pass):
         Raises:
             OptionError: two uses of one weight are given different options.
         """
+        before = set(graph_module.graph.nodes)
+        self.show(graph_module, scope)
+        for node in graph_module.graph.nodes:
+            if node not in before and node.users:
+                scope.let_stand_for(node, next(iter(node.users)))
         sites = find_sites(graph_module)
         survey, lowering = self.survey(graph_module, scope), Lowering(graph_module)
         chosen: list[tuple[WeightPass, Weight]] = []
-        for weight in sites.weights():
+        for weight in self.candidates(sites, scope):
             taken: list[WeightSite] = []
             options_taken: WeightPass = self
             for site in weight.sites:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from biofx import ops
-from biofx.config import FROM_SEED, GRANULARITIES, RATE_DTYPES, Distribution, check_drawn_again
+from biofx.config import FROM_SEED, GRANULARITIES, PARAMETERS, RATE_DTYPES, Distribution, check_drawn_again
 from biofx.draws.randomness import generator_for
 from biofx.draws.rate_draws import PURPOSE, rate_draw, told_of_place
 from biofx.graph.regions import region_of_nodes
@@ -30,12 +30,13 @@ from biofx.operators.rate_ops import scale_gradient_by_seed
 from biofx.pass_base import Scope
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.dynamics import initial_factors
-from biofx.plasticity.placement import bio_module_path, state_of
+from biofx.plasticity.placement import bio_module_path, is_taken, state_of
 from biofx.report import Remark, applied, missed
-from biofx.sites import Weight, WeightSite
+from biofx.sites import Sites, Weight, WeightSite, find_sites
 from biofx.validate import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, check_bounds, check_choice
 from biofx.weight_pass import WeightPass
 from biofx.weights.lowering import Lowering, node_stem
+from biofx.weights.norm_sites import NormSite, find_norms, lower_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,9 @@ class ScaleGradients(WeightPass):
     dtype: str = "float32"
     """What factors are stored as: ``"float32"``, ``"bfloat16"`` or ``"uint8"`` (see
     :mod:`biofx.kernels.rate_codes`); ``"seed"`` draws those of float32 again at each backward instead."""
+    parameters: str = "weights"
+    """``"weights"``: what a layer, a look-up or a product multiplies by; ``"all"``: every trainable parameter
+    that the graph reads, so also biases, gains and what is added directly, such as learned positions."""
     seed: int = 0
     """Seed of the draw, a whole number; each weight has a draw of its own that depends on its path alone."""
 
@@ -65,6 +69,7 @@ class ScaleGradients(WeightPass):
         named = check_choice(f"{self.name}: distribution", self.distribution, [d.value for d in Distribution])
         check_choice(f"{self.name}: granularity", self.granularity, GRANULARITIES)
         check_choice(f"{self.name}: dtype", self.dtype, RATE_DTYPES)
+        check_choice(f"{self.name}: parameters", self.parameters, PARAMETERS)
         object.__setattr__(self, "distribution", Distribution(named))
         for option, permitted in (
             ("nu", FRACTION),
@@ -82,6 +87,46 @@ class ScaleGradients(WeightPass):
         """Find the nodes whose place in the order of execution is not known."""
         return region_of_nodes(graph_module.graph)
 
+    def show(self, graph_module: BioGraphModule, scope: Scope) -> None:
+        """Lower the layers and normalisations whose biases and gains are meant too."""
+        if not self._means_all:
+            return
+        lowering = Lowering(graph_module)
+        for site in find_sites(graph_module).found:
+            if site.barrier is None and self._is_shown(site, graph_module, scope):
+                lowering.lower(site)
+        for norm in find_norms(graph_module):
+            if norm.obstacle is None and self._is_shown(norm, graph_module, scope):
+                lower_norm(lowering, norm)
+
+    def _is_shown(self, site: WeightSite | NormSite, graph_module: BioGraphModule, scope: Scope) -> bool:
+        options = scope.options(self, site.node, site.layer)
+        if site.node.op != "call_module" or isinstance(options, str) or options.parameters != "all":
+            return False
+        called = graph_module.get_submodule(str(site.node.target))
+        scales = options.distribution is not Distribution.BASELINE and options.nu != 0
+        return scales and any(entry.requires_grad and not entry.is_meta for entry in called.parameters())
+
+    def candidates(self, sites: Sites, scope: Scope) -> list[Weight]:
+        """Return the weights with all that reads them, and where all are meant the other parameters."""
+        weights = sites.weights_and_reads(directly=False)
+        if not self._means_all:
+            return weights
+        known = {id(weight.parameter) for weight in weights}
+        return [
+            weight
+            for weight in sites.weights_and_reads(directly=True)
+            if id(weight.parameter) in known
+            or any(scope.variant(self, site.node, site.layer).parameters == "all" for site in weight.sites)
+        ]
+
+    @property
+    def _means_all(self) -> bool:
+        return "all" in (
+            self.parameters,
+            *(dict(entry.options).get("parameters") for entry in self.overrides),
+        )
+
     def reason_against(self, site: WeightSite, survey: Mapping[Node, str]) -> str | None:
         """Leave alone what is scaled already, would be scaled by 1, or is frozen."""
         if site.is_scaled:
@@ -94,7 +139,9 @@ class ScaleGradients(WeightPass):
             return "its weight is frozen (requires_grad is False)"
         if site.parameter.is_meta:
             return "its weight is on the meta device and has no values"
-        return site.obstacle
+        if site.barrier is None and is_taken(site.parameter_path):
+            return f"plasticity states use its name, {site.parameter_path!r}, for something else"
+        return site.barrier
 
     def wrap(self, lowering: Lowering, weight: Weight, survey: None) -> Iterator[Remark]:
         """Draw the factors, unless another use of the weight has brought them, and insert them."""

@@ -36,7 +36,8 @@ def pooled(weight: Tensor, granularity: str, output_axis: int) -> Tensor:
     if granularity == "element":
         return magnitude
     kept = output_axis if granularity == "neuron" else None
-    return magnitude.mean([axis for axis in range(weight.dim()) if axis != kept], keepdim=True)
+    shared = [axis for axis in range(weight.dim()) if axis != kept]
+    return magnitude.mean(shared, keepdim=True) if shared else magnitude
 
 
 def initial_factors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from biofx.errors import PlasticityError
+from biofx.layers.other_reads import READ
 from biofx.plasticity.bio_module import BioModule
 from biofx.sites import Weight
 
@@ -29,6 +30,16 @@ def kept_state(model: nn.Module, parameter_path: str) -> BioModule | None:
     return state if isinstance(state, BioModule) else None
 
 
+def is_taken(parameter_path: str) -> bool:
+    """Whether the place named after a parameter is an attribute that every state has anyway.
+
+    >>> is_taken("mix.sign"), is_taken("mix.weight"), is_taken("mix.gamma")
+    (True, False, False)
+    """
+    name = parameter_path.rpartition(".")[2]
+    return name != "weight" and hasattr(BioModule(), name)
+
+
 def state_of(model: nn.Module, weight: Weight) -> BioModule:
     """Return the state of a weight, made if it is not there yet, which knows how the weight is laid out.
 
@@ -36,7 +47,7 @@ def state_of(model: nn.Module, weight: Weight) -> BioModule:
         PlasticityError: something else is in its place.
     """
     state = bio_module_at(model, weight.path)
-    kinds = [site.kind for site in weight.sites]
+    kinds = [site.kind for site in weight.sites if site.kind is not READ] or [READ]
     state.inputs_first = all(kind.transposed for kind in kinds)
     state.why_no_synapses = next((kind.why_no_units for kind in kinds if kind.why_no_units), "")
     return state

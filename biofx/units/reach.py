@@ -6,8 +6,8 @@ from collections.abc import Mapping, Set
 
 from torch.fx import Graph, Node
 
-from biofx.dataflow import asks_for_a_size
 from biofx.graph.regions import region_of_nodes
+from biofx.graph.size_questions import asks_for_a_size
 
 
 def only_compared(graph: Graph, comparisons: Mapping[Node, Set[Node]], synaptic: Set[Node]) -> set[Node]:

@@ -76,8 +76,8 @@ class Lowering:
         """
         if site.node.op != "call_module":
             return
-        if site.obstacle is not None:
-            raise PassError(f"{site.node.name!r} cannot be lowered: {site.obstacle}")
+        if site.barrier is not None:
+            raise PassError(f"{site.node.name!r} cannot be lowered: {site.barrier}")
         node, module = site.node, self.graph_module.get_submodule(str(site.node.target))
         if site.kind.is_compound:
             lower_compound(node, module, site.kind, functools.partial(self.read_of, node))

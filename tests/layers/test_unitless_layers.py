@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
+from biofx.plasticity.model_rules import bio_modules
 from biofx.sites import find_sites
 
 SCALED = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.3)
@@ -149,8 +150,9 @@ def test_rules_on_synapses_leave_them_alone() -> None:
 
 def test_a_neuron_is_a_column_of_an_embedding() -> None:
     bio_model, _ = biofx.transform(Words(), SCALED.replace(fuzzy_lr_granularity="neuron"))
+    states: dict[str, Any] = dict(bio_modules(bio_model))
     shapes = {
-        layer: tuple(bio_model.get_submodule(layer).bio_mod.fuzzy_learning_rate_parameters.shape)  # type: ignore[union-attr]
+        layer: tuple(states[f"{layer}.weight"].fuzzy_learning_rate_parameters.shape)
         for layer in ("words", "bag", "both")
     }
     assert shapes == {"words": (1, 8), "bag": (1, 8), "both": (4, 1, 1)}

@@ -238,12 +238,14 @@ def test_tied_weights_have_one_set_of_factors(vectors: Tensor) -> None:
     torch.testing.assert_close(gradients(bio, vectors)["0.weight"], expected)
 
 
-def test_weight_that_an_embedding_shares_is_left_alone() -> None:
+def test_weight_that_an_embedding_shares_is_scaled_once() -> None:
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False))
     model[2].weight = model[0].weight
-    _, report = scale(model)
-    assert "also read by '_0' (Embedding)" in report.remarks[1].message
-    assert [remark.kind for remark in report.remarks] == ["applied", "missed"]
+    bio, report = scale(model)
+    assert [remark.kind for remark in report.remarks] == ["applied"] * 3
+    assert report.remarks[0].message == report.remarks[2].message
+    assert report.remarks[0].message.endswith("one set for 2 uses of the weight")
+    assert len(list(bio.graph.find_nodes(op="call_function", target=biofx.ops.scale_gradient))) == 2
 
 
 def test_frozen_weight_is_left_alone(mlp: nn.Sequential) -> None:
