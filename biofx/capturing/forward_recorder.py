@@ -139,6 +139,10 @@ class Recorder(TorchFunctionMode):
             self.stop(f"sets {attribute!r} of a tensor")
         with self.quiet():
             found = func(*args)
+        if attribute in ("requires_grad", "grad_fn", "is_leaf") and not frame.is_stored(args[0]):
+            self.stop(f"asks whether a tensor has a gradient ({attribute})")
+        if attribute in _DEVICES:
+            frame.switches.devices_asked.add(args[0].device.type)
         if attribute == "shape":
             return self._sizes(frame, args[0], found)
         if isinstance(found, Tensor):
@@ -330,6 +334,7 @@ class Recorder(TorchFunctionMode):
 
 
 _OWN_FOLDER = str(Path(__file__).parent.parent)
+_DEVICES = frozenset({"device", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"})
 _SIZES = frozenset({"size", "numel", "nelement", "__len__"})
 _DECIDING = frozenset(
     {

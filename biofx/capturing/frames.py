@@ -69,14 +69,6 @@ class Frame:
         """Let the module that is running keep its own forward."""
         self._recorder.stop(what)
 
-    def anchor(self) -> tuple[Node, str | None] | None:
-        """Return an input of the graph, one that is a tensor if there is any, and what device that is on."""
-        held = (
-            (node, tensor.device.type) for node, tensor in self._nodes.values() if node.op == "placeholder"
-        )
-        plain = ((node, None) for node in self.graph.nodes if node.op == "placeholder")
-        return next(held, None) or next(plain, None)
-
     def write(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
         """Write a call of a function down."""
         return self.node("call_function", function, args)
