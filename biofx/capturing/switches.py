@@ -99,6 +99,7 @@ class Switches:
         """Write down that a context was left; nothing is written of a forward that fails."""
         innermost = self._open.pop() if self._open else None
         if failed:
+            self._loose = innermost  # a forward that goes on all the same is not followed further
             return
         if innermost is None or innermost.context != id(context):
             self._writer.stop("leaves contexts in another order than it enters them")

@@ -298,6 +298,16 @@ class AsksForTheMode(Body):
         return self.last(self.first(x)) if torch.is_grad_enabled() else self.last(self.second(x))
 
 
+class Recovers(Body):
+    def forward(self, x: Tensor) -> Any:
+        try:
+            with torch.no_grad():
+                self.first(x)
+                raise KeyError
+        except KeyError:
+            return self.last(self.first(x))
+
+
 class AsksForAGradient(Body):
     def forward(self, x: Tensor) -> Any:
         y = self.first(x)
@@ -330,6 +340,7 @@ class Infers(Body):
     ("model_class", "reason"),
     [
         (AsksForTheMode, "whether gradients are on"),
+        (Recovers, "context"),
         (AsksForAGradient, "grad"),
         (CastsOnItsDevice, "device"),
         (SwitchesForGood, "gradients"),
