@@ -55,6 +55,8 @@ class Recorder(TorchFunctionMode):
         self.graphs: dict[str, list[Graph]] = {}
         self.layers: dict[str, None] = {}
         self.paths_called: set[str] = set()
+        self.assigned: set[tuple[str, str]] = set()
+        """Paths of modules and names of their buffers to which nodes assign."""
         self._root = root
         self._kept = kept
         self._opaque = opaque
@@ -150,6 +152,10 @@ class Recorder(TorchFunctionMode):
             self.stop(f"sets {attribute!r} of a tensor")
         with self.quiet():
             found = func(*args)
+        if attribute in ("requires_grad", "grad_fn", "is_leaf") and not frame.is_stored(args[0]):
+            self.stop(f"asks whether a tensor has a gradient ({attribute})")
+        if attribute in _DEVICES:
+            frame.switches.devices_asked.add(args[0].device.type)
         if attribute == "shape":
             return self._sizes(frame, args[0], found)
         if isinstance(found, Tensor):
@@ -235,6 +241,17 @@ class Recorder(TorchFunctionMode):
             found = original(function, *args, **kwargs)
         return frame.take(node, found)
 
+    def _assign(self, module: nn.Module, name: str, value: Any) -> None:
+        """Write an assignment to a buffer down; one that is not is noticed as a change of the module."""
+        frame, path = self.frame, self._paths.get(id(module))
+        before = vars(module).get("_buffers", {}).get(name)
+        if frame is None or self.busy or path is None or before is None or before is value:
+            return
+        if isinstance(value, Tensor):
+            frame.switches.check()
+            if frame.assign(module, path, name, value):
+                self.assigned.add((path, name))
+
     def _call_from_python(
         self, path: str | None, module: nn.Module, original: Any, args: Any, kwargs: Any
     ) -> Any:
@@ -285,7 +302,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def _patched(self) -> Iterator[None]:
-        original_call = nn.Module.__call__
+        original_call, original_set = nn.Module.__call__, nn.Module.__setattr__
         original_apply = torch.autograd.Function.__dict__["apply"]
         recorder = self
 
@@ -305,12 +322,18 @@ class Recorder(TorchFunctionMode):
                 found = original_apply.__func__(cls, *args, **kwargs)
             return frame.take(node, found)
 
+        def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+            recorder._assign(module, name, value)
+            original_set(module, name, value)
+
         nn.Module.__call__ = call  # type: ignore[method-assign]
+        nn.Module.__setattr__ = set_attribute  # type: ignore[assignment, method-assign]
         torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:
             nn.Module.__call__ = original_call  # type: ignore[method-assign]
+            nn.Module.__setattr__ = original_set  # type: ignore[method-assign]
             torch.autograd.Function.apply = original_apply  # type: ignore[method-assign]
 
     def _named(self, path: str) -> str:
@@ -326,6 +349,7 @@ class Recorder(TorchFunctionMode):
 
 
 _OWN_FOLDER = str(Path(__file__).parent.parent)
+_DEVICES = frozenset({"device", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"})
 _SIZES = frozenset({"size", "numel", "nelement", "__len__"})
 _DECIDING = frozenset(
     {

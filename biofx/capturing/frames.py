@@ -14,6 +14,7 @@ from torch.fx import Graph, Node, Tracer
 
 from biofx.capturing.switches import Switches
 from biofx.capturing.tracked import is_tracked, plain, tracked
+from biofx.graph.assignments import OWN_MODULE, assign_buffer
 from biofx.graph.guards import require_default, require_same
 
 if TYPE_CHECKING:
@@ -67,14 +68,6 @@ class Frame:
     def stop(self, what: str) -> NoReturn:
         """Let the module that is running keep its own forward."""
         self._recorder.stop(what)
-
-    def anchor(self) -> tuple[Node, str | None] | None:
-        """Return an input of the graph, one that is a tensor if there is any, and what device that is on."""
-        held = (
-            (node, tensor.device.type) for node, tensor in self._nodes.values() if node.op == "placeholder"
-        )
-        plain = ((node, None) for node in self.graph.nodes if node.op == "placeholder")
-        return next(held, None) or next(plain, None)
 
     def write(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
         """Write a call of a function down."""
@@ -147,6 +140,24 @@ class Frame:
         if path not in self._reads:
             self._reads[path] = self.node("get_attr", path)
         return self._reads[path]
+
+    def assign(self, owner: nn.Module, path: str, name: str, value: Tensor) -> bool:
+        """Write down that a module of this one assigns to a buffer; False where that cannot be part of it.
+
+        Args:
+            owner: the module, before it does.
+            path: of it in the whole model.
+            name: of the buffer.
+            value: what it will hold.
+        """
+        before = owner._buffers[name]
+        alike = before is not None and (before.shape, before.dtype) == (value.shape, value.dtype)
+        if before is None or not alike or id(owner) not in self._local:
+            return False
+        self.node_of(before).meta["auxiliary"] = True  # read here at the latest, ahead of the assignment
+        source = self.node("get_attr", self._local[id(owner)] or OWN_MODULE)
+        self.node("call_function", assign_buffer, (source, name, self.node_of(value), path))
+        return True
 
     def is_stored(self, tensor: Tensor) -> bool:
         """Whether a tensor is held by the module, so that its shape is settled."""

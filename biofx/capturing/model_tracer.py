@@ -95,11 +95,6 @@ class ModelTracer(Tracer):
         """Whether a context that is written down switches gradients just now."""
         return self._patches.is_switching
 
-    def anchor(self) -> tuple[Node, None] | None:
-        """Return an input of the graph, None if it has none."""
-        found = next((node for node in self.graph.nodes if node.op == "placeholder"), None)
-        return None if found is None else (found, None)
-
     def write(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
         """Write a call of a function down."""
         found: Node = self.create_node(

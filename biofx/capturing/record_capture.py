@@ -141,6 +141,7 @@ class _RecordCapture:
         recorder = Recorder(model, self._kept, self._opaque)
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), self._given)
         recorder.run(args, kwargs)
+        watch.allowed = recorder.assigned
         changed = [path for path in watch.changed_modules() if path not in self._kept]
         if changed:
             raise Keep(changed[0], f"module {changed[0]!r} changes its attributes in the forward")

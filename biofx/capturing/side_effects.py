@@ -19,6 +19,8 @@ class Watch:
     """Notices what a forward does besides computing: each would happen once, while it is captured."""
 
     def __init__(self, root: nn.Module, prefix: str = "") -> None:
+        self.allowed: set[tuple[str, str]] = set()
+        """Paths of modules and names of their attributes whose change does not count."""
         self._root = root
         self._prefix = prefix
         self._kept: list[Any] = []
@@ -49,7 +51,7 @@ class Watch:
     def changed_modules(self) -> list[str]:
         """Return the paths of the modules in which the forward left something."""
         found = self._attributes()
-        return [path for path, attributes in found.items() if attributes != self._before.get(path, {})]
+        return [path for path, attributes in found.items() if attributes != self._expected(path)]
 
     def refuse_side_effects(self, *, torch_draws: bool = False, attributes: bool = True) -> None:
         """Raise a CaptureError if the forward drew random numbers or left something in a module.
@@ -69,7 +71,7 @@ class Watch:
                 "would do once and never again. Draw tensors with torch, or name the module in opaque=[…]"
             )
         for path, found in self._attributes().items() if attributes else ():
-            before = self._before.get(path, {})
+            before = self._expected(path)
             for name in [*found, *before]:
                 if found.get(name) != before.get(name):
                     place = ".".join(part for part in (self._prefix, path) if part)
@@ -79,6 +81,11 @@ class Watch:
                         "and never again. Return the value or make it a buffer that is changed in place, or "
                         "name the module in opaque=[…]"
                     )
+
+    def _expected(self, path: str) -> dict[str, Any]:
+        """Return what the attributes of a module are to be, comparable."""
+        before = self._before.get(path, {})
+        return {name: value for name, value in before.items() if (path, name) not in self.allowed}
 
     def _attributes(self) -> dict[str, dict[str, Any]]:
         """Return, for each attribute of each module, what it is and what it holds, comparable."""
@@ -90,7 +97,9 @@ class Watch:
                 found[path] = {
                     name: self._contents(value, seen)
                     for name, value in _everything_in(module)
-                    if name not in _KEPT_APART and not name.startswith("_tensor_constant")
+                    if name not in _KEPT_APART
+                    and not name.startswith("_tensor_constant")
+                    and (path, name) not in self.allowed
                 }
         return found
 

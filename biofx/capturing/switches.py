@@ -23,9 +23,6 @@ class Writer(Protocol):
     def graph(self) -> Graph:
         """The graph."""
 
-    def anchor(self) -> tuple[Node, str | None] | None:
-        """Return an input of the graph and the type of device it is on, if known; None if it has no input."""
-
     def write(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
         """Write a call of a function down."""
 
@@ -54,6 +51,8 @@ class Switches:
         self._before = ambient_modes()
         self._open: list[_Open] = []
         self._loose: object = None
+        self.devices_asked: set[str] = set()
+        """Types of devices that the forward asked tensors for, and may now use as constants."""
 
     def check(self) -> None:
         """Stop where something is in force that no context of the graph accounts for."""
@@ -82,12 +81,11 @@ class Switches:
         """Write down that a context was entered."""
         if self._loose is context:
             self._loose = None
-        found = self._writer.anchor()
-        if found is None:
+        anchor = next((node for node in self._writer.graph.nodes if node.op == "placeholder"), None)
+        if anchor is None:
             self._writer.stop("opens a context in a forward without arguments")
-        anchor, device = found
-        if begin is begin_autocast:
-            options = (*options, device)
+        if begin is begin_autocast and options[0] in self.devices_asked:
+            self._writer.stop("opens torch.autocast for a device that it may have asked a tensor for")
         place = len(self._open)
         self._open.append(_Open(id(context), anchor, ambient_modes()))
         try:
@@ -101,6 +99,7 @@ class Switches:
         """Write down that a context was left; nothing is written of a forward that fails."""
         innermost = self._open.pop() if self._open else None
         if failed:
+            self._loose = innermost  # a forward that goes on all the same is not followed further
             return
         if innermost is None or innermost.context != id(context):
             self._writer.stop("leaves contexts in another order than it enters them")

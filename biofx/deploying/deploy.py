@@ -15,6 +15,7 @@ from biofx.deploying.plain_operators import write_out
 from biofx.deploying.raising import raise_layers
 from biofx.deploying.settling import settle
 from biofx.errors import InputError, PassError
+from biofx.graph.assignments import assign_buffer
 from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import begin_autocast, begin_grad_mode
 from biofx.graph.guards import require_default, require_tensor
@@ -110,11 +111,16 @@ def deploy(bio_model: nn.Module) -> nn.Module:
 
 
 def _drop_gradient_modes(own: GraphModule) -> None:
-    """Take out contexts that say where gradients flow; refuse the others.
+    """Take out contexts that say where gradients flow; refuse what has an effect besides.
 
     Raises:
-        PassError: the graph opens an autocast.
+        PassError: the graph opens an autocast, or assigns to a buffer.
     """
+    for node in own.graph.find_nodes(op="call_function", target=assign_buffer):
+        raise PassError(
+            f"{node.name!r} assigns to a buffer at every call, which a plain graph module forgets when it is "
+            "loaded; deploy a model whose forward does not do so in eval mode"
+        )
     for begin in own.graph.find_nodes(op="call_function", target=begin_grad_mode):
         for end in list(begin.users):
             own.graph.erase_node(end)

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node, Proxy
 from torch.fx.node import has_side_effect
 
-from biofx.errors import CaptureError, InputError
+from biofx.errors import CaptureError
 
 
 @has_side_effect
@@ -54,32 +53,21 @@ def begin_autocast(
     dtype: torch.dtype | None = None,
     enabled: bool = True,
     cache_enabled: bool | None = None,
-    recorded_on: str | None = None,
 ) -> Any:
     """Enter a ``torch.autocast``; return it.
 
     Args:
-        anchor: any input of the graph.
+        anchor: any input of the graph; not used.
         device_type: whose operations are cast, as ``torch.autocast`` takes it.
         dtype: to which type; None for the one in force.
         enabled: whether anything is cast.
         cache_enabled: whether casts of weights are kept; None for what is in force.
-        recorded_on: the type of device that ``anchor`` was on when the forward was recorded.
 
     Raises:
-        InputError: the forward was recorded on a device of the type that it casts on, and runs on another: it
-            may have asked its inputs for it.
         CaptureError: it is exported in strict mode, which does not keep autocast.
     """
     if isinstance(anchor, Proxy):
-        return _written(
-            anchor, begin_autocast, (anchor, device_type, dtype, enabled, cache_enabled, recorded_on)
-        )
-    if recorded_on == device_type and isinstance(anchor, Tensor) and anchor.device.type != recorded_on:
-        raise InputError(
-            f"the forward opens torch.autocast({device_type!r}), and was recorded on {recorded_on}; here it "
-            f"runs on {anchor.device.type}. Move the original there and transform it there"
-        )
+        return _written(anchor, begin_autocast, (anchor, device_type, dtype, enabled, cache_enabled))
     if torch.compiler.is_dynamo_compiling():  # the compiler knows this pair, and no other outside a with
         if torch.compiler.is_exporting():
             raise CaptureError("torch.export loses autocast where it is strict; export with strict=False")

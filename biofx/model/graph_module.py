@@ -33,7 +33,7 @@ class BioGraphModule(GraphModule):
     """
 
     __jit_unused_properties__ = [  # noqa: RUF012
-        *(*GraphModule.__jit_unused_properties__, "keeps_forward", "own_forward")
+        *(*GraphModule.__jit_unused_properties__, "keeps_forward", "own_forward", "own_module")
     ]
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
@@ -150,6 +150,11 @@ class BioGraphModule(GraphModule):
         """Whether the module runs the forward of its class, with graphs in the modules that it calls."""
         calls = self.graph.find_nodes(op="call_function", target=call_own_forward)
         return any(isinstance(call.args[1], Node) for call in calls)  # with whatever is given, in one piece
+
+    @property
+    def own_module(self) -> BioGraphModule:
+        """The module itself, for nodes of its graph that assign to its buffers."""
+        return self
 
     @property
     def own_forward(self) -> Callable[..., Any]:

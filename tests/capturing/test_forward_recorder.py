@@ -214,6 +214,61 @@ def test_a_mixture_of_experts_is_right_on_other_inputs() -> None:
         assert_same(model, captured, *(vectors(batch) for batch in (6, 1, 2, 17)))
 
 
+class RoutesTokens(nn.Module):
+    """Mixtures of experts one after the other, with what a cache keeps beside the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.mixtures = nn.ModuleList(Routes() for _ in range(2))
+
+    def forward(self, x: Tensor, cache: Any = None) -> Any:
+        cache = Cache() if cache is None else cache
+        x = self.stem(x)
+        for mixture in self.mixtures:
+            cache.seen.append(x)
+            x = x + mixture(x)
+        if x.sum() > 1e9:
+            raise ValueError("expected something smaller")
+        return self.head(x), cache
+
+
+class Cache:
+    """What torch knows nothing of."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_nearly_all_of_a_mixture_of_experts_is_visible_and_rewritten(recorded: bool) -> None:
+    model = RoutesTokens()
+    config = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.3)
+    example = vectors(6) if recorded else None
+    bio_model, report = biofx.transform(model, config, example_inputs=example)
+    assert "" in bio_model.kept_as_python
+    assert report.coverage is not None
+    assert report.coverage.visible >= 0.9 * report.coverage.total
+    done = {remark.layer for remark in report.remarks if remark.kind == "applied"}
+    assert done == {path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    for batch in (6, 17):
+        (x,), _ = vectors(batch)
+        outputs = []
+        for each in (model, bio_model):
+            each.zero_grad()
+            output, cache = each(x)
+            assert isinstance(cache, Cache)
+            output.pow(2).sum().backward()
+            outputs.append((output, cache.seen))
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
+        for path in done:
+            layer: Any = bio_model.get_submodule(path)
+            gradient = model.get_parameter(f"{path}.weight").grad
+            if gradient is not None:
+                gradient = gradient * layer.bio_mod.fuzzy_learning_rate_parameters
+            torch.testing.assert_close(layer.weight.grad, gradient)
+
+
 class DecidesByItsBatch(Wraps):
     def forward(self, x: Tensor) -> Any:
         y = self.first(x)
@@ -345,7 +400,7 @@ IDIOMS: list[tuple[type[Wraps], list[str]]] = [
     (WithoutGradient, []),
     (UnderAutocast, []),
     (Counts, []),
-    (Rebinds, [""]),
+    (Rebinds, []),
     (Remembers, [""]),
     (UsesPythonsRandom, [""]),
     (SharesLayers, []),

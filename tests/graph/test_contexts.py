@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioConfig, InputError, capture, ops
+from biofx import BioConfig, capture, ops
 from biofx.graph.contexts import (
     autocast_nesting,
     begin_autocast,
@@ -286,15 +286,32 @@ def test_contexts_compile_into_one_graph_and_export(model_class: type[nn.Module]
     torch._dynamo.reset()
 
 
-def test_autocast_recorded_on_one_device_is_refused_on_another() -> None:
-    captured = captured_of(Casts(), recorded=True).to("meta")
-    with pytest.raises(InputError, match="was recorded on cpu; here it runs on meta"):
-        captured(inputs().to("meta"))
+class CastsOnItsDevice(Body):
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y = self.first(x)
+        return self.last(y.float())
 
 
 class AsksForTheMode(Body):
     def forward(self, x: Tensor) -> Any:
         return self.last(self.first(x)) if torch.is_grad_enabled() else self.last(self.second(x))
+
+
+class Recovers(Body):
+    def forward(self, x: Tensor) -> Any:
+        try:
+            with torch.no_grad():
+                self.first(x)
+                raise KeyError
+        except KeyError:
+            return self.last(self.first(x))
+
+
+class AsksForAGradient(Body):
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x)
+        return self.last(y * 2 if y.requires_grad else y)
 
 
 class SwitchesForGood(Body):
@@ -323,6 +340,9 @@ class Infers(Body):
     ("model_class", "reason"),
     [
         (AsksForTheMode, "whether gradients are on"),
+        (Recovers, "context"),
+        (AsksForAGradient, "grad"),
+        (CastsOnItsDevice, "device"),
         (SwitchesForGood, "gradients"),
         (SwitchesOnForGood, "gradients"),
         (Infers, "inference_mode"),
