@@ -224,7 +224,7 @@ class BioState(nn.Module):
     @property
     def rate_draw(self) -> RateDraw | None:
         """What the factors are drawn from at each use, None where they are stored."""
-        return draw_held(self._buffers)
+        return draw_held(self._with_values())
 
     @property
     def has_factors(self) -> bool:
@@ -236,11 +236,16 @@ class BioState(nn.Module):
         """The buffer that holds the factors or their codes, None without any."""
         return self._buffers[CODES if self.is_coded else FACTORS]
 
+    def _with_values(self) -> dict[str, Tensor | None]:
+        """Return the buffers, those on the meta device with the values that they have kept."""
+        kept: dict[str, Tensor] = self.__dict__.get("_kept", {})
+        return {**self.__dict__["_buffers"], **kept}
+
     def __getattr__(self, name: str) -> Any:
         if name == FACTORS and "_buffers" in self.__dict__ and (self.is_coded or self.is_drawn):
             # torch refuses to write to an inference tensor: what is written to a copy would be lost
             with torch.inference_mode():
-                return factors_held(self._buffers, self.weight.shape, self.weight.device)
+                return factors_held(self._with_values(), self.weight.shape, self.weight.device)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:

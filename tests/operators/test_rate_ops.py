@@ -101,6 +101,16 @@ def test_the_graph_and_the_report_name_the_draw(mlp: nn.Module) -> None:
     assert [draw_of(node) for node in nodes] == [state(bio, layer).rate_draw for layer in ("0", "2", "4")]
 
 
+def test_a_model_on_the_meta_device_knows_its_draws_and_takes_them_back(mlp: nn.Module) -> None:
+    bio = biofx.transform(mlp, SEED).graph_module
+    before, drawn = state(bio).fuzzy_learning_rate_parameters, state(bio).rate_draw
+    bio.to("meta")
+    assert state(bio).rate_draw == drawn
+    assert state(bio).fuzzy_learning_rate_parameters.is_meta  # type: ignore[union-attr]
+    bio.to_empty(device="cpu")
+    assert torch.equal(state(bio).fuzzy_learning_rate_parameters, before)  # type: ignore[arg-type]
+
+
 def test_a_draw_that_is_not_the_layers_own_is_found(mlp: nn.Module) -> None:
     bio = biofx.transform(mlp, SEED).graph_module
     node = next(node for node in bio.graph.nodes if node.target is scale_gradient_by_seed)
