@@ -119,10 +119,27 @@ class TiedEmbedding(nn.Module):
         return self.head(self.embedding(x))
 
 
-def test_a_weight_that_something_else_reads_is_an_obstacle() -> None:
-    (site,) = find_sites(capture(TiedEmbedding())).found
-    assert site.parameter_path == "embedding.weight"
-    assert site.obstacle == "its weight is also read by 'embedding' (Embedding), which would not follow"
+def test_a_weight_that_something_else_reads_is_an_obstacle_but_to_its_gradient() -> None:
+    class Regularised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.fc(x), self.fc.weight.norm()
+
+    sites = find_sites(capture(Regularised()))
+    (site,) = sites.found
+    assert site.obstacle == "its weight is also read by 'norm', which would not follow"
+    assert site.barrier is None
+    assert [read.parameter_path for read in sites.reads] == ["fc.weight"]
+
+
+def test_a_tied_embedding_is_another_use_of_the_weight() -> None:
+    (weight,) = find_sites(capture(TiedEmbedding())).weights()
+    assert weight.path == "embedding.weight"
+    assert [site.kind.name for site in weight.sites] == ["Embedding", "Linear"]
+    assert [site.obstacle for site in weight.sites] == [None, None]
 
 
 class Functional(nn.Module):

@@ -166,15 +166,22 @@ class TiedEmbedding(nn.Module):
         return self.head(self.embedding(x))
 
 
-def test_a_weight_tied_to_an_embedding_is_left_alone_and_reported() -> None:
+def test_a_weight_tied_to_an_embedding_has_one_factor_and_no_sign() -> None:
     model = TiedEmbedding()
     bio_model, report = biofx.transform(
         model, passes="scale-gradients,constrain-signs{constrain_readout=true}"
     )
-    assert not report.modified
-    assert {remark.kind for remark in report.remarks} == {"missed"}
-    assert "also read by 'embedding' (Embedding)" in str(report)
+    assert [(entry.applied, entry.missed) for entry in report.passes] == [(0, 2), (2, 0)]
+    assert "its weight is also read by 'embedding', where signs mean nothing" in str(report)
     assert bio_model.get_parameter("head.weight") is bio_model.get_parameter("embedding.weight")
+    x = torch.tensor([[1, 2, 2], [4, 0, 1]])
+    for net in (model, bio_model):
+        (net(x) ** 2).sum().backward()
+    plain, found = model.embedding.weight.grad, bio_model.get_parameter("embedding.weight").grad
+    assert plain is not None
+    assert found is not None
+    factors = bio_model.get_buffer("embedding.bio_mod.fuzzy_learning_rate_parameters")
+    assert torch.equal(found, plain * factors)
 
 
 def test_a_frozen_weight_stays_frozen_and_is_reported(mlp: nn.Module) -> None:
