@@ -35,6 +35,7 @@ from biofx.capturing.values import TORCH_FOLDER
 from biofx.errors import InputError
 from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
 from biofx.graph.checkpointing import call_checkpointed
+from biofx.graph.in_place import changed_in_place
 from biofx.layers.layer_kinds import kind_of
 from biofx.layers.obstacles import hooks_of
 
@@ -111,6 +112,8 @@ class Recorder(TorchFunctionMode):
         ):
             frame.switches.check()
             node = self._write(frame, func, name, args, options)
+            if any(frame.is_parameter(changed) for changed in changed_in_place(node)):
+                self.stop("writes into a parameter")
             if _is_sized_by_values(name, args):
                 node.meta[BY_VALUE] = True
             return frame.take(node, found, in_place=name.endswith("_"))
