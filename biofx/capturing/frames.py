@@ -45,6 +45,7 @@ class Frame:
         self._calls: dict[str, int] = {}
         self._nodes: dict[int, tuple[Node, Tensor]] = {}
         self._stored: dict[int, str] = {}
+        self._parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         for name, inner in module.named_modules():
             held = (*inner._parameters.items(), *inner._buffers.items(), *vars(inner).items())
             for key, value in held:
@@ -162,6 +163,10 @@ class Frame:
     def is_stored(self, tensor: Tensor) -> bool:
         """Whether a tensor is held by the module, so that its shape is settled."""
         return id(tensor) in self._stored and id(tensor) not in self._nodes
+
+    def is_parameter(self, node: Node) -> bool:
+        """Whether a node reads a parameter."""
+        return node.op == "get_attr" and node.target in self._parameters
 
     def size_of(self, tensor: Tensor, place: int) -> Node:
         """Write down a node for one size of a tensor."""

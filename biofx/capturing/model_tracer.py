@@ -72,6 +72,7 @@ class ModelTracer(Tracer):
         self._paths = {id(module): path for path, module in root.named_modules()}
         self._modules = dict(root.named_modules(remove_duplicate=False))
         self._stored: dict[int, tuple[str, Tensor]] = {}
+        self._parameters = {path for path, _ in root.named_parameters()}
         for path, tensor in (*root.named_parameters(), *root.named_buffers()):
             self._stored[id(tensor)] = (path, tensor)
         self._reads: dict[str, StoredTensor] = {}
@@ -307,7 +308,11 @@ class ModelTracer(Tracer):
         """Write a node down, unless its effect depends on a context that would be lost."""
         if kind.startswith("call"):
             self._refuse_lost_context()
-        return super().create_node(kind, target, args, kwargs, *rest, **more)
+        node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        for changed in changed_in_place(node):
+            if changed.op == "get_attr" and changed.target in self._parameters:
+                self.refuse("writes into a parameter, which rewritten graphs read before and after")
+        return node
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None

@@ -298,6 +298,16 @@ class AsksForTheMode(Body):
         return self.last(self.first(x)) if torch.is_grad_enabled() else self.last(self.second(x))
 
 
+class StaysWithinBounds(Body):
+    """Which a weight between two uses of it would notice."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x)
+        with torch.no_grad():
+            self.first.weight.clamp_(-10, 10)
+        return self.last(self.first(y))
+
+
 class Recovers(Body):
     def forward(self, x: Tensor) -> Any:
         try:
@@ -340,6 +350,7 @@ class Infers(Body):
     ("model_class", "reason"),
     [
         (AsksForTheMode, "whether gradients are on"),
+        (StaysWithinBounds, "writes into a parameter"),
         (Recovers, "context"),
         (AsksForAGradient, "grad"),
         (CastsOnItsDevice, "device"),
