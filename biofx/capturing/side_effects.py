@@ -6,7 +6,6 @@ import copy
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -83,15 +82,20 @@ class Watch:
     def _attributes(self) -> dict[str, dict[str, Any]]:
         """Return, for each attribute of each module, what it is and what it holds, comparable."""
         seen: set[int] = set()
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for path, module in self._root.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 self._module = id(module)
-                found[path] = {
-                    name: self._contents(value, seen)
-                    for name, value in _everything_in(module)
-                    if name not in _KEPT_APART and not name.startswith("_tensor_constant")
-                }
+                attributes = found[path] = {}
+                for held in _holders(module):
+                    for name, value in held.items():
+                        if name in _KEPT_APART or name.startswith("_tensor_constant"):
+                            continue
+                        if type(value) in _INDIVISIBLE:
+                            self._kept.append(value)
+                            attributes[name] = id(value)
+                        else:
+                            attributes[name] = self._contents(value, seen)
         return found
 
     def _contents(self, value: Any, seen: set[int]) -> Any:
@@ -129,11 +133,6 @@ class Watch:
 
 _INDIVISIBLE = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, Tensor})
 _KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
-
-
-def _everything_in(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for held in _holders(module):
-        yield from held.items()
 
 
 def _holders(module: nn.Module) -> tuple[dict[str, Any], ...]:
