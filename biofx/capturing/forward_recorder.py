@@ -74,9 +74,10 @@ class Recorder(TorchFunctionMode):
                     f"example_inputs: the model fails on them: {type(error).__name__}: {error}"
                 ) from error
         if self._failed is not None:
-            path, error = self._failed
+            path, caught = self._failed
             raise Keep(
-                path, f"{self._named(path)} catches an exception ({error}), which another input may not raise"
+                path,
+                f"{self._named(path)} catches an exception ({caught}), which another input may not raise",
             )
 
     def stop(self, what: str) -> NoReturn:
