@@ -37,7 +37,6 @@ from biofx.errors import InputError
 from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
 from biofx.graph.checkpointing import call_checkpointed
 from biofx.graph.in_place import changed_in_place
-from biofx.layers.layer_kinds import kind_of
 from biofx.layers.obstacles import hooks_of
 
 
@@ -124,13 +123,9 @@ class Recorder(TorchFunctionMode):
         ):
             frame.switches.check()
             node = self._write(frame, func, name, args, options)
-<<<<<<< HEAD
-            if is_sized_by_values(func, name, args, options):
-=======
             if any(frame.is_parameter(changed) for changed in changed_in_place(node)):
                 self.stop("writes into a parameter")
-            if _is_sized_by_values(name, args):
->>>>>>> work5
+            if is_sized_by_values(func, name, args, options):
                 node.meta[BY_VALUE] = True
             if isinstance(found, (tuple, list)) and gives_as_many_as_there_are(name):
                 frame.expect(len, (node,), len(found))

@@ -6,7 +6,6 @@ import copy
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -90,26 +89,27 @@ class Watch:
     def _attributes(self) -> dict[str, dict[str, Any]]:
         """Return, for each attribute of each module, what it is and what it holds, comparable."""
         seen: set[int] = set()
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for path, module in self._root.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 self._module = id(module)
                 found[path] = {
                     name: self._contents(value, seen)
-                    for name, value in _everything_in(module)
-                    if name not in _KEPT_APART
-                    and not name.startswith("_tensor_constant")
-                    and (path, name) not in self.allowed
+                    for held in _holders(module)
+                    for name, value in held.items()
+                    if self._is_watched(path, name)
                 }
         return found
 
+    def _is_watched(self, path: str, name: str) -> bool:
+        kept_apart = name in _KEPT_APART or name.startswith("_tensor_constant")
+        return not kept_apart and (path, name) not in self.allowed
+
     def _contents(self, value: Any, seen: set[int]) -> Any:
         self._kept.append(value)  # alive, so that no id is used twice
-        if (
-            type(value) in _INDIVISIBLE
-            or id(value) in seen
-            or isinstance(value, (nn.Module, Tensor, type, str, bytes))
-        ):
+        if type(value) in _INDIVISIBLE:
+            return id(value)
+        if id(value) in seen or isinstance(value, (nn.Module, Tensor, type, str, bytes)):
             return id(value)
         if isinstance(value, (dict, list, set, deque)):
             if not self._is_complete:
@@ -138,11 +138,6 @@ class Watch:
 
 _INDIVISIBLE = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, Tensor})
 _KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
-
-
-def _everything_in(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for held in _holders(module):
-        yield from held.items()
 
 
 def _holders(module: nn.Module) -> tuple[dict[str, Any], ...]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import keyword
 import unicodedata
-from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from biofx.errors import CaptureError
@@ -22,20 +22,19 @@ def refuse_unwritable_names(model: nn.Module) -> None:
     Raises:
         CaptureError: a module, parameter or buffer has such a name.
     """
-    for path in _paths(model):
-        for name in path.split("."):
-            if name and not _is_writable(name):
+    settled: set[str] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # which is called as a whole, and has names that code can carry
+        for name in (*module._modules, *module._parameters, *module._buffers):
+            if name not in settled and not _is_writable(name):
+                place = f"{path}.{name}" if path else name
                 raise CaptureError(
-                    f"the model has something named {name!r}, at {path!r}, which the code of a graph cannot "
+                    f"the model has something named {name!r}, at {place!r}, which the code of a graph cannot "
                     "carry; give it a name without quotation marks, backslashes and control characters that "
                     "is no keyword of Python"
                 )
-
-
-def _paths(model: nn.Module) -> Iterator[str]:
-    yield from (path for path, _ in model.named_modules(remove_duplicate=False))
-    yield from (path for path, _ in model.named_parameters(remove_duplicate=False))
-    yield from (path for path, _ in model.named_buffers(remove_duplicate=False))
+            settled.add(name)
 
 
 def _is_writable(name: str) -> bool:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 _MODELS: dict[str, dict[str, Any]] = {
-    "halonet26t": {"input": 256},
     "test_byobnet": {},
     "cait_xxs24_224": {"img_size": 64, "depth": 2},
     "convit_tiny": {"img_size": 64, "depth": 4},

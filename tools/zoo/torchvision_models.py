@@ -13,14 +13,15 @@ _IMAGES = {
     **dict.fromkeys(("mnasnet0_5", "mobilenet_v3_small", "efficientnet_b0", "regnet_x_400mf"), 64),
     **dict.fromkeys(("regnet_y_400mf", "convnext_tiny", "swin_t", "googlenet"), 64),
     **dict.fromkeys(("lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"), 64),
-    **dict.fromkeys(("vgg11_bn", "vit_b_16"), 32),
+    "vit_b_16": 32,
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn": {"min_size": 96, "max_size": 96},
     "vit_b_16": {"image_size": 32},
     "googlenet": {"init_weights": True},
 }
 _VIDEOS = ("r3d_18", "r2plus1d_18")
-_DETECTORS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large", "fcos_resnet50_fpn")
+_DETECTORS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large")
 
 
 def models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:

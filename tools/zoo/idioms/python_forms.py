@@ -161,7 +161,7 @@ class AnyNumberOfArguments(Body):
     """Arguments that are gathered."""
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.out(self.fc(sum(inputs)))  # type: ignore[arg-type]
+        return self.out(self.fc(sum(inputs)))
 
 
 class NestedInputs(Body):
@@ -210,7 +210,7 @@ class Generators(Body):
         yield from (self.fc(x * factor) for factor in (2, 3))
 
     def forward(self, x: Tensor) -> Any:
-        return self.out(sum(self._parts(x)))  # type: ignore[arg-type]
+        return self.out(sum(self._parts(x)))
 
 
 class Recursion(Body):

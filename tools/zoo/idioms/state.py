@@ -152,7 +152,7 @@ class WeightNorm(Body):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = parametrizations.weight_norm(self.fc)  # type: ignore[assignment]
+        self.fc = parametrizations.weight_norm(self.fc)
 
     def forward(self, x: Tensor) -> Any:
         return self.out(self.fc(x).relu())
