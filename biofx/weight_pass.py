@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from biofx.errors import OptionError
+from biofx.layers.weight_site import Sites, Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, missed
-from biofx.sites import Sites, Weight, WeightSite, find_sites
+from biofx.sites import find_sites
 from biofx.weights.lowering import Lowering
 
 

@@ -22,12 +22,12 @@ import torch
 
 from biofx import ops
 from biofx.draws.randomness import generator_for
+from biofx.layers.weight_site import Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Scope
 from biofx.plasticity.balance import balanced_weight
 from biofx.plasticity.placement import bio_module_path, state_of
 from biofx.report import Remark, applied
-from biofx.sites import Weight, WeightSite
 from biofx.units.gains import constrain_gains, fold_negative_gains, in_scope
 from biofx.units.sign_store import bring_signs, keep_row_signs, states_of
 from biofx.units.sign_survey import SignSurvey

@@ -19,10 +19,11 @@ from typing import ClassVar
 from torch.fx import Node
 
 from biofx.dataflow import synaptic_nodes
+from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, applied, missed
-from biofx.sites import WeightSite, find_sites
+from biofx.sites import find_sites
 from biofx.units.expandable import Circuit, Expandability, circuits
 from biofx.units.expansion import expand
 from biofx.units.gains import fold_negative_gains, in_scope

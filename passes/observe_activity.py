@@ -21,11 +21,12 @@ from torch.fx import Node
 
 from biofx import ops
 from biofx.dataflow import unit_output
+from biofx.layers.weight_site import WeightSite, fold_behind
 from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.plasticity.placement import bio_module_at, bio_module_path
 from biofx.report import Remark, applied, missed
-from biofx.sites import WeightSite, find_sites, fold_behind
+from biofx.sites import find_sites
 
 
 @dataclass(frozen=True, kw_only=True)

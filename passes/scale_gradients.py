@@ -25,6 +25,7 @@ from biofx.config import FROM_SEED, GRANULARITIES, PARAMETERS, RATE_DTYPES, Dist
 from biofx.draws.randomness import generator_for
 from biofx.draws.rate_draws import PURPOSE, rate_draw, told_of_place
 from biofx.graph.regions import region_of_nodes
+from biofx.layers.weight_site import Sites, Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.rate_ops import scale_gradient_by_seed
 from biofx.pass_base import Scope
@@ -32,7 +33,7 @@ from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.dynamics import initial_factors
 from biofx.plasticity.placement import bio_module_path, is_taken, state_of
 from biofx.report import Remark, applied, missed
-from biofx.sites import Sites, Weight, WeightSite, find_sites
+from biofx.sites import find_sites
 from biofx.validate import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, check_bounds, check_choice
 from biofx.weight_pass import WeightPass
 from biofx.weights.lowering import Lowering, node_stem

@@ -25,10 +25,11 @@ from biofx.dataflow import readout_nodes, split_nodes, synaptic_nodes
 from biofx.errors import OptionError
 from biofx.graph.printing import function_name
 from biofx.graph.regions import region_of_nodes
+from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, applied, missed
-from biofx.sites import WeightSite, find_sites
+from biofx.sites import find_sites
 from biofx.validate import COUNT, check_choice
 
 _MODES = ("neighbours",)

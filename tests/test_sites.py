@@ -13,7 +13,8 @@ import biofx
 from biofx import capture, ops
 from biofx.dataflow import is_synaptic
 from biofx.layers.layer_kinds import kind_of
-from biofx.sites import Sites, find_sites
+from biofx.layers.weight_site import Sites
+from biofx.sites import find_sites
 from biofx.weights.lowering import Lowering
 
 CONFIG = biofx.BioConfig(

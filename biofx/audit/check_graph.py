@@ -9,7 +9,8 @@ from torch.fx import Node
 from biofx import ops
 from biofx.audit.check_report import Finding
 from biofx.audit.check_subject import Subject, Uses
-from biofx.sites import WeightSite, find_sites
+from biofx.layers.weight_site import WeightSite
+from biofx.sites import find_sites
 
 
 def fitting_graph(subject: Subject) -> Finding:

@@ -12,9 +12,10 @@ from biofx.activation import SPLITTING_ACTIVATION
 from biofx.folding.folding import Fold, columns_of, consume
 from biofx.folding.replication import Call, Flow, Outcome, Replication, ReplicationEnds, Rule, follow
 from biofx.folding.replication_rules import rule_for, works_by_element
+from biofx.layers.weight_site import Sites, WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.report import Remark, applied, missed
-from biofx.sites import Sites, WeightSite, innermost_path
+from biofx.sites import innermost_path
 
 _TAKEN_OVER = "taken over by the weights of its layer; one value per connection is carried on"
 _NOT_INVOLVED = "neither its inputs nor its outputs are synapses that can be folded"

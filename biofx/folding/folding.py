@@ -11,9 +11,9 @@ from torch.fx import Node
 
 from biofx.errors import PassError
 from biofx.folding.replication import Call, Flow, Outcome, Replication, ReplicationEnds
+from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.fold_ops import fold_weight, folded_shape, require_axes, spread_synapses, sum_synapses
-from biofx.sites import WeightSite
 from biofx.weights.lowering import Lowering
 
 

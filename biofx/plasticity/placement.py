@@ -6,8 +6,8 @@ from torch import nn
 
 from biofx.errors import PlasticityError
 from biofx.layers.other_reads import READ
+from biofx.layers.weight_site import Weight
 from biofx.plasticity.bio_module import BioModule
-from biofx.sites import Weight
 
 
 def bio_module_path(parameter_path: str) -> str:

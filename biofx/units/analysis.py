@@ -15,7 +15,8 @@ from biofx.dataflow import synaptic_nodes
 from biofx.graph.in_place import changed_in_place
 from biofx.graph.region_use import RegionUse
 from biofx.graph.regions import region_input, region_output
-from biofx.sites import WeightSite, find_sites
+from biofx.layers.weight_site import WeightSite
+from biofx.sites import find_sites
 from biofx.units import rules_attention, rules_elementwise, rules_join, rules_layers, rules_parts, rules_shape
 from biofx.units.components import smallest_connected
 from biofx.units.compound import compound_layer

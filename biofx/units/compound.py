@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from biofx.layers.layer_kinds import ATTENTION
-from biofx.sites import WeightSite
+from biofx.layers.weight_site import WeightSite
 from biofx.units.flow import Call, Flow
 from biofx.units.layout import Axis, Layout
 

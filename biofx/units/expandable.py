@@ -17,8 +17,8 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from biofx.graph.regions import region_output
+from biofx.layers.weight_site import WeightSite
 from biofx.plasticity.placement import kept_state
-from biofx.sites import WeightSite
 from biofx.units import rules_elementwise as elementwise
 from biofx.units import rules_join as join
 from biofx.units import rules_layers as layers

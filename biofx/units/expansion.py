@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from biofx.layers.weight_site import WeightSite
 from biofx.ops import drop_pairs
 from biofx.plasticity.placement import bio_module_at
-from biofx.sites import WeightSite
 from biofx.units.analysis import Reading
 from biofx.units.expandable import DROPOUTS, NORMS, Circuit, run_of
 from biofx.units.groups import UnitGroups

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from biofx import ops
+from biofx.layers.weight_site import WeightSite
 from biofx.pass_base import Pass, Scope
 from biofx.report import Remark, applied, missed
-from biofx.sites import WeightSite
 from biofx.weights.lowering import Lowering
 from biofx.weights.norm_sites import NormSite, find_norms, lower_norm
 

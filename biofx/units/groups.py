@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from biofx.dataflow import synaptic_nodes
 from biofx.errors import InputError
 from biofx.graph.regions import whole_view
-from biofx.sites import WeightSite
+from biofx.layers.weight_site import WeightSite
 from biofx.units.analysis import Analysis, Reading, Source
 from biofx.units.flow import Flow
 from biofx.units.reach import only_compared

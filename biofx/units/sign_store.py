@@ -12,9 +12,9 @@ from torch.fx import GraphModule, Node
 
 from biofx.draws.randomness import generator_for
 from biofx.errors import OptionError
+from biofx.layers.weight_site import WeightSite
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.placement import bio_module_at, bio_module_path, kept_state
-from biofx.sites import WeightSite
 from biofx.units.analysis import Reading, Source
 from biofx.units.groups import UnitGroups
 from biofx.weights.lowering import Lowering, node_stem

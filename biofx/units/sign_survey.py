@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from biofx.dataflow import synaptic_nodes
-from biofx.sites import Weight, WeightSite, find_sites
+from biofx.layers.weight_site import Weight, WeightSite
+from biofx.sites import find_sites
 from biofx.units.analysis import Reading
 from biofx.units.groups import unit_groups
 from biofx.units.reach import last_in_regions, last_synapses

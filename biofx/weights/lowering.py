@@ -14,8 +14,8 @@ from biofx.errors import PassError
 from biofx.graph.contexts import ContextMap
 from biofx.graph.parameters import Parameters
 from biofx.layers.unitless_layers import lower_unitless
+from biofx.layers.weight_site import WeightSite
 from biofx.layers.weight_slots import WeightSlot
-from biofx.sites import WeightSite
 from biofx.weights.compound_layers import lower_compound
 
 

@@ -17,9 +17,10 @@ from biofx.errors import PassError
 from biofx.graph.region_use import RegionUse
 from biofx.graph.regions import whole_graph
 from biofx.layers.obstacles import computed, hooks_of
+from biofx.layers.weight_site import parameter_behind
 from biofx.layers.weight_slots import WeightSlot
 from biofx.operators.norm_ops import batch_norm, instance_norm
-from biofx.sites import parameter_behind, times_read
+from biofx.sites import times_read
 from biofx.weights.lowering import Lowering
 
 _SLOT_OF_FUNCTION: dict[Any, WeightSlot] = {

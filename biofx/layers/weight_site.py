@@ -1,0 +1,183 @@
+"""A use of a weight in a graph, and what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+
+from biofx import ops
+from biofx.layers.layer_kinds import LayerKind
+from biofx.layers.other_reads import READ, ReadSlot, multiplies
+from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot
+from biofx.operators.fold_ops import fold_weight
+from biofx.operators.rate_ops import GRADIENT_SCALINGS
+
+WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = GRADIENT_SCALINGS | {ops.constrain_sign, fold_weight}
+"""What may stand between a parameter and the layer that uses it."""
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """One use of one weight."""
+
+    node: Node
+    """The node that computes the layer's output."""
+    kind: LayerKind
+    parameter_path: str
+    """Path of the weight; of a tied weight, the first path it goes by."""
+    parameter: nn.Parameter = field(repr=False)
+    groups: int
+    obstacle: str | None
+    """Why nothing may be done with the weight's values, or None."""
+    slot: WeightSlot = ONE_WEIGHT[0]
+    """Which of the layer's weights it is."""
+    barrier: str | None = None
+    """Why the weight cannot even be made visible, so that its gradient could be scaled, or None."""
+
+    @property
+    def role(self) -> str:
+        """What the weight's presynaptic units are, ``"input"`` where it reads the layer's input."""
+        return self.slot.role
+
+    @property
+    def layer(self) -> str:
+        """Path of the module that owns the weight, empty for the model itself."""
+        return self.parameter_path.rpartition(".")[0]
+
+    @property
+    def weight_node(self) -> Node | None:
+        """The weight expression the site reads, None while the layer module still hides it."""
+        if self.node.op == "call_module" and self.kind is not READ:
+            return None
+        weight = self.slot.read(self.node)
+        return weight if isinstance(weight, Node) else None
+
+    @property
+    def operators(self) -> list[Node]:
+        """The operators on the way from the parameter to the site, innermost first."""
+        found = []
+        node = self.weight_node
+        while node is not None and node.target in WEIGHT_OPERATORS:
+            found.append(node)
+            node = node.args[0] if isinstance(node.args[0], Node) else None
+        return found[::-1]
+
+    @property
+    def output_channels(self) -> int:
+        """Channels of the output (its postsynaptic units), a count; gates do not count."""
+        shape = self.parameter.shape
+        return shape[1] * self.groups if self.kind.transposed else shape[0] // self.slot.blocks
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the layer's input (its presynaptic units), a count."""
+        shape = self.parameter.shape
+        return shape[0] if self.kind.transposed else shape[1] * self.groups
+
+    @property
+    def why_no_channels(self) -> str | None:
+        """Why the node's output is not one tensor with a channel for each unit, None if it is."""
+        if self.kind.why_no_units:
+            return self.kind.why_no_units
+        return f"{self.kind.name} returns more than this weight's output" if self.kind.is_compound else None
+
+    def has(self, operator: Callable[..., Any]) -> bool:
+        """Whether the weight already passes through ``operator`` on its way here."""
+        return any(node.target is operator for node in self.operators)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the weight's gradient is scaled on the way back from here, by factors kept or drawn."""
+        return any(node.target in GRADIENT_SCALINGS for node in self.operators)
+
+    def told(self, message: str) -> str:
+        """Return words about the weight; they begin with its name where the layer has several."""
+        return f"{self.slot.name}: {message}" if self.kind.is_compound or self.kind is READ else message
+
+
+@dataclass(frozen=True)
+class Bystander:
+    """A layer that a pass would like to rewrite and cannot reach."""
+
+    layer: str
+    node: Node | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Everything in a model that has, or should have, a weight site."""
+
+    found: list[WeightSite]
+    """In execution order."""
+    bystanders: list[Bystander]
+    reads: list[WeightSite] = field(default_factory=list)
+    """What else reads parameters, of kind ``READ``; in execution order."""
+
+    def weights(self) -> list[Weight]:
+        """Return the weights, in order of their first use, each with all its sites."""
+        uses = _by_parameter(self.found)
+        last = max(1, len(uses) - 1)
+        return [Weight(tuple(sites), place / last) for place, sites in enumerate(uses.values())]
+
+    def weights_and_reads(self, *, directly: bool) -> list[Weight]:
+        """Return the weights with whatever else reads them, and those that no site has but a product.
+
+        Args:
+            directly: whether to return all other parameters too that a graph reads.
+        """
+        reads = _by_parameter(self.reads)
+        weights = [
+            Weight((*weight.sites, *reads.pop(id(weight.parameter), ())), weight.depth)
+            for weight in self.weights()
+        ]
+        for sites in reads.values():
+            first = sites[0]
+            if directly or any(
+                isinstance(site.slot, ReadSlot) and multiplies(site.slot, first.parameter) for site in sites
+            ):
+                before = [weight.depth for weight in weights if weight.sites[0].node < first.node]
+                weights.append(Weight(tuple(sites), max(before, default=0.0)))
+        return weights
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight and some or all of its uses."""
+
+    sites: tuple[WeightSite, ...]
+    depth: float
+    """Place in execution order, 0 for the first weight of the model and 1 for the last."""
+
+    @property
+    def path(self) -> str:
+        """Path of the parameter."""
+        return self.sites[0].parameter_path
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself."""
+        return self.sites[0].parameter
+
+
+def _by_parameter(sites: list[WeightSite]) -> dict[int, list[WeightSite]]:
+    uses: dict[int, list[WeightSite]] = {}
+    for site in sites:
+        uses.setdefault(id(site.parameter), []).append(site)
+    return uses
+
+
+def parameter_behind(node: Any) -> Node | None:
+    """Return the ``get_attr`` node at the root of a weight expression, None if it is something else."""
+    while isinstance(node, Node) and node.op == "call_function" and node.target in WEIGHT_OPERATORS:
+        node = node.args[0]
+    return node if isinstance(node, Node) and node.op == "get_attr" else None
+
+
+def fold_behind(weight: Any) -> Node | None:
+    """Return the node that folds a weight that a layer reads, None where it is not folded."""
+    return weight if isinstance(weight, Node) and weight.target is fold_weight else None
