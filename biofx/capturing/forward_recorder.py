@@ -29,8 +29,9 @@ from biofx.capturing.checkpoints import (
 )
 from biofx.capturing.frames import BY_VALUE, Frame, Keep
 from biofx.capturing.region_capture import is_plain_layer
-from biofx.capturing.sized_by_values import gives_as_many_as_there_are, is_sized_by_values
+from biofx.capturing.sized_by_values import gives_as_many_as_there_are, is_sized_by_values, leaves
 from biofx.capturing.switches import Switches, SwitchPatches
+from biofx.capturing.tensor_questions import DECIDING, DESCRIPTIONS, DEVICES, SIZES
 from biofx.capturing.tracked import plain, tracked
 from biofx.capturing.values import TORCH_FOLDER
 from biofx.errors import InputError
@@ -104,9 +105,9 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):
             return self._attribute(frame, func, name, args)
-        if name in _SIZES:
+        if name in SIZES:
             return self._size(frame, func, name, args, options)
-        if name in _DECIDING:
+        if name in DECIDING:
             self.stop(f"asks for the value of a tensor ({name})")
         if func is torch._C._set_grad_enabled and not self._patches.is_switching:
             self.stop("switches gradients by itself")
@@ -132,8 +133,8 @@ class Recorder(TorchFunctionMode):
             return frame.take(node, found, in_place=name.endswith("_"))
         if (
             found is not None
-            and name not in _DESCRIPTIONS
-            and any(isinstance(x, Tensor) for x in _leaves((args, options)))
+            and name not in DESCRIPTIONS
+            and any(isinstance(x, Tensor) for x in leaves((args, options)))
         ):
             self.stop(f"asks for something that depends on the value of a tensor ({name})")
         return found
@@ -157,7 +158,7 @@ class Recorder(TorchFunctionMode):
             found = func(*args)
         if attribute in ("requires_grad", "grad_fn", "is_leaf") and not frame.is_stored(args[0]):
             self.stop(f"asks whether a tensor has a gradient ({attribute})")
-        if attribute in _DEVICES:
+        if attribute in DEVICES:
             frame.switches.devices_asked.add(args[0].device.type)
         if attribute == "shape":
             return self._sizes(frame, args[0], found)
@@ -352,58 +353,14 @@ class Recorder(TorchFunctionMode):
 
 
 _OWN_FOLDER = str(Path(__file__).parent.parent)
-_DEVICES = frozenset({"device", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"})
-_SIZES = frozenset({"size", "numel", "nelement", "__len__"})
-_DECIDING = frozenset(
-    {
-        *("__bool__", "__complex__", "__contains__", "__float__", "__index__", "__int__", "item", "tolist"),
-        *(
-            "numpy",
-            "__array__",
-            "is_nonzero",
-            "equal",
-            "allclose",
-            "__dlpack__",
-            "untyped_storage",
-            "storage",
-        ),
-        *("requires_grad_", "retain_grad", "register_hook", "backward", "stride", "data_ptr"),
-    }
-)
-_DESCRIPTIONS = frozenset(
-    {
-        *("__format__", "__hash__", "__repr__", "__str__", "dim", "ndimension", "element_size", "get_device"),
-        *(
-            "is_complex",
-            "is_contiguous",
-            "is_floating_point",
-            "is_signed",
-            "is_inference",
-            "is_conj",
-            "is_neg",
-        ),
-        *("is_same_size", "result_type", "can_cast", "promote_types", "has_names", "is_tensor", "is_storage"),
-        *("storage_offset", "type", "is_pinned", "is_shared", "is_set_to"),
-    }
-)
 
 
 def _is_leaf(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, "")
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, (tuple, list)):
-        for entry in value:
-            yield from _leaves(entry)
-    elif isinstance(value, dict):
-        yield from _leaves(list(value.values()))
-    else:
-        yield value
-
-
 def _has_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in _leaves(value))
+    return any(isinstance(leaf, Tensor) for leaf in leaves(value))
 
 
 def _untracked(value: Any) -> Any:

@@ -34,13 +34,13 @@ def is_sized_by_values(function: Any, name: str, args: Any, kwargs: dict[str, An
     """Whether the size of what a function returns depends on the values of a tensor."""
     name = name.partition(".")[0]
     if name == "__getitem__":
-        return any(_counts_or_bounds(index) for index in _leaves(args[1]))
+        return any(_counts_or_bounds(index) for index in leaves(args[1]))
     if name == "one_hot":  # as many classes as there are, unless told
         return len(args) == 1 and kwargs.get("num_classes", -1) == -1
     if name == "where":
         return len(args) == 1
     if name in _TAKE_SIZES:
-        return any(_is_a_whole_number(size) for size in _leaves((args, kwargs)))
+        return any(_is_a_whole_number(size) for size in leaves((args, kwargs)))
     return name in _ALWAYS or _is_not_from_torch(function)
 
 
@@ -65,11 +65,12 @@ def _is_not_from_torch(function: Any) -> bool:
     return isinstance(qualified, str) and qualified.partition("::")[0] not in _OWN_NAMESPACES
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> Iterator[Any]:
+    """Yield what lies in lists, tuples and dictionaries."""
     if isinstance(value, (tuple, list)):
         for entry in value:
-            yield from _leaves(entry)
+            yield from leaves(entry)
     elif isinstance(value, dict):
-        yield from _leaves(list(value.values()))
+        yield from leaves(list(value.values()))
     else:
         yield value
