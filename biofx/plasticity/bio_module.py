@@ -49,7 +49,10 @@ class BioModule(BioState):
         config: options of the rules. With one, factors are drawn at once; without, a pass brings them.
     """
 
-    __jit_unused_properties__: ClassVar[list[str]] = [*BioState.__jit_unused_properties__, "is_dynamic"]
+    __jit_unused_properties__: ClassVar[list[str]] = [
+        *BioState.__jit_unused_properties__,
+        *("is_dynamic", "follows_in_parts", "crystallizes_in_parts"),
+    ]
 
     exposed_functions: ClassVar[tuple[str, ...]] = (
         "fuzzy_learning_rates",

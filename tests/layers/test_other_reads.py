@@ -109,13 +109,12 @@ def test_what_is_not_scaled_says_why() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.sign, self.counts = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+            self.sign = nn.Parameter(torch.ones(4))
             self.phase = nn.Parameter(torch.ones(4, dtype=torch.complex64))
             self.fc = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Any:
-            self.counts.detach().add_(1.0)
-            return (self.fc(x) * self.sign * self.counts) * self.phase
+            return self.fc(x) * self.sign * self.phase
 
     _, report = biofx.transform(Odd(), ALL)
     told = {remark.node: remark.message for remark in report.passes[0].remarks if remark.kind == "missed"}
