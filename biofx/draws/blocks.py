@@ -1,13 +1,12 @@
-"""Work on large tensors block by block: temporaries stay in the cache, and random draws use every core.
+"""Work on large tensors block by block: temporaries stay in the cache, and each block has draws of its own.
 
-torch draws random numbers on the CPU with one thread; blocks with generators of their own draw in parallel.
-The blocks, and so the numbers, do not depend on how many threads there are.
+The blocks, and so the numbers, do not depend on how many threads there are. One thread runs them one after
+another, and torch's operations on a block use all: in threads of ours each would start as many again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -28,7 +27,7 @@ def for_each_block(
 
     Args:
         count: elements in all.
-        work: called with a slice of the flat tensor; from several threads at once.
+        work: called with a slice of the flat tensor, under ``torch.no_grad``.
         generator: a CPU generator that the blocks' own are seeded from; it advances by one draw per block.
         within: the elements that matter; blocks without any of them are left out. None: all.
     """
@@ -37,22 +36,12 @@ def for_each_block(
     if generator is not None:
         seeds.random_(0, None, generator=generator)
 
-    numbers = [
-        number
-        for number, block in enumerate(blocks)
-        if within is None or max(block.start, within.start) < min(block.stop, within.stop)
-    ]
-    inference = torch.is_inference_mode_enabled()  # which threads do not take over from who starts them
-
-    def run(number: int) -> Result:
-        with torch.inference_mode(inference), torch.no_grad():
-            return work(blocks[number], Generator().manual_seed(int(seeds[number])))
-
-    threads = torch.get_num_threads()
-    if threads == 1 or len(numbers) <= 1:
-        return [run(number) for number in numbers]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(run, numbers))
+    with torch.no_grad():
+        return [
+            work(block, Generator().manual_seed(int(seed)))
+            for block, seed in zip(blocks, seeds, strict=True)
+            if within is None or max(block.start, within.start) < min(block.stop, within.stop)
+        ]
 
 
 def mean_over(count: int, work: Callable[[slice], Tensor]) -> float:

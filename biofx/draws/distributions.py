@@ -141,7 +141,7 @@ def truncated(draw: Draw, count: int, low: float, high: float, what: str, genera
     """Draw ``count`` numbers, and those outside the bounds again until none is; float32 on the CPU.
 
     Args:
-        draw: returns new numbers for the places it is given; called from several threads at once.
+        draw: returns new numbers for the places it is given.
         count: how many.
         low: lower bound.
         high: upper bound.
@@ -170,7 +170,7 @@ def for_each_truncated(
         high: likewise.
         what: likewise.
         generator: likewise.
-        take: called once for each block, from several threads at once.
+        take: called once for each block.
 
     Raises:
         OptionError: next to none of the draws lies in the bounds; some blocks may have been taken.
