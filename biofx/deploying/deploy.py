@@ -40,7 +40,8 @@ def deploy(bio_model: nn.Module) -> nn.Module:
     are ordinary ``torch.nn`` modules again, under their old names. The result is a ``torch.fx.GraphModule``:
     it can be saved with ``torch.save`` and loaded where biofx is not installed, scripted, exported with
     ``torch.export`` and to ONNX. It is in eval mode; what the model's own code asked of ``self.training``
-    is settled as False.
+    is settled as False. Contexts that say where gradients flow (``torch.no_grad``, …) are taken out: values
+    do not depend on them.
 
     A module that Python runs around its graphs stays of its own class, with its own forward, and so does the
     whole model if it is one; what it calls are graph modules and layers. Its class must be importable where
