@@ -200,7 +200,7 @@ def test_it_runs_in_onnxruntime(x: Tensor, tmp_path: Path) -> None:
     torch.onnx.export(biofx.deploy(bio_model), (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), bio_model.eval()(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(found), bio_model.eval()(x))
 
 
 class Rude(nn.Module):
@@ -322,13 +322,13 @@ def test_recurrent_layers_attention_and_norms_are_modules_with_evaluated_weights
     model = Sequences()
     with torch.no_grad():
         model.norm.weight[2] = -1.0
-    bio_model = biofx.transform(model, config).graph_module
+    bio_model = biofx.transform(model, config).graph_module.double()
     with torch.no_grad():
         for parameter in bio_model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     deployed: Any = biofx.deploy(bio_model)
-    sequences = torch.randn(3, 4, 5)
-    torch.testing.assert_close(deployed(sequences), bio_model.eval()(sequences), rtol=1e-4, atol=1e-5)
+    sequences = torch.randn(3, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(deployed(sequences), bio_model.eval()(sequences))
     assert names_of_biofx(deployed) == []
     found = {str(node.target): type(deployed.get_submodule(str(node.target))) for node in calls(deployed)}
     expected = {name: type(module) for name, module in Sequences().named_children() if name != "drop"}
@@ -372,12 +372,12 @@ class Pictures(nn.Module):
 )
 def test_folded_layers_become_small_ones(norm: nn.Module, fold: bool) -> None:
     config = EVERYTHING.replace(weight_splitting_fold=fold, fuzzy_lr_distribution="uniform")
-    bio_model = biofx.transform(Pictures(norm), config).graph_module
-    pictures = torch.randn(3, 2, 6, 6)
+    bio_model = biofx.transform(Pictures(norm), config).graph_module.double()
+    pictures = torch.randn(3, 2, 6, 6, dtype=torch.float64)
     for _ in range(2):
-        bio_model(torch.randn(3, 2, 6, 6))
+        bio_model(torch.randn(3, 2, 6, 6, dtype=torch.float64))
     deployed = biofx.deploy(bio_model)
-    torch.testing.assert_close(deployed(pictures), bio_model.eval()(pictures), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(deployed(pictures), bio_model.eval()(pictures))
     assert names_of_biofx(deployed) == []
     if fold:
         with pytest.raises((AssertionError, ValueError), match=r"4 axes|4D input"):

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioGraphModule, InputError, capture
+from biofx import InputError, capture
 from biofx.operators.attention_ops import attend
-from biofx.sites import find_sites
-from biofx.weights.lowering import Lowering
+from tests.weights.lowered import lowered
 
 
 class Attends(nn.Module):
@@ -44,15 +43,6 @@ class Masked(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, padding: Tensor) -> Any:
         return self.layer(x, x, x, attn_mask=mask, key_padding_mask=padding)
-
-
-def lowered(model: nn.Module) -> BioGraphModule:
-    captured = capture(model)
-    for site in find_sites(captured).found:
-        Lowering(captured).lower(site)
-    captured.graph.lint()
-    captured.recompile()
-    return captured
 
 
 def results(model: nn.Module, *given: Tensor, fixed: tuple[Any, ...] = ()) -> list[Any]:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import biofx
-from biofx import BioGraphModule, InputError, capture, ops
+from biofx import InputError, capture, ops
 from biofx.operators.recurrent_ops import recurrent
-from biofx.sites import find_sites
-from biofx.weights.lowering import Lowering
+from tests.weights.lowered import lowered
 
 
 class Calls(nn.Module):
@@ -58,15 +57,6 @@ pytestmark = [  # torch says both of its own layers too
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
-
-
-def lowered(model: nn.Module) -> BioGraphModule:
-    captured = capture(model)
-    for site in find_sites(captured).found:
-        Lowering(captured).lower(site)
-    captured.graph.lint()
-    captured.recompile()
-    return captured
 
 
 def results(model: Any, *given: Any) -> list[Any]:

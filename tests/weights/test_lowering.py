@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from biofx import BioGraphModule, PassError, capture, ops
+from biofx import PassError, capture, ops
 from biofx.sites import find_sites
 from biofx.weights.lowering import Lowering
+from tests.weights.lowered import lowered
 
 SEQUENCE, IMAGE, VOLUME = (2, 4, 7), (2, 4, 7, 6), (2, 4, 5, 6, 5)
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -39,15 +40,6 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "transposed conv2d without bias": (nn.ConvTranspose2d(4, 6, (2, 3), stride=2, bias=False), IMAGE),
     "transposed conv3d": (nn.ConvTranspose3d(4, 6, 2, stride=2, output_padding=(1, 0, 1)), VOLUME),
 }
-
-
-def lowered(model: nn.Module) -> BioGraphModule:
-    captured = capture(model)
-    for site in find_sites(captured).found:
-        Lowering(captured).lower(site)
-    captured.graph.lint()
-    captured.recompile()
-    return captured
 
 
 def results(model: nn.Module, x: Tensor) -> Iterator[Any]:

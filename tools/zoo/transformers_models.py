@@ -219,32 +219,20 @@ def _images(size: int) -> Example:
 
 def _image_model(name: str) -> tuple[nn.Module, Example]:
     vit = {**_SIZES, "image_size": 16, "patch_size": 4}
+    swin = {
+        "image_size": 16,
+        "patch_size": 2,
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 2,
+    }
     special: dict[str, tuple[dict[str, Any], int]] = {
         "Bit": ({"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_groups": 4}, 32),
         "ConvNext": ({"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}, 32),
         "ConvNextV2": ({"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}, 32),
-        "Swin": (
-            {
-                "image_size": 16,
-                "patch_size": 2,
-                "embed_dim": 8,
-                "depths": [1, 1],
-                "num_heads": [2, 2],
-                "window_size": 2,
-            },
-            16,
-        ),
-        "Swinv2": (
-            {
-                "image_size": 16,
-                "patch_size": 2,
-                "embed_dim": 8,
-                "depths": [1, 1],
-                "num_heads": [2, 2],
-                "window_size": 2,
-            },
-            16,
-        ),
+        "Swin": (swin, 16),
+        "Swinv2": (swin, 16),
         "ResNet": ({"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}, 32),
         "RegNet": ({"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 8}, 32),
         "MobileNetV1": ({"depth_multiplier": 0.25}, 32),
