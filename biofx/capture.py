@@ -66,6 +66,7 @@ def capture(
         memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
         if isinstance(model, GraphModule):
             captured = BioGraphModule.copy_of(model, memo)
+            _complete_module_stacks(captured)
         else:
             _refuse_lost_methods(model)
             root = _copy(model, memo)
@@ -86,7 +87,6 @@ def capture(
                 captured = become_graph_module(root, trace(root, frozenset(opaque), foreign).graph)
     for name, nothing in (("region_paths", ()), ("kept_as_python", {})):
         vars(captured).setdefault(name, nothing)
-    _complete_module_stacks(captured)
     return captured
 
 

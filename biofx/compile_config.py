@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from biofx.config import BioConfig, Distribution
 from biofx.errors import PipelineError, suggest
+from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass
 from biofx.passes import (
@@ -22,7 +23,6 @@ from biofx.plasticity.bio_state import rule_config
 from biofx.plasticity.model_rules import bio_modules
 from biofx.plasticity.placement import state_of
 from biofx.select import NodeIndex, Override, picks
-from biofx.sites import find_sites
 
 PassChoice: TypeAlias = str | Pass | Sequence[str | Pass]
 
@@ -169,8 +169,13 @@ def _as_options(cls: type[Pass], fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def configure_layers(graph_module: BioGraphModule, config: BioConfig) -> None:
+def configure_layers(graph_module: BioGraphModule, config: BioConfig, sites: Sites) -> None:
     """Give the plasticity state of every layer the options that hold for the layer, overrides included.
+
+    Args:
+        graph_module: the rewritten model.
+        config: of the whole model.
+        sites: of its weights.
 
     Raises:
         SelectorError: an override's selector matches nothing.
@@ -179,7 +184,6 @@ def configure_layers(graph_module: BioGraphModule, config: BioConfig) -> None:
     matches = [index.matches(override.selector) for override in config.overrides]
     states = bio_modules(graph_module)
     made: dict[tuple[int, ...], BioConfig] = {}
-    sites = find_sites(graph_module)
     scaled = [weight for weight in sites.weights_and_reads(directly=True) if weight.path in states]
     for weight in {weight.path: weight for weight in (*sites.weights(), *scaled)}.values():
         active = tuple(

@@ -13,6 +13,7 @@ from biofx.compile_config import compile_config, configure_layers
 from biofx.config import BioConfig
 from biofx.errors import InputError
 from biofx.layers.layer_kinds import kind_of
+from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
 from biofx.passes import ScaleGradients
@@ -119,8 +120,9 @@ class BioConverter:
             passes = compile_config(config).passes
             in_graph = Pipeline(tuple(entry for entry in passes if not isinstance(entry, ScaleGradients)))
             with joined(captured):
-                _place(captured, config)
-                depths = {weight.path: weight.depth for weight in find_sites(captured).weights()}
+                sites = find_sites(captured)
+                _place(captured, config, sites)
+                depths = {weight.path: weight.depth for weight in sites.weights()}
                 matches = matches_of(in_graph, captured)
                 converted = in_graph.on_own(captured).graph_module
                 _draw(converted, depths)
@@ -128,7 +130,7 @@ class BioConverter:
         return converted
 
 
-def _place(captured: BioGraphModule, config: BioConfig) -> None:
+def _place(captured: BioGraphModule, config: BioConfig, sites: Sites) -> None:
     """Tell every layer's state where it is in the model, and what is configured there."""
     owners: dict[int, BioModule] = {}
     for path, module in list(captured.named_modules()):
@@ -143,7 +145,7 @@ def _place(captured: BioGraphModule, config: BioConfig) -> None:
         state.path = f"{path}.weight" if path else "weight"
         if state.parameter is not None:
             owners[id(state.parameter)] = state
-    configure_layers(captured, config)
+    configure_layers(captured, config, sites)
     for state in bio_modules(captured).values():
         if not state.scaled_in_graph:  # drawn when the passes have run: they may give the weight another size
             state.forget_factors()

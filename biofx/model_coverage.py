@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from biofx.graph.regions import kept_around, kept_modules, whole_graph
-from biofx.sites import find_sites
+from biofx.layers.weight_site import Sites
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,18 @@ class ModelCoverage:
 
 
 def coverage_of(
-    graph_module: GraphModule, missed: Mapping[str, str], applied: Iterable[str]
+    graph_module: GraphModule, sites: Sites, missed: Mapping[str, str], applied: Iterable[str]
 ) -> ModelCoverage:
     """Return what of a model was rewritten.
 
     Args:
         graph_module: the model as it is now.
+        sites: of its weights.
         missed: paths of layers, and why a pass left them alone.
         applied: paths of layers that a pass rewrote.
     """
     kept = kept_modules(graph_module)
     parameters = dict(graph_module.named_parameters())
-    sites = find_sites(graph_module)
     layer_of = {id(site.parameter): site.layer for site in sites.found}
     wrapped = {id(site.parameter) for site in sites.reads if site.operators}
     read = set(_parameters_read(graph_module))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ from biofx.errors import BiofxError, InputError, OptionError, PassError, add_not
 from biofx.graph.changes import Snapshot, compare
 from biofx.graph.graph_view import GraphView
 from biofx.graph.in_place import changes_in_place
+from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
 from biofx.model_coverage import coverage_of
@@ -32,6 +33,7 @@ from biofx.select import (
     picks,
     show_pattern,
 )
+from biofx.sites import find_sites
 
 PassT = TypeVar("PassT", bound="Pass")
 
@@ -174,14 +176,22 @@ class Pass(ABC):
             note_reproducer(error, lambda: BioGraphModule.copy_of(graph_module), self)
             raise
 
-    def on_own(self, graph_module: BioGraphModule) -> PassResult:
-        """Do the same in place, on a graph module that the caller made and will not need as it was."""
+    def on_own(
+        self, graph_module: BioGraphModule, finish: Callable[[Sites], object] = lambda sites: None
+    ) -> PassResult:
+        """Do the same in place, on a graph module that the caller made and will not need as it was.
+
+        ``finish`` is called in the end with what there is to weights in the rewritten graph.
+        """
         with joined(graph_module):
-            before, view = Snapshot.of(graph_module.graph), GraphView.of(graph_module)
+            before = Snapshot.of(graph_module.graph)
+            view = GraphView.of(graph_module, before.lines)
             reports = tuple(self.run(graph_module, ()))
             after = Snapshot.of(graph_module.graph) if reports else before
-            views = view, GraphView.of(graph_module) if reports else view
-            coverage = coverage_of(graph_module, *_fates(reports))
+            views = view, GraphView.of(graph_module, after.lines) if reports else view
+            sites = find_sites(graph_module)
+            coverage = coverage_of(graph_module, sites, *_fates(reports))
+            finish(sites)
         because = {change.node: change.because for entry in reports for change in entry.changes}
         changes = tuple(
             dataclasses.replace(change, because=because.get(change.node)) for change in compare(before, after)

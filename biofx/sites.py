@@ -18,7 +18,14 @@ from torch.fx.node import map_arg
 
 from biofx.graph.region_use import RegionUse
 from biofx.graph.regions import kept_around, kept_modules, whole_graph
-from biofx.layers.layer_kinds import LayerKind, compound_kind_of, kind_of, kind_of_call, unitless_kind_of
+from biofx.layers.layer_kinds import (
+    LAYER_TYPES,
+    LayerKind,
+    compound_kind_of,
+    kind_of,
+    kind_of_call,
+    unitless_kind_of,
+)
 from biofx.layers.obstacles import computed, obstacle_to_lowering
 from biofx.layers.other_reads import READ, obstacle_to_reads, slot_of_reads
 from biofx.layers.unitless_layers import obstacle_to_lookup
@@ -82,6 +89,8 @@ def _layers_of(root: nn.Module) -> Iterator[str]:
 
 
 def _kind_of_module(module: nn.Module) -> LayerKind | None:
+    if not isinstance(module, LAYER_TYPES):
+        return None
     return kind_of(module) or compound_kind_of(module) or unitless_kind_of(module)
 
 

@@ -13,6 +13,7 @@ from biofx.capturing.record_capture import ExampleInputs
 from biofx.compile_config import PassChoice, choose_passes, configure_layers
 from biofx.config import BioConfig
 from biofx.errors import OptionError
+from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
 from biofx.pass_base import PassResult
@@ -86,6 +87,10 @@ def transform(
     def captured_again() -> BioGraphModule:
         return capture(model, opaque=opaque, regions=regions, example_inputs=example_inputs)
 
+    def configured(sites: Sites) -> None:
+        if checked is not None:
+            configure_layers(captured, checked, sites)
+
     captured = capture(
         model,
         share_parameters=share_parameters,
@@ -98,12 +103,10 @@ def transform(
         matches = matches_of(pipeline, captured)
         with preserved_random_state():
             try:
-                result = pipeline.on_own(captured)
+                result = pipeline.on_own(captured, configured)
             except Exception as error:
                 note_reproducer(error, captured_again, pipeline)
                 raise
-        if checked is not None:
-            configure_layers(result.graph_module, checked)
     add_step(
         result.graph_module,
         "transform",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import biofx
 from biofx.graph.regions import region_paths
 from biofx.model_coverage import coverage_of
+from biofx.sites import find_sites
 
 
 class Mixed(nn.Module):
@@ -106,7 +107,7 @@ def test_what_python_calls_is_visible_with_or_without_a_matrix() -> None:
     for options in both:
         captured = biofx.capture(model, **options)
         assert set(region_paths(captured)) == {"gain", "norm"}
-        coverage = coverage_of(captured, {}, ())
+        coverage = coverage_of(captured, find_sites(captured), {}, ())
         assert (coverage.total, coverage.visible) == (12, 12)
         for x in (torch.randn(3, 4).abs(), -torch.randn(3, 4).abs()):
             torch.testing.assert_close(captured(x), copy.deepcopy(model)(x), rtol=0, atol=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, MethodType
@@ -48,11 +47,6 @@ def checkpoints_handled(handler: Handler) -> Iterator[None]:
         _handlers.pop()
         if not _handlers:
             _FUNCTION.__code__ = _CODE
-
-
-def is_checkpointed() -> bool:
-    """Whether what runs is called by ``checkpoint``."""
-    return any(frame.f_code is _CODE for frame, _ in traceback.walk_stack(None))
 
 
 def checkpointed_module(function: Any) -> nn.Module | None:

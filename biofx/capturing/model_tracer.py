@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
-from biofx.capturing.checkpoints import is_checkpointed
+from biofx.capturing.checkpoints import checkpoints_handled
 from biofx.capturing.recording import Recorder, leaves_of
 from biofx.capturing.side_effects import Watch
 from biofx.capturing.switches import Switches, SwitchPatches
@@ -88,6 +88,7 @@ class ModelTracer(Tracer):
             stack.enter_context(self._autograd_functions_as_nodes())
             stack.enter_context(transformers_as_nodes())
             stack.enter_context(self._patches.patched())
+            stack.enter_context(checkpoints_handled(self._refuse_checkpoint))
             stack.enter_context(Recorder(self))
             yield
 
@@ -284,6 +285,8 @@ class ModelTracer(Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Return an argument in the form that a node can hold."""
+        if isinstance(a, Value):
+            return a.node
         if isinstance(a, Tensor):
             if id(a) in self._stored:
                 return self._read(a).node
@@ -307,7 +310,7 @@ class ModelTracer(Tracer):
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
         """Write a node down, unless its effect depends on a context that would be lost."""
         if kind.startswith("call"):
-            self._refuse_lost_context()
+            self._switches.check()
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
         for changed in changed_in_place(node):
             if changed.op == "get_attr" and changed.target in self._parameters:
@@ -348,13 +351,11 @@ class ModelTracer(Tracer):
             self._reads[path] = StoredTensor(self.create_node("get_attr", path, (), {}), self, tensor)
         return self._reads[path]
 
-    def _refuse_lost_context(self) -> None:
-        self._switches.check()
-        if is_checkpointed():
-            self.refuse(
-                "uses torch.utils.checkpoint, which a graph would drop",
-                "Switch checkpointing off first, or give example_inputs",
-            )
+    def _refuse_checkpoint(self, *call: Any) -> NoReturn:
+        self.refuse(
+            "uses torch.utils.checkpoint, which a graph would drop",
+            "Switch checkpointing off first, or give example_inputs",
+        )
 
     @contextmanager
     def _flags_as_nodes(self) -> Iterator[None]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,33 +26,29 @@ class Watch:
         self._prefix = prefix
         self._kept: list[Any] = []
         self._contained: dict[int, list[tuple[Any, Any]]] = {}
-        self._module = 0
-        self._is_complete = False
-        self._before = self._attributes()
-        self._is_complete = True
         self._random = _random_states()
-        self._held = {
-            id(module): [(held, dict(held)) for held in _holders(module)] for module in root.modules()
-        }
+        seen: set[int] = set()
+        self._paths: dict[str, int] = {}
+        self._held: dict[int, list[_Held]] = {}
+        for path, module in root.named_modules():
+            self._held[id(module)] = [
+                _Held(held, dict(held), self._all_contents(module, held, seen)) for held in _holders(module)
+            ]
+            if not isinstance(module, torch.jit.ScriptModule):
+                self._paths[path] = id(module)
 
     def restore(self, within: nn.Module | None = None) -> None:
         """Put everything that modules hold back to where it was; those within one, or all."""
         for module in (self._root if within is None else within).modules():
-            for held, before in self._held.get(id(module), ()):
-                if held.keys() != before.keys() or any(held[name] is not before[name] for name in before):
-                    flag = held.get("training")
-                    held.clear()
-                    held.update(before)
-                    if flag is not None:  # whoever follows the flags puts them back
-                        held["training"] = flag
+            for held in self._held.get(id(module), ()):
+                held.restore()
             for container, content in self._contained.get(id(module), ()):
                 container.clear()
                 (container.update if isinstance(container, (dict, set)) else container.extend)(content)
 
     def changed_modules(self) -> list[str]:
         """Return the paths of the modules in which the forward left something."""
-        found = self._attributes()
-        return [path for path, attributes in found.items() if attributes != self._expected(path)]
+        return list(dict.fromkeys(path for path, _ in self._changes()))
 
     def refuse_side_effects(self, *, torch_draws: bool = False, attributes: bool = True) -> None:
         """Raise a CaptureError if the forward drew random numbers or left something in a module.
@@ -69,55 +67,57 @@ class Watch:
                 f"the model's forward draws from the random numbers of {' and '.join(drawn)}, which a graph "
                 "would do once and never again. Draw tensors with torch, or name the module in opaque=[…]"
             )
-        for path, found in self._attributes().items() if attributes else ():
-            before = self._expected(path)
-            for name in [*found, *before]:
-                if found.get(name) != before.get(name):
-                    place = ".".join(part for part in (self._prefix, path) if part)
-                    owner = f"module {place!r}" if place else "the model"
-                    raise CaptureError(
-                        f"the forward of {owner} changes its attribute {name!r}, which a graph would do once "
-                        "and never again. Return the value or make it a buffer that is changed in place, or "
-                        "name the module in opaque=[…]"
-                    )
+        for path, name in self._changes() if attributes else ():
+            place = ".".join(part for part in (self._prefix, path) if part)
+            owner = f"module {place!r}" if place else "the model"
+            raise CaptureError(
+                f"the forward of {owner} changes its attribute {name!r}, which a graph would do once "
+                "and never again. Return the value or make it a buffer that is changed in place, or "
+                "name the module in opaque=[…]"
+            )
 
-    def _expected(self, path: str) -> dict[str, Any]:
-        """Return what the attributes of a module are to be, comparable."""
-        before = self._before.get(path, {})
-        return {name: value for name, value in before.items() if (path, name) not in self.allowed}
-
-    def _attributes(self) -> dict[str, dict[str, Any]]:
-        """Return, for each attribute of each module, what it is and what it holds, comparable."""
+    def _changes(self) -> Iterator[tuple[str, str]]:
+        """Yield the paths of modules, and the attributes of them that are not what they were."""
         seen: set[int] = set()
-        found: dict[str, dict[str, Any]] = {}
-        for path, module in self._root.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                self._module = id(module)
-                found[path] = {
-                    name: self._contents(value, seen)
-                    for held in _holders(module)
-                    for name, value in held.items()
-                    if self._is_watched(path, name)
-                }
-        return found
+        for path, key in self._paths.items():
+            for held in self._held[key]:
+                for name in held.names_changed(lambda value: self._contents(value, seen)):
+                    if self._is_watched(path, name):
+                        yield path, name
+
+    def _all_contents(self, module: nn.Module, held: dict[str, Any], seen: set[int]) -> dict[str, Any]:
+        """Return what the attributes hold that something can be put into."""
+        inside: list[tuple[Any, Any]] = self._contained.setdefault(id(module), [])
+        return {
+            name: self._contents(value, seen, inside)
+            for name, value in held.items()
+            if type(value) not in _INDIVISIBLE and not isinstance(value, nn.Module)
+        }
 
     def _is_watched(self, path: str, name: str) -> bool:
         kept_apart = name in _KEPT_APART or name.startswith("_tensor_constant")
         return not kept_apart and (path, name) not in self.allowed
 
-    def _contents(self, value: Any, seen: set[int]) -> Any:
-        self._kept.append(value)  # alive, so that no id is used twice
-        if type(value) in _INDIVISIBLE:
+    def _contents(self, value: Any, seen: set[int], inside: list[tuple[Any, Any]] | None = None) -> Any:
+        """Return what something holds, comparable; what can be put back goes into ``inside``."""
+        kind = type(value)
+        if kind in _CONTAINERS and not value:  # as most are
+            if inside is not None:
+                inside.append((value, ()))
+            return ()
+        if kind in _INDIVISIBLE:
+            self._kept.append(value)  # alive, so that no id is used twice
             return id(value)
         if id(value) in seen or isinstance(value, (nn.Module, Tensor, type, str, bytes)):
+            self._kept.append(value)
             return id(value)
         if isinstance(value, (dict, list, set, deque)):
-            if not self._is_complete:
-                content = copy.copy(value) if value else ()
-                self._contained.setdefault(self._module, []).append((value, content))
+            if inside is not None:
+                inside.append((value, copy.copy(value) if value else ()))
             if not value:
-                seen.add(id(value))
-                return id(value)
+                return ()
+        self._kept.append(value)
+        seen.add(id(value))
         if isinstance(value, dict):
             inner = [(id(key), entry) for key, entry in value.items()]
         elif isinstance(value, (list, tuple, deque)):
@@ -128,15 +128,45 @@ class Watch:
             return (id(value), hash(value.tobytes()))
         else:
             inner = list(enumerate(getattr(value, "__dict__", {}).values())) if not callable(value) else []
-        seen.add(id(value))
-        return (
-            (id(value), tuple((key, self._contents(entry, seen)) for key, entry in inner))
-            if inner
-            else id(value)
-        )
+        found = tuple((key, self._contents(entry, seen, inside)) for key, entry in inner)
+        return (id(value), found) if inner else id(value)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One of the dictionaries in which a module has its attributes, as it was."""
+
+    live: dict[str, Any]
+    before: dict[str, Any]
+    contents: dict[str, Any]
+    """Of the attributes that something can be put into, what they held."""
+
+    def names_changed(self, contents_of: Callable[[Any], Any]) -> Iterator[str]:
+        """Yield the names of the attributes that are others now, are new or gone, or hold something else."""
+        live, before = self.live, self.before
+        for name, value in live.items():
+            if name not in before or value is not before[name]:
+                yield name
+        if len(before) != len(live) or before.keys() != live.keys():
+            yield from (name for name in before if name not in live)
+        for name, content in self.contents.items():
+            value = live.get(name)
+            if value is before[name] and (value or content) and contents_of(value) != content:
+                yield name
+
+    def restore(self) -> None:
+        """Put every attribute back."""
+        held, before = self.live, self.before
+        if held.keys() != before.keys() or any(held[name] is not before[name] for name in before):
+            flag = held.get("training")
+            held.clear()
+            held.update(before)
+            if flag is not None:  # whoever follows the flags puts them back
+                held["training"] = flag
 
 
 _INDIVISIBLE = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, Tensor})
+_CONTAINERS = frozenset({dict, OrderedDict, list, set, deque})
 _KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from biofx.graph.printing import format_node, function_name
+from biofx.graph.printing import function_name
 from biofx.graph.regions import whole_graph
 from biofx.select import module_calls
 
@@ -56,15 +56,15 @@ class GraphView:
     """By path, the model itself under the empty one."""
 
     @classmethod
-    def of(cls, graph_module: GraphModule) -> GraphView:
-        """Take down a graph module as it is now."""
+    def of(cls, graph_module: GraphModule, lines: Mapping[str, str]) -> GraphView:
+        """Take down a graph module as it is now; ``lines`` has the text of each of its nodes."""
         counted: set[int] = set()
         names: dict[type, tuple[str, ...]] = {}
         modules = {
             path: ModuleView(_class_names(type(module), names), _own_elements(module, counted))
             for path, module in graph_module.named_modules(remove_duplicate=False)
         }
-        nodes = tuple(_node_view(node, modules) for node in whole_graph(graph_module).nodes)
+        nodes = tuple(_node_view(node, lines[node.name], modules) for node in whole_graph(graph_module).nodes)
         return cls(nodes, modules)
 
     @cached_property
@@ -73,9 +73,9 @@ class GraphView:
         return {node.name: node for node in self.nodes}
 
 
-def _node_view(node: Node, modules: Mapping[str, ModuleView]) -> NodeView:
+def _node_view(node: Node, line: str, modules: Mapping[str, ModuleView]) -> NodeView:
     inputs = tuple(source.name for source in node.all_input_nodes)
-    return NodeView(node.name, node.op, _what(node, modules), format_node(node), inputs, module_calls(node))
+    return NodeView(node.name, node.op, _what(node, modules), line, inputs, module_calls(node))
 
 
 def _what(node: Node, modules: Mapping[str, ModuleView]) -> str:

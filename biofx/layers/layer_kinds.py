@@ -108,6 +108,9 @@ _UNITLESS_OF: dict[Any, LayerKind] = {
 _LAYER_TYPES = tuple(kind.module_type for kind in LAYER_KINDS)
 _COMPOUND_TYPES = tuple(kind.module_type for kind in COMPOUND_KINDS)
 
+LAYER_TYPES = (*_LAYER_TYPES, *_COMPOUND_TYPES, *(kind.module_type for kind in UNITLESS_KINDS))
+"""The classes of all these layers."""
+
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """Return the kind of a layer module with one weight, None for anything else."""

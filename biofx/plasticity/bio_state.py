@@ -109,10 +109,9 @@ class BioState(nn.Module):
         self, parent: nn.Module | Callable[[], nn.Module] | None = None, config: BioConfig | None = None
     ) -> None:
         super().__init__()
-        for name in (*_CONFIGURED, *_REMEMBERED):
-            self.register_buffer(name, None)
-        for name in _DERIVED:
-            self.register_buffer(name, None, persistent=False)
+        # what register_buffer would do for each, in a tenth of the time: there is a state for every weight
+        self._buffers.update(dict.fromkeys((*_CONFIGURED, *_REMEMBERED, *_DERIVED)))
+        self._non_persistent_buffers_set.update(_DERIVED)
         self.config = _DEFAULT if config is None else rule_config(config)
         self.path = "weight"
         self.depth = 0.0
