@@ -31,8 +31,17 @@ from biofx.capturing.frames import BY_VALUE, Frame, Keep
 from biofx.capturing.region_capture import is_plain_layer
 from biofx.capturing.sized_by_values import gives_as_many_as_there_are, is_sized_by_values, leaves
 from biofx.capturing.switches import Switches, SwitchPatches
-from biofx.capturing.tensor_questions import DECIDING, DESCRIPTIONS, DEVICES, SIZES
-from biofx.capturing.tracked import plain, tracked
+from biofx.capturing.tensor_questions import (
+    DECIDING,
+    DESCRIBING,
+    DESCRIPTIONS,
+    DEVICES,
+    KINDS,
+    NUMBERS,
+    SIZES,
+)
+from biofx.capturing.tracked import Type, plain, plain_inside, tracked
+from biofx.capturing.type_limits import limits_followed
 from biofx.capturing.values import TORCH_FOLDER
 from biofx.errors import InputError
 from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
@@ -73,7 +82,13 @@ class Recorder(TorchFunctionMode):
             Keep: a module must keep its own forward.
             InputError: the model itself fails on these inputs.
         """
-        with self._patched(), self._patches.patched(), checkpoints_handled(self._checkpoint), self:
+        with (
+            self._patched(),
+            self._patches.patched(),
+            checkpoints_handled(self._checkpoint),
+            limits_followed(Type.limit, lambda value: isinstance(value, Type)),
+            self,
+        ):
             try:
                 if "" in self._kept:
                     self._root(*args, **kwargs)
@@ -131,6 +146,8 @@ class Recorder(TorchFunctionMode):
             if isinstance(found, (tuple, list)) and gives_as_many_as_there_are(name):
                 frame.expect(len, (node,), len(found))
             return frame.take(node, found, in_place=name.endswith("_"))
+        if found is not None and (name in KINDS or name in NUMBERS or name in DESCRIPTIONS):
+            return self._described(frame, func, name, args, options, found)
         if (
             found is not None
             and name not in DESCRIPTIONS
@@ -160,12 +177,34 @@ class Recorder(TorchFunctionMode):
             self.stop(f"asks whether a tensor has a gradient ({attribute})")
         if attribute in DEVICES:
             frame.switches.devices_asked.add(args[0].device.type)
+        if attribute in DESCRIBING:
+            return frame.description(args[0], attribute, found)
         if attribute == "shape":
             return self._sizes(frame, args[0], found)
         if isinstance(found, Tensor):
             return frame.take(
                 frame.node("call_function", getattr, (frame.node_of(args[0]), attribute)), found
             )
+        return found
+
+    def _described(
+        self, frame: Frame, func: Any, name: str, args: Any, options: dict[str, Any], found: Any
+    ) -> Any:
+        """Return the answer to a question about types or devices, and let the graph ask it too."""
+        if any(isinstance(leaf, Tensor) and not frame.knows(leaf) for leaf in leaves((args, options))):
+            return found
+        if name in KINDS:
+            frame.expect(getattr(torch, name), (*args, *options.values()), found)
+        elif name == "type":
+            frame.expect(name, args, found)
+        elif name in NUMBERS or isinstance(found, torch.dtype):
+
+            def make() -> Node:
+                made = self._write(frame, func, name, args, options)
+                made.meta["auxiliary"] = True
+                return made
+
+            return frame.remembered(found, make)
         return found
 
     def _size(self, frame: Frame, func: Any, name: str, args: Any, options: dict[str, Any]) -> Any:
@@ -217,7 +256,7 @@ class Recorder(TorchFunctionMode):
             frame.switches.check()
             node = frame.node("call_module", local, *given)
             with self._in_python() if path in self._kept else self.quiet():
-                found = original(module, *args, **kwargs)
+                found = original(module, *plain_inside(args), **plain_inside(kwargs))
             return frame.take(node, found)
         finally:
             frame.stack.pop()
@@ -242,7 +281,7 @@ class Recorder(TorchFunctionMode):
         frame.stack.pop()  # how it is called is the business of the module that calls
         node = frame.node("call_function", call_checkpointed, (frame.node("get_attr", local), *given))
         with self._in_python():
-            found = original(function, *args, **kwargs)
+            found = original(function, *plain_inside(args), **plain_inside(kwargs))
         return frame.take(node, found)
 
     def _assign(self, module: nn.Module, name: str, value: Any) -> None:
@@ -281,7 +320,7 @@ class Recorder(TorchFunctionMode):
             self.graphs.setdefault(path, []).append(self.frame.graph)
         finally:
             self.frame = outer
-        return _untracked(found)
+        return plain_inside(found)
 
     def _switches(self) -> Switches | None:
         return None if self.frame is None or self.busy else self.frame.switches
@@ -361,10 +400,3 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _has_tensors(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in leaves(value))
-
-
-def _untracked(value: Any) -> Any:
-    """Return an output without numbers that remember; tensors and other things as they are."""
-    if type(value) in (tuple, list):
-        return type(value)(_untracked(entry) for entry in value)
-    return plain(value)

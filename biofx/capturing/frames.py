@@ -52,6 +52,8 @@ class Frame:
                 if isinstance(value, Tensor):
                     self._stored.setdefault(id(value), f"{name}.{key}" if name else key)
         self._reads: dict[str, Node] = {}
+        self._descriptions: dict[tuple[Node, str], Node] = {}
+        self._devices: dict[int, tuple[Callable[[], Node], torch.device]] = {}
         self._expected: set[Any] = set()
         self.switches = Switches(self)
 
@@ -72,7 +74,7 @@ class Frame:
 
     def write(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
         """Write a call of a function down."""
-        return self.node("call_function", function, args)
+        return self.node("call_function", function, tuple(map(self.argument, args)))
 
     def enter(self, module: nn.Module) -> str:
         """Begin a call of a module inside this one; returns its path here."""
@@ -97,15 +99,16 @@ class Frame:
         made.meta["auxiliary"] = True
         return made
 
-    def expect(self, function: Callable[..., Any], operands: tuple[Any, ...], found: Any) -> None:
-        """Let the graph check that a question about sizes has the answer that it has now."""
+    def expect(self, function: Callable[..., Any] | str, operands: tuple[Any, ...], found: Any) -> None:
+        """Let the graph check that a question (a function, or the name of a method) has its present answer."""
         arguments = tuple(self.argument(operand) for operand in operands)
         if any(isinstance(operand, Node) and operand.meta.get(BY_VALUE) for operand in arguments):
             self.stop("decides by a size that depends on the values of a tensor")
         key = (function, arguments)
         if key not in self._expected:
             self._expected.add(key)
-            asked = self.node("call_function", function, arguments)
+            kind = "call_method" if isinstance(function, str) else "call_function"
+            asked = self.node(kind, function, arguments)
             words = f"{getattr(function, '__name__', function)}{arguments}"
             self.node("call_function", require_same, (asked, found, words, self.innermost))
 
@@ -119,8 +122,10 @@ class Frame:
             return value.node
         if isinstance(value, (bool, int, float, complex, str, type(None), type(...))):
             return plain(value)
+        if isinstance(value, torch.device) and id(value) in self._devices:
+            return self._devices[id(value)][0]()
         if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
-            return value
+            return plain(value)
         if isinstance(value, slice):
             return slice(*(self.argument(bound) for bound in (value.start, value.stop, value.step)))
         if type(value) in (tuple, torch.Size):
@@ -160,6 +165,35 @@ class Frame:
         self.node("call_function", assign_buffer, (source, name, self.node_of(value), path))
         return True
 
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor comes in, was made here or is held by the module."""
+        return id(tensor) in self._nodes or id(tensor) in self._stored
+
+    def description(self, tensor: Tensor, attribute: str, found: Any) -> Any:
+        """Return the type or device of a tensor such that it is read anew wherever it is handed on.
+
+        That of a tensor which is not known here is a constant, as the tensor is.
+        """
+        if not self.knows(tensor):
+            return found
+
+        def make() -> Node:
+            key = self.node_of(tensor), attribute
+            if key not in self._descriptions:
+                self._descriptions[key] = self.auxiliary(getattr, key)
+            return self._descriptions[key]
+
+        return self.remembered(found, make)
+
+    def remembered(self, value: Any, make: Callable[[], Node]) -> Any:
+        """Return a number, type or device for which a node stands, made when it is handed on."""
+        if isinstance(value, torch.device):
+            # nothing can be derived from its class, but every question is answered by an object of its own
+            value = torch.device(value)
+            self._devices[id(value)] = make, value
+            return value
+        return tracked(value, self, make)
+
     def is_stored(self, tensor: Tensor) -> bool:
         """Whether a tensor is held by the module, so that its shape is settled."""
         return id(tensor) in self._stored and id(tensor) not in self._nodes
@@ -189,8 +223,9 @@ class Frame:
             if id(value) not in self._stored:
                 self._nodes.setdefault(id(value), (node, value))
             return value
-        if type(value) in (int, float) or is_tracked(value, self):
-            return tracked(plain(value), self, lambda: node)
+        value = plain(value)
+        if type(value) in (int, float, torch.dtype, torch.device):
+            return self.remembered(value, lambda: node)
         if isinstance(value, dict):
             taken = {
                 key: self.take(
@@ -218,7 +253,7 @@ class Frame:
                     "call_function", require_same, (length, len(entries), f"len({guard})", self.innermost)
                 )
             return type(value)(entries) if type(value) in (tuple, list) else value
-        if guard and isinstance(value, (bool, str, type(None), torch.dtype)):
+        if guard and isinstance(value, (bool, str, type(None))):
             self.node("call_function", require_default, (node, value, guard))
         elif guard:
             self.stop(f"takes a {type(value).__name__} as {guard}, which a graph cannot look into")

@@ -12,6 +12,7 @@ import torch
 from torch.autograd import grad_mode
 from torch.fx import Graph, Node, Proxy
 
+from biofx.capturing.tracked import plain
 from biofx.capturing.values import TORCH_FOLDER
 from biofx.graph.contexts import BEGINNINGS, autocast_nesting, begin_autocast, begin_grad_mode
 
@@ -207,7 +208,7 @@ class SwitchPatches:
             enabled: bool = True,
             cache_enabled: bool | None = None,
         ) -> None:
-            make(context, device_type, dtype, enabled, cache_enabled)
+            make(context, device_type, plain(dtype), enabled, cache_enabled)
             self._given[id(context)] = context, (device_type, dtype, enabled, cache_enabled)
 
         return _replaced(torch.autocast, __init__=made)
@@ -219,14 +220,17 @@ class SwitchPatches:
         return (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
 
     def _noticing_questions(self) -> Any:
-        asked = torch.is_grad_enabled
+        def noticed(name: str, what: str) -> Callable[..., Any]:
+            asked = getattr(torch, name)
 
-        def is_grad_enabled() -> bool:
-            if not self.is_switching and self._current() is not None and not _is_asked_by_torch():
-                self._stop("asks whether gradients are on, which is not known before the graph runs")
-            return asked()
+            def question(*args: Any) -> Any:
+                if not self.is_switching and self._current() is not None and not _is_asked_by_torch():
+                    self._stop(f"asks {what}, which is not known before the graph runs")
+                return asked(*args)
 
-        return _replaced(torch, is_grad_enabled=is_grad_enabled)
+            return question
+
+        return _replaced(torch, **{name: noticed(name, what) for name, what in _QUESTIONS.items()})
 
     @contextmanager
     def _switching(self) -> Iterator[bool]:
@@ -235,6 +239,16 @@ class SwitchPatches:
             yield before
         finally:
             self.is_switching = before
+
+
+_QUESTIONS = {
+    "is_grad_enabled": "whether gradients are on",
+    **dict.fromkeys(("is_autocast_enabled", "is_autocast_cpu_enabled"), "whether autocast is on"),
+    **dict.fromkeys(
+        ("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"), "to what autocast casts"
+    ),
+}
+"""Functions of torch that ask in what context they are called, and what they ask."""
 
 
 def _is_open_question(context: Any) -> bool:
