@@ -74,6 +74,8 @@ class Recorder(TorchFunctionMode):
         self._paths = {id(module): path for path, module in root.named_modules()}
         self._patches = SwitchPatches(self._switches, self.stop)
         self._failed: tuple[str, str] | None = None
+        self.failed_in = ""
+        """Path of the innermost module out of which an exception came."""
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the model, which must be in the mode to record.
@@ -258,6 +260,9 @@ class Recorder(TorchFunctionMode):
             with self._in_python() if path in self._kept else self.quiet():
                 found = original(module, *plain_inside(args), **plain_inside(kwargs))
             return frame.take(node, found)
+        except Exception:
+            self.failed_in = self.failed_in or frame.innermost
+            raise
         finally:
             frame.stack.pop()
 

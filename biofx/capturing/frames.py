@@ -214,10 +214,9 @@ class Frame:
         ``guard`` names an argument, whose kind the graph then checks where that is not plain.
         """
         if isinstance(value, Tensor):
-            known = id(value) in self._nodes or (guard and id(value) in self._stored)
-            if known and not in_place:
-                # two names for one tensor now (an argument given twice, a dropout that drops nothing), and
-                # maybe for two of them another time
+            if self.knows(value) and not in_place:
+                # two names for one tensor now (an argument given twice, a dropout that drops nothing, a cast
+                # to the type that it has), and maybe for two of them another time
                 with self._recorder.quiet():
                     value = value.view_as(value)
             if id(value) not in self._stored:

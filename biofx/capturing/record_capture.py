@@ -139,8 +139,12 @@ class _RecordCapture:
         model.train(training)
         watch = Watch(model)
         recorder = Recorder(model, self._kept, self._opaque)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), self._given)
-        recorder.run(args, kwargs)
+        args, kwargs = _cloned(self._given)
+        try:
+            recorder.run(args, kwargs)
+        except InputError as error:
+            self._refuse_inputs(training, error)
+            raise Keep(recorder.failed_in, f"cannot be recorded: {error.__cause__}") from None
         watch.allowed = recorder.assigned
         changed = [path for path in watch.changed_modules() if path not in self._kept]
         if changed:
@@ -151,6 +155,15 @@ class _RecordCapture:
             except CaptureError as error:
                 raise Keep("", str(error)) from None
         return recorder
+
+    def _refuse_inputs(self, training: bool, error: InputError) -> None:
+        """Raise the error if it is the model's own, and not one of being recorded."""
+        model = self._copy(self._root)
+        args, kwargs = _cloned(self._given)
+        try:
+            model.train(training)(*args, **kwargs)
+        except Exception:
+            raise error from error.__cause__
 
     def _unified(
         self, training: Recorder, evaluation: Recorder
@@ -223,7 +236,7 @@ class _RecordCapture:
 
     def _gradients(self, model: nn.Module, given: Any, training: bool) -> Any:
         """Return which outputs have gradients, and the gradients of the parameters."""
-        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given)
+        args, kwargs = _cloned(given)
         model.train(training)
         torch.manual_seed(0)
         with torch.enable_grad():
@@ -279,6 +292,10 @@ def _outcome(model: nn.Module, given: Any, training: bool) -> Any:
     with torch.no_grad():
         output = model(*args, **kwargs)
     return {type(output).__name__: list(_content(output))}, dict(model.named_buffers())
+
+
+def _cloned(given: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given)
 
 
 def _content(output: Any) -> Iterator[Any]:
