@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -33,6 +34,15 @@ class Keep(BaseException):
         self.reason = reason
 
 
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    """How far a frame had come before a module was called."""
+
+    last: Node | None
+    calls: dict[str, int]
+    contexts: int
+
+
 class Frame:
     """One graph that is being recorded, for one module."""
 
@@ -40,8 +50,11 @@ class Frame:
         self.path = path
         self.graph = Graph(tracer_cls=Tracer)
         self.stack: list[tuple[str, str, type]] = []
+        self.given_up: str | None = None
+        """Path, in the whole model, of a module that goes on without being recorded."""
+        self._running: list[str] = []
         self._recorder = recorder
-        self._local = {id(inner): name for name, inner in module.named_modules()}
+        self._local: dict[int, str] = {id(inner): name for name, inner in module.named_modules()}
         self._calls: dict[str, int] = {}
         self._nodes: dict[int, tuple[Node, Tensor]] = {}
         self._stored: dict[int, str] = {}
@@ -54,19 +67,18 @@ class Frame:
         self._reads: dict[str, Node] = {}
         self._descriptions: dict[tuple[Node, str], Node] = {}
         self._devices: dict[int, tuple[Callable[[], Node], torch.device]] = {}
-        self._expected: set[Any] = set()
+        self._expected: dict[Any, Node] = {}
         self.switches = Switches(self)
 
     @property
     def is_current(self) -> bool:
         """Whether what happens now belongs into this graph."""
-        return self._recorder.frame is self and not self._recorder.busy
+        return self._recorder.following() is self
 
     @property
     def innermost(self) -> str:
         """Path, in the whole model, of the module that is running."""
-        inner = self.stack[-1][1] if self.stack else ""
-        return joined_path(self.path, inner)
+        return self._running[-1] if self._running else self.path
 
     def stop(self, what: str) -> NoReturn:
         """Let the module that is running keep its own forward."""
@@ -76,14 +88,43 @@ class Frame:
         """Write a call of a function down."""
         return self.node("call_function", function, tuple(map(self.argument, args)))
 
-    def enter(self, module: nn.Module) -> str:
-        """Begin a call of a module inside this one; returns its path here."""
+    def local_path(self, module: nn.Module) -> str:
+        """Return the path, in the module that this graph is of, of one inside it."""
         if id(module) not in self._local:
             self.stop(f"calls a {type(module).__name__} that is not a submodule of it")
-        path: str = self._local[id(module)]
-        number = self._calls[path] = self._calls.get(path, -1) + 1
-        self.stack.append((f"{path}@{number}" if number else path, path, type(module)))
-        return path
+        return self._local[id(module)]
+
+    @contextmanager
+    def inside(self, module: nn.Module, path: str) -> Iterator[None]:
+        """Note what is written meanwhile as part of a call of a module; ``path`` is that in the whole model."""
+        local = self._local[id(module)]
+        number = self._calls[local] = self._calls.get(local, -1) + 1
+        self.stack.append((f"{local}@{number}" if number else local, local, type(module)))
+        self._running.append(path)
+        try:
+            yield
+        finally:
+            self.stack.pop()
+            self._running.pop()
+
+    def mark(self) -> _Mark:
+        """Return how far this has come, to go back to."""
+        last = next(iter(reversed(self.graph.nodes)), None)
+        return _Mark(last, dict(self._calls), self.switches.depth)
+
+    def go_back(self, mark: _Mark) -> None:
+        """Forget what was written since a mark."""
+        for node in reversed(self.graph.nodes):
+            if node is mark.last:
+                break
+            self.graph.erase_node(node)
+        self._nodes = {key: known for key, known in self._nodes.items() if not known[0]._erased}
+        self._reads = {path: read for path, read in self._reads.items() if not read._erased}
+        self._expected = {key: guard for key, guard in self._expected.items() if not guard._erased}
+        self._descriptions = {key: node for key, node in self._descriptions.items() if not node._erased}
+        self._calls = dict(mark.calls)
+        self.switches.go_back(mark.contexts)
+        self.given_up = None
 
     def node(self, op: str, target: Any, args: Any = (), kwargs: Any = None, name: str | None = None) -> Node:
         """Write a node down."""
@@ -101,16 +142,22 @@ class Frame:
 
     def expect(self, function: Callable[..., Any] | str, operands: tuple[Any, ...], found: Any) -> None:
         """Let the graph check that a question (a function, or the name of a method) has its present answer."""
+        try:
+            self._expect(function, operands, found)
+        except Keep as keep:
+            self._recorder.give_up(keep)
+
+    def _expect(self, function: Callable[..., Any] | str, operands: tuple[Any, ...], found: Any) -> None:
         arguments = tuple(self.argument(operand) for operand in operands)
         if any(isinstance(operand, Node) and operand.meta.get(BY_VALUE) for operand in arguments):
             self.stop("decides by a size that depends on the values of a tensor")
         key = (function, arguments)
         if key not in self._expected:
-            self._expected.add(key)
             kind = "call_method" if isinstance(function, str) else "call_function"
             asked = self.node(kind, function, arguments)
             words = f"{getattr(function, '__name__', function)}{arguments}"
-            self.node("call_function", require_same, (asked, found, words, self.innermost))
+            guard = self.node("call_function", require_same, (asked, found, words, self.innermost))
+            self._expected[key] = guard
 
     def argument(self, value: Any) -> Any:
         """Return a value in the form that a node can hold."""

@@ -30,7 +30,7 @@ class _Tracked:
     def node(self) -> Node:
         """The node that gives the value, made when first asked for."""
         found: Node | None = vars(self).get("_node")
-        if found is None:
+        if found is None or getattr(found, "_erased", False):  # taken back meanwhile
             found = vars(self)["_node"] = self.make()
         return found
 
