@@ -3,7 +3,8 @@
 Every torch function that is called becomes a node, every layer of torch's a call of its module. Real
 tensors flow, so types, containers, lengths and optional arguments are what they are; only where a *value*
 would decide what Python does next (``bool``, ``item``) recording
-stops, and the module in which it happens keeps its own forward.
+stops, and the module in which it happens keeps its own forward. It goes on unrecorded until it returns; what
+was written of it is taken back and becomes one call. So one run finds all such modules.
 """
 
 from __future__ import annotations
@@ -31,8 +32,17 @@ from biofx.capturing.frames import BY_VALUE, Frame, Keep
 from biofx.capturing.region_capture import is_plain_layer
 from biofx.capturing.sized_by_values import gives_as_many_as_there_are, is_sized_by_values, leaves
 from biofx.capturing.switches import Switches, SwitchPatches
-from biofx.capturing.tensor_questions import DECIDING, DESCRIPTIONS, DEVICES, SIZES
-from biofx.capturing.tracked import plain, tracked
+from biofx.capturing.tensor_questions import (
+    DECIDING,
+    DESCRIBING,
+    DESCRIPTIONS,
+    DEVICES,
+    KINDS,
+    NUMBERS,
+    SIZES,
+)
+from biofx.capturing.tracked import Type, plain, plain_inside, tracked
+from biofx.capturing.type_limits import limits_followed
 from biofx.capturing.values import TORCH_FOLDER
 from biofx.errors import InputError
 from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
@@ -63,8 +73,14 @@ class Recorder(TorchFunctionMode):
         self._kept = kept
         self._opaque = opaque
         self._paths = {id(module): path for path, module in root.named_modules()}
-        self._patches = SwitchPatches(self._switches, self.stop)
+        self._patches = SwitchPatches(self._switches, self.stop, self.give_up)
+        self.found: dict[str, str] = {}
+        """Paths of further modules that must keep their own forward, and why."""
+        self.is_stale = False
+        """Whether what calls those modules, or what they call, has to be recorded anew."""
         self._failed: tuple[str, str] | None = None
+        self.failed_in = ""
+        """Path of the innermost module out of which an exception came."""
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the model, which must be in the mode to record.
@@ -73,7 +89,13 @@ class Recorder(TorchFunctionMode):
             Keep: a module must keep its own forward.
             InputError: the model itself fails on these inputs.
         """
-        with self._patched(), self._patches.patched(), checkpoints_handled(self._checkpoint), self:
+        with (
+            self._patched(),
+            self._patches.patched(),
+            checkpoints_handled(self._checkpoint),
+            limits_followed(Type.limit, lambda value: isinstance(value, Type)),
+            self,
+        ):
             try:
                 if "" in self._kept:
                     self._root(*args, **kwargs)
@@ -95,13 +117,38 @@ class Recorder(TorchFunctionMode):
         path = self.frame.innermost if self.frame is not None else ""
         raise Keep(path, f"{self._where(path)} {what}")
 
+    def following(self) -> Frame | None:
+        """Return the frame into which what happens now belongs, None if it belongs into none."""
+        frame = self.frame
+        return None if self.busy or frame is None or frame.given_up is not None else frame
+
+    def give_up(self, refusal: BaseException) -> None:
+        """Let the module that is running go on unrecorded, if it is not the whole model."""
+        frame = self.frame
+        if not isinstance(refusal, Keep) or frame is None or not refusal.path or refusal.path in self.found:
+            raise refusal
+        self.found[refusal.path] = refusal.reason
+        frame.given_up = refusal.path
+
+    def _is_kept(self, path: str | None) -> bool:
+        return path in self._kept or path in self.found
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = dict(kwargs or {})
-        frame = self.frame
-        if frame is None or self.busy:
+        frame = self.following()
+        if frame is None:
             return func(*args, **options)
+        done: list[Any] = []
+        try:
+            return self._followed(frame, func, args, options, done)
+        except Keep as keep:
+            self.give_up(keep)
+            return done[0] if done else func(*args, **options)
+
+    def _followed(self, frame: Frame, func: Any, args: Any, options: dict[str, Any], done: list[Any]) -> Any:
+        """Do what is asked and write it down; ``done`` holds what came out, should the writing stop."""
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):
             return self._attribute(frame, func, name, args)
@@ -117,6 +164,7 @@ class Recorder(TorchFunctionMode):
         except Exception as error:
             self._failed = self._failed or (frame.innermost, f"{type(error).__name__}: {error}")
             raise
+        done.append(found)
         if (
             isinstance(found, Tensor)
             or (isinstance(found, (tuple, list)) and _has_tensors(found))
@@ -131,6 +179,8 @@ class Recorder(TorchFunctionMode):
             if isinstance(found, (tuple, list)) and gives_as_many_as_there_are(name):
                 frame.expect(len, (node,), len(found))
             return frame.take(node, found, in_place=name.endswith("_"))
+        if found is not None and (name in KINDS or name in NUMBERS or name in DESCRIPTIONS):
+            return self._described(frame, func, name, args, options, found)
         if (
             found is not None
             and name not in DESCRIPTIONS
@@ -160,12 +210,34 @@ class Recorder(TorchFunctionMode):
             self.stop(f"asks whether a tensor has a gradient ({attribute})")
         if attribute in DEVICES:
             frame.switches.devices_asked.add(args[0].device.type)
+        if attribute in DESCRIBING:
+            return frame.description(args[0], attribute, found)
         if attribute == "shape":
             return self._sizes(frame, args[0], found)
         if isinstance(found, Tensor):
             return frame.take(
                 frame.node("call_function", getattr, (frame.node_of(args[0]), attribute)), found
             )
+        return found
+
+    def _described(
+        self, frame: Frame, func: Any, name: str, args: Any, options: dict[str, Any], found: Any
+    ) -> Any:
+        """Return the answer to a question about types or devices, and let the graph ask it too."""
+        if any(isinstance(leaf, Tensor) and not frame.knows(leaf) for leaf in leaves((args, options))):
+            return found
+        if name in KINDS:
+            frame.expect(getattr(torch, name), (*args, *options.values()), found)
+        elif name == "type":
+            frame.expect(name, args, found)
+        elif name in NUMBERS or isinstance(found, torch.dtype):
+
+            def make() -> Node:
+                made = self._write(frame, func, name, args, options)
+                made.meta["auxiliary"] = True
+                return made
+
+            return frame.remembered(found, make)
         return found
 
     def _size(self, frame: Frame, func: Any, name: str, args: Any, options: dict[str, Any]) -> Any:
@@ -197,38 +269,84 @@ class Recorder(TorchFunctionMode):
         )
 
     def _call(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        path = self._paths.get(id(module))
-        if self.busy:
+        frame, path = self.frame, self._paths.get(id(module))
+        if self.busy or (frame is not None and frame.given_up is not None):
             return original(module, *args, **kwargs)
+        was_called = path in self.paths_called
         if path is not None:
             self.paths_called.add(path)
-        if self.frame is None:
+        if frame is None:
             return self._call_from_python(path, module, original, args, kwargs)
-        frame = self.frame
-        whole = path in self._kept or path in self._opaque or _is_leaf(module)
-        # what is handed on is the business of the module that calls, not of the one that is called
-        given = (frame.argument(tuple(args)), frame.argument(dict(kwargs))) if whole else ((), {})
-        local = frame.enter(module)
+        if not self._succeeds(lambda: frame.local_path(module)) or path is None:
+            return original(module, *args, **kwargs)
+        if hooks_of(module) and not self._is_whole(path, module):
+            self.found[path] = f"{self._where(path)} has {' and '.join(hooks_of(module))}"
+        if self._is_whole(path, module):
+            return self._call_whole(frame, path, module, original, args, kwargs)
+        mark = frame.mark()
         try:
-            if not whole and hooks_of(module):
-                self.stop(f"has {' and '.join(hooks_of(module))}")
-            if not whole:
-                return original(module, *args, **kwargs)
-            frame.switches.check()
-            node = frame.node("call_module", local, *given)
-            with self._in_python() if path in self._kept else self.quiet():
+            with frame.inside(module, path):
                 found = original(module, *args, **kwargs)
+        except Exception as error:
+            self.failed_in = self.failed_in or path
+            if frame.given_up == path:
+                frame.go_back(mark)
+                self._failed = self._failed or (frame.innermost, f"{type(error).__name__}: {error}")
+            raise
+        if frame.given_up != path:
+            return found
+        self.is_stale |= was_called or next(module.children(), None) is not None
+        frame.go_back(mark)
+        return self._call_whole(frame, path, module, lambda *_, **__: found, args, kwargs)
+
+    def _is_whole(self, path: str | None, module: nn.Module) -> bool:
+        return self._is_kept(path) or path in self._opaque or _is_leaf(module)
+
+    def _call_whole(
+        self, frame: Frame, path: str, module: nn.Module, original: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """Write a call of a module down as one node."""
+        given: list[Any] = []
+
+        def prepare() -> None:
+            # what is handed on is the business of the module that calls, not of the one that is called
+            frame.switches.check()
+            given.extend((frame.argument(tuple(args)), frame.argument(dict(kwargs))))
+
+        if not self._succeeds(prepare):
+            return original(module, *args, **kwargs)
+        with frame.inside(module, path):
+            node = frame.node("call_module", frame.local_path(module), *given)
+            with self._in_python() if self._is_kept(path) else self.quiet():
+                found = original(module, *plain_inside(args), **plain_inside(kwargs))
             return frame.take(node, found)
-        finally:
-            frame.stack.pop()
+
+    def _succeeds(self, write: Callable[[], object]) -> bool:
+        """Write something down; whether that can be done, else the module that is running is given up."""
+        try:
+            write()
+        except Keep as keep:
+            self.give_up(keep)
+            return False
+        return True
 
     def _checkpoint(
         self, original: Callable[..., Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Write a checkpointed call of a module down as one node; the module gets a graph of its own."""
-        frame = self.frame
-        if frame is None or self.busy:
+        frame = self.following()
+        written: list[Node] = []
+        if frame is None or not self._succeeds(
+            lambda: written.append(self._written_checkpoint(frame, function, args, kwargs))
+        ):
             return original(function, *args, **kwargs)
+        with self._in_python():
+            found = original(function, *plain_inside(args), **plain_inside(kwargs))
+        return frame.take(written[0], found)
+
+    def _written_checkpoint(
+        self, frame: Frame, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Node:
         module = checkpointed_module(function)
         if module is None or self._paths.get(id(module)) is None:
             self.stop("checkpoints (torch.utils.checkpoint) something else than the call of a submodule")
@@ -238,23 +356,24 @@ class Recorder(TorchFunctionMode):
         named = {name: value for name, value in kwargs.items() if name not in OPTIONS}
         frame.switches.check()
         given = frame.argument(tuple(args)), frame.argument(named), frame.argument(options)
-        local = frame.enter(module)
-        frame.stack.pop()  # how it is called is the business of the module that calls
-        node = frame.node("call_function", call_checkpointed, (frame.node("get_attr", local), *given))
-        with self._in_python():
-            found = original(function, *args, **kwargs)
-        return frame.take(node, found)
+        return frame.node(
+            "call_function", call_checkpointed, (frame.node("get_attr", frame.local_path(module)), *given)
+        )
 
     def _assign(self, module: nn.Module, name: str, value: Any) -> None:
         """Write an assignment to a buffer down; one that is not is noticed as a change of the module."""
-        frame, path = self.frame, self._paths.get(id(module))
+        frame, path = self.following(), self._paths.get(id(module))
         before = vars(module).get("_buffers", {}).get(name)
-        if frame is None or self.busy or path is None or before is None or before is value:
+        if frame is None or path is None or before is None or before is value:
             return
-        if isinstance(value, Tensor):
+
+        def write() -> None:
             frame.switches.check()
             if frame.assign(module, path, name, value):
                 self.assigned.add((path, name))
+
+        if isinstance(value, Tensor):
+            self._succeeds(write)
 
     def _call_from_python(
         self, path: str | None, module: nn.Module, original: Any, args: Any, kwargs: Any
@@ -266,25 +385,31 @@ class Recorder(TorchFunctionMode):
             with self.quiet():
                 return original(module, *args, **kwargs)
         only_holds = type(module).forward is nn.Sequential.forward
-        if path in self._kept or only_holds or next(module.parameters(), None) is None:
+        if self._is_kept(path) or only_holds or next(module.parameters(), None) is None:
             return original(module, *args, **kwargs)
         if hooks_of(module):
-            raise Keep(path, f"{self._named(path)} has {' and '.join(hooks_of(module))}")
+            self.found[path] = f"{self._named(path)} has {' and '.join(hooks_of(module))}"
+            return original(module, *args, **kwargs)
         return self._in_frame(path, module, lambda *a, **k: original(module, *a, **k), args, kwargs)
 
     def _in_frame(self, path: str, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        outer, self.frame = self.frame, Frame(self, path, module)
+        frame = Frame(self, path, module)
+        outer, self.frame = self.frame, frame
+        bound: list[Any] = [args, kwargs]
         try:
-            positional, named = bind_inputs(self.frame, module, args, kwargs)
-            found = forward(*positional, **named)
-            self.frame.output(found)
-            self.graphs.setdefault(path, []).append(self.frame.graph)
+            self._succeeds(lambda: bound.__setitem__(slice(None), bind_inputs(frame, module, args, kwargs)))
+            found = forward(*bound[0], **bound[1])
+            if frame.given_up is None and self._succeeds(lambda: frame.output(found)):
+                self.graphs.setdefault(path, []).append(frame.graph)
+            else:
+                self.is_stale = True
         finally:
             self.frame = outer
-        return _untracked(found)
+        return plain_inside(found)
 
     def _switches(self) -> Switches | None:
-        return None if self.frame is None or self.busy else self.frame.switches
+        frame = self.following()
+        return None if frame is None else frame.switches
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -314,17 +439,15 @@ class Recorder(TorchFunctionMode):
             return recorder._call(module, original_call, args, kwargs)
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            frame = recorder.frame
-            if frame is None or recorder.busy:
+            frame = recorder.following()
+            written: list[Node] = []
+            if frame is None or not recorder._succeeds(
+                lambda: written.append(recorder._applied(frame, cls, args, kwargs))
+            ):
                 return original_apply.__func__(cls, *args, **kwargs)
-            if not can_be_applied(cls):
-                recorder.stop(f"calls {cls.__name__}, an autograd function with an apply() of its own")
-            frame.switches.check()
-            given = frame.argument(tuple(args)), frame.argument(dict(kwargs))
-            node = frame.node("call_function", AppliedFunction(cls), *given)
             with recorder.quiet():
                 found = original_apply.__func__(cls, *args, **kwargs)
-            return frame.take(node, found)
+            return frame.take(written[0], found)
 
         def set_attribute(module: nn.Module, name: str, value: Any) -> None:
             recorder._assign(module, name, value)
@@ -339,6 +462,14 @@ class Recorder(TorchFunctionMode):
             nn.Module.__call__ = original_call  # type: ignore[method-assign]
             nn.Module.__setattr__ = original_set  # type: ignore[method-assign]
             torch.autograd.Function.apply = original_apply  # type: ignore[method-assign]
+
+    def _applied(self, frame: Frame, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        """Write a call of an autograd function down."""
+        if not can_be_applied(function):
+            self.stop(f"calls {function.__name__}, an autograd function with an apply() of its own")
+        frame.switches.check()
+        given = frame.argument(tuple(args)), frame.argument(dict(kwargs))
+        return frame.node("call_function", AppliedFunction(function), *given)
 
     def _named(self, path: str) -> str:
         kind = type(self._root.get_submodule(path)).__name__
@@ -361,10 +492,3 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _has_tensors(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in leaves(value))
-
-
-def _untracked(value: Any) -> Any:
-    """Return an output without numbers that remember; tensors and other things as they are."""
-    if type(value) in (tuple, list):
-        return type(value)(_untracked(entry) for entry in value)
-    return plain(value)

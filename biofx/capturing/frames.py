@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -33,6 +34,15 @@ class Keep(BaseException):
         self.reason = reason
 
 
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    """How far a frame had come before a module was called."""
+
+    last: Node | None
+    calls: dict[str, int]
+    contexts: int
+
+
 class Frame:
     """One graph that is being recorded, for one module."""
 
@@ -40,8 +50,11 @@ class Frame:
         self.path = path
         self.graph = Graph(tracer_cls=Tracer)
         self.stack: list[tuple[str, str, type]] = []
+        self.given_up: str | None = None
+        """Path, in the whole model, of a module that goes on without being recorded."""
+        self._running: list[str] = []
         self._recorder = recorder
-        self._local = {id(inner): name for name, inner in module.named_modules()}
+        self._local: dict[int, str] = {id(inner): name for name, inner in module.named_modules()}
         self._calls: dict[str, int] = {}
         self._nodes: dict[int, tuple[Node, Tensor]] = {}
         self._stored: dict[int, str] = {}
@@ -52,19 +65,20 @@ class Frame:
                 if isinstance(value, Tensor):
                     self._stored.setdefault(id(value), f"{name}.{key}" if name else key)
         self._reads: dict[str, Node] = {}
-        self._expected: set[Any] = set()
+        self._descriptions: dict[tuple[Node, str], Node] = {}
+        self._devices: dict[int, tuple[Callable[[], Node], torch.device]] = {}
+        self._expected: dict[Any, Node] = {}
         self.switches = Switches(self)
 
     @property
     def is_current(self) -> bool:
         """Whether what happens now belongs into this graph."""
-        return self._recorder.frame is self and not self._recorder.busy
+        return self._recorder.following() is self
 
     @property
     def innermost(self) -> str:
         """Path, in the whole model, of the module that is running."""
-        inner = self.stack[-1][1] if self.stack else ""
-        return joined_path(self.path, inner)
+        return self._running[-1] if self._running else self.path
 
     def stop(self, what: str) -> NoReturn:
         """Let the module that is running keep its own forward."""
@@ -72,16 +86,45 @@ class Frame:
 
     def write(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
         """Write a call of a function down."""
-        return self.node("call_function", function, args)
+        return self.node("call_function", function, tuple(map(self.argument, args)))
 
-    def enter(self, module: nn.Module) -> str:
-        """Begin a call of a module inside this one; returns its path here."""
+    def local_path(self, module: nn.Module) -> str:
+        """Return the path, in the module that this graph is of, of one inside it."""
         if id(module) not in self._local:
             self.stop(f"calls a {type(module).__name__} that is not a submodule of it")
-        path: str = self._local[id(module)]
-        number = self._calls[path] = self._calls.get(path, -1) + 1
-        self.stack.append((f"{path}@{number}" if number else path, path, type(module)))
-        return path
+        return self._local[id(module)]
+
+    @contextmanager
+    def inside(self, module: nn.Module, path: str) -> Iterator[None]:
+        """Note what is written meanwhile as part of a call of a module; ``path`` is that in the whole model."""
+        local = self._local[id(module)]
+        number = self._calls[local] = self._calls.get(local, -1) + 1
+        self.stack.append((f"{local}@{number}" if number else local, local, type(module)))
+        self._running.append(path)
+        try:
+            yield
+        finally:
+            self.stack.pop()
+            self._running.pop()
+
+    def mark(self) -> _Mark:
+        """Return how far this has come, to go back to."""
+        last = next(iter(reversed(self.graph.nodes)), None)
+        return _Mark(last, dict(self._calls), self.switches.depth)
+
+    def go_back(self, mark: _Mark) -> None:
+        """Forget what was written since a mark."""
+        for node in reversed(self.graph.nodes):
+            if node is mark.last:
+                break
+            self.graph.erase_node(node)
+        self._nodes = {key: known for key, known in self._nodes.items() if not known[0]._erased}
+        self._reads = {path: read for path, read in self._reads.items() if not read._erased}
+        self._expected = {key: guard for key, guard in self._expected.items() if not guard._erased}
+        self._descriptions = {key: node for key, node in self._descriptions.items() if not node._erased}
+        self._calls = dict(mark.calls)
+        self.switches.go_back(mark.contexts)
+        self.given_up = None
 
     def node(self, op: str, target: Any, args: Any = (), kwargs: Any = None, name: str | None = None) -> Node:
         """Write a node down."""
@@ -97,17 +140,24 @@ class Frame:
         made.meta["auxiliary"] = True
         return made
 
-    def expect(self, function: Callable[..., Any], operands: tuple[Any, ...], found: Any) -> None:
-        """Let the graph check that a question about sizes has the answer that it has now."""
+    def expect(self, function: Callable[..., Any] | str, operands: tuple[Any, ...], found: Any) -> None:
+        """Let the graph check that a question (a function, or the name of a method) has its present answer."""
+        try:
+            self._expect(function, operands, found)
+        except Keep as keep:
+            self._recorder.give_up(keep)
+
+    def _expect(self, function: Callable[..., Any] | str, operands: tuple[Any, ...], found: Any) -> None:
         arguments = tuple(self.argument(operand) for operand in operands)
         if any(isinstance(operand, Node) and operand.meta.get(BY_VALUE) for operand in arguments):
             self.stop("decides by a size that depends on the values of a tensor")
         key = (function, arguments)
         if key not in self._expected:
-            self._expected.add(key)
-            asked = self.node("call_function", function, arguments)
+            kind = "call_method" if isinstance(function, str) else "call_function"
+            asked = self.node(kind, function, arguments)
             words = f"{getattr(function, '__name__', function)}{arguments}"
-            self.node("call_function", require_same, (asked, found, words, self.innermost))
+            guard = self.node("call_function", require_same, (asked, found, words, self.innermost))
+            self._expected[key] = guard
 
     def argument(self, value: Any) -> Any:
         """Return a value in the form that a node can hold."""
@@ -119,8 +169,10 @@ class Frame:
             return value.node
         if isinstance(value, (bool, int, float, complex, str, type(None), type(...))):
             return plain(value)
+        if isinstance(value, torch.device) and id(value) in self._devices:
+            return self._devices[id(value)][0]()
         if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
-            return value
+            return plain(value)
         if isinstance(value, slice):
             return slice(*(self.argument(bound) for bound in (value.start, value.stop, value.step)))
         if type(value) in (tuple, torch.Size):
@@ -160,6 +212,35 @@ class Frame:
         self.node("call_function", assign_buffer, (source, name, self.node_of(value), path))
         return True
 
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor comes in, was made here or is held by the module."""
+        return id(tensor) in self._nodes or id(tensor) in self._stored
+
+    def description(self, tensor: Tensor, attribute: str, found: Any) -> Any:
+        """Return the type or device of a tensor such that it is read anew wherever it is handed on.
+
+        That of a tensor which is not known here is a constant, as the tensor is.
+        """
+        if not self.knows(tensor):
+            return found
+
+        def make() -> Node:
+            key = self.node_of(tensor), attribute
+            if key not in self._descriptions:
+                self._descriptions[key] = self.auxiliary(getattr, key)
+            return self._descriptions[key]
+
+        return self.remembered(found, make)
+
+    def remembered(self, value: Any, make: Callable[[], Node]) -> Any:
+        """Return a number, type or device for which a node stands, made when it is handed on."""
+        if isinstance(value, torch.device):
+            # nothing can be derived from its class, but every question is answered by an object of its own
+            value = torch.device(value)
+            self._devices[id(value)] = make, value
+            return value
+        return tracked(value, self, make)
+
     def is_stored(self, tensor: Tensor) -> bool:
         """Whether a tensor is held by the module, so that its shape is settled."""
         return id(tensor) in self._stored and id(tensor) not in self._nodes
@@ -180,17 +261,17 @@ class Frame:
         ``guard`` names an argument, whose kind the graph then checks where that is not plain.
         """
         if isinstance(value, Tensor):
-            known = id(value) in self._nodes or (guard and id(value) in self._stored)
-            if known and not in_place:
-                # two names for one tensor now (an argument given twice, a dropout that drops nothing), and
-                # maybe for two of them another time
+            if self.knows(value) and not in_place:
+                # two names for one tensor now (an argument given twice, a dropout that drops nothing, a cast
+                # to the type that it has), and maybe for two of them another time
                 with self._recorder.quiet():
                     value = value.view_as(value)
             if id(value) not in self._stored:
                 self._nodes.setdefault(id(value), (node, value))
             return value
-        if type(value) in (int, float) or is_tracked(value, self):
-            return tracked(plain(value), self, lambda: node)
+        value = plain(value)
+        if type(value) in (int, float, torch.dtype, torch.device):
+            return self.remembered(value, lambda: node)
         if isinstance(value, dict):
             taken = {
                 key: self.take(
@@ -218,7 +299,7 @@ class Frame:
                     "call_function", require_same, (length, len(entries), f"len({guard})", self.innermost)
                 )
             return type(value)(entries) if type(value) in (tuple, list) else value
-        if guard and isinstance(value, (bool, str, type(None), torch.dtype)):
+        if guard and isinstance(value, (bool, str, type(None))):
             self.node("call_function", require_default, (node, value, guard))
         elif guard:
             self.stop(f"takes a {type(value).__name__} as {guard}, which a graph cannot look into")

@@ -24,9 +24,11 @@ from biofx.capturing.checkpoints import checkpoints_handled
 from biofx.capturing.recording import Recorder, leaves_of
 from biofx.capturing.side_effects import Watch
 from biofx.capturing.switches import Switches, SwitchPatches
+from biofx.capturing.type_limits import limits_followed
 from biofx.capturing.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 from biofx.errors import CaptureError
 from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
+from biofx.graph.dtypes import limit_of
 from biofx.graph.guards import require_default
 from biofx.graph.in_place import changed_in_place
 from biofx.layers.obstacles import hooks_of
@@ -89,8 +91,12 @@ class ModelTracer(Tracer):
             stack.enter_context(transformers_as_nodes())
             stack.enter_context(self._patches.patched())
             stack.enter_context(checkpoints_handled(self._refuse_checkpoint))
+            stack.enter_context(limits_followed(self._limit, lambda value: isinstance(value, Value)))
             stack.enter_context(Recorder(self))
             yield
+
+    def _limit(self, dtype: Value, name: str) -> Proxy:
+        return self.create_proxy("call_function", limit_of, (dtype, name), {})
 
     @property
     def is_switching(self) -> bool:

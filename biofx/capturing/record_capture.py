@@ -26,6 +26,8 @@ from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 
+_SECOND_THOUGHTS = 2
+
 ExampleInputs = tuple[Sequence[Any], Mapping[str, Any]]
 
 
@@ -78,6 +80,8 @@ class _RecordCapture:
         self._foreign = foreign
         self._modules = dict(root.named_modules())
         self._kept: dict[str, str] = {}
+        self._by_class: dict[str, str] = {}
+        self._is_hasty = True
         self._own = {id(p): p for p in root.parameters()}
         # for all trial runs: a forward may write into its parameters
         self._scratch = {id(p): copy.deepcopy(p) for p in root.parameters()}
@@ -85,22 +89,45 @@ class _RecordCapture:
 
     def captured(self) -> BioGraphModule:
         """Record until it holds."""
-        while True:
-            try:
-                recorded = self._recorded()
-                made = self._assembled(copy.deepcopy(self._root, dict(self._own)), *recorded)
-                doubt = None if self._on_meta else self._doubt(made)
-                self._check_parameters()
-                if doubt is None:
-                    return made
-                self._keep(doubt if doubt.path not in self._kept else Keep("", doubt.reason))
-            except InputError:
-                if not self._on_meta:
-                    raise
-                break  # it asks for values, and has none
-            except CaptureError:  # it cannot be recorded at all
-                break
-        return capture_regions(self._root, self._opaque, self._foreign)
+        try:
+            made = self._held()
+        except InputError:
+            if not self._on_meta:
+                raise
+            made = None  # it asks for values, and has none
+        except CaptureError:  # it cannot be recorded at all
+            made = None
+        if made is None:
+            return capture_regions(self._root, self._opaque, self._foreign)
+        may_show_more = any(
+            next(self._modules[path].parameters(), None) is not None for path in self._by_class
+        )
+        return (self._with_less_kept() if may_show_more else None) or made
+
+    def _held(self, most: int | None = None) -> BioGraphModule | None:
+        """Record until it does what the model does; None if more than ``most`` modules would have to be kept."""
+        while most is None or len(self._kept) <= most:
+            recorded = self._recorded()
+            made = self._assembled(copy.deepcopy(self._root, dict(self._own)), *recorded)
+            doubt = None if self._on_meta else self._doubt(made)
+            self._check_parameters()
+            if doubt is None:
+                return made
+            self._keep(doubt if doubt.path not in self._kept else Keep("", doubt.reason))
+        return None
+
+    def _with_less_kept(self) -> BioGraphModule | None:
+        """Try without the modules that are kept only because another of their class has to be.
+
+        A few of them may turn out to need it after all; None if there are more.
+        """
+        self._is_hasty = False
+        for path in self._by_class:
+            del self._kept[path]
+        try:
+            return self._held(len(self._kept) + _SECOND_THOUGHTS)
+        except (InputError, CaptureError):
+            return None
 
     def _copy(self, model: nn.Module) -> Any:
         """Return a copy to try something on."""
@@ -113,37 +140,52 @@ class _RecordCapture:
                 raise CaptureError("the model's forward writes into its parameters")
 
     def _recorded(self) -> tuple[dict[str, Graph], list[str], set[str]]:
+        runs: dict[bool, Recorder] = {}
         while True:
             try:
-                runs = [self._run(training) for training in (True, False)]
-                return self._unified(*runs)
+                for training in (True, False):
+                    if training not in runs:
+                        recorder = self._run(training)
+                        # what both hold must be recorded with the same modules kept
+                        runs = {} if recorder.found else runs
+                        if recorder.is_stale:
+                            break
+                        runs[training] = recorder
+                if len(runs) == 2:
+                    return self._unified(runs[True], runs[False])
             except Keep as found:
                 self._keep(found)
+                runs.clear()
 
     def _keep(self, found: Keep) -> None:
         if found.path in self._kept:
             raise CaptureError(found.reason)
+        self._kept[found.path] = found.reason
         alike = type(self._modules[found.path])
-        for path, module in self._modules.items():
-            # modules of one class mostly stop at one line: that saves recording anew for each
-            if path == found.path:
-                self._kept[path] = found.reason
-            elif path and found.path and type(module) is alike:
-                self._kept.setdefault(
-                    path, f"as {found.path!r}, which is a {alike.__name__} too: {found.reason}"
-                )
+        for path, module in self._modules.items() if self._is_hasty and found.path else ():
+            # modules of one class mostly differ in one way: that saves recording anew for each
+            if path and type(module) is alike and path not in self._kept:
+                reason = f"as {found.path!r}, which is a {alike.__name__} too: {found.reason}"
+                self._kept[path] = self._by_class[path] = reason
 
     def _run(self, training: bool) -> Recorder:
         """Record one run, on a copy, so that nothing of it stays."""
         model = self._copy(self._root)
         model.train(training)
         watch = Watch(model)
-        recorder = Recorder(model, self._kept, self._opaque)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), self._given)
-        recorder.run(args, kwargs)
+        recorder = Recorder(model, dict(self._kept), self._opaque)
+        args, kwargs = _cloned(self._given)
+        try:
+            recorder.run(args, kwargs)
+        except InputError as error:
+            self._refuse_inputs(training, error)
+            raise Keep(recorder.failed_in, f"cannot be recorded: {error.__cause__}") from None
+        self._kept |= recorder.found
         watch.allowed = recorder.assigned
         changed = [path for path in watch.changed_modules() if path not in self._kept]
         if changed:
+            for path in changed[1:] if changed[0] else ():
+                self._kept[path] = f"module {path!r} changes its attributes in the forward"
             raise Keep(changed[0], f"module {changed[0]!r} changes its attributes in the forward")
         if "" not in self._kept:
             try:
@@ -151,6 +193,15 @@ class _RecordCapture:
             except CaptureError as error:
                 raise Keep("", str(error)) from None
         return recorder
+
+    def _refuse_inputs(self, training: bool, error: InputError) -> None:
+        """Raise the error if it is the model's own, and not one of being recorded."""
+        model = self._copy(self._root)
+        args, kwargs = _cloned(self._given)
+        try:
+            model.train(training)(*args, **kwargs)
+        except Exception:
+            raise error from error.__cause__
 
     def _unified(
         self, training: Recorder, evaluation: Recorder
@@ -223,7 +274,7 @@ class _RecordCapture:
 
     def _gradients(self, model: nn.Module, given: Any, training: bool) -> Any:
         """Return which outputs have gradients, and the gradients of the parameters."""
-        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given)
+        args, kwargs = _cloned(given)
         model.train(training)
         torch.manual_seed(0)
         with torch.enable_grad():
@@ -279,6 +330,10 @@ def _outcome(model: nn.Module, given: Any, training: bool) -> Any:
     with torch.no_grad():
         output = model(*args, **kwargs)
     return {type(output).__name__: list(_content(output))}, dict(model.named_buffers())
+
+
+def _cloned(given: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given)
 
 
 def _content(output: Any) -> Iterator[Any]:

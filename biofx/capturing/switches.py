@@ -12,6 +12,7 @@ import torch
 from torch.autograd import grad_mode
 from torch.fx import Graph, Node, Proxy
 
+from biofx.capturing.tracked import plain
 from biofx.capturing.values import TORCH_FOLDER
 from biofx.graph.contexts import BEGINNINGS, autocast_nesting, begin_autocast, begin_grad_mode
 
@@ -73,6 +74,16 @@ class Switches:
         """Let a switch outside any context no longer count: what made it was taken back."""
         self._loose = None
 
+    @property
+    def depth(self) -> int:
+        """How many contexts are open, a count."""
+        return len(self._open)
+
+    def go_back(self, depth: int) -> None:
+        """Forget the contexts opened since there were so many: what opened them is taken back."""
+        del self._open[depth:]
+        self._loose = None
+
     def made(self, switch: object) -> None:
         """Note a ``set_grad_enabled``, which acts at once, whether or not it is used as a context."""
         self._loose = switch
@@ -127,11 +138,18 @@ class SwitchPatches:
     Args:
         current: returns those switches, None where what happens is not to be written down.
         stop: refuses what cannot be part of a graph.
+        give_up: is handed what a refusal raises, and returns if the forward is to go on all the same.
     """
 
-    def __init__(self, current: Callable[[], Switches | None], stop: Callable[[str], NoReturn]) -> None:
+    def __init__(
+        self,
+        current: Callable[[], Switches | None],
+        stop: Callable[[str], NoReturn],
+        give_up: Callable[[BaseException], None] | None = None,
+    ) -> None:
         self._current = current
         self._stop = stop
+        self._give_up = give_up or _raise
         self.is_switching = False
         self._given: dict[int, tuple[Any, tuple[Any, ...]]] = {}
 
@@ -158,7 +176,7 @@ class SwitchPatches:
                 found = None if _is_open_question(context) else enter(context)
             if switches is not None:
                 try:
-                    switches.begun(context, begin, options(context))
+                    self._tried(switches.begun, context, begin, options(context))
                 except BaseException:
                     with self._switching():
                         leave(context, None, None, None)
@@ -170,7 +188,7 @@ class SwitchPatches:
             with self._switching():
                 found = leave(context, kind_of, error, trace)
             if switches is not None:
-                switches.ended(context, failed=kind_of is not None)
+                self._tried(switches.ended, context, failed=kind_of is not None)
             return found
 
         return _replaced(kind, __enter__=entered, __exit__=left)
@@ -207,7 +225,7 @@ class SwitchPatches:
             enabled: bool = True,
             cache_enabled: bool | None = None,
         ) -> None:
-            make(context, device_type, dtype, enabled, cache_enabled)
+            make(context, device_type, plain(dtype), enabled, cache_enabled)
             self._given[id(context)] = context, (device_type, dtype, enabled, cache_enabled)
 
         return _replaced(torch.autocast, __init__=made)
@@ -219,14 +237,23 @@ class SwitchPatches:
         return (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
 
     def _noticing_questions(self) -> Any:
-        asked = torch.is_grad_enabled
+        def noticed(name: str, what: str) -> Callable[..., Any]:
+            asked = getattr(torch, name)
 
-        def is_grad_enabled() -> bool:
-            if not self.is_switching and self._current() is not None and not _is_asked_by_torch():
-                self._stop("asks whether gradients are on, which is not known before the graph runs")
-            return asked()
+            def question(*args: Any) -> Any:
+                if not self.is_switching and self._current() is not None and not _is_asked_by_torch():
+                    self._tried(self._stop, f"asks {what}, which is not known before the graph runs")
+                return asked(*args)
 
-        return _replaced(torch, is_grad_enabled=is_grad_enabled)
+            return question
+
+        return _replaced(torch, **{name: noticed(name, what) for name, what in _QUESTIONS.items()})
+
+    def _tried(self, note: Callable[..., None], *args: Any, **options: Any) -> None:
+        try:
+            note(*args, **options)
+        except BaseException as refusal:
+            self._give_up(refusal)
 
     @contextmanager
     def _switching(self) -> Iterator[bool]:
@@ -235,6 +262,20 @@ class SwitchPatches:
             yield before
         finally:
             self.is_switching = before
+
+
+_QUESTIONS = {
+    "is_grad_enabled": "whether gradients are on",
+    **dict.fromkeys(("is_autocast_enabled", "is_autocast_cpu_enabled"), "whether autocast is on"),
+    **dict.fromkeys(
+        ("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"), "to what autocast casts"
+    ),
+}
+"""Functions of torch that ask in what context they are called, and what they ask."""
+
+
+def _raise(refusal: BaseException) -> NoReturn:
+    raise refusal
 
 
 def _is_open_question(context: Any) -> bool:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 DEVICES = frozenset({"device", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"})
 """Where a tensor is."""
+DESCRIBING = frozenset({"device", "dtype", "itemsize"})
+"""Attributes that a graph reads anew: of what type a tensor is, and where."""
+NUMBERS = frozenset({"get_device", "element_size"})
+"""The same as numbers, from methods."""
+KINDS = frozenset({"can_cast", "is_complex", "is_floating_point", "is_signed"})
+"""Questions about its type, whose answer a graph checks."""
 SIZES = frozenset({"size", "numel", "nelement", "__len__"})
 """How large it is: known while a graph is written, as a node."""
 DECIDING = frozenset(

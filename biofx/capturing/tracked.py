@@ -1,6 +1,6 @@
-"""Numbers that remember the node they come from: sizes of tensors, while a forward is recorded.
+"""Values that remember the node they come from: sizes and types of tensors, while a forward is recorded.
 
-They are ints and floats to whoever asks. What is computed from them becomes nodes, so that a graph works at
+Sizes are ints and floats to whoever asks, types are ``torch.dtype``. What is computed from them becomes nodes, so that a graph works at
 other sizes too. A question that decides something (a comparison, an index) makes the graph check, whenever
 it runs, that the answer is still the same.
 """
@@ -11,29 +11,32 @@ import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.fx import Node
+
+from biofx.graph.dtypes import limit_of, type_from
 
 if TYPE_CHECKING:
     from biofx.capturing.frames import Frame
 
 
 class _Tracked:
-    """What both kinds of numbers have in common."""
+    """What all of them have in common."""
 
     frame: Frame
     make: Callable[[], Node]
 
     @property
     def node(self) -> Node:
-        """The node that gives the number, made when first asked for."""
-        if "_node" not in vars(self):
-            vars(self)["_node"] = self.make()
-        found: Node = vars(self)["_node"]
+        """The node that gives the value, made when first asked for."""
+        found: Node | None = vars(self).get("_node")
+        if found is None or getattr(found, "_erased", False):  # taken back meanwhile
+            found = vars(self)["_node"] = self.make()
         return found
 
     @property
     def plain(self) -> Any:
-        """The number alone."""
+        """The value alone."""
         return int.__int__(self) if isinstance(self, int) else float.__float__(self)  # type: ignore[arg-type]
 
 
@@ -45,22 +48,127 @@ class Real(_Tracked, float):
     """A real number that remembers its node."""
 
 
+_NO_TYPE = 127
+
+
+class Type(_Tracked, bytearray):
+    """The type of a tensor's entries (``torch.dtype``) that remembers its node.
+
+    torch's classes of types cannot be derived from. Its functions take this one for what
+    ``__torch_function__`` is defined for, and hand themselves over to that. The few that do not look for one
+    read the number of a type from where a bytearray keeps its length: it is of no type, and so an error.
+    """
+
+    dtype: torch.dtype
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return function(*plain_inside(args), **plain_inside(kwargs or {}))
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return torch.dtype
+
+    @property
+    def plain(self) -> torch.dtype:
+        """The type alone."""
+        return self.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in ("dtype", "frame", "make"):
+            raise AttributeError(name)
+        found = getattr(self.dtype, name)
+        frame = self.frame
+        if not frame.is_current:
+            return found
+        if callable(found):  # to_real, to_complex
+            return lambda: tracked(found(), frame, lambda: frame.auxiliary(type_from, (self.node, name)))
+        if type(found) is int:
+            return tracked(found, frame, lambda: frame.auxiliary(getattr, (self.node, name)))
+        frame.expect(getattr, (self, name), found)
+        return found
+
+    def limit(self, name: str) -> Any:
+        """Return a number of ``torch.finfo`` or ``torch.iinfo``, or another of their attributes."""
+        found = limit_of(self.dtype, name)
+        if not self.frame.is_current:
+            return found
+        if isinstance(found, (int, float)):
+            return tracked(found, self.frame, lambda: self.frame.auxiliary(limit_of, (self.node, name)))
+        self._asked()
+        return found
+
+    def _asked(self) -> torch.dtype:
+        """Return the type for a question of which nothing is known: the graph works with this type only."""
+        if self.frame.is_current:
+            self.frame.expect(operator.eq, (self, self.dtype), True)
+        return self.dtype
+
+    def __eq__(self, other: object) -> bool:
+        found = bool(self.dtype == plain(other))
+        if self.frame.is_current and isinstance(other, torch.dtype):
+            self.frame.expect(operator.eq, (self, other), found)
+        return found
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self._asked())
+
+    def __repr__(self) -> str:
+        return repr(self._asked())
+
+    __str__ = __repr__
+
+    def __format__(self, form: str) -> str:
+        return format(repr(self), form)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __copy__(self) -> torch.dtype:
+        return self.dtype
+
+    def __deepcopy__(self, memo: Any) -> torch.dtype:
+        return self.dtype
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (torch, str(self.dtype).rpartition(".")[2])
+
+
 def tracked(value: Any, frame: Frame, make: Callable[[], Node]) -> Any:
-    """Return a number that remembers where it comes from; anything else as it is."""
-    if type(value) not in (int, float):
+    """Return a number or type that remembers where it comes from; anything else as it is."""
+    made: Any
+    if type(value) is torch.dtype:
+        made = Type(_NO_TYPE)
+        made.dtype = value
+    elif type(value) in (int, float):
+        made = Size(value) if type(value) is int else Real(value)
+    else:
         return value
-    number: Any = Size(value) if type(value) is int else Real(value)
-    number.frame, number.make = frame, make
-    return number
+    made.frame, made.make = frame, make
+    return made
 
 
 def plain(value: Any) -> Any:
-    """Return a number without its memory, anything else as it is."""
+    """Return a number or type without its memory, anything else as it is."""
     return value.plain if isinstance(value, _Tracked) else value
 
 
+def plain_inside(value: Any) -> Any:
+    """Return the same with what lies in plain lists, tuples and dictionaries."""
+    if type(value) in (tuple, list):
+        return type(value)(plain_inside(entry) for entry in value)
+    if type(value) is dict:
+        return {key: plain_inside(entry) for key, entry in value.items()}
+    return plain(value)
+
+
 def is_tracked(value: object, frame: Frame | None) -> bool:
-    """Whether a value is a number of this frame's."""
+    """Whether a value is a number or type that comes from this frame."""
     return isinstance(value, _Tracked) and value.frame is frame
 
 

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from biofx import ops
 from biofx.graph.printing import function_name
+from biofx.graph.size_questions import asks_for_a_size
 from biofx.layers.weight_slots import argument
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.weights.constant_part import ConstantPart
@@ -88,6 +89,8 @@ def _arriving(
     if node.target in _OPERATORS:
         weight = argument(node, 0, "weight")
         return [_through(way, node) for way in ways.get(weight, {}).values()]
+    if asks_for_a_size(node):
+        return []
     moves = function_name(node.target) in _MOVES
     kind = Treatment.MOVED if moves else Treatment.COMPUTED
     found = []
