@@ -68,6 +68,11 @@ class PassesTheFlagOn(Body):
         return F.dropout(self.fc(x), 0.5, self.training)
 
 
+class BranchesOnTheFlag(Body):
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(x) if self.training else x
+
+
 class MixesTheFlagIn(Body):
     def forward(self, x: Tensor) -> Any:
         return F.dropout(self.fc(x), 0.5 * self.training)
@@ -393,6 +398,7 @@ CAPTURED: list[type[nn.Module]] = [
     AsksAboutTheEnvironment,
     AttributesOfValues,
     LeavesAFrozenPart,
+    BranchesOnTheFlag,
 ]
 
 
@@ -404,11 +410,6 @@ def test_a_captured_model_does_what_the_model_does(
     with unchanged(model):
         captured = capture(model)
     assert_same(model, captured, vectors)
-
-
-class BranchesOnTheFlag(Body):
-    def forward(self, x: Tensor) -> Any:
-        return self.fc(x) if self.training else x
 
 
 class SwallowsTheRefusal(Body):
@@ -650,7 +651,6 @@ class CopiesIntoNumpy(Body):
 
 
 REFUSED: list[tuple[type[nn.Module], str]] = [
-    (BranchesOnTheFlag, r"one thing in training .*self.training on"),
     (SwallowsTheRefusal, r"decides by a value"),
     (BranchesOnAValue, r"decides by a value"),
     (BranchesOnAShape, r"decides by a value"),
@@ -764,7 +764,7 @@ def test_what_a_graph_would_lose_is_refused_and_nothing_is_changed(
 def test_a_refusal_names_the_module_the_line_and_the_way_out() -> None:
     class Inner(Body):
         def forward(self, x: Tensor) -> Any:
-            return self.fc(x) if self.training else x
+            return self.fc(x) if x.sum() > 0 else x
 
     model = nn.Sequential(nn.Linear(4, 4), Inner())
     with pytest.raises(CaptureError) as caught:
@@ -772,7 +772,7 @@ def test_a_refusal_names_the_module_the_line_and_the_way_out() -> None:
     message = str(caught.value)
     assert "module '1' (Inner)" in message
     assert "test_capture.py:" in message
-    assert "(return self.fc(x) if self.training else x)" in message
+    assert "(return self.fc(x) if x.sum() > 0 else x)" in message
     assert "opaque=['1']" in message
 
 

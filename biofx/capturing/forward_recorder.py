@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,10 @@ class Recorder(TorchFunctionMode):
         self.busy = False
         self.graphs: dict[str, list[Graph]] = {}
         self.layers: dict[str, None] = {}
-        self.paths_called: set[str] = set()
+        self.calls: Counter[str] = Counter()
+        """How often each module was called."""
+        self.asks: set[tuple[str, str]] = set()
+        """Paths of modules that asked for ``training``, and of those whose it was."""
         self.assigned: set[tuple[str, str]] = set()
         """Paths of modules and names of their buffers to which nodes assign."""
         self._root = root
@@ -272,9 +276,9 @@ class Recorder(TorchFunctionMode):
         frame, path = self.frame, self._paths.get(id(module))
         if self.busy or (frame is not None and frame.given_up is not None):
             return original(module, *args, **kwargs)
-        was_called = path in self.paths_called
+        was_called = self.calls[path or ""] > 0
         if path is not None:
-            self.paths_called.add(path)
+            self.calls[path] += 1
         if frame is None:
             return self._call_from_python(path, module, original, args, kwargs)
         if not self._succeeds(lambda: frame.local_path(module)) or path is None:
@@ -407,6 +411,12 @@ class Recorder(TorchFunctionMode):
             self.frame = outer
         return plain_inside(found)
 
+    def _ask(self, module: nn.Module) -> None:
+        """Note that something may depend on the mode that a module is in."""
+        frame, path = self.following(), self._paths.get(id(module))
+        if frame is not None and path is not None:
+            self.asks.add((frame.innermost, path))
+
     def _switches(self) -> Switches | None:
         frame = self.following()
         return None if frame is None else frame.switches
@@ -453,12 +463,23 @@ class Recorder(TorchFunctionMode):
             recorder._assign(module, name, value)
             original_set(module, name, value)
 
+        def training(module: nn.Module) -> Any:
+            recorder._ask(module)
+            held = vars(module)
+            return held["training"] if "training" in held else module.__getattr__("training")
+
+        def set_training(module: nn.Module, flag: bool) -> None:
+            vars(module)["training"] = flag
+
+        module_class: Any = nn.Module
+        module_class.training = property(training, set_training)
         nn.Module.__call__ = call  # type: ignore[method-assign]
         nn.Module.__setattr__ = set_attribute  # type: ignore[assignment, method-assign]
         torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:
+            del module_class.training
             nn.Module.__call__ = original_call  # type: ignore[method-assign]
             nn.Module.__setattr__ = original_set  # type: ignore[method-assign]
             torch.autograd.Function.apply = original_apply  # type: ignore[method-assign]

@@ -61,8 +61,12 @@ class ModelTracer(Tracer):
         prefix: str,
         kept: dict[str, str] | None,
         watch: Watch,
+        mode: bool | None,
     ) -> None:
         super().__init__()
+        self._mode = mode
+        self.asks: set[tuple[str, str]] = set()
+        """Paths of modules that let ``training`` decide, and of those whose it was."""
         self.refusals: list[CaptureError] = []
         self.kept = kept
         self.prefix = prefix
@@ -97,6 +101,25 @@ class ModelTracer(Tracer):
 
     def _limit(self, dtype: Value, name: str) -> Proxy:
         return self.create_proxy("call_function", limit_of, (dtype, name), {})
+
+    def has_parameters(self, path: str) -> bool:
+        """Whether a module has any, or is the whole model."""
+        return not path or next(self._modules[path].parameters(), None) is not None
+
+    def decide_by_mode(self, path: str) -> bool:
+        """Return whether the module at a path is in training, to Python code that decides by it.
+
+        What is traced holds in one mode only then; see :class:`biofx.capturing.both_modes.OneMode`. A module
+        without parameters had better be one call.
+        """
+        running = next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
+        self.asks.add((running, path))
+        if self._mode is None or not self.has_parameters(path):
+            self.refuse(
+                "does one thing in training and another in evaluation, and a graph would keep only one",
+                remedy="Pass self.training on to a function that takes it",
+            )
+        return self._mode
 
     @property
     def is_switching(self) -> bool:

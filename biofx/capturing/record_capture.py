@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
-from biofx.capturing.both_modes import unified
+from biofx.capturing.both_modes import OneMode, unified
 from biofx.capturing.forward_recorder import Recorder
 from biofx.capturing.frames import Keep, joined_path
 from biofx.capturing.region_capture import capture_regions, capture_uncalled, weights_read_by_python
@@ -23,7 +23,7 @@ from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import steers_gradients
 from biofx.graph.guards import RecordingError
 from biofx.graph.own_forward import own_forward_graph
-from biofx.graph.regions import is_inside
+from biofx.graph.regions import is_inside, kept_around
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 
 _SECOND_THOUGHTS = 2
@@ -215,10 +215,11 @@ class _RecordCapture:
             for calls in found:
                 if any(_text(call) != _text(calls[0]) for call in calls):
                     raise Keep(path, f"module {path!r} does not do the same at every call")
-            graphs[path] = unified(path, found[0][0], found[1][0])
+            modes = [_one_mode(recorder, path, self._kept) for recorder in (training, evaluation)]
+            graphs[path] = unified(path, self._modules[path], *modes)
         layers = list(dict.fromkeys([*training.layers, *evaluation.layers]))
         graphs = {path: graphs[path] for path in paths}
-        return graphs, layers, training.paths_called | evaluation.paths_called
+        return graphs, layers, {*training.calls, *evaluation.calls}
 
     def _assembled(
         self, root: nn.Module, graphs: dict[str, Graph], layers: list[str], called: set[str]
@@ -306,6 +307,21 @@ class _RecordCapture:
             mode = "training" if training else "evaluation"
             return Keep("", f"what was recorded does not do what the model does in {mode}: {error}")
         return None
+
+
+def _one_mode(recorder: Recorder, path: str, kept: Iterable[str]) -> OneMode:
+    """Return what one module did in the mode that was recorded, in its own paths."""
+    inside = len(path) + bool(path)
+    around = [module for module in kept if module != path]
+    asks = [
+        (running[inside:], asked[inside:])
+        for running, asked in recorder.asks
+        if is_inside(running, path) and kept_around(running, around) is None
+    ]
+    own = frozenset(running for running, asked in asks if running == asked)
+    calls = {called[inside:]: times for called, times in recorder.calls.items() if is_inside(called, path)}
+    is_known = all(running == asked for running, asked in asks)
+    return OneMode(recorder.graphs[path][0], own if is_known else None, calls)
 
 
 def _graphs_of(made: nn.Module) -> Iterator[Graph]:

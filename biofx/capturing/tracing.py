@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from torch.fx import Graph
 
+from biofx.capturing.both_modes import OneMode, unified
+from biofx.capturing.frames import Keep
 from biofx.capturing.model_tracer import ModelTracer, StartAgain
 from biofx.capturing.side_effects import Watch
 from biofx.errors import CaptureError
+from biofx.graph.regions import kept_around
 
 
 @dataclass(frozen=True)
@@ -42,27 +46,93 @@ def trace(
     Raises:
         CaptureError: the forward cannot be captured without losing something.
     """
-    watch = Watch(root, prefix)
-    kept: dict[str, str] = {}
-    while True:
-        tracer = ModelTracer(root, opaque, foreign, prefix, dict(kept) if keep else None, watch)
-        try:
-            graph = _traced(tracer, root)
-            kept |= tracer.kept or {}
-            left_in = watch.changed_modules()
-            changed = [path for path in left_in if path and path not in kept]
-            if not keep or not changed:
-                watch.refuse_side_effects(attributes=bool(left_in))
-                return Traced(graph, kept)
-            for path in changed:
-                kept[path] = f"{tracer.named(path)} changes its attributes in the forward"
-        except StartAgain as again:
-            kept |= again.kept
-        except CaptureError:
-            if keep:
-                watch.restore()
-            raise
-        watch.restore()
+    tracing = _Tracing(root, opaque, foreign, prefix, keep)
+    found: Traced | None = None
+    try:
+        mode = tracing.in_mode(None)
+        found = Traced(mode.graph, dict(tracing.kept))
+    except CaptureError as error:
+        refusal = error
+    if tracing.decides_by_mode:
+        found = tracing.in_both_modes() or found
+    if found is None:
+        raise refusal
+    return found
+
+
+class _Tracing:
+    """Traces one module as often as it takes."""
+
+    def __init__(
+        self, root: nn.Module, opaque: frozenset[str], foreign: frozenset[int], prefix: str, keep: bool
+    ) -> None:
+        self._root = root
+        self._opaque = opaque
+        self._foreign = foreign
+        self._prefix = prefix
+        self._keep = keep
+        self._watch = Watch(root, prefix)
+        self.kept: dict[str, str] = {}
+        self.decides_by_mode = False
+
+    def in_both_modes(self) -> Traced | None:
+        """Return one graph for training and evaluation, None where they cannot be one."""
+        self.kept = {}
+        while True:
+            try:
+                training = self.in_mode(True)
+                settled = set(self.kept)
+                evaluation = self.in_mode(False)
+                if settled == set(self.kept):
+                    graph = unified(self._prefix, self._root, training, evaluation)
+                    return Traced(graph, self.kept)
+            except CaptureError:
+                return None
+            except Keep as found:
+                local = found.path[len(self._prefix) :].lstrip(".")
+                if not self._keep or local in ("", *self.kept):
+                    return None
+                self.kept[local] = found.reason
+
+    def in_mode(self, mode: bool | None) -> OneMode:
+        """Trace the forward, as it is in one mode or as it is in any.
+
+        Raises:
+            CaptureError: the forward cannot be captured without losing something.
+        """
+        while True:
+            tracer = ModelTracer(
+                self._root,
+                self._opaque,
+                self._foreign,
+                self._prefix,
+                dict(self.kept) if self._keep else None,
+                self._watch,
+                mode,
+            )
+            try:
+                graph = _traced(tracer, self._root)
+                self.kept |= tracer.kept or {}
+                left_in = self._watch.changed_modules()
+                changed = [path for path in left_in if path and path not in self.kept]
+                if not self._keep or not changed:
+                    self._watch.refuse_side_effects(attributes=bool(left_in))
+                    return self._one_mode(tracer, graph)
+                for path in changed:
+                    self.kept[path] = f"{tracer.named(path)} changes its attributes in the forward"
+            except StartAgain as again:
+                self.kept |= again.kept
+            except CaptureError:
+                self._watch.restore()
+                raise
+            finally:
+                self.decides_by_mode |= any(tracer.has_parameters(path) for _, path in tracer.asks)
+            self._watch.restore()
+
+    def _one_mode(self, tracer: ModelTracer, graph: Graph) -> OneMode:
+        asks = [(running, path) for running, path in tracer.asks if kept_around(running, self.kept) is None]
+        own = frozenset(path for running, path in asks if running == path)
+        return OneMode(graph, own if len(own) == len(asks) else None, Counter(tracer.calls))
 
 
 def _traced(tracer: ModelTracer, root: nn.Module) -> Graph:

@@ -207,10 +207,7 @@ class TrainingFlag(Value):
             self._node = None
 
     def __bool__(self) -> bool:
-        self.tracer.refuse(
-            "does one thing in training and another in evaluation, and a graph would keep only one of them",
-            remedy="Pass self.training on to a function that takes it",
-        )
+        return self.tracer.decide_by_mode(self.path)
 
     def stands_for(self) -> type:
         """Return the type of a flag."""

@@ -16,6 +16,7 @@ from biofx.deploying.raising import raise_layers
 from biofx.deploying.settling import settle
 from biofx.errors import InputError, PassError
 from biofx.graph.assignments import assign_buffer
+from biofx.graph.branches import take_branches
 from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import begin_autocast, begin_grad_mode
 from biofx.graph.guards import require_default, require_tensor
@@ -135,6 +136,7 @@ def _drop_gradient_modes(own: GraphModule) -> None:
 
 def _drop_what_learns(own: GraphModule) -> None:
     """Take out gradient factors, observers, checks of arguments, and training flags."""
+    take_branches(own.graph, training=False)
     _drop_gradient_modes(own)
     fixed: list[Any] = []
     regions = region_of_nodes(own.graph)

@@ -98,6 +98,11 @@ BEGINNINGS: dict[Callable[..., Any], Callable[..., Any]] = {
 _ENDS = frozenset(BEGINNINGS.values())
 
 
+def is_of_a_context(node: Node) -> bool:
+    """Whether a node begins or ends a context."""
+    return node.target in BEGINNINGS or node.target in _ENDS
+
+
 def _written(proxy: Proxy, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return proxy.tracer.create_proxy("call_function", function, args, {})
 

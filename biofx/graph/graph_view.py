@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from biofx.graph.printing import function_name
+from biofx.graph.printing import format_node, function_name
 from biofx.graph.regions import whole_graph
 from biofx.select import module_calls
 
@@ -56,15 +56,17 @@ class GraphView:
     """By path, the model itself under the empty one."""
 
     @classmethod
-    def of(cls, graph_module: GraphModule, lines: Mapping[str, str]) -> GraphView:
-        """Take down a graph module as it is now; ``lines`` has the text of each of its nodes."""
+    def of(cls, graph_module: GraphModule, lines: Mapping[str, str] | None = None) -> GraphView:
+        """Take down a graph module as it is now; ``lines`` may have the text of its nodes already."""
         counted: set[int] = set()
         names: dict[type, tuple[str, ...]] = {}
         modules = {
             path: ModuleView(_class_names(type(module), names), _own_elements(module, counted))
             for path, module in graph_module.named_modules(remove_duplicate=False)
         }
-        nodes = tuple(_node_view(node, lines[node.name], modules) for node in whole_graph(graph_module).nodes)
+        graph = whole_graph(graph_module)
+        lines = {node.name: format_node(node) for node in graph.nodes} if lines is None else lines
+        nodes = tuple(_node_view(node, lines[node.name], modules) for node in graph.nodes)
         return cls(nodes, modules)
 
     @cached_property

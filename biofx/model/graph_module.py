@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 
 from biofx.errors import CaptureError, CheckpointError, InputError
+from biofx.graph.branches import has_branches, settle_branches, with_branches
 from biofx.graph.contexts import restoring_modes
 from biofx.graph.own_forward import call_own_forward
 from biofx.kernels.sharded_rates import outside_graphs
@@ -135,6 +136,9 @@ class BioGraphModule(GraphModule):
         """Make the graph's code anew; a module that keeps its own forward goes on running that."""
         if isinstance(self._graph, _NotYet):
             return None
+        if has_branches(self._graph):
+            settle_branches(self._graph)
+            self._graph.on_generate_code(lambda before: with_branches)
         code = super().recompile()
         origin = user_class(self)
         if origin is not None and self.keeps_forward:

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 
+from biofx.graph.guards import by_mode
 from biofx.units.flow import NOTHING, RULES, Call, Flow
 from biofx.units.layout import Layout, LayoutError, concatenated
 from biofx.units.rules_elementwise import declare
@@ -70,6 +71,16 @@ def chosen(call: Call) -> Flow:
         flows = [call.flow(call.argument(0, "self")), call.flow(call.argument(2, "other"))]
     else:
         flows = [call.flow(call.argument(first, "input")), call.flow(call.argument(first + 1, "other"))]
+    return call.unified(flows).replace(nonnegative=all(flow.nonnegative for flow in flows))
+
+
+def chosen_by_mode(call: Call) -> Flow:
+    """``by_mode(training, a, b)``: a unit of either is one; two of different forms go no further."""
+    flows = [call.flow(call.argument(1, "in_training")), call.flow(call.argument(2, "in_evaluation"))]
+    if any(flow.parts for flow in flows):
+        return call.ends("its form is not the same in training and in evaluation")
+    if not any(flow.has_units for flow in flows):
+        return NOTHING
     return call.unified(flows).replace(nonnegative=all(flow.nonnegative for flow in flows))
 
 
@@ -209,6 +220,7 @@ declare(("mul", "multiply"), multiplied)
 declare(("div", "divide", "true_divide"), divided)
 declare(("where", "maximum", "minimum"), chosen)
 declare(("masked_fill",), masked)
+RULES[by_mode] = chosen_by_mode
 declare(("cat", "concat", "concatenate"), joined)
 declare(("stack",), stacked)
 declare(("channel_shuffle", "native_channel_shuffle"), shuffled)
