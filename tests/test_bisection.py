@@ -221,25 +221,57 @@ def predicate(bio_model):
 
 passes = "scale-gradients,constrain-signs,split-weights{activation=torch.log}"
 """
+REGIONS = (
+    SCRIPT.replace(
+        "        return torch.relu(self.fc2(torch.relu(self.fc1(x))))",
+        """        return x if x.abs().sum() > 1e9 else self.part(x)""",
+    )
+    .replace(
+        "        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)",
+        "        self.part = Part()",
+    )
+    .replace(
+        "class Block(nn.Module):",
+        """class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)
+    def forward(self, x):
+        y = torch.relu(self.fc1(x))
+        return self.fc2(y + 0.1 if self.training else y)
+
+class Block(nn.Module):""",
+    )
+)
+"""The same, but Python runs the block around the layers, and they do something in training only."""
 
 
+@pytest.mark.parametrize(("source", "node"), [(SCRIPT, "_0_fc1"), (REGIONS, "_0_part_fc1")])
 def test_the_command_finds_it_and_writes_a_script_that_shows_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: str,
+    node: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    Path("diverges.py").write_text(SCRIPT, encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "diverges", raising=False)
+    Path("diverges.py").write_text(source, encoding="utf-8")
     assert main(["bisect", "diverges.py"]) == 0
     printed = capsys.readouterr().out
     assert (
         "split-weights{activation=torch.log} is the first pass after which the predicate is true" in printed
     )
-    assert "_0_fc1 the first node" in printed
+    assert f"{node} the first node" in printed
     assert "reproducer: python biofx-reproducer" in printed
-    Path("diverges.py").unlink()
-    sys.modules.pop("diverges", None)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if source is REGIONS:  # what Python runs is of the user's class
+        environment["PYTHONPATH"] = os.getcwd()
+    else:
+        Path("diverges.py").unlink()
+    sys.modules.pop("diverges", None)
     script = tmp_path / "work" / "biofx-reproducer" / "reproduce.py"
     done = subprocess.run(
         [sys.executable, str(script)],

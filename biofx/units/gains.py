@@ -76,7 +76,8 @@ def constrain_gains(
     for site in find_norms(lowering.graph_module):
         uses.setdefault(site.parameter_path, []).append(site)
     for path, sites in uses.items():
-        left = int((sites[0].parameter.detach() < 0).sum())
+        gains = sites[0].parameter.detach()
+        left = 0 if gains.is_meta else int((gains < 0).sum())
         taken = []
         for site in sites:
             reason = _reason_against(owner, scope, site, norms, left if exact else 0)
@@ -110,6 +111,8 @@ def _reason_against(owner: Pass, scope: Scope, site: NormSite, norms: set[Node],
     weight = site.weight_node
     if weight is not None and weight.target is ops.constrain_sign:
         return "its gains are constrained already"
+    if site.parameter.is_meta:
+        return "its gains are on the meta device and have no values"
     if negative:
         return f"{negative} of its gains are negative and cannot be folded into the layer before exactly"
     return site.obstacle
@@ -129,8 +132,10 @@ def _fold(lowering: Lowering, norm: NormSite, layers: dict[Node, WeightSite], sh
     module = graph_module.get_submodule(norm.layer)
     source = norm.node.args[0] if norm.node.args else None
     layer = layers.get(source) if isinstance(source, Node) else None
+    if layer is None or not isinstance(module, _BATCH_NORMS) or norm.parameter.is_meta:
+        return 0
     negative = norm.parameter.detach() < 0
-    if layer is None or not isinstance(module, _BATCH_NORMS) or not negative.any():
+    if not negative.any():
         return 0
     if len(layer.node.users) > 1 or layer.operators or layer.obstacle is not None:
         return 0
