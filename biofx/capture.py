@@ -27,6 +27,7 @@ from biofx.errors import CaptureError, InputError
 from biofx.graph.contexts import preserved_modes
 from biofx.graph.names import refuse_unwritable_names
 from biofx.graph.regions import region_paths
+from biofx.model.computed_attributes import without_history
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 from biofx.sites import find_sites
 
@@ -161,7 +162,7 @@ def _check_paths(model: nn.Module, opaque: Sequence[str]) -> None:
 
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, without_history(model, memo))
     except Exception as error:
         raise InputError(
             f"expected a model that copy.deepcopy can copy; {type(model).__name__} makes it fail: {error}"

@@ -74,13 +74,14 @@ def coverage_of(
     kept = kept_modules(graph_module)
     parameters = dict(graph_module.named_parameters())
     layer_of = {id(site.parameter): site.layer for site in sites.found}
+    computing = {site.layer: site.layer for site in sites.found if site.is_computed}
     wrapped = {id(site.parameter) for site in sites.reads if site.operators}
     read = set(_parameters_read(graph_module))
     done = set(applied)
     rewritten = 0
     left: list[LeftAlone] = []
     for path, parameter in parameters.items():
-        layer = layer_of.get(id(parameter))
+        layer = layer_of.get(id(parameter)) or computing.get(path.partition(".parametrizations.")[0])
         if (layer is not None and layer in done) or id(parameter) in wrapped:
             rewritten += parameter.numel()
             continue

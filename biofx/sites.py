@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.nn.utils.parametrize import is_parametrized
 
 from biofx.graph.region_use import RegionUse
 from biofx.graph.regions import kept_around, kept_modules, whole_graph
@@ -34,6 +35,7 @@ from biofx.layers.weight_site import (
     Bystander,
     Sites,
     WeightSite,
+    computed_behind,
     fold_behind,
     parameter_behind,
 )
@@ -95,7 +97,7 @@ def _kind_of_module(module: nn.Module) -> LayerKind | None:
 
 
 def _computed_weight(module: Any, kind: LayerKind) -> nn.Parameter:
-    """Return something of a weight's shape; to compute the weight itself would be a step of spectral norm."""
+    """Return something of a weight's shape and type; to compute it would be a step of spectral norm."""
     if kind.why_no_units:
         shape = _shape_without_units(module)
     elif kind.kernel_axes == 0:
@@ -104,7 +106,10 @@ def _computed_weight(module: Any, kind: LayerKind) -> nn.Parameter:
         ends = (module.out_channels, module.in_channels)
         first, second = ends[::-1] if kind.transposed else ends
         shape = (first, second // module.groups, *module.kernel_size)
-    return nn.Parameter(torch.zeros(()).expand(shape))
+    held = list(module.parametrizations.parameters()) if is_parametrized(module) else []
+    like = held[0] if held else torch.zeros(())
+    empty = torch.zeros((), dtype=like.dtype, device=like.device).expand(shape)
+    return nn.Parameter(empty, requires_grad=not held or any(entry.requires_grad for entry in held))
 
 
 def _shape_without_units(module: Any) -> tuple[int, ...]:
@@ -120,6 +125,7 @@ class _Survey:
         self.graph = whole_graph(graph_module)
         self.use = RegionUse(graph_module, self.graph)
         self._modules = dict(graph_module.named_modules(remove_duplicate=False))
+        self._stand_ins: dict[str, nn.Parameter] = {}
         first_path: dict[int, str] = {}
         self._parameters: dict[str, tuple[str, nn.Parameter]] = {}
         for path, parameter in graph_module.named_parameters(remove_duplicate=False):
@@ -153,17 +159,29 @@ class _Survey:
                 yield Bystander(path.rpartition(".")[0], node, f"{slot.name}: {computed(slot.name)}")
                 continue
             if named is None:
-                named = (path, _computed_weight(module, kind))
-            else:
-                named = (self.use.path_for(node, path, named[0]), named[1])
+                weight = self._computed(path, module, kind)
+                barrier = obstacle or self._barrier(node, weight)
+                why = barrier or computed(slot.name)
+                yield WeightSite(node, kind, path, weight, groups, why, slot, barrier, is_computed=True)
+                continue
+            named = (self.use.path_for(node, path, named[0]), named[1])
             barrier = obstacle or self._barrier(node, named[1])
             against = barrier or self._outside.get(id(named[1]))
             yield WeightSite(node, kind, *named, groups, against, slot, barrier)
+
+    def _computed(self, path: str, module: nn.Module, kind: LayerKind) -> nn.Parameter:
+        """Return what stands for a weight that is computed, the same for all its uses."""
+        return self._stand_ins.setdefault(path, _computed_weight(module, kind))
 
     def _function_site(self, node: Node, kind: LayerKind, slot: WeightSlot) -> WeightSite | Bystander:
         weight = slot.read(node)
         root = parameter_behind(weight)
         named = self._parameters.get(str(root.target)) if root is not None else None
+        if (place := computed_behind(weight)) is not None:
+            stand_in = self._computed(place, self._modules[place.rpartition(".")[0]], kind)
+            groups, barrier = _groups_of(node, kind), self._barrier(node, stand_in)
+            against = barrier or computed(slot.name)
+            return WeightSite(node, kind, place, stand_in, groups, against, slot, barrier, is_computed=True)
         if root is None or named is None:
             reason = f"its weight is {weight}, computed in the graph, not a parameter"
             return Bystander(innermost_path(node), node, reason)

@@ -21,7 +21,15 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from biofx import ops
-from biofx.config import FROM_SEED, GRANULARITIES, PARAMETERS, RATE_DTYPES, Distribution, check_drawn_again
+from biofx.config import (
+    CHANGING,
+    FROM_SEED,
+    GRANULARITIES,
+    PARAMETERS,
+    RATE_DTYPES,
+    Distribution,
+    check_drawn_again,
+)
 from biofx.draws.randomness import generator_for
 from biofx.draws.rate_draws import PURPOSE, rate_draw, told_of_place
 from biofx.graph.regions import region_of_nodes
@@ -142,6 +150,12 @@ class ScaleGradients(WeightPass):
             return "its weight is on the meta device and has no values"
         if site.barrier is None and is_taken(site.parameter_path):
             return f"plasticity states use its name, {site.parameter_path!r}, for something else"
+        if site.is_computed and self.distribution in CHANGING:
+            return f"a parametrization computes it, and {self.distribution.value} factors follow a parameter"
+        if site.is_computed and self.dtype in ("uint8", FROM_SEED):
+            return (
+                f"a parametrization computes it, and {self.dtype!r} factors take a parameter; use 'float32'"
+            )
         return site.barrier
 
     def wrap(self, lowering: Lowering, weight: Weight, survey: None) -> Iterator[Remark]:

@@ -962,3 +962,29 @@ def test_an_annotation_that_is_a_text_does_not_stay_in_the_graph(mlp: nn.Module)
             return self.mlp(x)  # type: ignore[no-any-return]
 
     assert [node.type for node in capture(Annotated()).graph.nodes if isinstance(node.type, str)] == []
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_weights_that_hooks_compute_at_every_call_do_not_stand_in_the_way(
+    recorded: bool, vectors: Tensor
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    torch.nn.utils.spectral_norm(model[0])
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(model[2])
+    model(vectors)  # leaves computed weights behind
+    captured = capture(model, example_inputs=((vectors,), {}) if recorded else None)
+    again = biofx.passes.ScaleGradients()(captured).graph_module
+    for training in (True, False):
+        expected = model.train(training)(vectors)
+        for made in (captured, again):
+            torch.testing.assert_close(made.train(training)(vectors), expected)
+
+
+def test_a_refusal_finds_the_line_whatever_self_is_called() -> None:
+    class Unusual(nn.Module):
+        def forward(this, x: Tensor) -> Any:  # noqa: N805
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(CaptureError, match=r"test_capture\.py:\d+ \(return x if"):
+        capture(Unusual(), regions=False)

@@ -57,11 +57,6 @@ OBSTACLES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "forward pre-hook": (lambda: with_hook("register_forward_pre_hook"), "it has forward pre hooks"),
     "backward hook": (lambda: with_hook("register_full_backward_hook"), "it has backward hooks"),
     "backward pre-hook": (lambda: with_hook("register_full_backward_pre_hook"), "it has backward pre hooks"),
-    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "computed by a parametrization"),
-    "spectral norm": (
-        lambda: parametrizations.spectral_norm(nn.Linear(4, 4)),
-        "computed by a parametrization",
-    ),
     "own forward": (lambda: OwnForward(4, 4), "OwnForward has a forward of its own, not Linear's"),
     "own kernel": (lambda: OwnKernel(4, 4, 1), "OwnKernel has a forward of its own, not Conv1d's"),
     "patched": (with_a_forward_of_its_own, "replaced on the instance"),

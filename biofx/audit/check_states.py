@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from biofx.audit.check_report import Finding
 from biofx.audit.check_subject import Placed, Subject, Uses, owner_of
+from biofx.layers.weight_site import computed_behind
 from biofx.layers.weight_slots import argument
-from biofx.operators.rate_ops import draw_of, scale_gradient_by_seed
+from biofx.operators.rate_ops import GRADIENT_SCALINGS, draw_of, scale_gradient_by_seed
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.placement import bio_module_path
 from biofx.weights.weight_uses import WeightUse
@@ -65,6 +66,9 @@ def scaling(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Count the uses of a weight whose gradient is not scaled as its state says."""
     for placed in subject.states():
         state = placed.state
+        if state.parameter is None and _scales_computed(placed, uses):
+            yield Finding(placed.layer, "scaling", state.path, 1, 0, "")
+            continue
         found = uses.of_parameter.get(id(state.parameter), [])
         reasons = [reason for use in found if (reason := _misscaled(use, state, uses))]
         message = "; ".join(dict.fromkeys(reasons))
@@ -76,6 +80,12 @@ def scaling(subject: Subject, uses: Uses) -> Iterator[Finding]:
                 "its gradient; transform the model anew"
             )
         yield Finding(placed.layer, "scaling", state.path, max(1, len(found)), violated, message)
+
+
+def _scales_computed(placed: Placed, uses: Uses) -> bool:
+    """Whether the graph scales the gradient of a weight that a parametrization computes."""
+    scalings = [node for node in uses.constants.graph.nodes if node.target in GRADIENT_SCALINGS]
+    return any(computed_behind(node) == placed.state.path for node in scalings)
 
 
 def _misscaled(use: WeightUse, state: BioModule, uses: Uses) -> str:

@@ -167,7 +167,8 @@ class ModelTracer(Tracer):
     def describe(self, frames: Sequence[tuple[Any, int]]) -> str:
         """Name the innermost of ``frames`` (innermost first) that runs the user's model."""
         for frame, line in frames:
-            module = frame.f_locals.get("self")
+            first = frame.f_code.co_varnames[:1]  # self, by whatever name
+            module = frame.f_locals.get(first[0]) if first else None
             file = frame.f_code.co_filename
             if (
                 id(module) in self._paths

@@ -24,6 +24,7 @@ from biofx.graph.contexts import steers_gradients
 from biofx.graph.guards import RecordingError
 from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside, kept_around
+from biofx.model.computed_attributes import without_history
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 
 _SECOND_THOUGHTS = 2
@@ -108,7 +109,7 @@ class _RecordCapture:
         """Record until it does what the model does; None if more than ``most`` modules would have to be kept."""
         while most is None or len(self._kept) <= most:
             recorded = self._recorded()
-            made = self._assembled(copy.deepcopy(self._root, dict(self._own)), *recorded)
+            made = self._assembled(copy.deepcopy(self._root, without_history(self._root, dict(self._own))), *recorded)
             doubt = None if self._on_meta else self._doubt(made)
             self._check_parameters()
             if doubt is None:
@@ -131,7 +132,7 @@ class _RecordCapture:
 
     def _copy(self, model: nn.Module) -> Any:
         """Return a copy to try something on."""
-        return copy.deepcopy(model, dict(self._scratch))
+        return copy.deepcopy(model, without_history(model, dict(self._scratch)))
 
     def _check_parameters(self) -> None:
         for key, parameter in self._own.items():

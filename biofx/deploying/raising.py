@@ -10,6 +10,8 @@ from torch.fx import GraphModule, Node
 
 from biofx.deploying.raised_calls import LayerCall
 from biofx.graph.regions import region_paths
+from biofx.layers.layer_kinds import LAYER_KINDS, kind_of_call
+from biofx.layers.weight_site import computed_behind
 from biofx.weights.weight_values import erase_unused_reads
 
 
@@ -19,6 +21,7 @@ def raise_layers(graph_module: GraphModule) -> None:
     The module is a new one, at the path of the old one where nothing else in the graph needs what is there;
     calls with different weights become calls of different modules.
     """
+    _call_parametrized(graph_module)
     layers = dict(graph_module.named_modules(remove_duplicate=False))
     raised = {
         node: call for node in graph_module.graph.nodes if (call := LayerCall.of(node, graph_module, layers))
@@ -28,6 +31,20 @@ def raise_layers(graph_module: GraphModule) -> None:
         node.target = places.place(call)
         node.op, node.args, node.kwargs = "call_module", call.args, dict(call.kwargs)
     erase_unused_reads(graph_module)
+
+
+def _call_parametrized(graph_module: GraphModule) -> None:
+    """Let each layer whose weight a parametrization computes, and nothing else changes, be called as it was."""
+    for node in list(graph_module.graph.nodes):
+        kind = kind_of_call(node)
+        weight = node.args[1] if kind in LAYER_KINDS and len(node.args) > 1 else None
+        path = computed_behind(weight)
+        if path is None or not isinstance(weight, Node) or weight.target is not getattr:
+            continue
+        layer = path.rpartition(".")[0]
+        if getattr(graph_module.get_submodule(layer), "padding_mode", "zeros") == "zeros":
+            node.op, node.target, node.args, node.kwargs = "call_module", layer, (node.args[0],), {}
+            graph_module.graph.erase_node(weight)
 
 
 @dataclass

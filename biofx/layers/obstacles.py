@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 from torch.fx import Node
+from torch.nn.utils.parametrize import is_parametrized
 
 from biofx.layers.layer_kinds import LayerKind
 from biofx.layers.weight_slots import WeightSlot
@@ -28,6 +29,12 @@ def computed(name: str) -> str:
     return f"its {name} is computed by a parametrization, not a parameter"
 
 
+def is_computed_plainly(module: nn.Module, kind: LayerKind, name: str) -> bool:
+    """Whether a layer has one weight, which a parametrization computes, and all else as it was."""
+    is_plain = not kind.is_compound and not kind.why_no_units
+    return is_plain and is_parametrized(module, name) and "bias" in module._parameters
+
+
 def obstacle_to_lowering(
     node: Node, module: nn.Module, kind: LayerKind, slots: Iterable[WeightSlot]
 ) -> str | None:
@@ -36,7 +43,8 @@ def obstacle_to_lowering(
         return f"it has {' and '.join(hooks)}, which would no longer run"
     for slot in slots:
         owner, _, name = slot.name.rpartition(".")
-        if name not in module.get_submodule(owner)._parameters:
+        held = name in module.get_submodule(owner)._parameters
+        if not held and not is_computed_plainly(module, kind, name):
             return computed(slot.name)
     overridden: Iterable[str] = ("forward", "_conv_forward")
     if any(name in vars(module) for name in overridden):

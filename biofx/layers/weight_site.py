@@ -37,6 +37,8 @@ class WeightSite:
     """Which of the layer's weights it is."""
     barrier: str | None = None
     """Why the weight cannot even be made visible, so that its gradient could be scaled, or None."""
+    is_computed: bool = False
+    """Whether a parametrization computes the weight; ``parameter`` has its shape then, and no values."""
 
     @property
     def role(self) -> str:
@@ -176,6 +178,16 @@ def parameter_behind(node: Any) -> Node | None:
     while isinstance(node, Node) and node.op == "call_function" and node.target in WEIGHT_OPERATORS:
         node = node.args[0]
     return node if isinstance(node, Node) and node.op == "get_attr" else None
+
+
+def computed_behind(node: Any) -> str | None:
+    """Return the path of the weight at the root of an expression if a parametrization computes it."""
+    while isinstance(node, Node) and node.op == "call_function" and node.target in WEIGHT_OPERATORS:
+        node = node.args[0]
+    if not isinstance(node, Node) or node.target is not getattr:
+        return None
+    owner = node.args[0]
+    return f"{owner.target}.{node.args[1]}" if isinstance(owner, Node) and owner.op == "get_attr" else None
 
 
 def fold_behind(weight: Any) -> Node | None:

@@ -86,7 +86,7 @@ class Lowering:
             lower_unitless(node, module, site.kind, functools.partial(self.read_of, node))
             return
         (source,) = (*node.args, *node.kwargs.values())
-        weight = self.read(site.parameter_path, node)
+        weight = self._computed(site) if site.is_computed else self.read(site.parameter_path, node)
         bias = None if module.bias is None else self.read(f"{node.target}.bias", node)
         options = _options(module, site)
         if getattr(module, "padding_mode", "zeros") != "zeros":
@@ -96,6 +96,18 @@ class Lowering:
         node.target = site.kind.function
         node.args = (source, weight) if bias is None else (source, weight, bias)
         node.kwargs = options
+
+    def _computed(self, site: WeightSite) -> Node:
+        """Write down that a layer is asked for its weight, which its parametrization then computes."""
+        node = site.node
+        path, named = site.parameter_path, site.parameter_path.replace(".", "_")
+        layer = self.read(site.layer, node, f"{named.removesuffix('_weight')}_layer")
+        with node.graph.inserting_before(node):
+            weight = node.graph.create_node(
+                "call_function", getattr, (layer, path.rpartition(".")[2]), name=named
+            )
+        weight.meta = dict(layer.meta)
+        return weight
 
     def wrap_weight(
         self,

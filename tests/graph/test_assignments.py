@@ -163,7 +163,7 @@ class AssignsInTraining(Body):
 
 @pytest.mark.parametrize(
     ("model_class", "in_python"),
-    [(Grows, False), (HoldsABatch, True), (HoldsAnActivation, True), (AssignsInTraining, True)],
+    [(Grows, False), (HoldsABatch, True), (HoldsAnActivation, True), (AssignsInTraining, False)],
 )
 def test_what_would_change_more_than_values_stays_in_python(
     model_class: type[nn.Module], in_python: bool

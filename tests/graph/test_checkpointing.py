@@ -186,10 +186,12 @@ def test_what_else_is_checkpointed_stays_in_python_and_its_layers_are_rewritten(
         return
     model = model_class()
     captured = recorded_of(model) if recorded else capture(model)
-    assert next(iter(captured.kept_as_python)) == ""
+    in_a_branch = recorded and model_class is ChecksInTraining
+    assert next(iter(captured.kept_as_python)) == ("blocks.0" if in_a_branch else "")
     layers = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     bio_model, report = biofx.transform(captured, BioConfig(fuzzy_learning_rate_factor_nu=0.3))
-    assert {remark.layer for remark in report.remarks if remark.kind == "applied"} == set(layers)
+    called = {layer for layer in layers if not (in_a_branch and layer.startswith("blocks.1."))}
+    assert {remark.layer for remark in report.remarks if remark.kind == "applied"} == called
     for training in (True, False):
         expected = outcome(model.train(training), inputs(3))
         torch.testing.assert_close(outcome(captured.train(training), inputs(3)), expected, rtol=0, atol=0)
