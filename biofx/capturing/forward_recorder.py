@@ -139,13 +139,13 @@ class Recorder(TorchFunctionMode):
         options = dict(kwargs or {})
         frame = self.following()
         if frame is None:
-            return func(*args, **options)
+            return _called(func, args, options)
         done: list[Any] = []
         try:
             return self._followed(frame, func, args, options, done)
         except Keep as keep:
             self.give_up(keep)
-            return done[0] if done else func(*args, **options)
+            return done[0] if done else _called(func, args, options)
 
     def _followed(self, frame: Frame, func: Any, args: Any, options: dict[str, Any], done: list[Any]) -> Any:
         """Do what is asked and write it down; ``done`` holds what came out, should the writing stop."""
@@ -160,7 +160,7 @@ class Recorder(TorchFunctionMode):
             self.stop("switches gradients by itself")
         try:
             with self.quiet():
-                found = func(*args, **options)
+                found = _called(func, args, options)
         except Exception as error:
             self._failed = self._failed or (frame.innermost, f"{type(error).__name__}: {error}")
             raise
@@ -484,6 +484,12 @@ class Recorder(TorchFunctionMode):
 
 
 _OWN_FOLDER = str(Path(__file__).parent.parent)
+
+
+def _called(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    if func is Tensor.type:  # the one method that does not let a stand-in for a type take over
+        args, options = plain_inside(args), plain_inside(options)
+    return func(*args, **options)
 
 
 def _is_leaf(module: nn.Module) -> bool:

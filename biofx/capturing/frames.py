@@ -118,6 +118,10 @@ class Frame:
             if node is mark.last:
                 break
             self.graph.erase_node(node)
+        names = type(self.graph._graph_namespace)()
+        for node in self.graph.nodes:
+            names.create_name(node.name, node)
+        self.graph._graph_namespace = names  # else what comes would be numbered as in no other run
         self._nodes = {key: known for key, known in self._nodes.items() if not known[0]._erased}
         self._reads = {path: read for path, read in self._reads.items() if not read._erased}
         self._expected = {key: guard for key, guard in self._expected.items() if not guard._erased}

@@ -220,7 +220,7 @@ class CombinesTypes(Asks):
         eps = torch.finfo(x.dtype).eps * 2 + torch.finfo(x.dtype).tiny
         bits = 8 * x.element_size() + 8 * x.itemsize
         turned = self.layer(x).to(wide.to_complex()) * 1j
-        return (turned.imag + eps).to(x.dtype) * bits
+        return (turned.imag + eps).type(x.dtype) * bits
 
 
 def test_what_is_computed_from_types_follows_them() -> None:
