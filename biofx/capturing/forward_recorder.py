@@ -300,7 +300,7 @@ class Recorder(TorchFunctionMode):
         return self._call_whole(frame, path, module, lambda *_, **__: found, args, kwargs)
 
     def _is_whole(self, path: str | None, module: nn.Module) -> bool:
-        return self._is_kept(path) or path in self._opaque or _is_leaf(module)
+        return self._is_kept(path) or path in self._opaque or is_leaf(module)
 
     def _call_whole(
         self, frame: Frame, path: str, module: nn.Module, original: Any, args: Any, kwargs: Any
@@ -378,7 +378,7 @@ class Recorder(TorchFunctionMode):
     def _call_from_python(
         self, path: str | None, module: nn.Module, original: Any, args: Any, kwargs: Any
     ) -> Any:
-        if path is None or path in self._opaque or _is_leaf(module):
+        if path is None or path in self._opaque or is_leaf(module):
             is_plain = path not in self._opaque and is_plain_layer(module)
             if path is not None and is_plain and len(args) == 1 and not kwargs:
                 self.layers.setdefault(path)
@@ -492,7 +492,8 @@ def _called(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     return func(*args, **options)
 
 
-def _is_leaf(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module becomes one call, and is not looked into."""
     return isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, "")
 
 

@@ -96,7 +96,7 @@ class Frame:
 
     @contextmanager
     def inside(self, module: nn.Module, path: str) -> Iterator[None]:
-        """Note what is written meanwhile as part of a call of a module; ``path`` is that in the whole model."""
+        """Note what is written meanwhile as part of a call of a module, by its path in the whole model."""
         local = self._local[id(module)]
         number = self._calls[local] = self._calls.get(local, -1) + 1
         self.stack.append((f"{local}@{number}" if number else local, local, type(module)))
@@ -145,7 +145,7 @@ class Frame:
         return made
 
     def expect(self, function: Callable[..., Any] | str, operands: tuple[Any, ...], found: Any) -> None:
-        """Let the graph check that a question (a function, or the name of a method) has its present answer."""
+        """Let the graph check that a question (a function, or a method's name) has its present answer."""
         try:
             self._expect(function, operands, found)
         except Keep as keep:

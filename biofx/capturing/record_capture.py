@@ -6,6 +6,8 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
 from biofx.capturing.both_modes import unified
-from biofx.capturing.forward_recorder import Recorder
+from biofx.capturing.forward_recorder import Recorder, is_leaf
 from biofx.capturing.frames import Keep, joined_path
 from biofx.capturing.region_capture import capture_regions, capture_uncalled, weights_read_by_python
 from biofx.capturing.side_effects import Watch
@@ -22,7 +24,7 @@ from biofx.errors import CaptureError, InputError
 from biofx.graph.autograd_functions import AppliedFunction
 from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import steers_gradients
-from biofx.graph.guards import RecordingError, by_mode
+from biofx.graph.guards import RecordingError, by_mode, require_same
 from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside
 from biofx.model.copies import deep_copy
@@ -107,7 +109,7 @@ class _RecordCapture:
         return (self._with_less_kept() if may_show_more else None) or made
 
     def _held(self, most: int | None = None) -> BioGraphModule | None:
-        """Record until it does what the model does; None if more than ``most`` modules would have to be kept."""
+        """Record until it does what the model does; None where that takes more than ``most`` modules kept."""
         while most is None or len(self._kept) <= most:
             recorded = self._recorded()
             made = self._assembled(deep_copy(self._root, dict(self._own)), *recorded)
@@ -278,6 +280,34 @@ class _RecordCapture:
                 )
                 if doubt is not None:
                     return doubt
+        return self._doubt_in_another_type(made)
+
+    def _doubt_in_another_type(self, made: BioGraphModule) -> Keep | None:
+        """Return a small module that does something else in half precision, where a question of its says so.
+
+        It can stay in Python, so that the result can be converted, or run under autocast. A large one is left
+        as it is, and such a call of it is an error.
+        """
+        if self._on_meta or not any(_asks_for_types(graph) for graph in _graphs_of(made)):
+            return None
+        half = partial(_converted, dtype=torch.bfloat16)
+        kind = next((tensor.device.type for tensor in self._own.values()), "cpu")
+        for convert, context in ((half, nullcontext()), (deep_copy, torch.autocast(kind, torch.bfloat16))):
+            try:
+                given = convert(self._given) if convert is half else self._given
+                with context:
+                    _outcome(convert(self._root), given, training=False)
+            except Exception:
+                continue  # nor does the model work so
+            try:
+                with context:
+                    _outcome(convert(made), given, training=False)
+            except RecordingError as error:
+                module = self._modules.get(error.module)
+                if error.module and module is not None and all(map(is_leaf, module.children())):
+                    return Keep(error.module, str(error))
+            except Exception:
+                continue
         return None
 
     def _gradients(self, model: nn.Module, given: Any, training: bool) -> Any:
@@ -319,6 +349,22 @@ class _RecordCapture:
 
 def _graphs_of(made: nn.Module) -> Iterator[Graph]:
     return (module.graph for module in made.modules() if isinstance(module, GraphModule))
+
+
+def _asks_for_types(graph: Graph) -> bool:
+    """Whether a graph checks what the type of a tensor was."""
+    checks = graph.find_nodes(op="call_function", target=require_same)
+    asked = [source for check in checks for node in check.all_input_nodes for source in node.all_input_nodes]
+    return any(node.target is getattr and node.args[1] == "dtype" for node in asked)
+
+
+def _converted(value: Any, dtype: torch.dtype) -> Any:
+    """Return a copy of a model, or of what it is given, in another type."""
+    if isinstance(value, nn.Module):
+        return deep_copy(value).to(dtype)
+    return pytree.tree_map_only(
+        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value
+    )
 
 
 def _says_more_than_values(graph: Graph) -> bool:

@@ -1,4 +1,4 @@
-"""What a recorded graph does after the model is converted or moved: it asks tensors anew for type and device."""
+"""What a recorded graph does after the model is converted or moved: it asks tensors for type and device."""
 
 from __future__ import annotations
 
@@ -210,8 +210,50 @@ def test_a_question_with_the_same_answer_is_no_error() -> None:
 def test_an_input_of_another_kind_is_an_error() -> None:
     model = AsksForWholeNumbers()
     captured = capture(model, example_inputs=((torch.randn(2, 8),), {}))
-    with pytest.raises(InputError, match="is_floating_point.*recorded with True, found False"):
+    with pytest.raises(InputError, match=r"is_floating_point.*recorded with True, found False"):
         captured(torch.ones(2, 8, dtype=torch.long))
+
+
+class CastsBackForHalf(nn.Module):
+    """A small module that does one thing in half precision and under autocast, and another otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.weight = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(torch.float32)
+        if self.weight.dtype in (torch.float16, torch.bfloat16):
+            x = x.to(self.weight.dtype)
+        h = self.up(x * self.weight)
+        if h.dtype != self.down.weight.dtype:
+            h = h.to(self.down.weight.dtype)
+        return self.down(h)
+
+
+class HoldsSmallOnes(Asks):
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = nn.ModuleList(CastsBackForHalf() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        for small in self.small:
+            x = x + small(x)
+        return x
+
+
+def test_small_modules_that_decide_by_type_stay_in_python_for_half_precision() -> None:
+    model = HoldsSmallOnes()
+    x = torch.randn(2, 8)
+    captured = capture(model, example_inputs=((x,), {}))
+    assert sorted(captured.kept_as_python) == ["small.0", "small.1", "small.2"]
+    assert "small.0.up" in region_paths(captured)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        assert_same_as(model, captured, (x,), dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_as(model, captured, (x,), torch.float32)
 
 
 class CombinesTypes(Asks):
