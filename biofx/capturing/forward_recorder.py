@@ -483,6 +483,7 @@ class Recorder(TorchFunctionMode):
         return named
 
 
+_TRACER = Tracer()
 _OWN_FOLDER = str(Path(__file__).parent.parent)
 
 
@@ -494,7 +495,7 @@ def _called(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module becomes one call, and is not looked into."""
-    return isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, "")
+    return isinstance(module, torch.jit.ScriptModule) or _TRACER.is_leaf_module(module, "")
 
 
 def _has_tensors(value: Any) -> bool:

@@ -39,7 +39,7 @@ class _Mark:
     """How far a frame had come before a module was called."""
 
     last: Node | None
-    calls: dict[str, int]
+    calls: int
     contexts: int
 
 
@@ -56,6 +56,7 @@ class Frame:
         self._recorder = recorder
         self._local: dict[int, str] = {id(inner): name for name, inner in module.named_modules()}
         self._calls: dict[str, int] = {}
+        self._entered: list[str] = []
         self._nodes: dict[int, tuple[Node, Tensor]] = {}
         self._stored: dict[int, str] = {}
         self._parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -99,6 +100,7 @@ class Frame:
         """Note what is written meanwhile as part of a call of a module, by its path in the whole model."""
         local = self._local[id(module)]
         number = self._calls[local] = self._calls.get(local, -1) + 1
+        self._entered.append(local)
         self.stack.append((f"{local}@{number}" if number else local, local, type(module)))
         self._running.append(path)
         try:
@@ -110,7 +112,7 @@ class Frame:
     def mark(self) -> _Mark:
         """Return how far this has come, to go back to."""
         last = next(iter(reversed(self.graph.nodes)), None)
-        return _Mark(last, dict(self._calls), self.switches.depth)
+        return _Mark(last, len(self._entered), self.switches.depth)
 
     def go_back(self, mark: _Mark) -> None:
         """Forget what was written since a mark."""
@@ -126,7 +128,9 @@ class Frame:
         self._reads = {path: read for path, read in self._reads.items() if not read._erased}
         self._expected = {key: guard for key, guard in self._expected.items() if not guard._erased}
         self._descriptions = {key: node for key, node in self._descriptions.items() if not node._erased}
-        self._calls = dict(mark.calls)
+        for path in self._entered[mark.calls :]:
+            self._calls[path] -= 1
+        del self._entered[mark.calls :]
         self.switches.go_back(mark.contexts)
         self.given_up = None
 

@@ -115,7 +115,7 @@ class Type(_Tracked, bytearray):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]
         return hash(self._asked())
 
     def __repr__(self) -> str:

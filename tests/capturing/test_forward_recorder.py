@@ -551,7 +551,7 @@ class Step(nn.Module):
         self.weight = nn.Parameter(torch.rand(8))
         self.register_buffer("calls", torch.zeros(()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = x.clone()
         x *= self.weight
         self.calls += 1
@@ -567,7 +567,7 @@ class Steps(nn.Module):
         super().__init__()
         self.steps = nn.ModuleList(Step(number in asking) for number in range(6))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         for step in self.steps:
             x = x + step(x)
         return x
@@ -599,7 +599,7 @@ def test_only_the_modules_that_need_it_stay_in_python_and_one_run_finds_them(run
 
 
 class Peeks(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x * 2 if x.sum() > 1e9 else x * 3
 
 
@@ -623,7 +623,7 @@ def test_nothing_is_recorded_anew_for_a_module_that_calls_nothing(runs: list[boo
 
 
 class PeeksWithinAContext(Wraps):
-    """What is asked first inside the inner module, and under its contexts, is asked again by the outer one."""
+    """What is asked first inside the inner module, under its contexts, is asked again by the outer one."""
 
     def __init__(self) -> None:
         super().__init__(AsksAndPeeks())
@@ -637,7 +637,7 @@ class PeeksWithinAContext(Wraps):
 
 
 class AsksAndPeeks(nn.Module):
-    def forward(self, x: Tensor, size: int) -> Tensor:
+    def forward(self, x: Tensor, size: int) -> Any:
         if size > 100:
             return x
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -669,7 +669,7 @@ class CatchesWhatItsChildRaises(Wraps):
 
 
 class PeeksAndRaises(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if x.sum() < 1e9:
             raise ValueError("too small")
         return x
@@ -691,7 +691,7 @@ class DiffersByMode(nn.Module):
         self.layer = nn.Linear(8, 8)
         self.scale = nn.Parameter(torch.rand(8))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.layer(x)
         x = torch.tanh(x) if self.differs and self.training else torch.relu(x)
         return x * self.scale
