@@ -76,6 +76,8 @@ class Recorder(TorchFunctionMode):
         self._patches = SwitchPatches(self._switches, self.stop, self.give_up)
         self.found: dict[str, str] = {}
         """Paths of further modules that must keep their own forward, and why."""
+        self.asks_sizes = False
+        """Whether a forward that is recorded could learn how large a tensor is."""
         self.is_stale = False
         """Whether what calls those modules, or what they call, has to be recorded anew."""
         self._failed: tuple[str, str] | None = None
@@ -177,6 +179,7 @@ class Recorder(TorchFunctionMode):
             if is_sized_by_values(func, name, args, options):
                 node.meta[BY_VALUE] = True
             if isinstance(found, (tuple, list)) and gives_as_many_as_there_are(name):
+                self.asks_sizes = True
                 frame.expect(len, (node,), len(found))
             return frame.take(node, found, in_place=name.endswith("_"))
         if found is not None and (name in KINDS or name in NUMBERS or name in DESCRIPTIONS):
@@ -210,6 +213,7 @@ class Recorder(TorchFunctionMode):
             self.stop(f"asks whether a tensor has a gradient ({attribute})")
         if attribute in DEVICES:
             frame.switches.devices_asked.add(args[0].device.type)
+        self.asks_sizes |= attribute == "nbytes"
         if attribute in DESCRIBING:
             return frame.description(args[0], attribute, found)
         if attribute == "shape":
@@ -247,6 +251,7 @@ class Recorder(TorchFunctionMode):
             return self._sizes(frame, args[0], found)
         if frame.is_stored(args[0]):
             return found
+        self.asks_sizes = True
         if name == "__len__":  # Python makes it a number that remembers nothing
             frame.expect(len, (args[0],), found)
             return found
@@ -263,6 +268,7 @@ class Recorder(TorchFunctionMode):
     def _sizes(self, frame: Frame, tensor: Tensor, found: torch.Size) -> Any:
         if frame.is_stored(tensor):
             return found
+        self.asks_sizes = True
         return torch.Size(
             tracked(size, frame, lambda place=place: frame.size_of(tensor, place))  # type: ignore[misc]
             for place, size in enumerate(found)

@@ -86,6 +86,7 @@ class _RecordCapture:
         self._kept: dict[str, str] = {}
         self._by_class: dict[str, str] = {}
         self._is_hasty = True
+        self._asks_sizes = True
         self._own = {id(p): p for p in root.parameters()}
         # for all trial runs: a forward may write into its parameters
         self._scratch = {id(p): copy.deepcopy(p) for p in root.parameters()}
@@ -158,6 +159,8 @@ class _RecordCapture:
                             break
                         runs[training] = recorder
                 if len(runs) == 2:
+                    asked = any(recorder.asks_sizes for recorder in runs.values())
+                    self._asks_sizes = asked or bool(self._kept)  # in Python it is not noticed
                     return self._unified(runs[True], runs[False])
             except Keep as found:
                 self._keep(found)
@@ -256,11 +259,11 @@ class _RecordCapture:
         """
         pair: tuple[Any, Any] | None = None
         # the two modes have one graph, and so one way to follow a size, unless numbers differ in it
-        only_training = not any(
-            graph.find_nodes(op="call_function", target=by_mode) for graph in _graphs_of(made)
-        )
+        differs = any(graph.find_nodes(op="call_function", target=by_mode) for graph in _graphs_of(made))
         for place, given in enumerate(_variants(*self._given)):
-            for training in (True,) if place > 1 and only_training else (True, False):
+            if place > 1 and not self._asks_sizes:
+                break  # Python knows of none
+            for training in (True, False) if place == 0 or differs else (True,):
                 pair = pair or (self._copy(self._root), self._copy(made))
                 try:
                     expected = _outcome(pair[0], given, training)
