@@ -19,6 +19,7 @@ from biofx.capturing.both_modes import unified
 from biofx.capturing.forward_recorder import Recorder, is_leaf
 from biofx.capturing.frames import Keep, joined_path
 from biofx.capturing.region_capture import capture_regions, capture_uncalled, weights_read_by_python
+from biofx.capturing.rehearsal import Rehearsal
 from biofx.capturing.side_effects import Watch
 from biofx.errors import CaptureError, InputError
 from biofx.graph.autograd_functions import AppliedFunction
@@ -86,6 +87,8 @@ class _RecordCapture:
         self._kept: dict[str, str] = {}
         self._by_class: dict[str, str] = {}
         self._is_hasty = True
+        self._spare: Rehearsal | None = None
+        self._has_scripts = any(isinstance(m, torch.jit.ScriptModule) for m in self._modules.values())
         self._asks_sizes = True
         self._own = {id(p): p for p in root.parameters()}
         # for all trial runs: a forward may write into its parameters
@@ -138,6 +141,19 @@ class _RecordCapture:
         """Return a copy to try something on."""
         return deep_copy(model, dict(self._scratch))
 
+    def _borrowed(self) -> Rehearsal:
+        """Return a copy to run, as the model is."""
+        rehearsal, self._spare = self._spare, None
+        if rehearsal is None:
+            return Rehearsal(self._copy(self._root))
+        rehearsal.put_back()
+        return rehearsal
+
+    def _give_back(self, rehearsal: Rehearsal) -> None:
+        """Keep a copy for the next run, where all that the last one changed is known to be tensors."""
+        if not self._kept and not self._opaque and not self._has_scripts:
+            self._spare = rehearsal
+
     def _check_parameters(self) -> None:
         for key, parameter in self._own.items():
             tried = self._scratch[key]
@@ -179,8 +195,8 @@ class _RecordCapture:
 
     def _run(self, training: bool) -> Recorder:
         """Record one run, on a copy, so that nothing of it stays."""
-        model = self._copy(self._root)
-        model.train(training)
+        rehearsal = self._borrowed()
+        model = rehearsal.model.train(training)
         watch = Watch(model)
         recorder = Recorder(model, dict(self._kept), self._opaque)
         args, kwargs = _cloned(self._given)
@@ -202,6 +218,8 @@ class _RecordCapture:
                 watch.refuse_side_effects(torch_draws=True, attributes=bool(left_in))
             except CaptureError as error:
                 raise Keep("", str(error)) from None
+        if not left_in:
+            self._give_back(rehearsal)
         return recorder
 
     def _refuse_inputs(self, training: bool, error: InputError) -> None:
@@ -264,7 +282,7 @@ class _RecordCapture:
             if place > 1 and not self._asks_sizes:
                 break  # Python knows of none
             for training in (True, False) if place == 0 or differs else (True,):
-                pair = pair or (self._copy(self._root), self._copy(made))
+                pair = pair or (self._borrowed().model, self._copy(made))
                 try:
                     expected = _outcome(pair[0], given, training)
                 except Exception:
