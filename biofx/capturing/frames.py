@@ -26,12 +26,19 @@ BY_VALUE = "sized_by_values"
 
 
 class Keep(BaseException):
-    """Recording stops here: a module must keep its own forward. No ``except Exception`` is to swallow it."""
+    """Recording stops here: a module must keep its own forward. No ``except Exception`` is to swallow it.
 
-    def __init__(self, path: str, reason: str) -> None:
+    Args:
+        path: of the module.
+        reason: why.
+        all_alike: whether the reason lies in the module's class.
+    """
+
+    def __init__(self, path: str, reason: str, *, all_alike: bool = False) -> None:
         super().__init__(reason)
         self.path = path
         self.reason = reason
+        self.all_alike = all_alike
 
 
 @dataclasses.dataclass(frozen=True)

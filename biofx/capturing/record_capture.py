@@ -31,8 +31,6 @@ from biofx.graph.regions import is_inside
 from biofx.model.copies import deep_copy
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 
-_SECOND_THOUGHTS = 2
-
 ExampleInputs = tuple[Sequence[Any], Mapping[str, Any]]
 
 
@@ -85,7 +83,8 @@ class _RecordCapture:
         self._foreign = foreign
         self._modules = dict(root.named_modules())
         self._kept: dict[str, str] = {}
-        self._by_class: dict[str, str] = {}
+        self._by_class: set[str] = set()
+        self._most = len(self._modules)
         self._is_hasty = True
         self._spare: Rehearsal | None = None
         self._has_scripts = any(isinstance(m, torch.jit.ScriptModule) for m in self._modules.values())
@@ -97,6 +96,7 @@ class _RecordCapture:
 
     def captured(self) -> BioGraphModule:
         """Record until it holds."""
+        made: BioGraphModule | None
         try:
             made = self._held()
         except InputError:
@@ -112,9 +112,9 @@ class _RecordCapture:
         )
         return (self._with_less_kept() if may_show_more else None) or made
 
-    def _held(self, most: int | None = None) -> BioGraphModule | None:
-        """Record until it does what the model does; None where that takes more than ``most`` modules kept."""
-        while most is None or len(self._kept) <= most:
+    def _held(self) -> BioGraphModule:
+        """Record until it does what the model does."""
+        while True:
             recorded = self._recorded()
             made = self._assembled(deep_copy(self._root, dict(self._own)), *recorded)
             doubt = None if self._on_meta else self._doubt(made)
@@ -122,18 +122,15 @@ class _RecordCapture:
             if doubt is None:
                 return made
             self._keep(doubt if doubt.path not in self._kept else Keep("", doubt.reason))
-        return None
 
     def _with_less_kept(self) -> BioGraphModule | None:
-        """Try without the modules that are kept only because another of their class has to be.
-
-        A few of them may turn out to need it after all; None if there are more.
-        """
+        """Try without the modules that are kept only because another of their class is; None if that fails."""
         self._is_hasty = False
         for path in self._by_class:
             del self._kept[path]
+        self._most = len(self._kept)
         try:
-            return self._held(len(self._kept) + _SECOND_THOUGHTS)
+            return self._held()
         except (InputError, CaptureError):
             return None
 
@@ -186,12 +183,15 @@ class _RecordCapture:
         if found.path in self._kept:
             raise CaptureError(found.reason)
         self._kept[found.path] = found.reason
+        if len(self._kept) > self._most:
+            raise CaptureError(found.reason)
         alike = type(self._modules[found.path])
-        for path, module in self._modules.items() if self._is_hasty and found.path else ():
+        for path, module in self._modules.items() if self._is_hasty or found.all_alike else ():
             # modules of one class mostly differ in one way: that saves recording anew for each
-            if path and type(module) is alike and path not in self._kept:
-                reason = f"as {found.path!r}, which is a {alike.__name__} too: {found.reason}"
-                self._kept[path] = self._by_class[path] = reason
+            if path and found.path and type(module) is alike and path not in self._kept:
+                self._kept[path] = f"as {found.path!r}, which is a {alike.__name__} too: {found.reason}"
+                if not found.all_alike:
+                    self._by_class.add(path)
 
     def _run(self, training: bool) -> Recorder:
         """Record one run, on a copy, so that nothing of it stays."""
@@ -275,6 +275,9 @@ class _RecordCapture:
 
         Copies of both go through the same calls, so that what one call leaves behind shows in the next.
         """
+        doubt = self._doubt_in_another_type(made)
+        if doubt is not None:
+            return doubt
         pair: tuple[Any, Any] | None = None
         # the two modes have one graph, and so one way to follow a size, unless numbers differ in it
         differs = any(graph.find_nodes(op="call_function", target=by_mode) for graph in _graphs_of(made))
@@ -303,7 +306,7 @@ class _RecordCapture:
                 )
                 if doubt is not None:
                     return doubt
-        return self._doubt_in_another_type(made)
+        return None
 
     def _doubt_in_another_type(self, made: BioGraphModule) -> Keep | None:
         """Return a small module that does something else in half precision, where a question of its says so.
@@ -311,7 +314,7 @@ class _RecordCapture:
         It can stay in Python, so that the result can be converted, or run under autocast. A large one is left
         as it is, and such a call of it is an error.
         """
-        if self._on_meta or not any(_asks_for_types(graph) for graph in _graphs_of(made)):
+        if not any(_asks_for_types(graph) for graph in _graphs_of(made)):
             return None
         half = partial(_converted, dtype=torch.bfloat16)
         kind = next((tensor.device.type for tensor in self._own.values()), "cpu")
@@ -328,7 +331,7 @@ class _RecordCapture:
             except RecordingError as error:
                 module = self._modules.get(error.module)
                 if error.module and module is not None and all(map(is_leaf, module.children())):
-                    return Keep(error.module, str(error))
+                    return Keep(error.module, str(error), all_alike=True)
             except Exception:
                 continue
         return None
