@@ -124,7 +124,7 @@ class _RecordCapture:
             self._keep(doubt if doubt.path not in self._kept else Keep("", doubt.reason))
 
     def _with_less_kept(self) -> BioGraphModule | None:
-        """Try without the modules that are kept only because another of their class is; None if that fails."""
+        """Try without what is kept only because another of its class is; None if that fails."""
         self._is_hasty = False
         for path in self._by_class:
             del self._kept[path]
