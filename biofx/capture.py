@@ -8,7 +8,6 @@ regions of their own, or, if asked to, the model is refused with the line that i
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from biofx.errors import CaptureError, InputError
 from biofx.graph.contexts import preserved_modes
 from biofx.graph.names import refuse_unwritable_names
 from biofx.graph.regions import region_paths
-from biofx.model.computed_attributes import without_history
+from biofx.model.copies import deep_copy
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 from biofx.sites import find_sites
 
@@ -162,7 +161,7 @@ def _check_paths(model: nn.Module, opaque: Sequence[str]) -> None:
 
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
-        return copy.deepcopy(model, without_history(model, memo))
+        return deep_copy(model, memo)
     except Exception as error:
         raise InputError(
             f"expected a model that copy.deepcopy can copy; {type(model).__name__} makes it fail: {error}"

@@ -80,6 +80,8 @@ class Recorder(TorchFunctionMode):
         self._patches = SwitchPatches(self._switches, self.stop, self.give_up)
         self.found: dict[str, str] = {}
         """Paths of further modules that must keep their own forward, and why."""
+        self.asks_sizes = False
+        """Whether a forward that is recorded could learn how large a tensor is."""
         self.is_stale = False
         """Whether what calls those modules, or what they call, has to be recorded anew."""
         self._failed: tuple[str, str] | None = None
@@ -143,13 +145,13 @@ class Recorder(TorchFunctionMode):
         options = dict(kwargs or {})
         frame = self.following()
         if frame is None:
-            return func(*args, **options)
+            return _called(func, args, options)
         done: list[Any] = []
         try:
             return self._followed(frame, func, args, options, done)
         except Keep as keep:
             self.give_up(keep)
-            return done[0] if done else func(*args, **options)
+            return done[0] if done else _called(func, args, options)
 
     def _followed(self, frame: Frame, func: Any, args: Any, options: dict[str, Any], done: list[Any]) -> Any:
         """Do what is asked and write it down; ``done`` holds what came out, should the writing stop."""
@@ -164,7 +166,7 @@ class Recorder(TorchFunctionMode):
             self.stop("switches gradients by itself")
         try:
             with self.quiet():
-                found = func(*args, **options)
+                found = _called(func, args, options)
         except Exception as error:
             self._failed = self._failed or (frame.innermost, f"{type(error).__name__}: {error}")
             raise
@@ -181,6 +183,7 @@ class Recorder(TorchFunctionMode):
             if is_sized_by_values(func, name, args, options):
                 node.meta[BY_VALUE] = True
             if isinstance(found, (tuple, list)) and gives_as_many_as_there_are(name):
+                self.asks_sizes = True
                 frame.expect(len, (node,), len(found))
             return frame.take(node, found, in_place=name.endswith("_"))
         if found is not None and (name in KINDS or name in NUMBERS or name in DESCRIPTIONS):
@@ -214,6 +217,7 @@ class Recorder(TorchFunctionMode):
             self.stop(f"asks whether a tensor has a gradient ({attribute})")
         if attribute in DEVICES:
             frame.switches.devices_asked.add(args[0].device.type)
+        self.asks_sizes |= attribute == "nbytes"
         if attribute in DESCRIBING:
             return frame.description(args[0], attribute, found)
         if attribute == "shape":
@@ -251,6 +255,7 @@ class Recorder(TorchFunctionMode):
             return self._sizes(frame, args[0], found)
         if frame.is_stored(args[0]):
             return found
+        self.asks_sizes = True
         if name == "__len__":  # Python makes it a number that remembers nothing
             frame.expect(len, (args[0],), found)
             return found
@@ -267,6 +272,7 @@ class Recorder(TorchFunctionMode):
     def _sizes(self, frame: Frame, tensor: Tensor, found: torch.Size) -> Any:
         if frame.is_stored(tensor):
             return found
+        self.asks_sizes = True
         return torch.Size(
             tracked(size, frame, lambda place=place: frame.size_of(tensor, place))  # type: ignore[misc]
             for place, size in enumerate(found)
@@ -304,7 +310,7 @@ class Recorder(TorchFunctionMode):
         return self._call_whole(frame, path, module, lambda *_, **__: found, args, kwargs)
 
     def _is_whole(self, path: str | None, module: nn.Module) -> bool:
-        return self._is_kept(path) or path in self._opaque or _is_leaf(module)
+        return self._is_kept(path) or path in self._opaque or is_leaf(module)
 
     def _call_whole(
         self, frame: Frame, path: str, module: nn.Module, original: Any, args: Any, kwargs: Any
@@ -382,7 +388,7 @@ class Recorder(TorchFunctionMode):
     def _call_from_python(
         self, path: str | None, module: nn.Module, original: Any, args: Any, kwargs: Any
     ) -> Any:
-        if path is None or path in self._opaque or _is_leaf(module):
+        if path is None or path in self._opaque or is_leaf(module):
             is_plain = path not in self._opaque and is_plain_layer(module)
             if path is not None and is_plain and len(args) == 1 and not kwargs:
                 self.layers.setdefault(path)
@@ -504,11 +510,19 @@ class Recorder(TorchFunctionMode):
         return named
 
 
+_TRACER = Tracer()
 _OWN_FOLDER = str(Path(__file__).parent.parent)
 
 
-def _is_leaf(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, "")
+def _called(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    if func is Tensor.type:  # the one method that does not let a stand-in for a type take over
+        args, options = plain_inside(args), plain_inside(options)
+    return func(*args, **options)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module becomes one call, and is not looked into."""
+    return isinstance(module, torch.jit.ScriptModule) or _TRACER.is_leaf_module(module, "")
 
 
 def _has_tensors(value: Any) -> bool:

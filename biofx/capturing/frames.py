@@ -26,12 +26,19 @@ BY_VALUE = "sized_by_values"
 
 
 class Keep(BaseException):
-    """Recording stops here: a module must keep its own forward. No ``except Exception`` is to swallow it."""
+    """Recording stops here: a module must keep its own forward. No ``except Exception`` is to swallow it.
 
-    def __init__(self, path: str, reason: str) -> None:
+    Args:
+        path: of the module.
+        reason: why.
+        all_alike: whether the reason lies in the module's class.
+    """
+
+    def __init__(self, path: str, reason: str, *, all_alike: bool = False) -> None:
         super().__init__(reason)
         self.path = path
         self.reason = reason
+        self.all_alike = all_alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +46,7 @@ class _Mark:
     """How far a frame had come before a module was called."""
 
     last: Node | None
-    calls: dict[str, int]
+    calls: int
     contexts: int
 
 
@@ -56,6 +63,7 @@ class Frame:
         self._recorder = recorder
         self._local: dict[int, str] = {id(inner): name for name, inner in module.named_modules()}
         self._calls: dict[str, int] = {}
+        self._entered: list[str] = []
         self._nodes: dict[int, tuple[Node, Tensor]] = {}
         self._stored: dict[int, str] = {}
         self._parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -96,9 +104,10 @@ class Frame:
 
     @contextmanager
     def inside(self, module: nn.Module, path: str) -> Iterator[None]:
-        """Note what is written meanwhile as part of a call of a module; ``path`` is that in the whole model."""
+        """Note what is written meanwhile as part of a call of a module, by its path in the whole model."""
         local = self._local[id(module)]
         number = self._calls[local] = self._calls.get(local, -1) + 1
+        self._entered.append(local)
         self.stack.append((f"{local}@{number}" if number else local, local, type(module)))
         self._running.append(path)
         try:
@@ -110,7 +119,7 @@ class Frame:
     def mark(self) -> _Mark:
         """Return how far this has come, to go back to."""
         last = next(iter(reversed(self.graph.nodes)), None)
-        return _Mark(last, dict(self._calls), self.switches.depth)
+        return _Mark(last, len(self._entered), self.switches.depth)
 
     def go_back(self, mark: _Mark) -> None:
         """Forget what was written since a mark."""
@@ -118,11 +127,17 @@ class Frame:
             if node is mark.last:
                 break
             self.graph.erase_node(node)
+        names = type(self.graph._graph_namespace)()
+        for node in self.graph.nodes:
+            names.create_name(node.name, node)
+        self.graph._graph_namespace = names  # else what comes would be numbered as in no other run
         self._nodes = {key: known for key, known in self._nodes.items() if not known[0]._erased}
         self._reads = {path: read for path, read in self._reads.items() if not read._erased}
         self._expected = {key: guard for key, guard in self._expected.items() if not guard._erased}
         self._descriptions = {key: node for key, node in self._descriptions.items() if not node._erased}
-        self._calls = dict(mark.calls)
+        for path in self._entered[mark.calls :]:
+            self._calls[path] -= 1
+        del self._entered[mark.calls :]
         self.switches.go_back(mark.contexts)
         self.given_up = None
 
@@ -141,7 +156,7 @@ class Frame:
         return made
 
     def expect(self, function: Callable[..., Any] | str, operands: tuple[Any, ...], found: Any) -> None:
-        """Let the graph check that a question (a function, or the name of a method) has its present answer."""
+        """Let the graph check that a question (a function, or a method's name) has its present answer."""
         try:
             self._expect(function, operands, found)
         except Keep as keep:

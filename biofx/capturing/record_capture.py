@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,21 +16,20 @@ from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
 from biofx.capturing.both_modes import OneMode, unified
-from biofx.capturing.forward_recorder import Recorder
+from biofx.capturing.forward_recorder import Recorder, is_leaf
 from biofx.capturing.frames import Keep, joined_path
 from biofx.capturing.region_capture import capture_regions, capture_uncalled, weights_read_by_python
+from biofx.capturing.rehearsal import Rehearsal
 from biofx.capturing.side_effects import Watch
 from biofx.errors import CaptureError, InputError
 from biofx.graph.autograd_functions import AppliedFunction
 from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import steers_gradients
-from biofx.graph.guards import RecordingError
+from biofx.graph.guards import RecordingError, by_mode, require_same
 from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside, kept_around
-from biofx.model.computed_attributes import without_history
+from biofx.model.copies import deep_copy
 from biofx.model.graph_module import BioGraphModule, become_graph_module
-
-_SECOND_THOUGHTS = 2
 
 ExampleInputs = tuple[Sequence[Any], Mapping[str, Any]]
 
@@ -81,8 +83,12 @@ class _RecordCapture:
         self._foreign = foreign
         self._modules = dict(root.named_modules())
         self._kept: dict[str, str] = {}
-        self._by_class: dict[str, str] = {}
+        self._by_class: set[str] = set()
+        self._most = len(self._modules)
         self._is_hasty = True
+        self._spare: Rehearsal | None = None
+        self._has_scripts = any(isinstance(m, torch.jit.ScriptModule) for m in self._modules.values())
+        self._asks_sizes = True
         self._own = {id(p): p for p in root.parameters()}
         # for all trial runs: a forward may write into its parameters
         self._scratch = {id(p): copy.deepcopy(p) for p in root.parameters()}
@@ -90,6 +96,7 @@ class _RecordCapture:
 
     def captured(self) -> BioGraphModule:
         """Record until it holds."""
+        made: BioGraphModule | None
         try:
             made = self._held()
         except InputError:
@@ -105,39 +112,51 @@ class _RecordCapture:
         )
         return (self._with_less_kept() if may_show_more else None) or made
 
-    def _held(self, most: int | None = None) -> BioGraphModule | None:
-        """Record until it does what the model does; None if more than ``most`` modules would have to be kept."""
-        while most is None or len(self._kept) <= most:
+    def _held(self) -> BioGraphModule:
+        """Record until it does what the model does."""
+        while True:
             recorded = self._recorded()
-            made = self._assembled(copy.deepcopy(self._root, without_history(self._root, dict(self._own))), *recorded)
+            made = self._assembled(deep_copy(self._root, dict(self._own)), *recorded)
             doubt = None if self._on_meta else self._doubt(made)
             self._check_parameters()
             if doubt is None:
                 return made
             self._keep(doubt if doubt.path not in self._kept else Keep("", doubt.reason))
-        return None
 
     def _with_less_kept(self) -> BioGraphModule | None:
-        """Try without the modules that are kept only because another of their class has to be.
-
-        A few of them may turn out to need it after all; None if there are more.
-        """
+        """Try without what is kept only because another of its class is; None if that fails."""
         self._is_hasty = False
         for path in self._by_class:
             del self._kept[path]
+        self._most = len(self._kept)
         try:
-            return self._held(len(self._kept) + _SECOND_THOUGHTS)
+            return self._held()
         except (InputError, CaptureError):
             return None
 
     def _copy(self, model: nn.Module) -> Any:
         """Return a copy to try something on."""
-        return copy.deepcopy(model, without_history(model, dict(self._scratch)))
+        return deep_copy(model, dict(self._scratch))
+
+    def _borrowed(self) -> Rehearsal:
+        """Return a copy to run, as the model is."""
+        rehearsal, self._spare = self._spare, None
+        if rehearsal is None:
+            return Rehearsal(self._copy(self._root))
+        rehearsal.put_back()
+        return rehearsal
+
+    def _give_back(self, rehearsal: Rehearsal) -> None:
+        """Keep a copy for the next run, where all that the last one changed is known to be tensors."""
+        if not self._kept and not self._opaque and not self._has_scripts:
+            self._spare = rehearsal
 
     def _check_parameters(self) -> None:
         for key, parameter in self._own.items():
             tried = self._scratch[key]
-            if not parameter.is_meta and not torch.allclose(tried, parameter, rtol=0, atol=0, equal_nan=True):
+            if parameter.is_meta or torch.equal(tried, parameter):
+                continue
+            if not torch.allclose(tried, parameter, rtol=0, atol=0, equal_nan=True):
                 raise CaptureError("the model's forward writes into its parameters")
 
     def _recorded(self) -> tuple[dict[str, Graph], list[str], set[str]]:
@@ -153,6 +172,8 @@ class _RecordCapture:
                             break
                         runs[training] = recorder
                 if len(runs) == 2:
+                    asked = any(recorder.asks_sizes for recorder in runs.values())
+                    self._asks_sizes = asked or bool(self._kept)  # in Python it is not noticed
                     return self._unified(runs[True], runs[False])
             except Keep as found:
                 self._keep(found)
@@ -162,17 +183,20 @@ class _RecordCapture:
         if found.path in self._kept:
             raise CaptureError(found.reason)
         self._kept[found.path] = found.reason
+        if len(self._kept) > self._most:
+            raise CaptureError(found.reason)
         alike = type(self._modules[found.path])
-        for path, module in self._modules.items() if self._is_hasty and found.path else ():
+        for path, module in self._modules.items() if self._is_hasty or found.all_alike else ():
             # modules of one class mostly differ in one way: that saves recording anew for each
-            if path and type(module) is alike and path not in self._kept:
-                reason = f"as {found.path!r}, which is a {alike.__name__} too: {found.reason}"
-                self._kept[path] = self._by_class[path] = reason
+            if path and found.path and type(module) is alike and path not in self._kept:
+                self._kept[path] = f"as {found.path!r}, which is a {alike.__name__} too: {found.reason}"
+                if not found.all_alike:
+                    self._by_class.add(path)
 
     def _run(self, training: bool) -> Recorder:
         """Record one run, on a copy, so that nothing of it stays."""
-        model = self._copy(self._root)
-        model.train(training)
+        rehearsal = self._borrowed()
+        model = rehearsal.model.train(training)
         watch = Watch(model)
         recorder = Recorder(model, dict(self._kept), self._opaque)
         args, kwargs = _cloned(self._given)
@@ -183,16 +207,19 @@ class _RecordCapture:
             raise Keep(recorder.failed_in, f"cannot be recorded: {error.__cause__}") from None
         self._kept |= recorder.found
         watch.allowed = recorder.assigned
-        changed = [path for path in watch.changed_modules() if path not in self._kept]
+        left_in = watch.changed_modules()
+        changed = [path for path in left_in if path not in self._kept]
         if changed:
             for path in changed[1:] if changed[0] else ():
                 self._kept[path] = f"module {path!r} changes its attributes in the forward"
             raise Keep(changed[0], f"module {changed[0]!r} changes its attributes in the forward")
         if "" not in self._kept:
             try:
-                watch.refuse_side_effects(torch_draws=True)
+                watch.refuse_side_effects(torch_draws=True, attributes=bool(left_in))
             except CaptureError as error:
                 raise Keep("", str(error)) from None
+        if not left_in:
+            self._give_back(rehearsal)
         return recorder
 
     def _refuse_inputs(self, training: bool, error: InputError) -> None:
@@ -249,19 +276,27 @@ class _RecordCapture:
 
         Copies of both go through the same calls, so that what one call leaves behind shows in the next.
         """
+        doubt = self._doubt_in_another_type(made)
+        if doubt is not None:
+            return doubt
         pair: tuple[Any, Any] | None = None
-        for training in (True, False):
-            for given in _variants(*self._given):
-                pair = pair or (self._copy(self._root), self._copy(made))
+        # the two modes have one graph, and so one way to follow a size, unless numbers differ in it
+        differs = any(graph.find_nodes(op="call_function", target=by_mode) for graph in _graphs_of(made))
+        for place, given in enumerate(_variants(*self._given)):
+            if place > 1 and not self._asks_sizes:
+                break  # Python knows of none
+            for training in (True, False) if place == 0 or differs else (True,):
+                pair = pair or (self._borrowed().model, self._copy(made))
                 try:
                     expected = _outcome(pair[0], given, training)
                 except Exception:
                     pair = None  # nothing to compare with: the model does not work at this size
-                    continue
+                    break
                 doubt = self._difference(_outcome, pair[1], given, training, expected)
                 if doubt is not None:
                     return doubt
-            if any(_says_more_than_values(graph) for graph in _graphs_of(made)):
+        if any(_says_more_than_values(graph) for graph in _graphs_of(made)):
+            for training in (True, False):
                 try:
                     gradients = self._gradients(self._copy(self._root), self._given, training)
                 except Exception:
@@ -272,6 +307,34 @@ class _RecordCapture:
                 )
                 if doubt is not None:
                     return doubt
+        return None
+
+    def _doubt_in_another_type(self, made: BioGraphModule) -> Keep | None:
+        """Return a small module that does something else in half precision, where a question of its says so.
+
+        It can stay in Python, so that the result can be converted, or run under autocast. A large one is left
+        as it is, and such a call of it is an error.
+        """
+        if not any(_asks_for_types(graph) for graph in _graphs_of(made)):
+            return None
+        half = partial(_converted, dtype=torch.bfloat16)
+        kind = next((tensor.device.type for tensor in self._own.values()), "cpu")
+        for convert, context in ((half, nullcontext()), (deep_copy, torch.autocast(kind, torch.bfloat16))):
+            try:
+                given = convert(self._given) if convert is half else self._given
+                with context:
+                    _outcome(convert(self._root), given, training=False)
+            except Exception:
+                continue  # nor does the model work so
+            try:
+                with context:
+                    _outcome(convert(made), given, training=False)
+            except RecordingError as error:
+                module = self._modules.get(error.module)
+                if error.module and module is not None and all(map(is_leaf, module.children())):
+                    return Keep(error.module, str(error), all_alike=True)
+            except Exception:
+                continue
         return None
 
     def _gradients(self, model: nn.Module, given: Any, training: bool) -> Any:
@@ -301,7 +364,8 @@ class _RecordCapture:
         tolerance = 0.0 if exact else None  # None: what is usual for the type
         try:
             found = outcome(copied, given, training)
-            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+            if not (exact and _is_equal(found, expected)):  # which takes less time
+                torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
         except RecordingError as error:
             return Keep(error.module, str(error))
         except Exception as error:
@@ -329,6 +393,22 @@ def _graphs_of(made: nn.Module) -> Iterator[Graph]:
     return (module.graph for module in made.modules() if isinstance(module, GraphModule))
 
 
+def _asks_for_types(graph: Graph) -> bool:
+    """Whether a graph checks what the type of a tensor was."""
+    checks = graph.find_nodes(op="call_function", target=require_same)
+    asked = [source for check in checks for node in check.all_input_nodes for source in node.all_input_nodes]
+    return any(node.target is getattr and node.args[1] == "dtype" for node in asked)
+
+
+def _converted(value: Any, dtype: torch.dtype) -> Any:
+    """Return a copy of a model, or of what it is given, in another type."""
+    if isinstance(value, nn.Module):
+        return deep_copy(value).to(dtype)
+    return pytree.tree_map_only(
+        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value
+    )
+
+
 def _says_more_than_values(graph: Graph) -> bool:
     """Whether equal values do not show that gradients are equal too."""
     applies = any(isinstance(node.target, AppliedFunction) for node in graph.nodes)
@@ -349,6 +429,20 @@ def _outcome(model: nn.Module, given: Any, training: bool) -> Any:
     return {type(output).__name__: list(_content(output))}, dict(model.named_buffers())
 
 
+def _is_equal(found: Any, expected: Any) -> bool:
+    """Whether two outcomes are alike to the bit; False also where it takes more to tell."""
+    if isinstance(found, Tensor) and isinstance(expected, Tensor):
+        alike = (found.dtype, found.shape, found.device) == (expected.dtype, expected.shape, expected.device)
+        return alike and found.layout is expected.layout is torch.strided and torch.equal(found, expected)
+    if type(found) is not type(expected):
+        return False
+    if isinstance(found, dict):
+        return found.keys() == expected.keys() and _is_equal(list(found.values()), list(expected.values()))
+    if isinstance(found, (list, tuple)):
+        return len(found) == len(expected) and all(map(_is_equal, found, expected))
+    return type(found) in (bool, int, float) and found == expected
+
+
 def _cloned(given: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given)
 
@@ -363,12 +457,17 @@ def _content(output: Any) -> Iterator[Any]:
 
 
 def _variants(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """Yield the example, then the example with one of its sizes doubled wherever it occurs."""
+    """Yield the example, then the example with one of its sizes doubled wherever it occurs.
+
+    The size of the first axes comes next, then those that occur most and furthest to the front: at these a
+    model is likeliest to work.
+    """
     given = (args, kwargs)
     yield given
     tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
-    sizes = dict.fromkeys((axis == 0, size) for tensor in tensors for axis, size in enumerate(tensor.shape))
-    for first, size in sizes:
+    axes = [(axis, size) for tensor in tensors for axis, size in enumerate(tensor.shape)]
+    sizes = Counter((axis == 0, size) for axis, size in sorted(axes))
+    for first, size in sorted(sizes, key=lambda found: (not found[0], -sizes[found])):
 
         def doubled(tensor: Tensor, first: bool = first, size: int = size) -> Tensor:
             for axis, found in enumerate(tensor.shape):

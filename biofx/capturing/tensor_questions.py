@@ -4,8 +4,8 @@ from __future__ import annotations
 
 DEVICES = frozenset({"device", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"})
 """Where a tensor is."""
-DESCRIBING = frozenset({"device", "dtype", "itemsize"})
-"""Attributes that a graph reads anew: of what type a tensor is, and where."""
+DESCRIBING = frozenset({"device", "dtype", "itemsize", "nbytes"})
+"""Attributes that a graph reads anew: of what type a tensor is, where, and how many bytes it takes."""
 NUMBERS = frozenset({"get_device", "element_size"})
 """The same as numbers, from methods."""
 KINDS = frozenset({"can_cast", "is_complex", "is_floating_point", "is_signed"})

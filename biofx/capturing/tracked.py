@@ -1,8 +1,8 @@
 """Values that remember the node they come from: sizes and types of tensors, while a forward is recorded.
 
-Sizes are ints and floats to whoever asks, types are ``torch.dtype``. What is computed from them becomes nodes, so that a graph works at
-other sizes too. A question that decides something (a comparison, an index) makes the graph check, whenever
-it runs, that the answer is still the same.
+Sizes are ints and floats to whoever asks, types are ``torch.dtype``. What is computed from them becomes
+nodes, so that a graph works at other sizes too, and in other types. A question that decides something (a
+comparison, an index) makes the graph check, whenever it runs, that the answer is still the same.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Type(_Tracked, bytearray):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]
         return hash(self._asked())
 
     def __repr__(self) -> str:

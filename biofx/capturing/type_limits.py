@@ -1,4 +1,4 @@
-"""Following ``torch.finfo`` and ``torch.iinfo``: what they say of the type of a tensor, that graph reads anew.
+"""Following ``torch.finfo`` and ``torch.iinfo``: what they say of the type of a tensor, a graph asks anew.
 
 Neither asks whether it is handed a stand-in: they would read a number of a type out of whatever it is.
 """

@@ -34,7 +34,7 @@ def raise_layers(graph_module: GraphModule) -> None:
 
 
 def _call_parametrized(graph_module: GraphModule) -> None:
-    """Let each layer whose weight a parametrization computes, and nothing else changes, be called as it was."""
+    """Let each layer be called again whose weight a parametrization computes and nothing else changes."""
     for node in list(graph_module.graph.nodes):
         kind = kind_of_call(node)
         weight = node.args[1] if kind in LAYER_KINDS and len(node.args) > 1 else None

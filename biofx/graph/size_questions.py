@@ -12,4 +12,6 @@ def asks_for_a_size(node: Node) -> bool:
     return node.target is getattr and node.args[1] in ("shape", *_SIZES)
 
 
-_SIZES = frozenset({"size", "dim", "numel", "device", "dtype"})
+_SIZES = frozenset(
+    {"size", "dim", "numel", "device", "dtype", "element_size", "get_device", "itemsize", "nbytes"}
+)

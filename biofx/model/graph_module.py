@@ -17,7 +17,7 @@ from biofx.graph.branches import has_branches, settle_branches, with_branches
 from biofx.graph.contexts import restoring_modes
 from biofx.graph.own_forward import call_own_forward
 from biofx.kernels.sharded_rates import outside_graphs
-from biofx.model.computed_attributes import without_history
+from biofx.model.copies import prepared
 from biofx.model.graph_records import pack, unpack
 from biofx.plasticity.model_rules import apply_rule, expanded_weights, exposed_rules
 from biofx.plasticity.sharded_model import before_forward, is_fully_sharded
@@ -68,7 +68,7 @@ class BioGraphModule(GraphModule):
         root = nn.Module()
         memo[id(graph_module)] = made = _empty(type(graph_module).__name__, user_class(graph_module))
         try:
-            vars(root).update(copy.deepcopy(own, without_history(graph_module, memo)))
+            vars(root).update(copy.deepcopy(own, prepared(graph_module, memo)))
         except RuntimeError as error:
             raise InputError(f"expected a model that can be copied: {error}") from error
         vars(made).update(

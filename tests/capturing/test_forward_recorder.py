@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx import InputError, capture
+from biofx.capturing.forward_recorder import Recorder
 from biofx.graph.regions import region_paths
 
 
@@ -536,3 +537,178 @@ def test_a_forward_that_writes_into_its_parameters_does_so_in_use_alone(
     with unchanged(model):
         captured = capture(model, example_inputs=vectors(4), share_parameters=share)
     assert_same(model, captured, vectors(4))
+
+
+class Step(nn.Module):
+    """One of many; only some of them ask for a value, after they have done something."""
+
+    calls: Tensor
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.asks = asks
+        self.before, self.after = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.weight = nn.Parameter(torch.rand(8))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        x = x.clone()
+        x *= self.weight
+        self.calls += 1
+        with torch.no_grad():
+            noise = self.before(x) + torch.rand(x.shape)
+            if self.asks and noise.sum() > 1e9:
+                noise = noise * 0
+        return self.after(torch.tanh(x + noise)) / self.calls.clone()
+
+
+class Steps(nn.Module):
+    def __init__(self, asking: set[int]) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(Step(number in asking) for number in range(6))
+
+    def forward(self, x: Tensor) -> Any:
+        for step in self.steps:
+            x = x + step(x)
+        return x
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Takes down the mode of each run that is recorded."""
+    modes: list[bool] = []
+    run = Recorder.run
+
+    def counted(self: Recorder, args: Any, kwargs: Any) -> None:
+        modes.append(self._root.training)
+        run(self, args, kwargs)
+
+    monkeypatch.setattr(Recorder, "run", counted)
+    return modes
+
+
+def test_only_the_modules_that_need_it_stay_in_python_and_one_run_finds_them(runs: list[bool]) -> None:
+    model = Steps({1, 4, 5})
+    captured = capture(model, example_inputs=vectors(4))
+    assert list(captured.kept_as_python) == ["steps.1", "steps.4", "steps.5"]
+    assert set(region_paths(captured)) == {
+        f"steps.{n}.{part}" for n in (1, 4, 5) for part in ("before", "after")
+    }
+    assert runs == [True, True, False]
+    assert_same(model, captured, *(vectors(batch) for batch in (4, 1, 9)))
+
+
+class Peeks(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return x * 2 if x.sum() > 1e9 else x * 3
+
+
+class HasPeeks(Wraps):
+    def __init__(self) -> None:
+        super().__init__(Peeks())
+        self.other = Peeks()
+
+    def forward(self, x: Tensor) -> Any:
+        size = x.shape[0]
+        y = self.inner(self.first(x.expand(size, 8)))
+        return self.last(self.other(y.reshape(size, 8)))
+
+
+def test_nothing_is_recorded_anew_for_a_module_that_calls_nothing(runs: list[bool]) -> None:
+    model = HasPeeks()
+    captured = capture(model, example_inputs=vectors(4))
+    assert list(captured.kept_as_python) == ["inner", "other"]
+    assert runs == [True, False]
+    assert_same(model, captured, *(vectors(batch) for batch in (4, 1, 9)))
+
+
+class PeeksWithinAContext(Wraps):
+    """What is asked first inside the inner module, under its contexts, is asked again by the outer one."""
+
+    def __init__(self) -> None:
+        super().__init__(AsksAndPeeks())
+
+    def forward(self, x: Tensor) -> Any:
+        size = x.shape[0]
+        y = self.inner(self.first(x), size)
+        if size > 100:
+            return y
+        return self.last(y[: size // 2]).to(x.dtype)
+
+
+class AsksAndPeeks(nn.Module):
+    def forward(self, x: Tensor, size: int) -> Any:
+        if size > 100:
+            return x
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            half = x[: size // 2].to(x.dtype)
+            if half.sum() > 1e9:
+                return half
+        return x * 2
+
+
+def test_what_was_written_of_a_module_that_is_given_up_is_taken_back_whole() -> None:
+    model = PeeksWithinAContext()
+    captured = capture(model, example_inputs=vectors(4))
+    assert list(captured.kept_as_python) == ["inner"]
+    assert_same(model, captured, *(vectors(batch) for batch in (4, 2, 9)))
+    with pytest.raises(InputError, match="recorded with False"):
+        captured(torch.zeros(101, 8))
+
+
+class CatchesWhatItsChildRaises(Wraps):
+    def __init__(self) -> None:
+        super().__init__(PeeksAndRaises())
+
+    def forward(self, x: Tensor) -> Any:
+        try:
+            x = self.inner(x)
+        except ValueError:
+            x = self.first(x)
+        return self.last(x)
+
+
+class PeeksAndRaises(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        if x.sum() < 1e9:
+            raise ValueError("too small")
+        return x
+
+
+def test_an_exception_of_a_module_that_was_given_up_may_not_come_another_time() -> None:
+    model = CatchesWhatItsChildRaises()
+    captured = capture(model, example_inputs=vectors(4))
+    assert "" in captured.kept_as_python
+    large = torch.full((2, 8), 1e9)
+    torch.testing.assert_close(captured(large), model(large), rtol=0, atol=0)
+    assert_same(model, captured, vectors(4), vectors(3))
+
+
+class DiffersByMode(nn.Module):
+    def __init__(self, differs: bool) -> None:
+        super().__init__()
+        self.differs = differs
+        self.layer = nn.Linear(8, 8)
+        self.scale = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.layer(x)
+        # by the mode of a part: whose it is that decides is not seen
+        x = torch.tanh(x) if self.differs and self.layer.training else torch.relu(x)
+        return x * self.scale
+
+
+class Differ(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(*(DiffersByMode(number == 2) for number in range(5)))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.parts(x)
+
+
+def test_modules_kept_for_the_class_of_another_get_a_second_chance() -> None:
+    model = Differ()
+    captured = capture(model, example_inputs=vectors(4))
+    assert list(captured.kept_as_python) == ["parts.2"]
+    assert_same(model, captured, *(vectors(batch) for batch in (4, 1, 9)))
