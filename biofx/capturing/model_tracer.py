@@ -23,6 +23,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from biofx.capturing.checkpoints import is_checkpointed
 from biofx.capturing.recording import Recorder, leaves_of
 from biofx.capturing.side_effects import Watch
+from biofx.capturing.state_of_others import Unknowns
 from biofx.capturing.switches import Switches, SwitchPatches
 from biofx.capturing.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 from biofx.errors import CaptureError
@@ -42,6 +43,9 @@ class StartAgain(BaseException):
         self.kept = kept
 
 
+TOUCHES_STATE = (
+    "touches what a module that keeps its own forward remembers from call to call, which a graph would not do"
+)
 _REMEDY = (
     "what Python decides from values cannot be part of a graph. Rewrite that line, or name the module in "
     "opaque=[…] to keep it as one call"
@@ -59,12 +63,14 @@ class ModelTracer(Tracer):
         prefix: str,
         kept: dict[str, str] | None,
         watch: Watch,
+        unknowns: Unknowns | None = None,
     ) -> None:
         super().__init__()
         self.refusals: list[CaptureError] = []
         self.kept = kept
         self.prefix = prefix
         self._watch = watch
+        self._unknowns = unknowns
         self.calls: list[str] = []
         self.known_tensors: set[Node] = set()
         self._opaque = opaque
@@ -247,13 +253,15 @@ class ModelTracer(Tracer):
                 raise self.refusals[mark.refusals]
             if _catches(m):
                 self.refuse_at(path, f"{_CATCHING}. Do without")
+            if self._unknowns is not None and self._unknowns.are_touched():
+                self.refuse_at(path, f"{TOUCHES_STATE}. Let that module do so itself")
             return found
         except Exception as error:
             if self.kept is None:
                 raise
             first = next(iter(self.refusals[mark.refusals :]), None)
             self.kept[path] = str(first or self.refusal_of(error))
-            if path in self.calls[: mark.calls]:
+            if path in self.calls[: mark.calls] or self._unknowns is not None:
                 raise StartAgain(self.kept) from error
             self._go_back(mark, m)
         self.calls.append(path)

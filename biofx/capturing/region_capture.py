@@ -9,7 +9,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Tracer
 
-from biofx.capturing.python_names import ANYTHING, names_mentioned, weights_mentioned
+from biofx.capturing.python_names import (
+    ANYTHING,
+    attributes_changed,
+    names_mentioned,
+    weights_mentioned,
+)
 from biofx.capturing.tracing import trace
 from biofx.errors import CaptureError
 from biofx.graph.own_forward import own_forward_graph
@@ -89,6 +94,7 @@ class RegionCapture:
         self._first_paths = {id(module): path for path, module in root.named_modules()}
         self.seen: set[int] = {id(self._modules[path]) for path in opaque}
         self._names: frozenset[str] = frozenset()  # what the forward mentions that has the children called
+        self._changed: frozenset[str] = frozenset()  # the attributes to which it may give other values
         self.regions: list[str] = []
         self.kept: dict[str, str] = {}
 
@@ -115,9 +121,10 @@ class RegionCapture:
         """Capture what the module at a path may call."""
         if path in self.kept:
             self._names = names_mentioned(self._modules[path])
-        names = self._names
+            self._changed = attributes_changed(self._modules[path])
+        names, changed = self._names, self._changed
         for child in self._modules[path].children():
-            self._names = names
+            self._names, self._changed = names, changed
             self._capture(self._first_paths[id(child)], child)
 
     def _capture(self, path: str, module: nn.Module) -> None:
@@ -136,6 +143,9 @@ class RegionCapture:
             self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
         elif parts := sorted(self._names & module._modules.keys()):
             reason = f"has parts ({', '.join(parts)}) that the forward around it may use by itself"
+            self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
+        elif steered := _attributes_of(module) & self._changed:
+            reason = f"has attributes ({', '.join(sorted(steered))}) that the forward around it may change"
             self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
         else:
             self._trace(path, module)
@@ -173,6 +183,14 @@ def _only_holds_others(module: nn.Module) -> bool:
     """Whether a module is there to hold others, which its owner calls one by one, or may."""
     no_forward = getattr(nn.Module, "forward", None)
     return type(module).forward in (no_forward, nn.Sequential.forward)
+
+
+def _attributes_of(module: nn.Module) -> frozenset[str]:
+    """Return the names of what a module and those inside it hold besides tensors and modules."""
+    return frozenset(name for inner in module.modules() for name in vars(inner).keys() - _TORCHS_OWN)
+
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))
 
 
 def _why_calls_are_unknown(module: nn.Module) -> str | None:

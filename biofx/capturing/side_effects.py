@@ -30,7 +30,7 @@ class Watch:
         self._is_complete = True
         self._random = _random_states()
         self._held = {
-            id(module): [(held, dict(held)) for held in _holders(module)] for module in root.modules()
+            id(module): [(held, dict(held)) for held in holders_of(module)] for module in root.modules()
         }
 
     def restore(self, within: nn.Module | None = None) -> None:
@@ -95,7 +95,7 @@ class Watch:
                 self._module = id(module)
                 found[path] = {
                     name: self._contents(value, seen)
-                    for held in _holders(module)
+                    for held in holders_of(module)
                     for name, value in held.items()
                     if self._is_watched(path, name)
                 }
@@ -140,7 +140,8 @@ _INDIVISIBLE = frozenset({int, float, complex, bool, str, bytes, type(None), nn.
 _KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
 
 
-def _holders(module: nn.Module) -> tuple[dict[str, Any], ...]:
+def holders_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Return the dicts in which a module holds what it has: attributes, parameters, buffers, modules."""
     parameters: dict[str, Any] = module._parameters
     buffers: dict[str, Any] = module._buffers
     modules: dict[str, Any] = module._modules

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import Graph
 
-from biofx.capturing.model_tracer import ModelTracer, StartAgain
+from biofx.capturing.model_tracer import TOUCHES_STATE, ModelTracer, StartAgain
 from biofx.capturing.side_effects import Watch
+from biofx.capturing.state_of_others import Unknowns
 from biofx.errors import CaptureError
 
 
@@ -48,21 +49,55 @@ def trace(
         tracer = ModelTracer(root, opaque, foreign, prefix, dict(kept) if keep else None, watch)
         try:
             graph = _traced(tracer, root)
-            kept |= tracer.kept or {}
+            found = kept | (tracer.kept or {})
             left_in = watch.changed_modules()
-            changed = [path for path in left_in if path and path not in kept]
-            if not keep or not changed:
+            if keep:
+                changed = [path for path in left_in if path and path not in found]
+                found |= {
+                    path: f"{tracer.named(path)} changes its attributes in the forward" for path in changed
+                }
+            if found == kept:  # those that are kept did not run
                 watch.refuse_side_effects(attributes=bool(left_in))
-                return Traced(graph, kept)
-            for path in changed:
-                kept[path] = f"{tracer.named(path)} changes its attributes in the forward"
-        except StartAgain as again:
-            kept |= again.kept
+                again = _without_state_of_others(root, opaque, foreign, prefix, kept, watch, graph)
+                if again == kept:
+                    return Traced(graph, kept)
+                found = again
+            kept = found
+        except StartAgain as again_from:
+            kept |= again_from.kept
         except CaptureError:
             if keep:
                 watch.restore()
             raise
         watch.restore()
+
+
+def _without_state_of_others(
+    root: nn.Module,
+    opaque: frozenset[str],
+    foreign: frozenset[int],
+    prefix: str,
+    kept: dict[str, str],
+    watch: Watch,
+    graph: Graph,
+) -> dict[str, str]:
+    """Trace again without the state of those modules that are kept; return which ones are to be kept then.
+
+    Raises:
+        CaptureError: the forward of ``root`` itself touches such state.
+    """
+    unknowns = Unknowns(root, (*kept, *opaque))
+    with unknowns.in_place() as are_some:
+        if not are_some:
+            return kept
+        tracer = ModelTracer(root, opaque, foreign, prefix, dict(kept), watch, unknowns)
+        try:
+            found = _traced(tracer, root)
+        except StartAgain as again:
+            return again.kept
+        if unknowns.are_touched() or str(found) != str(graph):
+            raise CaptureError(f"{tracer.named('')} {TOUCHES_STATE}")
+    return kept
 
 
 def _traced(tracer: ModelTracer, root: nn.Module) -> Graph:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from idioms import hooks, modes, python_forms, returned, state, tensors
+from idioms import hooks, modes, neighbours, python_forms, returned, state, tensors
 from idioms.body import Example, features, images, sequences
 
 _OTHER_INPUTS: dict[type[nn.Module], Example] = {
@@ -31,7 +31,7 @@ def _keywords(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Example]]]]:
     """Yield names and builders of modules with an example for each."""
-    groups = (modes, state, hooks, python_forms, returned, tensors)
+    groups = (modes, state, neighbours, hooks, python_forms, returned, tensors)
     examples = {
         **{kind: features for group in groups for kind in group.IDIOMS},
         **_OTHER_INPUTS,
