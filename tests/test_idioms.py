@@ -51,6 +51,7 @@ ONE_GRAPH = (
     *("FunctionalDropout", "FrozenNormalisation", "NoiseInForward", "BufferByItem", "SharedLayer"),
     *("TiedWeights", "WeightNorm", "ForwardHookOnModel", "PositionsByLength", "AssertsShapes"),
     *("JugglesKeywords", "ReturnsADict", "Closures", "WritesItems", "SizesInArithmetic", "Einsum"),
+    *("FunctionByAlias", "FunctionInAnAttribute", "ComparesWithNone"),
 )
 
 
@@ -58,3 +59,20 @@ ONE_GRAPH = (
 def test_an_idiom_that_a_graph_has_room_for_is_one_graph(name: str) -> None:
     model, example = IDIOMS[f"idiom {name}"]()
     assert biofx.capture(model, example_inputs=example(2)).kept_as_python == {}
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["traced", "recorded"])
+def test_layers_of_several_inputs_that_python_calls_are_rewritten(recorded: bool) -> None:
+    model, example = IDIOMS["idiom LayersOfSeveralInputs"]()
+    options = {"example_inputs": example(2)} if recorded else {}
+    bio_model, _ = biofx.transform(model, {"fuzzy_learning_rate_factor_nu": 0.2}, **options)
+    names = ("lstm.weight_ih_l0", "gru.weight_hh_l1", "attention.in_proj_weight")
+    (x,), _ = example(3)
+    for one in (model.eval(), bio_model.eval()):
+        one(x)[0].sum().backward()
+    for name in names:
+        expected, found = model.get_parameter(name).grad, bio_model.get_parameter(name).grad
+        ratio = (found / expected)[expected != 0]
+        assert ratio.min() > 0.79, name
+        assert ratio.max() < 1.21, name
+        assert ratio.std() > 0.1, name

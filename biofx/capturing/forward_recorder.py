@@ -35,9 +35,10 @@ from biofx.capturing.tensor_questions import DECIDING, DESCRIPTIONS, DEVICES, SI
 from biofx.capturing.tracked import plain, tracked
 from biofx.capturing.values import TORCH_FOLDER
 from biofx.errors import InputError
-from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
+from biofx.graph.autograd_functions import AppliedFunction, applications_handled, can_be_applied
 from biofx.graph.checkpointing import call_checkpointed
 from biofx.graph.in_place import changed_in_place
+from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS
 from biofx.layers.obstacles import hooks_of
 
 
@@ -133,6 +134,7 @@ class Recorder(TorchFunctionMode):
             return frame.take(node, found, in_place=name.endswith("_"))
         if (
             found is not None
+            and found is not NotImplemented  # tensor == None, on which Python goes on by itself
             and name not in DESCRIPTIONS
             and any(isinstance(x, Tensor) for x in leaves((args, options)))
         ):
@@ -245,6 +247,21 @@ class Recorder(TorchFunctionMode):
             found = original(function, *args, **kwargs)
         return frame.take(node, found)
 
+    def _apply(self, original: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Write the application of an autograd function down."""
+        frame = self.frame
+        if frame is None or self.busy:
+            return original(*args, **kwargs)
+        if not can_be_applied(function):
+            self.stop(f"calls {function.__name__}, an autograd function with an apply() of its own")
+        frame.switches.check()
+        node = frame.node(
+            "call_function", AppliedFunction(function), frame.argument(args), frame.argument(kwargs)
+        )
+        with self.quiet():
+            found = original(*args, **kwargs)
+        return frame.take(node, found)
+
     def _assign(self, module: nn.Module, name: str, value: Any) -> None:
         """Write an assignment to a buffer down; one that is not is noticed as a change of the module."""
         frame, path = self.frame, self._paths.get(id(module))
@@ -261,7 +278,8 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         if path is None or path in self._opaque or _is_leaf(module):
             is_plain = path not in self._opaque and is_plain_layer(module)
-            if path is not None and is_plain and len(args) == 1 and not kwargs:
+            takes_more = isinstance(module, LAYERS_OF_SEVERAL_INPUTS)
+            if path is not None and is_plain and (takes_more or (len(args) == 1 and not kwargs)):
                 self.layers.setdefault(path)
             with self.quiet():
                 return original(module, *args, **kwargs)
@@ -307,24 +325,10 @@ class Recorder(TorchFunctionMode):
     @contextmanager
     def _patched(self) -> Iterator[None]:
         original_call, original_set = nn.Module.__call__, nn.Module.__setattr__
-        original_apply = torch.autograd.Function.__dict__["apply"]
         recorder = self
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return recorder._call(module, original_call, args, kwargs)
-
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            frame = recorder.frame
-            if frame is None or recorder.busy:
-                return original_apply.__func__(cls, *args, **kwargs)
-            if not can_be_applied(cls):
-                recorder.stop(f"calls {cls.__name__}, an autograd function with an apply() of its own")
-            frame.switches.check()
-            given = frame.argument(tuple(args)), frame.argument(dict(kwargs))
-            node = frame.node("call_function", AppliedFunction(cls), *given)
-            with recorder.quiet():
-                found = original_apply.__func__(cls, *args, **kwargs)
-            return frame.take(node, found)
 
         def set_attribute(module: nn.Module, name: str, value: Any) -> None:
             recorder._assign(module, name, value)
@@ -332,13 +336,12 @@ class Recorder(TorchFunctionMode):
 
         nn.Module.__call__ = call  # type: ignore[method-assign]
         nn.Module.__setattr__ = set_attribute  # type: ignore[assignment, method-assign]
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
         try:
-            yield
+            with applications_handled(self._apply):
+                yield
         finally:
             nn.Module.__call__ = original_call  # type: ignore[method-assign]
             nn.Module.__setattr__ = original_set  # type: ignore[method-assign]
-            torch.autograd.Function.apply = original_apply  # type: ignore[method-assign]
 
     def _named(self, path: str) -> str:
         kind = type(self._root.get_submodule(path)).__name__

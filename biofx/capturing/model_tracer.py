@@ -27,7 +27,7 @@ from biofx.capturing.state_of_others import Unknowns
 from biofx.capturing.switches import Switches, SwitchPatches
 from biofx.capturing.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 from biofx.errors import CaptureError
-from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
+from biofx.graph.autograd_functions import AppliedFunction, applications_handled, can_be_applied
 from biofx.graph.guards import require_default
 from biofx.graph.in_place import changed_in_place
 from biofx.layers.obstacles import hooks_of
@@ -91,7 +91,7 @@ class ModelTracer(Tracer):
         """Let everything that a forward does reach this tracer."""
         with ExitStack() as stack:
             stack.enter_context(self._flags_as_nodes())
-            stack.enter_context(self._autograd_functions_as_nodes())
+            stack.enter_context(applications_handled(self._apply))
             stack.enter_context(transformers_as_nodes())
             stack.enter_context(self._patches.patched())
             stack.enter_context(Recorder(self))
@@ -383,23 +383,13 @@ class ModelTracer(Tracer):
                 "does it in opaque=[…]"
             )
 
-    @contextmanager
-    def _autograd_functions_as_nodes(self) -> Iterator[None]:
+    def _apply(self, original: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Write an autograd.Function down as one call, even one without an operation of its own."""
-        original = torch.autograd.Function.__dict__["apply"]
-
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(leaf, Value) for leaf in leaves_of((args, kwargs))):
-                if not can_be_applied(cls):
-                    self.refuse(f"calls {cls.__name__}, an autograd function with an apply() of its own")
-                return self.create_proxy("call_function", AppliedFunction(cls), args, kwargs)
-            return original.__func__(cls, *args, **kwargs)
-
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-        try:
-            yield
-        finally:
-            torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        if any(isinstance(leaf, Value) for leaf in leaves_of((args, kwargs))):
+            if not can_be_applied(function):
+                self.refuse(f"calls {function.__name__}, an autograd function with an apply() of its own")
+            return self.create_proxy("call_function", AppliedFunction(function), args, kwargs)
+        return original(*args, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def names_mentioned(module: nn.Module) -> frozenset[str]:
 
 
 def weights_mentioned(module: nn.Module) -> frozenset[str]:
-    """Return whose ``.weight`` a module's forward mentions: ``"fc"`` for ``self.fc.weight``.
+    """Return whose weights a module's forward mentions: ``"fc"`` for ``self.fc.weight``.
 
     Its own is left out; :data:`ANYTHING` for that of something without a name, as in ``layer.weight``.
     """
@@ -29,13 +29,20 @@ def weights_mentioned(module: nn.Module) -> frozenset[str]:
     for code in _code_of(module):
         before: dis.Instruction | None = None
         for instruction in dis.get_instructions(code):
-            if instruction.argval == "weight" and "ATTR" in instruction.opname and before is not None:
+            if _is_a_weight(instruction.argval) and "ATTR" in instruction.opname and before is not None:
                 if before.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
                     found.add(str(before.argval))
                 elif before.argval != "self":
                     found.add(ANYTHING)
             before = instruction
     return frozenset(found)
+
+
+def _is_a_weight(name: object) -> bool:
+    """Whether an attribute is the weight of a layer of torch's, or one of its weights."""
+    return name in ("weight", "in_proj_weight", "all_weights", "_flat_weights") or str(name).startswith(
+        ("weight_ih", "weight_hh")
+    )
 
 
 def attributes_changed(module: nn.Module) -> frozenset[str]:

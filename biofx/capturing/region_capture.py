@@ -19,7 +19,7 @@ from biofx.capturing.tracing import trace
 from biofx.errors import CaptureError
 from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside
-from biofx.layers.layer_kinds import kind_of
+from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS, kind_of
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 
 
@@ -163,7 +163,7 @@ class RegionCapture:
 
 
 def is_plain_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch's with weights and one input, forward and all."""
+    """Whether a module is a layer of torch's with weights, forward and all."""
     kind = kind_of(module)
     if kind is not None:
         return type(module).forward is kind.module_type.forward
@@ -175,8 +175,9 @@ _PLAIN: tuple[type[nn.Module], ...] = (
     *(nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *LAYERS_OF_SEVERAL_INPUTS,
 )
-"""Layers of torch's with one input, besides those between units."""
+"""Layers of torch's besides those between units."""
 
 
 def _only_holds_others(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from torch.fx.node import has_side_effect, map_arg
 from biofx.errors import PassError
 from biofx.graph.guards import require_default
 from biofx.graph.own_forward import OWN_FORWARD, call_own_forward
+from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS
 
 KEPT = "kept_as_python"
 """The attribute of a captured model that says which modules keep their own forward, and why."""
@@ -210,11 +211,14 @@ class _Join:
 def layer_graph(module: nn.Module, path: str) -> Graph:
     """Return the graph of a layer that is a region by itself: one call of itself, written with no path."""
     graph = Graph(tracer_cls=Tracer)
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    inputs = [graph.create_node("placeholder", names[0])]
-    for name in names[1:]:  # output_size of a transposed convolution
-        given = graph.create_node("placeholder", name, (None,))
-        graph.create_node("call_function", require_default, (given, None, name))
+    inputs = []
+    for name, parameter in list(inspect.signature(type(module).forward).parameters.items())[1:]:
+        default = () if parameter.default is parameter.empty else (parameter.default,)
+        given = graph.create_node("placeholder", name, default)
+        if not default or isinstance(module, LAYERS_OF_SEVERAL_INPUTS):
+            inputs.append(given)
+        else:  # output_size of a transposed convolution
+            graph.create_node("call_function", require_default, (given, parameter.default, name))
     graph.output(graph.create_node("call_module", "", tuple(inputs), name=path.replace(".", "_")))
     return graph
 
