@@ -17,7 +17,7 @@ _LIBRARIES = ("torch.", "builtins.", "typing.", "collections.", "functools.", "m
 
 def names_mentioned(module: nn.Module) -> frozenset[str]:
     """Return the attributes, globals and texts that a module's forward mentions, and what it calls does."""
-    return frozenset(name for code in _code_of(module) for name in _names(code))
+    return frozenset(name for code in _code_of_class(type(module)) for name in _names(code))
 
 
 def weights_mentioned(module: nn.Module) -> frozenset[str]:
@@ -25,8 +25,14 @@ def weights_mentioned(module: nn.Module) -> frozenset[str]:
 
     Its own is left out; :data:`ANYTHING` for that of something without a name, as in ``layer.weight``.
     """
+    kind: Any = type(module)
+    return _weights_mentioned(kind)
+
+
+@functools.cache
+def _weights_mentioned(kind: Any) -> frozenset[str]:
     found: set[str] = set()
-    for code in _code_of(module):
+    for code in _code_of_class(kind):
         before: dis.Instruction | None = None
         for instruction in dis.get_instructions(code):
             if _is_a_weight(instruction.argval) and "ATTR" in instruction.opname and before is not None:
@@ -72,10 +78,6 @@ _CHANGING_METHODS = frozenset(
         *("update", "setdefault", "add", "discard"),
     }
 )
-
-
-def _code_of(module: nn.Module) -> Iterator[CodeType]:
-    return _code_of_class(type(module))
 
 
 def _code_of_class(kind: type[nn.Module]) -> Iterator[CodeType]:

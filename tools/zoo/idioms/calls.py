@@ -14,12 +14,12 @@ class Spike(torch.autograd.Function):
     """A step with the gradient of another function, as spiking neurons have."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Any:
         ctx.save_for_backward(x)
         return (x > 0).float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         return gradients[0] / (1 + x.square())
 
@@ -39,10 +39,10 @@ class FunctionInAnAttribute(Body):
 
     def __init__(self) -> None:
         super().__init__()
-        self.activation = Spike.apply
+        self.activation: Any = Spike.apply
 
     def forward(self, x: Tensor) -> Any:
-        return self.out(self.activation(self.fc(x)))  # type: ignore[no-untyped-call]
+        return self.out(self.activation(self.fc(x)))
 
 
 class ComparesWithNone(Body):
