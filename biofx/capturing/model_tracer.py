@@ -186,6 +186,8 @@ class ModelTracer(Tracer):
         graph = super().trace(root, concrete_args)
         if _catches(root):
             self.refuse(_CATCHING, "Do without")
+        if _takes_nothing_in(graph):
+            self.refuse("takes optional arguments alone, of which it is not known which ones will be given")
         for node in graph.nodes:
             if isinstance(node.type, str):
                 node.type = None  # an annotation as text, which torch.jit.script could not make sense of
@@ -417,6 +419,14 @@ def _catches(module: nn.Module) -> bool:
 
 
 _EXCEPTS = [dis.opmap[name] for name in ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH") if name in dis.opmap]
+
+
+def _takes_nothing_in(graph: Graph) -> bool:
+    """Whether a graph has arguments, one of them None by default, and computes nothing with any."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    users = [user for node in inputs for user in node.users]
+    guarded = [user for user in users if user.target is require_default]
+    return len(guarded) == len(users) and any(user.args[1] is None for user in guarded)
 
 
 def _steers(default: object) -> bool:

@@ -87,7 +87,8 @@ class ReadsAWeightOfALayer(nn.Module):
     def forward(self, x: Tensor) -> Any:
         if x.abs().mean() > 100:
             x = x / 100
-        return self.lstm(x)[0], self.lstm.weight_hh_l0.norm()
+        weight: Tensor = self.lstm.weight_hh_l0  # type: ignore[assignment]
+        return self.lstm(x)[0], weight.square().sum()
 
 
 IDIOMS = (
