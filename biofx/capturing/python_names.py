@@ -35,7 +35,7 @@ def _weights_mentioned(kind: Any) -> frozenset[str]:
     for code in _code_of_class(kind):
         before: dis.Instruction | None = None
         for instruction in dis.get_instructions(code):
-            if _is_a_weight(instruction.argval) and "ATTR" in instruction.opname and before is not None:
+            if is_a_weight(instruction.argval) and "ATTR" in instruction.opname and before is not None:
                 if before.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
                     found.add(str(before.argval))
                 elif before.argval != "self":
@@ -44,7 +44,7 @@ def _weights_mentioned(kind: Any) -> frozenset[str]:
     return frozenset(found)
 
 
-def _is_a_weight(name: object) -> bool:
+def is_a_weight(name: object) -> bool:
     """Whether an attribute is the weight of a layer of torch's, or one of its weights."""
     return name in ("weight", "in_proj_weight", "all_weights", "_flat_weights") or str(name).startswith(
         ("weight_ih", "weight_hh")

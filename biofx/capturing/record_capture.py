@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from biofx.capturing.both_modes import unified
 from biofx.capturing.forward_recorder import Recorder
 from biofx.capturing.frames import Keep, joined_path
+from biofx.capturing.python_reads import modules_that_read
 from biofx.capturing.region_capture import capture_regions, capture_uncalled, weights_read_by_python
 from biofx.capturing.side_effects import Watch
 from biofx.errors import CaptureError, InputError
@@ -186,8 +187,8 @@ class _RecordCapture:
         settled += [modules[path] for path in called | set(kept)]
         rest = capture_uncalled(root, self._opaque, self._foreign, kept, settled)
         made = become_graph_module(root, graphs.get("") or own_forward_graph())
-        made.region_paths = (*regions, *layers, *rest.regions)
         made.kept_as_python = kept | rest.kept
+        made.region_paths = (*regions, *layers, *rest.regions, *modules_that_read(made))
         made.read_by_python = weights_read_by_python(made)
         return made
 

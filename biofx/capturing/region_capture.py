@@ -15,6 +15,7 @@ from biofx.capturing.python_names import (
     names_mentioned,
     weights_mentioned,
 )
+from biofx.capturing.python_reads import modules_that_read
 from biofx.capturing.tracing import trace
 from biofx.errors import CaptureError
 from biofx.graph.own_forward import own_forward_graph
@@ -37,8 +38,8 @@ def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[
     capture = RegionCapture(root, opaque, foreign)
     graph = capture.traced_root()
     captured = become_graph_module(root, graph)
-    captured.region_paths = tuple(capture.regions)
     captured.kept_as_python = dict(capture.kept)
+    captured.region_paths = (*capture.regions, *modules_that_read(captured))
     captured.read_by_python = weights_read_by_python(captured)
     return captured
 

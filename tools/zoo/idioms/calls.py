@@ -91,7 +91,47 @@ class ReadsAWeightOfALayer(nn.Module):
         return self.lstm(x)[0], weight.square().sum()
 
 
+class Experts(nn.Module):
+    """Stacked matrices, of which Python takes those that values ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.Parameter(torch.randn(3, 4, 4) / 2)
+        self.bias = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor, choice: Tensor) -> Any:
+        found = torch.zeros_like(x)
+        for expert in choice.unique().tolist():
+            rows = choice == expert
+            found[rows] = x[rows] @ self.matrices[expert] + self.bias[expert]
+        return found
+
+
+class MixesExperts(Body):
+    """A mixture of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 3)
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> Any:
+        weights, choice = self.router(x).softmax(-1).max(-1)
+        return self.out(self.fc(x + weights[:, None] * self.experts(x, choice)))
+
+
+class ReadsExperts(MixesExperts):
+    """One that reads the matrices of its experts besides, in Python."""
+
+    def forward(self, x: Tensor) -> Any:
+        if x.abs().mean() > 100:
+            x = x / 100
+        return super().forward(x), self.experts.matrices.square().mean()
+
+
 IDIOMS = (
+    MixesExperts,
+    ReadsExperts,
     FunctionByAlias,
     FunctionInAnAttribute,
     ComparesWithNone,
