@@ -74,7 +74,8 @@ def test_weights_that_python_hands_on_or_reads_are_scaled(name: str, recorded: b
     options = {"example_inputs": example(2)} if recorded else {}
     bio_model, report = biofx.transform(model, {"fuzzy_learning_rate_factor_nu": 0.2}, **options)
     assert bio_model.kept_as_python
-    assert report.coverage.visible == report.coverage.total
+    coverage: Any = report.coverage
+    assert coverage.visible == coverage.total
     (x,), _ = example(3)
     for one in (model.eval(), bio_model.eval()):
         output = one(x)
@@ -90,5 +91,6 @@ def test_weights_that_python_hands_on_or_reads_are_scaled(name: str, recorded: b
 def test_parameters_that_others_may_read_too_are_not_said_to_be_seen() -> None:
     model, _ = IDIOMS["idiom ReadsExperts"]()
     _, report = biofx.transform(model, {"fuzzy_learning_rate_factor_nu": 0.2})
-    hidden = [entry.path for entry in report.coverage.left if not entry.is_visible]
+    coverage: Any = report.coverage
+    hidden = [entry.path for entry in coverage.left if not entry.is_visible]
     assert hidden == ["experts.matrices", "experts.bias"]

@@ -96,12 +96,22 @@ class _RecordCapture:
                     return made
                 self._keep(doubt if doubt.path not in self._kept else Keep("", doubt.reason))
             except InputError:
-                if not self._on_meta:
+                if not self._on_meta and not self._works_in_a_mode():
                     raise
-                break  # it asks for values, and has none
+                break  # it asks for values, and has none; or wants labels in training, and none in evaluation
             except CaptureError:  # it cannot be recorded at all
                 break
         return capture_regions(self._root, self._opaque, self._foreign)
+
+    def _works_in_a_mode(self) -> bool:
+        """Whether the model takes the example in training or in evaluation."""
+        for training in (True, False):
+            try:
+                _outcome(self._copy(self._root), self._given, training)
+            except Exception:
+                continue
+            return True
+        return False
 
     def _copy(self, model: nn.Module) -> Any:
         """Return a copy to try something on."""

@@ -536,3 +536,25 @@ def test_a_forward_that_writes_into_its_parameters_does_so_in_use_alone(
     with unchanged(model):
         captured = capture(model, example_inputs=vectors(4), share_parameters=share)
     assert_same(model, captured, vectors(4))
+
+
+def test_a_model_that_wants_labels_in_training_is_captured_with_inputs_for_evaluation() -> None:
+    class Wants(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            scores = self.fc(x)
+            if self.training:
+                if labels is None:
+                    raise ValueError("give labels")
+                return nn.functional.cross_entropy(scores, labels)
+            return scores  # type: ignore[no-any-return]
+
+    model, x, labels = Wants(), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    bio_model = biofx.capture(model, example_inputs=((x,), {}))
+    assert torch.equal(bio_model.eval()(x), model.eval()(x))
+    assert torch.equal(bio_model.train()(x, labels), model.train()(x, labels))
+    with pytest.raises(ValueError, match="give labels"):
+        bio_model(x)
