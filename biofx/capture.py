@@ -12,7 +12,7 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -63,7 +63,7 @@ def capture(
     _check_input(model)
     refuse_unwritable_names(model)
     _check_paths(model, opaque)
-    with preserved_random_state(), preserved_modes(), _untouched(model):
+    with preserved_random_state(), preserved_modes(), ExitStack() as stack:
         memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
         if isinstance(model, GraphModule):
             captured = BioGraphModule.copy_of(model, memo)
@@ -72,6 +72,7 @@ def capture(
             root = _copy(model, memo)
             _refuse_ties(model, root)
             foreign = _tensors_of(model)
+            stack.enter_context(_untouched(model))
             if example_inputs is not None:
                 captured = capture_recorded(root, example_inputs, frozenset(opaque), foreign)
                 if not regions and captured.kept_as_python:
@@ -131,7 +132,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     before = [
         (type(module).__name__, held, held.copy())
         for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)
+        if not isinstance(module, (torch.jit.ScriptModule, GraphModule))
         for held in holders_of(module)
     ]
     touched: list[str] = []

@@ -54,6 +54,15 @@ class ComparesWithNone(Body):
         return self.out(self.fc(x))
 
 
+class AsksTheTypeAsAScriptWould(Body):
+    """``torch.jit.isinstance``, for the sake of ``torch.jit.script``."""
+
+    def forward(self, x: Tensor) -> Any:
+        if torch.jit.isinstance(x, Tensor):
+            x = x * 2
+        return self.out(self.fc(x))
+
+
 class LayersOfSeveralInputs(nn.Module):
     """Recurrent layers, cells and attention, called with states and flags where data decide."""
 
@@ -130,6 +139,7 @@ class ReadsExperts(MixesExperts):
 
 
 IDIOMS = (
+    AsksTheTypeAsAScriptWould,
     MixesExperts,
     ReadsExperts,
     FunctionByAlias,
