@@ -44,6 +44,8 @@ class Watch:
                     if flag is not None:  # whoever follows the flags puts them back
                         held["training"] = flag
             for container, content in self._contained.get(id(module), ()):
+                if _holds_the_same(container, content):
+                    continue  # some do not let themselves be changed
                 container.clear()
                 (container.update if isinstance(container, (dict, set)) else container.extend)(content)
 
@@ -138,6 +140,17 @@ class Watch:
 
 _INDIVISIBLE = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, Tensor})
 _KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
+
+
+def _holds_the_same(container: Any, content: Any) -> bool:
+    """Whether a dict, list, set or deque holds the very objects, in order, that it held."""
+    ours, theirs = (
+        [*value.items()] if isinstance(value, dict) else [(entry, None) for entry in value]
+        for value in (container, content or ())
+    )
+    return len(ours) == len(theirs) and all(
+        a is c and b is d for (a, b), (c, d) in zip(ours, theirs, strict=True)
+    )
 
 
 def holders_of(module: nn.Module) -> tuple[dict[str, Any], ...]:

@@ -61,6 +61,11 @@ _TEXT = (
         "Rwkv",
         "FalconMamba",
         "Splinter",
+        "Qwen3Moe",
+        "GptOss",
+        "GraniteMoe",
+        "DeepseekV3",
+        "Funnel",
     ),
 )
 _TEXT_TO_TEXT = (
@@ -142,6 +147,15 @@ def _text_options(name: str) -> dict[str, Any]:
         "Gemma2": {"head_dim": 8},
         "Qwen2Moe": {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4},
         "Mixtral": {"num_local_experts": 4},
+        "Qwen3Moe": {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+        "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 4},
+        "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "DeepseekV3": {
+            **{"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1},
+            **{"topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8},
+            **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4},
+        },
+        "Funnel": {"block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48},
         "XGLM": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
         "XLM": {"emb_dim": 32, "n_layers": 2, "n_heads": 4},
         "XLNet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},

@@ -174,7 +174,28 @@ class SetsAllGains(Body):
         return self.out(self.fc(self.stack(x)))
 
 
+class Frozen(dict[str, int]):
+    """Settings that do not let themselves be changed."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("these settings are frozen")
+
+
+class HoldsFrozenSettings(Body):
+    """A dict of its own that cannot be put back, and need not be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = Frozen({"times": 2})
+
+    def forward(self, x: Tensor) -> Any:
+        if x.abs().mean() > 100:
+            x = x / 100
+        return self.out(self.fc(x)) * self.settings["times"]
+
+
 IDIOMS = (
+    HoldsFrozenSettings,
     ResetsAChild,
     ResetsATrace,
     ResetsAList,
