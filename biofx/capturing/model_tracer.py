@@ -319,6 +319,8 @@ class ModelTracer(Tracer):
         if kind.startswith("call"):
             self._refuse_lost_context()
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        if node.name == "self":  # a submodule of that name; the code of the graph means the module by it
+            node._rename("self_")
         for changed in changed_in_place(node):
             if changed.op == "get_attr" and changed.target in self._parameters:
                 self.refuse("writes into a parameter, which rewritten graphs read before and after")

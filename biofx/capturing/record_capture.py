@@ -101,7 +101,23 @@ class _RecordCapture:
                 break  # it asks for values, and has none; or wants labels in training, and none in evaluation
             except CaptureError:  # it cannot be recorded at all
                 break
-        return capture_regions(self._root, self._opaque, self._foreign)
+        return self._traced()
+
+    def _traced(self) -> BioGraphModule:
+        """Capture without the example, and try the result on it.
+
+        Raises:
+            CaptureError: it does something else than the model, which does the same every time.
+        """
+        copied = copy.deepcopy(self._root, dict(self._own))
+        made = capture_regions(copied, self._opaque, self._foreign)
+        doubt = None if self._on_meta else self._doubt(made)
+        if doubt is not None and self._doubt(self._root) is None:
+            raise CaptureError(
+                f"{doubt.reason}. A part of the model may be reached past its call, by a hook that the first "
+                "call installs, say: call the model once before, or name modules in opaque=[…]"
+            )
+        return made
 
     def _works_in_a_mode(self) -> bool:
         """Whether the model takes the example in training or in evaluation."""
@@ -202,7 +218,7 @@ class _RecordCapture:
         made.read_by_python = weights_read_by_python(made)
         return made
 
-    def _doubt(self, made: BioGraphModule) -> Keep | None:
+    def _doubt(self, made: nn.Module) -> Keep | None:
         """Return where the result does not do what the model does; None if it does.
 
         Copies of both go through the same calls, so that what one call leaves behind shows in the next.
@@ -249,7 +265,7 @@ class _RecordCapture:
     def _difference(
         self,
         outcome: Callable[..., Any],
-        copied: BioGraphModule,
+        copied: nn.Module,
         given: Any,
         training: bool,
         expected: Any,

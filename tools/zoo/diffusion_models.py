@@ -62,9 +62,15 @@ def models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
         ),
         "FluxTransformer2DModel": (
             {
-                **{"patch_size": 1, "in_channels": 4, "num_layers": 1, "num_single_layers": 1},
-                **{"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 12},
-                **{"pooled_projection_dim": 10, "axes_dims_rope": [4, 4, 8]},
+                "patch_size": 1,
+                "in_channels": 4,
+                "num_layers": 1,
+                "num_single_layers": 1,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 12,
+                "pooled_projection_dim": 10,
+                "axes_dims_rope": [4, 4, 8],
             },
             lambda batch: {
                 "hidden_states": _random(batch, 16, 4),
@@ -78,11 +84,9 @@ def models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
     }
     for name, (given, inputs) in options.items():
 
-        def build(
-            kind: Any = getattr(diffusers, name), given: Any = given, inputs: Any = inputs
-        ) -> tuple[nn.Module, Any]:
+        def build(name: str = name, given: Any = given, inputs: Any = inputs) -> tuple[nn.Module, Any]:
             torch.manual_seed(0)
-            return kind(**given), lambda batch: ((), inputs(batch))
+            return getattr(diffusers, name)(**given), lambda batch: ((), inputs(batch))
 
         yield f"diffusers {name}", build
 

@@ -32,10 +32,10 @@ def _sequences(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
 class _Steps(nn.Module):
     """Two layers of neurons whose states the forward hands from step to step."""
 
-    def __init__(self, first: Any, second: Any, start: str) -> None:
+    def __init__(self, make: Callable[[], Any], start: str) -> None:
         super().__init__()
         self.inwards, self.outwards = nn.Linear(8, 10), nn.Linear(10, 4)
-        self.first, self.second, self._start = first, second, start
+        self.first, self.second, self._start = make(), make(), start
 
     def forward(self, x: Tensor) -> Any:
         states = [_entries(getattr(neuron, self._start)()) for neuron in (self.first, self.second)]
@@ -54,16 +54,14 @@ def _entries(state: Any) -> list[Any]:
 def _snntorch() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     import snntorch
 
-    yield "Leaky", lambda: _Steps(*(snntorch.Leaky(beta=0.9) for _ in range(2)), "init_leaky")
+    yield "Leaky", lambda: _Steps(lambda: snntorch.Leaky(beta=0.9), "init_leaky")
     yield (
         "Leaky, learned",
-        lambda: _Steps(
-            *(snntorch.Leaky(beta=0.9, learn_beta=True, learn_threshold=True) for _ in range(2)), "init_leaky"
-        ),
+        lambda: _Steps(lambda: snntorch.Leaky(beta=0.9, learn_beta=True, learn_threshold=True), "init_leaky"),
     )
     yield (
         "Synaptic",
-        lambda: _Steps(*(snntorch.Synaptic(alpha=0.9, beta=0.8) for _ in range(2)), "init_synaptic"),
+        lambda: _Steps(lambda: snntorch.Synaptic(alpha=0.9, beta=0.8), "init_synaptic"),
     )
     yield "LeakyParallel", lambda: nn.Sequential(snntorch.LeakyParallel(8, 10, beta=0.9), nn.Linear(10, 4))
 
@@ -118,4 +116,4 @@ def _norse() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     import norse.torch
 
     for name in ("LIFCell", "LIFAdExCell", "LSNNCell"):
-        yield name, lambda cell=getattr(norse.torch, name): _Cells(cell)  # type: ignore[misc]
+        yield name, lambda name=name: _Cells(getattr(norse.torch, name))  # type: ignore[misc]
