@@ -65,7 +65,6 @@ _TEXT = (
         "GptOss",
         "GraniteMoe",
         "DeepseekV3",
-        "Funnel",
     ),
 )
 _TEXT_TO_TEXT = (
@@ -164,7 +163,6 @@ def _text_options(name: str) -> dict[str, Any]:
             "v_head_dim": 8,
             "num_key_value_heads": 4,
         },
-        "Funnel": {"block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48},
         "XGLM": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
         "XLM": {"emb_dim": 32, "n_layers": 2, "n_heads": 4},
         "XLNet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
