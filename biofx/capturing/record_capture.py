@@ -114,8 +114,8 @@ class _RecordCapture:
         doubt = None if self._on_meta else self._doubt(made)
         if doubt is not None and self._doubt(self._root) is None:
             raise CaptureError(
-                f"{doubt.reason}. A part of the model may be reached past its call, by a hook that the first "
-                "call installs, say: call the model once before, or name modules in opaque=[…]"
+                f"{doubt.reason}. A part of the model may be reached past its call, by hooks that the first "
+                "call installs, say: name the modules that have them in opaque=[…]"
             )
         return made
 

@@ -27,7 +27,6 @@ from biofx.graph.own_forward import (
     call_with_parameters,
     parameters_graph,
 )
-from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS
 
 KEPT = "kept_as_python"
 """The attribute of a captured model that says which modules keep their own forward, and why."""
@@ -230,10 +229,10 @@ def layer_graph(module: nn.Module, path: str) -> Graph:
     for name, parameter in list(inspect.signature(type(module).forward).parameters.items())[1:]:
         default = () if parameter.default is parameter.empty else (parameter.default,)
         given = graph.create_node("placeholder", name, default)
-        if not default or isinstance(module, LAYERS_OF_SEVERAL_INPUTS):
-            inputs.append(given)
-        else:  # output_size of a transposed convolution
+        if name == "output_size":  # of a transposed convolution
             graph.create_node("call_function", require_default, (given, parameter.default, name))
+        else:
+            inputs.append(given)
     graph.output(graph.create_node("call_module", "", tuple(inputs), name=path.replace(".", "_")))
     return graph
 
