@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule
 
 from biofx.capturing.record_capture import ExampleInputs, capture_recorded
 from biofx.capturing.region_capture import capture_regions
+from biofx.capturing.side_effects import holders_of
 from biofx.capturing.tracing import trace
 from biofx.errors import CaptureError, InputError
 from biofx.graph.contexts import preserved_modes
@@ -62,7 +63,7 @@ def capture(
     _check_input(model)
     refuse_unwritable_names(model)
     _check_paths(model, opaque)
-    with preserved_random_state(), preserved_modes():
+    with preserved_random_state(), preserved_modes(), ExitStack() as stack:
         memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
         if isinstance(model, GraphModule):
             captured = BioGraphModule.copy_of(model, memo)
@@ -72,6 +73,7 @@ def capture(
             root = _copy(model, memo)
             _refuse_ties(model, root)
             foreign = _tensors_of(model)
+            stack.enter_context(_untouched(model))
             if example_inputs is not None:
                 captured = capture_recorded(root, example_inputs, frozenset(opaque), foreign)
                 if not regions and captured.kept_as_python:
@@ -118,6 +120,36 @@ def preserved_random_state() -> Iterator[None]:
             random.setstate(python_state)
             if numpy_random is not None:
                 numpy_random.set_state(numpy_state)
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Refuse a model that is reached from its copy, through a class or a global, and put it back.
+
+    Raises:
+        CaptureError: the forward of the copy gave an attribute of the model another value.
+    """
+    before = [
+        (type(module).__name__, held, held.copy())
+        for module in model.modules()
+        if not isinstance(module, (torch.jit.ScriptModule, GraphModule))
+        for held in holders_of(module)
+    ]
+    touched: list[str] = []
+    try:
+        yield
+    finally:
+        for kind, held, content in before:
+            if changed := [name for name in held | content if held.get(name) is not content.get(name)]:
+                touched.append(f"{kind}.{changed[0]}")
+                held.clear()
+                held.update(content)
+    if touched:
+        raise CaptureError(
+            f"the forward of a copy of the model changes {', '.join(dict.fromkeys(touched))} of the model "
+            "itself, which it finds through a class or a global; it would not find that of the result. Do "
+            "that outside of the forward"
+        )
 
 
 _WRAPPERS = {

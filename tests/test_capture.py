@@ -5,7 +5,7 @@ import random
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy
 import pytest
@@ -949,6 +949,38 @@ def test_a_model_that_cannot_be_copied_is_refused(mlp: nn.Module) -> None:
     vars(mlp)["lock"] = threading.Lock()
     with pytest.raises(InputError, match=r"copy\.deepcopy"):
         capture(mlp)
+
+
+class Registered(nn.Module):
+    """Neurons that a class-wide reset finds, as in snntorch."""
+
+    everyone: ClassVar[list[Registered]] = []
+    potential: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("potential", torch.zeros(1), persistent=False)
+        self.everyone.append(self)
+
+    def forward(self, x: Tensor) -> Any:
+        for neuron in self.everyone:
+            neuron.potential = torch.zeros_like(x)
+        self.potential = self.potential * 0.5 + self.fc(x)
+        return self.potential
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["traced", "recorded"])
+def test_a_forward_that_finds_the_model_itself_is_refused_and_the_model_put_back(
+    vectors: Tensor, recorded: bool
+) -> None:
+    Registered.everyone.clear()
+    model = Registered()
+    before = model.potential
+    options: Any = {"example_inputs": ((vectors,), {})} if recorded else {}
+    with pytest.raises(CaptureError, match=r"changes Registered\.potential of the model itself"):
+        capture(model, **options)
+    assert model.potential is before
 
 
 def test_an_annotation_that_is_a_text_does_not_stay_in_the_graph(mlp: nn.Module) -> None:

@@ -51,6 +51,7 @@ ONE_GRAPH = (
     *("FunctionalDropout", "FrozenNormalisation", "NoiseInForward", "BufferByItem", "SharedLayer"),
     *("TiedWeights", "WeightNorm", "ForwardHookOnModel", "PositionsByLength", "AssertsShapes"),
     *("JugglesKeywords", "ReturnsADict", "Closures", "WritesItems", "SizesInArithmetic", "Einsum"),
+    *("FunctionByAlias", "FunctionInAnAttribute", "ComparesWithNone"),
 )
 
 
@@ -58,3 +59,38 @@ ONE_GRAPH = (
 def test_an_idiom_that_a_graph_has_room_for_is_one_graph(name: str) -> None:
     model, example = IDIOMS[f"idiom {name}"]()
     assert biofx.capture(model, example_inputs=example(2)).kept_as_python == {}
+
+
+REWRITTEN_BELOW_PYTHON = {
+    "LayersOfSeveralInputs": ("lstm.weight_ih_l0", "gru.weight_hh_l1", "attention.in_proj_weight"),
+    "MixesExperts": ("experts.matrices", "experts.bias"),
+}
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["traced", "recorded"])
+@pytest.mark.parametrize("name", REWRITTEN_BELOW_PYTHON)
+def test_weights_that_python_hands_on_or_reads_are_scaled(name: str, recorded: bool) -> None:
+    model, example = IDIOMS[f"idiom {name}"]()
+    options = {"example_inputs": example(2)} if recorded else {}
+    bio_model, report = biofx.transform(model, {"fuzzy_learning_rate_factor_nu": 0.2}, **options)
+    assert bio_model.kept_as_python
+    coverage: Any = report.coverage
+    assert coverage.visible == coverage.total
+    (x,), _ = example(3)
+    for one in (model.eval(), bio_model.eval()):
+        output = one(x)
+        (output[0] if isinstance(output, tuple) else output).sum().backward()
+    for path in REWRITTEN_BELOW_PYTHON[name]:
+        expected, found = model.get_parameter(path).grad, bio_model.get_parameter(path).grad
+        ratio = (found / expected)[expected.abs() > 1e-6]
+        assert ratio.min() > 0.79, path
+        assert ratio.max() < 1.21, path
+        assert ratio.std() > 0.05, path
+
+
+def test_parameters_that_others_may_read_too_are_not_said_to_be_seen() -> None:
+    model, _ = IDIOMS["idiom ReadsExperts"]()
+    _, report = biofx.transform(model, {"fuzzy_learning_rate_factor_nu": 0.2})
+    coverage: Any = report.coverage
+    hidden = [entry.path for entry in coverage.left if not entry.is_visible]
+    assert hidden == ["experts.matrices", "experts.bias"]

@@ -25,11 +25,16 @@ class Mixed(nn.Module):
         return self.asks(self.norm(self.fc(x)))
 
 
+def may_read_parameters(module: nn.Module, given: Any) -> None:
+    """A hook that might compute a weight ahead of the forward, as weight_norm's does."""
+
+
 class Asks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(4))
         self.inner = nn.Linear(4, 3)
+        self.register_forward_pre_hook(may_read_parameters)
 
     def forward(self, x: Tensor) -> Any:
         return self.inner(x * self.gain if x.sum() > 0 else x)
@@ -53,7 +58,7 @@ def test_every_parameter_is_rewritten_or_listed_with_a_reason() -> None:
     assert left["unused.weight"].reason == "never used in the forward"
     assert not left["unused.weight"].is_visible
     assert left["asks.gain"].reason.startswith("used by Python: module 'asks' (Asks)")
-    assert "test_model_coverage.py" in left["asks.gain"].reason
+    assert "forward pre hooks" in left["asks.gain"].reason
     assert str(coverage) == "53 parameters: 28 rewritten (52.8%), 43 visible (81.1%)"
 
 

@@ -46,9 +46,10 @@ from biofx.capturing.tracked import Type, plain, plain_inside, tracked
 from biofx.capturing.type_limits import limits_followed
 from biofx.capturing.values import TORCH_FOLDER
 from biofx.errors import InputError
-from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
+from biofx.graph.autograd_functions import AppliedFunction, applications_handled, can_be_applied
 from biofx.graph.checkpointing import call_checkpointed
 from biofx.graph.in_place import changed_in_place
+from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS
 from biofx.layers.obstacles import hooks_of
 
 
@@ -190,6 +191,7 @@ class Recorder(TorchFunctionMode):
             return self._described(frame, func, name, args, options, found)
         if (
             found is not None
+            and found is not NotImplemented  # tensor == None, on which Python goes on by itself
             and name not in DESCRIPTIONS
             and any(isinstance(x, Tensor) for x in leaves((args, options)))
         ):
@@ -370,6 +372,25 @@ class Recorder(TorchFunctionMode):
             "call_function", call_checkpointed, (frame.node("get_attr", frame.local_path(module)), *given)
         )
 
+    def _apply(self, original: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Write the application of an autograd function down."""
+        frame = self.following()
+        written: list[Node] = []
+        if frame is None or not self._succeeds(
+            lambda: written.append(self._applied(frame, function, args, kwargs))
+        ):
+            return original(*args, **kwargs)
+        with self.quiet():
+            found = original(*args, **kwargs)
+        return frame.take(written[0], found)
+
+    def _applied(self, frame: Frame, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        if not can_be_applied(function):
+            self.stop(f"calls {function.__name__}, an autograd function with an apply() of its own")
+        frame.switches.check()
+        given = frame.argument(tuple(args)), frame.argument(dict(kwargs))
+        return frame.node("call_function", AppliedFunction(function), *given)
+
     def _assign(self, module: nn.Module, name: str, value: Any) -> None:
         """Write an assignment to a buffer down; one that is not is noticed as a change of the module."""
         frame, path = self.following(), self._paths.get(id(module))
@@ -390,7 +411,8 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         if path is None or path in self._opaque or is_leaf(module):
             is_plain = path not in self._opaque and is_plain_layer(module)
-            if path is not None and is_plain and len(args) == 1 and not kwargs:
+            takes_more = isinstance(module, LAYERS_OF_SEVERAL_INPUTS)
+            if path is not None and is_plain and (takes_more or (len(args) == 1 and not kwargs)):
                 self.layers.setdefault(path)
             with self.quiet():
                 return original(module, *args, **kwargs)
@@ -448,22 +470,10 @@ class Recorder(TorchFunctionMode):
     @contextmanager
     def _patched(self) -> Iterator[None]:
         original_call, original_set = nn.Module.__call__, nn.Module.__setattr__
-        original_apply = torch.autograd.Function.__dict__["apply"]
         recorder = self
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return recorder._call(module, original_call, args, kwargs)
-
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            frame = recorder.following()
-            written: list[Node] = []
-            if frame is None or not recorder._succeeds(
-                lambda: written.append(recorder._applied(frame, cls, args, kwargs))
-            ):
-                return original_apply.__func__(cls, *args, **kwargs)
-            with recorder.quiet():
-                found = original_apply.__func__(cls, *args, **kwargs)
-            return frame.take(written[0], found)
 
         def set_attribute(module: nn.Module, name: str, value: Any) -> None:
             recorder._assign(module, name, value)
@@ -481,22 +491,13 @@ class Recorder(TorchFunctionMode):
         module_class.training = property(training, set_training)
         nn.Module.__call__ = call  # type: ignore[method-assign]
         nn.Module.__setattr__ = set_attribute  # type: ignore[assignment, method-assign]
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
         try:
-            yield
+            with applications_handled(self._apply):
+                yield
         finally:
             del module_class.training
             nn.Module.__call__ = original_call  # type: ignore[method-assign]
             nn.Module.__setattr__ = original_set  # type: ignore[method-assign]
-            torch.autograd.Function.apply = original_apply  # type: ignore[method-assign]
-
-    def _applied(self, frame: Frame, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
-        """Write a call of an autograd function down."""
-        if not can_be_applied(function):
-            self.stop(f"calls {function.__name__}, an autograd function with an apply() of its own")
-        frame.switches.check()
-        given = frame.argument(tuple(args)), frame.argument(dict(kwargs))
-        return frame.node("call_function", AppliedFunction(function), *given)
 
     def _named(self, path: str) -> str:
         kind = type(self._root.get_submodule(path)).__name__

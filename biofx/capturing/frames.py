@@ -144,6 +144,8 @@ class Frame:
     def node(self, op: str, target: Any, args: Any = (), kwargs: Any = None, name: str | None = None) -> Node:
         """Write a node down."""
         made = self.graph.create_node(op, target, args, kwargs or {}, name)
+        if made.name == "self":  # a submodule of that name; the code of the graph means the module by it
+            made._rename("self_")
         made.meta["nn_module_stack"] = {key: (path, kind) for key, path, kind in self.stack}
         if any(source.meta.get(BY_VALUE) for source in made.all_input_nodes):
             made.meta[BY_VALUE] = True

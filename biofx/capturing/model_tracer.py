@@ -23,11 +23,12 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from biofx.capturing.checkpoints import checkpoints_handled
 from biofx.capturing.recording import Recorder, leaves_of
 from biofx.capturing.side_effects import Watch
+from biofx.capturing.state_of_others import Unknowns
 from biofx.capturing.switches import Switches, SwitchPatches
 from biofx.capturing.type_limits import limits_followed
 from biofx.capturing.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 from biofx.errors import CaptureError
-from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
+from biofx.graph.autograd_functions import AppliedFunction, applications_handled, can_be_applied
 from biofx.graph.dtypes import limit_of
 from biofx.graph.guards import require_default
 from biofx.graph.in_place import changed_in_place
@@ -44,6 +45,9 @@ class StartAgain(BaseException):
         self.kept = kept
 
 
+TOUCHES_STATE = (
+    "touches what a module that keeps its own forward remembers from call to call, which a graph would not do"
+)
 _REMEDY = (
     "what Python decides from values cannot be part of a graph. Rewrite that line, or name the module in "
     "opaque=[…] to keep it as one call"
@@ -61,7 +65,8 @@ class ModelTracer(Tracer):
         prefix: str,
         kept: dict[str, str] | None,
         watch: Watch,
-        mode: bool | None,
+        mode: bool | None = None,
+        unknowns: Unknowns | None = None,
     ) -> None:
         super().__init__()
         self._mode = mode
@@ -71,6 +76,7 @@ class ModelTracer(Tracer):
         self.kept = kept
         self.prefix = prefix
         self._watch = watch
+        self._unknowns = unknowns
         self.calls: list[str] = []
         self.known_tensors: set[Node] = set()
         self._opaque = opaque
@@ -91,7 +97,7 @@ class ModelTracer(Tracer):
         """Let everything that a forward does reach this tracer."""
         with ExitStack() as stack:
             stack.enter_context(self._flags_as_nodes())
-            stack.enter_context(self._autograd_functions_as_nodes())
+            stack.enter_context(applications_handled(self._apply))
             stack.enter_context(transformers_as_nodes())
             stack.enter_context(self._patches.patched())
             stack.enter_context(checkpoints_handled(self._refuse_checkpoint))
@@ -211,6 +217,8 @@ class ModelTracer(Tracer):
         graph = super().trace(root, concrete_args)
         if _catches(root):
             self.refuse(_CATCHING, "Do without")
+        if _takes_nothing_in(graph):
+            self.refuse("takes optional arguments alone, of which it is not known which ones will be given")
         for node in graph.nodes:
             if isinstance(node.type, str):
                 node.type = None  # an annotation as text, which torch.jit.script could not make sense of
@@ -278,13 +286,15 @@ class ModelTracer(Tracer):
                 raise self.refusals[mark.refusals]
             if _catches(m):
                 self.refuse_at(path, f"{_CATCHING}. Do without")
+            if self._unknowns is not None and self._unknowns.are_touched():
+                self.refuse_at(path, f"{TOUCHES_STATE}. Let that module do so itself")
             return found
         except Exception as error:
             if self.kept is None:
                 raise
             first = next(iter(self.refusals[mark.refusals :]), None)
             self.kept[path] = str(first or self.refusal_of(error))
-            if path in self.calls[: mark.calls]:
+            if path in self.calls[: mark.calls] or self._unknowns is not None:
                 raise StartAgain(self.kept) from error
             self._go_back(mark, m)
         self.calls.append(path)
@@ -342,6 +352,8 @@ class ModelTracer(Tracer):
         if kind.startswith("call"):
             self._switches.check()
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        if node.name == "self":  # a submodule of that name; the code of the graph means the module by it
+            node._rename("self_")
         for changed in changed_in_place(node):
             if changed.op == "get_attr" and changed.target in self._parameters:
                 self.refuse("writes into a parameter, which rewritten graphs read before and after")
@@ -406,23 +418,13 @@ class ModelTracer(Tracer):
                 "does it in opaque=[…]"
             )
 
-    @contextmanager
-    def _autograd_functions_as_nodes(self) -> Iterator[None]:
+    def _apply(self, original: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Write an autograd.Function down as one call, even one without an operation of its own."""
-        original = torch.autograd.Function.__dict__["apply"]
-
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(leaf, Value) for leaf in leaves_of((args, kwargs))):
-                if not can_be_applied(cls):
-                    self.refuse(f"calls {cls.__name__}, an autograd function with an apply() of its own")
-                return self.create_proxy("call_function", AppliedFunction(cls), args, kwargs)
-            return original.__func__(cls, *args, **kwargs)
-
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-        try:
-            yield
-        finally:
-            torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        if any(isinstance(leaf, Value) for leaf in leaves_of((args, kwargs))):
+            if not can_be_applied(function):
+                self.refuse(f"calls {function.__name__}, an autograd function with an apply() of its own")
+            return self.create_proxy("call_function", AppliedFunction(function), args, kwargs)
+        return original(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -450,6 +452,14 @@ def _catches(module: nn.Module) -> bool:
 
 
 _EXCEPTS = [dis.opmap[name] for name in ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH") if name in dis.opmap]
+
+
+def _takes_nothing_in(graph: Graph) -> bool:
+    """Whether a graph has arguments, one of them None by default, and computes nothing with any."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    users = [user for node in inputs for user in node.users]
+    guarded = [user for user in users if user.target is require_default]
+    return len(guarded) == len(users) and any(user.args[1] is None for user in guarded)
 
 
 def _steers(default: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -16,19 +17,25 @@ _LIBRARIES = ("torch.", "builtins.", "typing.", "collections.", "functools.", "m
 
 def names_mentioned(module: nn.Module) -> frozenset[str]:
     """Return the attributes, globals and texts that a module's forward mentions, and what it calls does."""
-    return frozenset(name for code in _code_of(module) for name in _names(code))
+    return frozenset(name for code in _code_of_class(type(module)) for name in _names(code))
 
 
 def weights_mentioned(module: nn.Module) -> frozenset[str]:
-    """Return whose ``.weight`` a module's forward mentions: ``"fc"`` for ``self.fc.weight``.
+    """Return whose weights a module's forward mentions: ``"fc"`` for ``self.fc.weight``.
 
     Its own is left out; :data:`ANYTHING` for that of something without a name, as in ``layer.weight``.
     """
+    kind: Any = type(module)
+    return _weights_mentioned(kind)
+
+
+@functools.cache
+def _weights_mentioned(kind: Any) -> frozenset[str]:
     found: set[str] = set()
-    for code in _code_of(module):
+    for code in _code_of_class(kind):
         before: dis.Instruction | None = None
         for instruction in dis.get_instructions(code):
-            if instruction.argval == "weight" and "ATTR" in instruction.opname and before is not None:
+            if is_a_weight(instruction.argval) and "ATTR" in instruction.opname and before is not None:
                 if before.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
                     found.add(str(before.argval))
                 elif before.argval != "self":
@@ -37,10 +44,46 @@ def weights_mentioned(module: nn.Module) -> frozenset[str]:
     return frozenset(found)
 
 
-def _code_of(module: nn.Module) -> Iterator[CodeType]:
+def is_a_weight(name: object) -> bool:
+    """Whether an attribute is the weight of a layer of torch's, or one of its weights."""
+    return name in ("weight", "in_proj_weight", "all_weights", "_flat_weights") or str(name).startswith(
+        ("weight_ih", "weight_hh")
+    )
+
+
+def attributes_changed(module: nn.Module) -> frozenset[str]:
+    """Return the names of the attributes of any object to which a module's forward may give other values."""
+    kind: Any = type(module)
+    return _attributes_changed(kind)
+
+
+@functools.cache
+def _attributes_changed(kind: Any) -> frozenset[str]:
+    found: set[str] = set()
+    for code in _code_of_class(kind):
+        before: list[str] = []
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("STORE_ATTR", "DELETE_ATTR"):
+                found.add(str(instruction.argval))
+            elif instruction.opname == "STORE_SUBSCR" or instruction.argval in _CHANGING_METHODS:
+                found.update(before)
+            if instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+                before = [str(instruction.argval)]
+    return frozenset(found)
+
+
+_CHANGING_METHODS = frozenset(
+    {
+        *("append", "appendleft", "extend", "insert", "pop", "popleft", "popitem", "remove", "clear"),
+        *("update", "setdefault", "add", "discard"),
+    }
+)
+
+
+def _code_of_class(kind: type[nn.Module]) -> Iterator[CodeType]:
     """Yield the code of a forward, of methods and of functions of its own source that it may call."""
     seen: set[CodeType] = set()
-    functions: list[Any] = [type(module).forward]
+    functions: list[Any] = [kind.forward]
     while functions:
         function = functions.pop()
         function = getattr(function, "__wrapped__", function)
@@ -50,9 +93,19 @@ def _code_of(module: nn.Module) -> Iterator[CodeType]:
         seen.add(code)
         yield from _with_inner(code)
         for name in _names(code):
-            for called in (getattr(type(module), name, None), function.__globals__.get(name)):
+            for called in (*_methods(kind, name), function.__globals__.get(name)):
                 if isinstance(called, FunctionType) and not f"{called.__module__}.".startswith(_LIBRARIES):
                     functions.append(called)
+
+
+def _methods(kind: type[nn.Module], name: str) -> Iterator[Any]:
+    """Yield the functions behind an attribute, those that ``super()`` leads to as well."""
+    for parent in kind.__mro__:
+        held = vars(parent).get(name)
+        if isinstance(held, property):
+            yield from (held.fget, held.fset)
+        else:
+            yield getattr(held, "__func__", held)
 
 
 def _with_inner(code: CodeType) -> Iterator[CodeType]:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from biofx.capturing.both_modes import OneMode, unified
 from biofx.capturing.forward_recorder import Recorder, is_leaf
 from biofx.capturing.frames import Keep, joined_path
+from biofx.capturing.python_reads import modules_that_read
 from biofx.capturing.region_capture import capture_regions, capture_uncalled, weights_read_by_python
 from biofx.capturing.rehearsal import Rehearsal
 from biofx.capturing.side_effects import Watch
@@ -100,13 +101,13 @@ class _RecordCapture:
         try:
             made = self._held()
         except InputError:
-            if not self._on_meta:
+            if not self._on_meta and not self._works_in_a_mode():
                 raise
-            made = None  # it asks for values, and has none
+            made = None  # it asks for values, and has none; or wants labels in training, none in evaluation
         except CaptureError:  # it cannot be recorded at all
             made = None
         if made is None:
-            return capture_regions(self._root, self._opaque, self._foreign)
+            return self._traced()
         may_show_more = any(
             next(self._modules[path].parameters(), None) is not None for path in self._by_class
         )
@@ -133,6 +134,32 @@ class _RecordCapture:
             return self._held()
         except (InputError, CaptureError):
             return None
+
+    def _traced(self) -> BioGraphModule:
+        """Capture without the example, and try the result on it.
+
+        Raises:
+            CaptureError: it does something else than the model, which does the same every time.
+        """
+        copied = deep_copy(self._root, dict(self._own))
+        made = capture_regions(copied, self._opaque, self._foreign)
+        doubt = None if self._on_meta else self._doubt(made)
+        if doubt is not None and self._doubt(self._root) is None:
+            raise CaptureError(
+                f"{doubt.reason}. A part of the model may be reached past its call, by hooks that the first "
+                "call installs, say: name the modules that have them in opaque=[…]"
+            )
+        return made
+
+    def _works_in_a_mode(self) -> bool:
+        """Whether the model takes the example in training or in evaluation."""
+        for training in (True, False):
+            try:
+                _outcome(self._copy(self._root), self._given, training)
+            except Exception:
+                continue
+            return True
+        return False
 
     def _copy(self, model: nn.Module) -> Any:
         """Return a copy to try something on."""
@@ -266,12 +293,12 @@ class _RecordCapture:
         settled += [modules[path] for path in called | set(kept)]
         rest = capture_uncalled(root, self._opaque, self._foreign, kept, settled)
         made = become_graph_module(root, graphs.get("") or own_forward_graph())
-        made.region_paths = (*regions, *layers, *rest.regions)
         made.kept_as_python = kept | rest.kept
+        made.region_paths = (*regions, *layers, *rest.regions, *modules_that_read(made))
         made.read_by_python = weights_read_by_python(made)
         return made
 
-    def _doubt(self, made: BioGraphModule) -> Keep | None:
+    def _doubt(self, made: nn.Module) -> Keep | None:
         """Return where the result does not do what the model does; None if it does.
 
         Copies of both go through the same calls, so that what one call leaves behind shows in the next.
@@ -309,7 +336,7 @@ class _RecordCapture:
                     return doubt
         return None
 
-    def _doubt_in_another_type(self, made: BioGraphModule) -> Keep | None:
+    def _doubt_in_another_type(self, made: nn.Module) -> Keep | None:
         """Return a small module that does something else in half precision, where a question of its says so.
 
         It can stay in Python, so that the result can be converted, or run under autocast. A large one is left
@@ -354,7 +381,7 @@ class _RecordCapture:
     def _difference(
         self,
         outcome: Callable[..., Any],
-        copied: BioGraphModule,
+        copied: nn.Module,
         given: Any,
         training: bool,
         expected: Any,

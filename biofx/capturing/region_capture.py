@@ -9,12 +9,18 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Tracer
 
-from biofx.capturing.python_names import ANYTHING, names_mentioned, weights_mentioned
+from biofx.capturing.python_names import (
+    ANYTHING,
+    attributes_changed,
+    names_mentioned,
+    weights_mentioned,
+)
+from biofx.capturing.python_reads import modules_that_read
 from biofx.capturing.tracing import trace
 from biofx.errors import CaptureError
 from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside
-from biofx.layers.layer_kinds import kind_of
+from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS, kind_of
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 
 
@@ -32,8 +38,8 @@ def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[
     capture = RegionCapture(root, opaque, foreign)
     graph = capture.traced_root()
     captured = become_graph_module(root, graph)
-    captured.region_paths = tuple(capture.regions)
     captured.kept_as_python = dict(capture.kept)
+    captured.region_paths = (*capture.regions, *modules_that_read(captured))
     captured.read_by_python = weights_read_by_python(captured)
     return captured
 
@@ -89,6 +95,7 @@ class RegionCapture:
         self._first_paths = {id(module): path for path, module in root.named_modules()}
         self.seen: set[int] = {id(self._modules[path]) for path in opaque}
         self._names: frozenset[str] = frozenset()  # what the forward mentions that has the children called
+        self._changed: frozenset[str] = frozenset()  # the attributes to which it may give other values
         self.regions: list[str] = []
         self.kept: dict[str, str] = {}
 
@@ -115,9 +122,10 @@ class RegionCapture:
         """Capture what the module at a path may call."""
         if path in self.kept:
             self._names = names_mentioned(self._modules[path])
-        names = self._names
+            self._changed = attributes_changed(self._modules[path])
+        names, changed = self._names, self._changed
         for child in self._modules[path].children():
-            self._names = names
+            self._names, self._changed = names, changed
             self._capture(self._first_paths[id(child)], child)
 
     def _capture(self, path: str, module: nn.Module) -> None:
@@ -137,6 +145,9 @@ class RegionCapture:
         elif parts := sorted(self._names & module._modules.keys()):
             reason = f"has parts ({', '.join(parts)}) that the forward around it may use by itself"
             self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
+        elif steered := _attributes_of(module) & self._changed:
+            reason = f"has attributes ({', '.join(sorted(steered))}) that the forward around it may change"
+            self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
         else:
             self._trace(path, module)
 
@@ -153,7 +164,7 @@ class RegionCapture:
 
 
 def is_plain_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch's with weights and one input, forward and all."""
+    """Whether a module is a layer of torch's with weights, forward and all."""
     kind = kind_of(module)
     if kind is not None:
         return type(module).forward is kind.module_type.forward
@@ -165,14 +176,23 @@ _PLAIN: tuple[type[nn.Module], ...] = (
     *(nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *LAYERS_OF_SEVERAL_INPUTS,
 )
-"""Layers of torch's with one input, besides those between units."""
+"""Layers of torch's besides those between units."""
 
 
 def _only_holds_others(module: nn.Module) -> bool:
     """Whether a module is there to hold others, which its owner calls one by one, or may."""
     no_forward = getattr(nn.Module, "forward", None)
     return type(module).forward in (no_forward, nn.Sequential.forward)
+
+
+def _attributes_of(module: nn.Module) -> frozenset[str]:
+    """Return the names of what a module and those inside it hold besides tensors and modules."""
+    return frozenset(name for inner in module.modules() for name in vars(inner).keys() - _TORCHS_OWN)
+
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))
 
 
 def _why_calls_are_unknown(module: nn.Module) -> str | None:

@@ -32,7 +32,7 @@ class Watch:
         self._held: dict[int, list[_Held]] = {}
         for path, module in root.named_modules():
             self._held[id(module)] = [
-                _Held(held, dict(held), self._all_contents(module, held, seen)) for held in _holders(module)
+                _Held(held, dict(held), self._all_contents(module, held, seen)) for held in holders_of(module)
             ]
             if not isinstance(module, torch.jit.ScriptModule):
                 self._paths[path] = id(module)
@@ -43,6 +43,8 @@ class Watch:
             for held in self._held.get(id(module), ()):
                 held.restore()
             for container, content in self._contained.get(id(module), ()):
+                if _holds_the_same(container, content):
+                    continue  # some do not let themselves be changed
                 container.clear()
                 (container.update if isinstance(container, (dict, set)) else container.extend)(content)
 
@@ -170,7 +172,19 @@ _CONTAINERS = frozenset({dict, OrderedDict, list, set, deque})
 _KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
 
 
-def _holders(module: nn.Module) -> tuple[dict[str, Any], ...]:
+def _holds_the_same(container: Any, content: Any) -> bool:
+    """Whether a dict, list, set or deque holds the very objects, in order, that it held."""
+    ours, theirs = (
+        [*value.items()] if isinstance(value, dict) else [(entry, None) for entry in value]
+        for value in (container, content or ())
+    )
+    return len(ours) == len(theirs) and all(
+        a is c and b is d for (a, b), (c, d) in zip(ours, theirs, strict=True)
+    )
+
+
+def holders_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Return the dicts in which a module holds what it has: attributes, parameters, buffers, modules."""
     parameters: dict[str, Any] = module._parameters
     buffers: dict[str, Any] = module._buffers
     modules: dict[str, Any] = module._modules

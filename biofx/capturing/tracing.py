@@ -11,8 +11,9 @@ from torch.fx import Graph
 
 from biofx.capturing.both_modes import OneMode, unified
 from biofx.capturing.frames import Keep
-from biofx.capturing.model_tracer import ModelTracer, StartAgain
+from biofx.capturing.model_tracer import TOUCHES_STATE, ModelTracer, StartAgain
 from biofx.capturing.side_effects import Watch
+from biofx.capturing.state_of_others import Unknowns
 from biofx.errors import CaptureError
 from biofx.graph.regions import kept_around
 
@@ -101,25 +102,21 @@ class _Tracing:
             CaptureError: the forward cannot be captured without losing something.
         """
         while True:
-            tracer = ModelTracer(
-                self._root,
-                self._opaque,
-                self._foreign,
-                self._prefix,
-                dict(self.kept) if self._keep else None,
-                self._watch,
-                mode,
-            )
+            tracer = self._tracer(mode)
             try:
                 graph = _traced(tracer, self._root)
-                self.kept |= tracer.kept or {}
+                found = self.kept | (tracer.kept or {})
                 left_in = self._watch.changed_modules()
-                changed = [path for path in left_in if path and path not in self.kept]
-                if not self._keep or not changed:
+                if self._keep:
+                    changed = [path for path in left_in if path and path not in found]
+                    reason = "changes its attributes in the forward"
+                    found |= {path: f"{tracer.named(path)} {reason}" for path in changed}
+                if found == self.kept:  # those that are kept did not run
                     self._watch.refuse_side_effects(attributes=bool(left_in))
-                    return self._one_mode(tracer, graph)
-                for path in changed:
-                    self.kept[path] = f"{tracer.named(path)} changes its attributes in the forward"
+                    found = self._kept_without_state_of_others(mode, graph)
+                    if found == self.kept:
+                        return self._one_mode(tracer, graph)
+                self.kept = found
             except StartAgain as again:
                 self.kept |= again.kept
             except CaptureError:
@@ -128,6 +125,31 @@ class _Tracing:
             finally:
                 self.decides_by_mode |= any(tracer.has_parameters(path) for _, path in tracer.asks)
             self._watch.restore()
+
+    def _tracer(self, mode: bool | None, unknowns: Unknowns | None = None) -> ModelTracer:
+        kept = dict(self.kept) if self._keep else None
+        return ModelTracer(
+            self._root, self._opaque, self._foreign, self._prefix, kept, self._watch, mode, unknowns
+        )
+
+    def _kept_without_state_of_others(self, mode: bool | None, graph: Graph) -> dict[str, str]:
+        """Trace again without the state of the modules that are kept; return which are to be kept then.
+
+        Raises:
+            CaptureError: the forward itself touches such state.
+        """
+        unknowns = Unknowns(self._root, (*self.kept, *self._opaque))
+        with unknowns.in_place() as are_some:
+            if not are_some:
+                return self.kept
+            tracer = self._tracer(mode, unknowns)
+            try:
+                found = _traced(tracer, self._root)
+            except StartAgain as again:
+                return again.kept
+            if unknowns.are_touched() or str(found) != str(graph):
+                raise CaptureError(f"{tracer.named('')} {TOUCHES_STATE}")
+        return self.kept
 
     def _one_mode(self, tracer: ModelTracer, graph: Graph) -> OneMode:
         asks = [(running, path) for running, path in tracer.asks if kept_around(running, self.kept) is None]

@@ -34,6 +34,8 @@ _ON_BEHALF = frozenset(
     {
         torch.nn.parameter.__file__,
         torch.__file__,
+        torch.jit.__file__,
+        torch._jit_internal.__file__,
         ABCMeta.__instancecheck__.__code__.co_filename,
         typing.__file__,
     }

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from biofx.graph.guards import require_default
-from biofx.graph.own_forward import call_own_forward
+from biofx.graph.own_forward import call_own_forward, call_with_parameters
 from biofx.graph.regions import KEPT
 from biofx.model.graph_module import BioGraphModule, user_class
 from biofx.record import ATTRIBUTE
@@ -40,7 +40,8 @@ def plain_graph_module(own: GraphModule, name: str) -> GraphModule:
 def make_plain(module: BioGraphModule) -> None:
     """Make a region, or a model that runs its own forward, plain in its place."""
     calls = module.graph.find_nodes(op="call_function", target=call_own_forward)
-    if module.keeps_forward or (calls and _is_all_there_is(calls[0])):
+    reads = module.graph.find_nodes(op="call_function", target=call_with_parameters)
+    if module.keeps_forward or reads or (calls and _is_all_there_is(calls[0])):
         _take_over(module, _as_it_was(module))
         return
     for call in calls:  # a layer with something behind it

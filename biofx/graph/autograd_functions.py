@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,3 +37,22 @@ class AppliedFunction:
 def can_be_applied(function: type[torch.autograd.Function]) -> bool:
     """Whether applying a function means what it means for every other: it has no ``apply`` of its own."""
     return next(kind for kind in function.__mro__ if "apply" in vars(kind)) is torch.autograd.Function
+
+
+@contextmanager
+def applications_handled(handle: Callable[..., Any]) -> Iterator[None]:
+    """Let ``handle(original, function, args, kwargs)`` decide what applying an autograd function does.
+
+    That is so under whatever name ``apply`` was kept, as in ``relu = MyRelu.apply``: such a name leads to the
+    function of torch's own, and only what that calls can be another.
+    """
+    between: Any = torch.autograd.function._SingleLevelFunction
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return handle(super(between, cls).apply, cls, args, kwargs)
+
+    between.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        del between.apply

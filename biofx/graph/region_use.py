@@ -22,7 +22,12 @@ class RegionUse:
         paths = region_paths(graph_module)
         self._regions = {id(self._modules[path]): path for path in paths}
         self._kept = {id(self._modules[path]) for path in kept_modules(graph_module)}
-        self._held_by = {path: {id(inner) for inner in self._modules[path].modules()} for path in paths}
+        self._held_by = {
+            path: {id(self._modules[path])}
+            if id(self._modules[path]) in self._kept
+            else {id(inner) for inner in self._modules[path].modules()}
+            for path in paths
+        }
         self._region_of = region_of_nodes(graph) if paths else {}
         self._feared = reasons_against_regions(graph_module)
         self._owners: dict[int, dict[int, str]] = {}

@@ -21,7 +21,12 @@ from torch.fx.node import has_side_effect, map_arg
 
 from biofx.errors import PassError
 from biofx.graph.guards import require_default
-from biofx.graph.own_forward import OWN_FORWARD, call_own_forward
+from biofx.graph.own_forward import (
+    OWN_FORWARD,
+    call_own_forward,
+    call_with_parameters,
+    parameters_graph,
+)
 
 KEPT = "kept_as_python"
 """The attribute of a captured model that says which modules keep their own forward, and why."""
@@ -123,6 +128,7 @@ class _Join:
 
     def __init__(self, root: GraphModule, paths: tuple[str, ...]) -> None:
         self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._kept = kept_modules(root)
         self._open = dict.fromkeys(paths)
         self._around = {path[:end] for path in paths for end in (*_dots(path), len(path))} | {""}
         self.graph = Graph(root, tracer_cls=Tracer)
@@ -174,6 +180,11 @@ class _Join:
             args: Any = map_arg(node.args[1], mapping.__getitem__)
             kwargs: Any = map_arg(node.args[2], mapping.__getitem__)
             return self.graph.create_node("call_module", path, args, kwargs, node.name)
+        if node.target is call_with_parameters:  # a module that Python runs, by its path
+            given: Any = map_arg(node.args[1:], mapping.__getitem__)
+            return self.graph.create_node(
+                "call_function", call_with_parameters, (path, *given), {}, node.name
+            )
         copied = self._node_copy(node, name, mapping)
         if node.op in ("call_module", "get_attr"):
             copied.target = f"{path}.{node.target}" if node.target else path
@@ -199,7 +210,11 @@ class _Join:
 
     def _source(self, path: str) -> Graph:
         module = self._modules[path]
-        return module.graph if isinstance(module, GraphModule) else layer_graph(module, path)
+        if isinstance(module, GraphModule):
+            return module.graph
+        if path in self._kept:
+            return parameters_graph(name for name, held in module._parameters.items() if held is not None)
+        return layer_graph(module, path)
 
     def _stack(self, path: str) -> dict[str, tuple[str, type]]:
         parts = path.split(".")
@@ -210,11 +225,14 @@ class _Join:
 def layer_graph(module: nn.Module, path: str) -> Graph:
     """Return the graph of a layer that is a region by itself: one call of itself, written with no path."""
     graph = Graph(tracer_cls=Tracer)
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    inputs = [graph.create_node("placeholder", names[0])]
-    for name in names[1:]:  # output_size of a transposed convolution
-        given = graph.create_node("placeholder", name, (None,))
-        graph.create_node("call_function", require_default, (given, None, name))
+    inputs = []
+    for name, parameter in list(inspect.signature(type(module).forward).parameters.items())[1:]:
+        default = () if parameter.default is parameter.empty else (parameter.default,)
+        given = graph.create_node("placeholder", name, default)
+        if name == "output_size":  # of a transposed convolution
+            graph.create_node("call_function", require_default, (given, parameter.default, name))
+        else:
+            inputs.append(given)
     graph.output(graph.create_node("call_module", "", tuple(inputs), name=path.replace(".", "_")))
     return graph
 

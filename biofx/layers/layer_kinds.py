@@ -105,6 +105,11 @@ _UNITLESS_OF: dict[Any, LayerKind] = {
     **{kind.function: kind for kind in UNITLESS_KINDS},
     torch.bilinear: BILINEAR,
 }
+LAYERS_OF_SEVERAL_INPUTS: tuple[type[nn.Module], ...] = (
+    *(nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell, nn.MultiheadAttention),
+    *(nn.Bilinear, nn.EmbeddingBag),
+)
+"""Layers that take more than one tensor, or a state, or flags."""
 _LAYER_TYPES = tuple(kind.module_type for kind in LAYER_KINDS)
 _COMPOUND_TYPES = tuple(kind.module_type for kind in COMPOUND_KINDS)
 

@@ -12,6 +12,7 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from biofx.graph.in_place import changed_in_place
+from biofx.graph.own_forward import call_with_parameters
 from biofx.graph.printing import function_name
 from biofx.graph.size_questions import asks_for_a_size
 from biofx.layers.layer_kinds import LayerKind, kind_of_call
@@ -59,7 +60,10 @@ def obstacle_to_reads(parameter: nn.Parameter, slot: ReadSlot) -> str | None:
 
 
 def multiplies(slot: ReadSlot, parameter: nn.Parameter) -> bool:
-    """Whether what is read, moved about or not, is a factor of a product or the weight of a layer."""
+    """Whether what is read, moved about or not, is a factor of a product or the weight of a layer.
+
+    What Python does with it is not known; there a matrix, or a stack of them, counts as a factor.
+    """
     if parameter.dim() < 2 or slot.source is None:
         return False
     pending = [(slot.source, reader) for reader in slot.readers]
@@ -69,6 +73,8 @@ def multiplies(slot: ReadSlot, parameter: nn.Parameter) -> bool:
         if kind is not None and any(place.read(reader) is source for place in slots_of_call(reader, kind)):
             return True
         if reader.target in _PRODUCTS and reader.op != "call_module":
+            return True
+        if reader.target is call_with_parameters and min(parameter.shape) > 1:
             return True
         if function_name(reader.target) in _MOVES and reader.args and reader.args[0] is source:
             pending += [(reader, user) for user in reader.users]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 
 from biofx.errors import PassError
 from biofx.graph.guards import require_default
-from biofx.graph.own_forward import OWN_FORWARD, call_own_forward
+from biofx.graph.own_forward import OWN_FORWARD, call_own_forward, call_with_parameters
 from biofx.graph.regions import (
     JOINED,
     begin_region,
@@ -76,10 +76,9 @@ class _Part:
 
     @property
     def is_a_bare_layer(self) -> bool:
-        """Whether nothing has happened to a layer that is a region by itself."""
-        graph = self.graph
-        others = [n for n in graph.nodes if n.op != "placeholder" and n.target is not require_default]
-        return len(self._calls_itself) == 1 and len(others) == 3
+        """Whether nothing has happened to a layer or a module of Python's that is a region by itself."""
+        nodes = [node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+        return [node for node in nodes if node.target is not require_default] == self._calls_itself != []
 
     def take(self, node: Node) -> None:
         """Copy a node into the region's own graph."""
@@ -92,7 +91,9 @@ class _Part:
         elif node.target is region_output:
             new = self.graph.output(args[1])
         elif node.op == "call_module" and node.target == self._path:
-            new = self._call_of_itself(node, args, kwargs)
+            new = self._call_of_itself(node, call_own_forward, args, kwargs)
+        elif node.target is call_with_parameters:
+            new = self._call_of_itself(node, call_with_parameters, *args[1:])
         else:
             new = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
             if node.op in ("call_module", "get_attr"):
@@ -100,9 +101,9 @@ class _Part:
         new.meta = {**node.meta, "nn_module_stack": self._local_stack(node)}
         self._mapping[node] = new
 
-    def _call_of_itself(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+    def _call_of_itself(self, node: Node, call: Callable[..., Any], *given: Any) -> Node:
         own = self.graph.create_node("get_attr", OWN_FORWARD)
-        new = self.graph.create_node("call_function", call_own_forward, (own, args, kwargs), name=node.name)
+        new = self.graph.create_node("call_function", call, (own, *given), name=node.name)
         self._calls_itself.append(new)
         return new
 

@@ -591,9 +591,9 @@ def test_only_the_modules_that_need_it_stay_in_python_and_one_run_finds_them(run
     model = Steps({1, 4, 5})
     captured = capture(model, example_inputs=vectors(4))
     assert list(captured.kept_as_python) == ["steps.1", "steps.4", "steps.5"]
-    assert set(region_paths(captured)) == {
-        f"steps.{n}.{part}" for n in (1, 4, 5) for part in ("before", "after")
-    }
+    in_python = [f"steps.{n}" for n in (1, 4, 5)]  # with a graph around that hands them their parameters
+    parts = [f"{path}.{part}" for path in in_python for part in ("before", "after")]
+    assert set(region_paths(captured)) == {*in_python, *parts}
     assert runs == [True, True, False]
     assert_same(model, captured, *(vectors(batch) for batch in (4, 1, 9)))
 
@@ -712,3 +712,25 @@ def test_modules_kept_for_the_class_of_another_get_a_second_chance() -> None:
     captured = capture(model, example_inputs=vectors(4))
     assert list(captured.kept_as_python) == ["parts.2"]
     assert_same(model, captured, *(vectors(batch) for batch in (4, 1, 9)))
+
+
+def test_a_model_that_wants_labels_in_training_is_captured_with_inputs_for_evaluation() -> None:
+    class Wants(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            scores = self.fc(x)
+            if self.training:
+                if labels is None:
+                    raise ValueError("give labels")
+                return nn.functional.cross_entropy(scores, labels)
+            return scores  # type: ignore[no-any-return]
+
+    model, x, labels = Wants(), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    bio_model = biofx.capture(model, example_inputs=((x,), {}))
+    assert torch.equal(bio_model.eval()(x), model.eval()(x))
+    assert torch.equal(bio_model.train()(x, labels), model.train()(x, labels))
+    with pytest.raises(ValueError, match="give labels"):
+        bio_model(x)

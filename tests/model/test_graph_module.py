@@ -157,6 +157,6 @@ def test_slices_and_named_tuples_survive_pickling(vectors: Tensor) -> None:
 
 def test_what_cannot_be_copied_is_an_input_error(mlp: nn.Module) -> None:
     captured = biofx.capture(mlp)
-    captured.late = [captured.get_parameter("0.weight") * 2]
+    vars(captured)["late"] = [captured.get_parameter("0.weight") * 2]
     with pytest.raises(biofx.InputError, match="can be copied"):
         copy.deepcopy(captured)

@@ -31,6 +31,8 @@ PACKAGES = {
     "idioms": "biofx",
     "transformers_models": "transformers",
     "other_models": "einops",
+    "spiking_models": "torch",
+    "diffusion_models": "diffusers",
     "torchvision_models": "torchvision",
     "timm_models": "timm",
     "pytorchcv_models": "pytorchcv",

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from idioms import hooks, modes, python_forms, returned, state, tensors
+from idioms import calls, hooks, modes, neighbours, python_forms, returned, state, tensors
 from idioms.body import Example, features, images, sequences
 
 _OTHER_INPUTS: dict[type[nn.Module], Example] = {
     python_forms.LoopOverSteps: sequences,
+    calls.LayersOfSeveralInputs: sequences,
+    calls.ReadsAWeightOfALayer: sequences,
     tensors.PositionsByLength: sequences,
     tensors.Packed: sequences,
     tensors.Functional: images,
@@ -31,7 +33,7 @@ def _keywords(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Example]]]]:
     """Yield names and builders of modules with an example for each."""
-    groups = (modes, state, hooks, python_forms, returned, tensors)
+    groups = (modes, state, neighbours, hooks, calls, python_forms, returned, tensors)
     examples = {
         **{kind: features for group in groups for kind in group.IDIOMS},
         **_OTHER_INPUTS,
