@@ -37,10 +37,24 @@ def weights_mentioned(module: nn.Module) -> frozenset[str]:
     return frozenset(found)
 
 
+def globals_mentioned(kind: type[nn.Module]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the globals that the forward of a class, and what it calls, mention: where, and the name."""
+    for function in _functions_of(kind):
+        if f"{function.__module__}.".startswith(_LIBRARIES):
+            continue
+        names = {name for code in _with_inner(function.__code__) for name in code.co_names}
+        yield from ((function.__globals__, name) for name in names & function.__globals__.keys())
+
+
 def _code_of(module: nn.Module) -> Iterator[CodeType]:
     """Yield the code of a forward, of methods and of functions of its own source that it may call."""
+    for function in _functions_of(type(module)):
+        yield from _with_inner(function.__code__)
+
+
+def _functions_of(kind: type[nn.Module]) -> Iterator[FunctionType]:
     seen: set[CodeType] = set()
-    functions: list[Any] = [type(module).forward]
+    functions: list[Any] = [kind.forward]
     while functions:
         function = functions.pop()
         function = getattr(function, "__wrapped__", function)
@@ -48,9 +62,9 @@ def _code_of(module: nn.Module) -> Iterator[CodeType]:
         if not isinstance(code, CodeType) or code in seen:
             continue
         seen.add(code)
-        yield from _with_inner(code)
+        yield function
         for name in _names(code):
-            for called in (getattr(type(module), name, None), function.__globals__.get(name)):
+            for called in (getattr(kind, name, None), function.__globals__.get(name)):
                 if isinstance(called, FunctionType) and not f"{called.__module__}.".startswith(_LIBRARIES):
                     functions.append(called)
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biofx.capturing.own_generators import OwnGenerator, generator_in
+from biofx.capturing.shared_state import held_at, named, put_back, shared_places
 from biofx.errors import CaptureError
 
 
@@ -24,6 +26,11 @@ class Watch:
         self._prefix = prefix
         self._kept: list[Any] = []
         self._contained: dict[int, list[tuple[Any, Any]]] = {}
+        self._generators: dict[int, list[tuple[OwnGenerator, bytes]]] = {}
+        self._shared = {
+            kind: [(place, held_at(place)) for place in shared_places(kind)]
+            for kind in {type(module) for module in root.modules()}
+        }
         self._module = 0
         self._is_complete = False
         self._before = self._attributes()
@@ -46,6 +53,10 @@ class Watch:
             for container, content in self._contained.get(id(module), ()):
                 container.clear()
                 (container.update if isinstance(container, (dict, set)) else container.extend)(content)
+            for generator, state in self._generators.get(id(module), ()):
+                generator.restore(state)
+            for place, value in self._shared.get(type(module), ()):
+                put_back(place, value)
 
     def changed_modules(self) -> list[str]:
         """Return the paths of the modules in which the forward left something."""
@@ -99,6 +110,8 @@ class Watch:
                     for name, value in held.items()
                     if self._is_watched(path, name)
                 }
+                for place in shared_places(type(module)):
+                    found[path][named(place)] = self._contents(held_at(place), set())
         return found
 
     def _is_watched(self, path: str, name: str) -> bool:
@@ -124,6 +137,10 @@ class Watch:
             inner = list(enumerate(value))
         elif isinstance(value, (set, frozenset)):
             return (id(value), frozenset(map(id, value)))
+        elif (generator := generator_in(value)) is not None:
+            if not self._is_complete:
+                self._generators.setdefault(self._module, []).append((generator, generator.state()))
+            return (id(value), generator.state())
         elif hasattr(value, "tobytes"):
             return (id(value), hash(value.tobytes()))
         else:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node, Proxy
 
+from biofx.capturing.none_questions import is_asked_about_next
 from biofx.graph.guards import require_tensor
 from biofx.graph.in_place import AUGMENTED_ASSIGNMENTS
 
@@ -82,7 +83,21 @@ class Value(_Typed, Proxy):
         frame = sys._getframe(1)
         if not hasattr(Tensor, name) and not _asks_for_itself(frame) and _is_in_a_call(frame):
             self.refuse(f"asks whether a value has an attribute {name!r}")
-        return _Attribute(self, name)
+        found = _Attribute(self, name)
+        if is_asked_about_next(frame) and not _asks_for_itself(frame):
+            self.tracer.expect_given(found, f"attribute {name!r}")
+        return found
+
+    def __getitem__(self, index: Any) -> Any:
+        found: Any = self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+        frame = sys._getframe(1)
+        if is_asked_about_next(frame) and not _asks_for_itself(frame):
+            self.tracer.expect_given(found, f"entry {index!r}")
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: ``callable(x)`` was true, or what comes in is a function."""
+        self.refuse("calls a value")
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _OWN_ATTRIBUTES:
@@ -109,6 +124,22 @@ class Value(_Typed, Proxy):
         """Raise a CaptureError that names the line."""
         self.tracer.refuse(f"{what}, which is not known before the graph runs")
 
+    @property
+    def may_be_none(self) -> bool:
+        """Whether it may stand for None, or for a flag, as far as the graph says."""
+        return self._may_give_none(self.node)
+
+    def _may_give_none(self, node: Node) -> bool:
+        if node.op == "call_module":
+            return not self.tracer.returns_a_tensor(str(node.target))
+        if node.target is operator.getitem:
+            source = node.args[0]
+            inside_a_call = isinstance(source, Node) and source.op == "call_module"
+            return not _takes_a_part(node.args[1]) and (
+                inside_a_call or not isinstance(source, Node) or self._may_give_none(source)
+            )
+        return node.op == "placeholder" or node.target is getattr
+
     def stands_for(self) -> type:
         """Return the type to show to the user's model; the graph then checks it whenever it runs."""
         node = self.node
@@ -126,6 +157,11 @@ class Value(_Typed, Proxy):
             self.tracer.known_tensors.add(node)
             self.tracer.create_node("call_function", require_tensor, (node, self.tracer.where()), {})
         return Tensor
+
+
+def _takes_a_part(index: Any) -> bool:
+    """Whether an index is one that only tensors and sequences take, and leaves what they are."""
+    return isinstance(index, slice) or (isinstance(index, tuple) and any(map(_takes_a_part, index)))
 
 
 class _Attribute(Value):
