@@ -23,6 +23,7 @@ NEEDS_AN_EXAMPLE = {
     "idiom NeedsAMask": "argument 'mask': expected a value",
     "idiom HandsAMaskOn": "argument 'mask': expected a value",
     "idiom EntryThatIsNone": "entry 'mask': expected a value",
+    "idiom EntryThatMayBeMissing": "what get() returns: expected a value",
     "idiom ResultThatIsNone": "what it returns: expected a value",
 }
 NEEDS_INPUTS = "idiom JugglesKeywords given some"

@@ -28,6 +28,7 @@ from biofx.capturing.checkpoints import (
     checkpoints_handled,
 )
 from biofx.capturing.frames import BY_VALUE, Frame, Keep
+from biofx.capturing.python_names import ASKS_WHETHER_THE_SAME, asks_whether_the_same
 from biofx.capturing.region_capture import is_plain_layer
 from biofx.capturing.sized_by_values import gives_as_many_as_there_are, is_sized_by_values, leaves
 from biofx.capturing.switches import Switches, SwitchPatches
@@ -212,6 +213,8 @@ class Recorder(TorchFunctionMode):
         try:
             if not whole and hooks_of(module):
                 self.stop(f"has {' and '.join(hooks_of(module))}")
+            if not whole and asks_whether_the_same(type(module)):
+                self.stop(ASKS_WHETHER_THE_SAME)
             if not whole:
                 return original(module, *args, **kwargs)
             frame.switches.check()
@@ -273,6 +276,8 @@ class Recorder(TorchFunctionMode):
         return self._in_frame(path, module, lambda *a, **k: original(module, *a, **k), args, kwargs)
 
     def _in_frame(self, path: str, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if asks_whether_the_same(type(module)):
+            raise Keep(path, f"{self._named(path)} {ASKS_WHETHER_THE_SAME}")
         outer, self.frame = self.frame, Frame(self, path, module)
         try:
             positional, named = bind_inputs(self.frame, module, args, kwargs)

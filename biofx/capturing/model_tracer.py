@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
 from biofx.capturing.checkpoints import is_checkpointed
-from biofx.capturing.none_questions import is_asked_about_next, names_asked_about
+from biofx.capturing.identity_questions import is_asked_about_next, names_asked_about
+from biofx.capturing.python_names import ASKS_WHETHER_THE_SAME, asks_whether_the_same
 from biofx.capturing.recording import Recorder, leaves_of
 from biofx.capturing.side_effects import Watch
 from biofx.capturing.switches import Switches, SwitchPatches
@@ -188,8 +189,12 @@ class ModelTracer(Tracer):
         self.known_values.add(value.node)
         self.create_node("call_function", require_given, (value.node, name, self.where()), {})
 
-    def _expect_arguments(self, forward: Callable[..., Any], given: Mapping[str, Any]) -> None:
-        """Let the graph check the arguments that a forward compares with None."""
+    def _expect_arguments(
+        self, kind: type[nn.Module], forward: Callable[..., Any], given: Mapping[str, Any]
+    ) -> None:
+        """Let the graph check the arguments that the forward of a class compares with None."""
+        if any(isinstance(value, Value) for value in given.values()) and asks_whether_the_same(kind):
+            self.refuse(ASKS_WHETHER_THE_SAME)
         for name in names_asked_about(forward.__code__) if hasattr(forward, "__code__") else ():
             value = given.get(name)
             if isinstance(value, Value) and not isinstance(value, TrainingFlag):
@@ -265,7 +270,7 @@ class ModelTracer(Tracer):
             self.calls.append(path)
             own = inspect.unwrap(type(m).forward)
             names = own.__code__.co_varnames[1:] if hasattr(own, "__code__") else ()
-            self._expect_arguments(own, dict(zip(names, args, strict=False)) | kwargs)
+            self._expect_arguments(type(m), own, dict(zip(names, args, strict=False)) | kwargs)
             if pads_by_nesting(m, args, kwargs):
                 forward = functools.partial(self._call_whole, path)
             found = super().call_module(m, forward, args, kwargs)
@@ -373,7 +378,7 @@ class ModelTracer(Tracer):
                 default = args[place] = parameters[name].default
                 self.create_node("call_function", require_default, (value.node, default, name), {})
         given = {str(value.node.target): value for value in args if isinstance(value, Value)}
-        self._expect_arguments(inspect.unwrap(root_fn), given)
+        self._expect_arguments(type(self.root), inspect.unwrap(root_fn), given)
         return function, args
 
     def _call_whole(self, path: str, *args: Any, **kwargs: Any) -> Proxy:

@@ -6,11 +6,15 @@ import dis
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from biofx.capturing.identity_questions import compares_identities
+
 ANYTHING = "*"
 """Stands for whatever has no name of its own in the code."""
+ASKS_WHETHER_THE_SAME = "asks whether two values are the same object, which no graph can say"
 _LIBRARIES = ("torch.", "builtins.", "typing.", "collections.", "functools.", "math.", "numpy.")
 
 
@@ -44,6 +48,18 @@ def globals_mentioned(kind: type[nn.Module]) -> Iterator[tuple[dict[str, Any], s
             continue
         names = {name for code in _with_inner(function.__code__) for name in code.co_names}
         yield from ((function.__globals__, name) for name in names & function.__globals__.keys())
+
+
+def asks_whether_the_same(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class, or what it calls, asks of two values whether they are one object."""
+    if kind not in _asking:
+        functions = () if kind.__module__.startswith("torch.") else _functions_of(kind)
+        own = (f for f in functions if not f"{f.__module__}.".startswith(_LIBRARIES))
+        _asking[kind] = any(compares_identities(code) for f in own for code in _with_inner(f.__code__))
+    return _asking[kind]
+
+
+_asking: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
 
 
 def _code_of(module: nn.Module) -> Iterator[CodeType]:

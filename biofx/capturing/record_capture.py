@@ -95,12 +95,20 @@ class _RecordCapture:
                     return made
                 self._keep(doubt if doubt.path not in self._kept else Keep("", doubt.reason))
             except InputError:
-                if not self._on_meta:
+                if not self._on_meta and not self._runs_by_itself():
                     raise
-                break  # it asks for values, and has none
+                break  # it asks for values, and has none, or does not run while it is recorded
             except CaptureError:  # it cannot be recorded at all
                 break
         return capture_regions(self._root, self._opaque, self._foreign)
+
+    def _runs_by_itself(self) -> bool:
+        try:
+            for training in (True, False):
+                _outcome(self._copy(self._root), self._given, training)
+        except Exception:
+            return False
+        return True
 
     def _copy(self, model: nn.Module) -> Any:
         """Return a copy to try something on."""
@@ -139,7 +147,7 @@ class _RecordCapture:
         model.train(training)
         watch = Watch(model)
         recorder = Recorder(model, self._kept, self._opaque)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), self._given)
+        args, kwargs = _cloned(self._given)
         recorder.run(args, kwargs)
         watch.allowed = recorder.assigned
         changed = [path for path in watch.changed_modules() if path not in self._kept]
@@ -223,7 +231,7 @@ class _RecordCapture:
 
     def _gradients(self, model: nn.Module, given: Any, training: bool) -> Any:
         """Return which outputs have gradients, and the gradients of the parameters."""
-        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given)
+        args, kwargs = _cloned(given)
         model.train(training)
         torch.manual_seed(0)
         with torch.enable_grad():
@@ -273,12 +281,22 @@ def _is_between(region: str, kept: str, path: str) -> bool:
 
 
 def _outcome(model: nn.Module, given: Any, training: bool) -> Any:
-    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given)
+    args, kwargs = _cloned(given)
     model.train(training)
     torch.manual_seed(0)
     with torch.no_grad():
         output = model(*args, **kwargs)
     return {type(output).__name__: list(_content(output))}, dict(model.named_buffers())
+
+
+def _cloned(given: Any) -> Any:
+    """Return arguments with copies of their tensors; what is one tensor stays one."""
+    copies: dict[int, Tensor] = {}
+
+    def cloned(tensor: Tensor) -> Tensor:
+        return copies.setdefault(id(tensor), tensor.detach().clone())
+
+    return pytree.tree_map_only(Tensor, cloned, given)
 
 
 def _content(output: Any) -> Iterator[Any]:

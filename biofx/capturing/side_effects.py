@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 from collections import deque
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biofx.capturing.containers import content_of, fill_again
 from biofx.capturing.own_generators import OwnGenerator, generator_in
 from biofx.capturing.shared_state import held_at, named, put_back, shared_places
 from biofx.errors import CaptureError
@@ -51,8 +51,7 @@ class Watch:
                     if flag is not None:  # whoever follows the flags puts them back
                         held["training"] = flag
             for container, content in self._contained.get(id(module), ()):
-                container.clear()
-                (container.update if isinstance(container, (dict, set)) else container.extend)(content)
+                fill_again(container, content)
             for generator, state in self._generators.get(id(module), ()):
                 generator.restore(state)
             for place, value in self._shared.get(type(module), ()):
@@ -126,13 +125,12 @@ class Watch:
             return id(value)
         if isinstance(value, (dict, list, set, deque)):
             if not self._is_complete:
-                content = copy.copy(value) if value else ()
-                self._contained.setdefault(self._module, []).append((value, content))
+                self._contained.setdefault(self._module, []).append((value, content_of(value)))
             if not value:
                 seen.add(id(value))
                 return id(value)
         if isinstance(value, dict):
-            inner = [(id(key), entry) for key, entry in value.items()]
+            inner = [(id(key), entry) for key, entry in dict.items(value)]
         elif isinstance(value, (list, tuple, deque)):
             inner = list(enumerate(value))
         elif isinstance(value, (set, frozenset)):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node, Proxy
 
-from biofx.capturing.none_questions import is_asked_about_next
+from biofx.capturing.identity_questions import is_asked_about_next
 from biofx.graph.guards import require_tensor
 from biofx.graph.in_place import AUGMENTED_ASSIGNMENTS
 
@@ -111,6 +111,16 @@ class Value(_Typed, Proxy):
             self.refuse("uses a value as a key")
         return id(self)
 
+    def __str__(self) -> str:
+        if not _asks_for_itself(sys._getframe(1)):
+            self.refuse("makes a text of a value")
+        return super().__repr__()
+
+    def __format__(self, form: str) -> str:
+        if not _asks_for_itself(sys._getframe(1)):
+            self.refuse("makes a text of a value")
+        return super().__format__(form)
+
     def __len__(self) -> int:
         self.refuse("asks for the length of a value")
 
@@ -138,7 +148,8 @@ class Value(_Typed, Proxy):
             return not _takes_a_part(node.args[1]) and (
                 inside_a_call or not isinstance(source, Node) or self._may_give_none(source)
             )
-        return node.op == "placeholder" or node.target is getattr
+        of_something_else = node.op == "call_method" and not hasattr(Tensor, str(node.target))
+        return of_something_else or node.op == "placeholder" or node.target is getattr
 
     def stands_for(self) -> type:
         """Return the type to show to the user's model; the graph then checks it whenever it runs."""
@@ -180,8 +191,12 @@ class _Attribute(Value):
             self._node = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {}).node
         return self._node
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Proxy:
-        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found: Any = self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+        frame = sys._getframe(1)
+        if is_asked_about_next(frame) and not _asks_for_itself(frame):
+            self.tracer.expect_given(found, f"what {self.attr}() returns")
+        return found
 
 
 class StoredTensor(Value):

@@ -39,7 +39,7 @@ def _without_mask(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x, None), {}
 
 
-def _with_mask(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _twice(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     (x,), _ = features(batch)
     return (x, x), {}
 
@@ -60,11 +60,14 @@ def models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Example]]]]:
         asked.NeedsAMask: _without_mask,
         asked.HandsAMaskOn: _without_mask,
         asked.EntryThatIsNone: _entry,
+        asked.EntryThatMayBeMissing: _entry,
+        asked.OneOrTwo: _twice,
+        outside.TakesFromItsArgument: _entry,
     }
     for kind, example in examples.items():
         yield f"idiom {kind.__name__}", lambda kind=kind, example=example: (_built(kind), example)  # type: ignore[misc]
     for kind in (asked.NeedsAMask, asked.HandsAMaskOn):
-        yield f"idiom {kind.__name__} given one", lambda kind=kind: (_built(kind), _with_mask)  # type: ignore[misc]
+        yield f"idiom {kind.__name__} given one", lambda kind=kind: (_built(kind), _twice)  # type: ignore[misc]
     yield "idiom JugglesKeywords given some", lambda: (_built(python_forms.JugglesKeywords), _keywords)
 
 

@@ -98,7 +98,39 @@ class ResultThatIsNone(Body):
         return self.out(hidden)
 
 
+class EntryThatMayBeMissing(Body):
+    """An entry of a dict that may be missing, asked for by ``get``."""
+
+    def forward(self, given: dict[str, Any]) -> Any:
+        hidden = self.fc(given["x"])
+        mask = given.get("mask")
+        return self.out(hidden if mask is None else hidden * 2)
+
+
+class OneOrTwo(Body):
+    """Two arguments that may be one and the same tensor."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.out(self.fc(x if x is y else x + y))
+
+
+class ContiguousOrNot(Body):
+    """A result that may be what went in."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = x.contiguous()
+        return self.out(self.fc(y if y is x else y * 2))
+
+
+class TextOfAShape(Body):
+    """A decision by what a shape looks like as a text."""
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.fc(x)
+        return self.out(hidden if "6" in f"{hidden.shape}" else hidden * 2)
+
+
 IDIOMS = (
     *(TypeOfTheInput, TypeAmongOthers, TypeOfAResult, CallsWhatCanBeCalled, NeedsAMask, HandsAMaskOn),
-    *(EntryThatIsNone, ResultThatIsNone),
+    *(EntryThatIsNone, ResultThatIsNone, EntryThatMayBeMissing, OneOrTwo, ContiguousOrNot, TextOfAShape),
 )

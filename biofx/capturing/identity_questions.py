@@ -1,13 +1,14 @@
-"""Questions that no stand-in can answer: ``x is None``, ``x is True``.
+"""Questions that no stand-in can answer: ``x is None``, ``x is True``, ``x is y``.
 
 Python compares identities without asking what it compares. So the code of a forward is searched for such
-questions, and the graph checks whenever it runs that what was asked about is a value indeed.
+questions. Where it asks about None, the graph checks whenever it runs that there is a value indeed.
 """
 
 from __future__ import annotations
 
 import dis
 import functools
+import itertools
 from collections.abc import Sequence
 from types import CodeType, FrameType
 
@@ -36,6 +37,17 @@ def is_asked_about_next(frame: FrameType) -> bool:
             if after and after[0].opname.startswith(_STORES):
                 return str(after[0].argval) in names_asked_about(frame.f_code)
             return _asks(after)
+    return False
+
+
+@functools.lru_cache(maxsize=4096)
+def compares_identities(code: CodeType) -> bool:
+    """Whether code asks whether two of its local names stand for one and the same object."""
+    for three in _in_threes(code):
+        loads = list(itertools.takewhile(lambda step: step.opname.startswith(_LOADS), three))
+        names = sum(len(step.argval) if isinstance(step.argval, tuple) else 1 for step in loads)
+        if names == 2 and [step.opname for step in three[len(loads) :]][:1] == ["IS_OP"]:
+            return True
     return False
 
 
