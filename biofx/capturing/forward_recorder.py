@@ -22,6 +22,7 @@ from torch.fx import Graph, Node, Tracer
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from biofx.capturing.binding import bind_inputs
+from biofx.capturing.builtin_questions import WHEN_RECORDED, questions_answered
 from biofx.capturing.checkpoints import (
     OPTIONS,
     checkpointed_module,
@@ -74,7 +75,8 @@ class Recorder(TorchFunctionMode):
             Keep: a module must keep its own forward.
             InputError: the model itself fails on these inputs.
         """
-        with self._patched(), self._patches.patched(), checkpoints_handled(self._checkpoint), self:
+        answers = questions_answered(self._root.modules(), WHEN_RECORDED)
+        with self._patched(), self._patches.patched(), checkpoints_handled(self._checkpoint), answers, self:
             try:
                 if "" in self._kept:
                     self._root(*args, **kwargs)

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
+from biofx.capturing.builtin_questions import WHEN_TRACED, questions_answered
 from biofx.capturing.checkpoints import is_checkpointed
 from biofx.capturing.identity_questions import is_asked_about_next, names_asked_about
 from biofx.capturing.python_names import ASKS_WHETHER_THE_SAME, asks_whether_the_same
 from biofx.capturing.recording import Recorder, leaves_of
 from biofx.capturing.side_effects import Watch
 from biofx.capturing.switches import Switches, SwitchPatches
-from biofx.capturing.type_questions import types_answered
 from biofx.capturing.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 from biofx.errors import CaptureError
 from biofx.graph.autograd_functions import AppliedFunction, can_be_applied
@@ -91,7 +91,7 @@ class ModelTracer(Tracer):
         """Let everything that a forward does reach this tracer."""
         with ExitStack() as stack:
             stack.enter_context(self._flags_as_nodes())
-            stack.enter_context(types_answered(self._modules.values()))
+            stack.enter_context(questions_answered(self._modules.values(), WHEN_TRACED))
             stack.enter_context(self._autograd_functions_as_nodes())
             stack.enter_context(transformers_as_nodes())
             stack.enter_context(self._patches.patched())

@@ -124,6 +124,10 @@ class Value(_Typed, Proxy):
     def __len__(self) -> int:
         self.refuse("asks for the length of a value")
 
+    def length(self) -> Any:
+        """Return what stands for its length."""
+        return self.tracer.create_proxy("call_function", len, (self,), {})
+
     def __contains__(self, entry: object) -> bool:
         self.refuse("looks for something in a value")
 
@@ -229,6 +233,10 @@ class StoredTensor(Value):
         return self.tensor.numel()
 
     def __len__(self) -> int:
+        return len(self.tensor)
+
+    def length(self) -> int:
+        """Return the number of its rows."""
         return len(self.tensor)
 
     def stands_for(self) -> type:
