@@ -1,7 +1,8 @@
 """Questions that no stand-in can answer: ``x is None``, ``x is True``, ``x is y``.
 
 Python compares identities without asking what it compares. So the code of a forward is searched for such
-questions. Where it asks about None, the graph checks whenever it runs that there is a value indeed.
+questions. Where it asks about None, the graph checks whenever it runs that there is a value indeed. A text
+that is made of a value has forgotten it just so.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ def is_asked_about_next(frame: FrameType) -> bool:
                 return str(after[0].argval) in names_asked_about(frame.f_code)
             return _asks(after)
     return False
+
+
+def is_text_asked_about_next(frame: FrameType) -> bool:
+    """Whether the text that a frame is making now is compared, looked for or looked up at once."""
+    rest = (step for step in dis.get_instructions(frame.f_code) if step.offset >= frame.f_lasti)
+    skipped = (*_SILENT, "FORMAT", "CONVERT", "BUILD_STRING", "LOAD_CONST", "CALL")
+    after = next((step.opname for step in rest if not step.opname.startswith(skipped)), "")
+    return after in ("COMPARE_OP", "CONTAINS_OP", "BINARY_SUBSCR")
 
 
 @functools.lru_cache(maxsize=4096)

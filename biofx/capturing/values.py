@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node, Proxy
 
-from biofx.capturing.identity_questions import is_asked_about_next
+from biofx.capturing.identity_questions import is_asked_about_next, is_text_asked_about_next
 from biofx.graph.guards import require_tensor
 from biofx.graph.in_place import AUGMENTED_ASSIGNMENTS
 
@@ -112,14 +112,16 @@ class Value(_Typed, Proxy):
         return id(self)
 
     def __str__(self) -> str:
-        if not _asks_for_itself(sys._getframe(1)):
-            self.refuse("makes a text of a value")
+        self._refuse_to_decide_by_text(sys._getframe(1))
         return super().__repr__()
 
     def __format__(self, form: str) -> str:
-        if not _asks_for_itself(sys._getframe(1)):
-            self.refuse("makes a text of a value")
+        self._refuse_to_decide_by_text(sys._getframe(1))
         return super().__format__(form)
+
+    def _refuse_to_decide_by_text(self, frame: FrameType) -> None:
+        if is_text_asked_about_next(frame) and not _asks_for_itself(frame):
+            self.refuse("decides by what a value looks like as a text")
 
     def __len__(self) -> int:
         self.refuse("asks for the length of a value")
