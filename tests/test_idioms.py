@@ -18,6 +18,14 @@ IDIOMS: dict[str, Any] = dict(importlib.import_module("idioms").models())
 sys.path.pop(0)
 
 REFUSED = {"idiom ReplacedForward": "Make it a method"}
+NEEDS_AN_EXAMPLE = {
+    "idiom TypeAmongOthers": "expected a tensor",
+    "idiom NeedsAMask": "argument 'mask': expected a value",
+    "idiom HandsAMaskOn": "argument 'mask': expected a value",
+    "idiom EntryThatIsNone": "entry 'mask': expected a value",
+    "idiom EntryThatMayBeMissing": "what get() returns: expected a value",
+    "idiom ResultThatIsNone": "what it returns: expected a value",
+}
 NEEDS_INPUTS = "idiom JugglesKeywords given some"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -36,6 +44,9 @@ def test_an_idiom_is_equal_in_both_modes_on_fresh_inputs_of_other_sizes_or_refus
     elif name == NEEDS_INPUTS and not recorded:
         assert outcome.verdict == "fails"
         assert "unexpected keyword argument 'gain'" in outcome.note
+    elif name in NEEDS_AN_EXAMPLE and not recorded:
+        assert outcome.verdict == "guarded"
+        assert NEEDS_AN_EXAMPLE[name] in outcome.note
     else:
         assert (outcome.verdict, outcome.note) == ("equal", "")
 

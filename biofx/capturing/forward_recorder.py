@@ -24,12 +24,14 @@ from torch.fx import Graph, Node, Tracer
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from biofx.capturing.binding import bind_inputs
+from biofx.capturing.builtin_questions import WHEN_RECORDED, questions_answered
 from biofx.capturing.checkpoints import (
     OPTIONS,
     checkpointed_module,
     checkpoints_handled,
 )
 from biofx.capturing.frames import BY_VALUE, Frame, Keep
+from biofx.capturing.python_names import ASKS_WHETHER_THE_SAME, asks_whether_the_same
 from biofx.capturing.region_capture import is_plain_layer
 from biofx.capturing.sized_by_values import gives_as_many_as_there_are, is_sized_by_values, leaves
 from biofx.capturing.switches import Switches, SwitchPatches
@@ -101,6 +103,7 @@ class Recorder(TorchFunctionMode):
             self._patches.patched(),
             checkpoints_handled(self._checkpoint),
             limits_followed(Type.limit, lambda value: isinstance(value, Type)),
+            questions_answered(self._root.modules(), WHEN_RECORDED),
             self,
         ):
             try:
@@ -298,6 +301,8 @@ class Recorder(TorchFunctionMode):
         mark = frame.mark()
         try:
             with frame.inside(module, path):
+                if asks_whether_the_same(type(module)):
+                    self._succeeds(lambda: self.stop(ASKS_WHETHER_THE_SAME))
                 found = original(module, *args, **kwargs)
         except Exception as error:
             self.failed_in = self.failed_in or path
@@ -429,6 +434,8 @@ class Recorder(TorchFunctionMode):
         outer, self.frame = self.frame, frame
         bound: list[Any] = [args, kwargs]
         try:
+            if asks_whether_the_same(type(module)):
+                raise Keep(path, f"{self._named(path)} {ASKS_WHETHER_THE_SAME}")
             self._succeeds(lambda: bound.__setitem__(slice(None), bind_inputs(frame, module, args, kwargs)))
             found = forward(*bound[0], **bound[1])
             if frame.given_up is None and self._succeeds(lambda: frame.output(found)):

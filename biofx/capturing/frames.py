@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 from collections import OrderedDict
@@ -76,6 +77,7 @@ class Frame:
         self._descriptions: dict[tuple[Node, str], Node] = {}
         self._devices: dict[int, tuple[Callable[[], Node], torch.device]] = {}
         self._expected: dict[Any, Node] = {}
+        self._handed_in: list[tuple[str, Any, Any]] = []
         self.switches = Switches(self)
 
     @property
@@ -296,7 +298,7 @@ class Frame:
                 )
                 for key, entry in value.items()
             }
-            return taken if type(value) is dict else value
+            return self._handed(guard, taken) if type(value) is dict else value
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             for field in dataclasses.fields(value):
                 self.take(self.auxiliary(getattr, (node, field.name)), getattr(value, field.name))
@@ -315,15 +317,31 @@ class Frame:
                 self.node(
                     "call_function", require_same, (length, len(entries), f"len({guard})", self.innermost)
                 )
-            return type(value)(entries) if type(value) in (tuple, list) else value
+            kind = type(value)
+            return self._handed(guard, kind(entries)) if kind in (tuple, list) else value
         if guard and isinstance(value, (bool, str, type(None))):
             self.node("call_function", require_default, (node, value, guard))
         elif guard:
             self.stop(f"takes a {type(value).__name__} as {guard}, which a graph cannot look into")
         return value
 
+    def _handed(self, guard: str, container: Any) -> Any:
+        """Remember a container that stands for one of the caller's."""
+        if guard:
+            self._handed_in.append((guard, container, copy.copy(container)))
+        return container
+
+    def _check_arguments(self) -> None:
+        """Stop where the forward has put something into a container of the caller's, or has taken it out."""
+        for name, container, before in self._handed_in:
+            entries, held = (list(c.values()) if isinstance(c, dict) else c for c in (container, before))
+            alike = len(entries) == len(held) and all(map(operator.is_, entries, held))
+            if not alike or (isinstance(container, dict) and list(container) != list(before)):
+                self.stop(f"changes what it is given as {name}, which belongs to the caller")
+
     def output(self, value: Any) -> None:
         """End the graph, and drop what nothing uses."""
+        self._check_arguments()
         self.switches.check_end()
         self.graph.output(self._returned(value))
         for node in reversed(self.graph.nodes):

@@ -11,16 +11,21 @@ import functools
 import inspect
 import linecache
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
+from biofx.capturing.builtin_questions import WHEN_TRACED, questions_answered
 from biofx.capturing.checkpoints import checkpoints_handled
+from biofx.capturing.identity_questions import is_asked_about_next, names_asked_about
+from biofx.capturing.python_names import ASKS_WHETHER_THE_SAME, asks_whether_the_same
 from biofx.capturing.recording import Recorder, leaves_of
 from biofx.capturing.side_effects import Watch
 from biofx.capturing.state_of_others import Unknowns
@@ -30,7 +35,7 @@ from biofx.capturing.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Val
 from biofx.errors import CaptureError
 from biofx.graph.autograd_functions import AppliedFunction, applications_handled, can_be_applied
 from biofx.graph.dtypes import limit_of
-from biofx.graph.guards import require_default
+from biofx.graph.guards import require_default, require_given
 from biofx.graph.in_place import changed_in_place
 from biofx.layers.obstacles import hooks_of
 from biofx.layers.transformer_layers import can_be_looked_into, pads_by_nesting, transformers_as_nodes
@@ -79,6 +84,7 @@ class ModelTracer(Tracer):
         self._unknowns = unknowns
         self.calls: list[str] = []
         self.known_tensors: set[Node] = set()
+        self.known_values: set[Node] = set()
         self._opaque = opaque
         self._foreign = foreign
         self._paths = {id(module): path for path, module in root.named_modules()}
@@ -97,6 +103,7 @@ class ModelTracer(Tracer):
         """Let everything that a forward does reach this tracer."""
         with ExitStack() as stack:
             stack.enter_context(self._flags_as_nodes())
+            stack.enter_context(questions_answered(self._modules.values(), WHEN_TRACED))
             stack.enter_context(applications_handled(self._apply))
             stack.enter_context(transformers_as_nodes())
             stack.enter_context(self._patches.patched())
@@ -179,6 +186,7 @@ class ModelTracer(Tracer):
             if (
                 id(module) in self._paths
                 and isinstance(module, nn.Module)
+                and hasattr(type(module), frame.f_code.co_name)  # it is a method of the module's
                 and not file.startswith(TORCH_FOLDER)
             ):
                 source = linecache.getline(file, line).strip()
@@ -209,6 +217,26 @@ class ModelTracer(Tracer):
     def returns_a_tensor(self, path: str) -> bool:
         """Whether a module that is one call may be taken to return a tensor."""
         return path not in (self.kept or ())
+
+    def expect_given(self, value: Value, name: str) -> None:
+        """Let the graph check that a value is not None, which Python goes on to ask about."""
+        if not value.may_be_none or value.node in self.known_values:
+            return
+        if self.prefix:  # what Python hands to a region is not known
+            self.refuse(f"asks whether {name} is None, which is not known before the graph runs")
+        self.known_values.add(value.node)
+        self.create_node("call_function", require_given, (value.node, name, self.where()), {})
+
+    def _expect_arguments(
+        self, kind: type[nn.Module], forward: Callable[..., Any], given: Mapping[str, Any]
+    ) -> None:
+        """Let the graph check the arguments that the forward of a class compares with None."""
+        if any(isinstance(value, Value) for value in given.values()) and asks_whether_the_same(kind):
+            self.refuse(ASKS_WHETHER_THE_SAME)
+        for name in names_asked_about(forward.__code__) if hasattr(forward, "__code__") else ():
+            value = given.get(name)
+            if isinstance(value, Value) and not isinstance(value, TrainingFlag):
+                self.expect_given(value, f"argument {name!r}")
 
     # What follows overrides torch.fx.Tracer, which calls it.
 
@@ -269,7 +297,8 @@ class ModelTracer(Tracer):
         advance("capture", len(self._paths))
         if self.is_leaf_module(m, path):
             self.calls.append(path)
-            return super().call_module(m, forward, args, kwargs)
+            found = super().call_module(m, forward, args, kwargs)
+            return self._expect_result(found) if path in (self.kept or ()) else found
         mark = _Mark.of(self)
         try:
             if hooks := hooks_of(m):
@@ -279,6 +308,9 @@ class ModelTracer(Tracer):
                     "again. Remove them first",
                 )
             self.calls.append(path)
+            own = inspect.unwrap(type(m).forward)
+            names = own.__code__.co_varnames[1:] if hasattr(own, "__code__") else ()
+            self._expect_arguments(type(m), own, dict(zip(names, args, strict=False)) | kwargs)
             if pads_by_nesting(m, args, kwargs):
                 forward = functools.partial(self._call_whole, path)
             found = super().call_module(m, forward, args, kwargs)
@@ -298,7 +330,15 @@ class ModelTracer(Tracer):
                 raise StartAgain(self.kept) from error
             self._go_back(mark, m)
         self.calls.append(path)
-        return super().call_module(m, forward, args, kwargs)
+        return self._expect_result(super().call_module(m, forward, args, kwargs))
+
+    def _expect_result(self, found: Any) -> Any:
+        """Let the graph check what a module that keeps its own forward returns, if it is asked about."""
+        frames = (frame for frame, _ in traceback.walk_stack(None))
+        caller = next(frame for frame in frames if not _is_on_behalf(frame))
+        if isinstance(found, Value) and is_asked_about_next(caller):
+            self.expect_given(found, "what it returns")
+        return found
 
     def _go_back(self, mark: _Mark, module: nn.Module) -> None:
         """Forget what was traced since a mark."""
@@ -308,6 +348,7 @@ class ModelTracer(Tracer):
             self.graph.erase_node(node)
         self._reads = {path: read for path, read in self._reads.items() if not read.node._erased}
         self.known_tensors = {node for node in self.known_tensors if not node._erased}
+        self.known_values = {node for node in self.known_values if not node._erased}
         for flag in self._flags.values():
             flag.forget_erased()
         for path in self.calls[mark.calls :]:
@@ -382,6 +423,8 @@ class ModelTracer(Tracer):
             elif name in parameters and _steers(parameters[name].default):
                 default = args[place] = parameters[name].default
                 self.create_node("call_function", require_default, (value.node, default, name), {})
+        given = {str(value.node.target): value for value in args if isinstance(value, Value)}
+        self._expect_arguments(type(self.root), inspect.unwrap(root_fn), given)
         return function, args
 
     def _call_whole(self, path: str, *args: Any, **kwargs: Any) -> Proxy:
@@ -460,6 +503,14 @@ def _takes_nothing_in(graph: Graph) -> bool:
     users = [user for node in inputs for user in node.users]
     guarded = [user for user in users if user.target is require_default]
     return len(guarded) == len(users) and any(user.args[1] is None for user in guarded)
+
+
+def _is_on_behalf(frame: FrameType) -> bool:
+    """Whether a frame runs code of torch's or of ours."""
+    return frame.f_code.co_filename.startswith((TORCH_FOLDER, _OWN_FOLDER))
+
+
+_OWN_FOLDER = str(Path(__file__).parent)
 
 
 def _steers(default: object) -> bool:

@@ -7,11 +7,15 @@ import functools
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from biofx.capturing.identity_questions import compares_identities
+
 ANYTHING = "*"
 """Stands for whatever has no name of its own in the code."""
+ASKS_WHETHER_THE_SAME = "asks whether two values are the same object, which no graph can say"
 _LIBRARIES = ("torch.", "builtins.", "typing.", "collections.", "functools.", "math.", "numpy.")
 
 
@@ -57,7 +61,6 @@ def attributes_changed(module: nn.Module) -> frozenset[str]:
     return _attributes_changed(kind)
 
 
-@functools.cache
 def _attributes_changed(kind: Any) -> frozenset[str]:
     found: set[str] = set()
     for code in _code_of_class(kind):
@@ -80,8 +83,34 @@ _CHANGING_METHODS = frozenset(
 )
 
 
+def globals_mentioned(kind: type[nn.Module]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the globals that the forward of a class, and what it calls, mention: where, and the name."""
+    for function in _functions_of(kind):
+        if f"{function.__module__}.".startswith(_LIBRARIES):
+            continue
+        names = {name for code in _with_inner(function.__code__) for name in code.co_names}
+        yield from ((function.__globals__, name) for name in names & function.__globals__.keys())
+
+
+def asks_whether_the_same(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class, or what it calls, asks of two values whether they are one object."""
+    if kind not in _asking:
+        functions = () if kind.__module__.startswith("torch.") else _functions_of(kind)
+        own = (f for f in functions if not f"{f.__module__}.".startswith(_LIBRARIES))
+        _asking[kind] = any(compares_identities(code) for f in own for code in _with_inner(f.__code__))
+    return _asking[kind]
+
+
+_asking: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
+
+
 def _code_of_class(kind: type[nn.Module]) -> Iterator[CodeType]:
     """Yield the code of a forward, of methods and of functions of its own source that it may call."""
+    for function in _functions_of(kind):
+        yield from _with_inner(function.__code__)
+
+
+def _functions_of(kind: type[nn.Module]) -> Iterator[FunctionType]:
     seen: set[CodeType] = set()
     functions: list[Any] = [kind.forward]
     while functions:
@@ -91,7 +120,7 @@ def _code_of_class(kind: type[nn.Module]) -> Iterator[CodeType]:
         if not isinstance(code, CodeType) or code in seen:
             continue
         seen.add(code)
-        yield from _with_inner(code)
+        yield function
         for name in _names(code):
             for called in (*_methods(kind, name), function.__globals__.get(name)):
                 if isinstance(called, FunctionType) and not f"{called.__module__}.".startswith(_LIBRARIES):

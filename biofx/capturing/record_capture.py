@@ -448,7 +448,7 @@ def _is_between(region: str, kept: str, path: str) -> bool:
 
 
 def _outcome(model: nn.Module, given: Any, training: bool) -> Any:
-    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given)
+    args, kwargs = _cloned(given)
     model.train(training)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -471,7 +471,13 @@ def _is_equal(found: Any, expected: Any) -> bool:
 
 
 def _cloned(given: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given)
+    """Return arguments with copies of their tensors; what is one tensor stays one."""
+    copies: dict[int, Tensor] = {}
+
+    def cloned(tensor: Tensor) -> Tensor:
+        return copies.setdefault(id(tensor), tensor.detach().clone())
+
+    return pytree.tree_map_only(Tensor, cloned, given)
 
 
 def _content(output: Any) -> Iterator[Any]:

@@ -198,15 +198,15 @@ _TORCHS_OWN = frozenset(vars(nn.Module()))
 def _why_calls_are_unknown(module: nn.Module) -> str | None:
     """Return why a module that Python calls is not captured whole, None if it can be.
 
-    What Python will hand to it is not known. A forward that takes one argument is called with that one;
-    where there are more, some may be None, or flags that steer the forward.
+    What Python will hand to it is not known. Arguments without defaults are all given, and tracing refuses
+    whatever a forward decides by them; others may be left out, or be flags that steer the forward.
     """
     if "forward" in vars(module):
         return "has had its forward replaced on the instance"
     if isinstance(module, GraphModule):
         return "is a graph module, called from Python"
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    plain = len(parameters) == 1 and parameters[0].kind is parameters[0].POSITIONAL_OR_KEYWORD
-    if plain and parameters[0].default is parameters[0].empty:
+    plain = all(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
+    if parameters and plain and all(each.default is each.empty for each in parameters):
         return None
     return "takes arguments of which it is not known how Python will call it; give example_inputs"

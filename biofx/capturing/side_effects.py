@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from biofx.capturing.containers import content_of, fill_again
+from biofx.capturing.own_generators import OwnGenerator, generator_in
+from biofx.capturing.shared_state import held_at, named, put_back, shared_places
 from biofx.errors import CaptureError
 
 
@@ -25,28 +27,37 @@ class Watch:
         self._root = root
         self._prefix = prefix
         self._kept: list[Any] = []
-        self._contained: dict[int, list[tuple[Any, Any]]] = {}
+        self._inside: dict[int, _Inside] = {}
         self._random = _random_states()
+        self._shared = {
+            kind: [
+                (place, held_at(place), self._contents(held_at(place), set()))
+                for place in shared_places(kind)
+            ]
+            for kind in {type(module) for module in root.modules()}
+        }
         seen: set[int] = set()
-        self._paths: dict[str, int] = {}
+        self._paths: dict[str, nn.Module] = {}
         self._held: dict[int, list[_Held]] = {}
         for path, module in root.named_modules():
             self._held[id(module)] = [
                 _Held(held, dict(held), self._all_contents(module, held, seen)) for held in holders_of(module)
             ]
             if not isinstance(module, torch.jit.ScriptModule):
-                self._paths[path] = id(module)
+                self._paths[path] = module
 
     def restore(self, within: nn.Module | None = None) -> None:
         """Put everything that modules hold back to where it was; those within one, or all."""
         for module in (self._root if within is None else within).modules():
             for held in self._held.get(id(module), ()):
                 held.restore()
-            for container, content in self._contained.get(id(module), ()):
-                if _holds_the_same(container, content):
-                    continue  # some do not let themselves be changed
-                container.clear()
-                (container.update if isinstance(container, (dict, set)) else container.extend)(content)
+            inside = self._inside.get(id(module), _Inside())
+            for container, content in inside.containers:
+                fill_again(container, content)
+            for generator, state in inside.generators:
+                generator.restore(state)
+            for place, value, _ in self._shared.get(type(module), ()):
+                put_back(place, value)
 
     def changed_modules(self) -> list[str]:
         """Return the paths of the modules in which the forward left something."""
@@ -81,15 +92,25 @@ class Watch:
     def _changes(self) -> Iterator[tuple[str, str]]:
         """Yield the paths of modules, and the attributes of them that are not what they were."""
         seen: set[int] = set()
-        for path, key in self._paths.items():
-            for held in self._held[key]:
+        shared = {kind: list(self._shared_changes(kind)) for kind in self._shared}
+        for path, module in self._paths.items():
+            for held in self._held[id(module)]:
                 for name in held.names_changed(lambda value: self._contents(value, seen)):
                     if self._is_watched(path, name):
                         yield path, name
+            for name in shared.get(type(module), ()):
+                yield path, name
+
+    def _shared_changes(self, kind: type) -> Iterator[str]:
+        """Yield the names of what modules of a class share, and what is not what it was."""
+        for place, value, contents in self._shared[kind]:
+            found = held_at(place)
+            if found is not value or self._contents(found, set()) != contents:
+                yield named(place)
 
     def _all_contents(self, module: nn.Module, held: dict[str, Any], seen: set[int]) -> dict[str, Any]:
         """Return what the attributes hold that something can be put into."""
-        inside: list[tuple[Any, Any]] = self._contained.setdefault(id(module), [])
+        inside = self._inside.setdefault(id(module), _Inside())
         return {
             name: self._contents(value, seen, inside)
             for name, value in held.items()
@@ -100,12 +121,12 @@ class Watch:
         kept_apart = name in _KEPT_APART or name.startswith("_tensor_constant")
         return not kept_apart and (path, name) not in self.allowed
 
-    def _contents(self, value: Any, seen: set[int], inside: list[tuple[Any, Any]] | None = None) -> Any:
+    def _contents(self, value: Any, seen: set[int], inside: _Inside | None = None) -> Any:
         """Return what something holds, comparable; what can be put back goes into ``inside``."""
         kind = type(value)
         if kind in _CONTAINERS and not value:  # as most are
             if inside is not None:
-                inside.append((value, ()))
+                inside.containers.append((value, []))
             return ()
         if kind in _INDIVISIBLE:
             self._kept.append(value)  # alive, so that no id is used twice
@@ -115,23 +136,37 @@ class Watch:
             return id(value)
         if isinstance(value, (dict, list, set, deque)):
             if inside is not None:
-                inside.append((value, copy.copy(value) if value else ()))
+                inside.containers.append((value, content_of(value)))
             if not value:
                 return ()
         self._kept.append(value)
         seen.add(id(value))
         if isinstance(value, dict):
-            inner = [(id(key), entry) for key, entry in value.items()]
+            inner = [(id(key), entry) for key, entry in dict.items(value)]
         elif isinstance(value, (list, tuple, deque)):
             inner = list(enumerate(value))
         elif isinstance(value, (set, frozenset)):
             return (id(value), frozenset(map(id, value)))
+        elif (generator := generator_in(value)) is not None:
+            if inside is not None:
+                inside.generators.append((generator, generator.state()))
+            return (id(value), generator.state())
         elif hasattr(value, "tobytes"):
             return (id(value), hash(value.tobytes()))
         else:
             inner = list(enumerate(getattr(value, "__dict__", {}).values())) if not callable(value) else []
         found = tuple((key, self._contents(entry, seen, inside)) for key, entry in inner)
         return (id(value), found) if inner else id(value)
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What the attributes of a module lead to that can be put back."""
+
+    containers: list[tuple[Any, list[Any]]] = field(default_factory=list)
+    """Dicts, lists, sets and deques, and what was in them."""
+    generators: list[tuple[OwnGenerator, bytes]] = field(default_factory=list)
+    """Generators of random numbers, and their states."""
 
 
 @dataclass(frozen=True)
@@ -170,17 +205,6 @@ class _Held:
 _INDIVISIBLE = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, Tensor})
 _CONTAINERS = frozenset({dict, OrderedDict, list, set, deque})
 _KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
-
-
-def _holds_the_same(container: Any, content: Any) -> bool:
-    """Whether a dict, list, set or deque holds the very objects, in order, that it held."""
-    ours, theirs = (
-        [*value.items()] if isinstance(value, dict) else [(entry, None) for entry in value]
-        for value in (container, content or ())
-    )
-    return len(ours) == len(theirs) and all(
-        a is c and b is d for (a, b), (c, d) in zip(ours, theirs, strict=True)
-    )
 
 
 def holders_of(module: nn.Module) -> tuple[dict[str, Any], ...]:

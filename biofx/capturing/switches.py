@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch.autograd import grad_mode
 from torch.fx import Graph, Node, Proxy
+from torch.nn.utils import parametrize
 
 from biofx.capturing.tracked import plain
 from biofx.capturing.values import TORCH_FOLDER
@@ -129,7 +130,16 @@ def ambient_modes() -> tuple[Any, ...]:
         *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
         torch.get_default_dtype(),
         torch.initial_seed(),
+        parametrize._cache_enabled > 0,
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+        *(asked() for asked in _ATTENTION_KERNELS),
     )
+
+
+_ATTENTION_KERNELS = (
+    *(torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled),
+    *(torch._C._get_math_sdp_enabled, torch._C._get_cudnn_sdp_enabled),
+)
 
 
 class SwitchPatches:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node, Proxy
 
+from biofx.capturing.identity_questions import is_asked_about_next, is_text_asked_about_next
 from biofx.graph.guards import require_tensor
 from biofx.graph.in_place import AUGMENTED_ASSIGNMENTS
 
@@ -84,7 +85,21 @@ class Value(_Typed, Proxy):
         frame = sys._getframe(1)
         if not hasattr(Tensor, name) and not _asks_for_itself(frame) and _is_in_a_call(frame):
             self.refuse(f"asks whether a value has an attribute {name!r}")
-        return _Attribute(self, name)
+        found = _Attribute(self, name)
+        if is_asked_about_next(frame) and not _asks_for_itself(frame):
+            self.tracer.expect_given(found, f"attribute {name!r}")
+        return found
+
+    def __getitem__(self, index: Any) -> Any:
+        found: Any = self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+        frame = sys._getframe(1)
+        if is_asked_about_next(frame) and not _asks_for_itself(frame):
+            self.tracer.expect_given(found, f"entry {index!r}")
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: ``callable(x)`` was true, or what comes in is a function."""
+        self.refuse("calls a value")
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _OWN_ATTRIBUTES:
@@ -98,8 +113,24 @@ class Value(_Typed, Proxy):
             self.refuse("uses a value as a key")
         return id(self)
 
+    def __str__(self) -> str:
+        self._refuse_to_decide_by_text(sys._getframe(1))
+        return super().__repr__()
+
+    def __format__(self, form: str) -> str:
+        self._refuse_to_decide_by_text(sys._getframe(1))
+        return super().__format__(form)
+
+    def _refuse_to_decide_by_text(self, frame: FrameType) -> None:
+        if is_text_asked_about_next(frame) and not _asks_for_itself(frame):
+            self.refuse("decides by what a value looks like as a text")
+
     def __len__(self) -> int:
         self.refuse("asks for the length of a value")
+
+    def length(self) -> Any:
+        """Return what stands for its length."""
+        return self.tracer.create_proxy("call_function", len, (self,), {})
 
     def __contains__(self, entry: object) -> bool:
         self.refuse("looks for something in a value")
@@ -110,6 +141,23 @@ class Value(_Typed, Proxy):
     def refuse(self, what: str) -> NoReturn:
         """Raise a CaptureError that names the line."""
         self.tracer.refuse(f"{what}, which is not known before the graph runs")
+
+    @property
+    def may_be_none(self) -> bool:
+        """Whether it may stand for None, or for a flag, as far as the graph says."""
+        return self._may_give_none(self.node)
+
+    def _may_give_none(self, node: Node) -> bool:
+        if node.op == "call_module":
+            return not self.tracer.returns_a_tensor(str(node.target))
+        if node.target is operator.getitem:
+            source = node.args[0]
+            inside_a_call = isinstance(source, Node) and source.op == "call_module"
+            return not _takes_a_part(node.args[1]) and (
+                inside_a_call or not isinstance(source, Node) or self._may_give_none(source)
+            )
+        of_something_else = node.op == "call_method" and not hasattr(Tensor, str(node.target))
+        return of_something_else or node.op == "placeholder" or node.target is getattr
 
     def stands_for(self) -> type:
         """Return the type to show to the user's model; the graph then checks it whenever it runs."""
@@ -130,6 +178,11 @@ class Value(_Typed, Proxy):
         return Tensor
 
 
+def _takes_a_part(index: Any) -> bool:
+    """Whether an index is one that only tensors and sequences take, and leaves what they are."""
+    return isinstance(index, slice) or (isinstance(index, tuple) and any(map(_takes_a_part, index)))
+
+
 class _Attribute(Value):
     """Stands for an attribute of a value; a node only where it is not called as a method."""
 
@@ -146,8 +199,12 @@ class _Attribute(Value):
             self._node = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {}).node
         return self._node
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Proxy:
-        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found: Any = self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+        frame = sys._getframe(1)
+        if is_asked_about_next(frame) and not _asks_for_itself(frame):
+            self.tracer.expect_given(found, f"what {self.attr}() returns")
+        return found
 
 
 class StoredTensor(Value):
@@ -180,6 +237,10 @@ class StoredTensor(Value):
         return self.tensor.numel()
 
     def __len__(self) -> int:
+        return len(self.tensor)
+
+    def length(self) -> int:
+        """Return the number of its rows."""
         return len(self.tensor)
 
     def stands_for(self) -> type:

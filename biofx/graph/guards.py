@@ -51,6 +51,23 @@ def require_tensor(found: Any, where: str) -> None:
 
 
 @has_side_effect
+def require_given(found: Any, name: str, where: str) -> None:
+    """Check that a value is neither None nor a flag, as the graph's capture took it to be.
+
+    Raises:
+        InputError: it is.
+    """
+    if has_torch_function((found,)) and not isinstance(found, Tensor):
+        return handle_torch_function(require_given, (found,), found, name, where)
+    if found is None or isinstance(found, bool):
+        raise InputError(
+            f"{name}: expected a value, for which the graph was captured, found {found}; {where} "
+            "asks whether there is one; give example_inputs like this one"
+        )
+    return None
+
+
+@has_side_effect
 def require_same(found: Any, expected: object, question: str, module: str) -> None:
     """Check that what decided about the way through a forward is what it was when that was recorded.
 

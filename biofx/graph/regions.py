@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.fx.node import has_side_effect, map_arg
 
 from biofx.errors import PassError
+from biofx.graph.assignments import OWN_MODULE
 from biofx.graph.guards import require_default
 from biofx.graph.own_forward import (
     OWN_FORWARD,
@@ -187,7 +188,8 @@ class _Join:
             )
         copied = self._node_copy(node, name, mapping)
         if node.op in ("call_module", "get_attr"):
-            copied.target = f"{path}.{node.target}" if node.target else path
+            is_itself = node.target in ("", OWN_MODULE)
+            copied.target = path if is_itself else f"{path}.{node.target}"
         return copied
 
     def _node_copy(self, node: Node, stem: str, mapping: dict[Node, Node]) -> Node:

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.fx.node import map_arg
 
 from biofx.errors import PassError
+from biofx.graph.assignments import OWN_MODULE
 from biofx.graph.guards import require_default
 from biofx.graph.own_forward import OWN_FORWARD, call_own_forward, call_with_parameters
 from biofx.graph.regions import (
@@ -108,6 +109,8 @@ class _Part:
         return new
 
     def _local(self, path: str, node: Node) -> str:
+        if path == self._path:
+            return OWN_MODULE
         if not path.startswith(f"{self._path}."):
             raise PassError(
                 f"{node.name!r} reads {path!r} in the region of {self._path!r}, which does not hold it"

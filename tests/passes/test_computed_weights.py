@@ -51,6 +51,13 @@ class CallsTwice(nn.Module):
         return self.inner(torch.tanh(self.inner(x)))  # type: ignore[no-any-return]
 
 
+class Decides(CallsTwice):
+    """Python calls the layer, which is a region by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() < 1e9 else x
+
+
 def scale_by_hand(model: nn.Module, rates: dict[str, Tensor]) -> None:
     """Let the gradient that reaches each computed weight be multiplied: the definition."""
 
@@ -81,8 +88,11 @@ def run(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_gradient_of_the_computed_weight_is_scaled(name: str, recorded: bool, dtype: str) -> None:
-    model = CallsTwice(LAYERS[name]())
+@pytest.mark.parametrize("around", [CallsTwice, Decides])
+def test_the_gradient_of_the_computed_weight_is_scaled(
+    name: str, around: type[CallsTwice], recorded: bool, dtype: str
+) -> None:
+    model = around(LAYERS[name]())
     x = torch.randn(3, 4)
     captured = capture(model, example_inputs=((x,), {}) if recorded else None)
     scaled = ScaleGradients(distribution=Distribution.LOGNORMAL, dtype=dtype)(captured)

@@ -27,7 +27,8 @@ _MODELS = (
     *("shakeshakeresnet20_2x16d_cifar10", "shakedropresnet20_cifar10", "resdropresnet20_cifar10"),
     *("diaresnet20_cifar10", "diapreresnet20_cifar10", "linknet_cityscapes", "unet_cityscapes"),
     *("erfnet_cityscapes", "enet_cityscapes", "edanet_cityscapes", "cgnet_cityscapes"),
-    *("sinet_cityscapes", "simplepose_mobile_mobilenetv3_small_w1_coco"),
+    *("sinet_cityscapes", "simplepose_mobile_mobilenetv3_small_w1_coco", "channelnet", "revnet38"),
+    *("ror3_56_cifar10", "msdnet22_cifar10", "bagnet9"),
 )
 _SIZES = {"alexnet": 224, "darknet_tiny": 224, "squeezenet_v1_0": 224}
 

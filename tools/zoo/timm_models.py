@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_NARROW = {"img_size": 64, "depth": 2, "embed_dim": 96, "num_heads": 4}
 _MODELS: dict[str, dict[str, Any]] = {
     "test_byobnet": {},
     "cait_xxs24_224": {"img_size": 64, "depth": 2},
@@ -59,6 +60,11 @@ _MODELS: dict[str, dict[str, Any]] = {
     "test_vit_relpos": {"img_size": 64},
     "ese_vovnet19b_slim": {},
     "xcit_nano_12_p8_224": {"img_size": 64, "depth": 2},
+    "beit_base_patch16_224": _NARROW,
+    "coat_lite_mini": {"img_size": 64},
+    "samvit_base_patch16_224": _NARROW,
+    "shvit_s1": {},
+    "tnt_s_patch16_224": {"img_size": 64, "depth": 2},
 }
 
 

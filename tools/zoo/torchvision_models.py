@@ -16,7 +16,12 @@ _IMAGES = {
     "vit_b_16": 32,
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "fasterrcnn_mobilenet_v3_large_320_fpn": {"min_size": 96, "max_size": 96},
+    "fasterrcnn_mobilenet_v3_large_320_fpn": {
+        "min_size": 96,
+        "max_size": 96,
+        "box_detections_per_img": 4,
+        **{f"rpn_{when}_nms_top_n_{mode}": 8 for when in ("pre", "post") for mode in ("train", "test")},
+    },
     "vit_b_16": {"image_size": 32},
     "googlenet": {"init_weights": True},
 }

@@ -8,6 +8,9 @@ then work as they do with it.
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,6 +33,8 @@ def declare() -> None:
         import torchvision.ops.boxes
 
         torchvision.ops.boxes._assert_has_ops = lambda: None
+        aligning: Any = sys.modules["torchvision.ops.roi_align"]
+        aligning._roi_align = aligning._roi_align.__wrapped__  # it would be compiled, which takes minutes
 
 
 def _suppressed(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
