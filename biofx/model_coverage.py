@@ -81,7 +81,8 @@ def coverage_of(
     rewritten = 0
     left: list[LeftAlone] = []
     for path, parameter in parameters.items():
-        layer = layer_of.get(id(parameter)) or computing.get(path.partition(".parametrizations.")[0])
+        owner = path.partition(".parametrizations.")[0]  # of a weight that is computed, not of a parameter
+        layer = layer_of.get(id(parameter), computing.get(owner) if owner != path else None)
         if (layer is not None and layer in done) or id(parameter) in wrapped:
             rewritten += parameter.numel()
             continue

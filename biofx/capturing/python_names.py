@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dis
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -17,6 +17,21 @@ ANYTHING = "*"
 """Stands for whatever has no name of its own in the code."""
 ASKS_WHETHER_THE_SAME = "asks whether two values are the same object, which no graph can say"
 _LIBRARIES = ("torch.", "builtins.", "typing.", "collections.", "functools.", "math.", "numpy.")
+
+Found = TypeVar("Found")
+
+
+def _once_a_class(function: Callable[[Any], Found]) -> Callable[[Any], Found]:
+    """Answer for each class once, as long as there is the class: each graph module has one of its own."""
+    known: WeakKeyDictionary[type, Found] = WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def remembered(kind: type) -> Found:
+        if kind not in known:
+            known[kind] = function(kind)
+        return known[kind]
+
+    return remembered
 
 
 def names_mentioned(module: nn.Module) -> frozenset[str]:
@@ -33,7 +48,7 @@ def weights_mentioned(module: nn.Module) -> frozenset[str]:
     return _weights_mentioned(kind)
 
 
-@functools.cache
+@_once_a_class
 def _weights_mentioned(kind: Any) -> frozenset[str]:
     found: set[str] = set()
     for code in _code_of_class(kind):
@@ -61,6 +76,7 @@ def attributes_changed(module: nn.Module) -> frozenset[str]:
     return _attributes_changed(kind)
 
 
+@_once_a_class
 def _attributes_changed(kind: Any) -> frozenset[str]:
     found: set[str] = set()
     for code in _code_of_class(kind):
@@ -92,16 +108,12 @@ def globals_mentioned(kind: type[nn.Module]) -> Iterator[tuple[dict[str, Any], s
         yield from ((function.__globals__, name) for name in names & function.__globals__.keys())
 
 
+@_once_a_class
 def asks_whether_the_same(kind: type[nn.Module]) -> bool:
     """Whether the forward of a class, or what it calls, asks of two values whether they are one object."""
-    if kind not in _asking:
-        functions = () if kind.__module__.startswith("torch.") else _functions_of(kind)
-        own = (f for f in functions if not f"{f.__module__}.".startswith(_LIBRARIES))
-        _asking[kind] = any(compares_identities(code) for f in own for code in _with_inner(f.__code__))
-    return _asking[kind]
-
-
-_asking: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
+    functions = () if kind.__module__.startswith("torch.") else _functions_of(kind)
+    own = (f for f in functions if not f"{f.__module__}.".startswith(_LIBRARIES))
+    return any(compares_identities(code) for f in own for code in _with_inner(f.__code__))
 
 
 def _code_of_class(kind: type[nn.Module]) -> Iterator[CodeType]:

@@ -232,7 +232,9 @@ def _refuse_traces(deployed: nn.Module) -> None:
     modules = (
         path
         for path, module in deployed.named_modules()
-        if is_of_biofx(type(module)) or any(is_of_biofx(type(value)) for value in vars(module).values())
+        if any(
+            is_of_biofx(kind) for thing in (module, *vars(module).values()) for kind in type(thing).__mro__
+        )
     )
     for name in (*found, *modules):
         raise PassError(f"{name!r} is biofx's and has no plain form; leave the pass out that made it")

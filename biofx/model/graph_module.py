@@ -7,8 +7,9 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 
@@ -19,6 +20,7 @@ from biofx.graph.own_forward import call_own_forward
 from biofx.kernels.sharded_rates import outside_graphs
 from biofx.model.copies import prepared
 from biofx.model.graph_records import pack, unpack
+from biofx.model.late_hooks import paths_inline, refuse_late_hooks
 from biofx.plasticity.model_rules import apply_rule, expanded_weights, exposed_rules
 from biofx.plasticity.sharded_model import before_forward, is_fully_sharded
 
@@ -37,6 +39,8 @@ class BioGraphModule(GraphModule):
     __jit_unused_properties__ = [  # noqa: RUF012
         *(*GraphModule.__jit_unused_properties__, "keeps_forward", "own_forward", "own_module")
     ]
+
+    _paths_inline: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         region_paths: tuple[str, ...]
@@ -102,8 +106,10 @@ class BioGraphModule(GraphModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, with its hooks; what FSDP2 has sharded of it is made ready."""
-        if is_fully_sharded(self):
+        if is_fully_sharded(self):  # which has hooks on whatever it shards
             outside_graphs(before_forward)(self)
+        elif not torch.compiler.is_compiling():
+            refuse_late_hooks(self, type(self)._paths_inline)
         return super().__call__(*args, **kwargs)
 
     def load_state_dict(
@@ -141,6 +147,7 @@ class BioGraphModule(GraphModule):
             settle_branches(self._graph)
             self._graph.on_generate_code(lambda before: with_branches)
         code = super().recompile()
+        type(self)._paths_inline = paths_inline(self._graph)
         origin = user_class(self)
         if origin is not None and self.keeps_forward:
             own: Any = origin.forward
@@ -219,7 +226,10 @@ def _class_of_graph_modules(name: str, origin: type[nn.Module] | None) -> type[B
     """Return a class for one graph module alone, as torch.fx has one for each."""
     known = origin is not None and origin is not nn.Module
     bases = (BioGraphModule, origin) if known else (BioGraphModule,)
-    body = {"_user_class": origin if known else None, "__module__": BioGraphModule.__module__}
+    body: dict[str, Any] = {"_user_class": origin if known else None, "__module__": BioGraphModule.__module__}
+    if origin is not None and known and not origin.__module__.startswith("torch."):
+        # libraries keep registers by the class's full name; torch's own stay apart, tracers tell them by it
+        body |= {"__module__": origin.__module__, "__qualname__": origin.__qualname__}
     try:
         made: Any = types.new_class(name, bases, {}, lambda namespace: namespace.update(body))
     except TypeError:  # the class does not let itself be subclassed just so
