@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
-from torch.utils import _pytree as pytree
+from torch import nn
+from torch.fx import Graph
 
 from biofx.capturing.both_modes import OneMode, unified
-from biofx.capturing.forward_recorder import Recorder, is_leaf
+from biofx.capturing.forward_recorder import Recorder
 from biofx.capturing.frames import Keep, joined_path
 from biofx.capturing.python_reads import modules_that_read
 from biofx.capturing.region_capture import capture_regions, capture_uncalled, weights_read_by_python
 from biofx.capturing.rehearsal import Rehearsal
 from biofx.capturing.side_effects import Watch
+from biofx.capturing.trials import Trials, cloned
 from biofx.errors import CaptureError, InputError
-from biofx.graph.autograd_functions import AppliedFunction
-from biofx.graph.checkpointing import checkpoints
-from biofx.graph.contexts import steers_gradients
-from biofx.graph.guards import RecordingError, by_mode, require_same
 from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside, kept_around
 from biofx.model.copies import deep_copy
@@ -93,6 +85,7 @@ class _RecordCapture:
         self._own = {id(p): p for p in root.parameters()}
         # for all trial runs: a forward may write into its parameters
         self._scratch = {id(p): copy.deepcopy(p) for p in root.parameters()}
+        self._trials = Trials(root, self._given, self._scratch, self._copy, lambda: self._borrowed().model)
         self._on_meta = any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers()))
 
     def captured(self) -> BioGraphModule:
@@ -101,7 +94,7 @@ class _RecordCapture:
         try:
             made = self._held()
         except InputError:
-            if not self._on_meta and not self._works_in_a_mode():
+            if not self._on_meta and not self._trials.works_in_a_mode():
                 raise
             made = None  # it asks for values, and has none; or wants labels in training, none in evaluation
         except CaptureError:  # it cannot be recorded at all
@@ -118,7 +111,7 @@ class _RecordCapture:
         while True:
             recorded = self._recorded()
             made = self._assembled(deep_copy(self._root, dict(self._own)), *recorded)
-            doubt = None if self._on_meta else self._doubt(made)
+            doubt = None if self._on_meta else self._trials.doubt(made, asks_sizes=self._asks_sizes)
             self._check_parameters()
             if doubt is None:
                 return made
@@ -143,23 +136,13 @@ class _RecordCapture:
         """
         copied = deep_copy(self._root, dict(self._own))
         made = capture_regions(copied, self._opaque, self._foreign)
-        doubt = None if self._on_meta else self._doubt(made)
-        if doubt is not None and self._doubt(self._root) is None:
+        doubt = None if self._on_meta else self._trials.doubt(made, asks_sizes=self._asks_sizes)
+        if doubt is not None and self._trials.doubt(self._root, asks_sizes=self._asks_sizes) is None:
             raise CaptureError(
                 f"{doubt.reason}. A part of the model may be reached past its call, by hooks that the first "
                 "call installs, say: name the modules that have them in opaque=[…]"
             )
         return made
-
-    def _works_in_a_mode(self) -> bool:
-        """Whether the model takes the example in training or in evaluation."""
-        for training in (True, False):
-            try:
-                _outcome(self._copy(self._root), self._given, training)
-            except Exception:
-                continue
-            return True
-        return False
 
     def _copy(self, model: nn.Module) -> Any:
         """Return a copy to try something on."""
@@ -226,7 +209,7 @@ class _RecordCapture:
         model = rehearsal.model.train(training)
         watch = Watch(model)
         recorder = Recorder(model, dict(self._kept), self._opaque)
-        args, kwargs = _cloned(self._given)
+        args, kwargs = cloned(self._given)
         try:
             recorder.run(args, kwargs)
         except InputError as error:
@@ -252,7 +235,7 @@ class _RecordCapture:
     def _refuse_inputs(self, training: bool, error: InputError) -> None:
         """Raise the error if it is the model's own, and not one of being recorded."""
         model = self._copy(self._root)
-        args, kwargs = _cloned(self._given)
+        args, kwargs = cloned(self._given)
         try:
             model.train(training)(*args, **kwargs)
         except Exception:
@@ -298,108 +281,6 @@ class _RecordCapture:
         made.read_by_python = weights_read_by_python(made)
         return made
 
-    def _doubt(self, made: nn.Module) -> Keep | None:
-        """Return where the result does not do what the model does; None if it does.
-
-        Copies of both go through the same calls, so that what one call leaves behind shows in the next.
-        """
-        doubt = self._doubt_in_another_type(made)
-        if doubt is not None:
-            return doubt
-        pair: tuple[Any, Any] | None = None
-        # the two modes have one graph, and so one way to follow a size, unless numbers differ in it
-        differs = any(graph.find_nodes(op="call_function", target=by_mode) for graph in _graphs_of(made))
-        for place, given in enumerate(_variants(*self._given)):
-            if place > 1 and not self._asks_sizes:
-                break  # Python knows of none
-            for training in (True, False) if place == 0 or differs else (True,):
-                pair = pair or (self._borrowed().model, self._copy(made))
-                try:
-                    expected = _outcome(pair[0], given, training)
-                except Exception:
-                    pair = None  # nothing to compare with: the model does not work at this size
-                    break
-                doubt = self._difference(_outcome, pair[1], given, training, expected)
-                if doubt is not None:
-                    return doubt
-        if any(_says_more_than_values(graph) for graph in _graphs_of(made)):
-            for training in (True, False):
-                try:
-                    gradients = self._gradients(self._copy(self._root), self._given, training)
-                except Exception:
-                    continue
-                copied = self._copy(made)
-                doubt = self._difference(
-                    self._gradients, copied, self._given, training, gradients, exact=False
-                )
-                if doubt is not None:
-                    return doubt
-        return None
-
-    def _doubt_in_another_type(self, made: nn.Module) -> Keep | None:
-        """Return a small module that does something else in half precision, where a question of its says so.
-
-        It can stay in Python, so that the result can be converted, or run under autocast. A large one is left
-        as it is, and such a call of it is an error.
-        """
-        if not any(_asks_for_types(graph) for graph in _graphs_of(made)):
-            return None
-        half = partial(_converted, dtype=torch.bfloat16)
-        kind = next((tensor.device.type for tensor in self._own.values()), "cpu")
-        for convert, context in ((half, nullcontext()), (deep_copy, torch.autocast(kind, torch.bfloat16))):
-            try:
-                given = convert(self._given) if convert is half else self._given
-                with context:
-                    _outcome(convert(self._root), given, training=False)
-            except Exception:
-                continue  # nor does the model work so
-            try:
-                with context:
-                    _outcome(convert(made), given, training=False)
-            except RecordingError as error:
-                module = self._modules.get(error.module)
-                if error.module and module is not None and all(map(is_leaf, module.children())):
-                    return Keep(error.module, str(error), all_alike=True)
-            except Exception:
-                continue
-        return None
-
-    def _gradients(self, model: nn.Module, given: Any, training: bool) -> Any:
-        """Return which outputs have gradients, and the gradients of the parameters."""
-        args, kwargs = _cloned(given)
-        model.train(training)
-        torch.manual_seed(0)
-        with torch.enable_grad():
-            leaves = pytree.tree_leaves(model(*args, **kwargs))
-            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            trained = [leaf.abs().double().pow(2).sum() for leaf in tensors if leaf.requires_grad]
-            parameters = [p for p in self._scratch.values() if p.requires_grad]
-            total = torch.stack(trained).sum() if trained else None
-            gradients = None if total is None else torch.autograd.grad(total, parameters, allow_unused=True)
-        return [leaf.requires_grad for leaf in tensors], gradients
-
-    def _difference(
-        self,
-        outcome: Callable[..., Any],
-        copied: nn.Module,
-        given: Any,
-        training: bool,
-        expected: Any,
-        *,
-        exact: bool = True,
-    ) -> Keep | None:
-        tolerance = 0.0 if exact else None  # None: what is usual for the type
-        try:
-            found = outcome(copied, given, training)
-            if not (exact and _is_equal(found, expected)):  # which takes less time
-                torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-        except RecordingError as error:
-            return Keep(error.module, str(error))
-        except Exception as error:
-            mode = "training" if training else "evaluation"
-            return Keep("", f"what was recorded does not do what the model does in {mode}: {error}")
-        return None
-
 
 def _one_mode(recorder: Recorder, path: str, kept: Iterable[str]) -> OneMode:
     """Return what one module did in the mode that was recorded, in its own paths."""
@@ -416,99 +297,9 @@ def _one_mode(recorder: Recorder, path: str, kept: Iterable[str]) -> OneMode:
     return OneMode(recorder.graphs[path][0], own if is_known else None, calls)
 
 
-def _graphs_of(made: nn.Module) -> Iterator[Graph]:
-    return (module.graph for module in made.modules() if isinstance(module, GraphModule))
-
-
-def _asks_for_types(graph: Graph) -> bool:
-    """Whether a graph checks what the type of a tensor was."""
-    checks = graph.find_nodes(op="call_function", target=require_same)
-    asked = [source for check in checks for node in check.all_input_nodes for source in node.all_input_nodes]
-    return any(node.target is getattr and node.args[1] == "dtype" for node in asked)
-
-
-def _converted(value: Any, dtype: torch.dtype) -> Any:
-    """Return a copy of a model, or of what it is given, in another type."""
-    if isinstance(value, nn.Module):
-        return deep_copy(value).to(dtype)
-    return pytree.tree_map_only(
-        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value
-    )
-
-
-def _says_more_than_values(graph: Graph) -> bool:
-    """Whether equal values do not show that gradients are equal too."""
-    applies = any(isinstance(node.target, AppliedFunction) for node in graph.nodes)
-    return applies or steers_gradients(graph) or checkpoints(graph)
-
-
 def _is_between(region: str, kept: str, path: str) -> bool:
     """Whether a module of a region is inside one that keeps its own forward, which is in the region."""
     return is_inside(kept, region) and is_inside(path, kept)
-
-
-def _outcome(model: nn.Module, given: Any, training: bool) -> Any:
-    args, kwargs = _cloned(given)
-    model.train(training)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        output = model(*args, **kwargs)
-    return {type(output).__name__: list(_content(output))}, dict(model.named_buffers())
-
-
-def _is_equal(found: Any, expected: Any) -> bool:
-    """Whether two outcomes are alike to the bit; False also where it takes more to tell."""
-    if isinstance(found, Tensor) and isinstance(expected, Tensor):
-        alike = (found.dtype, found.shape, found.device) == (expected.dtype, expected.shape, expected.device)
-        return alike and found.layout is expected.layout is torch.strided and torch.equal(found, expected)
-    if type(found) is not type(expected):
-        return False
-    if isinstance(found, dict):
-        return found.keys() == expected.keys() and _is_equal(list(found.values()), list(expected.values()))
-    if isinstance(found, (list, tuple)):
-        return len(found) == len(expected) and all(map(_is_equal, found, expected))
-    return type(found) in (bool, int, float) and found == expected
-
-
-def _cloned(given: Any) -> Any:
-    """Return arguments with copies of their tensors; what is one tensor stays one."""
-    copies: dict[int, Tensor] = {}
-
-    def cloned(tensor: Tensor) -> Tensor:
-        return copies.setdefault(id(tensor), tensor.detach().clone())
-
-    return pytree.tree_map_only(Tensor, cloned, given)
-
-
-def _content(output: Any) -> Iterator[Any]:
-    """Yield the tensors and numbers in an output, those in objects of the model's own classes too."""
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, (Tensor, int, float)):
-            yield leaf
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from _content(list(vars(leaf).values()))
-
-
-def _variants(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """Yield the example, then the example with one of its sizes doubled wherever it occurs.
-
-    The size of the first axes comes next, then those that occur most and furthest to the front: at these a
-    model is likeliest to work.
-    """
-    given = (args, kwargs)
-    yield given
-    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
-    axes = [(axis, size) for tensor in tensors for axis, size in enumerate(tensor.shape)]
-    sizes = Counter((axis == 0, size) for axis, size in sorted(axes))
-    for first, size in sorted(sizes, key=lambda found: (not found[0], -sizes[found])):
-
-        def doubled(tensor: Tensor, first: bool = first, size: int = size) -> Tensor:
-            for axis, found in enumerate(tensor.shape):
-                if found == size and (axis == 0) == first:
-                    tensor = torch.cat([tensor, tensor], axis)
-            return tensor
-
-        yield pytree.tree_map_only(Tensor, doubled, given)
 
 
 def _text(graph: Graph) -> str:
