@@ -12,7 +12,8 @@ from torch.fx import Graph, Node, Tracer
 from torch.fx.node import map_arg
 
 from biofx.capturing.frames import Keep, joined_path
-from biofx.graph.branches import begin_branch, end_branch
+from biofx.errors import PassError
+from biofx.graph.branches import begin_branch, end_branch, settle_branches
 from biofx.graph.contexts import is_of_a_context
 from biofx.graph.guards import by_mode
 
@@ -67,6 +68,10 @@ class _Union:
             else:
                 for side, place in ((0, 0), (1, 1)):
                     self._write_branches(side, [pair[place] for pair in pairs if pair[place] is not None])
+        try:
+            settle_branches(self.graph)
+        except PassError as error:
+            raise Keep(path, f"module {path!r}: {error}") from None
 
     def _stretches(self) -> Iterator[tuple[bool, list[tuple[Any, Any]]]]:
         """Yield pairs of nodes that are one operation, and nodes that only one of the modes has."""
@@ -213,7 +218,8 @@ def _settled(training: OneMode, evaluation: OneMode) -> frozenset[str] | None:
 
 
 def _key(node: Node) -> tuple[Any, ...]:
-    return node.op, node.target, tuple(_places(node))
+    """Return what two nodes must have in common to be one operation, whatever values they are handed."""
+    return node.op, node.target, tuple(_places(node)), len(node.args), tuple(node.kwargs)
 
 
 def _places(node: Node) -> list[str]:

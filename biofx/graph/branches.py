@@ -75,8 +75,8 @@ def settle_branches(graph: Graph) -> None:
 
 def _is_outside(user: Node, node: Node, branches: dict[Node, Node]) -> bool:
     """Whether a reader reads a node of a branch even where the branch has not run."""
-    branch = branches[node]
-    if branches.get(user) is branch:
+    branch, around = branches[node], branches.get(user)
+    if around is not None and around.args == branch.args:
         return False
     if user.target is not by_mode or user.args[0] is not branch.args[0]:
         return True

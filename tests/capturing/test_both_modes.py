@@ -6,7 +6,7 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -48,6 +48,36 @@ class HasAnAuxiliaryHead(Body):
             aux = self.aux(h)
         y = self.last(h)
         return (y, aux) if self.training else y.softmax(-1)
+
+
+class Outputs(NamedTuple):
+    logits: Tensor
+    early: Tensor
+    late: Tensor
+
+
+class HasTwoHeads(Body):
+    """What one branch computes goes into the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late = nn.Linear(6, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.features(x)
+        early = self.early(h) if self.training else None
+        y = self.last(h)
+        late = self.late(y) if self.training else None
+        if self.training and early is not None and late is not None:
+            return Outputs(y, early, late)
+        return y
+
+
+class CallsWithOtherArguments(Body):
+    def forward(self, x: Tensor) -> Any:
+        y = self.features(x)
+        y = torch.clamp(y, 0.1) if self.training else torch.clamp(y, 0.1, 2.0)
+        return self.last(F.softmax(y, dim=-1) if self.training else F.softmax(y, -1))
 
 
 class AddsNoise(Body):
@@ -108,6 +138,8 @@ class Nests(nn.Module):
 
 MODELS = (
     HasAnAuxiliaryHead,
+    HasTwoHeads,
+    CallsWithOtherArguments,
     AddsNoise,
     ReturnsEarly,
     CallsALayerTwice,
