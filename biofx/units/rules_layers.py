@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from biofx.operators.norm_ops import batch_norm, instance_norm
 from biofx.ops import pool_synapses
-from biofx.units.flow import RULES, Call, Flow
+from biofx.units.flow import NOTHING, RULES, Call, Flow
 from biofx.units.layout import Layout, LayoutError
 from biofx.units.rules_elementwise import declare, keeps, perhaps_negative
 from biofx.units.rules_join import pooled
@@ -34,7 +35,19 @@ def pooled_over_space(call: Call) -> Flow:
     axes = _spatial_axes(call)
     if call.x.layout is not None and any(axis.position >= -axes for axis in call.x.layout.axes):
         return call.ends("it pools along the axis of the units")
-    return call.keeps()
+    return Flow(parts=(call.keeps(), NOTHING)) if _returns_indices(call) else call.keeps()
+
+
+def _returns_indices(call: Call) -> bool:
+    """Whether a maximum comes with the place where it was found."""
+    if call.module is not None:
+        return getattr(call.module, "return_indices", False) is True
+    name = getattr(call.node.target, "__name__", str(call.node.target))
+    if "max_pool" not in name:
+        return False
+    return (
+        name.endswith("_with_indices") or call.argument(6 if name[0] == "m" else 2, "return_indices") is True
+    )
 
 
 def padded(call: Call) -> Flow:
@@ -61,7 +74,8 @@ def padded(call: Call) -> Flow:
 def _spatial_axes(call: Call) -> int:
     target = call.node.target
     name = type(call.module).__name__ if call.module is not None else getattr(target, "__name__", str(target))
-    return int(name.rstrip("_s")[-2]) if name[-1] in "dD" else 1
+    found = re.search(r"([123])[dD]", name)
+    return int(found[1]) if found else 1
 
 
 _NORMS = (
@@ -81,6 +95,12 @@ declare(
         f"{kind}_pool{axes}"
         for axes in _SPATIAL
         for kind in ("max", "avg", "lp", "adaptive_avg", "adaptive_max")
+    ]
+    + [
+        f"{kind}_pool{axes}_with_indices"  # what torch makes of return_indices=True
+        for axes in _SPATIAL
+        for kind in ("max", "adaptive_max", "fractional_max")
+        if hasattr(F, f"{kind}_pool{axes}_with_indices")
     ],
     pooled_over_space,
 )

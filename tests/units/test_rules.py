@@ -25,6 +25,14 @@ def view_and_permute(x: Tensor, groups: int) -> Tensor:
     return torch.transpose(x, 1, 2).contiguous().view(batch, -1, height, width)
 
 
+def largest_and_where(x: Tensor) -> tuple[Tensor, Tensor]:
+    return F.adaptive_max_pool2d(x, 2, return_indices=True)
+
+
+def by_size(x: Tensor) -> Tensor:
+    return x.view(x.size(0), x.size(1), x.size(2), x.size(3))
+
+
 def a(*numbers: int) -> list[str]:
     return [f"a[{number}]" for number in numbers]
 
@@ -50,6 +58,9 @@ BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
     "sigmoid": (lambda x: x.sigmoid(), SAME),
     "clamp": (lambda x: x.clamp(0, 9), SAME),
     "max pool": (lambda x: F.max_pool2d(x, 2), SAME),
+    "max pool with places": (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], SAME),
+    "adaptive pool with places": (lambda x: largest_and_where(x)[0], SAME),
+    "size of a pool": (lambda x: by_size(F.max_pool2d(x, 2, return_indices=True)[0]), SAME),
     "average pool": (lambda x: F.avg_pool2d(x, 2), SAME),
     "adaptive": (lambda x: F.adaptive_avg_pool2d(x, 1), SAME),
     "adaptive maximum": (lambda x: F.adaptive_max_pool2d(x, 2), SAME),
