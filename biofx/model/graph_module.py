@@ -40,7 +40,7 @@ class BioGraphModule(GraphModule):
         *(*GraphModule.__jit_unused_properties__, "keeps_forward", "own_forward", "own_module")
     ]
 
-    _paths_inline: ClassVar[tuple[str, ...]] = ()
+    _paths_inline: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         region_paths: tuple[str, ...]
