@@ -16,14 +16,20 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from biofx.checkpoints.checkpoint_file import plain, read_checkpoint, write_checkpoint
+from biofx.checkpoints.checkpoint_file import (
+    as_checkpoint_error,
+    plain,
+    read_checkpoint,
+    write_checkpoint,
+)
 from biofx.checkpoints.model_state import adopt_dtypes, check_layout, check_state, load_state
-from biofx.checkpoints.optimizer_state import fitted_state, optimizer_state
+from biofx.checkpoints.optimizer_state import fitted_state, optimizer_state, take_state
 from biofx.checkpoints.rate_types import convert_rates, record_as, rules_as
 from biofx.checkpoints.reapply import check_same_making, make_again
 from biofx.config import RATE_DTYPES
-from biofx.errors import CheckpointError, InputError
+from biofx.errors import BiofxError, CheckpointError, InputError
 from biofx.model.graph_module import BioGraphModule
+from biofx.model.rollback import unchanged_on_failure
 from biofx.plain_passes import config_from_plain, config_to_plain
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.attachment import Attachment
@@ -102,7 +108,8 @@ def save(
     """Save a transformed or converted model, and what its training needs to go on.
 
     The file holds plain values and tensors only: ``torch.load(path, weights_only=True)`` reads it. It is
-    written whole or not at all; an older file of that name stays until the new one is complete.
+    written whole or not at all; an older file of that name stays until the new one is complete. A path that
+    is a symlink is followed.
 
     Args:
         bio_model: wrapped (DDP, ``torch.compile``) or not; of several ranks, one should save.
@@ -113,7 +120,8 @@ def save(
 
     Raises:
         CheckpointError: the model does not know how it was made, or its graph was changed since; an
-            optimizer steps other parameters; a value is not plain; the file cannot be written.
+            optimizer steps other parameters; a value is not plain, or a tensor without values; the file
+            cannot be written.
     """
     write_checkpoint(path, content_of(bio_model, optimizer, plasticity, extra))
 
@@ -126,16 +134,30 @@ def content_of(
     Raises:
         CheckpointError: as :func:`save` says.
     """
+    if extra is not None and not isinstance(extra, Mapping):
+        raise CheckpointError(f"extra: expected a dict of names to values, found a {type(extra).__name__}")
     model = transformed(bio_model)
     record: Any = record_of(model)
+    expected = f"expected a {type(model).__name__} whose state can be read, found one that raises"
+    with as_checkpoint_error(expected, but=BiofxError):
+        return _content(model, record, optimizer, plasticity, extra)
+
+
+def _content(
+    model: BioGraphModule,
+    record: TransformRecord,
+    optimizer: Optimizers,
+    plasticity: Attachments,
+    extra: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     return {
         "biofx": record.biofx,
         "torch": record.torch,
         "record": record.to_json(),
         "model": model.state_dict(),
         "rules": {name: config_to_plain(state.config) for name, state in bio_modules(model).items()},
-        "optimizers": [optimizer_state(model, entry) for entry in _listed(optimizer, Optimizer)],
-        "plasticity": [entry.state_dict() for entry in _listed(plasticity, Attachment)],
+        "optimizers": [optimizer_state(model, entry) for entry in listed(optimizer, Optimizer)],
+        "plasticity": [entry.state_dict() for entry in listed(plasticity, Attachment)],
         "extra": {} if extra is None else extra,
     }
 
@@ -190,6 +212,23 @@ def load(
             "expected a plain model with fuzzy_lr_dtype, found a transformed one, whose rates have a type "
             "already; leave fuzzy_lr_dtype out, and the saved rates are converted to that"
         )
+    optimizers, attachments = listed(optimizer, Optimizer), listed(plasticity, Attachment)
+    with unchanged_on_failure(target, *optimizers, *attachments), as_checkpoint_error(_UNFIT):
+        load_into(saved, target, optimizers, attachments)
+    return target
+
+
+_UNFIT = "expected a checkpoint that fits, found one that cannot be loaded"
+
+
+def load_into(
+    saved: Checkpoint, target: BioGraphModule, optimizers: list[Optimizer], attachments: list[Attachment]
+) -> None:
+    """Load into a transformed model, which is changed in part where that fails.
+
+    Raises:
+        CheckpointError: as :func:`load` says.
+    """
     _check_record(target)
     check_same_making(saved.record, target, any_rate_type=True)
     prepare_states(target)
@@ -197,15 +236,15 @@ def load(
     check_state(target, saved.model)
     check_layout(target, saved.model)
     _check_rules(saved, target)
-    optimizers = _listed(optimizer, Optimizer)
     states = _paired("optimizer", optimizers, saved.optimizers)
     fitted = [fitted_state(target, entry, state) for entry, state in zip(optimizers, states, strict=True)]
-    attachments = _listed(plasticity, Attachment)
-    _load_attachments(attachments, _paired("plasticity", attachments, saved.plasticity))
+    told = _paired("plasticity", attachments, saved.plasticity)
+    for attachment, state in zip(attachments, told, strict=True):
+        with as_checkpoint_error("plasticity"):
+            attachment.load_state_dict(state)
     load_state(target, saved.model)
     for entry, state in zip(optimizers, fitted, strict=True):
-        entry.load_state_dict(state)
-    return target
+        take_state(entry, state, same_types=True)
 
 
 def _load_into_new(
@@ -221,6 +260,11 @@ def _load_into_new(
             "parameters cannot step those of the transformed one. Call load(path, model) first, build the "
             "optimizer from the result, and load into both"
         )
+    with as_checkpoint_error(_UNFIT, but=BiofxError):
+        return _made(saved, model, rate_type)
+
+
+def _made(saved: Checkpoint, model: nn.Module, rate_type: str | None) -> BioGraphModule:
     record, rules = saved.record, saved.rules
     if rate_type is not None:
         record = record_as(record, rate_type)
@@ -301,17 +345,6 @@ def _check_weights(saved: Checkpoint, states: Mapping[str, Any]) -> None:
         )
 
 
-def _load_attachments(attachments: list[Any], states: Sequence[Mapping[str, Any]]) -> None:
-    before = [entry.state_dict() for entry in attachments]
-    try:
-        for entry, state in zip(attachments, states, strict=True):
-            entry.load_state_dict(state)
-    except Exception as error:
-        for entry, state in zip(attachments, before, strict=True):
-            entry.load_state_dict(state)
-        raise CheckpointError(f"plasticity: {error}") from error
-
-
 def _paired(
     name: str, given: Sequence[Any], saved: Sequence[Mapping[str, Any]]
 ) -> Sequence[Mapping[str, Any]]:
@@ -323,7 +356,12 @@ def _paired(
     return saved if given else ()
 
 
-def _listed(given: Any, kind: type) -> list[Any]:
+def listed(given: Any, kind: type) -> list[Any]:
+    """Return optimizers or attachments as a list, which may be given as one, several or None.
+
+    Raises:
+        InputError: they are something else.
+    """
     entries = [] if given is None else [given] if isinstance(given, kind) else given
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, kind) for entry in entries):
         raise InputError(f"expected a {kind.__name__} or a list of them, found {given!r}")

@@ -2,20 +2,23 @@
 
 A file is a zip archive as ``torch.save`` writes it, and ``torch.load(path, weights_only=True)`` reads it: no
 code is stored and none is run. torch itself does not look at the archive's checksums when it loads (of 400
-files with one bit turned over, it read 299 as if nothing were wrong), so they are checked here.
+files with one bit turned over, it read 299 as if nothing were wrong), so they are checked here; and before
+that, that the archive holds as much as it says, so that a small file cannot fill the memory.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from biofx.errors import CheckpointError
+from biofx.errors import BiofxError, CheckpointError
+from biofx.plasticity.shards import is_sharded
 from biofx.whole_file import whole_file
 
 FORMAT = "biofx.checkpoint"
@@ -23,6 +26,30 @@ SCHEMA = 1
 """Goes up when a key changes its meaning or disappears."""
 
 _SCALARS: tuple[type, ...] = (bool, int, float, str)
+_LEAST_HEADER = 30
+"""Bytes before an entry's name in an archive."""
+_DEEPEST = 100
+"""Values within values that a checkpoint may have."""
+
+
+@contextmanager
+def as_checkpoint_error(doing: str, *, but: type[BiofxError] = CheckpointError) -> Iterator[None]:
+    """Let whatever is raised, by a user's class for example, be a ``CheckpointError``.
+
+    Args:
+        doing: how its message begins.
+        but: what stays as it is, as a warning does that a user has made an error.
+
+    Raises:
+        CheckpointError: from any other exception.
+    """
+    try:
+        yield
+    except (but, CheckpointError, Warning):
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, BiofxError) else f"{type(error).__name__}: "
+        raise CheckpointError(f"{doing}: {kind}{_cause(error)}") from error
 
 
 def write_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -37,8 +64,8 @@ def write_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
     try:
         with whole_file(path) as file:
             torch.save(stamped, file)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+    except Exception as error:  # torch's writer makes other errors of a full disk
+        raise CheckpointError(f"cannot write {path}: {_cause(error)}") from error
     finally:
         torch.serialization.set_crc32_options(checksums)
 
@@ -52,11 +79,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch's reader takes an entry with the attribute of a folder for empty and reads nothing into it
-            folders = (entry.filename for entry in archive.infolist() if entry.external_attr)
-            damaged = next(folders, None) or archive.testzip()
+            _check_entries(archive)
+            damaged = archive.testzip()
         if damaged is not None:
-            raise zipfile.BadZipFile(f"wrong checksum or attributes of {damaged!r}")
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged!r}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
@@ -68,6 +94,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     check_stamp(content, path)
     checked: dict[str, Any] = plain(content, f"{path}")
     return checked
+
+
+def _check_entries(archive: zipfile.ZipFile) -> None:
+    """Check that entries are stored as they are, each in a place of its own, before any is read.
+
+    Raises:
+        BadZipFile: one is compressed, overlaps another, or reaches beyond the file.
+    """
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    ends = [*(entry.header_offset for entry in entries[1:]), archive.start_dir]
+    names: set[str] = set()
+    for entry, end in zip(entries, ends, strict=True):
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise zipfile.BadZipFile(f"{entry.filename!r} is compressed, which torch.save never does")
+        if entry.header_offset + _LEAST_HEADER + entry.file_size > end:
+            raise zipfile.BadZipFile(f"{entry.filename!r} says that it is larger than its place in the file")
+        # torch's reader takes an entry with the attribute of a folder for empty and reads nothing into it
+        if entry.external_attr or entry.filename in names:
+            raise zipfile.BadZipFile(f"{entry.filename!r} has wrong attributes, or is there twice")
+        names.add(entry.filename)
 
 
 def check_stamp(content: Any, path: str | Path) -> None:
@@ -89,48 +135,97 @@ def check_stamp(content: Any, path: str | Path) -> None:
         )
 
 
-def plain(value: Any, where: str) -> Any:
+def plain(value: Any, where: str, *, may_be_sharded: bool = False) -> Any:
     """Return a value in plain types: dicts, lists, tuples, numbers, texts, flags, None, and tensors.
 
+    Args:
+        value: what to look through.
+        where: what to call it.
+        may_be_sharded: whether a tensor may be spread over ranks, and stays so.
+
     Raises:
-        CheckpointError: it is, or holds, something else; the message says where.
+        CheckpointError: it is, or holds, something else, or a tensor without values; the message says where.
     """
-    if value is None or type(value) in _SCALARS:
-        return value
-    if type(value) in (Tensor, nn.Parameter):
-        return _compact(value.detach())
-    if isinstance(value, Mapping):
-        for key in value:
-            if type(key) not in (str, int):
-                raise CheckpointError(
-                    f"{where}: expected keys that are texts or whole numbers, found {key!r}"
-                )
-        return {key: plain(entry, f"{where}[{key!r}]") for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        entries = [plain(entry, f"{where}[{number}]") for number, entry in enumerate(value)]
-        return tuple(entries) if isinstance(value, tuple) else entries
-    for kind in _SCALARS[1:]:  # NumPy's numbers are numbers too
-        if isinstance(value, kind):
-            return kind(value)
-    raise CheckpointError(
-        f"{where}: expected plain values and tensors, which can be loaded without running code, found a "
-        f"{type(value).__name__}" + _hint(value)
-    )
+    return _Plain(may_be_sharded).made(value, where, 0)
+
+
+class _Plain:
+    """Makes values plain; one that is in several places is gone through once."""
+
+    def __init__(self, may_be_sharded: bool) -> None:
+        self._may_be_sharded = may_be_sharded
+        self._made: dict[int, tuple[Any, Any]] = {}
+
+    def made(self, value: Any, where: str, depth: int) -> Any:
+        if value is None or type(value) in _SCALARS:
+            return value
+        if depth > _DEEPEST:
+            raise CheckpointError(
+                f"{where[:80]}…: expected at most {_DEEPEST} values within each other, found more, or a value "
+                "that holds itself"
+            )
+        if id(value) not in self._made:
+            self._made[id(value)] = value, self._of(value, where, depth)
+        return self._made[id(value)][1]
+
+    def _of(self, value: Any, where: str, depth: int) -> Any:
+        if type(value) in (Tensor, nn.Parameter) or (self._may_be_sharded and is_sharded(value)):
+            _check_values(value, where)
+            return _compact(value.detach())
+        if isinstance(value, Mapping):
+            for key in value:
+                if type(key) not in (str, int):
+                    raise CheckpointError(
+                        f"{where}: expected keys that are texts or whole numbers, found {key!r}"
+                    )
+            return {key: self.made(entry, f"{where}[{key!r}]", depth + 1) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            entries = [
+                self.made(entry, f"{where}[{number}]", depth + 1) for number, entry in enumerate(value)
+            ]
+            return tuple(entries) if isinstance(value, tuple) else entries
+        for kind in _SCALARS[1:]:  # NumPy's numbers are numbers too
+            if isinstance(value, kind):
+                return kind(value)
+        raise CheckpointError(
+            f"{where}: expected plain values and tensors, which can be loaded without running code, found a "
+            f"{type(value).__name__}" + _hint(value)
+        )
+
+
+def _check_values(tensor: Tensor, where: str) -> None:
+    """Refuse a tensor on the meta device, or one whose memory has been given back."""
+    empty = tensor.is_meta
+    if not empty and tensor.layout == torch.strided and not is_sharded(tensor) and tensor.numel():
+        empty = tensor.untyped_storage().nbytes() == 0
+    if empty:
+        raise CheckpointError(
+            f"{where}: expected a tensor with values, found one without (on the {tensor.device.type} device); "
+            "give the model its values first: to_empty(device=...) and load_state_dict"
+        )
 
 
 def _compact(tensor: Tensor) -> Tensor:
     """Return a tensor that does not bring along a larger storage that it is a part of."""
-    if tensor.layout != torch.strided or tensor.is_meta:
+    if tensor.layout != torch.strided or is_sharded(tensor):
         return tensor
     own = tensor.numel() * tensor.element_size()
     return tensor.clone() if tensor.untyped_storage().nbytes() > own else tensor
 
 
 def _hint(value: Any) -> str:
-    if isinstance(value, Tensor) and hasattr(value, "device_mesh"):
+    if is_sharded(value):
         return "; a sharded model is saved by all ranks together, with biofx.save_sharded"
     return ""
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _cause(error: BaseException) -> str:
+    """Return what an error says, or the error of the system that it came out of."""
+    within: BaseException | None = error
+    while within is not None and not isinstance(within, OSError):
+        within = within.__cause__ or within.__context__
+    return _first_line(error if within is None else within)

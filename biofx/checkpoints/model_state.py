@@ -44,9 +44,11 @@ def check_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
     A layer's plasticity may have remembered more, or less, than the model's has so far.
 
     Raises:
-        CheckpointError: a key is missing or unknown, or a tensor has another shape or type.
+        CheckpointError: a key is missing or unknown, a tensor has another shape or type, or the model has no
+            memory to take values into.
     """
     owners, held = owners_of(model), model.state_dict()
+    _check_place(held)
     read = {str(node.target) for node in whole_graph(model).find_nodes(op="get_attr")}
     missing = [key for key in held if key not in saved and (key in read or _owner(owners, key) is None)]
     if missing:
@@ -62,6 +64,15 @@ def check_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
                 f"{suggest(str(key), held)}; load into the architecture that was saved"
             )
         _check_entry(key, held.get(key), value, owner)
+
+
+def _check_place(held: Mapping[str, Any]) -> None:
+    for key, own in held.items():
+        if isinstance(own, Tensor) and own.is_meta:
+            raise CheckpointError(
+                f"model: expected a model with memory for its values, found {key!r} on the meta device; call "
+                "to_empty(device=...) first"
+            )
 
 
 def _check_entry(key: str, own: Any, saved: Any, owner: BioModule | None) -> None:

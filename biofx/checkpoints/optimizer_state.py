@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from biofx.checkpoints.checkpoint_file import as_checkpoint_error
+from biofx.checkpoints.optimizer_tensors import check_numbers, check_tensors, keep_types
 from biofx.errors import CheckpointError, suggest
+from biofx.model.rollback import unchanged_on_failure
 from biofx.plasticity.attach import unwrapped
 
 _BY_INDEX = ("params", "param_names")
@@ -29,10 +33,13 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         their options, and ``rest``, what the optimizer adds of its own.
 
     Raises:
-        CheckpointError: the optimizer steps a parameter that is none of the model's.
+        CheckpointError: the optimizer steps a parameter that is none of the model's, or gives no state.
     """
-    names = _names(model, optimizer)
-    packed = optimizer.state_dict()
+    with _told_of(optimizer, "expected a state_dict() as those of torch.optim give it"):
+        return _named(optimizer, _names(model, optimizer), optimizer.state_dict())
+
+
+def _named(optimizer: Optimizer, names: list[list[str]], packed: dict[str, Any]) -> dict[str, Any]:
     index = {
         number: name
         for group, named in zip(packed["param_groups"], names, strict=True)
@@ -60,9 +67,34 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
 
     Raises:
         CheckpointError: the optimizer steps a parameter that is none of the model's, is of another class, or
-            has other groups, or the state belongs to other parameters; nothing has been changed.
+            has other groups, the state belongs to other parameters, or the optimizer refuses it; nothing has
+            been changed.
     """
-    optimizer.load_state_dict(fitted_state(model, optimizer, state))
+    with unchanged_on_failure(optimizer):
+        take_state(optimizer, fitted_state(model, optimizer, state), same_types=False)
+
+
+def take_state(optimizer: Optimizer, fitted: dict[str, Any], *, same_types: bool) -> None:
+    """Let an optimizer take over what :func:`fitted_state` gave.
+
+    Args:
+        optimizer: changed in part where it fails midway.
+        fitted: the state.
+        same_types: whether the parameters have the types of numbers that they had when it was saved.
+
+    Raises:
+        CheckpointError: it refuses.
+    """
+    with _told_of(optimizer, "expected an optimizer that takes its own state back"):
+        optimizer.load_state_dict(fitted)
+        if same_types:
+            keep_types(optimizer, fitted)
+
+
+@contextmanager
+def _told_of(optimizer: Optimizer, expected: str) -> Iterator[None]:
+    with as_checkpoint_error(f"optimizer: {expected}, found a {type(optimizer).__name__} that raises"):
+        yield
 
 
 def fitted_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +103,18 @@ def fitted_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any
     Raises:
         CheckpointError: as :func:`load_optimizer_state` says.
     """
-    names = _names(model, optimizer)
+    with _told_of(optimizer, "expected the state of an optimizer that fits"):
+        sparse = {
+            id(module.weight)
+            for module in model.modules()
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+        }
+        return _fitted(optimizer, _names(model, optimizer), state, sparse)
+
+
+def _fitted(
+    optimizer: Optimizer, names: list[list[str]], state: Mapping[str, Any], sparse: set[int]
+) -> dict[str, Any]:
     _check_form(state)
     if state["class"] != type(optimizer).__name__:
         raise CheckpointError(
@@ -94,6 +137,10 @@ def fitted_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any
                     f"optimizer: expected the state of a parameter {name!r} of shape "
                     f"{tuple(parameter.shape)}, found shape {tuple(state['shapes'][name])}"
                 )
+            entry = state["state"].get(name, {})
+            check_tensors(name, parameter, entry, optimizer, may_be_sparse=id(parameter) in sparse)
+    for own, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+        check_numbers(own, saved)
     groups = [
         {**{key: group[key] for key in _BY_INDEX if key in group}, **_without_names(saved)}
         for group, saved in zip(packed["param_groups"], state["groups"], strict=True)

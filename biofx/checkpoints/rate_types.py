@@ -104,7 +104,7 @@ def convert_rates(model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
             "another type than this model keeps them in; to go on with the same factors, load into a model "
             "with the fuzzy_lr_dtype of the saved one",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return made
 

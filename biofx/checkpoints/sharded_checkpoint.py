@@ -14,19 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from biofx.checkpoints.checkpoint import (
     Attachments,
     Optimizers,
     checkpoint_of,
     content_of,
-    load,
+    listed,
+    load_into,
     transformed,
 )
-from biofx.checkpoints.checkpoint_file import FORMAT, SCHEMA, check_stamp, plain
+from biofx.checkpoints.checkpoint_file import FORMAT, SCHEMA, as_checkpoint_error, check_stamp, plain
+from biofx.checkpoints.on_all_ranks import on_all_ranks
 from biofx.checkpoints.model_state import check_state, owners_of
 from biofx.checkpoints.reapply import check_same_making
 from biofx.errors import CheckpointError
+from biofx.model.rollback import unchanged_on_failure
+from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.bio_state import PER_SYNAPSE
 from biofx.plasticity.model_rules import prepare_states
 from biofx.plasticity.sharded_model import shard_states
@@ -47,25 +52,32 @@ def save_sharded(
 ) -> None:
     """Save what :func:`biofx.save` saves, each rank its part; all ranks must call it.
 
+    An older checkpoint in the folder is kept until the new one is complete: whenever a rank is killed, one of
+    the two can be loaded. Other files in it stay, what a killed save has left there goes.
+
     Args:
         bio_model: sharded as a whole (FSDP2), wrapped in DDP, or as it is.
-        folder: where to, on a file system that all ranks see.
+        folder: where to, on a file system that all ranks see; a symlink is followed.
         optimizer: the optimizer, or several in a list.
         plasticity: what :func:`biofx.attach` returned, or several in a list.
         extra: numbers, texts, flags, lists and dicts of them.
 
     Raises:
-        CheckpointError: as :func:`biofx.save` says.
+        CheckpointError: as :func:`biofx.save` says, on this rank or on another.
     """
     from biofx.checkpoints.tensor_folder import write_tensors  # imports much of torch.distributed
 
     tensors: dict[str, Tensor] = {}
-    content = content_of(bio_model, optimizer, plasticity, extra)
-    plain({**content, "model": {}, "optimizers": []}, "the checkpoint")
-    skeleton = _flattened({"format": FORMAT, "schema": SCHEMA, **content}, "", tensors)
-    text = json.dumps(skeleton, ensure_ascii=True).encode()
-    tensors[_SKELETON] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    write_tensors(tensors, folder)
+
+    def take_apart() -> None:
+        content = content_of(bio_model, optimizer, plasticity, extra)
+        stamped = {"format": FORMAT, "schema": SCHEMA, **content}
+        skeleton = _flattened(plain(stamped, "the checkpoint", may_be_sharded=True), "", tensors)
+        text = json.dumps(skeleton, ensure_ascii=True).encode()
+        tensors[_SKELETON] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+    on_all_ranks(take_apart)
+    write_tensors(tensors, folder, _SKELETON)
 
 
 def load_sharded(
@@ -88,30 +100,42 @@ def load_sharded(
 
     Raises:
         CheckpointError: the folder cannot be read or is newer than this biofx, or the model, the optimizer or
-            the attachment is another than was saved; nothing has been changed.
+            the attachment is another than was saved, on this rank or on another; nothing has been changed.
     """
-    from biofx.checkpoints.tensor_folder import read_tensors, sizes_in  # imports much of torch.distributed
+    from biofx.checkpoints.tensor_folder import TensorFolder  # imports much of torch.distributed
 
     target = transformed(bio_model)
-    sizes = sizes_in(folder)
-    text = torch.empty_like(sizes.get(_SKELETON, torch.empty(0)), device="cpu", dtype=torch.uint8)
-    read_tensors({_SKELETON: text}, folder)
-    try:
-        skeleton = json.loads(bytes(text.tolist()))
-        content = _restored(skeleton, sizes)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder}: expected the content of a checkpoint, found {error!r}") from error
-    check_stamp(content, folder)
-    check_same_making(TransformRecord.from_json(content["record"]), target)
-    prepare_states(target)
-    shard_states(target)
-    check_state(target, content["model"])
-    tensors = dict(_templates(target, skeleton, sizes))
-    read_tensors(tensors, folder)
-    saved = checkpoint_of(_restored(skeleton, tensors), folder)
-    load(saved, target, optimizer=optimizer, plasticity=plasticity)
-    shard_states(target)
-    return dict(saved.extra)
+    optimizers, attachments = listed(optimizer, Optimizer), listed(plasticity, Attachment)
+    opened = TensorFolder(folder)
+    text = torch.empty_like(opened.sizes.get(_SKELETON, torch.empty(0)), device="cpu", dtype=torch.uint8)
+    opened.read({_SKELETON: text})
+    tensors: dict[str, Tensor] = {}
+
+    def prepare() -> Any:
+        try:
+            skeleton = json.loads(bytes(text.tolist()))
+            content = _restored(skeleton, opened.sizes)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{folder}: expected the content of a checkpoint, found {error!r}") from error
+        check_stamp(content, folder)
+        check_same_making(TransformRecord.from_json(content["record"]), target)
+        prepare_states(target)
+        shard_states(target)
+        check_state(target, content["model"])
+        tensors.update(_templates(target, skeleton, opened.sizes))
+        return skeleton
+
+    def take_over() -> Mapping[str, Any]:
+        saved = checkpoint_of(_restored(skeleton, tensors), folder)
+        load_into(saved, target, optimizers, attachments)
+        shard_states(target)
+        return saved.extra
+
+    unfit = f"{folder}: expected a checkpoint that fits, found one that cannot be loaded"
+    with unchanged_on_failure(target, *optimizers, *attachments), as_checkpoint_error(unfit):
+        skeleton = on_all_ranks(prepare)
+        opened.read(tensors)
+        return dict(on_all_ranks(take_over))
 
 
 def _flattened(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -122,10 +146,12 @@ def _flattened(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[path] = value.detach()
         return {"tensor": path}
     if isinstance(value, Mapping):
-        return {"dict": {key: _flattened(entry, f"{path}/{key}", tensors) for key, entry in value.items()}}
+        entries = {key: _flattened(entry, f"{path}/{key}", tensors) for key, entry in value.items()}
+        # JSON makes texts of numbers that are keys
+        return {"dict": entries} if all(type(key) is str for key in value) else {"items": [*entries.items()]}
     if isinstance(value, (list, tuple)):
-        entries = [_flattened(entry, f"{path}/{number}", tensors) for number, entry in enumerate(value)]
-        return {type(value).__name__: entries} if type(value) in (list, tuple) else {"tuple": entries}
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_flattened(entry, f"{path}/{number}", tensors) for number, entry in enumerate(value)]}
     return value
 
 
@@ -138,6 +164,8 @@ def _restored(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[inner]
     if kind == "dict":
         return {key: _restored(entry, tensors) for key, entry in inner.items()}
+    if kind == "items":
+        return {key: _restored(entry, tensors) for key, entry in inner}
     entries = [_restored(entry, tensors) for entry in inner]
     return tuple(entries) if kind == "tuple" else entries
 

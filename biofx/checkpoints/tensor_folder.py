@@ -1,56 +1,201 @@
-"""Folders of ``torch.distributed.checkpoint`` that hold tensors only; to import it takes torch seconds."""
+"""Folders of ``torch.distributed.checkpoint`` that hold tensors only; to import it takes torch seconds.
+
+A folder that is written again holds the old tensors until the new ones are complete: each save gives its
+files names of their own, the index changes last, from the one to the other at once, and what the index no
+longer names goes then. A save that is killed leaves files that the next one removes.
+"""
 
 from __future__ import annotations
 
+import os
+import pickle
+import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 
 from biofx.errors import CheckpointError
+from biofx.whole_file import create_locked, followed, remove_abandoned, sync_folder, whole_file
+
+_INDEX = ".metadata"
+_OURS = re.compile(r"__\d+_([0-9a-f]{8})_\d+\.distcp")
+"""Files of a save, by its number; torch's own names have none."""
+_ANY = re.compile(rb"__\d+_(?:[0-9a-f]{8}_)?\d+\.distcp")
+_STEM = "biofx-save"
 
 
-def write_tensors(tensors: dict[str, Tensor], folder: str | Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], folder: str | Path, mark: str) -> None:
     """Write tensors, each rank what it has; all ranks must call it.
+
+    Args:
+        tensors: what to write.
+        folder: where to; what it holds is kept until all has been written.
+        mark: a key that only folders of our own have.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
     with _explained(f"{folder}: expected a folder to write to"):
-        save(tensors, checkpoint_id=str(folder))
+        writer = _Writer(followed(folder), mark)
+        try:
+            save(tensors, storage_writer=writer)
+        finally:
+            writer.close()
 
 
-def read_tensors(tensors: dict[str, Tensor], folder: str | Path) -> None:
-    """Fill tensors with what a folder holds under their names; all ranks must call it.
+class TensorFolder:
+    """A folder as it was when it was opened, the same on all ranks; all of them must call its methods."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read the index, on one rank for all.
+
+        Raises:
+            CheckpointError: it is no such folder.
+        """
+        self._folder = folder
+        self.sizes: dict[str, Tensor] = {}
+        """For each tensor in the folder one without values."""
+        with self._reading():
+            self._metadata: Metadata = pickle.loads(_index_for_all(Path(folder)))
+            for key, entry in self._metadata.state_dict_metadata.items():
+                if isinstance(entry, TensorStorageMetadata):
+                    self.sizes[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+
+    def read(self, tensors: dict[str, Tensor]) -> None:
+        """Fill tensors with what the folder holds under their names.
+
+        Raises:
+            CheckpointError: the folder is damaged, lacks one of them, or has been written again since.
+        """
+        with self._reading():
+            load(tensors, storage_reader=_Reader(Path(self._folder), self._metadata))
+
+    def _reading(self) -> Any:
+        return _explained(f"{self._folder}: expected a folder that biofx.save_sharded wrote")
+
+
+class _Writer(FileSystemWriter):
+    """Writes files with names that no other save gives; the coordinator exchanges the index and cleans up."""
+
+    def __init__(self, folder: Path, mark: str) -> None:
+        super().__init__(folder)
+        self._folder = folder
+        self._mark = mark.encode()
+        self._claim: tuple[Path, BinaryIO] | None = None
+        self._replaced: set[str] = set()
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Give the save a number, for as long as it goes on, and each rank's files names with it."""
+        self._claim = create_locked(self._folder, _STEM)
+        index = _read_index(self._folder)
+        self._replaced = _named_in(index) if self._mark in index else set()
+        self._clean(set())
+        number = _number_of(self._claim[0])
+        made = super().prepare_global_plan(plans)
+        for plan in made:
+            plan.storage_data.prefix += f"{number}_"
+        return made
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Let the index lead to what has been written, then remove what it led to before."""
+        metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
+        metadata.storage_meta = self.storage_meta()
+        sync_folder(self._folder)
+        with whole_file(self._folder / _INDEX) as file:
+            pickle.dump(metadata, file)
+        self._clean(self._replaced)
+
+    def close(self) -> None:
+        """Let go of the number; without an index that names them, the files with it go."""
+        if self._claim is None:
+            return
+        path, file = self._claim
+        self._claim = None
+        self._clean(set(), {_number_of(path)})
+        with suppress(OSError):
+            path.unlink()
+        file.close()
+
+    def _clean(self, replaced: set[str], ended: set[str] | None = None) -> None:
+        """Remove what the index does not name, but for the files of saves that go on.
+
+        Args:
+            replaced: names that an index of ours had before.
+            ended: saves that are over, though their locks are still held.
+        """
+        with suppress(OSError):  # what stays for now is found again by the next save
+            # in this order: what is listed was begun before, and what ends in between is in the index by then
+            listed = [entry.name for entry in self._folder.iterdir()]
+            going_on = {_number_of(path) for path in remove_abandoned(self._folder, _STEM)}
+            named = _named_in(_read_index(self._folder))
+            for name in listed:
+                ours = _OURS.fullmatch(name)
+                number = "" if ours is None else ours.group(1)
+                over = number in (ended or ()) or number not in going_on if number else name in replaced
+                if over and name not in named:
+                    (self._folder / name).unlink()
+
+
+class _Reader(FileSystemReader):
+    """Reads what one index names, whatever has become of the folder's."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the index."""
+        return self._metadata
+
+
+def _number_of(claim: Path) -> str:
+    return claim.name.split(".")[-2]
+
+
+def _read_index(folder: Path) -> bytes:
+    """Return the index as it is in the file, empty without one."""
+    try:
+        return (folder / _INDEX).read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _named_in(index: bytes) -> set[str]:
+    """Return the names of files in an index; it is not unpickled, which might run code of whoever wrote it."""
+    return {name.decode() for name in _ANY.findall(index)}
+
+
+def _index_for_all(folder: Path) -> bytes:
+    """Return the index that the first rank finds; ranks that each looked might find different ones.
 
     Raises:
-        CheckpointError: the folder is damaged or lacks one of them.
+        OSError: the first rank cannot read it.
     """
-    with _explained(f"{folder}: expected a folder that biofx.save_sharded wrote"):
-        load(tensors, checkpoint_id=str(folder))
-
-
-def sizes_in(folder: str | Path) -> dict[str, Tensor]:
-    """Return for each tensor in a folder one without values.
-
-    Raises:
-        CheckpointError: it is no such folder.
-    """
-    with _explained(f"{folder}: expected a folder that biofx.save_sharded wrote"):
-        metadata = FileSystemReader(str(folder)).read_metadata()
-        return {
-            key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+    together = dist.is_available() and dist.is_initialized()
+    found: list[Any] = [None]
+    if not together or dist.get_rank() == 0:
+        try:
+            found = [(folder / _INDEX).read_bytes()]
+        except OSError as error:
+            found = [error]
+    if together:
+        dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], OSError):
+        raise found[0]
+    return bytes(found[0])
 
 
 @contextmanager
@@ -59,6 +204,7 @@ def _explained(expected: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
             yield
     except (Exception, CheckpointException) as error:  # torch's own is no Exception
         raise CheckpointError(

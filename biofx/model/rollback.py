@@ -1,0 +1,122 @@
+"""What a model and an optimizer hold, kept so that it can be put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from biofx.plasticity.shards import local
+
+_OURS = __name__.partition(".")[0]
+
+
+@contextmanager
+def unchanged_on_failure(*holders: Any) -> Iterator[None]:
+    """Put everything back as it was if the block raises.
+
+    Values are kept on the CPU, which needs room for them once more while the block runs.
+
+    Args:
+        *holders: modules, optimizers, and objects of classes of this library.
+    """
+    put_back = keep(*holders)
+    try:
+        yield
+    except BaseException:
+        put_back()
+        raise
+
+
+def keep(*holders: Any) -> Callable[[], None]:
+    """Take note of what objects hold, and return a function that puts it back.
+
+    Modules, optimizers and objects of this library are looked into, and the dicts, lists and sets of theirs;
+    tensors get their values back, everything else is kept as the object that it is.
+    """
+    undo: list[Callable[[], None]] = []
+    seen: dict[int, Any] = {}
+    waiting = [*holders]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value  # alive, so that no other object gets its place
+        if isinstance(value, Tensor):
+            undo.append(_undo_tensor(value))
+        elif isinstance(value, dict):
+            undo.append(_undo_dict(value))
+            waiting += value.values()
+        elif isinstance(value, (list, set)):
+            undo.append(_undo_list(value) if isinstance(value, list) else _undo_set(value))
+            waiting += value
+        elif isinstance(value, tuple):
+            waiting += value
+        elif isinstance(value, nn.Module):
+            waiting += [vars(module) for module in value.modules()] if any(value is holder for holder in holders) else ()
+        elif isinstance(value, Optimizer) or type(value).__module__.partition(".")[0] == _OURS:
+            waiting.append(getattr(value, "__dict__", None))
+
+    def put_back() -> None:
+        for step in undo:
+            step()
+
+    return put_back
+
+
+def _undo_tensor(tensor: Tensor) -> Callable[[], None]:
+    data, place = tensor.detach(), _place_of(tensor)
+    fixed = tensor.is_meta or (tensor.is_inference() and not torch.is_inference_mode_enabled())
+    values = None if fixed else local(data).to("cpu", copy=True)
+
+    @torch.no_grad()
+    def put_back() -> None:
+        if _place_of(tensor) != place:
+            tensor.data = data
+        if values is not None:
+            local(data).copy_(values)
+
+    return put_back
+
+
+def _place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return where a tensor has its values and how they lie there."""
+    part = local(tensor)
+    try:
+        pointer = part.data_ptr()
+    except RuntimeError:  # sparse, or of a class without values of its own
+        pointer = 0
+    return pointer, part.shape, part.dtype, part.device, part.layout
+
+
+def _undo_dict(held: dict[Any, Any]) -> Callable[[], None]:
+    entries = list(held.items())
+
+    def put_back() -> None:
+        dict.clear(held)
+        dict.update(held, entries)
+
+    return put_back
+
+
+def _undo_list(held: list[Any]) -> Callable[[], None]:
+    entries = list(held)
+
+    def put_back() -> None:
+        held[:] = entries
+
+    return put_back
+
+
+def _undo_set(held: set[Any]) -> Callable[[], None]:
+    entries = set(held)
+
+    def put_back() -> None:
+        held.clear()
+        held.update(entries)
+
+    return put_back
