@@ -11,6 +11,7 @@ from biofx import passes
 from biofx.audit.check import check
 from biofx.audit.check_report import Audit, Finding
 from biofx.bisection import Culprit, bisect
+from biofx.callables import register_activation
 from biofx.capture import capture
 from biofx.checkpoints.checkpoint import Checkpoint, load, save
 from biofx.checkpoints.model_state import plain_state
@@ -86,6 +87,7 @@ __all__ = [
     "passes",
     "available_passes",
     "compile_config",
+    "register_activation",
     # who is one unit
     "unit_groups",
     "add_unit_rule",

@@ -169,7 +169,7 @@ class BioConfig:
     """Synapses per connection, a count; 0 and 1 are off."""
     weight_splitting_activation_function: Callable[[Any], Any] = identity
     """Applied to a layer's output before its groups are summed; any callable that keeps the shape, or the
-    name of one of torch's."""
+    name of an element-wise one of torch's or of what :func:`biofx.register_activation` has registered."""
     weight_splitting_fold: bool = True
     """Whether the sums of weight splitting are folded into the weights where they can be: the same function
     for less work."""

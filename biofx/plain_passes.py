@@ -2,7 +2,7 @@
 
 A group is ``{"group": [...]}``, a pass ``{"pass": name, "options": {...}}``, both with ``only``, ``exclude``,
 ``enabled`` and ``overrides`` where given. A selector is its text, a list of them, or for a predicate
-``{"nodes": [...], "predicate": name}``: what it picked. A callable is ``{"callable": name in torch}``, or
+``{"nodes": [...], "predicate": name}``: what it picked. A callable is ``{"callable": its name in a text}``, or
 ``{"unnamed": …}`` where it has no name that a file may carry.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
-from biofx.callables import callable_from_text, callable_to_text
+from biofx.callables import callable_from_text, callable_to_text, registered_activations
 from biofx.config import BioConfig
 from biofx.errors import BiofxError, CheckpointError, OptionError
 from biofx.pass_base import Pass
@@ -154,6 +154,31 @@ def value_from_plain(plain: Any) -> Any:
             "biofx.load(path, biofx.transform(model, config).graph_module)"
         )
     return tuple(value_from_plain(entry) for entry in plain) if isinstance(plain, list) else plain
+
+
+def same_options(one: Any, other: Any) -> bool:
+    """Whether two plain values mean the same, as far as can be told.
+
+    A function that a file could name when it was saved may have no name for it now, or the other way round:
+    it is the same if it is called so.
+    """
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        kinds = {*one, *other}
+        if kinds == {"callable", "unnamed"} and len(one) == len(other) == 1:
+            return _called(one) == _called(other)
+        return one.keys() == other.keys() and all(same_options(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_options, one, other))
+    return bool(one == other)
+
+
+def _called(plain: Mapping[str, Any]) -> str:
+    """Return what a function, named or not, calls itself."""
+    if "unnamed" in plain:
+        return str(plain["unnamed"]).rpartition(".")[2]
+    name = str(plain["callable"])
+    own = registered_activations().get(name, None)
+    return str(getattr(own, "__qualname__", type(own).__name__) if own else name).rpartition(".")[2]
 
 
 def _selector_to_plain(selector: Any) -> Any:

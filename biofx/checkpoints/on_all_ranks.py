@@ -29,7 +29,12 @@ def on_all_ranks(step: Callable[[], ResultT]) -> ResultT:
     except Exception as error:
         failure = error
     told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if failure is None else f"{type(failure).__name__}: {failure}")
+    try:
+        dist.all_gather_object(told, None if failure is None else f"{type(failure).__name__}: {failure}")
+    except RuntimeError as error:
+        raise CheckpointError(f"expected an answer of all {len(told)} ranks, found that one is gone: {error}") from (
+            failure or error
+        )
     if failure is not None:
         raise failure
     for rank, message in enumerate(told):

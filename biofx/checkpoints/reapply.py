@@ -9,7 +9,7 @@ from biofx.checkpoints.rate_types import without_rate_types
 from biofx.converter import BioConverter
 from biofx.errors import CheckpointError, OptionError, SelectorError
 from biofx.model.graph_module import BioGraphModule
-from biofx.plain_passes import config_from_plain, pass_from_plain
+from biofx.plain_passes import config_from_plain, pass_from_plain, same_options
 from biofx.record import TransformRecord, TransformStep, record_of
 from biofx.transform import transform
 
@@ -74,7 +74,8 @@ def check_same_making(record: TransformRecord, made: BioGraphModule, *, any_rate
             f"{kind}, transformed {len(record.steps)} times; found a model transformed {len(own.steps)} times"
         )
     for expected, found in zip(record.steps, own.steps, strict=True):
-        if expected.door != found.door or expected.passes != found.passes or expected.opaque != found.opaque:
+        alike = same_options(expected.passes, found.passes)
+        if expected.door != found.door or not alike or expected.opaque != found.opaque:
             raise CheckpointError(
                 f"{kind}, by {expected.door}: {expected.pipeline or 'no pass'}; found a model made by "
                 f"{found.door}: {found.pipeline or 'no pass'}. Transform it with the same options"

@@ -206,7 +206,16 @@ def _explained(expected: str) -> Iterator[None]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
             yield
-    except (Exception, CheckpointException) as error:  # torch's own is no Exception
-        raise CheckpointError(
-            f"{expected}, found something else ({type(error).__name__}: {str(error)[:200]})"
-        ) from error
+    except CheckpointException as error:
+        found = {rank: failure for rank, (failure, _) in error.failures.items()}
+        interrupts = [failure for failure in found.values() if not isinstance(failure, Exception)]
+        if interrupts:
+            raise interrupts[0] from error
+        told = "; ".join(f"rank {rank}: {_told(failure)}" for rank, failure in found.items())
+        raise CheckpointError(f"{expected}, found something else ({told})") from error
+    except Exception as error:
+        raise CheckpointError(f"{expected}, found something else ({_told(error)})") from error
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"

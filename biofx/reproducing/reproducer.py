@@ -4,17 +4,19 @@ An exception inside a pass writes one by itself, unless the environment variable
 ``off``: into the folder it names, else into a new one in the system's folder for temporary files; a note on
 the exception says where. :func:`biofx.bisect` writes one where it is asked to.
 
-``model.pt`` is a pickle, as every file of ``torch.save``: load those of others only if you trust them.
+``model.pt`` is a pickle, as every file of ``torch.save``: load those of others only if you trust them. Both
+files hold what the model and the user's code are, so that their owner alone can read them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.metadata import version
@@ -25,6 +27,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from biofx.callables import registered_activations
 from biofx.config import BioConfig
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note
 from biofx.graph.printing import format_graph
@@ -34,7 +37,6 @@ from biofx.pass_base import Pass
 from biofx.pipeline import Pipeline
 from biofx.reproducing.carried_source import Carrier
 from biofx.reproducing.stages import stages_of
-from biofx.toml import write_whole
 
 PLACE = "BIOFX_REPRODUCER"
 """The environment variable that says where reproducers of exceptions go: a folder, or ``off``."""
@@ -81,16 +83,16 @@ def write_reproducer(
         "config": None if config is None else config.to_dict(),
     }
     script = _script(story, format_graph(graph_module), carrier.source, code, asked, without_weights)
-    place = _free(Path(folder))
+    packed = io.BytesIO()
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        torch.save(saved, place / "model.pt")
-    except OSError as error:
-        raise OptionError(f"cannot write a reproducer to {str(place)!r}: {error}") from error
+        torch.save(saved, packed)
     except Exception as error:
         raise InputError(f"the model, or what the predicate uses, cannot be pickled: {error}") from error
-    write_whole(place / "reproduce.py", script)
-    return place / "reproduce.py"
+    contents = {"model.pt": packed.getvalue(), "reproduce.py": script.encode("utf-8", "backslashreplace")}
+    try:
+        return _written(Path(folder), contents) / "reproduce.py"
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cannot write a reproducer to {str(folder)!r}: {error}") from error
 
 
 @contextmanager
@@ -160,7 +162,8 @@ def _pass_code(entry: Pass, carrier: Carrier) -> str:
     """Return an expression that makes a pass: its text where that reads back, its fields elsewhere."""
     try:
         text = str(entry)
-        if Pipeline.parse(text).passes in ((entry,), getattr(entry, "passes", None)):
+        by_name = any(name in text for name in registered_activations())  # which the script does not know
+        if not by_name and Pipeline.parse(text).passes in ((entry,), getattr(entry, "passes", None)):
             return f"biofx.Pipeline.parse({text!r})"
     except BiofxError:
         pass
@@ -211,12 +214,33 @@ def _standalone(graph_module: GraphModule, without_weights: bool) -> BioGraphMod
 _MODULE_STATE = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 
-def _free(folder: Path) -> Path:
-    number, place = 1, folder
-    while (place / "reproduce.py").exists():
+def _written(wanted: Path, contents: Mapping[str, bytes]) -> Path:
+    """Write new files that their owner alone can read, into a folder that has none of their names yet.
+
+    What is there already, a symlink that leads elsewhere too, is neither followed nor replaced.
+
+    Raises:
+        OSError: they cannot be written; none of them is left.
+        ValueError: the folder is no path.
+    """
+    number, folder = 1, wanted
+    while any(os.path.lexists(folder / name) for name in contents):
         number += 1
-        place = folder.with_name(f"{folder.name}-{number}")
-    return place
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    made: list[Path] = []
+    try:
+        for name, content in contents.items():
+            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            made.append(folder / name)
+            with open(descriptor, "wb") as file:
+                file.write(content)
+    except OSError:
+        for path in made:
+            path.unlink(missing_ok=True)
+        raise
+    return folder
 
 
 def _script(
@@ -225,11 +249,9 @@ def _script(
     """Return the script; whatever comes from outside stands in it as a literal, or is the user's own code."""
     packages = [f"{name} {version(name)}" for name in ("biofx", "torch", "networkx", "rich")]
     versions = ", ".join((*packages, f"Python {platform.python_version()}"))
-    comment = "\n".join(
-        f"# {line}".rstrip()
-        for line in (*story.splitlines(), "", f"Written with {versions}, on {platform.platform()}.")
-    )
-    shown = "\n".join(f"#   {line}" for text in graph.splitlines() for line in text.splitlines())
+    told = (*story.splitlines(), "", f"Written with {versions}, on {platform.platform()}.")
+    comment = "\n".join((_CODING, *(f"# {_printable(line)}".rstrip() for line in told)))
+    shown = "\n".join(f"#   {_printable(line)}" for line in graph.splitlines())
     weights = _DRAW_WEIGHTS if without_weights else ""
     run = _ASK.format(predicate=predicate) if predicate else "print(report)\n"
     parts = (
@@ -244,6 +266,15 @@ def _script(
         f"bio_model, report = biofx.transform(model, config, passes=passes)\n{run}",
     )
     return "\n\n".join(parts)
+
+
+_CODING = "# -*- coding: utf-8 -*-"
+"""Comes first: of two such lines at the top of a script Python obeys the first, and a story may hold one."""
+
+
+def _printable(line: str) -> str:
+    """Return a line with what a script cannot hold in a comment written as escapes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 _DRAW_WEIGHTS = """
