@@ -22,7 +22,7 @@ from biofx.checkpoints.checkpoint_file import (
     read_checkpoint,
     write_checkpoint,
 )
-from biofx.checkpoints.model_state import adopt_dtypes, check_layout, check_state, load_state
+from biofx.checkpoints.model_state import adopt_dtypes, check_layout, check_place, check_state, load_state
 from biofx.checkpoints.optimizer_state import fitted_state, optimizer_state, take_state
 from biofx.checkpoints.rate_types import convert_rates, record_as, rules_as
 from biofx.checkpoints.reapply import check_same_making, make_again
@@ -265,6 +265,7 @@ def _load_into_new(
 
 
 def _made(saved: Checkpoint, model: nn.Module, rate_type: str | None) -> BioGraphModule:
+    check_place(model)
     record, rules = saved.record, saved.rules
     if rate_type is not None:
         record = record_as(record, rate_type)

@@ -49,7 +49,7 @@ def as_checkpoint_error(doing: str, *, but: type[BiofxError] = CheckpointError) 
         raise
     except Exception as error:
         kind = "" if isinstance(error, BiofxError) else f"{type(error).__name__}: "
-        raise CheckpointError(f"{doing}: {kind}{_cause(error)}") from error
+        raise CheckpointError(f"{doing}: {kind}{cause_of(error)}") from error
 
 
 def write_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -65,7 +65,7 @@ def write_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
         with whole_file(path) as file:
             torch.save(stamped, file)
     except Exception as error:  # torch's writer makes other errors of a full disk
-        raise CheckpointError(f"cannot write {path}: {_cause(error)}") from error
+        raise CheckpointError(f"cannot write {path}: {cause_of(error)}") from error
     finally:
         torch.serialization.set_crc32_options(checksums)
 
@@ -223,7 +223,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """Return what an error says, or the error of the system that it came out of."""
     within: BaseException | None = error
     while within is not None and not isinstance(within, OSError):

@@ -48,7 +48,7 @@ def check_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
             memory to take values into.
     """
     owners, held = owners_of(model), model.state_dict()
-    _check_place(held)
+    check_place(model)
     read = {str(node.target) for node in whole_graph(model).find_nodes(op="get_attr")}
     missing = [key for key in held if key not in saved and (key in read or _owner(owners, key) is None)]
     if missing:
@@ -66,9 +66,14 @@ def check_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
         _check_entry(key, held.get(key), value, owner)
 
 
-def _check_place(held: Mapping[str, Any]) -> None:
-    for key, own in held.items():
-        if isinstance(own, Tensor) and own.is_meta:
+def check_place(model: nn.Module) -> None:
+    """Check that a model has memory to take values into.
+
+    Raises:
+        CheckpointError: something of it is on the meta device.
+    """
+    for key, own in (*model.named_parameters(), *model.named_buffers()):
+        if own.is_meta:
             raise CheckpointError(
                 f"model: expected a model with memory for its values, found {key!r} on the meta device; call "
                 "to_empty(device=...) first"

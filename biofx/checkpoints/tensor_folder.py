@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
+from biofx.checkpoints.checkpoint_file import cause_of
 from biofx.errors import CheckpointError
 from biofx.whole_file import create_locked, followed, remove_abandoned, sync_folder, whole_file
 
@@ -108,6 +110,17 @@ class _Writer(FileSystemWriter):
         for plan in made:
             plan.storage_data.prefix += f"{number}_"
         return made
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's part.
+
+        Raises:
+            OSError: it cannot be written; the other ranks are told why, which torch's writer may hide.
+        """
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise OSError(cause_of(error)) from error
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Let the index lead to what has been written, then remove what it led to before."""

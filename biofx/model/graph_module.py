@@ -7,6 +7,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from biofx.kernels.sharded_rates import outside_graphs
 from biofx.model.copies import prepared
 from biofx.model.graph_records import pack, unpack
 from biofx.model.late_hooks import paths_inline, refuse_late_hooks
+from biofx.model.rollback import has_places_for, unchanged_on_failure
 from biofx.plasticity.model_rules import apply_rule, expanded_weights, exposed_rules
 from biofx.plasticity.sharded_model import before_forward, is_fully_sharded
 
@@ -115,11 +117,11 @@ class BioGraphModule(GraphModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load a state as any module does.
+        """Load a state as any module does, but change nothing where that fails.
 
         Raises:
             CheckpointError: it is the state of a model with half as many units, as the original has after
-                ``expand-units``; nothing is changed then.
+                ``expand-units``.
         """
         for path, weight in expanded_weights(self).items():
             given = state_dict.get(path)
@@ -129,7 +131,8 @@ class BioGraphModule(GraphModule):
                     f"and an inhibitory one (dales_method='expand'), found {tuple(given.shape)}; load a "
                     "checkpoint of the original into the original, and transform that"
                 )
-        return super().load_state_dict(state_dict, strict, assign)
+        with nullcontext() if has_places_for(self, state_dict) else unchanged_on_failure(self):
+            return super().load_state_dict(state_dict, strict, assign)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,27 @@ def unchanged_on_failure(*holders: Any) -> Iterator[None]:
     except BaseException:
         put_back()
         raise
+
+
+def has_places_for(module: nn.Module, state_dict: Mapping[str, Any]) -> bool:
+    """Whether each entry of a state has a tensor of its shape in a module, and each tensor an entry.
+
+    The tensors that modules make of what else they remember are not compared.
+    """
+    held = {**dict(module.named_parameters(remove_duplicate=False)), **_saved_buffers(module)}
+    if not all(isinstance(value, Tensor) for value in state_dict.values()):
+        return False
+    given = {key: value.shape for key, value in state_dict.items() if not key.endswith("_extra_state")}
+    return given == {key: tensor.shape for key, tensor in held.items()}
+
+
+def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{path}{'.' if path else ''}{name}": buffer
+        for path, part in module.named_modules(remove_duplicate=False)
+        for name, buffer in part._buffers.items()
+        if buffer is not None and name not in part._non_persistent_buffers_set
+    }
 
 
 def keep(*holders: Any) -> Callable[[], None]:
