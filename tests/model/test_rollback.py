@@ -79,7 +79,6 @@ def test_without_a_failure_changes_stay() -> None:
     "make",
     [
         lambda: torch.ones(3, 3).to_sparse(),
-        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
         lambda: torch.ones(3, device="meta"),
         lambda: torch.ones(3, dtype=torch.complex64).conj(),
         lambda: torch.ones(0),
