@@ -122,10 +122,11 @@ def callable_to_text(function: Callable[..., Any]) -> str:
     if isinstance(function, nn.Module):
         named = type(function) if _is_plain(function) else None
     # torch.special.expit calls itself special_expit
-    name = str(getattr(named, "__name__", "")).removeprefix("special_")
+    own = str(getattr(named, "__name__", "")).removeprefix("special_")
     for place, (namespace, names) in ELEMENTWISE.items():
-        if name in names and getattr(namespace, name, None) is named:
-            return f"{place}.{name}"
+        for name in sorted(names, key=lambda name: (name != own, name)):
+            if getattr(namespace, name) is named:
+                return f"{place}.{name}"
     raise OptionError(
         "expected a callable that a text can name (an element-wise function of torch, a torch.nn activation "
         f"without options, what biofx.register_activation knows), found {function!r}; register it, or keep it "

@@ -291,3 +291,80 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OptionError, match="cannot write a reproducer"):
         write_reproducer(tmp_path / "file" / "below", biofx.capture(Net()), [], "story")
+
+
+def coded(x: Tensor) -> Tensor:
+    # -*- coding: latin-1 -*-
+    """Größe. -*- coding: utf-7 -*-"""
+    return x + len("größe")
+
+
+@pytest.mark.parametrize(
+    "story",
+    [
+        "plain",
+        "-*- coding: latin-1 -*-",
+        "first\nvim: set fileencoding=utf-7 :",
+        "größe\nсловарь coding=ascii",
+        "bell \x07 null \x00 escape \x1b[31m surrogate \ud800 \u202e reversed",
+    ],
+)
+def test_the_script_is_utf_8_whatever_is_told_in_it(story: str, tmp_path: Path) -> None:
+    script = write_reproducer(tmp_path / "out", biofx.capture(Net()), [SplitWeights(activation=coded)], story)
+    content = script.read_bytes()
+    assert content.startswith(b"# -*- coding: utf-8 -*-\n")
+    assert "größe" in content.decode("utf-8")
+    done = ran_elsewhere(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "summed after coded" in done.stdout
+
+
+def test_its_owner_alone_can_read_it_from_the_first_moment_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(0)
+    opened: list[tuple[str, int, int]] = []
+
+    def watched(path: Any, flags: int, mode: int = 0o777, open_it: Any = os.open) -> int:
+        opened.append((Path(path).name, flags & os.O_EXCL, mode))
+        return int(open_it(path, flags, mode))
+
+    monkeypatch.setattr(os, "open", watched)
+    try:
+        script = write_reproducer(tmp_path / "a" / "out", biofx.capture(Net()), [], "story")
+    finally:
+        os.umask(before)
+    assert opened == [("model.pt", os.O_EXCL, 0o600), ("reproduce.py", os.O_EXCL, 0o600)]
+    assert {path.name: path.stat().st_mode & 0o777 for path in script.parent.iterdir()} == {
+        "model.pt": 0o600,
+        "reproduce.py": 0o600,
+    }
+    assert script.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("name", ["reproduce.py", "model.pt"])
+def test_what_lies_there_already_is_neither_followed_nor_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"precious")
+    for number, target in enumerate((tmp_path / "victim", tmp_path / "nothing yet")):
+        out = tmp_path / f"out{number}"
+        out.mkdir()
+        (out / name).symlink_to(target)
+        script = write_reproducer(out, biofx.capture(Net()), [], "story")
+        assert script.parent.name == f"out{number}-2"
+        assert [path.name for path in out.iterdir()] == [name]
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+    assert not (tmp_path / "nothing yet").exists()
+
+
+def test_a_reproducer_that_cannot_be_written_whole_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Any, flags: int, mode: int = 0o777, open_it: Any = os.open) -> int:
+        if Path(path).name == "reproduce.py":
+            raise OSError(28, "No space left on device")
+        return int(open_it(path, flags, mode))
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(OptionError, match="No space left"):
+        write_reproducer(tmp_path / "out", biofx.capture(Net()), [], "story")
+    assert not list((tmp_path / "out").iterdir())
