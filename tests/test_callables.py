@@ -229,7 +229,7 @@ def test_what_is_registered_can_be_named_everywhere(
     loaded = biofx.load(tmp_path / "a.pt", net())
     assert torch.equal(loaded(x), model(x))
     monkeypatch.setattr("biofx.callables._registered", {})
-    with pytest.raises(biofx.CheckpointError, match=r"found 'my-twice'; a text can name .* register_activation"):
+    with pytest.raises(biofx.CheckpointError, match=r"found 'my-twice'; a text can name .*register_activation"):
         biofx.load(tmp_path / "a.pt", net())
     with pytest.raises(OptionError, match=r"c.toml: .*found 'my-twice'"):
         biofx.BioConfig.from_toml(tmp_path / "c.toml")
