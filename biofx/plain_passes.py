@@ -159,26 +159,27 @@ def value_from_plain(plain: Any) -> Any:
 def same_options(one: Any, other: Any) -> bool:
     """Whether two plain values mean the same, as far as can be told.
 
-    A function that a file could name when it was saved may have no name for it now, or the other way round:
-    it is the same if it is called so.
+    A function that a file could name when it was saved may have no name for it now, or the other way round.
+    One of torch's is the same if it is called so. What a name meant that is registered elsewhere only the
+    graph can tell.
     """
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        kinds = {*one, *other}
-        if kinds == {"callable", "unnamed"} and len(one) == len(other) == 1:
-            return _called(one) == _called(other)
+        if {*one, *other} == {"callable", "unnamed"} and len(one) == len(other) == 1:
+            both = {**one, **other}
+            return _called(str(both["callable"])) in (None, str(both["unnamed"]).rpartition(".")[2])
         return one.keys() == other.keys() and all(same_options(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same_options, one, other))
     return bool(one == other)
 
 
-def _called(plain: Mapping[str, Any]) -> str:
-    """Return what a function, named or not, calls itself."""
-    if "unnamed" in plain:
-        return str(plain["unnamed"]).rpartition(".")[2]
-    name = str(plain["callable"])
-    own = registered_activations().get(name, None)
-    return str(getattr(own, "__qualname__", type(own).__name__) if own else name).rpartition(".")[2]
+def _called(name: str) -> str | None:
+    """Return what the function that a text names calls itself, None where that is not known here."""
+    if name.startswith("torch."):
+        return name.rpartition(".")[2]
+    known = registered_activations().get(name)
+    own = getattr(known, "__qualname__", type(known).__name__)
+    return None if known is None else own.rpartition(".")[2]
 
 
 def _selector_to_plain(selector: Any) -> Any:
