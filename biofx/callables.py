@@ -26,15 +26,15 @@ ELEMENTWISE: dict[str, tuple[Any, frozenset[str]]] = {
     "torch.nn.functional": (
         F,
         _names(
-            "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu relu6 selu "
-            "sigmoid silu softplus softshrink softsign tanh tanhshrink"
+            "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu relu6 "
+            "selu sigmoid silu softplus softshrink softsign tanh tanhshrink"
         ),
     ),
     "torch.nn": (
         nn,
         _names(
-            "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish PReLU "
-            "ReLU ReLU6 SELU SiLU Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink"
+            "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish "
+            "PReLU ReLU ReLU6 SELU SiLU Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink"
         ),
     ),
     "torch.special": (
@@ -47,9 +47,9 @@ ELEMENTWISE: dict[str, tuple[Any, frozenset[str]]] = {
     "torch": (
         torch,
         _names(
-            "abs absolute acos acosh arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh ceil "
-            "celu cos cosh deg2rad digamma erf erfc erfinv exp exp2 expm1 fix floor frac hardshrink i0 lgamma "
-            "log log10 log1p log2 logit nan_to_num neg negative positive rad2deg reciprocal relu round rsqrt "
+            "abs absolute acos acosh arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh "
+            "ceil celu cos cosh deg2rad digamma erf erfc erfinv exp exp2 expm1 fix floor frac hardshrink i0 "
+            "lgamma log log10 log1p log2 logit nan_to_num neg negative positive rad2deg reciprocal relu round rsqrt "
             "selu sgn sigmoid sign sin sinc sinh sqrt square tan tanh trunc"
         ),
     ),
@@ -129,8 +129,8 @@ def callable_to_text(function: Callable[..., Any]) -> str:
                 return f"{place}.{name}"
     raise OptionError(
         "expected a callable that a text can name (an element-wise function of torch, a torch.nn activation "
-        f"without options, what biofx.register_activation knows), found {function!r}; register it, or keep it "
-        "in Python"
+        f"without options, what biofx.register_activation knows), found {function!r}; register it, or keep "
+        "it in Python"
     )
 
 
@@ -171,8 +171,8 @@ def callable_from_text(text: str) -> Callable[..., Any]:
     if name not in names:
         hint = suggest(name, names) if names else suggest(text, _registered)
         raise OptionError(
-            f"expected an activation such as 'torch.tanh' or 'torch.nn.ReLU', found {text!r}{hint}; a text can "
-            "name element-wise functions of torch and what biofx.register_activation(name, function) has "
+            f"expected an activation such as 'torch.tanh' or 'torch.nn.ReLU', found {text!r}{hint}; a text "
+            "can name element-wise functions of torch and what biofx.register_activation(name, function) has "
             "registered, any other function is given as an object"
         )
     found: Any = getattr(namespace, name)

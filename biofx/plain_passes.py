@@ -2,7 +2,7 @@
 
 A group is ``{"group": [...]}``, a pass ``{"pass": name, "options": {...}}``, both with ``only``, ``exclude``,
 ``enabled`` and ``overrides`` where given. A selector is its text, a list of them, or for a predicate
-``{"nodes": [...], "predicate": name}``: what it picked. A callable is ``{"callable": its name in a text}``, or
+``{"nodes": [...], "predicate": name}``: what it picked. A callable is ``{"callable": its name}``, or
 ``{"unnamed": …}`` where it has no name that a file may carry.
 """
 

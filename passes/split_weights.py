@@ -44,7 +44,7 @@ class SplitWeights(Pass):
     gamma: int = 2
     """Synapses per connection, a count; 0 and 1 are off."""
     activation: Callable[[Any], Any] | str = identity
-    """Applied to each synapse's output before the sum; keeps the shape. A callable, or the name of one (biofx.callables)."""
+    """Applied to each synapse's output before the sum; keeps the shape. A callable, or a text's name."""
     mode: str = "neighbours"
     """``"neighbours"``: neighbouring output channels are the synapses of one connection."""
 

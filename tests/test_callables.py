@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,8 @@ class OwnActivation(nn.Module):
 )
 def test_what_torch_has_no_name_for_has_no_text(function: Callable[..., Any]) -> None:
     with pytest.raises(
-        OptionError, match=r"(?s)expected a callable that a text can name .* register it, or keep it in Python"
+        OptionError,
+        match=r"(?s)expected a callable that a text can name .* register it, or keep it in Python",
     ):
         callable_to_text(function)
 
@@ -188,7 +189,9 @@ def test_what_a_text_may_name_does_the_same_to_each_element_and_nothing_else(tex
     assert leaf.grad is not None
 
 
-@pytest.mark.parametrize("text", [name for name in NAMES if name not in ("torch.nn.PReLU", "torch.nn.Identity")])
+@pytest.mark.parametrize(
+    "text", [name for name in NAMES if name not in ("torch.nn.PReLU", "torch.nn.Identity")]
+)
 def test_what_a_text_may_name_has_that_name_itself(text: str) -> None:
     found = callable_from_text(text)
     again = callable_from_text(callable_to_text(found))
@@ -196,10 +199,9 @@ def test_what_a_text_may_name_has_that_name_itself(text: str) -> None:
 
 
 @pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is registered here is forgotten afterwards."""
     monkeypatch.setattr("biofx.callables._registered", {})
-    yield
 
 
 def twice(x: Tensor) -> Tensor:
@@ -229,12 +231,16 @@ def test_what_is_registered_can_be_named_everywhere(
     loaded = biofx.load(tmp_path / "a.pt", net())
     assert torch.equal(loaded(x), model(x))
     monkeypatch.setattr("biofx.callables._registered", {})
-    with pytest.raises(biofx.CheckpointError, match=r"found 'my-twice'; a text can name .*register_activation"):
+    with pytest.raises(
+        biofx.CheckpointError, match=r"found 'my-twice'; a text can name .*register_activation"
+    ):
         biofx.load(tmp_path / "a.pt", net())
     with pytest.raises(OptionError, match=r"c.toml: .*found 'my-twice'"):
         biofx.BioConfig.from_toml(tmp_path / "c.toml")
     # given as an object, it is the same
-    again, _ = biofx.transform(net(), {"weight_splitting_Gamma": 2, "weight_splitting_activation_function": twice})
+    again, _ = biofx.transform(
+        net(), {"weight_splitting_Gamma": 2, "weight_splitting_activation_function": twice}
+    )
     assert torch.equal(biofx.load(tmp_path / "a.pt", again)(x), model(x))
 
 
@@ -248,7 +254,21 @@ def test_a_name_means_one_thing(own: None) -> None:
     exec("def twice(x): return x", namespace)  # a cell of a notebook that runs again
     register_activation("f", namespace["twice"])
     assert callable_from_text("f") is namespace["twice"]
-    for name in ("identity", "torch.mine", "torch", "none", "true", "", "a b", "1.5", "-x", "a,b", "a{", 3, None):
+    for name in (
+        "identity",
+        "torch.mine",
+        "torch",
+        "none",
+        "true",
+        "",
+        "a b",
+        "1.5",
+        "-x",
+        "a,b",
+        "a{",
+        3,
+        None,
+    ):
         with pytest.raises(OptionError, match="expected a name of letters, digits"):
             register_activation(name, twice)  # type: ignore[arg-type]
     for value in (3, nn.ReLU, "torch.tanh", None):
@@ -259,13 +279,15 @@ def test_a_name_means_one_thing(own: None) -> None:
 DOORS: dict[str, Callable[[str, Path], object]] = {
     "a pipeline's text": lambda name, _: biofx.transform(net(), passes=f"split-weights{{activation={name}}}"),
     "a quoted text": lambda name, _: biofx.Pipeline.parse(f'split-weights{{activation="{name}"}}'),
-    "an override": lambda name, _: biofx.transform(net(), passes=f'split-weights{{@"0"{{activation={name}}}}}'),
+    "an override": lambda name, _: biofx.transform(
+        net(), passes=f'split-weights{{@"0"{{activation={name}}}}}'
+    ),
     "a config": lambda name, _: biofx.BioConfig.from_dict({ACTIVATION: name}),
     "a config's override": lambda name, _: biofx.BioConfig.from_dict(
         {"overrides": [{"selector": "0", ACTIVATION: name}]}
     ),
     "a file": lambda name, folder: biofx.BioConfig.from_toml(written(folder, name)),
-    "a keyword": lambda name, _: biofx.BioConverter(**{ACTIVATION: name}),
+    "a keyword": lambda name, _: biofx.BioConverter({ACTIVATION: name}),
     "a checkpoint": lambda name, folder: biofx.load(checkpoint(folder, name), net()),
 }
 ACTIVATION = "weight_splitting_activation_function"
@@ -277,7 +299,9 @@ def written(folder: Path, name: str) -> Path:
 
 
 def checkpoint(folder: Path, name: str) -> Path:
-    biofx.save(biofx.transform(net(), passes="split-weights{activation=torch.tanh}").graph_module, folder / "a.pt")
+    biofx.save(
+        biofx.transform(net(), passes="split-weights{activation=torch.tanh}").graph_module, folder / "a.pt"
+    )
     content = torch.load(folder / "a.pt", weights_only=True)
     assert content["record"].count('"torch.tanh"') == 1
     content["record"] = content["record"].replace('"torch.tanh"', json.dumps(name))
@@ -285,7 +309,9 @@ def checkpoint(folder: Path, name: str) -> Path:
     return folder / "a.pt"
 
 
-@pytest.mark.parametrize("name", ["torch.set_default_device", "os.system", "torch.nn.functional.dropout", "torch.load"])
+@pytest.mark.parametrize(
+    "name", ["torch.set_default_device", "os.system", "torch.nn.functional.dropout", "torch.load"]
+)
 @pytest.mark.parametrize("door", DOORS)
 def test_no_text_names_anything_else(door: str, name: str, tmp_path: Path) -> None:
     before = set(sys.modules)
@@ -308,15 +334,21 @@ def test_the_command_line_names_nothing_else(
     sys.modules.pop("nets", None)
 
 
-def test_a_checkpoint_that_named_what_no_text_names_any_more_loads_into_a_model_made_alike(tmp_path: Path) -> None:
+def test_a_checkpoint_that_named_what_no_text_names_any_more_loads_into_a_model_made_alike(
+    tmp_path: Path,
+) -> None:
     options = {"weight_splitting_Gamma": 2, ACTIVATION: F.normalize}
     model, _ = biofx.transform(net(), options)
     biofx.save(model, tmp_path / "a.pt")
     content = torch.load(tmp_path / "a.pt", weights_only=True)
-    named = content["record"].replace('{"unnamed": "normalize"}', '{"callable": "torch.nn.functional.normalize"}')
+    named = content["record"].replace(
+        '{"unnamed": "normalize"}', '{"callable": "torch.nn.functional.normalize"}'
+    )
     assert named != content["record"]  # as older versions wrote it
     torch.save({**content, "record": named}, tmp_path / "a.pt")
-    with pytest.raises(biofx.CheckpointError, match=r"found 'torch.nn.functional.normalize'.*load into the result"):
+    with pytest.raises(
+        biofx.CheckpointError, match=r"found 'torch.nn.functional.normalize'.*load into the result"
+    ):
         biofx.load(tmp_path / "a.pt", net())
     again, _ = biofx.transform(net(), options)
     biofx.load(tmp_path / "a.pt", again)

@@ -58,7 +58,13 @@ def test_a_process_that_is_killed_while_it_writes_leaves_the_old_file(tmp_path: 
     assert path.read_bytes() == b"old"
     (left,) = set(names(tmp_path)) - {"file"}
     assert left.startswith(".file.")
-    others = [".file.0123abcd", ".file.0123abcd.unfinished.txt", ".other.0123abcd.unfinished", ".file.tmp", "file~"]
+    others = [
+        ".file.0123abcd",
+        ".file.0123abcd.unfinished.txt",
+        ".other.0123abcd.unfinished",
+        ".file.tmp",
+        "file~",
+    ]
     for name in others:
         (tmp_path / name).write_bytes(b"somebody else's")
     going_on, held = create_locked(tmp_path, "file")

@@ -161,8 +161,8 @@ class _Plain:
             return value
         if depth > _DEEPEST:
             raise CheckpointError(
-                f"{where[:80]}…: expected at most {_DEEPEST} values within each other, found more, or a value "
-                "that holds itself"
+                f"{where[:80]}…: expected at most {_DEEPEST} values within each other, found more, or a "
+                "value that holds itself"
             )
         if id(value) not in self._made:
             self._made[id(value)] = value, self._of(value, where, depth)
@@ -200,8 +200,8 @@ def _check_values(tensor: Tensor, where: str) -> None:
         empty = tensor.untyped_storage().nbytes() == 0
     if empty:
         raise CheckpointError(
-            f"{where}: expected a tensor with values, found one without (on the {tensor.device.type} device); "
-            "give the model its values first: to_empty(device=...) and load_state_dict"
+            f"{where}: expected a tensor with values, found one without (on the {tensor.device.type} "
+            "device); give the model its values first: to_empty(device=...) and load_state_dict"
         )
 
 

@@ -32,9 +32,9 @@ def on_all_ranks(step: Callable[[], ResultT]) -> ResultT:
     try:
         dist.all_gather_object(told, None if failure is None else f"{type(failure).__name__}: {failure}")
     except RuntimeError as error:
-        raise CheckpointError(f"expected an answer of all {len(told)} ranks, found that one is gone: {error}") from (
-            failure or error
-        )
+        raise CheckpointError(
+            f"expected an answer of all {len(told)} ranks, found that one is gone: {error}"
+        ) from (failure or error)
     if failure is not None:
         raise failure
     for rank, message in enumerate(told):

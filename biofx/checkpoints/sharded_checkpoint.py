@@ -26,8 +26,8 @@ from biofx.checkpoints.checkpoint import (
     transformed,
 )
 from biofx.checkpoints.checkpoint_file import FORMAT, SCHEMA, as_checkpoint_error, check_stamp, plain
-from biofx.checkpoints.on_all_ranks import on_all_ranks
 from biofx.checkpoints.model_state import check_state, owners_of
+from biofx.checkpoints.on_all_ranks import on_all_ranks
 from biofx.checkpoints.reapply import check_same_making
 from biofx.errors import CheckpointError
 from biofx.model.rollback import unchanged_on_failure
@@ -116,7 +116,9 @@ def load_sharded(
             skeleton = json.loads(bytes(text.tolist()))
             content = _restored(skeleton, opened.sizes)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{folder}: expected the content of a checkpoint, found {error!r}") from error
+            raise CheckpointError(
+                f"{folder}: expected the content of a checkpoint, found {error!r}"
+            ) from error
         check_stamp(content, folder)
         check_same_making(TransformRecord.from_json(content["record"]), target)
         prepare_states(target)

@@ -7,7 +7,6 @@ longer names goes then. A save that is killed leaves files that the next one rem
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import warnings
@@ -187,7 +186,7 @@ def _read_index(folder: Path) -> bytes:
 
 
 def _named_in(index: bytes) -> set[str]:
-    """Return the names of files in an index; it is not unpickled, which might run code of whoever wrote it."""
+    """Return the names of files in an index; it is not unpickled, which might run somebody's code."""
     return {name.decode() for name in _ANY.findall(index)}
 
 

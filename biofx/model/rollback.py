@@ -78,7 +78,11 @@ def keep(*holders: Any) -> Callable[[], None]:
         elif isinstance(value, tuple):
             waiting += value
         elif isinstance(value, nn.Module):
-            waiting += [vars(module) for module in value.modules()] if any(value is holder for holder in holders) else ()
+            waiting += (
+                [vars(module) for module in value.modules()]
+                if any(value is holder for holder in holders)
+                else ()
+            )
         elif isinstance(value, Optimizer) or type(value).__module__.partition(".")[0] == _OURS:
             waiting.append(getattr(value, "__dict__", None))
 

@@ -62,8 +62,10 @@ def everything(run: Run) -> Any:
     model, optimizer, plasticity = run
     holders = [id(tensor) for tensor in (*model.parameters(), *model.buffers())]
     modes = [(name, module.training) for name, module in model.named_modules()]
-    named = {index: state for index, state in enumerate(optimizer.state.values())}
-    return bits([dict(model.state_dict()), named, optimizer.param_groups, plasticity.state_dict(), holders, modes])
+    named = dict(enumerate(optimizer.state.values()))
+    return bits(
+        [dict(model.state_dict()), named, optimizer.param_groups, plasticity.state_dict(), holders, modes]
+    )
 
 
 @contextmanager
@@ -109,7 +111,9 @@ class Interrupted(torch.optim.Adam):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("kind", "told"), [(Midway, "ZeroDivisionError: midway"), (Late, "RuntimeError: late")])
+@pytest.mark.parametrize(
+    ("kind", "told"), [(Midway, "ZeroDivisionError: midway"), (Late, "RuntimeError: late")]
+)
 def test_an_optimizer_that_fails_midway_takes_nothing_along(kind: Any, told: str, tmp_path: Path) -> None:
     model, optimizer, plasticity = run(0, kind)
     biofx.save(model, tmp_path / "a.pt", optimizer=optimizer, plasticity=plasticity)
@@ -136,7 +140,10 @@ def test_of_two_optimizers_the_first_does_not_keep_what_the_second_refuses(tmp_p
         torch.manual_seed(seed)
         model, _ = biofx.transform(Net(), CONFIG)
         parameters = list(model.parameters())
-        optimizers = [torch.optim.SGD(parameters[:2], lr=0.1 + seed, momentum=0.9), Late(parameters[2:], lr=0.01)]
+        optimizers = [
+            torch.optim.SGD(parameters[:2], lr=0.1 + seed, momentum=0.9),
+            Late(parameters[2:], lr=0.01),
+        ]
         model(torch.randn(5, 4)).sum().backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -196,15 +203,33 @@ MOMENT = r"optimizer: 'exp_avg' of 'first.weight': "
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda c: state(c).update(exp_avg=torch.zeros(6)), MOMENT + r"expected shape \(6, 4\), found shape \(6,\)"),
+        (
+            lambda c: state(c).update(exp_avg=torch.zeros(6)),
+            MOMENT + r"expected shape \(6, 4\), found shape \(6,\)",
+        ),
         (lambda c: state(c).update(exp_avg=torch.zeros(1, 4)), MOMENT + r"expected shape \(6, 4\)"),
-        (lambda c: state(c).update(exp_avg=torch.zeros(6, 4).to_sparse()), MOMENT + "expected layout torch.strided"),
-        (lambda c: state(c).update(exp_avg=torch.zeros(6, 4, dtype=torch.int64)), MOMENT + "expected numbers like"),
-        (lambda c: state(c).update(exp_avg=torch.zeros(6, 4, dtype=torch.complex64)), MOMENT + "expected numbers"),
-        (lambda c: state(c).update(exp_avg=torch.zeros(6, 4, device="meta")), MOMENT + "expected a tensor with val|meta"),
+        (
+            lambda c: state(c).update(exp_avg=torch.zeros(6, 4).to_sparse()),
+            MOMENT + "expected layout torch.strided",
+        ),
+        (
+            lambda c: state(c).update(exp_avg=torch.zeros(6, 4, dtype=torch.int64)),
+            MOMENT + "expected numbers like",
+        ),
+        (
+            lambda c: state(c).update(exp_avg=torch.zeros(6, 4, dtype=torch.complex64)),
+            MOMENT + "expected numbers",
+        ),
+        (
+            lambda c: state(c).update(exp_avg=torch.zeros(6, 4, device="meta")),
+            MOMENT + "expected a tensor with val|meta",
+        ),
         (lambda c: state(c).update(exp_avg=3), MOMENT + "expected a tensor, found a int"),
         (lambda c: state(c).update(step=torch.zeros(6, 4)), r"'step' of 'first.weight': expected shape \(\)"),
-        (lambda c: c["optimizers"][0]["groups"][0].update(lr="high"), "expected a number for 'lr', found 'high'"),
+        (
+            lambda c: c["optimizers"][0]["groups"][0].update(lr="high"),
+            "expected a number for 'lr', found 'high'",
+        ),
         (lambda c: c["optimizers"][0]["groups"][0].update(lr={}), "expected a number for 'lr'"),
         (lambda c: c["optimizers"][0].update(groups=[3]), "expected groups with the names"),
         (lambda c: c["optimizers"][0].update(shapes={"first.weight": 3}), "malformed|shape"),
@@ -250,10 +275,12 @@ class Exact(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
-                total = self.state[parameter].setdefault("total", torch.zeros_like(parameter, dtype=torch.float64))
+                total = self.state[parameter].setdefault(
+                    "total", torch.zeros_like(parameter, dtype=torch.float64)
+                )
                 total += parameter.grad
                 parameter -= group["lr"] * total.to(parameter.dtype)
 
@@ -332,11 +359,17 @@ def freed() -> Tensor:
     [
         (lambda model: {"extra": [1]}, "extra: expected a dict of names to values, found a list"),
         (lambda model: {"extra": {"f": open}}, "found a builtin_function_or_method"),
-        (lambda model: {"extra": {"t": torch.ones(3, device="meta")}}, r"\['t'\]: expected a tensor with values"),
+        (
+            lambda model: {"extra": {"t": torch.ones(3, device="meta")}},
+            r"\['t'\]: expected a tensor with values",
+        ),
         (lambda model: {"extra": {"t": freed()}}, r"\['t'\]: expected a tensor with values"),
         (lambda model: {"extra": knot()}, "at most 100 values within each other"),
         (lambda model: {"extra": {"s": {1, 2}}}, "found a set"),
-        (lambda model: {"optimizer": Silent(model.parameters(), lr=1)}, "a Silent that raises: AttributeError: no st"),
+        (
+            lambda model: {"optimizer": Silent(model.parameters(), lr=1)},
+            "a Silent that raises: AttributeError: no st",
+        ),
         (lambda model: {"optimizer": Odd(model.parameters(), lr=1)}, "a Odd that raises: KeyError"),
     ],
 )
@@ -359,7 +392,9 @@ def test_a_model_without_values_is_not_saved_and_takes_none(save: Any, tmp_path:
     biofx.save(model, tmp_path / "a.pt")
     biofx.save_sharded(model, tmp_path / "a")
     empty = copy.deepcopy(model).to("meta")
-    with pytest.raises(CheckpointError, match="expected a tensor with values, found one without.*meta device"):
+    with pytest.raises(
+        CheckpointError, match=r"expected a tensor with values, found one without.*meta device"
+    ):
         save(empty, tmp_path / "b")
     assert not (tmp_path / "b").exists()
     with warnings.catch_warnings():

@@ -42,7 +42,7 @@ def test_a_compressed_archive_is_refused_before_it_is_read(method: int, saved: P
     assert saved.stat().st_size < 2**20
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError, match="is compressed, which torch.save never does"):
+        with pytest.raises(CheckpointError, match=r"is compressed, which torch\.save never does"):
             biofx.Checkpoint.read(saved)
         assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
     finally:
@@ -122,7 +122,13 @@ def test_values_within_each_other_are_gone_through_once() -> None:
 def test_numbers_and_texts_of_other_classes_become_plain(saved: Path) -> None:
     import numpy as np
 
-    values = {"n": np.float64(0.5), "s": np.str_("text"), "size": torch.Size([2, 3]), "odd": "\ud800", "big": 2**200}
+    values = {
+        "n": np.float64(0.5),
+        "s": np.str_("text"),
+        "size": torch.Size([2, 3]),
+        "odd": "\ud800",
+        "big": 2**200,
+    }
     assert type(plain(values, "extra")["n"]) is float
     model = biofx.transform(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))).graph_module
     biofx.save(model, saved, extra=values)

@@ -71,7 +71,7 @@ def test_a_run_of_an_older_version_goes_on(kind: str, stored: Path) -> None:
         model, _ = biofx.transform(net(), CONFIG)
     optimizer, plasticity = attached(model)
     if kind == "folder":
-        extra = biofx.load_sharded(stored / "folder", model, optimizer=optimizer, plasticity=plasticity)
+        extra: Any = biofx.load_sharded(stored / "folder", model, optimizer=optimizer, plasticity=plasticity)
     else:
         saved = biofx.Checkpoint.read(stored / "run.pt")
         biofx.load(saved, model, optimizer=optimizer, plasticity=plasticity)
