@@ -49,8 +49,8 @@ ELEMENTWISE: dict[str, tuple[Any, frozenset[str]]] = {
         _names(
             "abs absolute acos acosh arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh "
             "ceil celu cos cosh deg2rad digamma erf erfc erfinv exp exp2 expm1 fix floor frac hardshrink i0 "
-            "lgamma log log10 log1p log2 logit nan_to_num neg negative positive rad2deg reciprocal relu round rsqrt "
-            "selu sgn sigmoid sign sin sinc sinh sqrt square tan tanh trunc"
+            "lgamma log log10 log1p log2 logit nan_to_num neg negative positive rad2deg reciprocal relu "
+            "round rsqrt selu sgn sigmoid sign sin sinc sinh sqrt square tan tanh trunc"
         ),
     ),
 }
