@@ -29,8 +29,9 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         optimizer: any optimizer.
 
     Returns:
-        Plain values and tensors: ``class``, ``shapes`` of the parameters, ``state`` of each, ``groups`` with
-        their options, and ``rest``, what the optimizer adds of its own.
+        Plain values and tensors: ``class``, ``shapes`` of the parameters, ``state`` of each, ``shared``, what
+        the optimizer remembers of them together, ``groups`` with their options, and ``rest``, what it adds of
+        its own.
 
     Raises:
         CheckpointError: the optimizer steps a parameter that is none of the model's, or gives no state.
@@ -53,7 +54,8 @@ def _named(optimizer: Optimizer, names: list[list[str]], packed: dict[str, Any])
     return {
         "class": type(optimizer).__name__,
         "shapes": shapes,
-        "state": {index[number]: dict(entry) for number, entry in packed["state"].items()},
+        "state": {index[number]: dict(entry) for number, entry in packed["state"].items() if number in index},
+        "shared": {key: entry for key, entry in packed["state"].items() if key not in index},
         "groups": [
             {**_options(group), "parameters": named}
             for group, named in zip(packed["param_groups"], names, strict=True)
@@ -147,7 +149,10 @@ def _fitted(
     ]
     return {
         **state["rest"],
-        "state": {numbers[name]: dict(entry) for name, entry in state["state"].items()},
+        "state": {
+            **{numbers[name]: dict(entry) for name, entry in state["state"].items()},
+            **state.get("shared", {}),
+        },
         "param_groups": groups,
     }
 

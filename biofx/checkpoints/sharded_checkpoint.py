@@ -22,10 +22,10 @@ from biofx.checkpoints.checkpoint import (
     checkpoint_of,
     content_of,
     listed,
-    load_into,
     transformed,
 )
 from biofx.checkpoints.checkpoint_file import FORMAT, SCHEMA, as_checkpoint_error, check_stamp, plain
+from biofx.checkpoints.loading import load_into
 from biofx.checkpoints.model_state import check_state, owners_of
 from biofx.checkpoints.on_all_ranks import on_all_ranks
 from biofx.checkpoints.reapply import check_same_making

@@ -329,6 +329,38 @@ def test_sums_of_sparse_gradients_come_back(tmp_path: Path) -> None:
         assert bits(one["momentum_buffer"]) == bits(other["momentum_buffer"])
 
 
+class Counting(torch.optim.SGD):
+    """Remembers something of all parameters together."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.state["count"] = self.state.get("count", 0) + 1
+        super().step(closure)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "named"])
+def test_what_an_optimizer_remembers_of_all_parameters_comes_back(kind: str, tmp_path: Path) -> None:
+    def made(seed: int) -> tuple[Any, Any]:
+        torch.manual_seed(seed)
+        model = biofx.transform(nn.Linear(4, 2)).graph_module
+        return model, Counting(model.parameters(), lr=0.1, momentum=0.9)
+
+    model, optimizer = made(0)
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    target, own = made(1)
+    if kind == "file":
+        biofx.save(model, tmp_path / "a.pt", optimizer=optimizer)
+        biofx.load(tmp_path / "a.pt", target, optimizer=own)
+    elif kind == "folder":
+        biofx.save_sharded(model, tmp_path / "a", optimizer=optimizer)
+        biofx.load_sharded(tmp_path / "a", target, optimizer=own)
+    else:
+        biofx.load_optimizer_state(target, own, biofx.optimizer_state(model, optimizer))
+    assert own.state["count"] == 3
+    assert len(own.state) == 3
+
+
 # saving
 
 
