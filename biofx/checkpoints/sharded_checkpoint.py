@@ -172,6 +172,11 @@ def _restored(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tuple(entries) if kind == "tuple" else entries
 
 
+def _values(skeleton: Any) -> list[Any]:
+    """Return what a dict that was taken apart holds."""
+    return [*skeleton["dict"].values()] if "dict" in skeleton else [entry for _, entry in skeleton["items"]]
+
+
 def _templates(target: nn.Module, skeleton: Any, sizes: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Return for each saved tensor one to read into, over the ranks as this model's parameters are."""
     parameters = dict(target.named_parameters(remove_duplicate=False))
@@ -185,7 +190,7 @@ def _templates(target: nn.Module, skeleton: Any, sizes: Mapping[str, Tensor]) ->
     places = list(content["model"]["dict"].items())
     for optimizer in content["optimizers"]["list"]:
         for name, state in optimizer["dict"]["state"]["dict"].items():
-            places += [(name, leaf) for leaf in state["dict"].values()]
+            places += [(name, leaf) for leaf in _values(state)]
     owner = {leaf["tensor"]: name for name, leaf in places if isinstance(leaf, dict) and "tensor" in leaf}
     for key, size in sizes.items():
         name = owner.get(key, "")

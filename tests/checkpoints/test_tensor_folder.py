@@ -317,6 +317,24 @@ def test_keys_that_are_numbers_come_back_as_numbers(tmp_path: Path) -> None:
     assert found == {"seen": extra["seen"], "nested": {"a": {}}, "empty": {}}
 
 
+class Numbered(torch.optim.SGD):
+    """Remembers things by numbers."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {0: torch.zeros_like(parameter), 1: {2: "two"}}
+
+
+def test_what_an_optimizer_remembers_by_numbers_comes_back(tmp_path: Path) -> None:
+    model, target = made(0), made(1)
+    optimizer, own = (Numbered(each.parameters(), lr=0.1) for each in (model, target))
+    optimizer.step()
+    biofx.save_sharded(model, tmp_path, optimizer=optimizer)
+    biofx.load_sharded(tmp_path, target, optimizer=own)
+    assert [set(entry) for entry in own.state.values()] == [{0, 1}] * 4
+    assert all(entry[1] == {2: "two"} for entry in own.state.values())
+
+
 class Refusing(torch.optim.SGD):
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)
