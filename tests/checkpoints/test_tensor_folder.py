@@ -322,7 +322,7 @@ class Numbered(torch.optim.SGD):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for parameter in self.param_groups[0]["params"]:
-            self.state[parameter] = {0: torch.zeros_like(parameter), 1: {2: "two"}}
+            self.state[parameter] = {0: torch.zeros_like(parameter), 1: {2: 4.5}}
 
 
 def test_what_an_optimizer_remembers_by_numbers_comes_back(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_what_an_optimizer_remembers_by_numbers_comes_back(tmp_path: Path) -> No
     biofx.save_sharded(model, tmp_path, optimizer=optimizer)
     biofx.load_sharded(tmp_path, target, optimizer=own)
     assert [set(entry) for entry in own.state.values()] == [{0, 1}] * 4
-    assert all(entry[1] == {2: "two"} for entry in own.state.values())
+    assert all(entry[1] == {2: 4.5} for entry in own.state.values())
 
 
 class Refusing(torch.optim.SGD):
