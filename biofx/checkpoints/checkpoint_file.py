@@ -89,7 +89,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # a damaged or hostile file can make the readers raise anything
         raise CheckpointError(
             f"{path}: expected a whole checkpoint that biofx.save wrote, found a file that is damaged or "
-            f"something else ({type(error).__name__}: {_first_line(error)}); use an older copy"
+            f"something else ({type(error).__name__}: {_in_one_line(error)}); use an older copy"
         ) from error
     check_stamp(content, path)
     checked: dict[str, Any] = plain(content, f"{path}")
@@ -219,8 +219,8 @@ def _hint(value: Any) -> str:
     return ""
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def cause_of(error: BaseException) -> str:
@@ -228,4 +228,4 @@ def cause_of(error: BaseException) -> str:
     within: BaseException | None = error
     while within is not None and not isinstance(within, OSError):
         within = within.__cause__ or within.__context__
-    return _first_line(error if within is None else within)
+    return _in_one_line(error if within is None else within)

@@ -71,15 +71,14 @@ def made_from(saved: Checkpoint, model: nn.Module, rate_type: str | None) -> Bio
     configs = {path: config_from_plain(options) for path, options in rules.items()}
     made = make_again(record, model)
     check_same_making(saved.record, made, any_rate_type=rate_type is not None)
-    prepare_states(made)
+    states = prepare_states(made)
+    _check_weights(saved, states)
+    for path, state in states.items():
+        state.config = configs.get(path, state.config)
     state_dict = saved.model if rate_type is None else convert_rates(made, saved.model)
     adopt_dtypes(made, state_dict)
     check_state(made, state_dict)
-    states = bio_modules(made)
-    _check_weights(saved, states)
     load_state(made, state_dict)
-    for path, state in states.items():
-        state.config = configs.get(path, state.config)
     made.__dict__[ATTRIBUTE] = record if rate_type is None else _told_as_made(record, made)
     return made
 
