@@ -59,15 +59,11 @@ def write_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
         CheckpointError: a value is not plain, or the file cannot be written; an older file is left as it was.
     """
     stamped = plain({"format": FORMAT, "schema": SCHEMA, **content}, "the checkpoint")
-    checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
     try:
-        with whole_file(path) as file:
+        with with_checksums(), whole_file(path) as file:
             torch.save(stamped, file)
     except Exception as error:  # torch's writer makes other errors of a full disk
         raise CheckpointError(f"cannot write {path}: {cause_of(error)}") from error
-    finally:
-        torch.serialization.set_crc32_options(checksums)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -78,11 +74,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             written by a newer biofx.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            _check_entries(archive)
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged!r}")
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
@@ -94,6 +86,34 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     check_stamp(content, path)
     checked: dict[str, Any] = plain(content, f"{path}")
     return checked
+
+
+def check_archive(file: Any) -> None:
+    """Check what ``torch.save`` wrote to the last byte, which ``torch.load`` does not do.
+
+    Args:
+        file: a path, or an open file.
+
+    Raises:
+        BadZipFile: it is damaged, or says that it holds more than it does.
+        OSError: it cannot be read.
+    """
+    with zipfile.ZipFile(file) as archive:
+        _check_entries(archive)
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"wrong checksum of {damaged!r}")
+
+
+@contextmanager
+def with_checksums() -> Iterator[None]:
+    """Let ``torch.save`` write checksums, whatever a user has set."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _check_entries(archive: zipfile.ZipFile) -> None:

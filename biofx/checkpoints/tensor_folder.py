@@ -7,6 +7,7 @@ longer names goes then. A save that is killed leaves files that the next one rem
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import warnings
@@ -21,13 +22,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from biofx.checkpoints.checkpoint_file import cause_of
+from biofx.checkpoints.checkpoint_file import cause_of, check_archive, with_checksums
 from biofx.errors import CheckpointError
 from biofx.whole_file import create_locked, followed, remove_abandoned, sync_folder, whole_file
 
@@ -117,7 +118,8 @@ class _Writer(FileSystemWriter):
             OSError: it cannot be written; the other ranks are told why, which torch's writer may hide.
         """
         try:
-            return super().write_data(plan, planner)
+            with with_checksums():
+                return super().write_data(plan, planner)
         except Exception as error:
             raise OSError(cause_of(error)) from error
 
@@ -162,11 +164,26 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
-    """Reads what one index names, whatever has become of the folder's."""
+    """Reads what one index names, whatever has become of the folder's, and checks it first."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
+        self._folder = folder
         self._metadata = metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read this rank's part.
+
+        Raises:
+            BadZipFile: a tensor of it is damaged.
+        """
+        for place in {
+            item.storage_index: self.storage_data[item.storage_index] for item in plan.items
+        }.values():
+            with open(self._folder / place.relative_path, "rb") as file:
+                file.seek(place.offset)
+                check_archive(io.BytesIO(file.read(place.length)))
+        return super().read_data(plan, planner)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the index."""

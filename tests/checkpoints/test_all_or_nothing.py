@@ -333,7 +333,8 @@ class Counting(torch.optim.SGD):
     """Remembers something of all parameters together."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.state["count"] = self.state.get("count", 0) + 1
+        held: Any = self.state
+        held["count"] = held.get("count", 0) + 1
         super().step(closure)
 
 
@@ -357,7 +358,7 @@ def test_what_an_optimizer_remembers_of_all_parameters_comes_back(kind: str, tmp
         biofx.load_sharded(tmp_path / "a", target, optimizer=own)
     else:
         biofx.load_optimizer_state(target, own, biofx.optimizer_state(model, optimizer))
-    assert own.state["count"] == 3
+    assert dict(own.state)["count"] == 3
     assert len(own.state) == 3
 
 
