@@ -75,7 +75,7 @@ def bias_gone(rng: Random, model: nn.Module) -> str | None:
         return None
     layer: Any = model.get_submodule(path)
     has = layer.bias is not None
-    units = layer.weight.shape[0] * (1 if not getattr(layer, "transposed", False) else 0)
+    units = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     return f"at(m, {path!r}).bias = " + ("None" if has else f"nn.Parameter(torch.ones({units}))")
 
 

@@ -20,9 +20,14 @@ from biofx import BiofxError
 from fuzz.setups import KEEP_THE_FUNCTION, Setup, factors, tied_later
 from fuzz.sides import Side, copied, differences
 
+ACTS = (
+    *("put(", "adapted(", ".forward", ".append(", ".insert(", ".pop(", "add_module", "switch()"),
+    *(".bias =", ".num_groups", "register_forward"),
+)
+"""Changes that reach the output, whatever mechanisms there are."""
 OTHER_STRUCTURE = (
-    *("put(", "adapted(", ".forward", "_hook(", ".append(", ".insert(", ".pop(", "add_module", "switch()"),
-    *("parametri", "prune", ".bias =", ".weight =", "register_parameter", "requires_grad", ".num_groups"),
+    *ACTS,
+    *("parametri", "prune", ".weight =", "register_parameter", "requires_grad", "_hook("),
 )
 """Changes after which a model that is transformed anew may be rewritten elsewhere."""
 EXACT = ("off", "rates of 1")
@@ -106,7 +111,7 @@ class Trial:
                 raise _Over("ended", f"made now it raises {type(raised).__name__}: {raised}")
             _refuse_differences("computed", anew, found, 1e-4)
             self._let_the_plain_model_follow()
-        elif self._outputs is not None and any(part in text for part in OTHER_STRUCTURE):
+        elif self._outputs is not None and any(part in text for part in ACTS):
             plain_moved = any(differences(self._outputs[0], expected["output"], 1e-2))
             if plain_moved and not any(differences(self._outputs[1], found["output"], 0)):
                 raise _Over("failed", "no effect and no word: the plain model's output changed")
