@@ -174,7 +174,7 @@ class OwnTrain(nn.Sequential):
 
     def __init__(self) -> None:
         self.gain = 2.0
-        super().__init__(*plain_net())
+        super().__init__(*plain_net().children())
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode, and how strong the input is."""
@@ -183,7 +183,10 @@ class OwnTrain(nn.Sequential):
 
     def forward(self, x: Tensor) -> Any:
         """Return the outputs for the input times the gain."""
-        return super().forward(x * self.gain)
+        x = x * self.gain
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 def own_mode_switch(name: str) -> str:

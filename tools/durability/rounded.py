@@ -52,7 +52,7 @@ class Rounded(Tensor):
             return function(*args, **options)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Keep what keeps the values.
