@@ -279,6 +279,10 @@ def test_hooks_of_the_model_and_of_its_layers_stay(path: str, x: Tensor) -> None
     torch.testing.assert_close(biofx.deploy(bio_model)(x), bio_model(x))
 
 
+def doubled_gradient(module: nn.Module, given: Any, found: Any) -> Any:
+    return (given[0] * 2,)
+
+
 class Steps(nn.Module):
     """A loop that stays in Python, so that its layer is a region of its own."""
 
@@ -304,7 +308,7 @@ def test_a_hook_that_a_layer_was_given_after_the_transform_acts_in_what_is_deplo
     calls: list[nn.Module] = []
     deployed_before = biofx.deploy(bio_model)
     bio_model.get_submodule(path).register_forward_hook(lambda module, given, found: calls.append(module))
-    bio_model.get_submodule(path).register_full_backward_hook(lambda module, given, found: (given[0] * 2,))
+    bio_model.get_submodule(path).register_full_backward_hook(doubled_gradient)
     deployed = biofx.deploy(bio_model)
     gradients = []
     for each in (deployed_before, deployed):
@@ -318,12 +322,13 @@ def test_a_hook_that_a_layer_was_given_after_the_transform_acts_in_what_is_deplo
 
 def test_a_backward_hook_of_the_model_acts_in_what_is_deployed() -> None:
     bio_model = biofx.transform(nn.Sequential(nn.Linear(4, 2))).graph_module
-    bio_model.register_full_backward_hook(lambda module, given, found: (given[0] * 2,))
+    bio_model.register_full_backward_hook(doubled_gradient)
     x = torch.ones(1, 4, requires_grad=True)
     deployed = biofx.deploy(bio_model)
     deployed(x).sum().backward()
     assert x.grad is not None
-    torch.testing.assert_close(x.grad, 2 * deployed.get_submodule("0").weight.sum(0, keepdim=True))
+    weight = deployed.get_parameter("0.weight").detach()
+    torch.testing.assert_close(x.grad, 2 * weight.sum(0, keepdim=True))
 
 
 def test_a_function_that_cannot_be_traced_is_called_as_it_is(x: Tensor) -> None:

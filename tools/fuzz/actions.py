@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,9 @@ def deployed(model: nn.Module) -> Any:
     return biofx.deploy(model) if is_ours(model) else model
 
 
-def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer, rules: Sequence[str] = ()) -> Any:
     """Attach plasticity where there is a transformed model."""
-    return biofx.attach(model, optimizer) if is_ours(model) else None
+    return biofx.attach(model, optimizer, rules) if is_ours(model) else None
 
 
 def trained(
@@ -106,10 +106,14 @@ def trained(
     *,
     steps: int = 1,
     attached: bool = False,
+    then: Callable[[torch.optim.Optimizer], Any] | None = None,
+    rules: Sequence[str] = (),
 ) -> None:
-    """Take steps with a new optimizer."""
+    """Take steps with a new optimizer, to which something happens ``then``, before the first."""
     optimizer = make(model.parameters())
-    attachment = attach(model, optimizer) if attached else None
+    attachment = attach(model, optimizer, rules) if attached or rules else None
+    if then is not None:
+        then(optimizer)
     for _ in range(steps):
         optimizer.zero_grad()
         loss_of(model(x)).backward()
@@ -117,6 +121,19 @@ def trained(
     optimizer.zero_grad()
     if attachment is not None:
         attachment.detach()
+
+
+def run_copied(model: nn.Module, make: Callable[[Any], torch.optim.Optimizer], x: Tensor) -> Any:
+    """Copy a model with its optimizer and what is attached, take a step of the copy, and return it."""
+    optimizer = make(model.parameters())
+    copied, copied_optimizer, attachment = copy.deepcopy((model, optimizer, attach(model, optimizer)))
+    copied_optimizer.zero_grad()
+    loss_of(copied(x)).backward()
+    copied_optimizer.step()
+    copied_optimizer.zero_grad()
+    if attachment is not None:
+        attachment.detach()
+    return copied
 
 
 def loss_of(output: Any) -> Tensor:

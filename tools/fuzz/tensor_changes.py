@@ -19,6 +19,13 @@ OPTIMIZERS = (
     "torch.optim.NAdam(p, lr=0.05)",
     "torch.optim.Rprop(p, lr=0.01)",
 )
+LATER = (
+    "o.param_groups[0].update(lr=0.002)",
+    "o.param_groups[0].update(weight_decay=0.3)",
+    "o.load_state_dict(o.state_dict())",
+    "o.load_state_dict(copy.deepcopy(o.state_dict()))",
+)
+RULES = ("crystallize", "rejuvenate_weights", "synaptic_scaling", "volume_dependent_lr")
 PARAMETRIZATIONS = (
     "torch.nn.utils.parametrizations.weight_norm(at(m, {0!r}))",
     "torch.nn.utils.parametrizations.spectral_norm(at(m, {0!r}))",
@@ -129,10 +136,30 @@ def number_type(rng: Random, model: nn.Module) -> str | None:
 
 def training(rng: Random, model: nn.Module) -> str | None:
     """Steps of a new optimizer, with plasticity attached or not."""
-    return (
-        f"trained(m, lambda p: {rng.choice(OPTIMIZERS)}, x, steps={rng.choice((1, 2))}, "
-        f"attached={rng.random() < 0.5})"
+    made, steps, attached = rng.choice(OPTIMIZERS), rng.choice((1, 1, 2)), rng.random() < 0.6
+    return f"trained(m, lambda p: {made}, x, steps={steps}, attached={attached})"
+
+
+def training_that_changes(rng: Random, model: nn.Module) -> str | None:
+    """A step of an optimizer that has changed, or was copied, since plasticity was attached."""
+    made, path = rng.choice(OPTIMIZERS), rng.choice(["", *paths(model)])
+    then = rng.choice(LATER)
+    step = f"trained(m, lambda p: {made}, x, steps=1, attached=True, then=lambda o: {then})"
+    last = "trained(m, lambda p: torch.optim.Adam(list(p)[-1:]), x, steps=1, attached=True, then=lambda o: "
+    return rng.choice(
+        (
+            step,
+            f"m = run_copied(m, lambda p: {made}, x)",
+            f"at(m, {path!r}).requires_grad_(False)\n{step.replace(then, 'm.requires_grad_(True)')}",
+            f"{last}o.add_param_group({{'params': list(m.parameters())[:-1], 'lr': 0.02}}))",
+        )
     )
+
+
+def rules(rng: Random, model: nn.Module) -> str | None:
+    """Steps with rules, which keep a state of their own."""
+    chosen = rng.sample(RULES, rng.choice((1, 2, 4)))
+    return f"trained(m, lambda p: {rng.choice(OPTIMIZERS)}, x, steps=2, rules={chosen!r})"
 
 
 def averaging(rng: Random, model: nn.Module) -> str | None:
@@ -153,5 +180,5 @@ def averaging(rng: Random, model: nn.Module) -> str | None:
 
 TENSOR_CHANGES: tuple[Change, ...] = (
     *(parameter, parameter, parameter, parameters_at_once, bias_gone, tied, parametrized),
-    *(buffer, number_type, training, training, averaging, averaging),
+    *(buffer, number_type, training, training, training_that_changes, rules, averaging, averaging),
 )
