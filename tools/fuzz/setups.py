@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -77,8 +76,15 @@ def factors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def tied_later(model: nn.Module) -> set[str]:
-    """Names of the weights that have several states, since they were several when the model was made."""
+def without_definition(model: nn.Module) -> set[str]:
+    """Names of parameters whose factor is a matter of opinion.
+
+    They were several when they got their factors and are tied now, or their layer sits somewhere else now.
+    """
     states = [state for state in model.modules() if isinstance(state, biofx.BioModule) and state.is_linked]
-    counted = Counter(id(state.parameter) for state in states if state.parameter is not None)
-    return {state.path for state in states if counted[id(state.parameter)] > 1}
+    paths: dict[int, set[str]] = {}
+    for state in states:
+        if state.parameter is not None:
+            paths.setdefault(id(state.parameter), set()).add(state.path)
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, each in named if len({name, *paths.get(id(each), ())}) > 1}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx import BiofxError
-from fuzz.setups import KEEP_THE_FUNCTION, Setup, factors, tied_later
+from fuzz.setups import KEEP_THE_FUNCTION, Setup, factors, without_definition
 from fuzz.sides import Side, copied, differences
 
 ACTS = (
@@ -129,7 +129,10 @@ class Trial:
             raise _Over(
                 "failed", f"transform raises a foreign {type(raised).__name__} now: {raised}"
             ) from raised
-        shapes = [{name: value.shape for name, value in each.items()} for each in (made.state_dict(), state)]
+        shapes = [
+            {name: getattr(value, "shape", None) for name, value in each.items()}
+            for each in (made.state_dict(), state)
+        ]
         if shapes[0] != shapes[1]:
             raise _Over("ended", "it would be rewritten elsewhere now")
         made.load_state_dict(state)
@@ -138,15 +141,15 @@ class Trial:
     def _by_definition(self, expected: dict[str, Any], found: dict[str, Any]) -> tuple[Any, Any]:
         """Multiply the plain model's gradients by the factors.
 
-        Left out are those of weights that are computed, and of those that were tied when they had factors.
+        Left out are those of weights that are computed, and those without a definition.
         """
         scaled = self.setup.config != "off"
-        rates, tied = factors(self.ours.model) if scaled else {}, tied_later(self.ours.model)
+        rates, unclear = factors(self.ours.model) if scaled else {}, without_definition(self.ours.model)
         for key in list(expected):
             name = key.removeprefix("gradient of ")
             if name == key:
                 continue
-            if "parametrizations" in name or name.endswith(("_orig", "_g", "_v")) or name in tied:
+            if "parametrizations" in name or name.endswith(("_orig", "_g", "_v")) or name in unclear:
                 expected.pop(key)
                 found.pop(key, None)
             elif name in rates and expected[key] is not None:
@@ -157,8 +160,9 @@ class Trial:
         """Compare a step with its definition: as far as the plain model's, times the factor."""
         rates = factors(self.ours.model)
         after = dict(self.ours.model.named_parameters())
+        unclear = without_definition(self.ours.model)
         for name, parameter in self.plain.model.named_parameters():
-            if name not in start or name not in after:
+            if name not in start or name not in after or name in unclear:
                 continue
             moved = (parameter.detach() - start[name]) * rates.get(name, torch.ones(()))
             _refuse_differences("step", start[name] + moved, copied(after[name]), 1e-4, name)
@@ -178,7 +182,7 @@ class Trial:
         return {
             name: value.clone()
             for name, value in self.ours.model.state_dict().items()
-            if "bio_mod" in name and ("sign" in name or "rate" in name)
+            if isinstance(value, Tensor) and "bio_mod" in name and ("sign" in name or "rate" in name)
         }
 
     def _refuse_changed_constants(self) -> None:
