@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx.plasticity.model_rules import bio_modules
-from fuzz.models import MODELS
+from fuzz.model_kinds import MODELS
 from fuzz.random_models import random_model
 
 OFF: dict[str, Any] = {"fuzzy_lr_distribution": "baseline"}

@@ -11,7 +11,7 @@ from random import Random
 from torch import nn
 
 from fuzz.journeys import JOURNEYS
-from fuzz.models import MODELS
+from fuzz.model_kinds import MODELS
 from fuzz.module_changes import MODULE_CHANGES
 from fuzz.setups import CONFIGS, Setup
 from fuzz.tensor_changes import TENSOR_CHANGES
