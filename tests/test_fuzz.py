@@ -1,6 +1,6 @@
-"""Random models through everything, from transform to deploy; and files that are not what they seem.
+"""Random models through everything, from transform to deploy; files that are not what they seem; changes.
 
-Short by default; ``python tools/fuzz.py 10`` goes on for ten minutes with other numbers.
+Short by default; ``python tools/fuzz 10`` goes on for ten minutes with other numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BiofxError, OptionError, Rule
+from fuzz.random_models import random_model
+from fuzz.setups import Setup
+from fuzz.sweep import made_smaller, one
+from fuzz.trial import run_again
 
 EXAMPLES = int(os.environ.get("BIOFX_FUZZ_EXAMPLES", "0"))
 fuzz = settings(
@@ -29,145 +33,18 @@ fuzz = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-CONVOLUTIONS = {
-    1: (nn.Conv1d, nn.ConvTranspose1d),
-    2: (nn.Conv2d, nn.ConvTranspose2d),
-    3: (nn.Conv3d, nn.ConvTranspose3d),
-}
-NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-NAMES = ("stem", "größe", "it's", "a b", "[bold]red[/]", "x" * 60, "/etc/passwd", "{0}", "%s", "$HOME")
-
-
-class Residual(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Any:
-        return x + self.inner(x)
-
-
-class Concatenate(nn.Module):
-    def __init__(self, *parts: nn.Module) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, x: Tensor) -> Any:
-        return torch.cat([part(x) for part in self.parts], 1)
-
-
-class Shared(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Any:
-        return self.layer(torch.relu(self.layer(x)))
-
-
-class Weights(nn.Module):
-    """Weights without a layer, dropout without a module, a buffer that is not saved."""
-
-    scale: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.raw = nn.Parameter(torch.randn(width, width))
-        self.register_buffer("scale", torch.rand(()), persistent=False)
-
-    def forward(self, x: Tensor) -> Any:
-        mixed = nn.functional.linear(x.movedim(1, -1), self.raw).movedim(-1, 1)
-        return nn.functional.dropout(mixed, 0.2, self.training) * self.scale
-
-
-class Sequence(nn.Module):
-    """A recurrent layer, or attention, along the last axis; of units alone, over sequences of one."""
-
-    def __init__(self, inner: nn.Module, *, alone: bool) -> None:
-        super().__init__()
-        self.inner = inner
-        self.alone = alone
-
-    def forward(self, x: Tensor) -> Any:
-        steps = x.unsqueeze(1) if self.alone else x.transpose(1, 2)
-        attends = isinstance(self.inner, nn.MultiheadAttention)
-        y = self.inner(steps, steps, steps)[0] if attends else self.inner(steps)[0]
-        return y.squeeze(1) if self.alone else y.transpose(1, 2)
-
-
-def normalisations(axes: int, width: int) -> dict[str, Callable[[], nn.Module]]:
-    """Those for units of a shape, by name."""
-    instance: Any = (None, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[axes]
-    made: dict[str, Callable[[], nn.Module]] = {
-        "batch": lambda: NORMS[axes](width),
-        "layer": lambda: nn.LayerNorm([width, *[3] * axes]),
-        "rms": lambda: nn.RMSNorm([width, *[3] * axes]),
-        "group": lambda: nn.GroupNorm(width, width) if axes else nn.Identity(),
-    }
-    return {**made, "instance": lambda: instance(width, affine=True)} if axes else made
+SEEDS = (
+    *(1, 5, 6, 7, 9, 10, 11, 13, 14, 15, 16, 19, 21, 22, 23, 24, 25, 26, 27, 28, 30, 34),
+    *(35, 36, 37, 38, 39, 40, 41, 42, 44, 45, 46, 51, 52, 54, 56, 57, 58, 59, 60, 61),
+)
+"""Of trials of changes; ``tools/fuzz`` goes on with others."""
 
 
 @st.composite
 def models(draw: Callable[[Any], Any]) -> tuple[nn.Module, Tensor]:
     """A nest of blocks over units of shape ``(batch, units, *)``, and an input."""
-    axes = draw(st.integers(0, 3))
-    width = first = draw(st.integers(1, 7))
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-
-    def layer(into: int, out: int) -> nn.Module:
-        bias = draw(st.booleans())
-        if axes == 0:
-            return nn.Linear(into, out, bias=bias)
-        groups = draw(st.sampled_from([g for g in (1, 2, 3) if into % g == 0 and out % g == 0]))
-        kind: Any = draw(st.sampled_from(CONVOLUTIONS[axes]))
-        made: nn.Module = kind(into, out, 3, padding=1, groups=groups, bias=bias)
-        return made
-
-    def block(width: int, depth: int) -> tuple[nn.Module, int]:
-        kinds = ["layer", "shared", "weights", "relu", "norm", "dropout", "gelu"]
-        kinds += ["recurrent", "attention"] * (axes < 2)
-        kind = draw(st.sampled_from(kinds + ["residual", "concatenate", "nested"] * (depth < 2)))
-        out, norms = draw(st.integers(1, 7)), normalisations(axes, width)
-        if kind == "layer":
-            return layer(width, out), out
-        if kind == "shared":
-            return Shared(layer(width, width)), width
-        if kind == "residual":
-            inner, inside = block(width, depth + 1)
-            return Residual(nn.Sequential(inner, nn.ReLU(), layer(inside, width))), width
-        if kind == "concatenate":
-            left, right = block(width, depth + 1), block(width, depth + 1)
-            return Concatenate(left[0], right[0]), left[1] + right[1]
-        if kind == "nested":
-            blocks, width = chain(width, depth + 1)
-            return blocks, width
-        if kind == "recurrent":
-            cell: Any = draw(st.sampled_from([nn.GRU, nn.LSTM, nn.RNN]))
-            both = draw(st.booleans())
-            return Sequence(cell(width, out, batch_first=True, bidirectional=both), alone=axes == 0), out * (
-                1 + both
-            )
-        simple: dict[str, Callable[[], nn.Module]] = {
-            "weights": lambda: Weights(width),
-            "relu": nn.ReLU,
-            "norm": lambda: norms[draw(st.sampled_from(sorted(norms)))](),
-            "attention": lambda: Sequence(nn.MultiheadAttention(width, 1, batch_first=True), alone=axes == 0),
-            "dropout": lambda: nn.Dropout(0.3),
-            "gelu": nn.GELU,
-        }
-        return simple[kind](), width
-
-    def chain(width: int, depth: int) -> tuple[nn.Sequential, int]:
-        blocks = nn.Sequential()
-        names = draw(st.permutations(NAMES))
-        for number in range(draw(st.integers(1, 4))):
-            made, width = block(width, depth)
-            blocks.add_module(f"{names[number]}{number}", made)
-        return blocks, width
-
-    model, width = chain(first, 0)
-    model.add_module("readout", layer(width, draw(st.integers(1, 4))))
-    return model, torch.randn(4, first, *[3] * axes)
+    model, shape = random_model(lambda options: draw(st.sampled_from(options)))
+    return model, torch.randn(4, *shape)
 
 
 CONFIGS = st.fixed_dictionaries(
@@ -356,3 +233,70 @@ def test_a_name_that_would_be_run_is_refused(name: str) -> None:
     model.add_module(name, nn.Linear(2, 2))
     with pytest.raises(biofx.CaptureError, match="cannot carry"):
         biofx.transform(model)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_happens_to_the_model_happens_to_the_result(seed: int) -> None:
+    setup, changes, verdict = one(seed)
+    assert verdict.outcome != "failed", f"{setup}\n{changes}\n{verdict.message}"
+
+
+FINE = {
+    "modes": ["m.eval()", "at(m, '3').train()", "m.train()", "m.eval()"],
+    "steps": ["trained(m, lambda p: torch.optim.AdamW(p, lr=0.01), x, steps=2, attached=True)", "m.eval()"],
+    "weights": ["at(m, '0').weight.data.mul_(2)", "at(m, '0').weight = nn.Parameter(torch.ones(6, 4))"],
+    "sizes": ["x = batch(7)", "x = batch(2)", "m.eval()", "x = batch(1)"],
+    "copies": ["m = copy.deepcopy(m)", "m = again(m)", "m = filed(m)", "checkpointed(m)"],
+    "states": ["other = fresh(); other.load_state_dict(m.state_dict()); m = other", "m = m.double().float()"],
+    "calls": ["with torch.inference_mode(): see(m(x))", "see(penalised(m, x))", "see(recomputed(m, x))"],
+}
+
+
+@pytest.mark.parametrize("config", ["off", "rates of 1", "rates", "signs", "split", "all"])
+@pytest.mark.parametrize("name", FINE)
+def test_what_acts_already_is_neither_different_nor_refused(name: str, config: str) -> None:
+    assert run_again(Setup(1, "normed", config), FINE[name]).outcome == "equal"
+
+
+def test_the_same_seed_is_the_same_trial() -> None:
+    assert one(7) == one(7)
+
+
+def test_a_result_that_does_not_follow_is_found_and_its_trial_made_smaller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def keeps_its_slope(self: Setup, model: nn.Module, x: Tensor) -> nn.Module:
+        copied: Any = copy.deepcopy(model)
+        slope = copied[6].negative_slope
+        copied[6].forward = lambda y: nn.functional.leaky_relu(y, slope)
+        return copied  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Setup, "transform", keeps_its_slope)
+    setup = Setup(1, "normed", "off", recorded=True)
+    changes = ["m.eval()", "at(m, '6').negative_slope = 0.5", "x = batch(2)"]
+    verdict = run_again(setup, changes)
+    assert verdict.outcome == "failed"
+    assert verdict.message.startswith("computed differs: output: off by")
+    found = made_smaller(setup, changes, verdict)
+    assert found.changes == (changes[1],)
+    assert not found.setup.recorded
+    script = str(found)
+    namespace: dict[str, Any] = {}
+    exec(script.replace("print(", "verdict = ("), namespace)
+    assert namespace["verdict"] == found.verdict
+
+
+def test_a_foreign_exception_and_a_lost_factor_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = Setup.transform
+
+    def without_factors(self: Setup, model: nn.Module, x: Tensor) -> Any:
+        made = transform(self, model, x)
+        for parameter in made.parameters():
+            parameter.register_hook(lambda gradient: gradient * 1.01)
+        return made
+
+    monkeypatch.setattr(Setup, "transform", without_factors)
+    verdict = run_again(Setup(1, "normed", "rates"), [])
+    assert verdict.message.startswith("computed differs: gradient of")
+    monkeypatch.setattr(Setup, "transform", lambda self, model, x: 1 / 0)
+    assert run_again(Setup(1, "normed", "off"), []).message.startswith("transform raises a foreign ZeroDiv")

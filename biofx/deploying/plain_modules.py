@@ -22,6 +22,7 @@ _OF_GRAPH_MODULES = {
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+    "_is_full_backward_hook",
 )
 _LAYER = "layer"
 
@@ -33,8 +34,13 @@ def plain_graph_module(own: GraphModule, name: str) -> GraphModule:
         source = own.get_submodule(path)
         if source is not module:  # buffers that were out of the state dict stay out of it
             module._non_persistent_buffers_set |= source._non_persistent_buffers_set & set(module._buffers)
-    vars(made).update({hooks: vars(own)[hooks] for hooks in _HOOKS if hooks in vars(own)})
+    take_hooks(made, own)
     return made
+
+
+def take_hooks(made: nn.Module, before: nn.Module) -> None:
+    """Give a module the hooks of the one whose place it takes."""
+    vars(made).update({hooks: vars(before)[hooks] for hooks in _HOOKS if hooks in vars(before)})
 
 
 def make_plain(module: BioGraphModule) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from biofx.deploying.plain_modules import take_hooks
 from biofx.deploying.raised_calls import LayerCall
 from biofx.graph.regions import region_paths
 from biofx.layers.layer_kinds import LAYER_KINDS, kind_of_call
@@ -26,7 +27,7 @@ def raise_layers(graph_module: GraphModule) -> None:
     raised = {
         node: call for node in graph_module.graph.nodes if (call := LayerCall.of(node, graph_module, layers))
     }
-    places = _Places(graph_module, set(raised))
+    places = _Places(graph_module, set(raised), layers)
     for node, call in raised.items():
         node.target = places.place(call)
         node.op, node.args, node.kwargs = "call_module", call.args, dict(call.kwargs)
@@ -54,6 +55,8 @@ class _Places:
     graph_module: GraphModule
     leaving: set[Node]
     """Nodes that will not read what they read now."""
+    before: dict[str, nn.Module]
+    """The modules by their paths, as they are before any is put in the place of another."""
     _taken: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,10 +85,15 @@ class _Places:
             number += 1
 
     def _put(self, path: str, made: nn.Module) -> None:
-        """Put a layer at a path; in the place of a region everywhere, with what the region calls besides."""
+        """Put a layer at a path, with the hooks of what is there.
+
+        In the place of a region it goes everywhere, with what the region calls besides.
+        """
         paths = [path]
-        if path in region_paths(self.graph_module):
-            before = self.graph_module.get_submodule(path)
+        before = self.before.get(path)
+        if before is not None:
+            take_hooks(made, before)
+        if before is not None and path in region_paths(self.graph_module):
             for name, module in before.named_children():
                 made._modules.setdefault(name, module)
             everything = self.graph_module.named_modules(remove_duplicate=False)

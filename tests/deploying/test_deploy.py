@@ -279,6 +279,58 @@ def test_hooks_of_the_model_and_of_its_layers_stay(path: str, x: Tensor) -> None
     torch.testing.assert_close(biofx.deploy(bio_model)(x), bio_model(x))
 
 
+def doubled_gradient(module: nn.Module, given: Any, found: Any) -> Any:
+    return (given[0] * 2,)
+
+
+class Steps(nn.Module):
+    """A loop that stays in Python, so that its layer is a region of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        for _ in range(1 + int(x.shape[0] > 2)):
+            x = self.layer(x)
+        return x
+
+
+@pytest.mark.parametrize("config", [{"fuzzy_lr_distribution": "baseline"}, {}, {"weight_splitting_Gamma": 2}])
+@pytest.mark.parametrize(
+    ("model", "path"), [(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "0"), (Steps(), "layer")]
+)
+def test_a_hook_that_a_layer_was_given_after_the_transform_acts_in_what_is_deployed(
+    model: nn.Module, path: str, config: dict[str, Any]
+) -> None:
+    bio_model = biofx.transform(model, config).graph_module
+    x = torch.randn(2, 4)
+    calls: list[nn.Module] = []
+    deployed_before = biofx.deploy(bio_model)
+    bio_model.get_submodule(path).register_forward_hook(lambda module, given, found: calls.append(module))
+    bio_model.get_submodule(path).register_full_backward_hook(doubled_gradient)
+    deployed = biofx.deploy(bio_model)
+    gradients = []
+    for each in (deployed_before, deployed):
+        given = x.clone().requires_grad_()
+        each(given).sum().backward()
+        assert given.grad is not None
+        gradients.append(given.grad)
+    assert calls == [deployed.get_submodule(path)]
+    assert torch.equal(gradients[1], gradients[0] * 2)
+
+
+def test_a_backward_hook_of_the_model_acts_in_what_is_deployed() -> None:
+    bio_model = biofx.transform(nn.Sequential(nn.Linear(4, 2))).graph_module
+    bio_model.register_full_backward_hook(doubled_gradient)
+    x = torch.ones(1, 4, requires_grad=True)
+    deployed = biofx.deploy(bio_model)
+    deployed(x).sum().backward()
+    assert x.grad is not None
+    weight = deployed.get_parameter("0.weight").detach()
+    torch.testing.assert_close(x.grad, 2 * weight.sum(0, keepdim=True))
+
+
 def test_a_function_that_cannot_be_traced_is_called_as_it_is(x: Tensor) -> None:
     def branching(y: Tensor) -> Tensor:
         return y.tanh() if float(y.detach().sum()) > -1e9 else y

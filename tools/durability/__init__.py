@@ -1,0 +1,1 @@
+"""Every mechanism through everything that happens to a model, measured."""

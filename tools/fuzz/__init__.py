@@ -1,0 +1,1 @@
+"""Random models, configs, files, and changes to a model after it was transformed."""
