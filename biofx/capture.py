@@ -12,17 +12,19 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
+from biofx.capturing.containers import content_of
 from biofx.capturing.record_capture import ExampleInputs, capture_recorded
 from biofx.capturing.region_capture import capture_regions
 from biofx.capturing.side_effects import holders_of
 from biofx.capturing.tracing import trace
+from biofx.capturing.unasked import is_of
 from biofx.errors import CaptureError, InputError
 from biofx.graph.contexts import preserved_modes
 from biofx.graph.names import refuse_unwritable_names
@@ -130,7 +132,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         CaptureError: the forward of the copy gave an attribute of the model another value.
     """
     before = [
-        (type(module).__name__, held, held.copy())
+        (type(module).__name__, held, dict(held))
         for module in model.modules()
         if not isinstance(module, (torch.jit.ScriptModule, GraphModule))
         for held in holders_of(module)
@@ -221,7 +223,7 @@ def _refuse_lost_methods(model: nn.Module) -> None:
 def _tensors_of(model: nn.Module) -> frozenset[int]:
     """Return the ids of all tensors that a model holds."""
     attributes = (value for module in model.modules() for value in vars(module).values())
-    plain = (value for value in attributes if isinstance(value, Tensor))
+    plain = (value for value in attributes if is_of(value, Tensor))
     return frozenset(map(id, (*model.parameters(), *model.buffers(), *plain)))
 
 
@@ -232,7 +234,7 @@ def _refuse_ties(model: nn.Module, root: nn.Module) -> None:
         for name, value in vars(module).items():
             for function in _functions_in(value):
                 cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-                tied = [getattr(content, "__self__", content) for content in cells]
+                tied = [content.__self__ if is_of(content, MethodType) else content for content in cells]
                 if any(id(content) in originals for content in tied):
                     owner = f"module {path!r}" if path else "the model"
                     raise CaptureError(
@@ -242,12 +244,12 @@ def _refuse_ties(model: nn.Module, root: nn.Module) -> None:
 
 
 def _functions_in(value: Any) -> Iterator[FunctionType]:
-    if isinstance(value, FunctionType):
+    if is_of(value, FunctionType):
         yield value
-    elif isinstance(value, (list, tuple)):
-        yield from (entry for entry in value if isinstance(entry, FunctionType))
-    elif isinstance(value, dict):
-        yield from (entry for entry in value.values() if isinstance(entry, FunctionType))
+    elif is_of(value, (list, tuple)):
+        yield from (entry for entry in content_of(value) if is_of(entry, FunctionType))
+    elif is_of(value, dict):
+        yield from (entry for _, entry in content_of(value) if is_of(entry, FunctionType))
 
 
 def _is_filled(cell: Any) -> bool:

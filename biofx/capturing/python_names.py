@@ -12,11 +12,13 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from biofx.capturing.identity_questions import compares_identities
+from biofx.capturing.unasked import attributes_of, is_installed, is_of, packages_of
 
 ANYTHING = "*"
 """Stands for whatever has no name of its own in the code."""
 ASKS_WHETHER_THE_SAME = "asks whether two values are the same object, which no graph can say"
 _LIBRARIES = ("torch.", "builtins.", "typing.", "collections.", "functools.", "math.", "numpy.")
+_TORCHS = ("torch", "builtins")
 
 Found = TypeVar("Found")
 
@@ -100,9 +102,14 @@ _CHANGING_METHODS = frozenset(
 
 
 def globals_mentioned(kind: type[nn.Module]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the globals that the forward of a class, and what it calls, mention: where, and the name."""
+    """Yield the globals that the forward of a class, and what it calls, mention: where, and the name.
+
+    Those of libraries are left out, but for the one that brings the class.
+    """
+    own = packages_of([kind])
     for function in _functions_of(kind):
-        if f"{function.__module__}.".startswith(_LIBRARIES):
+        package = str(function.__module__).partition(".")[0]
+        if package in _TORCHS or (package not in own and is_installed(package)):
             continue
         names = {name for code in _with_inner(function.__code__) for name in code.co_names}
         yield from ((function.__globals__, name) for name in names & function.__globals__.keys())
@@ -127,15 +134,15 @@ def _functions_of(kind: type[nn.Module]) -> Iterator[FunctionType]:
     functions: list[Any] = [kind.forward]
     while functions:
         function = functions.pop()
-        function = getattr(function, "__wrapped__", function)
-        code = getattr(function, "__code__", None)
-        if not isinstance(code, CodeType) or code in seen:
+        function = attributes_of(function).get("__wrapped__", function)
+        if type(function) is not FunctionType or function.__code__ in seen:
             continue
+        code = function.__code__
         seen.add(code)
         yield function
         for name in _names(code):
             for called in (*_methods(kind, name), function.__globals__.get(name)):
-                if isinstance(called, FunctionType) and not f"{called.__module__}.".startswith(_LIBRARIES):
+                if type(called) is FunctionType and not f"{called.__module__}.".startswith(_LIBRARIES):
                     functions.append(called)
 
 
@@ -143,10 +150,10 @@ def _methods(kind: type[nn.Module], name: str) -> Iterator[Any]:
     """Yield the functions behind an attribute, those that ``super()`` leads to as well."""
     for parent in kind.__mro__:
         held = vars(parent).get(name)
-        if isinstance(held, property):
+        if is_of(held, property):
             yield from (held.fget, held.fset)
         else:
-            yield getattr(held, "__func__", held)
+            yield held.__func__ if is_of(held, (staticmethod, classmethod)) else held
 
 
 def _with_inner(code: CodeType) -> Iterator[CodeType]:

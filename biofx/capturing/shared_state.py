@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from biofx.capturing.python_names import globals_mentioned
+from biofx.capturing.unasked import is_of
 
 Place = tuple[Any, str]
 """The globals of a source file, or a class, and a name there."""
@@ -27,7 +28,7 @@ def shared_places(kind: type[nn.Module]) -> tuple[Place, ...]:
 def held_at(place: Place) -> Any:
     """Return what is at a place, None if nothing is any more."""
     space, name = place
-    return (vars(space) if isinstance(space, type) else space).get(name)
+    return (vars(space) if is_of(space, type) else space).get(name)
 
 
 def named(place: Place) -> str:
@@ -51,7 +52,7 @@ def _found(kind: type[nn.Module]) -> Iterator[Place]:
     seen: set[tuple[int, str]] = set()
     for place in (*globals_mentioned(kind), *_attributes_of(kind)):
         key = (id(place[0]), place[1])
-        if key not in seen and isinstance(held_at(place), _CHANGING):
+        if key not in seen and is_of(held_at(place), _CHANGING):
             seen.add(key)
             yield place
 

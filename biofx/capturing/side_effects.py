@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from biofx.capturing.containers import content_of, fill_again
 from biofx.capturing.own_generators import OwnGenerator, generator_in
 from biofx.capturing.shared_state import held_at, named, put_back, shared_places
+from biofx.capturing.unasked import attributes_of, bytes_of, is_of, is_of_a_library, packages_of
 from biofx.errors import CaptureError
 
 
@@ -27,6 +28,9 @@ class Watch:
         self._root = root
         self._prefix = prefix
         self._kept: list[Any] = []
+        self._around: list[Any] = []
+        kinds = {type(module) for module in root.modules()}
+        self._packages = packages_of(kinds) - {"torch"}
         self._inside: dict[int, _Inside] = {}
         self._random = _random_states()
         self._shared = {
@@ -34,7 +38,7 @@ class Watch:
                 (place, held_at(place), self._contents(held_at(place), set()))
                 for place in shared_places(kind)
             ]
-            for kind in {type(module) for module in root.modules()}
+            for kind in kinds
         }
         seen: set[int] = set()
         self._paths: dict[str, nn.Module] = {}
@@ -114,7 +118,7 @@ class Watch:
         return {
             name: self._contents(value, seen, inside)
             for name, value in held.items()
-            if type(value) not in _INDIVISIBLE and not isinstance(value, nn.Module)
+            if type(value) not in _INDIVISIBLE and not is_of(value, nn.Module)
         }
 
     def _is_watched(self, path: str, name: str) -> bool:
@@ -131,31 +135,37 @@ class Watch:
         if kind in _INDIVISIBLE:
             self._kept.append(value)  # alive, so that no id is used twice
             return id(value)
-        if id(value) in seen or isinstance(value, (nn.Module, Tensor, type, str, bytes)):
-            self._kept.append(value)
-            return id(value)
-        if isinstance(value, (dict, list, set, deque)):
-            if inside is not None:
-                inside.containers.append((value, content_of(value)))
-            if not value:
-                return ()
         self._kept.append(value)
+        if id(value) in seen or is_of(value, (nn.Module, Tensor, type, str, bytes)):
+            return id(value)
+        if is_of(value, (dict, list, set, deque)):
+            content = content_of(value)
+            if inside is not None:
+                inside.containers.append((value, content))
+            if not content:
+                return ()
         seen.add(id(value))
-        if isinstance(value, dict):
-            inner = [(id(key), entry) for key, entry in dict.items(value)]
-        elif isinstance(value, (list, tuple, deque)):
-            inner = list(enumerate(value))
-        elif isinstance(value, (set, frozenset)):
-            return (id(value), frozenset(map(id, value)))
+        if is_of(value, dict):
+            inner = [(id(key), entry) for key, entry in content_of(value)]
+        elif is_of(value, (list, tuple, deque)):
+            inner = list(enumerate(content_of(value)))
+        elif is_of(value, (set, frozenset)):
+            return (id(value), frozenset(map(id, content_of(value))))
         elif (generator := generator_in(value)) is not None:
             if inside is not None:
                 inside.generators.append((generator, generator.state()))
             return (id(value), generator.state())
-        elif hasattr(value, "tobytes"):
-            return (id(value), hash(value.tobytes()))
+        elif (held := bytes_of(value)) is not None:
+            return (id(value), hash(held))
+        elif callable(value) or is_of_a_library(value, self._packages):
+            return id(value)
         else:
-            inner = list(enumerate(getattr(value, "__dict__", {}).values())) if not callable(value) else []
+            inner = list(enumerate(attributes_of(value).values()))
+        if len(self._around) >= _DEEPEST:
+            return id(value)
+        self._around.append(value)
         found = tuple((key, self._contents(entry, seen, inside)) for key, entry in inner)
+        self._around.pop()
         return (id(value), found) if inner else id(value)
 
 
@@ -188,7 +198,9 @@ class _Held:
             yield from (name for name in before if name not in live)
         for name, content in self.contents.items():
             value = live.get(name)
-            if value is before[name] and (value or content) and contents_of(value) != content:
+            if value is not before[name] or (type(value) in _CONTAINERS and not value and not content):
+                continue
+            if contents_of(value) != content:
                 yield name
 
     def restore(self) -> None:
@@ -203,6 +215,8 @@ class _Held:
 
 
 _INDIVISIBLE = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, Tensor})
+_DEEPEST = 100
+"""How deep to look into what lies in one another, a count."""
 _CONTAINERS = frozenset({dict, OrderedDict, list, set, deque})
 _KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
 

@@ -35,6 +35,6 @@ def prepared(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
         for value in (*vars(inner).values(), *inner._buffers.values()):
             if type(value) is OrderedDict and not value:
                 memo.setdefault(id(value), OrderedDict())
-            elif isinstance(value, Tensor) and value.grad_fn is not None:
+            elif issubclass(type(value), Tensor) and value.grad_fn is not None:
                 memo.setdefault(id(value), value.detach().clone())
     return memo
