@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from biofx.capturing.containers import content_of, fill_again
 from biofx.capturing.own_generators import OwnGenerator, generator_in
 from biofx.capturing.shared_state import held_at, named, put_back, shared_places
-from biofx.capturing.unasked import attributes_of, bytes_of, is_of, is_of_a_library, packages_of
+from biofx.capturing.unasked import attributes_of, bytes_of, is_exactly, is_of, is_of_a_library, packages_of
 from biofx.errors import CaptureError
 
 
@@ -118,7 +118,7 @@ class Watch:
         return {
             name: self._contents(value, seen, inside)
             for name, value in held.items()
-            if type(value) not in _INDIVISIBLE and not is_of(value, nn.Module)
+            if not is_exactly(value, _INDIVISIBLE) and not is_of(value, nn.Module)
         }
 
     def _is_watched(self, path: str, name: str) -> bool:
@@ -127,12 +127,11 @@ class Watch:
 
     def _contents(self, value: Any, seen: set[int], inside: _Inside | None = None) -> Any:
         """Return what something holds, comparable; what can be put back goes into ``inside``."""
-        kind = type(value)
-        if kind in _CONTAINERS and not value:  # as most are
+        if is_exactly(value, _CONTAINERS) and not value:  # as most are
             if inside is not None:
                 inside.containers.append((value, []))
             return ()
-        if kind in _INDIVISIBLE:
+        if is_exactly(value, _INDIVISIBLE):
             self._kept.append(value)  # alive, so that no id is used twice
             return id(value)
         self._kept.append(value)
@@ -198,7 +197,7 @@ class _Held:
             yield from (name for name in before if name not in live)
         for name, content in self.contents.items():
             value = live.get(name)
-            if value is not before[name] or (type(value) in _CONTAINERS and not value and not content):
+            if value is not before[name] or (is_exactly(value, _CONTAINERS) and not (value or content)):
                 continue
             if contents_of(value) != content:
                 yield name

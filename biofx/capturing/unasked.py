@@ -16,12 +16,20 @@ from types import GetSetDescriptorType, MemberDescriptorType, ModuleType, Simple
 from typing import Any
 
 Kinds = type | tuple[type, ...]
+_NAMESPACES = frozenset({SimpleNamespace, argparse.Namespace})
+"""Classes of Python's whose objects are nothing but their attributes."""
 _FOLDERS = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 def is_of(value: object, kinds: Kinds) -> bool:
     """Whether the type of a value is one of some kinds, whatever the value says of itself."""
     return issubclass(type(value), kinds)
+
+
+def is_exactly(value: object, kinds: frozenset[type]) -> bool:
+    """Whether the type of a value is among some that are hashed by identity."""
+    kind = type(value)
+    return type(kind).__hash__ is type.__hash__ and kind in kinds
 
 
 def attributes_of(value: object) -> dict[str, Any]:
@@ -58,10 +66,9 @@ def is_of_a_library(value: object, own_packages: frozenset[str]) -> bool:
     """
     if is_of(value, (ModuleType, type)):
         return True
-    kind = type(value)
-    if kind in (SimpleNamespace, argparse.Namespace):  # nothing but attributes
+    if is_exactly(value, _NAMESPACES):
         return False
-    name = package_of(kind)
+    name = package_of(type(value))
     return name not in own_packages and is_installed(name)
 
 
