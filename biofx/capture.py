@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from biofx.capturing.containers import content_of
+from biofx.capturing.memories import memories_bypassed
 from biofx.capturing.record_capture import ExampleInputs, capture_recorded
 from biofx.capturing.region_capture import capture_regions
 from biofx.capturing.side_effects import holders_of
@@ -65,7 +66,12 @@ def capture(
     _check_input(model)
     refuse_unwritable_names(model)
     _check_paths(model, opaque)
-    with preserved_random_state(), preserved_modes(), ExitStack() as stack:
+    with (
+        preserved_random_state(),
+        preserved_modes(),
+        memories_bypassed(model.modules()),
+        ExitStack() as stack,
+    ):
         memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
         if isinstance(model, GraphModule):
             captured = BioGraphModule.copy_of(model, memo)

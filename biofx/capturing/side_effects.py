@@ -33,9 +33,10 @@ class Watch:
         self._packages = packages_of(kinds) - {"torch"}
         self._inside: dict[int, _Inside] = {}
         self._random = _random_states()
+        self._inside_shared = {kind: _Inside() for kind in kinds}
         self._shared = {
             kind: [
-                (place, held_at(place), self._contents(held_at(place), set()))
+                (place, held_at(place), self._contents(held_at(place), set(), self._inside_shared[kind]))
                 for place in shared_places(kind)
             ]
             for kind in kinds
@@ -55,11 +56,8 @@ class Watch:
         for module in (self._root if within is None else within).modules():
             for held in self._held.get(id(module), ()):
                 held.restore()
-            inside = self._inside.get(id(module), _Inside())
-            for container, content in inside.containers:
-                fill_again(container, content)
-            for generator, state in inside.generators:
-                generator.restore(state)
+            self._inside.get(id(module), _Inside()).put_back()
+            self._inside_shared.get(type(module), _Inside()).put_back()
             for place, value, _ in self._shared.get(type(module), ()):
                 put_back(place, value)
 
@@ -159,7 +157,10 @@ class Watch:
         elif callable(value) or is_of_a_library(value, self._packages):
             return id(value)
         else:
-            inner = list(enumerate(attributes_of(value).values()))
+            attributes = attributes_of(value)
+            if inside is not None and attributes:
+                inside.containers.append((attributes, content_of(attributes)))
+            inner = [(id(name), entry) for name, entry in content_of(attributes)]
         if len(self._around) >= _DEEPEST:
             return id(value)
         self._around.append(value)
@@ -176,6 +177,13 @@ class _Inside:
     """Dicts, lists, sets and deques, and what was in them."""
     generators: list[tuple[OwnGenerator, bytes]] = field(default_factory=list)
     """Generators of random numbers, and their states."""
+
+    def put_back(self) -> None:
+        """Put it all back to where it was."""
+        for container, content in self.containers:
+            fill_again(container, content)
+        for generator, state in self.generators:
+            generator.restore(state)
 
 
 @dataclass(frozen=True)

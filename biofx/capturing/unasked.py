@@ -11,13 +11,20 @@ import argparse
 import functools
 import sys
 import sysconfig
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from types import GetSetDescriptorType, MemberDescriptorType, ModuleType, SimpleNamespace
 from typing import Any
 
 Kinds = type | tuple[type, ...]
-_NAMESPACES = frozenset({SimpleNamespace, argparse.Namespace})
-"""Classes of Python's whose objects are nothing but their attributes."""
+_OF_NOBODY = frozenset(
+    {
+        *(bool, int, float, complex, str, bytes, bytearray, type(None)),
+        *(tuple, list, dict, set, frozenset, deque, OrderedDict, defaultdict, Counter),
+        *(SimpleNamespace, argparse.Namespace),
+    }
+)
+"""Classes of Python's whose objects are nothing but what is in them."""
 _FOLDERS = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
@@ -66,7 +73,7 @@ def is_of_a_library(value: object, own_packages: frozenset[str]) -> bool:
     """
     if is_of(value, (ModuleType, type)):
         return True
-    if is_exactly(value, _NAMESPACES):
+    if is_exactly(value, _OF_NOBODY):
         return False
     name = package_of(type(value))
     return name not in own_packages and is_installed(name)
