@@ -53,6 +53,7 @@ from biofx.graph.checkpointing import call_checkpointed
 from biofx.graph.in_place import changed_in_place
 from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS
 from biofx.layers.obstacles import hooks_of
+from biofx.layers.transformer_layers import can_be_looked_into, pads_by_nesting, transformers_as_nodes
 
 
 class Recorder(TorchFunctionMode):
@@ -102,6 +103,7 @@ class Recorder(TorchFunctionMode):
             self._patched(),
             self._patches.patched(),
             checkpoints_handled(self._checkpoint),
+            transformers_as_nodes(),
             limits_followed(Type.limit, lambda value: isinstance(value, Type)),
             questions_answered(self._root.modules(), WHEN_RECORDED),
             self,
@@ -296,7 +298,7 @@ class Recorder(TorchFunctionMode):
             return original(module, *args, **kwargs)
         if hooks_of(module) and not self._is_whole(path, module):
             self.found[path] = f"{self._where(path)} has {' and '.join(hooks_of(module))}"
-        if self._is_whole(path, module):
+        if self._is_called_whole(path, module, args, kwargs):
             return self._call_whole(frame, path, module, original, args, kwargs)
         mark = frame.mark()
         try:
@@ -318,6 +320,9 @@ class Recorder(TorchFunctionMode):
 
     def _is_whole(self, path: str | None, module: nn.Module) -> bool:
         return self._is_kept(path) or path in self._opaque or is_leaf(module)
+
+    def _is_called_whole(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> bool:
+        return self._is_whole(path, module) or pads_by_nesting(module, args, kwargs)
 
     def _call_whole(
         self, frame: Frame, path: str, module: nn.Module, original: Any, args: Any, kwargs: Any
@@ -530,7 +535,8 @@ def _called(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module becomes one call, and is not looked into."""
-    return isinstance(module, torch.jit.ScriptModule) or _TRACER.is_leaf_module(module, "")
+    whole = isinstance(module, torch.jit.ScriptModule) or _TRACER.is_leaf_module(module, "")
+    return whole and not can_be_looked_into(module)
 
 
 def _has_tensors(value: Any) -> bool:

@@ -20,6 +20,7 @@ from biofx.graph.autograd_functions import AppliedFunction
 from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import steers_gradients
 from biofx.graph.guards import RecordingError, by_mode, require_same
+from biofx.layers.transformer_layers import plain_paths
 from biofx.model.copies import deep_copy
 
 
@@ -197,7 +198,7 @@ def outcome(model: nn.Module, given: Any, training: bool) -> Any:
     args, kwargs = cloned(given)
     model.train(training)
     torch.manual_seed(0)
-    with torch.no_grad():
+    with torch.no_grad(), plain_paths():
         output = model(*args, **kwargs)
     return {type(output).__name__: list(_content(output))}, dict(model.named_buffers())
 
