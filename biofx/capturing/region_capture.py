@@ -21,6 +21,7 @@ from biofx.errors import CaptureError
 from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside
 from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS, kind_of
+from biofx.layers.transformer_layers import can_be_looked_into
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 
 
@@ -138,7 +139,9 @@ class RegionCapture:
             return  # nothing in it that a pass could act on
         elif _only_holds_others(module):
             self.capture_children(path)
-        elif isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, path):
+        elif isinstance(module, torch.jit.ScriptModule):
+            return
+        elif Tracer().is_leaf_module(module, path) and not can_be_looked_into(module):
             return
         elif (reason := _why_calls_are_unknown(module)) is not None:
             self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")

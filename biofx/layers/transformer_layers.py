@@ -27,8 +27,12 @@ _STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
 
 def can_be_looked_into(module: nn.Module) -> bool:
     """Whether a module is one of torch's Transformer layers or stacks, as torch made it."""
-    if type(module) not in (*_LAYERS, *_STACKS) or hooks_of(module) or "forward" in vars(module):
+    if type(module) not in (*_LAYERS, *_STACKS, nn.Transformer) or hooks_of(module):
         return False
+    if "forward" in vars(module):
+        return False
+    if isinstance(module, nn.Transformer):
+        return type(module.encoder) in _STACKS and type(module.decoder) in _STACKS
     if isinstance(module, _LAYERS):
         activation = module.activation
         return isinstance(activation, nn.Module) or str(activation.__module__).startswith("torch")
