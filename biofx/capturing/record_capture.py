@@ -291,10 +291,10 @@ def _one_mode(recorder: Recorder, path: str, kept: Iterable[str]) -> OneMode:
         for running, asked in recorder.asks
         if is_inside(running, path) and kept_around(running, around) is None
     ]
-    own = frozenset(running for running, asked in asks if running == asked)
+    paths = frozenset(asked for _, asked in asks)
     calls = {called[inside:]: times for called, times in recorder.calls.items() if is_inside(called, path)}
-    is_known = all(running == asked for running, asked in asks)
-    return OneMode(recorder.graphs[path][0], own if is_known else None, calls)
+    is_known = all(running == asked for running, asked in asks) or len(paths) == 1
+    return OneMode(recorder.graphs[path][0], paths if is_known else None, calls)
 
 
 def _is_between(region: str, kept: str, path: str) -> bool:
