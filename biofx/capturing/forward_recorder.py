@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node, Tracer
+from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from biofx.capturing.binding import bind_inputs
@@ -32,7 +32,7 @@ from biofx.capturing.checkpoints import (
 )
 from biofx.capturing.frames import BY_VALUE, Frame, Keep
 from biofx.capturing.python_names import ASKS_WHETHER_THE_SAME, asks_whether_the_same
-from biofx.capturing.region_capture import is_plain_layer
+from biofx.capturing.region_capture import is_leaf, is_plain_layer
 from biofx.capturing.sized_by_values import gives_as_many_as_there_are, is_sized_by_values, leaves
 from biofx.capturing.switches import Switches, SwitchPatches
 from biofx.capturing.tensor_questions import (
@@ -53,7 +53,7 @@ from biofx.graph.checkpointing import call_checkpointed
 from biofx.graph.in_place import changed_in_place
 from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS
 from biofx.layers.obstacles import hooks_of
-from biofx.layers.transformer_layers import can_be_looked_into, pads_by_nesting, transformers_as_nodes
+from biofx.layers.transformer_layers import pads_by_nesting, transformers_as_nodes
 
 
 class Recorder(TorchFunctionMode):
@@ -523,7 +523,6 @@ class Recorder(TorchFunctionMode):
         return named
 
 
-_TRACER = Tracer()
 _OWN_FOLDER = str(Path(__file__).parent.parent)
 
 
@@ -531,12 +530,6 @@ def _called(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     if func is Tensor.type:  # the one method that does not let a stand-in for a type take over
         args, options = plain_inside(args), plain_inside(options)
     return func(*args, **options)
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module becomes one call, and is not looked into."""
-    whole = isinstance(module, torch.jit.ScriptModule) or _TRACER.is_leaf_module(module, "")
-    return whole and not can_be_looked_into(module)
 
 
 def _has_tensors(value: Any) -> bool:

@@ -145,7 +145,7 @@ def _code_of_class(kind: type[nn.Module]) -> Iterator[CodeType]:
 
 
 def _functions_of(kind: type[nn.Module], *, through_modules: bool = False) -> Iterator[FunctionType]:
-    """Yield the functions that a forward may call, if asked to those too that it finds in Python's modules."""
+    """Yield the functions that a forward may call; those that it finds in Python's modules if asked to."""
     seen: set[CodeType] = set()
     functions: list[Any] = [kind.forward]
     while functions:

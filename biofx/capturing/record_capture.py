@@ -293,7 +293,8 @@ def _one_mode(recorder: Recorder, path: str, kept: Iterable[str]) -> OneMode:
     ]
     paths = frozenset(asked for _, asked in asks)
     calls = {called[inside:]: times for called, times in recorder.calls.items() if is_inside(called, path)}
-    is_known = all(running == asked for running, asked in asks) or len(paths) == 1
+    is_alone = len(paths) == 1 and all(is_inside(asked, path) for _, asked in recorder.asks)
+    is_known = all(running == asked for running, asked in asks) or is_alone
     return OneMode(recorder.graphs[path][0], paths if is_known else None, calls)
 
 

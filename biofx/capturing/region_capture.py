@@ -139,9 +139,7 @@ class RegionCapture:
             return  # nothing in it that a pass could act on
         elif _only_holds_others(module):
             self.capture_children(path)
-        elif isinstance(module, torch.jit.ScriptModule):
-            return
-        elif Tracer().is_leaf_module(module, path) and not can_be_looked_into(module):
+        elif is_leaf(module):
             return
         elif (reason := _why_calls_are_unknown(module)) is not None:
             self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
@@ -164,6 +162,12 @@ class RegionCapture:
             return
         self.regions.append(path)
         self._keep_inside(path, traced.kept)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module becomes one call, and is not looked into."""
+    whole = isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, "")
+    return whole and not can_be_looked_into(module)
 
 
 def is_plain_layer(module: nn.Module) -> bool:
