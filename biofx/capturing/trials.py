@@ -114,13 +114,13 @@ class Trials:
 
     def _is_of_samples(self, axis: Axis) -> bool:
         try:
-            together, alone = (
+            found, with_first_again = (
                 outcome(self._copy(self._root), given, training=False)[0]
-                for given in (self._given, axis.resized(self._given, 1))
+                for given in (self._given, axis.resized(self._given, axis.size + 1))
             )
         except Exception:
             return False  # the model does not take it
-        return is_of_samples(axis, together, alone)
+        return is_of_samples(axis, found, with_first_again)
 
     def _doubt_about(self, made: nn.Module, given: Any, training: bool) -> Keep | None:
         pair = self._pair = self._pair or (self._borrow(), self._copy(made))
