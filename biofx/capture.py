@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from biofx.capturing.containers import content_of
+from biofx.capturing.example_inputs import ExampleInputs
 from biofx.capturing.memories import memories_bypassed
-from biofx.capturing.record_capture import ExampleInputs, capture_recorded
+from biofx.capturing.record_capture import capture_recorded
 from biofx.capturing.region_capture import capture_regions
 from biofx.capturing.side_effects import holders_of
 from biofx.capturing.tracing import trace
@@ -52,9 +53,10 @@ def capture(
         opaque: paths of modules not to look into, which then become one call each.
         regions: where something cannot be captured, let the module in which it is keep its own forward,
             and capture what that calls in graphs of their own (see :mod:`biofx.regions`); if False, refuse.
-        example_inputs: ``(args, kwargs)`` of one call of the model, which is then recorded instead of traced
-            without inputs: more of it becomes one graph. The model is run on a copy, in both modes and with
-            sizes doubled; whatever the record does not get right keeps its own forward.
+        example_inputs: of one call of the model, as ``x``, ``(x, y)``, ``{"x": x}`` or ``(args, kwargs)``. It
+            is then recorded instead of traced without inputs: more of it becomes one graph. The model is run
+            on a copy, in both modes, with one sample and with sizes doubled; whatever the record does not
+            get right keeps its own forward.
 
     Raises:
         InputError: ``model`` is not a module, is wrapped or compiled, has parameters that are not

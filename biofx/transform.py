@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from biofx.capture import capture, preserved_random_state
-from biofx.capturing.record_capture import ExampleInputs
+from biofx.capturing.example_inputs import ExampleInputs
 from biofx.compile_config import PassChoice, choose_passes, configure_layers
 from biofx.config import BioConfig
 from biofx.errors import OptionError
@@ -50,7 +50,7 @@ def transform(
         opaque: paths of modules not to look into.
         regions: where something cannot be captured, let the module in which it is keep its own forward and
             rewrite what that calls; if False, refuse.
-        example_inputs: ``(args, kwargs)`` of one call; optional, see :func:`biofx.capture`.
+        example_inputs: of one call; optional, see :func:`biofx.capture`.
         share_parameters: let the result hold the model's own parameters instead of copies, but for those that
             a pass gives other values (``constrain-signs`` and ``expand-units`` do, and say so).
         observe: called after each pass that changed the graph, e.g. :func:`biofx.print_changed`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Graph
 
 from biofx.capturing.both_modes import OneMode, unified
+from biofx.capturing.example_inputs import ExampleInputs, as_call
 from biofx.capturing.forward_recorder import Recorder
 from biofx.capturing.frames import Keep, joined_path
 from biofx.capturing.python_reads import modules_that_read
@@ -24,8 +25,6 @@ from biofx.graph.regions import is_inside, kept_around
 from biofx.model.copies import deep_copy
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 
-ExampleInputs = tuple[Sequence[Any], Mapping[str, Any]]
-
 
 def capture_recorded(
     root: nn.Module, example_inputs: ExampleInputs, opaque: frozenset[str], foreign: frozenset[int]
@@ -34,7 +33,7 @@ def capture_recorded(
 
     Args:
         root: the model, made for this.
-        example_inputs: positional and keyword arguments of one call.
+        example_inputs: of one call (see :func:`biofx.capturing.example_inputs.as_call`).
         opaque: paths of modules not to look into.
         foreign: ids of tensors that must not find their way into a graph.
 
@@ -42,23 +41,9 @@ def capture_recorded(
         InputError: the example inputs are not of that form, or the model fails on them.
         CaptureError: not even regions can be captured.
     """
-    args, kwargs = _checked(example_inputs)
+    args, kwargs = as_call(root, example_inputs)
     front_end = _RecordCapture(root, args, kwargs, opaque, foreign)
     return front_end.captured()
-
-
-def _checked(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if (
-        not isinstance(example_inputs, tuple)
-        or len(example_inputs) != 2
-        or not isinstance(example_inputs[0], (tuple, list))
-        or not isinstance(example_inputs[1], Mapping)
-    ):
-        raise InputError(
-            "example_inputs: expected (args, kwargs), e.g. ((x,), {}) or ((), {'input_ids': ids}), found "
-            f"{type(example_inputs).__name__}"
-        )
-    return tuple(example_inputs[0]), dict(example_inputs[1])
 
 
 class _RecordCapture:
