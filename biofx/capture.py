@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule
 from biofx.capturing.containers import content_of
 from biofx.capturing.example_inputs import ExampleInputs
 from biofx.capturing.memories import memories_bypassed
+from biofx.capturing.python_names import methods_mentioned
 from biofx.capturing.record_capture import capture_recorded
 from biofx.capturing.region_capture import capture_regions
 from biofx.capturing.side_effects import holders_of
@@ -29,10 +30,17 @@ from biofx.capturing.tracing import trace
 from biofx.capturing.unasked import is_of
 from biofx.errors import CaptureError, InputError
 from biofx.graph.contexts import preserved_modes
-from biofx.graph.names import refuse_unwritable_names
+from biofx.graph.names import refuse_names_of_states, refuse_taken_names, refuse_unwritable_names
 from biofx.graph.regions import region_paths
 from biofx.model.copies import deep_copy
-from biofx.model.graph_module import BioGraphModule, become_graph_module
+from biofx.model.graph_module import (
+    NAMES_OF_GRAPH_MODULES,
+    NAMES_OF_MODELS,
+    BioGraphModule,
+    become_graph_module,
+    user_class,
+)
+from biofx.plasticity.bio_state import BioState
 from biofx.sites import find_sites
 
 
@@ -80,6 +88,8 @@ def capture(
             _complete_module_stacks(captured)
         else:
             _refuse_lost_methods(model)
+            refuse_taken_names(model, NAMES_OF_GRAPH_MODULES | NAMES_OF_MODELS)
+            refuse_names_of_states(model, "bio_mod", BioState)
             root = _copy(model, memo)
             _refuse_ties(model, root)
             foreign = _tensors_of(model)
@@ -97,6 +107,7 @@ def capture(
                 captured = capture_regions(root, frozenset(opaque), foreign)
             else:
                 captured = become_graph_module(root, trace(root, frozenset(opaque), foreign).graph)
+    _refuse_hidden_methods(captured)
     for name, nothing in (("region_paths", ()), ("kept_as_python", {})):
         vars(captured).setdefault(name, nothing)
     return captured
@@ -225,6 +236,19 @@ def _refuse_lost_methods(model: nn.Module) -> None:
         raise CaptureError(
             f"the model ({type(model).__name__}) has had its forward replaced on the instance, which a copy "
             "cannot follow. Make the new forward a method of a class"
+        )
+
+
+def _refuse_hidden_methods(captured: BioGraphModule) -> None:
+    """Refuse a model that runs its own forward, where that asks for what graph modules have by that name."""
+    origin = user_class(captured)
+    if origin is None or not captured.keeps_forward:
+        return
+    if hidden := sorted(methods_mentioned(origin) & NAMES_OF_GRAPH_MODULES):
+        raise CaptureError(
+            f"the forward of the model ({origin.__name__}) runs in Python and uses {hidden[0]!r} of its class, "
+            "a name that graph modules use themselves; call it something else, or make the model a submodule "
+            "of one that only calls it, and transform that"
         )
 
 

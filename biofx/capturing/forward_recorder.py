@@ -54,6 +54,7 @@ from biofx.graph.in_place import changed_in_place
 from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS
 from biofx.layers.obstacles import hooks_of
 from biofx.layers.transformer_layers import pads_by_nesting, transformers_as_nodes
+from biofx.model.graph_module import why_not_a_graph_module
 
 
 class Recorder(TorchFunctionMode):
@@ -431,6 +432,9 @@ class Recorder(TorchFunctionMode):
             return original(module, *args, **kwargs)
         if hooks_of(module):
             self.found[path] = f"{self._named(path)} has {' and '.join(hooks_of(module))}"
+            return original(module, *args, **kwargs)
+        if (reason := why_not_a_graph_module(module)) is not None:
+            self.found[path] = f"{self._named(path)} is called from Python, and {reason}"
             return original(module, *args, **kwargs)
         return self._in_frame(path, module, lambda *a, **k: original(module, *a, **k), args, kwargs)
 

@@ -41,6 +41,12 @@ def names_mentioned(module: nn.Module) -> frozenset[str]:
     return frozenset(name for code in _code_of_class(type(module)) for name in _names(code))
 
 
+def methods_mentioned(kind: type[nn.Module]) -> frozenset[str]:
+    """Return what the forward of a class mentions of what the class, or one that it derives from, defines."""
+    defined = {name for base in lineage_of(kind) for name in vars(base)}
+    return frozenset(name for code in _code_of_class(kind) for name in _names(code)) & defined
+
+
 def weights_mentioned(module: nn.Module) -> frozenset[str]:
     """Return whose weights a module's forward mentions: ``"fc"`` for ``self.fc.weight``.
 

@@ -22,7 +22,7 @@ from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside
 from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS, kind_of
 from biofx.layers.transformer_layers import can_be_looked_into
-from biofx.model.graph_module import BioGraphModule, become_graph_module
+from biofx.model.graph_module import BioGraphModule, become_graph_module, why_not_a_graph_module
 
 
 def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[int]) -> BioGraphModule:
@@ -173,6 +173,8 @@ def is_leaf(module: nn.Module) -> bool:
 def is_plain_layer(module: nn.Module) -> bool:
     """Whether a module is a layer of torch's with weights, forward and all."""
     kind = kind_of(module)
+    if why_not_a_graph_module(module) is not None:
+        return False
     if kind is not None:
         return type(module).forward is kind.module_type.forward
     own = type(module).forward
