@@ -246,9 +246,9 @@ def _refuse_hidden_methods(captured: BioGraphModule) -> None:
         return
     if hidden := sorted(methods_mentioned(origin) & NAMES_OF_GRAPH_MODULES):
         raise CaptureError(
-            f"the forward of the model ({origin.__name__}) runs in Python and uses {hidden[0]!r} of its class, "
-            "a name that graph modules use themselves; call it something else, or make the model a submodule "
-            "of one that only calls it, and transform that"
+            f"the forward of the model ({origin.__name__}) runs in Python and uses {hidden[0]!r} of its "
+            "class, a name that graph modules use themselves; call it something else, or make the model a "
+            "submodule of one that only calls it, and transform that"
         )
 
 

@@ -22,6 +22,7 @@ from biofx.capturing.trials import Trials, cloned
 from biofx.errors import CaptureError, InputError
 from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside, kept_around
+from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.model.copies import deep_copy
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 
@@ -149,8 +150,12 @@ class _RecordCapture:
     def _check_parameters(self) -> None:
         for key, parameter in self._own.items():
             tried = self._scratch[key]
-            if parameter.is_meta or torch.equal(tried, parameter):
-                continue
+            if (
+                parameter.is_meta
+                or obstacle_to_values(parameter) is not None
+                or torch.equal(tried, parameter)
+            ):
+                continue  # of the second kind are those that cannot be compared, and are never trained
             if not torch.allclose(tried, parameter, rtol=0, atol=0, equal_nan=True):
                 raise CaptureError("the model's forward writes into its parameters")
 

@@ -54,8 +54,8 @@ def refuse_taken_names(model: nn.Module, taken: Collection[str]) -> None:
         kind = next((word for word, held in _holders(model) if found in held), "attribute")
         raise CaptureError(
             f"the model ({type(model).__name__}) has {kind} {found!r}, a name that graph modules use "
-            "themselves; call it something else, or make the model a submodule of one that only calls it, and "
-            "transform that"
+            "themselves; call it something else, or make the model a submodule of one that only calls it, "
+            "and transform that"
         )
 
 
