@@ -29,6 +29,7 @@ from biofx.capturing.side_effects import holders_of
 from biofx.capturing.tracing import trace
 from biofx.capturing.unasked import is_of
 from biofx.errors import CaptureError, InputError
+from biofx.foreign_errors import foreign_errors_wrapped
 from biofx.graph.contexts import preserved_modes
 from biofx.graph.names import refuse_names_of_states, refuse_taken_names, refuse_unwritable_names
 from biofx.graph.regions import region_paths
@@ -74,6 +75,24 @@ def capture(
             module has a name that code cannot carry.
     """
     _check_input(model)
+    with foreign_errors_wrapped(CaptureError, f"the capture of {type(model).__name__}"):
+        return _captured(
+            model,
+            share_parameters=share_parameters,
+            opaque=opaque,
+            regions=regions,
+            example_inputs=example_inputs,
+        )
+
+
+def _captured(
+    model: nn.Module,
+    *,
+    share_parameters: bool,
+    opaque: Sequence[str],
+    regions: bool,
+    example_inputs: ExampleInputs | None,
+) -> BioGraphModule:
     refuse_unwritable_names(model)
     _check_paths(model, opaque)
     with (

@@ -12,7 +12,8 @@ from biofx.capture import capture, preserved_random_state
 from biofx.capturing.example_inputs import ExampleInputs
 from biofx.compile_config import PassChoice, choose_passes, configure_layers
 from biofx.config import BioConfig
-from biofx.errors import OptionError
+from biofx.errors import OptionError, PassError
+from biofx.foreign_errors import foreign_errors_wrapped
 from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
@@ -98,7 +99,7 @@ def transform(
         regions=regions,
         example_inputs=example_inputs,
     )
-    with joined(captured):
+    with foreign_errors_wrapped(PassError, f"the rewriting of {type(model).__name__}"), joined(captured):
         _check_overrides(captured, checked)
         matches = matches_of(pipeline, captured)
         with preserved_random_state():

@@ -150,12 +150,10 @@ class _RecordCapture:
     def _check_parameters(self) -> None:
         for key, parameter in self._own.items():
             tried = self._scratch[key]
-            if (
-                parameter.is_meta
-                or obstacle_to_values(parameter) is not None
-                or torch.equal(tried, parameter)
-            ):
-                continue  # of the second kind are those that cannot be compared, and are never trained
+            if parameter.is_meta or obstacle_to_values(parameter) is not None:
+                continue  # it has no values, or such as cannot be compared
+            if torch.equal(tried, parameter):
+                continue
             if not torch.allclose(tried, parameter, rtol=0, atol=0, equal_nan=True):
                 raise CaptureError("the model's forward writes into its parameters")
 

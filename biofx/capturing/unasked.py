@@ -95,10 +95,15 @@ def is_installed(package: str) -> bool:
     """Whether a package comes with Python or was installed, and is not the user's own source."""
     if package == "__main__":
         return False
-    file = attributes_of(sys.modules.get(package)).get("__file__")
     if package in sys.stdlib_module_names:
         return True
-    return type(file) is str and file.startswith(_FOLDERS)
+    file = attributes_of(sys.modules.get(package)).get("__file__")
+    return type(file) is str and is_a_file_of_a_library(file)
+
+
+def is_a_file_of_a_library(file: str) -> bool:
+    """Whether a source file is Python's own, or lies where packages are installed."""
+    return file.startswith((*_FOLDERS, "<frozen "))
 
 
 def _lineage(kind: type) -> tuple[type, ...]:
