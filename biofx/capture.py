@@ -8,6 +8,7 @@ regions of their own, or, if asked to, the model is refused with the line that i
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -236,8 +237,22 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return deep_copy(model, memo)
     except Exception as error:
         raise InputError(
-            f"expected a model that copy.deepcopy can copy; {type(model).__name__} makes it fail: {error}"
+            f"expected a model that copy.deepcopy can copy; {_what_cannot_be_copied(model)} makes it fail: "
+            f"{error}"
         ) from error
+
+
+def _what_cannot_be_copied(model: nn.Module) -> str:
+    """Return which attribute of a model makes a copy of it fail, or else the model's class."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in ("_modules", "_parameters", "_buffers"):
+                try:
+                    copy.deepcopy(value)
+                except Exception:
+                    place = f"{path}.{name}" if path else name
+                    return f"attribute {place!r} ({type(value).__name__})"
+    return type(model).__name__
 
 
 _METHODS_OF_THE_CALL = ("__call__", "_call_impl")

@@ -13,6 +13,8 @@ from biofx.capturing.unasked import is_a_file_of_a_library
 from biofx.errors import BiofxError
 
 _OWN_FOLDERS = tuple({str(Path(__file__).parent), str((Path(__file__).parent / "passes").resolve())})
+BY_A_PASS = "raised by pass "
+"""How the note begins that a pass of the user's own leaves on an exception."""
 _LEFT_AS_THEY_ARE = (BiofxError, MemoryError, torch.OutOfMemoryError)
 
 
@@ -34,11 +36,12 @@ def foreign_errors_wrapped(kind: type[BiofxError], doing: str) -> Iterator[None]
     except _LEFT_AS_THEY_ARE:
         raise
     except Exception as error:
-        if (place := place_of_ours(error)) is None:
+        place = place_of_ours(error)
+        if place is None or any(str(note).startswith(BY_A_PASS) for note in getattr(error, "__notes__", ())):
             raise
         raise kind(
-            f"{doing} failed with {type(error).__name__}: {error} ({place}). This is a fault of biofx; name the "
-            "module that it is about in opaque=[…], or leave it out with exclude=[…], to go on without"
+            f"{doing} failed with {type(error).__name__}: {error} ({place}). This is a fault of biofx; name "
+            "the module that it is about in opaque=[…], or leave it out with exclude=[…], to go on without"
         ) from error
 
 

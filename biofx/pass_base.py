@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from biofx.attribution import attributed
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
-from biofx.foreign_errors import foreign_errors_wrapped
+from biofx.foreign_errors import BY_A_PASS, foreign_errors_wrapped
 from biofx.graph.changes import Snapshot, compare
 from biofx.graph.graph_view import GraphView
 from biofx.graph.in_place import changes_in_place
@@ -224,9 +224,11 @@ class Pass(ABC):
         except BiofxError:
             raise
         except Exception as error:
-            add_note(error, f"raised by pass {self}, which was given this graph:\n{before.text}")
-            with foreign_errors_wrapped(PassError, f"{self.name} {BROKE_ITS_CONTRACT}: it"):
-                raise
+            if type(self).__module__.partition(".")[0] == __name__.partition(".")[0]:
+                with foreign_errors_wrapped(PassError, f"{self.name} {BROKE_ITS_CONTRACT}: it"):
+                    raise
+            add_note(error, f"{BY_A_PASS}{self}, which was given this graph:\n{before.text}")
+            raise
         place = {name: number for number, name in enumerate(before.lines)}
         remarks.sort(key=lambda remark: place.get(remark.node or "", len(place)))
         changes = attributed(compare(before, Snapshot.of(graph_module.graph)), graph_module, remarks)

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from biofx.errors import CaptureError
 
@@ -28,7 +28,8 @@ def refuse_unwritable_names(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue  # which is called as a whole, and has names that code can carry
-        for name in (*module._modules, *module._parameters, *module._buffers):
+        plain = (name for name, value in vars(module).items() if issubclass(type(value), Tensor))
+        for name in (*module._modules, *module._parameters, *module._buffers, *plain):
             if name not in settled and not _is_writable(name):
                 place = f"{path}.{name}" if path else name
                 raise CaptureError(
