@@ -32,7 +32,7 @@ def as_call(model: nn.Module, given: ExampleInputs) -> Call:
         shown = type(given).__name__ if isinstance(given, nn.Module) else repr(given)
         raise InputError(f"example_inputs: {_EXPECTED}; found {shown}")
     found = [reading for reading in _readings(given) if _takes(model, reading)]
-    if not found and _is_something(given) and _takes(model, ((given,), {})):
+    if not found and _may_be_one_input(model, given) and _takes(model, ((given,), {})):
         return (given,), {}
     if not found:
         raise InputError(
@@ -62,8 +62,10 @@ def _readings(given: Any) -> Iterator[Call]:
             yield (given[0],), dict(given[1])
 
 
-def _is_something(given: Any) -> bool:
-    """Whether example inputs may be one input: not if they are a container with nothing in it."""
+def _may_be_one_input(model: nn.Module, given: Any) -> bool:
+    """Whether example inputs may be one input: not if nothing is in them, or names of arguments are."""
+    if isinstance(given, Mapping) and any(name in _signature(model).parameters for name in given):
+        return False
     return not isinstance(given, (tuple, list, Mapping)) or len(given) > 0
 
 
@@ -79,19 +81,18 @@ def _is_a_call(given: Any) -> bool:
 def _takes(model: nn.Module, call: Call) -> bool:
     args, kwargs = call
     try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
+        _signature(model).bind(*args, **kwargs)
     except TypeError:
         return False
-    except ValueError:  # it has no signature
-        return True
     return True
 
 
-def _signature(model: nn.Module) -> str:
+def _signature(model: nn.Module) -> inspect.Signature:
+    """Return the signature of a forward; of one without, that of a function that takes anything."""
     try:
-        return str(inspect.signature(model.forward))
+        return inspect.signature(model.forward)
     except (TypeError, ValueError):
-        return "(...)"
+        return inspect.signature(lambda *args, **kwargs: None)
 
 
 def _described(given: Any) -> str:

@@ -17,7 +17,7 @@ from types import GetSetDescriptorType, MemberDescriptorType, ModuleType, Simple
 from typing import Any
 
 Kinds = type | tuple[type, ...]
-_OF_NOBODY = frozenset(
+_OF_NOBODY: frozenset[type] = frozenset(
     {
         *(bool, int, float, complex, str, bytes, bytearray, type(None)),
         *(tuple, list, dict, set, frozenset, deque, OrderedDict, defaultdict, Counter),
@@ -35,8 +35,9 @@ def is_of(value: object, kinds: Kinds) -> bool:
 
 def is_exactly(value: object, kinds: frozenset[type]) -> bool:
     """Whether the type of a value is among some that are hashed by identity."""
-    kind = type(value)
-    return type(kind).__hash__ is type.__hash__ and kind in kinds
+    kind: Any = type(value)
+    of_classes: Any = type.__hash__
+    return type(kind).__hash__ is of_classes and kind in kinds
 
 
 def attributes_of(value: object) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def bytes_of(value: Any) -> bytes | None:
         return bytes(memoryview(value))
     arrays = [(sys.modules.get("numpy"), "ndarray"), (sys.modules.get("array"), "array")]
     for module, name in arrays:
-        kind = attributes_of(module).get(name)
+        kind: Any = attributes_of(module).get(name)
         if is_of(kind, type) and is_of(value, kind):
             found: bytes = kind.tobytes(value)
             return found
@@ -81,7 +82,7 @@ def is_of_a_library(value: object, own_packages: frozenset[str]) -> bool:
 
 def package_of(kind: type) -> str:
     """Return the name of the outermost package in which a class is defined."""
-    found = type.__getattribute__(kind, "__dict__").get("__module__")
+    found = vars(type)["__module__"].__get__(kind)
     return found.partition(".")[0] if type(found) is str else "builtins"
 
 
