@@ -40,7 +40,7 @@ class Named(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "kind, given, args, kwargs",
+    ("kind", "given", "args", "kwargs"),
     [
         (One, X, (X,), {}),
         (One, (X,), (X,), {}),
