@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -46,8 +47,7 @@ def test_a_fault_in_a_pass_of_ours_names_the_pass(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_fault_in_the_capture_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    import biofx.capture as file
-
+    file = sys.modules["biofx.capture"]
     fails_as_ours(monkeypatch, file, "trace", file)
     with pytest.raises(biofx.CaptureError, match=r"the capture of Sequential failed with IndexError"):
         biofx.capture(nn.Sequential(nn.Linear(4, 4)), regions=False)

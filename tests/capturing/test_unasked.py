@@ -193,7 +193,8 @@ def test_an_object_of_everybodys_that_a_forward_changes_goes_on_being_changed() 
 
 
 def test_what_is_found_without_asking() -> None:
-    assert is_of(SilentDict(), dict) and not is_of(Disguised(), dict)
+    assert is_of(SilentDict(), dict)
+    assert not is_of(Disguised(), dict)
     assert attributes_of(types.SimpleNamespace(a=1)) == {"a": 1}
     assert attributes_of(Disguised()) == {} == attributes_of(1)
     assert attributes_of(types) is vars(types)

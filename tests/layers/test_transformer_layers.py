@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import transformer
 
+import biofx
 from biofx import BioGraphModule, capture
 from biofx.sites import find_sites
 from biofx.weights.lowering import Lowering
@@ -212,6 +213,7 @@ class AroundATransformer(nn.Module):
         return self.out(self.both(x, x))
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     "make",
@@ -229,7 +231,7 @@ def test_example_inputs_rewrite_no_less_than_none(make: Any, training: bool) -> 
     config = biofx.BioConfig(apply_dales_principle=True, fuzzy_learning_rate_factor_nu=0.2)
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     plain = biofx.transform(model, config).report.coverage
-    bio_model, report = biofx.transform(model, config, example_inputs=x)
+    _, report = biofx.transform(model, config, example_inputs=x)
     assert report.coverage.rewritten >= plain.rewritten
     assert report.coverage.rewritten > 0.9 * report.coverage.total - 300  # biases and gains are left
     unchanged = biofx.capture(model, example_inputs=x).eval()
