@@ -183,7 +183,7 @@ def _modules_among(names: Iterable[str], space: dict[str, Any]) -> Iterator[dict
 def _methods(kind: type[nn.Module], name: str) -> Iterator[Any]:
     """Yield the functions behind an attribute, those that ``super()`` leads to as well."""
     for parent in kind.__mro__:
-        held = vars(parent).get(name)
+        held: Any = vars(parent).get(name)
         if is_of(held, property):
             yield from (held.fget, held.fset)
         else:

@@ -221,10 +221,12 @@ class _Held:
                 held["training"] = flag
 
 
-_INDIVISIBLE = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, Tensor})
+_INDIVISIBLE: frozenset[type] = frozenset(
+    {int, float, complex, bool, str, bytes, type(None), nn.Parameter, Tensor}
+)
 _DEEPEST = 100
 """How deep to look into what lies in one another, a count."""
-_CONTAINERS = frozenset({dict, OrderedDict, list, set, deque})
+_CONTAINERS: frozenset[type] = frozenset({dict, OrderedDict, list, set, deque})
 _KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
 
 

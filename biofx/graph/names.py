@@ -83,7 +83,11 @@ def refuse_names_of_states(model: nn.Module, name: str, kind: type[nn.Module]) -
 
 def _holders(module: nn.Module) -> tuple[tuple[str, dict[str, Any]], ...]:
     """Return what a module has by name, and what to call each kind."""
-    own = {"submodule": module._modules, "parameter": module._parameters, "buffer": module._buffers}
+    own: dict[str, Any] = {
+        "submodule": module._modules,
+        "parameter": module._parameters,
+        "buffer": module._buffers,
+    }
     return (*own.items(), ("attribute", vars(module)))
 
 

@@ -106,6 +106,8 @@ SHARED: Any = None
 class Holds(nn.Module):
     """Reads a global, and has an attribute."""
 
+    held: Any
+
     def __init__(self, held: Any) -> None:
         super().__init__()
         self.fc = nn.Linear(4, 4)
@@ -207,6 +209,6 @@ def test_objects_of_libraries_are_told_from_those_of_the_user() -> None:
     none: frozenset[str] = frozenset()
     for held in (logging.getLogger("x"), numpy, int, numpy.zeros(1), Path("x")):
         assert is_of_a_library(held, none)
-    for held in (Counts(), Silent(), types.SimpleNamespace(), [], "text"):
-        assert not is_of_a_library(held, none)
+    for own in (Counts(), Silent(), types.SimpleNamespace(), [], "text"):
+        assert not is_of_a_library(own, none)
     assert not is_of_a_library(numpy.zeros(1), frozenset({"numpy"}))
