@@ -41,10 +41,9 @@ def test_a_model_with_layers_of_no_units_is_rewritten_around_them(
     empty = {str(place) for place in (0, 2, 4) if not model[place].weight.numel()}
     told = {remark.layer: remark for remark in report.remarks}
     assert {told[layer].kind for layer in empty} == {"missed"}
-    if config == "rates":
-        assert {"it has no weights: their shape is (0, 6)"} <= {
-            told[layer].message for layer in empty if model[int(layer)].weight.shape == (0, 6)
-        }
+    for layer in empty if config == "rates" else ():
+        shape = tuple(model[int(layer)].weight.shape)
+        assert told[layer].message == f"it has no weights: their shape is {shape}"
     bio_model(x).sum().backward()
     biofx.check(bio_model)
     assert torch.equal(biofx.deploy(bio_model)(x), model(x))
