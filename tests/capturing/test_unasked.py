@@ -209,6 +209,6 @@ def test_objects_of_libraries_are_told_from_those_of_the_user() -> None:
     none: frozenset[str] = frozenset()
     for held in (logging.getLogger("x"), numpy, int, numpy.zeros(1), Path("x")):
         assert is_of_a_library(held, none)
-    for own in (Counts(), Silent(), types.SimpleNamespace(), [], "text"):
-        assert not is_of_a_library(own, none)
+    of_the_user: list[Any] = [Counts(), Silent(), types.SimpleNamespace(), [], "text"]
+    assert not any(is_of_a_library(held, none) for held in of_the_user)
     assert not is_of_a_library(numpy.zeros(1), frozenset({"numpy"}))

@@ -113,7 +113,7 @@ def test_only_the_module_that_asks_stays_in_python() -> None:
 
 
 def test_axes_are_resized_wherever_their_size_occurs() -> None:
-    given = ((torch.arange(6).reshape(2, 3), torch.zeros(2, 5)), {})
+    given: Any = ((torch.arange(6).reshape(2, 3), torch.zeros(2, 5)), {})
     first = axes_of(given)[0]
     assert first == Axis(True, 2)
     resized = first.resized(given, 3)

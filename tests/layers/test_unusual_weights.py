@@ -34,9 +34,11 @@ def layers(first: int, second: int, activation: type[nn.Module] = nn.ReLU) -> nn
 def test_a_model_with_layers_of_no_units_is_rewritten_around_them(
     sizes: tuple[int, int], config: str, recorded: bool
 ) -> None:
-    model = layers(*sizes)
+    model: Any = layers(*sizes)
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-    bio_model, report = biofx.transform(model, CONFIGS[config], example_inputs=x if recorded else None)
+    found = biofx.transform(model, CONFIGS[config], example_inputs=x if recorded else None)
+    bio_model: Any = found.graph_module
+    report = found.report
     assert torch.equal(bio_model(x), model(x))  # the bias alone: nothing comes through
     empty = {str(place) for place in (0, 2, 4) if not model[place].weight.numel()}
     told = {remark.layer: remark for remark in report.remarks}
@@ -46,7 +48,8 @@ def test_a_model_with_layers_of_no_units_is_rewritten_around_them(
         assert told[layer].message == f"it has no weights: their shape is {shape}"
     bio_model(x).sum().backward()
     biofx.check(bio_model)
-    assert torch.equal(biofx.deploy(bio_model)(x), model(x))
+    deployed: Any = biofx.deploy(bio_model)
+    assert torch.equal(deployed(x), model(x))
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
