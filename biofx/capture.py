@@ -8,27 +8,41 @@ regions of their own, or, if asked to, the model is refused with the line that i
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from biofx.capturing.record_capture import ExampleInputs, capture_recorded
+from biofx.capturing.containers import content_of
+from biofx.capturing.example_inputs import ExampleInputs
+from biofx.capturing.memories import memories_bypassed
+from biofx.capturing.python_names import methods_mentioned
+from biofx.capturing.record_capture import capture_recorded
 from biofx.capturing.region_capture import capture_regions
 from biofx.capturing.side_effects import holders_of
 from biofx.capturing.tracing import trace
+from biofx.capturing.unasked import is_of
 from biofx.errors import CaptureError, InputError
+from biofx.foreign_errors import foreign_errors_wrapped
 from biofx.graph.contexts import preserved_modes
-from biofx.graph.names import refuse_unwritable_names
+from biofx.graph.names import refuse_names_of_states, refuse_taken_names, refuse_unwritable_names
 from biofx.graph.regions import region_paths
 from biofx.model.copies import deep_copy
-from biofx.model.graph_module import BioGraphModule, become_graph_module
+from biofx.model.graph_module import (
+    NAMES_OF_GRAPH_MODULES,
+    NAMES_OF_MODELS,
+    BioGraphModule,
+    become_graph_module,
+    user_class,
+)
+from biofx.plasticity.bio_state import BioState
 from biofx.sites import find_sites
 
 
@@ -49,9 +63,10 @@ def capture(
         opaque: paths of modules not to look into, which then become one call each.
         regions: where something cannot be captured, let the module in which it is keep its own forward,
             and capture what that calls in graphs of their own (see :mod:`biofx.regions`); if False, refuse.
-        example_inputs: ``(args, kwargs)`` of one call of the model, which is then recorded instead of traced
-            without inputs: more of it becomes one graph. The model is run on a copy, in both modes and with
-            sizes doubled; whatever the record does not get right keeps its own forward.
+        example_inputs: of one call of the model, as ``x``, ``(x, y)``, ``{"x": x}`` or ``(args, kwargs)``. It
+            is then recorded instead of traced without inputs: more of it becomes one graph. The model is run
+            on a copy, in both modes, with one sample and with sizes doubled; whatever the record does not
+            get right keeps its own forward.
 
     Raises:
         InputError: ``model`` is not a module, is wrapped or compiled, has parameters that are not
@@ -61,15 +76,40 @@ def capture(
             module has a name that code cannot carry.
     """
     _check_input(model)
+    with foreign_errors_wrapped(CaptureError, f"the capture of {type(model).__name__}"):
+        return _captured(
+            model,
+            share_parameters=share_parameters,
+            opaque=opaque,
+            regions=regions,
+            example_inputs=example_inputs,
+        )
+
+
+def _captured(
+    model: nn.Module,
+    *,
+    share_parameters: bool,
+    opaque: Sequence[str],
+    regions: bool,
+    example_inputs: ExampleInputs | None,
+) -> BioGraphModule:
     refuse_unwritable_names(model)
     _check_paths(model, opaque)
-    with preserved_random_state(), preserved_modes(), ExitStack() as stack:
+    with (
+        preserved_random_state(),
+        preserved_modes(),
+        memories_bypassed(model.modules()),
+        ExitStack() as stack,
+    ):
         memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
         if isinstance(model, GraphModule):
             captured = BioGraphModule.copy_of(model, memo)
             _complete_module_stacks(captured)
         else:
             _refuse_lost_methods(model)
+            refuse_taken_names(model, NAMES_OF_GRAPH_MODULES | NAMES_OF_MODELS)
+            refuse_names_of_states(model, "bio_mod", BioState)
             root = _copy(model, memo)
             _refuse_ties(model, root)
             foreign = _tensors_of(model)
@@ -87,6 +127,7 @@ def capture(
                 captured = capture_regions(root, frozenset(opaque), foreign)
             else:
                 captured = become_graph_module(root, trace(root, frozenset(opaque), foreign).graph)
+    _refuse_hidden_methods(captured)
     for name, nothing in (("region_paths", ()), ("kept_as_python", {})):
         vars(captured).setdefault(name, nothing)
     return captured
@@ -130,7 +171,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         CaptureError: the forward of the copy gave an attribute of the model another value.
     """
     before = [
-        (type(module).__name__, held, held.copy())
+        (type(module).__name__, held, dict(held))
         for module in model.modules()
         if not isinstance(module, (torch.jit.ScriptModule, GraphModule))
         for held in holders_of(module)
@@ -196,8 +237,22 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return deep_copy(model, memo)
     except Exception as error:
         raise InputError(
-            f"expected a model that copy.deepcopy can copy; {type(model).__name__} makes it fail: {error}"
+            f"expected a model that copy.deepcopy can copy; {_what_cannot_be_copied(model)} makes it fail: "
+            f"{error}"
         ) from error
+
+
+def _what_cannot_be_copied(model: nn.Module) -> str:
+    """Return which attribute of a model makes a copy of it fail, or else the model's class."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in ("_modules", "_parameters", "_buffers"):
+                try:
+                    copy.deepcopy(value)
+                except Exception:
+                    place = f"{path}.{name}" if path else name
+                    return f"attribute {place!r} ({type(value).__name__})"
+    return type(model).__name__
 
 
 _METHODS_OF_THE_CALL = ("__call__", "_call_impl")
@@ -218,10 +273,23 @@ def _refuse_lost_methods(model: nn.Module) -> None:
         )
 
 
+def _refuse_hidden_methods(captured: BioGraphModule) -> None:
+    """Refuse a model that runs its own forward, where that asks for what graph modules have by that name."""
+    origin = user_class(captured)
+    if origin is None or not captured.keeps_forward:
+        return
+    if hidden := sorted(methods_mentioned(origin) & NAMES_OF_GRAPH_MODULES):
+        raise CaptureError(
+            f"the forward of the model ({origin.__name__}) runs in Python and uses {hidden[0]!r} of its "
+            "class, a name that graph modules use themselves; call it something else, or make the model a "
+            "submodule of one that only calls it, and transform that"
+        )
+
+
 def _tensors_of(model: nn.Module) -> frozenset[int]:
     """Return the ids of all tensors that a model holds."""
     attributes = (value for module in model.modules() for value in vars(module).values())
-    plain = (value for value in attributes if isinstance(value, Tensor))
+    plain = (value for value in attributes if is_of(value, Tensor))
     return frozenset(map(id, (*model.parameters(), *model.buffers(), *plain)))
 
 
@@ -232,7 +300,7 @@ def _refuse_ties(model: nn.Module, root: nn.Module) -> None:
         for name, value in vars(module).items():
             for function in _functions_in(value):
                 cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-                tied = [getattr(content, "__self__", content) for content in cells]
+                tied = [content.__self__ if is_of(content, MethodType) else content for content in cells]
                 if any(id(content) in originals for content in tied):
                     owner = f"module {path!r}" if path else "the model"
                     raise CaptureError(
@@ -242,12 +310,12 @@ def _refuse_ties(model: nn.Module, root: nn.Module) -> None:
 
 
 def _functions_in(value: Any) -> Iterator[FunctionType]:
-    if isinstance(value, FunctionType):
+    if is_of(value, FunctionType):
         yield value
-    elif isinstance(value, (list, tuple)):
-        yield from (entry for entry in value if isinstance(entry, FunctionType))
-    elif isinstance(value, dict):
-        yield from (entry for entry in value.values() if isinstance(entry, FunctionType))
+    elif is_of(value, (list, tuple)):
+        yield from (entry for entry in content_of(value) if is_of(entry, FunctionType))
+    elif is_of(value, dict):
+        yield from (entry for _, entry in content_of(value) if is_of(entry, FunctionType))
 
 
 def _is_filled(cell: Any) -> bool:

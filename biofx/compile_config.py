@@ -21,7 +21,7 @@ from biofx.passes import (
 from biofx.pipeline import Pipeline
 from biofx.plasticity.bio_state import rule_config
 from biofx.plasticity.model_rules import bio_modules
-from biofx.plasticity.placement import state_of
+from biofx.plasticity.placement import is_taken, state_of
 from biofx.select import NodeIndex, Override, picks
 
 PassChoice: TypeAlias = str | Pass | Sequence[str | Pass]
@@ -191,6 +191,8 @@ def configure_layers(graph_module: BioGraphModule, config: BioConfig, sites: Sit
             for number, found in enumerate(matches)
             if any(picks(match, site.node, site.layer) for match in found for site in weight.sites)
         )
+        if weight.path not in states and is_taken(weight.path):
+            continue  # which a pass has said
         if active not in made:
             fields = {name: value for number in active for name, value in config.overrides[number].options}
             made[active] = rule_config(config.replace(**fields))

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from biofx.attribution import attributed
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
+from biofx.foreign_errors import BY_A_PASS, foreign_errors_wrapped
 from biofx.graph.changes import Snapshot, compare
 from biofx.graph.graph_view import GraphView
 from biofx.graph.in_place import changes_in_place
@@ -37,6 +38,8 @@ from biofx.sites import find_sites
 
 PassT = TypeVar("PassT", bound="Pass")
 
+BROKE_ITS_CONTRACT = "broke its contract"
+"""What an error says of a pass whose fault it is."""
 _EVERY_PASS = ("only", "exclude", "enabled", "overrides")
 
 
@@ -221,7 +224,10 @@ class Pass(ABC):
         except BiofxError:
             raise
         except Exception as error:
-            add_note(error, f"raised by pass {self}, which was given this graph:\n{before.text}")
+            if type(self).__module__.partition(".")[0] == __name__.partition(".")[0]:
+                with foreign_errors_wrapped(PassError, f"{self.name} {BROKE_ITS_CONTRACT}: it"):
+                    raise
+            add_note(error, f"{BY_A_PASS}{self}, which was given this graph:\n{before.text}")
             raise
         place = {name: number for number, name in enumerate(before.lines)}
         remarks.sort(key=lambda remark: place.get(remark.node or "", len(place)))
@@ -230,7 +236,7 @@ class Pass(ABC):
         if bool(rewritten) != bool(changes):
             told, done = len(rewritten), len(changes)
             raise PassError(
-                f"{self.name} broke its contract: {told} candidates reported rewritten, {done} nodes differ"
+                f"{self.name} {BROKE_ITS_CONTRACT}: {told} candidates reported rewritten, {done} nodes differ"
             )
         yield PassReport(self.name, str(self), tuple(remarks), tuple(changes), time.perf_counter() - started)
 

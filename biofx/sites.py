@@ -30,6 +30,7 @@ from biofx.layers.layer_kinds import (
 from biofx.layers.obstacles import computed, obstacle_to_lowering
 from biofx.layers.other_reads import READ, obstacle_to_reads, slot_of_reads
 from biofx.layers.unitless_layers import obstacle_to_lookup
+from biofx.layers.unusual_weights import obstacle_to_signs, obstacle_to_values
 from biofx.layers.weight_site import (
     WEIGHT_OPERATORS,
     Bystander,
@@ -166,7 +167,7 @@ class _Survey:
                 continue
             named = (self.use.path_for(node, path, named[0]), named[1])
             barrier = obstacle or self._barrier(node, named[1])
-            against = barrier or self._outside.get(id(named[1]))
+            against = barrier or self._against(named[1])
             yield WeightSite(node, kind, *named, groups, against, slot, barrier)
 
     def _computed(self, path: str, module: nn.Module, kind: LayerKind) -> nn.Parameter:
@@ -192,7 +193,7 @@ class _Survey:
         folded = fold_behind(weight)
         if folded is not None:
             barrier = f"its weight is folded already ({folded.name}); what acts on weights goes before folds"
-        obstacle = barrier or self._outside.get(id(named[1]))
+        obstacle = barrier or self._against(named[1])
         return WeightSite(node, kind, *named, _groups_of(node, kind), obstacle, slot, barrier)
 
     def _kind_of_call(self, node: Node) -> LayerKind | None:
@@ -212,7 +213,11 @@ class _Survey:
         return _kind_of_module(module) is None
 
     def _barrier(self, node: Node, parameter: nn.Parameter) -> str | None:
-        return self._hidden.get(id(parameter)) or self.use.obstacle(node, parameter)
+        hidden = self._hidden.get(id(parameter)) or self.use.obstacle(node, parameter)
+        return hidden or obstacle_to_values(parameter)
+
+    def _against(self, parameter: nn.Parameter) -> str | None:
+        return self._outside.get(id(parameter)) or obstacle_to_signs(parameter)
 
     def reads(self) -> list[WeightSite]:
         """Return what reads parameters besides layers."""

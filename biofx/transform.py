@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from biofx.capture import capture, preserved_random_state
-from biofx.capturing.record_capture import ExampleInputs
+from biofx.capturing.example_inputs import ExampleInputs
 from biofx.compile_config import PassChoice, choose_passes, configure_layers
 from biofx.config import BioConfig
-from biofx.errors import OptionError
+from biofx.errors import OptionError, PassError
+from biofx.foreign_errors import foreign_errors_wrapped
 from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
@@ -50,7 +51,7 @@ def transform(
         opaque: paths of modules not to look into.
         regions: where something cannot be captured, let the module in which it is keep its own forward and
             rewrite what that calls; if False, refuse.
-        example_inputs: ``(args, kwargs)`` of one call; optional, see :func:`biofx.capture`.
+        example_inputs: of one call; optional, see :func:`biofx.capture`.
         share_parameters: let the result hold the model's own parameters instead of copies, but for those that
             a pass gives other values (``constrain-signs`` and ``expand-units`` do, and say so).
         observe: called after each pass that changed the graph, e.g. :func:`biofx.print_changed`.
@@ -98,7 +99,7 @@ def transform(
         regions=regions,
         example_inputs=example_inputs,
     )
-    with joined(captured):
+    with foreign_errors_wrapped(PassError, f"the rewriting of {type(model).__name__}"), joined(captured):
         _check_overrides(captured, checked)
         matches = matches_of(pipeline, captured)
         with preserved_random_state():

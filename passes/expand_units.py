@@ -80,8 +80,9 @@ class ExpandUnits(Pass):
         for circuit in chosen:
             expand(circuit, groups, lowering, makers)
         for site in sites.found:
-            if site.kind.why_no_units:
-                yield missed(site.node, site.layer, site.kind.why_no_units)
+            if site.kind.why_no_units or (site.node, site.parameter_path) not in told:
+                reason = site.kind.why_no_units or site.barrier or "it reads no units"
+                yield missed(site.node, site.layer, site.told(reason))
                 continue
             remark = told[site.node, site.parameter_path]
             if site.parameter_path in made:

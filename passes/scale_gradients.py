@@ -33,6 +33,7 @@ from biofx.config import (
 from biofx.draws.randomness import generator_for
 from biofx.draws.rate_draws import PURPOSE, rate_draw, told_of_place
 from biofx.graph.regions import region_of_nodes
+from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.layers.weight_site import Sites, Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.rate_ops import scale_gradient_by_seed
@@ -114,7 +115,8 @@ class ScaleGradients(WeightPass):
             return False
         called = graph_module.get_submodule(str(site.node.target))
         scales = options.distribution is not Distribution.BASELINE and options.nu != 0
-        return scales and any(entry.requires_grad and not entry.is_meta for entry in called.parameters())
+        held = [entry for entry in called.parameters() if entry.requires_grad and not entry.is_meta]
+        return scales and any(obstacle_to_values(entry) is None for entry in held)
 
     def candidates(self, sites: Sites, scope: Scope) -> list[Weight]:
         """Return the weights with all that reads them, and where all are meant the other parameters."""

@@ -103,6 +103,8 @@ class SplitWeights(Pass):
             return f"gamma={self.gamma} is off"
         if site.kind.why_no_units:
             return site.kind.why_no_units
+        if not site.parameter.numel():
+            return site.barrier or "it has no weights"
         if site.why_no_channels is not None:
             return f"{site.why_no_channels}; only those of a Linear or a convolution are split"
         if getattr(graph_module.get_submodule(site.layer), "last_module_token", False):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from biofx.audit.check_report import Finding
 from biofx.audit.check_subject import Placed, Subject, Uses, owner_of
+from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.layers.weight_site import computed_behind
 from biofx.layers.weight_slots import argument
 from biofx.operators.rate_ops import GRADIENT_SCALINGS, draw_of, scale_gradient_by_seed
@@ -128,6 +129,8 @@ def finite(subject: Subject, uses: Uses) -> Iterator[Finding]:
 def _finite(layer: str, path: str, tensor: Tensor) -> Finding:
     lazy = (nn.UninitializedParameter, nn.UninitializedBuffer)
     if isinstance(tensor, lazy) or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return Finding(layer, "finite", path, 0)
+    if obstacle_to_values(tensor) is not None and tensor.numel():
         return Finding(layer, "finite", path, 0)
     held = tensor.detach()
     wrong, message = 0, ""

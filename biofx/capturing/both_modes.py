@@ -24,7 +24,7 @@ class OneMode:
 
     graph: Graph
     asked: frozenset[str] | None
-    """Of the modules that asked for their own ``training``; None where one asked for another's."""
+    """Of the modules whose ``training`` was asked for; None where one asked for another's, and not alone."""
     calls: Mapping[str, int]
     """How often each module was called."""
 

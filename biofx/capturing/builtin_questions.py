@@ -9,10 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
+from biofx.capturing.unasked import attributes_of, is_of
 from biofx.capturing.values import Value
 
 
@@ -55,11 +57,10 @@ WHEN_RECORDED: Mapping[str, Any] = {"len": _remembered_length_of, "range": _rang
 @contextmanager
 def questions_answered(modules: Iterable[nn.Module], answers: Mapping[str, Any]) -> Iterator[None]:
     """Let the source files that define the classes of some modules find other builtins meanwhile."""
-    files = {kind.__module__ for kind in {type(module) for module in modules} for kind in kind.__mro__}
+    files = {str(kind.__module__) for kind in {type(module) for module in modules} for kind in kind.__mro__}
     found = [sys.modules.get(name) for name in files if name.partition(".")[0] not in ("torch", "builtins")]
-    replaced = [
-        (vars(file), name) for file in found if file is not None for name in answers if name not in vars(file)
-    ]
+    spaces = [attributes_of(file) for file in found if is_of(file, ModuleType)]
+    replaced = [(space, name) for space in spaces for name in answers if name not in space]
     for namespace, name in replaced:
         namespace[name] = answers[name]
     try:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Any
+
+from biofx.capturing.unasked import is_of
 
 
 def content_of(container: Any) -> list[Any]:
-    """Return what is in a dict, a list, a set or a deque; of a dict the items."""
-    return list(dict.items(container) if isinstance(container, dict) else container)
+    """Return what is in a container of Python's, or in one derived from it; of a dict the items."""
+    if is_of(container, dict):
+        return list(dict.items(container))
+    return list(_kind_of(container).__iter__(container))
 
 
 def fill_again(container: Any, content: list[Any]) -> None:
@@ -17,14 +21,21 @@ def fill_again(container: Any, content: list[Any]) -> None:
     pairs = zip(found, content, strict=False)
     if len(found) == len(content) and all(_is_the_same(*pair) for pair in pairs):
         return
-    if isinstance(container, dict):
-        plain: Any = OrderedDict if isinstance(container, OrderedDict) else dict
-        plain.clear(container)
+    kind = _kind_of(container)
+    kind.clear(container)
+    if is_of(container, dict):
         for key, value in content:
-            plain.__setitem__(container, key, value)
-        return
-    container.clear()
-    (container.update if isinstance(container, set) else container.extend)(content)
+            kind.__setitem__(container, key, value)
+    elif is_of(container, set):
+        kind.update(container, content)
+    else:
+        kind.extend(container, content)
+
+
+def _kind_of(container: Any) -> Any:
+    """Return the class of Python's that a container is of."""
+    kinds = (OrderedDict, dict, list, tuple, set, frozenset, deque)
+    return next(kind for kind in kinds if is_of(container, kind))
 
 
 def _is_the_same(found: Any, before: Any) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node, Tracer
+from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from biofx.capturing.binding import bind_inputs
@@ -32,7 +32,7 @@ from biofx.capturing.checkpoints import (
 )
 from biofx.capturing.frames import BY_VALUE, Frame, Keep
 from biofx.capturing.python_names import ASKS_WHETHER_THE_SAME, asks_whether_the_same
-from biofx.capturing.region_capture import is_plain_layer
+from biofx.capturing.region_capture import is_leaf, is_plain_layer
 from biofx.capturing.sized_by_values import gives_as_many_as_there_are, is_sized_by_values, leaves
 from biofx.capturing.switches import Switches, SwitchPatches
 from biofx.capturing.tensor_questions import (
@@ -53,6 +53,8 @@ from biofx.graph.checkpointing import call_checkpointed
 from biofx.graph.in_place import changed_in_place
 from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS
 from biofx.layers.obstacles import hooks_of
+from biofx.layers.transformer_layers import pads_by_nesting, transformers_as_nodes
+from biofx.model.graph_module import why_not_a_graph_module
 
 
 class Recorder(TorchFunctionMode):
@@ -102,6 +104,7 @@ class Recorder(TorchFunctionMode):
             self._patched(),
             self._patches.patched(),
             checkpoints_handled(self._checkpoint),
+            transformers_as_nodes(),
             limits_followed(Type.limit, lambda value: isinstance(value, Type)),
             questions_answered(self._root.modules(), WHEN_RECORDED),
             self,
@@ -296,7 +299,7 @@ class Recorder(TorchFunctionMode):
             return original(module, *args, **kwargs)
         if hooks_of(module) and not self._is_whole(path, module):
             self.found[path] = f"{self._where(path)} has {' and '.join(hooks_of(module))}"
-        if self._is_whole(path, module):
+        if self._is_called_whole(path, module, args, kwargs):
             return self._call_whole(frame, path, module, original, args, kwargs)
         mark = frame.mark()
         try:
@@ -318,6 +321,9 @@ class Recorder(TorchFunctionMode):
 
     def _is_whole(self, path: str | None, module: nn.Module) -> bool:
         return self._is_kept(path) or path in self._opaque or is_leaf(module)
+
+    def _is_called_whole(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> bool:
+        return self._is_whole(path, module) or pads_by_nesting(module, args, kwargs)
 
     def _call_whole(
         self, frame: Frame, path: str, module: nn.Module, original: Any, args: Any, kwargs: Any
@@ -427,6 +433,9 @@ class Recorder(TorchFunctionMode):
         if hooks_of(module):
             self.found[path] = f"{self._named(path)} has {' and '.join(hooks_of(module))}"
             return original(module, *args, **kwargs)
+        if (reason := why_not_a_graph_module(module)) is not None:
+            self.found[path] = f"{self._named(path)} is called from Python, and {reason}"
+            return original(module, *args, **kwargs)
         return self._in_frame(path, module, lambda *a, **k: original(module, *a, **k), args, kwargs)
 
     def _in_frame(self, path: str, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -518,7 +527,6 @@ class Recorder(TorchFunctionMode):
         return named
 
 
-_TRACER = Tracer()
 _OWN_FOLDER = str(Path(__file__).parent.parent)
 
 
@@ -526,11 +534,6 @@ def _called(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     if func is Tensor.type:  # the one method that does not let a stand-in for a type take over
         args, options = plain_inside(args), plain_inside(options)
     return func(*args, **options)
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module becomes one call, and is not looked into."""
-    return isinstance(module, torch.jit.ScriptModule) or _TRACER.is_leaf_module(module, "")
 
 
 def _has_tensors(value: Any) -> bool:

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node, Tracer
 
 from biofx.capturing.switches import Switches
 from biofx.capturing.tracked import is_tracked, plain, tracked
+from biofx.capturing.unasked import is_of
 from biofx.graph.assignments import OWN_MODULE, assign_buffer
 from biofx.graph.guards import require_default, require_same
 
@@ -71,7 +72,7 @@ class Frame:
         for name, inner in module.named_modules():
             held = (*inner._parameters.items(), *inner._buffers.items(), *vars(inner).items())
             for key, value in held:
-                if isinstance(value, Tensor):
+                if is_of(value, Tensor):
                     self._stored.setdefault(id(value), f"{name}.{key}" if name else key)
         self._reads: dict[str, Node] = {}
         self._descriptions: dict[tuple[Node, str], Node] = {}

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from biofx.capturing.unasked import is_of
+
 
 class OwnGenerator:
     """One such generator, whose state can be compared and put back."""
@@ -48,4 +50,4 @@ def generator_in(value: object) -> OwnGenerator | None:
     kinds: tuple[Any, ...] = (random.Random, torch.Generator)
     if numpy_random is not None:
         kinds += (numpy_random.Generator, numpy_random.RandomState)
-    return OwnGenerator(value) if isinstance(value, kinds) else None
+    return OwnGenerator(value) if is_of(value, kinds) else None

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dis
 import functools
-from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from biofx.capturing.identity_questions import compares_identities
+from biofx.capturing.unasked import attributes_of, is_installed, is_of, package_of, packages_of
 
 ANYTHING = "*"
 """Stands for whatever has no name of its own in the code."""
 ASKS_WHETHER_THE_SAME = "asks whether two values are the same object, which no graph can say"
 _LIBRARIES = ("torch.", "builtins.", "typing.", "collections.", "functools.", "math.", "numpy.")
+_TORCHS = ("torch", "builtins")
 
 Found = TypeVar("Found")
 
@@ -37,6 +39,12 @@ def _once_a_class(function: Callable[[Any], Found]) -> Callable[[Any], Found]:
 def names_mentioned(module: nn.Module) -> frozenset[str]:
     """Return the attributes, globals and texts that a module's forward mentions, and what it calls does."""
     return frozenset(name for code in _code_of_class(type(module)) for name in _names(code))
+
+
+def methods_mentioned(kind: type[nn.Module]) -> frozenset[str]:
+    """Return what the forward of a class mentions of what the class, or one that it derives from, defines."""
+    defined = {name for base in lineage_of(kind) for name in vars(base)}
+    return frozenset(name for code in _code_of_class(kind) for name in _names(code)) & defined
 
 
 def weights_mentioned(module: nn.Module) -> frozenset[str]:
@@ -100,12 +108,32 @@ _CHANGING_METHODS = frozenset(
 
 
 def globals_mentioned(kind: type[nn.Module]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the globals that the forward of a class, and what it calls, mention: where, and the name."""
-    for function in _functions_of(kind):
-        if f"{function.__module__}.".startswith(_LIBRARIES):
-            continue
-        names = {name for code in _with_inner(function.__code__) for name in code.co_names}
-        yield from ((function.__globals__, name) for name in names & function.__globals__.keys())
+    """Yield the globals that the forward of a class, and what it calls, mention: where, and the name.
+
+    Those of libraries are left out, but for the one that brings the class.
+    """
+    own = packages_of([kind])
+    for function in _functions_of(kind, through_modules=True):
+        package = str(function.__module__).partition(".")[0]
+        if package not in _TORCHS and (package in own or not is_installed(package)):
+            yield from _globals_in(function)
+
+
+def globals_named(kind: type[nn.Module]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the same for whatever function it may call, that of a library too."""
+    for function in _functions_of(kind, through_modules=True):
+        if not f"{function.__module__}.".startswith(_LIBRARIES):
+            yield from _globals_in(function)
+
+
+def lineage_of(kind: type[nn.Module]) -> Iterator[type]:
+    """Yield a class and those that it derives from, but for torch's and Python's."""
+    return (base for base in kind.__mro__ if package_of(base) not in _TORCHS)
+
+
+def _globals_in(function: FunctionType) -> Iterator[tuple[dict[str, Any], str]]:
+    names = {name for code in _with_inner(function.__code__) for name in code.co_names}
+    yield from ((function.__globals__, name) for name in names & function.__globals__.keys())
 
 
 @_once_a_class
@@ -122,31 +150,44 @@ def _code_of_class(kind: type[nn.Module]) -> Iterator[CodeType]:
         yield from _with_inner(function.__code__)
 
 
-def _functions_of(kind: type[nn.Module]) -> Iterator[FunctionType]:
+def _functions_of(kind: type[nn.Module], *, through_modules: bool = False) -> Iterator[FunctionType]:
+    """Yield the functions that a forward may call; those that it finds in Python's modules if asked to."""
     seen: set[CodeType] = set()
     functions: list[Any] = [kind.forward]
     while functions:
         function = functions.pop()
-        function = getattr(function, "__wrapped__", function)
-        code = getattr(function, "__code__", None)
-        if not isinstance(code, CodeType) or code in seen:
+        function = attributes_of(function).get("__wrapped__", function)
+        if type(function) is not FunctionType or function.__code__ in seen:
             continue
+        code = function.__code__
         seen.add(code)
         yield function
-        for name in _names(code):
-            for called in (*_methods(kind, name), function.__globals__.get(name)):
-                if isinstance(called, FunctionType) and not f"{called.__module__}.".startswith(_LIBRARIES):
+        names = list(_names(code))
+        spaces = [function.__globals__]
+        spaces += _modules_among(names, function.__globals__) if through_modules else ()
+        for name in names:
+            for called in (*_methods(kind, name), *(space.get(name) for space in spaces)):
+                while "__wrapped__" in attributes_of(called):
+                    called = attributes_of(called)["__wrapped__"]
+                if type(called) is FunctionType and not f"{called.__module__}.".startswith(_LIBRARIES):
                     functions.append(called)
+
+
+def _modules_among(names: Iterable[str], space: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what is in the modules of Python among some globals, as ``module.function`` looks it up."""
+    for held in (space.get(name) for name in names):
+        if is_of(held, ModuleType) and not f"{attributes_of(held).get('__name__')}.".startswith(_LIBRARIES):
+            yield attributes_of(held)
 
 
 def _methods(kind: type[nn.Module], name: str) -> Iterator[Any]:
     """Yield the functions behind an attribute, those that ``super()`` leads to as well."""
     for parent in kind.__mro__:
-        held = vars(parent).get(name)
-        if isinstance(held, property):
+        held: Any = vars(parent).get(name)
+        if is_of(held, property):
             yield from (held.fget, held.fset)
         else:
-            yield getattr(held, "__func__", held)
+            yield held.__func__ if is_of(held, (staticmethod, classmethod)) else held
 
 
 def _with_inner(code: CodeType) -> Iterator[CodeType]:

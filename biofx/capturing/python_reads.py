@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from biofx.capturing.python_names import is_a_weight, names_mentioned
+from biofx.capturing.python_names import is_a_weight, methods_mentioned, names_mentioned
 from biofx.graph.regions import is_inside
-from biofx.model.graph_module import BioGraphModule
+from biofx.model.graph_module import NAMES_OF_GRAPH_MODULES, BioGraphModule, why_not_a_graph_module
 
 
 def modules_that_read(captured: BioGraphModule) -> Iterator[str]:
@@ -46,6 +46,8 @@ def _can_stand_before(module: nn.Module) -> bool:
     ordinary = type(module).__call__ is plain_call and "forward" not in vars(module)
     return (
         bool(held)
+        and why_not_a_graph_module(module) is None
+        and not methods_mentioned(type(module)) & NAMES_OF_GRAPH_MODULES
         and ordinary
         and len(set(map(id, held))) == len(held)
         and not module._forward_pre_hooks  # which may compute a weight from parameters, ahead of the forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Graph
 
 from biofx.capturing.both_modes import OneMode, unified
+from biofx.capturing.example_inputs import ExampleInputs, as_call
 from biofx.capturing.forward_recorder import Recorder
 from biofx.capturing.frames import Keep, joined_path
 from biofx.capturing.python_reads import modules_that_read
@@ -21,10 +22,9 @@ from biofx.capturing.trials import Trials, cloned
 from biofx.errors import CaptureError, InputError
 from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside, kept_around
+from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.model.copies import deep_copy
 from biofx.model.graph_module import BioGraphModule, become_graph_module
-
-ExampleInputs = tuple[Sequence[Any], Mapping[str, Any]]
 
 
 def capture_recorded(
@@ -34,7 +34,7 @@ def capture_recorded(
 
     Args:
         root: the model, made for this.
-        example_inputs: positional and keyword arguments of one call.
+        example_inputs: of one call (see :func:`biofx.capturing.example_inputs.as_call`).
         opaque: paths of modules not to look into.
         foreign: ids of tensors that must not find their way into a graph.
 
@@ -42,23 +42,9 @@ def capture_recorded(
         InputError: the example inputs are not of that form, or the model fails on them.
         CaptureError: not even regions can be captured.
     """
-    args, kwargs = _checked(example_inputs)
+    args, kwargs = as_call(root, example_inputs)
     front_end = _RecordCapture(root, args, kwargs, opaque, foreign)
     return front_end.captured()
-
-
-def _checked(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if (
-        not isinstance(example_inputs, tuple)
-        or len(example_inputs) != 2
-        or not isinstance(example_inputs[0], (tuple, list))
-        or not isinstance(example_inputs[1], Mapping)
-    ):
-        raise InputError(
-            "example_inputs: expected (args, kwargs), e.g. ((x,), {}) or ((), {'input_ids': ids}), found "
-            f"{type(example_inputs).__name__}"
-        )
-    return tuple(example_inputs[0]), dict(example_inputs[1])
 
 
 class _RecordCapture:
@@ -164,7 +150,9 @@ class _RecordCapture:
     def _check_parameters(self) -> None:
         for key, parameter in self._own.items():
             tried = self._scratch[key]
-            if parameter.is_meta or torch.equal(tried, parameter):
+            if parameter.is_meta or obstacle_to_values(parameter) is not None:
+                continue  # it has no values, or such as cannot be compared
+            if torch.equal(tried, parameter):
                 continue
             if not torch.allclose(tried, parameter, rtol=0, atol=0, equal_nan=True):
                 raise CaptureError("the model's forward writes into its parameters")
@@ -291,10 +279,11 @@ def _one_mode(recorder: Recorder, path: str, kept: Iterable[str]) -> OneMode:
         for running, asked in recorder.asks
         if is_inside(running, path) and kept_around(running, around) is None
     ]
-    own = frozenset(running for running, asked in asks if running == asked)
+    paths = frozenset(asked for _, asked in asks)
     calls = {called[inside:]: times for called, times in recorder.calls.items() if is_inside(called, path)}
-    is_known = all(running == asked for running, asked in asks)
-    return OneMode(recorder.graphs[path][0], own if is_known else None, calls)
+    is_alone = len(paths) == 1 and all(is_inside(asked, path) for _, asked in recorder.asks)
+    is_known = all(running == asked for running, asked in asks) or is_alone
+    return OneMode(recorder.graphs[path][0], paths if is_known else None, calls)
 
 
 def _is_between(region: str, kept: str, path: str) -> bool:

@@ -21,7 +21,8 @@ from biofx.errors import CaptureError
 from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside
 from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS, kind_of
-from biofx.model.graph_module import BioGraphModule, become_graph_module
+from biofx.layers.transformer_layers import can_be_looked_into
+from biofx.model.graph_module import BioGraphModule, become_graph_module, why_not_a_graph_module
 
 
 def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[int]) -> BioGraphModule:
@@ -138,7 +139,7 @@ class RegionCapture:
             return  # nothing in it that a pass could act on
         elif _only_holds_others(module):
             self.capture_children(path)
-        elif isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, path):
+        elif is_leaf(module):
             return
         elif (reason := _why_calls_are_unknown(module)) is not None:
             self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
@@ -163,9 +164,17 @@ class RegionCapture:
         self._keep_inside(path, traced.kept)
 
 
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module becomes one call, and is not looked into."""
+    whole = isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, "")
+    return whole and not can_be_looked_into(module)
+
+
 def is_plain_layer(module: nn.Module) -> bool:
     """Whether a module is a layer of torch's with weights, forward and all."""
     kind = kind_of(module)
+    if why_not_a_graph_module(module) is not None:
+        return False
     if kind is not None:
         return type(module).forward is kind.module_type.forward
     own = type(module).forward

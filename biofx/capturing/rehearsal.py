@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from biofx.capturing.unasked import is_of
+
 
 class Rehearsal:
     """A model of which a run may have changed tensors that its modules hold, and nothing else.
@@ -18,7 +20,7 @@ class Rehearsal:
         self._buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
         held = [value for module in model.modules() for value in vars(module).values()]
         held += [buffer for _, buffers in self._buffers for buffer in buffers.values()]
-        self._values = [(value, value.detach().clone()) for value in held if isinstance(value, Tensor)]
+        self._values = [(value, value.detach().clone()) for value in held if is_of(value, Tensor)]
 
     def put_back(self) -> nn.Module:
         """Return the model as it was; its mode may be another."""

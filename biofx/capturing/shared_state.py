@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from biofx.capturing.python_names import globals_mentioned
+from biofx.capturing.unasked import is_of, is_of_a_library, packages_of
 
 Place = tuple[Any, str]
 """The globals of a source file, or a class, and a name there."""
-_CHANGING = (dict, list, set, deque, int, float, type(None))
 _known: WeakKeyDictionary[type[nn.Module], tuple[Place, ...]] = WeakKeyDictionary()
 
 
 def shared_places(kind: type[nn.Module]) -> tuple[Place, ...]:
-    """Return where forwards of a class find numbers and containers that they share with others."""
+    """Return where forwards of a class find what they share with others, and may change."""
     if kind not in _known:
         _known[kind] = () if _is_torchs(kind) else tuple(_found(kind))
     return _known[kind]
@@ -27,7 +26,7 @@ def shared_places(kind: type[nn.Module]) -> tuple[Place, ...]:
 def held_at(place: Place) -> Any:
     """Return what is at a place, None if nothing is any more."""
     space, name = place
-    return (vars(space) if isinstance(space, type) else space).get(name)
+    return (vars(space) if is_of(space, type) else space).get(name)
 
 
 def named(place: Place) -> str:
@@ -49,11 +48,19 @@ def put_back(place: Place, value: Any) -> None:
 
 def _found(kind: type[nn.Module]) -> Iterator[Place]:
     seen: set[tuple[int, str]] = set()
+    own = packages_of([kind]) - {"torch"}
     for place in (*globals_mentioned(kind), *_attributes_of(kind)):
         key = (id(place[0]), place[1])
-        if key not in seen and isinstance(held_at(place), _CHANGING):
+        if key not in seen and _may_change(held_at(place), own):
             seen.add(key)
             yield place
+
+
+def _may_change(value: Any, own_packages: frozenset[str]) -> bool:
+    """Whether forwards may give something else in the place of a value, or put something into it."""
+    if is_of(value, Tensor):
+        return True
+    return not (callable(value) or is_of(value, nn.Module) or is_of_a_library(value, own_packages))
 
 
 def _attributes_of(kind: type[nn.Module]) -> Iterator[Place]:

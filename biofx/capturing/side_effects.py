@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from biofx.capturing.containers import content_of, fill_again
 from biofx.capturing.own_generators import OwnGenerator, generator_in
 from biofx.capturing.shared_state import held_at, named, put_back, shared_places
+from biofx.capturing.unasked import attributes_of, bytes_of, is_exactly, is_of, is_of_a_library, packages_of
 from biofx.errors import CaptureError
 
 
@@ -27,14 +28,18 @@ class Watch:
         self._root = root
         self._prefix = prefix
         self._kept: list[Any] = []
+        self._around: list[Any] = []
+        kinds = {type(module) for module in root.modules()}
+        self._packages = packages_of(kinds) - {"torch"}
         self._inside: dict[int, _Inside] = {}
         self._random = _random_states()
+        self._inside_shared = {kind: _Inside() for kind in kinds}
         self._shared = {
             kind: [
-                (place, held_at(place), self._contents(held_at(place), set()))
+                (place, held_at(place), self._contents(held_at(place), set(), self._inside_shared[kind]))
                 for place in shared_places(kind)
             ]
-            for kind in {type(module) for module in root.modules()}
+            for kind in kinds
         }
         seen: set[int] = set()
         self._paths: dict[str, nn.Module] = {}
@@ -51,11 +56,8 @@ class Watch:
         for module in (self._root if within is None else within).modules():
             for held in self._held.get(id(module), ()):
                 held.restore()
-            inside = self._inside.get(id(module), _Inside())
-            for container, content in inside.containers:
-                fill_again(container, content)
-            for generator, state in inside.generators:
-                generator.restore(state)
+            self._inside.get(id(module), _Inside()).put_back()
+            self._inside_shared.get(type(module), _Inside()).put_back()
             for place, value, _ in self._shared.get(type(module), ()):
                 put_back(place, value)
 
@@ -114,7 +116,7 @@ class Watch:
         return {
             name: self._contents(value, seen, inside)
             for name, value in held.items()
-            if type(value) not in _INDIVISIBLE and not isinstance(value, nn.Module)
+            if not is_exactly(value, _INDIVISIBLE) and not is_of(value, nn.Module)
         }
 
     def _is_watched(self, path: str, name: str) -> bool:
@@ -123,39 +125,47 @@ class Watch:
 
     def _contents(self, value: Any, seen: set[int], inside: _Inside | None = None) -> Any:
         """Return what something holds, comparable; what can be put back goes into ``inside``."""
-        kind = type(value)
-        if kind in _CONTAINERS and not value:  # as most are
+        if is_exactly(value, _CONTAINERS) and not value:  # as most are
             if inside is not None:
                 inside.containers.append((value, []))
             return ()
-        if kind in _INDIVISIBLE:
+        if is_exactly(value, _INDIVISIBLE):
             self._kept.append(value)  # alive, so that no id is used twice
             return id(value)
-        if id(value) in seen or isinstance(value, (nn.Module, Tensor, type, str, bytes)):
-            self._kept.append(value)
-            return id(value)
-        if isinstance(value, (dict, list, set, deque)):
-            if inside is not None:
-                inside.containers.append((value, content_of(value)))
-            if not value:
-                return ()
         self._kept.append(value)
+        if id(value) in seen or is_of(value, (nn.Module, Tensor, type, str, bytes)):
+            return id(value)
+        if is_of(value, (dict, list, set, deque)):
+            content = content_of(value)
+            if inside is not None:
+                inside.containers.append((value, content))
+            if not content:
+                return ()
         seen.add(id(value))
-        if isinstance(value, dict):
-            inner = [(id(key), entry) for key, entry in dict.items(value)]
-        elif isinstance(value, (list, tuple, deque)):
-            inner = list(enumerate(value))
-        elif isinstance(value, (set, frozenset)):
-            return (id(value), frozenset(map(id, value)))
+        if is_of(value, dict):
+            inner = [(id(key), entry) for key, entry in content_of(value)]
+        elif is_of(value, (list, tuple, deque)):
+            inner = list(enumerate(content_of(value)))
+        elif is_of(value, (set, frozenset)):
+            return (id(value), frozenset(map(id, content_of(value))))
         elif (generator := generator_in(value)) is not None:
             if inside is not None:
                 inside.generators.append((generator, generator.state()))
             return (id(value), generator.state())
-        elif hasattr(value, "tobytes"):
-            return (id(value), hash(value.tobytes()))
+        elif (held := bytes_of(value)) is not None:
+            return (id(value), hash(held))
+        elif callable(value) or is_of_a_library(value, self._packages):
+            return id(value)
         else:
-            inner = list(enumerate(getattr(value, "__dict__", {}).values())) if not callable(value) else []
+            attributes = attributes_of(value)
+            if inside is not None and attributes:
+                inside.containers.append((attributes, content_of(attributes)))
+            inner = [(id(name), entry) for name, entry in content_of(attributes)]
+        if len(self._around) >= _DEEPEST:
+            return id(value)
+        self._around.append(value)
         found = tuple((key, self._contents(entry, seen, inside)) for key, entry in inner)
+        self._around.pop()
         return (id(value), found) if inner else id(value)
 
 
@@ -167,6 +177,13 @@ class _Inside:
     """Dicts, lists, sets and deques, and what was in them."""
     generators: list[tuple[OwnGenerator, bytes]] = field(default_factory=list)
     """Generators of random numbers, and their states."""
+
+    def put_back(self) -> None:
+        """Put it all back to where it was."""
+        for container, content in self.containers:
+            fill_again(container, content)
+        for generator, state in self.generators:
+            generator.restore(state)
 
 
 @dataclass(frozen=True)
@@ -188,7 +205,9 @@ class _Held:
             yield from (name for name in before if name not in live)
         for name, content in self.contents.items():
             value = live.get(name)
-            if value is before[name] and (value or content) and contents_of(value) != content:
+            if value is not before[name] or (is_exactly(value, _CONTAINERS) and not (value or content)):
+                continue
+            if contents_of(value) != content:
                 yield name
 
     def restore(self) -> None:
@@ -202,8 +221,12 @@ class _Held:
                 held["training"] = flag
 
 
-_INDIVISIBLE = frozenset({int, float, complex, bool, str, bytes, type(None), nn.Parameter, Tensor})
-_CONTAINERS = frozenset({dict, OrderedDict, list, set, deque})
+_INDIVISIBLE: frozenset[type] = frozenset(
+    {int, float, complex, bool, str, bytes, type(None), nn.Parameter, Tensor}
+)
+_DEEPEST = 100
+"""How deep to look into what lies in one another, a count."""
+_CONTAINERS: frozenset[type] = frozenset({dict, OrderedDict, list, set, deque})
 _KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -14,12 +13,14 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
-from biofx.capturing.forward_recorder import is_leaf
 from biofx.capturing.frames import Keep
+from biofx.capturing.region_capture import is_leaf
+from biofx.capturing.variants import Axis, axes_of, is_of_samples, sizes_asked_about
 from biofx.graph.autograd_functions import AppliedFunction
 from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import steers_gradients
 from biofx.graph.guards import RecordingError, by_mode, require_same
+from biofx.layers.transformer_layers import plain_paths
 from biofx.model.copies import deep_copy
 
 
@@ -48,6 +49,7 @@ class Trials:
         self._copy = copy
         self._borrow = borrow
         self._modules = dict(root.named_modules())
+        self._pair: tuple[Any, Any] | None = None
 
     def works_in_a_mode(self) -> bool:
         """Whether the model takes the example in training or in evaluation."""
@@ -71,22 +73,9 @@ class Trials:
         doubt = self._doubt_in_another_type(made)
         if doubt is not None:
             return doubt
-        pair: tuple[Any, Any] | None = None
-        # the two modes have one graph, and so one way to follow a size, unless numbers differ in it
-        differs = any(graph.find_nodes(op="call_function", target=by_mode) for graph in _graphs_of(made))
-        for place, given in enumerate(_variants(*self._given)):
-            if place > 1 and not asks_sizes:
-                break  # Python knows of none
-            for training in (True, False) if place == 0 or differs else (True,):
-                pair = pair or (self._borrow(), self._copy(made))
-                try:
-                    expected = outcome(pair[0], given, training)
-                except Exception:
-                    pair = None  # nothing to compare with: the model does not work at this size
-                    break
-                doubt = self._difference(outcome, pair[1], given, training, expected)
-                if doubt is not None:
-                    return doubt
+        doubt = self._doubt_at_other_sizes(made, asks_sizes)
+        if doubt is not None:
+            return doubt
         if any(_says_more_than_values(graph) for graph in _graphs_of(made)):
             for training in (True, False):
                 try:
@@ -100,6 +89,47 @@ class Trials:
                 if doubt is not None:
                     return doubt
         return None
+
+    def _doubt_at_other_sizes(self, made: nn.Module, asks_sizes: bool) -> Keep | None:
+        self._pair = None
+        # the two modes have one graph, and so one way to follow a size, unless numbers differ in it
+        differs = any(graph.find_nodes(op="call_function", target=by_mode) for graph in _graphs_of(made))
+        for given, of_samples in self._variants(made, asks_sizes):
+            for training in (True, False) if of_samples or differs else (True,):
+                doubt = self._doubt_about(made, given, training)
+                if doubt is not None:
+                    return doubt
+        return None
+
+    def _variants(self, made: nn.Module, asks_sizes: bool) -> Iterator[tuple[Any, bool]]:
+        """Yield the example at the sizes to try, and whether only the number of samples is another."""
+        yield self._given, True
+        axes = axes_of(self._given)
+        for place, axis in enumerate(axes if asks_sizes else axes[:1]):  # else Python knows of none
+            of_samples = place == 0 or self._is_of_samples(axis)
+            asked = (1, *sizes_asked_about(_graphs_of(made), axis)) if of_samples else ()
+            for size in (2 * axis.size, *asked):
+                with suppress(Exception):  # of a kind of tensor that has no other sizes
+                    yield axis.resized(self._given, size), of_samples
+
+    def _is_of_samples(self, axis: Axis) -> bool:
+        try:
+            found, with_first_again = (
+                outcome(self._copy(self._root), given, training=False)[0]
+                for given in (self._given, axis.resized(self._given, axis.size + 1))
+            )
+        except Exception:
+            return False  # the model does not take it
+        return is_of_samples(axis, found, with_first_again)
+
+    def _doubt_about(self, made: nn.Module, given: Any, training: bool) -> Keep | None:
+        pair = self._pair = self._pair or (self._borrow(), self._copy(made))
+        try:
+            expected = outcome(pair[0], given, training)
+        except Exception:
+            self._pair = None  # nothing to compare with: the model does not work at this size
+            return None
+        return self._difference(outcome, pair[1], given, training, expected)
 
     def _doubt_in_another_type(self, made: nn.Module) -> Keep | None:
         """Return a small module that does something else in half precision, where a question of its says so.
@@ -197,7 +227,7 @@ def outcome(model: nn.Module, given: Any, training: bool) -> Any:
     args, kwargs = cloned(given)
     model.train(training)
     torch.manual_seed(0)
-    with torch.no_grad():
+    with torch.no_grad(), plain_paths():
         output = model(*args, **kwargs)
     return {type(output).__name__: list(_content(output))}, dict(model.named_buffers())
 
@@ -233,25 +263,3 @@ def _content(output: Any) -> Iterator[Any]:
             yield leaf
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             yield from _content(list(vars(leaf).values()))
-
-
-def _variants(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """Yield the example, then the example with one of its sizes doubled wherever it occurs.
-
-    The size of the first axes comes next, then those that occur most and furthest to the front: at these a
-    model is likeliest to work.
-    """
-    given = (args, kwargs)
-    yield given
-    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
-    axes = [(axis, size) for tensor in tensors for axis, size in enumerate(tensor.shape)]
-    sizes = Counter((axis == 0, size) for axis, size in sorted(axes))
-    for first, size in sorted(sizes, key=lambda found: (not found[0], -sizes[found])):
-
-        def doubled(tensor: Tensor, first: bool = first, size: int = size) -> Tensor:
-            for axis, found in enumerate(tensor.shape):
-                if found == size and (axis == 0) == first:
-                    tensor = torch.cat([tensor, tensor], axis)
-            return tensor
-
-        yield pytree.tree_map_only(Tensor, doubled, given)

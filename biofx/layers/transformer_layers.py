@@ -27,8 +27,12 @@ _STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
 
 def can_be_looked_into(module: nn.Module) -> bool:
     """Whether a module is one of torch's Transformer layers or stacks, as torch made it."""
-    if type(module) not in (*_LAYERS, *_STACKS) or hooks_of(module) or "forward" in vars(module):
+    if type(module) not in (*_LAYERS, *_STACKS, nn.Transformer) or hooks_of(module):
         return False
+    if "forward" in vars(module):
+        return False
+    if isinstance(module, nn.Transformer):
+        return type(module.encoder) in _STACKS and type(module.decoder) in _STACKS
     if isinstance(module, _LAYERS):
         activation = module.activation
         return isinstance(activation, nn.Module) or str(activation.__module__).startswith("torch")
@@ -47,16 +51,28 @@ def pads_by_nesting(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str,
 @contextmanager
 def transformers_as_nodes() -> Iterator[None]:
     """Let the forwards of Transformer layers be traced."""
-    fast = torch.backends.mha.get_fastpath_enabled()
     originals = [(owner, name, getattr(owner, name)) for owner, name, *_ in _ABOUT_MASKS]
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
         for (owner, name, as_node, about), (*_, original) in zip(_ABOUT_MASKS, originals, strict=True):
             setattr(owner, name, _traced(original, as_node, about))
-        yield
+        with plain_paths():
+            yield
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
+
+
+@contextmanager
+def plain_paths() -> Iterator[None]:
+    """Let Transformer layers compute in evaluation what they do in training, without their fused path.
+
+    Which rounds otherwise, and hands the weights on to one operator.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 

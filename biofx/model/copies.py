@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ def prepared(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
     """Fill in what some things that a module holds are copied to.
 
     A module holds a dozen tables of hooks, nearly all of them empty, on which ``copy.deepcopy`` spends most
-    of its time. And it refuses tensors that were computed, which hooks such as those of
-    ``torch.nn.utils.weight_norm`` leave in a layer and compute anew at every call; their values are copied,
-    and not what they were computed from.
+    of its time. And it refuses modules of Python, of which there is but one, and tensors that were computed,
+    which hooks such as those of ``torch.nn.utils.weight_norm`` leave in a layer and compute anew at every
+    call; their values are copied, and not what they were computed from.
 
     Args:
         module: what is to be copied.
@@ -35,6 +36,8 @@ def prepared(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
         for value in (*vars(inner).values(), *inner._buffers.values()):
             if type(value) is OrderedDict and not value:
                 memo.setdefault(id(value), OrderedDict())
-            elif isinstance(value, Tensor) and value.grad_fn is not None:
+            elif type(value) is ModuleType:
+                memo.setdefault(id(value), value)
+            elif issubclass(type(value), Tensor) and value.grad_fn is not None:
                 memo.setdefault(id(value), value.detach().clone())
     return memo

@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node, Tracer
 from biofx.errors import CaptureError, CheckpointError, InputError
 from biofx.graph.branches import has_branches, settle_branches, with_branches
 from biofx.graph.contexts import restoring_modes
+from biofx.graph.names import taken_name
 from biofx.graph.own_forward import call_own_forward
 from biofx.kernels.sharded_rates import outside_graphs
 from biofx.model.copies import prepared
@@ -58,6 +59,7 @@ class BioGraphModule(GraphModule):
         made = _empty(class_name or type(root).__name__, user_class(root))
         kept = {name: value for name, value in vars(root).items() if name not in _OWN_TO_GRAPH_MODULES}
         vars(made).update(kept)
+        _uncover(made)
         graph._tracer_cls = Tracer  # stock pickling traces again, and must be able to make one
         made.graph = graph
         return made
@@ -80,6 +82,7 @@ class BioGraphModule(GraphModule):
         vars(made).update(
             {name: value for name, value in vars(root).items() if name not in _OWN_TO_GRAPH_MODULES}
         )
+        _uncover(made)
         made.graph = copy_graph(graph_module.graph)
         return made
 
@@ -99,6 +102,7 @@ class BioGraphModule(GraphModule):
     def __setstate__(self, packed: tuple[dict[str, Any], tuple[Any, ...]]) -> None:
         state, graph = packed
         vars(self).update(state)
+        _uncover(self)
         self.graph = unpack(graph)
         if self.keeps_forward and user_class(self) is None:
             raise CaptureError(
@@ -191,6 +195,8 @@ def become_graph_module(module: nn.Module, graph: Graph) -> BioGraphModule:
         CaptureError: its class does not let it.
     """
     if not isinstance(module, BioGraphModule):
+        if (reason := why_not_a_graph_module(module)) is not None:
+            raise CaptureError(f"{type(module).__name__} cannot become a graph module: {reason}")
         name = type(module).__name__
         attributes = vars(_empty(name, None))
         graph_class = _class_of_graph_modules(name, type(module))
@@ -200,12 +206,28 @@ def become_graph_module(module: nn.Module, graph: Graph) -> BioGraphModule:
             raise CaptureError(f"{name} cannot become a graph module: {error}") from error
         for key, value in attributes.items():
             vars(module).setdefault(key, value)
+        _uncover(module)
     made: Any = module
     graph._tracer_cls = Tracer
     made.graph = graph
     if made.keeps_forward and user_class(made) is None:
         raise CaptureError(f"{type(module).__name__} cannot be subclassed, and its forward cannot be traced")
     return made  # type: ignore[no-any-return]
+
+
+def why_not_a_graph_module(module: nn.Module) -> str | None:
+    """Return why a module keeps its class: something in it has a name of a graph module's; None if not."""
+    if isinstance(module, GraphModule):
+        return None
+    found = taken_name(module, NAMES_OF_GRAPH_MODULES)
+    return None if found is None else f"it has something named {found!r}, a name that graph modules use"
+
+
+def _uncover(made: nn.Module) -> None:
+    """Let a submodule, parameter or buffer be found that a plain attribute of graph modules would hide."""
+    for name in _PLAIN_ATTRIBUTES:
+        if name in made._modules or name in made._parameters or name in made._buffers:
+            vars(made).pop(name, None)
 
 
 def user_class(module: nn.Module) -> type[nn.Module] | None:
@@ -240,6 +262,20 @@ def _class_of_graph_modules(name: str, origin: type[nn.Module] | None) -> type[B
             raise
         return _class_of_graph_modules(name, None)
     return made  # type: ignore[no-any-return]
+
+
+_PLAIN_ATTRIBUTES = ("meta", "shape_env")
+"""What torch.fx keeps in attributes of a graph module that may as well not be there."""
+NAMES_OF_GRAPH_MODULES = frozenset(
+    {
+        *(set(dir(BioGraphModule)) - set(dir(nn.Module))),
+        *("_graph", "_code", "_tracer_cls", "_tracer_extras", "_prologue_start", "_lineno_map"),
+        *("_create_node_hooks", "_erase_node_hooks", "_replace_hooks", "_deepcopy_hooks"),
+    }
+)
+"""Names under which nothing of a module's own can be found once it is a graph module."""
+NAMES_OF_MODELS = frozenset({"region_paths", "kept_as_python", "read_by_python", "transform_record"})
+"""Names of what a rewritten model says of itself."""
 
 
 class _NotYet(Graph):

@@ -6,6 +6,7 @@ members the same value. See :mod:`biofx.ops` for what the functions of rewritten
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -152,7 +153,8 @@ def _fold_within_groups(weight: Tensor, gamma: int, groups: int) -> tuple[Tensor
 
 def _sum_members(weight: Tensor, rows: int, columns: int, inner: int) -> Tensor:
     shape = [weight.shape[0] // rows, weight.shape[1] // columns, *weight.shape[2:]]
-    summed = weight.reshape(weight.shape[0], weight.shape[1] // inner, -1)
+    kernel = math.prod(weight.shape[2:])
+    summed = weight.reshape(weight.shape[0], weight.shape[1] // inner, inner * kernel)
     for axis, gamma in ((0, rows), (1, columns)):
         if gamma > 1:
             members = summed.unflatten(axis, (-1, gamma)).unbind(axis + 1)

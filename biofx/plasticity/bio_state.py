@@ -283,6 +283,8 @@ class BioState(nn.Module):
         gradient = self.weight.grad
         if gradient is None:
             raise PlasticityError(f"{self.path!r} has no gradient; call backward first")
+        if gradient.layout is not torch.strided:
+            raise PlasticityError(f"{self.path!r} has a sparse gradient, and factors are dense (sparse=True)")
         return gradient
 
     def _factors(self) -> Tensor:

@@ -33,7 +33,7 @@ from biofx.errors import BiofxError, InputError, OptionError, PassError, add_not
 from biofx.graph.printing import format_graph
 from biofx.graph.regions import region_paths
 from biofx.model.graph_module import BioGraphModule
-from biofx.pass_base import Pass
+from biofx.pass_base import BROKE_ITS_CONTRACT, Pass
 from biofx.pipeline import Pipeline
 from biofx.reproducing.carried_source import Carrier
 from biofx.reproducing.stages import stages_of
@@ -138,7 +138,7 @@ def _is_a_fault(error: Exception) -> bool:
     if any(str(note).startswith(_NOTE) for note in getattr(error, "__notes__", ())):
         return False
     return not isinstance(error, BiofxError) or (
-        isinstance(error, PassError) and "broke its contract" in str(error)
+        isinstance(error, PassError) and BROKE_ITS_CONTRACT in str(error)
     )
 
 

@@ -64,6 +64,8 @@ class Layout:
         if axis is None:
             raise LayoutError(f"its units lie along {self._where()}, and not along axis {position}")
         known = math.prod(self._size(dim) for dim in axis.dims if dim is not None)
+        if not size or not known:
+            raise LayoutError(f"there are no units along axis {position}")
         if size % known or (None not in axis.dims and size != known):
             raise LayoutError(f"{known} units were expected along axis {position}, found {size}")
         run = size // known

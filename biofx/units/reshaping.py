@@ -102,7 +102,7 @@ def _cost_of_merging(axes: Sequence[int | None], size: Size, *, is_first: bool) 
     if size.number is None:
         return 3 if is_first else 2
     product = math.prod(axis for axis in axes if axis is not None)
-    if size.number % product or (None not in axes and size.number != product):
+    if size.number % max(1, product) or (None not in axes and size.number != product):
         return None
     return 4 if None in axes and size.number == product else 2
 

@@ -360,3 +360,28 @@ def test_a_module_without_parameters_that_decides_is_one_call(
     assert not has_branches(captured.graph)
     with pytest.raises(CaptureError, match=r"one thing in training .*opaque=\['1'\]"):
         capture(model, regions=False)
+
+
+class AsksAPartOfIt(nn.Module):
+    """Reads the flag of a normalisation, and hands it on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Any:
+        norm = self.norm
+        mean, variance = norm.running_mean, norm.running_var
+        return nn.functional.batch_norm(self.fc(x), mean, variance, norm.weight, norm.bias, norm.training)
+
+
+def test_the_flag_of_a_part_is_followed_where_it_alone_is_read() -> None:
+    model = AsksAPartOfIt()
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    captured = biofx.capture(model, example_inputs=x)
+    assert captured.kept_as_python == {}
+    for whole, part in ((True, True), (False, False), (True, False), (False, True)):
+        for either in (model, captured):
+            either.train(whole).get_submodule("norm").train(part)
+        torch.testing.assert_close(captured(x), model(x))
+        torch.testing.assert_close(captured.state_dict(), model.state_dict())

@@ -484,12 +484,6 @@ def test_an_argument_by_keyword_alone_may_follow_optional_ones() -> None:
         captured()
 
 
-@pytest.mark.parametrize("given", [torch.ones(1), ((),), ([torch.ones(1)],), (torch.ones(1), {}), {"x": 1}])
-def test_example_inputs_of_another_form_are_refused(given: Any, mlp: nn.Module) -> None:
-    with pytest.raises(InputError, match=r"example_inputs: expected \(args, kwargs\)"):
-        capture(mlp, example_inputs=given)
-
-
 def test_a_model_that_fails_on_its_example_is_told_so(mlp: nn.Module) -> None:
     with pytest.raises(InputError, match="the model fails on them: RuntimeError: mat1 and mat2"):
         capture(mlp, example_inputs=((torch.ones(2, 3),), {}))

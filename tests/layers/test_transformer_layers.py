@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import transformer
 
+import biofx
 from biofx import BioGraphModule, capture
 from biofx.sites import find_sites
 from biofx.weights.lowering import Lowering
@@ -190,3 +191,48 @@ def test_a_captured_layer_can_be_captured_again_compiled_and_exported() -> None:
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(captured, backend="aot_eager", fullgraph=True)(X), captured(X))
     torch.testing.assert_close(torch.export.export(lowered(captured), (X,)).module()(X), captured(X))
+
+
+class AroundAnEncoder(nn.Module):
+    def __init__(self, decides: bool, **options: Any) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, **options)
+        self.encoder, self.out, self.decides = nn.TransformerEncoder(layer, 2), nn.Linear(8, 2), decides
+
+    def forward(self, x: Any) -> Any:
+        found = self.encoder(x)
+        return self.out(found * 2 if self.decides and found.sum() > 1e9 else found)
+
+
+class AroundATransformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = nn.Transformer(8, 2, 1, 1, 16, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Any) -> Any:
+        return self.out(self.both(x, x))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AroundAnEncoder(False),
+        lambda: AroundAnEncoder(False, norm_first=True, activation="gelu"),
+        lambda: AroundAnEncoder(True),
+        AroundATransformer,
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
+    ],
+    ids=["encoder", "norm first", "in Python", "whole", "bare"],
+)
+def test_example_inputs_rewrite_no_less_than_none(make: Any, training: bool) -> None:
+    model = make().train(training)
+    config = biofx.BioConfig(apply_dales_principle=True, fuzzy_learning_rate_factor_nu=0.2)
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    plain: Any = biofx.transform(model, config).report.coverage
+    found: Any = biofx.transform(model, config, example_inputs=x).report.coverage
+    assert found.rewritten >= plain.rewritten
+    assert found.rewritten > 0.9 * found.total - 300  # biases and gains are left
+    unchanged = biofx.capture(model, example_inputs=x).eval()
+    torch.testing.assert_close(unchanged(x), model.eval()(x))

@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from biofx.draws.blocks import for_each_block, mean_over
 from biofx.draws.levels import LEVELS, random_levels
-from biofx.errors import NonFiniteWeightError, OptionError
+from biofx.errors import NonFiniteWeightError, OptionError, PlasticityError
 from biofx.plasticity.moments import put
 
 _ENOUGH = 1 << 18
@@ -111,7 +111,10 @@ def check_finite(weight: Tensor, name: str) -> None:
 
     Raises:
         NonFiniteWeightError: some are not; the message names the weight and counts them.
+        PlasticityError: they are complex.
     """
+    if weight.is_complex():
+        raise PlasticityError(f"{name}: expected real weights to rejuvenate, found {weight.dtype}")
     if not math.isfinite(weight.detach().sum().item()):
         wrong = int((~weight.isfinite()).sum())
         if wrong:

@@ -1,0 +1,102 @@
+"""What somebody means who gives ``x``, ``(x,)``, ``{"x": x}`` or ``((x,), {})`` as example inputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from biofx.errors import InputError
+
+ExampleInputs: TypeAlias = Any
+"""One input, a tuple or list of those by position, a mapping of those by name, or ``(args, kwargs)``."""
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def as_call(model: nn.Module, given: ExampleInputs) -> Call:
+    """Return the positional and keyword arguments that example inputs stand for.
+
+    ``(args, kwargs)`` are taken as they are. Else a tuple or list is taken for the arguments by position, a
+    mapping for those by name, unless the model's forward takes it only as one argument.
+
+    Args:
+        model: the model, of which the signature of the forward is read.
+        given: the example inputs.
+
+    Raises:
+        InputError: they are nothing that the forward takes, or could be two calls.
+    """
+    if isinstance(given, (str, bytes, bool, int, float, complex, type, nn.Module)):
+        shown = type(given).__name__ if isinstance(given, nn.Module) else repr(given)
+        raise InputError(f"example_inputs: {_EXPECTED}; found {shown}")
+    found = [reading for reading in _readings(given) if _takes(model, reading)]
+    if not found and _may_be_one_input(model, given) and _takes(model, ((given,), {})):
+        return (given,), {}
+    if not found:
+        raise InputError(
+            f"example_inputs: {_EXPECTED}, for forward{_signature(model)}; found {_described(given)}, which "
+            "it does not take"
+        )
+    if len(found) == 1 or _is_a_call(given):
+        return found[0]
+    raise InputError(
+        "example_inputs: a mapping after an input may hold keyword arguments, or be the second input; write "
+        "((x,), {...}) for the former, ((x, {...}), {}) for the latter"
+    )
+
+
+_EXPECTED = "expected x, (x, y), {'x': x} or (args, kwargs), e.g. ((x,), {'mask': mask})"
+
+
+def _readings(given: Any) -> Iterator[Call]:
+    """Yield what example inputs may stand for, what is meant most plainly first."""
+    if _is_a_call(given):
+        yield tuple(given[0]), dict(given[1])
+    if _is_of_names(given):
+        yield (), dict(given)
+    if type(given) in (tuple, list):
+        yield tuple(given), {}
+        if len(given) == 2 and _is_of_names(given[1]):
+            yield (given[0],), dict(given[1])
+
+
+def _may_be_one_input(model: nn.Module, given: Any) -> bool:
+    """Whether example inputs may be one input: not if nothing is in them, or names of arguments are."""
+    if isinstance(given, Mapping) and any(name in _signature(model).parameters for name in given):
+        return False
+    return not isinstance(given, (tuple, list, Mapping)) or len(given) > 0
+
+
+def _is_of_names(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+
+def _is_a_call(given: Any) -> bool:
+    is_pair = isinstance(given, tuple) and len(given) == 2
+    return is_pair and isinstance(given[0], (tuple, list)) and _is_of_names(given[1])
+
+
+def _takes(model: nn.Module, call: Call) -> bool:
+    args, kwargs = call
+    try:
+        _signature(model).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """Return the signature of a forward; of one without, that of a function that takes anything."""
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return inspect.signature(lambda *args, **kwargs: None)
+
+
+def _described(given: Any) -> str:
+    if type(given) in (tuple, list):
+        return f"a {type(given).__name__} of {len(given)}"
+    names = f" of {', '.join(map(repr, given))}" if isinstance(given, Mapping) else ""
+    return f"a {type(given).__name__}{names}"
