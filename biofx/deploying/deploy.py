@@ -13,7 +13,7 @@ from biofx.activation import OpaqueActivation
 from biofx.deploying.plain_modules import make_plain, plain_graph_module
 from biofx.deploying.plain_operators import write_out
 from biofx.deploying.raising import raise_layers
-from biofx.deploying.settling import settle
+from biofx.deploying.settling import settle_settings
 from biofx.errors import InputError, PassError
 from biofx.graph.assignments import assign_buffer
 from biofx.graph.branches import take_branches
@@ -91,6 +91,7 @@ def deploy(bio_model: nn.Module) -> nn.Module:
         _drop_what_learns(own)
     own = _folded(own)
     with joined(own):
+        settle_settings(own)
         evaluate_weights(own)
         write_out(own)
         raise_layers(own)
@@ -138,12 +139,10 @@ def _drop_what_learns(own: GraphModule) -> None:
     """Take out gradient factors, observers, checks of arguments, and training flags."""
     take_branches(own.graph, training=False)
     _drop_gradient_modes(own)
+    settle_settings(own)
     fixed: list[Any] = []
     regions = region_of_nodes(own.graph)
     for node in list(own.graph.nodes):
-        if node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
-            settle(node, False)
-            continue
         if node.target in GRADIENT_SCALINGS | {ops.observe_activity, ops.drop_pairs}:
             node.replace_all_uses_with(node.args[0])
         elif node.target is require_default:

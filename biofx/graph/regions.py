@@ -55,6 +55,11 @@ def region_output(path: str, value: Any) -> None:
     """Mark where, in a joined graph, a region ends, and what it returns."""
 
 
+CALLED_AGAIN = "called_again"
+"""The mark of a layer that became a region when an adapter was put around it; it holds, by names of its own,
+the modules elsewhere that the region's graph reads from, as signs of the layer before."""
+
+
 def whole_graph(graph_module: GraphModule) -> Graph:
     """Return a model's graph with those of its regions; a copy if there are any, else the graph itself."""
     paths = region_paths(graph_module)
@@ -85,7 +90,8 @@ def is_joined(graph_module: nn.Module) -> bool:
 def region_paths(graph_module: nn.Module) -> tuple[str, ...]:
     """Return the paths of the modules whose regions a model has."""
     found: tuple[str, ...] = vars(graph_module).get("region_paths", ())
-    return found
+    late = (path for path, module in graph_module.named_modules() if path and CALLED_AGAIN in vars(module))
+    return (*found, *late)
 
 
 def kept_modules(graph_module: nn.Module) -> Mapping[str, str]:
@@ -188,9 +194,22 @@ class _Join:
             )
         copied = self._node_copy(node, name, mapping)
         if node.op in ("call_module", "get_attr"):
-            is_itself = node.target in ("", OWN_MODULE)
-            copied.target = path if is_itself else f"{path}.{node.target}"
+            copied.target = self._path_of(str(node.target), path)
         return copied
+
+    def _path_of(self, target: str, region: str) -> str:
+        """Return the path in the whole model of what a region's graph calls or reads."""
+        if target in ("", OWN_MODULE):
+            return region
+        mark, _, rest = target.partition(".")
+        if mark != CALLED_AGAIN:
+            return f"{region}.{target}"
+        name, _, held = rest.partition(".")
+        other = getattr(vars(self._modules[region])[CALLED_AGAIN], name)
+        for path, module in self._modules.items():
+            if module is other:
+                return f"{path}.{held}"
+        raise PassError(f"the region of {region!r} reads from a {type(other).__name__} that is no longer there")
 
     def _node_copy(self, node: Node, stem: str, mapping: dict[Node, Node]) -> Node:
         """Copy a node; a module that is called names its node by its whole path."""

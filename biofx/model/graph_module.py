@@ -20,7 +20,7 @@ from biofx.graph.own_forward import call_own_forward
 from biofx.kernels.sharded_rates import outside_graphs
 from biofx.model.copies import prepared
 from biofx.model.graph_records import pack, unpack
-from biofx.model.late_hooks import paths_inline, refuse_late_hooks
+from biofx.model.late_changes import following_changes, remember_modules
 from biofx.plasticity.model_rules import apply_rule, expanded_weights, exposed_rules
 from biofx.plasticity.sharded_model import before_forward, is_fully_sharded
 
@@ -40,7 +40,8 @@ class BioGraphModule(GraphModule):
         *(*GraphModule.__jit_unused_properties__, "keeps_forward", "own_forward", "own_module")
     ]
 
-    _paths_inline: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    _places: ClassVar[Any] = None
+    _standing: ClassVar[Any] = None
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         region_paths: tuple[str, ...]
@@ -108,8 +109,6 @@ class BioGraphModule(GraphModule):
         """Run the model, with its hooks; what FSDP2 has sharded of it is made ready."""
         if is_fully_sharded(self):  # which has hooks on whatever it shards
             outside_graphs(before_forward)(self)
-        elif not torch.compiler.is_compiling():
-            refuse_late_hooks(self, type(self)._paths_inline)
         return super().__call__(*args, **kwargs)
 
     def load_state_dict(
@@ -147,13 +146,14 @@ class BioGraphModule(GraphModule):
             settle_branches(self._graph)
             self._graph.on_generate_code(lambda before: with_branches)
         code = super().recompile()
-        type(self)._paths_inline = paths_inline(self._graph)
+        type(self)._places, type(self)._standing = remember_modules(self), None
         origin = user_class(self)
         if origin is not None and self.keeps_forward:
             own: Any = origin.forward
             type(self).forward = own
         else:
-            guarded: Any = restoring_modes(self.graph, type(self).forward)
+            restoring = restoring_modes(self.graph, type(self).forward)
+            guarded: Any = following_changes(restoring, become_graph_module)
             type(self).forward = guarded
         return code
 
