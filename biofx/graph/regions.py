@@ -209,7 +209,9 @@ class _Join:
         for path, module in self._modules.items():
             if module is other:
                 return f"{path}.{held}"
-        raise PassError(f"the region of {region!r} reads from a {type(other).__name__} that is no longer there")
+        raise PassError(
+            f"the region of {region!r} reads from a {type(other).__name__} that is no longer there"
+        )
 
     def _node_copy(self, node: Node, stem: str, mapping: dict[Node, Node]) -> Node:
         """Copy a node; a module that is called names its node by its whole path."""

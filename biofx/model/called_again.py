@@ -18,7 +18,7 @@ from biofx.graph.regions import CALLED_AGAIN
 from biofx.layers.layer_kinds import EMBEDDING, LAYER_KINDS, LayerKind, kind_of_call
 from biofx.layers.weight_site import WEIGHT_OPERATORS
 from biofx.model.graph_places import module_at
-from biofx.model.taken_in import own_class
+from biofx.model.taken_in import STATE, Taken, own_class
 from biofx.operators.fold_ops import fold_weight, sum_synapses
 from biofx.sites import innermost_path
 
@@ -46,9 +46,14 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
     kinds = [kind for call in calls if (kind := kind_of_call(call)) in (*LAYER_KINDS, EMBEDDING)]
     if found is None or not calls or len(kinds) < len(calls) or any(kind.is_product for kind in kinds):
         return False
+    taken: Taken = vars(graph_module)[STATE][path]
     layer = _layer_in(found, kinds[0])
     own = [_LayerGraph(graph_module, call, path) for call in calls]
-    if layer is None or any(graph.needs_more or str(graph.graph) != str(own[0].graph) for graph in own):
+    if layer is None or taken.difference(layer, is_run=True, is_root=True) is not None:
+        return False
+    if layer is found and not {"forward", "weight"} & vars(layer).keys():  # nothing has come around it
+        return False
+    if any(graph.needs_more or str(graph.graph) != str(own[0].graph) for graph in own):
         return False
     vars(layer)[CALLED_AGAIN] = own[0].others
     become(layer, own[0].graph)
@@ -64,7 +69,7 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
 
 
 def find_again(graph_module: GraphModule) -> bool:
-    """Let a graph read what is kept for a layer's weight where the layer is now; return whether any was moved.
+    """Let a graph read what is kept for a layer's weight where the layer is now; return whether it changed.
 
     Adapters put the layer one level down, and back again when they are taken off.
     """

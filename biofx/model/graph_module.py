@@ -9,7 +9,6 @@ import types
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 

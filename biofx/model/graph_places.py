@@ -37,7 +37,9 @@ class Places:
     def of(cls, graph_module: GraphModule) -> Places:
         """Return the places of a module's graph."""
         graph = graph_module.graph
-        reads = [node for node in graph.nodes if node.op == "get_attr" and not _is_elsewhere(str(node.target))]
+        reads = [
+            node for node in graph.nodes if node.op == "get_attr" and not _is_elsewhere(str(node.target))
+        ]
         modules = [node for node in reads if module_at(graph_module, str(node.target)) is not None]
         asked = {node: [user for user in node.users if user.target is getattr] for node in modules}
         called = {str(node.target) for node in graph.nodes if node.op == "call_module"}

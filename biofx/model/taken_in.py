@@ -26,10 +26,11 @@ _OF_UNDERSCORE = {"_reversed_padding_repeated_twice", "_qkv_same_embed_dim"}
 _FORWARDS = ("forward", "_conv_forward", "_output_padding", "_check_input_dim", "_apply_instance_norm")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PLAIN = (int, float, str, type(None), torch.dtype, FunctionType, BuiltinFunctionType)
+_TABLES = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()
 
-Row = tuple[dict[str, Any], str, Any]
-"""A table, a name in it, and what it holds under that, to be compared by identity."""
+Row = tuple[dict[str, Any], str]
+"""A table, and a name in it whose value must stay what it is."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Taken:
     """The methods of its class by their names, as they were; empty after pickling."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the graph has of it as constants."""
-    absent: tuple[tuple[str, str], ...] = ()
-    """Tables of the module, and names in them of what was None."""
+    absent: tuple[str, ...] = ()
+    """Names of what was None, and could be a tensor or a module."""
     children: tuple[str, ...] | None = None
     """Names of what a container held, in order; None for other modules."""
 
@@ -55,11 +56,10 @@ class Taken:
         if isinstance(module, _CONTAINERS):
             children = tuple(name for name in module._modules if name != "bio_mod")
         own = kind.__module__.startswith("torch.") and children is None
-        tables = ("_parameters", "_buffers") if own else ("_modules",)
-        absent = tuple(
-            (table, name) for table in tables for name, held in getattr(module, table).items() if held is None
-        )
-        return cls(kind, methods_of(kind), settings_of(module) if own else {}, absent, children)
+        absent = {name for table in _TABLES for name, held in getattr(module, table).items() if held is None}
+        if not own:  # what is None first and a module later is an attribute first
+            absent |= {name for name, held in vars(module).items() if held is None}
+        return cls(kind, methods_of(kind), settings_of(module) if own else {}, tuple(absent), children)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Taken:
         return self
@@ -100,8 +100,8 @@ class Taken:
         for name, value in self.settings.items():
             if found.get(name, _ABSENT) != value:
                 return f"its {name} is {getattr(module, name, None)!r}, and was {value!r}"
-        for table, name in self.absent:
-            if getattr(module, table).get(name) is not None:
+        for name in self.absent:
+            if any(getattr(module, table).get(name) is not None for table in _TABLES):
                 return f"its {name} was None, and is not any more"
         return None
 
@@ -130,7 +130,7 @@ def full_name(kind: type) -> str:
 
 
 def methods_of(kind: type[nn.Module]) -> dict[str, Any]:
-    """Return the methods that decide what a module of a class computes: all that are not torch's, and forwards."""
+    """Return the methods that decide what a module of a class computes: all but torch's own, and forwards."""
     found: dict[str, Any] = {}
     for base in kind.__mro__:
         if base is nn.Module or not issubclass(base, nn.Module):
@@ -160,14 +160,8 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-
-def where_taken(taken: Taken, module: nn.Module, *, is_root: bool) -> Iterator[Row]:
-    """Yield where that is which must stay as it is of a module whose forward a graph has inline.
-
-    The instance's own forward of a whole model, or of a region, is called if there is one.
-    """
+def where_taken(taken: Taken, module: nn.Module) -> Iterator[Row]:
+    """Yield where that is which must stay as it is of a module whose forward a graph has inline."""
     held = vars(module)
-    yield from ((held, name, held[name]) for name in taken.settings)
-    if not is_root:
-        yield from ((held, name, None) for name in taken.methods)
-    yield from ((held[table], name, None) for table, name in taken.absent)
+    yield from ((held, name) for name in taken.settings)
+    yield from ((held[table], name) for table in _TABLES for name in taken.absent if name in held[table])

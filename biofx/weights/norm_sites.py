@@ -106,7 +106,8 @@ def find_norms(graph_module: GraphModule) -> list[NormSite]:
 def lower_norm(lowering: Lowering, site: NormSite) -> None:
     """Replace a normalisation's call by its function on a visible weight; the result is equal to the bit.
 
-    Its settings (``momentum``, ``eps``, …) are read from the module whenever the graph runs. The node keeps its name and its users. Then :meth:`Lowering.wrap_weight` takes the site like any other.
+    Its settings (``momentum``, ``eps``, …) are read from the module whenever the graph runs. The node keeps
+    its name and its users. Then :meth:`Lowering.wrap_weight` takes the site like any other.
     A site that is lowered already is left alone.
 
     Raises:
