@@ -55,9 +55,9 @@ def region_output(path: str, value: Any) -> None:
     """Mark where, in a joined graph, a region ends, and what it returns."""
 
 
-CALLED_AGAIN = "called_again"
-"""The mark of a layer that became a region when an adapter was put around it; it holds, by names of its own,
-the modules elsewhere that the region's graph reads from, as signs of the layer before."""
+ELSEWHERE = "elsewhere"
+"""The attribute of a region that holds, by names of its own, modules in other places that its graph reads
+from: signs of the layer before, where a layer became a region because an adapter was put around it."""
 
 
 def whole_graph(graph_module: GraphModule) -> Graph:
@@ -88,10 +88,19 @@ def is_joined(graph_module: nn.Module) -> bool:
 
 
 def region_paths(graph_module: nn.Module) -> tuple[str, ...]:
-    """Return the paths of the modules whose regions a model has."""
+    """Return the paths of the modules whose regions a model has.
+
+    Those that an adapter was put around since are found where they are now.
+    """
     found: tuple[str, ...] = vars(graph_module).get("region_paths", ())
-    late = (path for path, module in graph_module.named_modules() if path and CALLED_AGAIN in vars(module))
-    return (*found, *late)
+    modules = dict(graph_module.named_modules())
+    late = [p for p, module in modules.items() if p and ELSEWHERE in vars(module) and p not in found]
+    moved = {
+        path
+        for path in found
+        if not isinstance(modules.get(path), GraphModule) and any(p.startswith(f"{path}.") for p in late)
+    }
+    return (*(path for path in found if path not in moved), *late)
 
 
 def kept_modules(graph_module: nn.Module) -> Mapping[str, str]:
@@ -202,10 +211,10 @@ class _Join:
         if target in ("", OWN_MODULE):
             return region
         mark, _, rest = target.partition(".")
-        if mark != CALLED_AGAIN:
+        if mark != ELSEWHERE:
             return f"{region}.{target}"
         name, _, held = rest.partition(".")
-        other = getattr(vars(self._modules[region])[CALLED_AGAIN], name)
+        other = getattr(vars(self._modules[region])[ELSEWHERE], name)
         for path, module in self._modules.items():
             if module is other:
                 return f"{path}.{held}"

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.nn import functional as F
 
-from biofx.graph.regions import CALLED_AGAIN
+from biofx.graph.regions import ELSEWHERE
 from biofx.layers.layer_kinds import EMBEDDING, LAYER_KINDS, LayerKind, kind_of_call
 from biofx.layers.weight_site import WEIGHT_OPERATORS
 from biofx.model.graph_places import module_at
@@ -49,13 +49,13 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
     taken: Taken = vars(graph_module)[STATE][path]
     layer = _layer_in(found, kinds[0])
     own = [_LayerGraph(graph_module, call, path) for call in calls]
-    if layer is None or taken.difference(layer, is_run=True, is_root=True) is not None:
+    if layer is None or taken.difference(layer, is_root=True) is not None:
         return False
     if layer is found and not {"forward", "weight"} & vars(layer).keys():  # nothing has come around it
         return False
     if any(graph.needs_more or str(graph.graph) != str(own[0].graph) for graph in own):
         return False
-    vars(layer)[CALLED_AGAIN] = own[0].others
+    vars(layer)[ELSEWHERE] = own[0].others
     become(layer, own[0].graph)
     for call in calls:
         source = call.args[0]
@@ -143,7 +143,7 @@ class _LayerGraph:
         held = vars(self.others)
         known = next((key for key, module in held.items() if module is owner), f"other_{len(held)}")
         held[known] = owner
-        return f"{CALLED_AGAIN}.{known}.{name}"
+        return f"{ELSEWHERE}.{known}.{name}"
 
 
 def _before_padding(call: Node) -> Node:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from biofx.graph.assignments import OWN_MODULE
 from biofx.graph.own_forward import OWN_FORWARD, call_own_forward, call_with_parameters
-from biofx.graph.regions import CALLED_AGAIN
+from biofx.graph.regions import ELSEWHERE
 from biofx.layers.weight_site import WEIGHT_OPERATORS
-from biofx.operators.fold_ops import sum_synapses
+from biofx.operators.fold_norm_ops import affine_synapses, batch_norm_synapses
+from biofx.operators.fold_ops import fold_weight, spread_synapses, sum_synapses
 
 _OPERATORS = WEIGHT_OPERATORS | {sum_synapses}
 _ITSELF = {OWN_FORWARD, OWN_MODULE}
@@ -32,6 +34,8 @@ class Places:
     """Parameters, buffers and settings that are read."""
     operated: tuple[str, ...]
     """Those of them that go through an operator of ours before they are used."""
+    compact: frozenset[str]
+    """Modules that are called with one value for each connection, which others might not take so."""
 
     @classmethod
     def of(cls, graph_module: GraphModule) -> Places:
@@ -57,15 +61,36 @@ class Places:
             for node in reads
             if any(user.target in _OPERATORS and user.args[0] is node for user in node.users)
         }
+        compact = frozenset(str(node.target) for node in compact_calls(graph))
         return cls(
             frozenset(inline),
-            ("", *sorted(passed - {""})),
+            ("", *sorted((passed | compact) - {""})),
             *(tuple(sorted(paths)) for paths in (called - {""}, read, operated)),
+            compact,
         )
 
 
+def compact_calls(graph: Graph) -> list[Node]:
+    """Return the calls of modules in a folded graph that may be given one value for each connection."""
+    compact: set[Node] = set()
+    for node in graph.nodes:
+        if node.target in _ENDS:
+            continue
+        folds = [source for source in node.all_input_nodes if source.target is fold_weight]
+        if folds:
+            begins = any(source.kwargs.get("rows", 1) != 1 for source in folds)
+        else:
+            begins = node.target is sum_synapses or any(source in compact for source in node.all_input_nodes)
+        if begins:
+            compact.add(node)
+    return [node for node in compact if node.op == "call_module"]
+
+
+_ENDS: frozenset[Any] = frozenset({fold_weight, spread_synapses, affine_synapses, batch_norm_synapses})
+
+
 def _is_elsewhere(path: str) -> bool:
-    return path in _ITSELF or path.startswith(f"{CALLED_AGAIN}.")
+    return path in _ITSELF or path.startswith(f"{ELSEWHERE}.")
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module | None:

@@ -22,6 +22,8 @@ from biofx.model.standing import Standing, kinds_of_tensors, operands_of
 from biofx.model.taken_in import STATE, Taken
 from biofx.plasticity.sharded_model import is_fully_sharded
 
+_INLINE = "The graph has what it did inline, and does not call it"
+_COMPACT = "Splits are folded here, and the graph calls it with one value for all synapses of a connection"
 _REMEDY = (
     "change the model before it is transformed, and transform it anew, or change what biofx.deploy returns"
 )
@@ -88,9 +90,13 @@ def _first_difference(graph_module: GraphModule) -> tuple[str, BiofxError] | Non
         if module is None:
             return path, _changed(f"{named} is no longer there")
         is_run = path in places.inline
-        difference = kept[path].difference(module, is_run=is_run, is_root=not path)
+        is_compact = path in places.compact
+        difference = kept[path].difference(
+            module, is_run=is_run or is_compact, is_root=not path, is_compact=is_compact
+        )
         if difference is not None:
-            return path, _changed(f"{named} was changed since the model was captured: {difference}")
+            message = f"{named} was changed since the model was captured: {difference}"
+            return path, _changed(message, _COMPACT if is_compact else _INLINE)
         if is_run and path and not is_fully_sharded(module) and (hooks := hooks_of(module)):
             error = _hooked(module, path, hooks)
             if "weight" not in vars(module):  # else a hook computes it, as of torch.nn.utils.prune
@@ -123,8 +129,8 @@ def _missing(owner: str, name: str) -> str:
     return f"module {owner!r} has no {name!r} any more, which the graph reads"
 
 
-def _changed(message: str) -> CaptureError:
-    return CaptureError(f"{message}. The graph has what it did inline, and does not call it: {_REMEDY}")
+def _changed(message: str, why: str = _INLINE) -> CaptureError:
+    return CaptureError(f"{message}. {why}: {_REMEDY}")
 
 
 def _hooked(module: nn.Module, path: str, hooks: list[str]) -> InputError:

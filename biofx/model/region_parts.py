@@ -16,7 +16,7 @@ from biofx.graph.assignments import OWN_MODULE
 from biofx.graph.guards import require_default
 from biofx.graph.own_forward import OWN_FORWARD, call_own_forward, call_with_parameters
 from biofx.graph.regions import (
-    CALLED_AGAIN,
+    ELSEWHERE,
     JOINED,
     begin_region,
     is_joined,
@@ -66,14 +66,15 @@ def _divide(root: BioGraphModule) -> None:
     for path, part in parts.items():
         if isinstance(modules[path], BioGraphModule) or not part.is_a_bare_layer:
             become_graph_module(modules[path], part.graph)
+            vars(modules[path]).setdefault(ELSEWHERE, SimpleNamespace())
     root.graph = main
 
 
 def _others(path: str, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return by which names a region reads from modules elsewhere, by their paths."""
-    held = vars(vars(modules[path]).get(CALLED_AGAIN, SimpleNamespace()))
+    held = vars(vars(modules[path]).get(ELSEWHERE, SimpleNamespace()))
     return {
-        other: f"{CALLED_AGAIN}.{name}"
+        other: f"{ELSEWHERE}.{name}"
         for name, module in held.items()
         for other, found in modules.items()
         if found is module

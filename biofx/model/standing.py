@@ -57,12 +57,14 @@ class Standing:
             module: Any = module_at(graph_module, path)
             if kept[path].children is not None:
                 sized.append(module._modules)
-            if path in places.inline:
+            if path in places.inline | places.compact:
                 modules[id(module)] = module
                 rows += where_taken(kept[path], module)
                 methods |= {(own_class(module), name): held for name, held in kept[path].methods.items()}
                 sized.append(vars(module))
-                if path and not is_fully_sharded(module):  # the whole model, and a region, run theirs
+                if path in places.inline - {""} and not is_fully_sharded(
+                    module
+                ):  # the whole model, and a region, run theirs
                     hooks += [getattr(module, name) for name in _HOOKS]
         tables = _by_table(rows)
         operands = tuple((table, name) for _, table, name in operands_of(graph_module, places))

@@ -22,6 +22,8 @@ _SAYS_NOTHING = {
     *("input_size", "hidden_size", "affine", "elementwise_affine", "kdim", "vdim", "head_dim", "bias"),
 }
 """What the tensors say as well, or what changes no value."""
+_READ_INLINE = {"p"}
+"""What is read live where a graph has a dropout inline; where it calls one, it may rest on 0."""
 _OF_UNDERSCORE = {"_reversed_padding_repeated_twice", "_qkv_same_embed_dim"}
 _FORWARDS = ("forward", "_conv_forward", "_output_padding", "_check_input_dim", "_apply_instance_norm")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -69,17 +71,20 @@ class Taken:
         settings = {name: value for name, value in self.settings.items() if not callable(value)}
         return Taken, (kind, {}, settings, self.absent, self.children)
 
-    def difference(self, module: nn.Module, *, is_run: bool, is_root: bool) -> str | None:
+    def difference(
+        self, module: nn.Module, *, is_run: bool = True, is_root: bool = False, is_compact: bool = False
+    ) -> str | None:
         """Return words on what another module does otherwise, None if nothing.
 
         Args:
             module: what stands in the place now.
             is_run: whether the graph does what the module's forward does.
             is_root: whether the module has the graph, and is called by its own forward.
+            is_compact: whether it is called, with one value for each connection.
         """
         if not is_run:
             return self._other_children(module)
-        changed = self._other_class(module, is_root=is_root) or self._other_content(module)
+        changed = self._other_class(module, is_root=is_root) or self._other_content(module, is_compact)
         return changed or self._other_children(module)
 
     def _other_class(self, module: nn.Module, *, is_root: bool) -> str | None:
@@ -95,10 +100,10 @@ class Taken:
                 return f"the {name} of its class was replaced"
         return None
 
-    def _other_content(self, module: nn.Module) -> str | None:
+    def _other_content(self, module: nn.Module, is_compact: bool) -> str | None:
         found = settings_of(module) if self.settings else {}
         for name, value in self.settings.items():
-            if found.get(name, _ABSENT) != value:
+            if found.get(name, _ABSENT) != value and (is_compact or name not in _READ_INLINE):
                 return f"its {name} is {getattr(module, name, None)!r}, and was {value!r}"
         for name in self.absent:
             if any(getattr(module, table).get(name) is not None for table in _TABLES):
