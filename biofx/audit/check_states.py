@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from biofx.audit.check_report import Finding
 from biofx.audit.check_subject import Placed, Subject, Uses, owner_of
+from biofx.graph.regions import ELSEWHERE
 from biofx.layers.weight_site import computed_behind
 from biofx.layers.weight_slots import argument
 from biofx.operators.rate_ops import GRADIENT_SCALINGS, draw_of, scale_gradient_by_seed
@@ -164,7 +165,7 @@ def _unlinked(subject: Subject, placed: Placed, places: set[str]) -> str:
         holds_others = any(isinstance(child, BioModule) for child in state.children())
         return "" if holds_others else "it is linked to no layer"
     layer = subject.graph_module.get_submodule(placed.layer)
-    if bio_module_path(state.path) not in places:
+    if bio_module_path(state.path) not in places and ELSEWHERE not in vars(layer):  # moved by an adapter
         return f"it is the state of {state.path!r}, and sits in {placed.place!r}"
     linked = state.get_parent()
     tied = state.parameter is not None and any(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +38,13 @@ class Places:
     """Those of them that go through an operator of ours before they are used."""
     compact: frozenset[str]
     """Modules that are called with one value for each connection, which others might not take so."""
+    repeated: frozenset[str]
+    """Modules that are inline at several places."""
+
+    @property
+    def used(self) -> Iterator[str]:
+        """All of these paths."""
+        return itertools.chain(self.inline, self.called, self.read)
 
     @classmethod
     def of(cls, graph_module: GraphModule) -> Places:
@@ -50,8 +59,10 @@ class Places:
         called |= {str(node.target) for node in modules if len(asked[node]) < len(node.users)}
         read = {str(node.target) for node in reads} - {str(node.target) for node in modules}
         read |= {f"{node.target}.{user.args[1]}" for node in modules for user in asked[node]}
-        stacks = (node.meta.get("nn_module_stack") or {} for node in graph.nodes)
-        inline = {str(place) for stack in stacks for place, _ in stack.values()} - called - {""}
+        stacks = [node.meta.get("nn_module_stack") or {} for node in graph.nodes]
+        entries = {(str(key), str(place)) for stack in stacks for key, (place, _) in stack.items()}
+        times = Counter(place for _, place in entries)
+        inline = set(times) - called - {""}
         owners = {path.rpartition(".")[0] for path in read}
         passed = inline | {above for path in inline | called | owners for above in _above(path)}
         if not any(node.target in (call_own_forward, call_with_parameters) for node in graph.nodes):
@@ -67,6 +78,7 @@ class Places:
             ("", *sorted((passed | compact) - {""})),
             *(tuple(sorted(paths)) for paths in (called - {""}, read, operated)),
             compact,
+            frozenset(path for path in inline if times[path] > 1),
         )
 
 
@@ -99,6 +111,13 @@ def module_at(root: nn.Module, path: str) -> nn.Module | None:
     for part in path.split(".") if path else ():
         module = None if module is None else module._modules.get(part)
     return module
+
+
+def held_at(root: nn.Module, path: str) -> Any:
+    """Return the module or the parameter at a path, None if there is none."""
+    owner = module_at(root, path.rpartition(".")[0])
+    name = path.rpartition(".")[2]
+    return None if owner is None else owner._modules.get(name, owner._parameters.get(name))
 
 
 def _above(path: str) -> Iterator[str]:

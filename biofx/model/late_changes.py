@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.nn.utils.parametrize import is_parametrized
 
 from biofx.errors import BiofxError, CaptureError, InputError
 from biofx.layers.obstacles import hooks_of
 from biofx.model.called_again import STATE_OF_WEIGHT, Become, call_again, find_again
-from biofx.model.graph_places import Places, module_at
+from biofx.model.graph_places import Places, held_at, module_at
 from biofx.model.standing import Standing, kinds_of_tensors, operands_of
-from biofx.model.taken_in import STATE, Taken
+from biofx.model.taken_in import SAME, STATE, Taken, same_for_graph, same_twice
 from biofx.plasticity.sharded_model import is_fully_sharded
 
 _INLINE = "The graph has what it did inline, and does not call it"
@@ -56,6 +57,8 @@ def remember_modules(graph_module: GraphModule) -> Places:
         module = module_at(graph_module, path)
         if path not in kept and module is not None:
             kept[path] = Taken.of(module)
+    if SAME not in vars(graph_module):
+        vars(graph_module)[SAME] = same_twice(graph_module)
     return places
 
 
@@ -77,7 +80,7 @@ def follow_late_changes(graph_module: Any, become: Become) -> bool:
         if not call_again(graph_module, path, become) and not find_again(graph_module):
             raise error
         changed = True
-    kind._standing = Standing.of(graph_module, kind._places, vars(graph_module)[STATE])
+    kind._standing = Standing.of(graph_module, kind._places)
     return changed
 
 
@@ -88,7 +91,9 @@ def _first_difference(graph_module: GraphModule) -> tuple[str, BiofxError] | Non
     for path in places.passed:
         module, named = module_at(graph_module, path), f"module {path!r}" if path else "the model"
         if module is None:
-            return path, _changed(f"{named} is no longer there")
+            layer, state, _ = path.partition(f".{STATE_OF_WEIGHT}")
+            message = _replaced(layer, "state") if state else f"{named} is no longer there"
+            return path, _changed(message)
         is_run = path in places.inline
         is_compact = path in places.compact
         difference = kept[path].difference(
@@ -102,6 +107,13 @@ def _first_difference(graph_module: GraphModule) -> tuple[str, BiofxError] | Non
             if "weight" not in vars(module):  # else a hook computes it, as of torch.nn.utils.prune
                 raise error
             return path, error
+        if path in places.repeated and is_parametrized(module) and not kept[path].is_computed:
+            message = f"{named} has a parametrization now, which is asked at each of its calls"
+            return path, _changed(message, "The graph reads the weight once for all of them")
+    for first, other in same_for_graph(graph_module, places.used):
+        if held_at(graph_module, first) is not held_at(graph_module, other):
+            message = f"{other!r} was the same as {first!r} when the model was captured, and is not any more"
+            return other, _changed(message, "The graph takes them for one")
     for path in places.called:
         if module_at(graph_module, path) is None:
             return path, _changed(f"module {path!r}, which the graph calls, is no longer there")
@@ -122,11 +134,15 @@ def _first_difference(graph_module: GraphModule) -> tuple[str, BiofxError] | Non
 def _missing(owner: str, name: str) -> str:
     layer, _, state = owner.rpartition(".")
     if state == STATE_OF_WEIGHT:
-        return (
-            f"module {layer!r} was replaced since the model was captured: its {name} is gone, which is kept "
-            "for a weight of the layer that was there"
-        )
+        return _replaced(layer, name)
     return f"module {owner!r} has no {name!r} any more, which the graph reads"
+
+
+def _replaced(layer: str, state: str) -> str:
+    return (
+        f"module {layer!r} was replaced since the model was captured: the {state} is gone that is kept for a "
+        "weight of the layer that was there"
+    )
 
 
 def _changed(message: str, why: str = _INLINE) -> CaptureError:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.nn.utils.parametrize import is_parametrized
 
 from biofx.model.graph_places import Places, module_at
-from biofx.model.taken_in import Row, Taken, own_class, where_taken
+from biofx.model.taken_in import STATE, Row, Taken, own_class, same_for_graph, where_taken
 from biofx.plasticity.sharded_model import is_fully_sharded
 
 
@@ -40,12 +40,16 @@ class Standing:
     methods: tuple[Any, ...]
     """Methods of these classes, by these names."""
     hooks: tuple[dict[int, Any], ...]
+    twice: tuple[tuple[dict[str, Any], ...], tuple[str, ...], tuple[dict[str, Any], ...], tuple[str, ...]]
+    """Tables and names of what must be the same as what others hold, and those of the others."""
     operands: tuple[tuple[dict[str, Any], ...], tuple[str, ...]]
     """Tables and names of parameters that go through operators of ours."""
 
     @classmethod
-    def of(cls, graph_module: GraphModule, places: Places, kept: dict[str, Taken]) -> Standing:
+    def of(cls, graph_module: GraphModule, places: Places) -> Standing:
         """Return where everything is now."""
+        kept: dict[str, Taken] = vars(graph_module)[STATE]
+        same = same_for_graph(graph_module, places.used)
         rows: list[Row] = []
         modules: dict[int, nn.Module] = {}
         methods: dict[tuple[type, str], Any] = {}
@@ -67,6 +71,7 @@ class Standing:
                 ):  # the whole model, and a region, run theirs
                     hooks += [getattr(module, name) for name in _HOOKS]
         tables = _by_table(rows)
+        pairs = [(*_holder(graph_module, first), *_holder(graph_module, other)) for first, other in same]
         operands = tuple((table, name) for _, table, name in operands_of(graph_module, places))
         return cls(
             root=graph_module._modules,
@@ -80,6 +85,7 @@ class Standing:
             names=tuple(name for _, name in methods),
             methods=tuple(methods.values()),
             hooks=tuple(hooks),
+            twice=tuple(zip(*pairs, strict=True)) if pairs else ((), (), (), ()),
             operands=(tuple(table for table, _ in operands), tuple(name for _, name in operands)),
         )
 
@@ -94,6 +100,7 @@ class Standing:
                 and all(map(same, map(type, self.modules), self.kinds))
                 and all(map(same, map(getattr, self.classes, self.names), self.methods))
                 and not any(self.hooks)
+                and all(map(same, map(dict.get, *self.twice[:2]), map(dict.get, *self.twice[2:])))
                 and kinds_of_tensors().issuperset(map(type, map(dict.get, *self.operands)))
             )
         except (KeyError, AttributeError):  # something was taken out
@@ -110,6 +117,12 @@ def operands_of(graph_module: GraphModule, places: Places) -> Iterator[tuple[str
         name = path.rpartition(".")[2]
         if not is_parametrized(owner, name) and name in owner._parameters:
             yield path, owner._parameters, name
+
+
+def _holder(graph_module: nn.Module, path: str) -> tuple[dict[str, Any], str]:
+    owner: Any = module_at(graph_module, path.rpartition(".")[0])
+    name = path.rpartition(".")[2]
+    return (owner._modules if name in owner._modules else owner._parameters), name
 
 
 def _by_table(rows: list[Row]) -> tuple[tuple[Callable[[Any], Any], dict[str, Any]], ...]:

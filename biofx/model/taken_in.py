@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -31,6 +31,9 @@ _PLAIN = (int, float, str, type(None), torch.dtype, FunctionType, BuiltinFunctio
 _TABLES = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()
 
+SAME = "taken_as_the_same"
+"""The attribute of a graph module that holds pairs of paths that led to the same module or parameter."""
+
 Row = tuple[dict[str, Any], str]
 """A table, and a name in it whose value must stay what it is."""
 
@@ -49,6 +52,8 @@ class Taken:
     """Names of what was None, and could be a tensor or a module."""
     children: tuple[str, ...] | None = None
     """Names of what a container held, in order; None for other modules."""
+    is_computed: bool = False
+    """Whether a parametrization computed something that it holds."""
 
     @classmethod
     def of(cls, module: nn.Module) -> Taken:
@@ -61,7 +66,14 @@ class Taken:
         absent = {name for table in _TABLES for name, held in getattr(module, table).items() if held is None}
         if not own:  # what is None first and a module later is an attribute first
             absent |= {name for name, held in vars(module).items() if held is None}
-        return cls(kind, methods_of(kind), settings_of(module) if own else {}, tuple(absent), children)
+        return cls(
+            kind,
+            methods_of(kind),
+            settings_of(module) if own else {},
+            tuple(absent),
+            children,
+            is_parametrized(module),
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Taken:
         return self
@@ -69,7 +81,7 @@ class Taken:
     def __reduce__(self) -> tuple[Any, ...]:
         kind = full_name(self.kind) if isinstance(self.kind, type) else self.kind
         settings = {name: value for name, value in self.settings.items() if not callable(value)}
-        return Taken, (kind, {}, settings, self.absent, self.children)
+        return Taken, (kind, {}, settings, self.absent, self.children, self.is_computed)
 
     def difference(
         self, module: nn.Module, *, is_run: bool = True, is_root: bool = False, is_compact: bool = False
@@ -170,3 +182,22 @@ def where_taken(taken: Taken, module: nn.Module) -> Iterator[Row]:
     held = vars(module)
     yield from ((held, name) for name in taken.settings)
     yield from ((held[table], name) for table in _TABLES for name in taken.absent if name in held[table])
+
+
+def same_twice(root: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Return pairs of paths at which a module tree has the same module or parameter."""
+    pairs: list[tuple[str, str]] = []
+    for named in (root.named_modules, root.named_parameters):
+        first: dict[int, str] = {}
+        for path, held in named(remove_duplicate=False):
+            known = first.setdefault(id(held), path)
+            if known != path:
+                pairs.append((known, path))
+    return tuple(pairs)
+
+
+def same_for_graph(root: nn.Module, used: Iterable[str]) -> list[tuple[str, str]]:
+    """Return those of the pairs that a graph takes for one, which uses what is at these paths."""
+    wanted = set(used)
+    pairs: tuple[tuple[str, str], ...] = vars(root)[SAME]
+    return [pair for pair in pairs if wanted & set(pair)]
