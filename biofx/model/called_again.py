@@ -128,12 +128,13 @@ class _LayerGraph:
             if not self.needs_more:
                 for source in node.all_input_nodes:
                     self._copied(source)
-            made = self.graph.node_copy(node, lambda source: self._mapping.get(source, source))
+            made: Node = self.graph.node_copy(node, lambda source: self._mapping.get(source, source))
             made.meta = {}
             if node.op == "get_attr":
                 made.target = self._local(str(node.target))
             self._mapping[node] = made
-        return self._mapping[node]
+        found: Node = self._mapping[node]
+        return found
 
     def _local(self, path: str) -> str:
         if path.startswith(self._start):

@@ -74,11 +74,13 @@ class Places:
         }
         compact = frozenset(str(node.target) for node in compact_calls(graph))
         return cls(
-            frozenset(inline),
-            ("", *sorted((passed | compact) - {""})),
-            *(tuple(sorted(paths)) for paths in (called - {""}, read, operated)),
-            compact,
-            frozenset(path for path in inline if times[path] > 1),
+            inline=frozenset(inline),
+            passed=("", *sorted((passed | compact) - {""})),
+            called=tuple(sorted(called - {""})),
+            read=tuple(sorted(read)),
+            operated=tuple(sorted(operated)),
+            compact=compact,
+            repeated=frozenset(path for path in inline if times[path] > 1),
         )
 
 

@@ -36,15 +36,12 @@ def following_changes(forward: Any, become: Become) -> Any:
     It has the globals of the one it was given, where ``torch.jit.script`` looks names up.
     """
 
-    @functools.wraps(forward)
     def followed(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_compiling() and look(self, become):
             return type(self).forward(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
 
     is_compiling, look = torch.compiler.is_compiling, follow_late_changes
-    if not isinstance(forward, FunctionType):
-        return followed
     made = FunctionType(followed.__code__, forward.__globals__, forward.__name__, None, followed.__closure__)
     return functools.update_wrapper(made, forward)
 

@@ -65,8 +65,8 @@ def _divide(root: BioGraphModule) -> None:
             parts.setdefault(path, _Part(path, _others(path, modules))).take(node)
     for path, part in parts.items():
         if isinstance(modules[path], BioGraphModule) or not part.is_a_bare_layer:
-            become_graph_module(modules[path], part.graph)
-            vars(modules[path]).setdefault(ELSEWHERE, SimpleNamespace())
+            region: Any = become_graph_module(modules[path], part.graph)
+            region.__dict__.setdefault(ELSEWHERE, SimpleNamespace())
     root.graph = main
 
 

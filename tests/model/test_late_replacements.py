@@ -134,7 +134,7 @@ def test_what_a_graph_would_not_follow_is_an_error_that_names_it(change: str, co
             copy.deepcopy(model)(INPUT)
 
 
-ACTING: dict[str, Callable[[Any], None]] = {
+ACTING: dict[str, Callable[[Any], object]] = {
     "head": lambda model: setattr(model, "head", Doubling(model.head)),
     "convolution": lambda model: setattr(model, "conv", Doubling(model.conv)),
     "convolution with a padding mode": lambda model: setattr(model, "wide", Doubling(model.wide)),
@@ -295,9 +295,9 @@ def test_ordinary_changes_are_none() -> None:
     expected = bio_model(INPUT)
     state = {name: value.clone() for name, value in bio_model.state_dict().items()}
     bio_model.load_state_dict(state, assign=True)
-    bio_model.note, bio_model.block.note = "kept", [1]
+    vars(bio_model)["note"] = vars(bio_model.get_submodule("block"))["note"] = "kept"
     bio_model.eval().train().requires_grad_(False).double().float()
-    parameters = dict(bio_model.named_parameters())
+    parameters: dict[str, Tensor] = dict(bio_model.named_parameters())
     found = torch.func.functional_call(bio_model, parameters, (INPUT,))
     torch.testing.assert_close(found, expected)
     averaged = torch.optim.swa_utils.AveragedModel(bio_model)
@@ -308,7 +308,7 @@ def test_ordinary_changes_are_none() -> None:
 def test_a_layer_alone_is_told_of_its_own_settings() -> None:
     bio_model, _ = biofx.transform(nn.Conv1d(3, 4, 3))
     bio_model(INPUT)
-    bio_model.stride = (2,)
+    vars(bio_model)["stride"] = (2,)
     with pytest.raises(biofx.CaptureError, match=r"the model.*its stride is \(2,\)"):
         bio_model(INPUT)
 

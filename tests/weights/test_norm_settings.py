@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 from torch.optim.swa_utils import update_bn
 
 import biofx
@@ -29,17 +30,26 @@ def transformed(config: str, **options: Any) -> biofx.BioGraphModule:
     return biofx.transform(nn.Sequential(*layers), CONFIGS[config]).graph_module
 
 
+def graph_of(bio_model: Any) -> Graph:
+    found: Graph = bio_model.graph
+    return found
+
+
+def layer_of(bio_model: nn.Module, path: str) -> Any:
+    return bio_model.get_submodule(path)
+
+
 def before_the_norm(bio_model: nn.Module, x: Tensor) -> Tensor:
     """What reaches the first normalisation: of the first layer, sums of neighbours where it is split."""
-    layer = bio_model.get_submodule("0")
-    y = x @ layer.weight.T + layer.bias
-    if any("fold" in str(node.target) or "pool" in str(node.target) for node in bio_model.graph.nodes):
+    layer: Any = bio_model.get_submodule("0")
+    y: Tensor = x @ layer.weight.T + layer.bias
+    if any("fold" in str(node.target) or "pool" in str(node.target) for node in graph_of(bio_model).nodes):
         y = y.unflatten(1, (4, 2)).sum(2, keepdim=True).expand(-1, -1, 2).flatten(1)
     return y.detach()
 
 
 def statistics(bio_model: nn.Module) -> tuple[Tensor, Tensor, int]:
-    norm = bio_model.get_submodule("1")
+    norm = layer_of(bio_model, "1")
     return norm.running_mean.clone(), norm.running_var.clone(), int(norm.num_batches_tracked)
 
 
@@ -53,7 +63,7 @@ def test_update_bn_gives_the_mean_of_all_batches(config: str) -> None:
     torch.testing.assert_close(mean, torch.stack([v.mean(0) for v in values]).mean(0))
     torch.testing.assert_close(variance, torch.stack([v.var(0) for v in values]).mean(0))
     assert count == len(BATCHES)
-    assert bio_model.get_submodule("1").momentum == 0.1
+    assert layer_of(bio_model, "1").momentum == 0.1
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -61,7 +71,7 @@ def test_update_bn_gives_the_mean_of_all_batches(config: str) -> None:
 def test_momentum_is_read_at_each_call(config: str, momentum: float | None) -> None:
     bio_model = transformed(config)
     bio_model(BATCHES[0])
-    bio_model.get_submodule("1").momentum = momentum
+    layer_of(bio_model, "1").momentum = momentum
     for x in BATCHES[1:3]:
         mean, variance, count = statistics(bio_model)
         value = before_the_norm(bio_model, x)
@@ -89,7 +99,7 @@ def test_statistics_that_are_not_tracked_stay_and_the_batch_counts_in_training(c
     bio_model = transformed(config)
     bio_model(BATCHES[0])
     reference = copy.deepcopy(bio_model)
-    bio_model.get_submodule("1").track_running_stats = False
+    layer_of(bio_model, "1").track_running_stats = False
     before = statistics(bio_model)
     torch.testing.assert_close(bio_model(BATCHES[1]), reference(BATCHES[1]))
     after = statistics(bio_model)
@@ -102,7 +112,7 @@ def test_without_statistics_every_batch_is_normalised_by_itself(config: str) -> 
     bio_model = transformed(config)
     expected = bio_model(BATCHES[0])
     for path in ("1", "4"):
-        norm = bio_model.get_submodule(path)
+        norm = layer_of(bio_model, path)
         norm.running_mean = norm.running_var = None
     torch.testing.assert_close(bio_model.eval()(BATCHES[0]), expected)
 
@@ -111,9 +121,7 @@ def test_without_statistics_every_batch_is_normalised_by_itself(config: str) -> 
 @pytest.mark.parametrize("training", [False, True])
 def test_epsilon_is_read_at_each_call(config: str, training: bool) -> None:
     bio_model = transformed(config).train(training)
-    fresh = copy.deepcopy(bio_model)
-    layer = bio_model.get_submodule("1")
-    layer.eps = fresh.get_submodule("1").eps = 0.7
+    layer_of(bio_model, "1").eps = 0.7
     value = before_the_norm(bio_model, BATCHES[1])
     mean, variance = (value.mean(0), value.var(0, unbiased=False)) if training else statistics(bio_model)[:2]
     seen: list[Tensor] = []
@@ -147,7 +155,7 @@ def test_dropout_of_recurrent_layers_and_attention_is_read_at_each_call(path: st
     x = torch.linspace(-1, 1, 40).reshape(2, 5, 4)
     without = bio_model(x)
     for model in (plain, bio_model):
-        model.get_submodule(path).dropout = 0.5
+        layer_of(model, path).dropout = 0.5
     torch.manual_seed(2)
     expected = plain(x)
     torch.manual_seed(2)
@@ -163,8 +171,8 @@ def test_dropout_of_expanded_units_follows_its_schedule() -> None:
         nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
     )
     bio_model, _ = biofx.transform(model, {"apply_dales_principle": True, "dales_method": "expand"})
-    bio_model.get_submodule("2").p = 1.0
-    layers = [bio_model.get_submodule(path) for path in ("3", "5")]
+    layer_of(bio_model, "2").p = 1.0
+    layers = [layer_of(bio_model, path) for path in ("3", "5")]
     expected = bio_model(torch.ones(1, 4)), bio_model(-torch.ones(1, 4))
     assert layers[0].in_features == 16
     torch.testing.assert_close(expected[0], expected[1], rtol=0, atol=0)
