@@ -318,3 +318,48 @@ def test_forward_is_looked_at_where_it_is_called_directly() -> None:
     bio_model.head = nn.Identity()
     with pytest.raises(biofx.CaptureError, match="'head'"):
         bio_model.forward(INPUT)
+
+
+class Twice(nn.Module):
+    """Calls one layer by two names, and one weight in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.third, self.fourth = (nn.Linear(4, 4) for _ in range(3))
+        self.second = self.first
+        self.fourth.weight = self.third.weight
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.second(torch.relu(self.first(x)))
+        return self.fourth(torch.relu(self.third(torch.relu(x))))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace("second", lambda: nn.Linear(4, 4)), "'second' was the same as 'first'"),
+        (replace("first", lambda: nn.Linear(4, 4)), "'first' was replaced|'second' was the same as 'first'"),
+        (
+            assign("fourth", "weight", nn.Parameter(torch.ones(4, 4))),
+            "'fourth.weight' was the same as 'third",
+        ),
+        (lambda model: parametrizations.spectral_norm(model.first), "'first' has a parametrization now"),
+    ],
+)
+def test_what_was_one_and_is_two_is_an_error(change: Any, message: str) -> None:
+    bio_model, _ = biofx.transform(Twice())
+    x = torch.ones(2, 4)
+    bio_model(x)
+    change(bio_model)
+    with pytest.raises(biofx.CaptureError, match=message):
+        bio_model(x)
+
+
+def test_the_check_of_a_model_with_an_adapter_finds_nothing() -> None:
+    bio_model, _ = biofx.transform(net(), {"apply_dales_principle": True})
+    bio_model.head = Doubling(bio_model.head)
+    bio_model.conv = Doubling(bio_model.conv)
+    bio_model(INPUT)
+    assert biofx.check(bio_model).ok
+    bio_model.get_submodule("head.base").bio_mod.fuzzy_learning_rate_parameters.fill_(float("nan"))
+    assert not biofx.check(bio_model).ok
