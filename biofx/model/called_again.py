@@ -152,7 +152,8 @@ def _before_padding(call: Node) -> Node:
     source: Any = call.args[0]
     if isinstance(source, Node) and source.target is F.pad and source.name.startswith(f"{call.name}_padded"):
         source = source.args[0]
-    return source
+    found: Node = source
+    return found
 
 
 def _erase_unused(graph: Graph) -> None:

@@ -152,7 +152,7 @@ class BioGraphModule(GraphModule):
             type(self).forward = own
         else:
             restoring = restoring_modes(self.graph, type(self).forward)
-            guarded: Any = following_changes(restoring, become_graph_module)
+            guarded: Any = following_changes(restoring, self, become_graph_module)
             type(self).forward = guarded
         return code
 

@@ -7,6 +7,7 @@ with the graph (:class:`biofx.model.taken_in.Taken`) and compared with what stan
 from __future__ import annotations
 
 import functools
+import weakref
 from types import FunctionType
 from typing import Any
 
@@ -30,14 +31,23 @@ _REMEDY = (
 )
 
 
-def following_changes(forward: Any, become: Become) -> Any:
+def following_changes(forward: Any, owner: Any, become: Become) -> Any:
     """Return a forward of a graph module that first looks whether all is as it was when it was captured.
 
-    It has the globals of the one it was given, where ``torch.jit.script`` looks names up.
+    What compiles a model looks once, when it compiles. The forward has the globals of the one it was given,
+    where ``torch.jit.script`` looks names up.
     """
+    held = weakref.ref(owner)
+
+    def looked() -> bool:
+        return follow_late_changes(held(), become)
+
+    vars(looked)["_dynamo_marked_constant"] = (
+        True  # torch.compiler.assume_constant_result imports the compiler
+    )
 
     def followed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not is_compiling() and look(self, become):
+        if looked() if is_compiling() else look(self, become):
             return type(self).forward(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
 

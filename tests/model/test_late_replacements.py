@@ -363,3 +363,16 @@ def test_the_check_of_a_model_with_an_adapter_finds_nothing() -> None:
     assert biofx.check(bio_model).ok
     bio_model.get_submodule("head.base").bio_mod.fuzzy_learning_rate_parameters.fill_(float("nan"))
     assert not biofx.check(bio_model).ok
+
+
+def test_what_compiles_a_model_looks_when_it_compiles() -> None:
+    plain = net().eval()
+    bio_model = biofx.transform(plain).graph_module.eval()
+    compiled = torch.compile(bio_model, backend="eager", fullgraph=True)
+    for model in (plain, bio_model):
+        model.head = Doubling(model.head)
+    torch.testing.assert_close(compiled(INPUT), plain(INPUT))
+    bio_model.get_submodule("conv").stride = (2,)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="'conv' was changed since the model was captured: its stride"):
+        compiled(INPUT)
