@@ -361,7 +361,7 @@ def test_the_check_of_a_model_with_an_adapter_finds_nothing() -> None:
     bio_model.conv = Doubling(bio_model.conv)
     bio_model(INPUT)
     assert biofx.check(bio_model).ok
-    bio_model.get_submodule("head.base").bio_mod.fuzzy_learning_rate_parameters.fill_(float("nan"))
+    bio_model.get_buffer("head.base.bio_mod.fuzzy_learning_rate_parameters").fill_(float("nan"))
     assert not biofx.check(bio_model).ok
 
 
