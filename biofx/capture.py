@@ -28,7 +28,7 @@ from biofx.graph.contexts import preserved_modes
 from biofx.graph.names import refuse_unwritable_names
 from biofx.graph.regions import region_paths
 from biofx.model.copies import deep_copy
-from biofx.model.graph_module import BioGraphModule, become_graph_module
+from biofx.model.graph_module import BioGraphModule, become_graph_module, follow_changes_within
 from biofx.sites import find_sites
 
 
@@ -67,6 +67,7 @@ def capture(
         memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
         if isinstance(model, GraphModule):
             captured = BioGraphModule.copy_of(model, memo)
+            follow_changes_within(captured)
             _complete_module_stacks(captured)
         else:
             _refuse_lost_methods(model)

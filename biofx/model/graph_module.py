@@ -19,7 +19,7 @@ from biofx.graph.own_forward import call_own_forward
 from biofx.kernels.sharded_rates import outside_graphs
 from biofx.model.copies import prepared
 from biofx.model.graph_records import pack, unpack
-from biofx.model.late_changes import following_changes, remember_modules
+from biofx.model.late_changes import follow_late_changes, following_changes, remember_modules
 from biofx.plasticity.model_rules import apply_rule, expanded_weights, exposed_rules
 from biofx.plasticity.sharded_model import before_forward, is_fully_sharded
 
@@ -202,6 +202,18 @@ def become_graph_module(module: nn.Module, graph: Graph) -> BioGraphModule:
     if made.keeps_forward and user_class(made) is None:
         raise CaptureError(f"{type(module).__name__} cannot be subclassed, and its forward cannot be traced")
     return made  # type: ignore[no-any-return]
+
+
+def follow_changes_within(model: nn.Module) -> None:
+    """Look, in every graph of a model, whether the modules are what they were, as a call of it would.
+
+    Raises:
+        CaptureError: one is not, and the graph would go on doing what it did.
+        InputError: one has a hook, which would never run.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, BioGraphModule) and not module.keeps_forward:
+            follow_late_changes(module, become_graph_module)
 
 
 def user_class(module: nn.Module) -> type[nn.Module] | None:

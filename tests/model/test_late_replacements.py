@@ -376,3 +376,18 @@ def test_what_compiles_a_model_looks_when_it_compiles() -> None:
     torch._dynamo.reset()
     with pytest.raises(Exception, match="'conv' was changed since the model was captured: its stride"):
         compiled(INPUT)
+
+
+def test_deploying_and_transforming_again_look_before_any_call() -> None:
+    bio_model = biofx.transform(net()).graph_module.eval()
+    changed = copy.deepcopy(bio_model)
+    changed.head = Doubling(changed.head)
+    torch.testing.assert_close(biofx.deploy(changed)(INPUT), 2 * bio_model(INPUT))
+    torch.testing.assert_close(biofx.transform(changed, passes="").graph_module(INPUT), 2 * bio_model(INPUT))
+    changed.get_submodule("conv").stride = (2,)
+    for use in (biofx.deploy, biofx.transform):
+        with pytest.raises(biofx.CaptureError, match="'conv' was changed"):
+            use(changed)
+    vars(bio_model.get_submodule("head"))["forward"] = lambda x: x
+    with pytest.raises(biofx.InputError, match="'head' with one of its own"):
+        biofx.deploy(bio_model)
