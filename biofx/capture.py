@@ -40,6 +40,7 @@ from biofx.model.graph_module import (
     NAMES_OF_MODELS,
     BioGraphModule,
     become_graph_module,
+    follow_changes_within,
     user_class,
 )
 from biofx.plasticity.bio_state import BioState
@@ -105,6 +106,7 @@ def _captured(
         memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
         if isinstance(model, GraphModule):
             captured = BioGraphModule.copy_of(model, memo)
+            follow_changes_within(captured)
             _complete_module_stacks(captured)
         else:
             _refuse_lost_methods(model)

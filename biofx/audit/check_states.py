@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from biofx.audit.check_report import Finding
 from biofx.audit.check_subject import Placed, Subject, Uses, owner_of
+from biofx.graph.regions import ELSEWHERE
 from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.layers.weight_site import computed_behind
 from biofx.layers.weight_slots import argument
@@ -167,7 +168,9 @@ def _unlinked(subject: Subject, placed: Placed, places: set[str]) -> str:
         holds_others = any(isinstance(child, BioModule) for child in state.children())
         return "" if holds_others else "it is linked to no layer"
     layer = subject.graph_module.get_submodule(placed.layer)
-    if bio_module_path(state.path) not in places:
+    declared = vars(subject.graph_module).get("region_paths", ())
+    moved = ELSEWHERE in vars(layer) and placed.layer not in declared  # by an adapter around the layer
+    if not moved and bio_module_path(state.path) not in places:
         return f"it is the state of {state.path!r}, and sits in {placed.place!r}"
     linked = state.get_parent()
     tied = state.parameter is not None and any(
@@ -175,6 +178,8 @@ def _unlinked(subject: Subject, placed: Placed, places: set[str]) -> str:
     )
     if linked is not layer and not tied:
         return f"it is linked to another {type(linked).__name__} than the one it sits in"
+    if moved:
+        return ""
     home = subject.graph_module.get_submodule(owner_of(state.path))
     return "" if linked is home else f"it is linked to another {type(linked).__name__} than {state.path!r}'s"
 

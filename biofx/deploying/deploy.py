@@ -13,7 +13,7 @@ from biofx.activation import OpaqueActivation
 from biofx.deploying.plain_modules import make_plain, plain_graph_module
 from biofx.deploying.plain_operators import write_out
 from biofx.deploying.raising import raise_layers
-from biofx.deploying.settling import settle
+from biofx.deploying.settling import settle_settings
 from biofx.errors import InputError, PassError
 from biofx.graph.assignments import assign_buffer
 from biofx.graph.branches import take_branches
@@ -22,7 +22,7 @@ from biofx.graph.contexts import begin_autocast, begin_grad_mode
 from biofx.graph.guards import require_default, require_tensor
 from biofx.graph.in_place import changed_in_place
 from biofx.graph.regions import region_input, region_of_nodes, whole_graph
-from biofx.model.graph_module import BioGraphModule
+from biofx.model.graph_module import BioGraphModule, follow_changes_within
 from biofx.model.region_parts import joined
 from biofx.operators.fold_ops import require_axes
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
@@ -53,7 +53,8 @@ def deploy(bio_model: nn.Module) -> nn.Module:
             changed.
 
     Raises:
-        InputError: it is no graph module, or it is sharded.
+        InputError: it is no graph module, or it is sharded; or a module has a forward on the instance.
+        CaptureError: a module was changed since the capture in a way that the graph does not follow.
         PassError: an argument that must have its default is not the last; the graph draws random numbers from
             nothing or writes to a buffer, which a plain graph module forgets when it is saved; or it holds
             something of biofx's that has no plain form.
@@ -87,10 +88,18 @@ def deploy(bio_model: nn.Module) -> nn.Module:
             f"expected whole parameters, found {sharded!r} sharded; load its checkpoint into a whole model"
         )
     own = BioGraphModule.copy_of(model).eval()
+    follow_changes_within(own)
+    for path, module in own.named_modules():
+        if isinstance(module, BioGraphModule) and "forward" in vars(module):
+            raise InputError(
+                f"expected modules with the forward of their class, found {path or 'the model'!r} with one "
+                "of its own on the instance, which a plain model would not have; make it a method of a class"
+            )
     with joined(own):
         _drop_what_learns(own)
     own = _folded(own)
     with joined(own):
+        settle_settings(own)
         evaluate_weights(own)
         write_out(own)
         raise_layers(own)
@@ -138,12 +147,10 @@ def _drop_what_learns(own: GraphModule) -> None:
     """Take out gradient factors, observers, checks of arguments, and training flags."""
     take_branches(own.graph, training=False)
     _drop_gradient_modes(own)
+    settle_settings(own)
     fixed: list[Any] = []
     regions = region_of_nodes(own.graph)
     for node in list(own.graph.nodes):
-        if node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training":
-            settle(node, False)
-            continue
         if node.target in GRADIENT_SCALINGS | {ops.observe_activity, ops.drop_pairs}:
             node.replace_all_uses_with(node.args[0])
         elif node.target is require_default:

@@ -140,6 +140,10 @@ class Folding:
         """Return a node that reads a parameter, a buffer or a flag, ahead of another node."""
         return self._lowering.read(path, before)
 
+    def setting_of(self, node: Node, name: str) -> Node:
+        """Return a node that reads a setting of the module that a node calls."""
+        return self._lowering.setting_of(node, name)
+
     def insert_after(self, place: Node, name: str, target: Callable[..., Any]) -> Node:
         """Insert a call of ``target``, whose arguments are still to be set."""
         with place.graph.inserting_after(place):

@@ -20,6 +20,8 @@ _BATCH_NORM_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm2d: (4,),
     nn.BatchNorm3d: (5,),
 }
+_SETTINGS = ("momentum", "eps", "track_running_stats")
+"""What a layer may be told at any time, and is therefore read whenever the graph runs."""
 
 
 def _batch_norm(call: Call) -> Outcome:
@@ -31,13 +33,10 @@ def _batch_norm(call: Call) -> Outcome:
         raise ReplicationEnds("it has statistics for each of several values of a channel")
     if module.track_running_stats != (module.running_mean is not None):
         raise ReplicationEnds("whether it tracks statistics was changed after it was made")
-    if module.momentum is None:
-        raise ReplicationEnds("it averages its statistics over all batches (momentum=None)")
     if not module.affine and not module.track_running_stats:
         if source.axis != 1 - call.rank(source):
             raise ReplicationEnds("it normalises along another axis than the channels'")
         return Outcome(source)
-    momentum, eps = float(module.momentum), module.eps
     ranks = _BATCH_NORM_RANKS[type(module)]
 
     def normalise_compact(folding: Any) -> None:
@@ -49,13 +48,13 @@ def _batch_norm(call: Call) -> Outcome:
 
         names = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias", "training")
         args = (*call.node.all_input_nodes, *(read(name) for name in names))
+        settings = {name: folding.setting_of(node, name) for name in _SETTINGS}
         node.op, node.target, node.args = "call_function", fold_norm_ops.batch_norm_synapses, args
         node.kwargs = {
             "gamma": source.gamma,
             "channel_axis": source.axis,
-            "momentum": momentum,
-            "eps": eps,
             "ranks": ranks,
+            **settings,
         }
 
     return Outcome(None, normalise_compact, message=_statistics(source))
@@ -66,9 +65,7 @@ def lowered_batch_norm(call: Call) -> Outcome:
     source, node = call.source, call.node
     if source.inner:
         raise ReplicationEnds("it has statistics for each of several values of a channel")
-    if not node.kwargs.get("track_running_stats", True) or node.kwargs["momentum"] is None:
-        raise ReplicationEnds("it averages its statistics over all batches, or tracks none")
-    options = {name: node.kwargs[name] for name in ("momentum", "eps", "ranks")}
+    options = {name: node.kwargs[name] for name in ("ranks", *_SETTINGS) if name in node.kwargs}
 
     def normalise_compact(folding: Any) -> None:
         x, weight, bias, mean, variance, count, training = node.args
@@ -116,10 +113,10 @@ def _instance_norm(call: Call) -> Outcome:
         raise ReplicationEnds("it normalises along another axis than the channels'")
     if module is None or getattr(module, "affine", True) or getattr(module, "track_running_stats", True):
         raise ReplicationEnds("it has parameters or statistics for each channel")
-    eps = float(call.fixed("eps", 7, 1e-5))
 
     def normalise_compact(folding: Any) -> None:
         node = call.node  # the module would warn of the number of channels
+        eps = folding.setting_of(node, "eps")
         node.op, node.target, node.args = "call_function", F.instance_norm, tuple(node.all_input_nodes)
         node.kwargs = {"eps": eps}
 
@@ -131,11 +128,11 @@ def _statistics_then_affine(call: Call, source: Replication, normalised: Any) ->
     node, module = call.node, call.module
     given = {name: call.option(name, place) for name, place in (("weight", 2), ("bias", 3))}
     names = [name for name, value in given.items() if value is not None]
-    eps = float(call.fixed("eps", 4, 1e-5))
 
     def normalise_compact(folding: Any) -> None:
         path, x = str(node.target), node.all_input_nodes[0]
         behind = list(node.users)
+        eps = call.option("eps", 4, 1e-5) if module is None else folding.setting_of(node, "eps")
         node.op, node.kwargs = "call_function", {}
         node.target, node.args = normalised(x, eps)
         if names:

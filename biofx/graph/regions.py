@@ -55,6 +55,11 @@ def region_output(path: str, value: Any) -> None:
     """Mark where, in a joined graph, a region ends, and what it returns."""
 
 
+ELSEWHERE = "elsewhere"
+"""The attribute of a region that holds, by names of its own, modules in other places that its graph reads
+from: signs of the layer before, where a layer became a region because an adapter was put around it."""
+
+
 def whole_graph(graph_module: GraphModule) -> Graph:
     """Return a model's graph with those of its regions; a copy if there are any, else the graph itself."""
     paths = region_paths(graph_module)
@@ -83,9 +88,19 @@ def is_joined(graph_module: nn.Module) -> bool:
 
 
 def region_paths(graph_module: nn.Module) -> tuple[str, ...]:
-    """Return the paths of the modules whose regions a model has."""
+    """Return the paths of the modules whose regions a model has.
+
+    Those that an adapter was put around since are found where they are now.
+    """
     found: tuple[str, ...] = vars(graph_module).get("region_paths", ())
-    return found
+    modules = dict(graph_module.named_modules())
+    late = [p for p, module in modules.items() if p and ELSEWHERE in vars(module) and p not in found]
+    moved = {
+        path
+        for path in found
+        if not isinstance(modules.get(path), GraphModule) and any(p.startswith(f"{path}.") for p in late)
+    }
+    return (*(path for path in found if path not in moved), *late)
 
 
 def kept_modules(graph_module: nn.Module) -> Mapping[str, str]:
@@ -188,9 +203,24 @@ class _Join:
             )
         copied = self._node_copy(node, name, mapping)
         if node.op in ("call_module", "get_attr"):
-            is_itself = node.target in ("", OWN_MODULE)
-            copied.target = path if is_itself else f"{path}.{node.target}"
+            copied.target = self._path_of(str(node.target), path)
         return copied
+
+    def _path_of(self, target: str, region: str) -> str:
+        """Return the path in the whole model of what a region's graph calls or reads."""
+        if target in ("", OWN_MODULE):
+            return region
+        mark, _, rest = target.partition(".")
+        if mark != ELSEWHERE:
+            return f"{region}.{target}"
+        name, _, held = rest.partition(".")
+        other = getattr(vars(self._modules[region])[ELSEWHERE], name)
+        for path, module in self._modules.items():
+            if module is other:
+                return f"{path}.{held}"
+        raise PassError(
+            f"the region of {region!r} reads from a {type(other).__name__} that is no longer there"
+        )
 
     def _node_copy(self, node: Node, stem: str, mapping: dict[Node, Node]) -> Node:
         """Copy a node; a module that is called names its node by its whole path."""

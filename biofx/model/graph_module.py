@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 
@@ -22,7 +21,7 @@ from biofx.graph.own_forward import call_own_forward
 from biofx.kernels.sharded_rates import outside_graphs
 from biofx.model.copies import prepared
 from biofx.model.graph_records import pack, unpack
-from biofx.model.late_hooks import paths_inline, refuse_late_hooks
+from biofx.model.late_changes import follow_late_changes, following_changes, remember_modules
 from biofx.model.rollback import has_places_for, unchanged_on_failure
 from biofx.plasticity.model_rules import apply_rule, expanded_weights, exposed_rules
 from biofx.plasticity.sharded_model import before_forward, is_fully_sharded
@@ -43,7 +42,8 @@ class BioGraphModule(GraphModule):
         *(*GraphModule.__jit_unused_properties__, "keeps_forward", "own_forward", "own_module")
     ]
 
-    _paths_inline: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    _places: ClassVar[Any] = None
+    _standing: ClassVar[Any] = None
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         region_paths: tuple[str, ...]
@@ -114,8 +114,6 @@ class BioGraphModule(GraphModule):
         """Run the model, with its hooks; what FSDP2 has sharded of it is made ready."""
         if is_fully_sharded(self):  # which has hooks on whatever it shards
             outside_graphs(before_forward)(self)
-        elif not torch.compiler.is_compiling():
-            refuse_late_hooks(self, type(self)._paths_inline)
         return super().__call__(*args, **kwargs)
 
     def load_state_dict(
@@ -154,13 +152,14 @@ class BioGraphModule(GraphModule):
             settle_branches(self._graph)
             self._graph.on_generate_code(lambda before: with_branches)
         code = super().recompile()
-        type(self)._paths_inline = paths_inline(self._graph)
+        type(self)._places, type(self)._standing = remember_modules(self), None
         origin = user_class(self)
         if origin is not None and self.keeps_forward:
             own: Any = origin.forward
             type(self).forward = own
         else:
-            guarded: Any = restoring_modes(self.graph, type(self).forward)
+            restoring = restoring_modes(self.graph, type(self).forward)
+            guarded: Any = following_changes(restoring, self, become_graph_module)
             type(self).forward = guarded
         return code
 
@@ -228,6 +227,18 @@ def _uncover(made: nn.Module) -> None:
     for name in _PLAIN_ATTRIBUTES:
         if name in made._modules or name in made._parameters or name in made._buffers:
             vars(made).pop(name, None)
+
+
+def follow_changes_within(model: nn.Module) -> None:
+    """Look, in every graph of a model, whether the modules are what they were, as a call of it would.
+
+    Raises:
+        CaptureError: one is not, and the graph would go on doing what it did.
+        InputError: one has a hook, which would never run.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, BioGraphModule) and not module.keeps_forward:
+            follow_late_changes(module, become_graph_module)
 
 
 def user_class(module: nn.Module) -> type[nn.Module] | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.fx.node import map_arg
 
@@ -14,6 +16,7 @@ from biofx.graph.assignments import OWN_MODULE
 from biofx.graph.guards import require_default
 from biofx.graph.own_forward import OWN_FORWARD, call_own_forward, call_with_parameters
 from biofx.graph.regions import (
+    ELSEWHERE,
     JOINED,
     begin_region,
     is_joined,
@@ -59,18 +62,31 @@ def _divide(root: BioGraphModule) -> None:
         if path is None:
             mapping[node] = main.node_copy(node, mapping.__getitem__)
         else:
-            parts.setdefault(path, _Part(path)).take(node)
+            parts.setdefault(path, _Part(path, _others(path, modules))).take(node)
     for path, part in parts.items():
         if isinstance(modules[path], BioGraphModule) or not part.is_a_bare_layer:
-            become_graph_module(modules[path], part.graph)
+            region: Any = become_graph_module(modules[path], part.graph)
+            region.__dict__.setdefault(ELSEWHERE, SimpleNamespace())
     root.graph = main
+
+
+def _others(path: str, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return by which names a region reads from modules elsewhere, by their paths."""
+    held = vars(vars(modules[path]).get(ELSEWHERE, SimpleNamespace()))
+    return {
+        other: f"{ELSEWHERE}.{name}"
+        for name, module in held.items()
+        for other, found in modules.items()
+        if found is module
+    }
 
 
 class _Part:
     """One region's part of a joined graph, with the paths that its module knows."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, others: Mapping[str, str]) -> None:
         self._path = path
+        self._others = others
         self._mapping: dict[Node, Node] = {}
         self.graph = Graph(tracer_cls=Tracer)
         self._calls_itself: list[Node] = []
@@ -111,6 +127,9 @@ class _Part:
     def _local(self, path: str, node: Node) -> str:
         if path == self._path:
             return OWN_MODULE
+        owner, _, name = path.rpartition(".")
+        if owner in self._others and not path.startswith(f"{self._path}."):
+            return f"{self._others[owner]}.{name}"
         if not path.startswith(f"{self._path}."):
             raise PassError(
                 f"{node.name!r} reads {path!r} in the region of {self._path!r}, which does not hold it"

@@ -11,6 +11,7 @@ from torch.overrides import has_torch_function
 
 from biofx.errors import InputError
 from biofx.operators.fold_ops import spread_synapses
+from biofx.operators.norm_ops import follow_batches
 from biofx.ops import is_plain_eager, redispatch
 
 
@@ -109,9 +110,10 @@ def batch_norm_synapses(
     *,
     gamma: int,
     channel_axis: int,
-    momentum: float,
+    momentum: float | None,
     eps: float,
     ranks: tuple[int, ...],
+    track_running_stats: bool = True,
 ) -> Tensor:
     """Normalise a compact tensor over its batch and spread it, with an affine map for each member.
 
@@ -128,9 +130,10 @@ def batch_norm_synapses(
         training: whether the layer is in training mode.
         gamma: synapses per connection, a count.
         channel_axis: where the compact channels are, counted from the end.
-        momentum: weight of the new statistics, dimensionless.
+        momentum: weight of the new statistics, dimensionless; None for the mean of all batches so far.
         eps: added to the variance.
         ranks: numbers of axes that the layer takes.
+        track_running_stats: whether the running statistics follow in training.
 
     Raises:
         InputError: ``x`` has another number of axes.
@@ -142,24 +145,26 @@ def batch_norm_synapses(
         "momentum": momentum,
         "eps": eps,
         "ranks": ranks,
+        "track_running_stats": track_running_stats,
     }
     if has_torch_function(tensors):
         return redispatch(batch_norm_synapses, tensors, *tensors, **options)
     if x.dim() not in ranks:
         raise InputError(f"expected a tensor with {ranks} axes to normalise, found shape {tuple(x.shape)}")
-    if training and count is not None:
-        count.add_(1)
+    share = follow_batches(count, training and track_running_stats, momentum)
+    if training and not track_running_stats:
+        running_mean = running_var = None
     by_batch = training or running_mean is None or running_var is None
     if x.dim() + channel_axis != 1:  # the batch has more axes than the channels are counted on
         full = spread_synapses(x, gamma=gamma, channel_axis=channel_axis, groups=x.shape[channel_axis])
-        return F.batch_norm(full, running_mean, running_var, weight, bias, by_batch, momentum, eps)
+        return F.batch_norm(full, running_mean, running_var, weight, bias, by_batch, share, eps)
     if running_mean is None or running_var is None:
         normalised, scale, shift = F.batch_norm(x, None, None, training=True, eps=eps), weight, bias
     elif training:
         mean, variance = torch.zeros_like(running_mean[::gamma]), torch.zeros_like(running_var[::gamma])
         normalised = F.batch_norm(x, mean, variance, training=True, momentum=1.0, eps=eps)
-        running_mean.unflatten(0, (-1, gamma)).lerp_(mean.unsqueeze(1), momentum)
-        running_var.unflatten(0, (-1, gamma)).lerp_(variance.unsqueeze(1), momentum)
+        running_mean.unflatten(0, (-1, gamma)).lerp_(mean.unsqueeze(1), share)
+        running_var.unflatten(0, (-1, gamma)).lerp_(variance.unsqueeze(1), share)
         scale, shift = weight, bias
     else:
         normalised = x

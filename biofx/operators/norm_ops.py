@@ -53,11 +53,7 @@ def batch_norm(
     if has_torch_function(given):
         return _tensor(handle_torch_function(batch_norm, given, *given, **options))
     _check_rank(x, ranks, "batch_norm")
-    share = 0.0 if momentum is None else momentum
-    if training and track_running_stats and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        if momentum is None:
-            share = 1.0 / float(num_batches_tracked)
+    share = follow_batches(num_batches_tracked, training and track_running_stats, momentum)
     keeps = not training or track_running_stats
     return F.batch_norm(
         x,
@@ -69,6 +65,21 @@ def batch_norm(
         share,
         eps,
     )
+
+
+def follow_batches(count: Tensor | None, follows: bool, momentum: float | None) -> float:
+    """Count a batch whose moments are followed, and return their weight in the running ones.
+
+    Args:
+        count: batches so far, changed in place; None where it is not kept.
+        follows: whether the running moments follow this batch.
+        momentum: weight of a new batch; None for the mean of all batches so far.
+    """
+    if follows and count is not None:
+        count.add_(1)
+        if momentum is None:
+            return 1.0 / float(count)
+    return 0.0 if momentum is None else momentum
 
 
 def instance_norm(

@@ -108,11 +108,11 @@ def _pair_dropout(lowering: Lowering, node: Node, module: Any, groups: UnitGroup
     layout = groups.flows[node].layout
     if layout is None:
         return
-    training = lowering.read_of(node, "training")
+    training, share = lowering.read_of(node, "training"), lowering.read_of(node, "p")
     node.op, node.target = "call_function", drop_pairs
     node.args = (node.args[0] if node.args else node.kwargs["input"], training)
     node.kwargs = {
-        "p": module.p,
+        "p": share,
         "kind": type(module).__name__.lower(),
         "channel_axis": layout.axes[0].position,
         "units": layout.labels.numel(),

@@ -17,7 +17,7 @@ Reads = Callable[[str], Node]
 
 
 def lower_compound(node: Node, module: nn.Module, kind: LayerKind, reads: Reads) -> None:
-    """Rewrite a node in place; ``reads`` brings the weights, biases and the training flag into the graph."""
+    """Rewrite a node in place; ``reads`` brings the weights, biases and settings into the graph."""
     given = inspect.signature(kind.module_type.forward).bind(module, *node.args, **node.kwargs).arguments
     given.pop("self")
     lower = _attention if kind is ATTENTION else _recurrent
@@ -52,8 +52,8 @@ def _recurrent(
     given: dict[str, Any], module: Any, kind: LayerKind, reads: Reads
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     weights = [reads(name) for name in module._flat_weights_names]
-    names = ("mode", "num_layers", "dropout", "bidirectional", "batch_first")
-    options = {name: getattr(module, name) for name in names}
+    options = {name: getattr(module, name) for name in ("mode", "num_layers", "bidirectional", "batch_first")}
+    options["dropout"] = reads("dropout")  # which may be changed at any time
     return (given["input"], given.get("hx"), weights, reads("training")), options
 
 
@@ -62,9 +62,8 @@ def _attention(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     inputs = [given.pop(name) for name in ("query", "key", "value")]
     weights = [reads(slot.name) for slot in slots_of_module(module, kind)]
-    options = {
-        name: getattr(module, name) for name in ("num_heads", "add_zero_attn", "dropout", "batch_first")
-    }
+    options = {name: getattr(module, name) for name in ("num_heads", "add_zero_attn", "batch_first")}
+    options["dropout"] = reads("dropout")  # which may be changed at any time
     biases = {
         "in_proj_bias": module.in_proj_bias,
         "out_proj.bias": module.out_proj.bias,

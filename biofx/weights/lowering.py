@@ -57,6 +57,7 @@ class Lowering:
         self._reads = {
             str(node.target): node for node in reversed(graph_module.graph.find_nodes(op="get_attr"))
         }
+        self._settings: dict[tuple[str, str], Node] = {}
         self.contexts = ContextMap(graph_module.graph)
 
     @functools.cached_property
@@ -161,6 +162,25 @@ class Lowering:
         """Return the ``get_attr`` node for what the module that ``node`` calls has under a name."""
         path = f"{node.target}.{name}"
         return self.read(self._first_path.get(path, path), node)
+
+    def setting_of(self, node: Node, name: str) -> Node:
+        """Return the node that reads a setting of the module that ``node`` calls, which may be None.
+
+        ``torch.fx`` takes a ``get_attr`` of None for one of nothing, so ``getattr`` is called.
+        """
+        path = str(node.target)
+        if (path, name) not in self._settings:
+            named = path.replace(".", "_")
+            layer = self.read(path, node, f"{named}_layer")
+            with node.graph.inserting_before(node):
+                made = node.graph.create_node("call_function", getattr, (layer, name), name=f"{named}_{name}")
+            made.meta = dict(layer.meta)
+            self._settings[path, name] = made
+        found = self._settings[path, name]
+        if node < found:
+            node.prepend(found)
+            self.read(path, found)
+        return found
 
     def read(self, path: str, before: Node, name: str | None = None) -> Node:
         """Return the one ``get_attr`` node for ``path``, made or moved to stand ahead of ``before``."""

@@ -5,6 +5,7 @@ Their weights (gamma) scale units and are no synapses, so no pass takes them for
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,7 +106,8 @@ def find_norms(graph_module: GraphModule) -> list[NormSite]:
 def lower_norm(lowering: Lowering, site: NormSite) -> None:
     """Replace a normalisation's call by its function on a visible weight; the result is equal to the bit.
 
-    The node keeps its name and its users. Then :meth:`Lowering.wrap_weight` takes the site like any other.
+    Its settings (``momentum``, ``eps``, …) are read from the module whenever the graph runs. The node keeps
+    its name and its users. Then :meth:`Lowering.wrap_weight` takes the site like any other.
     A site that is lowered already is left alone.
 
     Raises:
@@ -123,7 +125,7 @@ def lower_norm(lowering: Lowering, site: NormSite) -> None:
     def read(name: str) -> Node | None:
         return None if getattr(module, name, None) is None else lowering.read_of(node, name)
 
-    function, args, options = _LOWERINGS[kind](module, read)
+    function, args, options = _LOWERINGS[kind](module, read, functools.partial(lowering.setting_of, node))
     node.op, node.target, node.args, node.kwargs = "call_function", function, (x, *args), options
 
 
@@ -137,43 +139,48 @@ def _other_readers(node: Node) -> Iterator[Node]:
 
 
 Read = Callable[[str], "Node | None"]
+"""Returns the node that reads a parameter or a buffer of a module, None where the module has none."""
+Live = Callable[[str], Node]
+"""Returns the node that reads a setting of a module."""
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
-def _batch(module: Any, read: Read) -> Call:
+def _batch(module: Any, read: Read, live: Live) -> Call:
     names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "training")
     ranks = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
     options = {
-        "momentum": module.momentum,
-        "eps": module.eps,
+        "momentum": live("momentum"),
+        "eps": live("eps"),
         "ranks": next(ranks[kind] for kind in ranks if isinstance(module, kind)),
+        "track_running_stats": live("track_running_stats"),
     }
-    if not module.track_running_stats:
-        options["track_running_stats"] = False
     return batch_norm, tuple(map(read, names)), options
 
 
-def _instance(module: Any, read: Read) -> Call:
+def _instance(module: Any, read: Read, live: Live) -> Call:
     names = ("weight", "bias", "running_mean", "running_var", "training")
-    options = {"momentum": module.momentum, "eps": module.eps, "rank": module._get_no_batch_dim() + 1}
-    if module.track_running_stats:
-        options["track_running_stats"] = True
+    options = {
+        "momentum": live("momentum"),
+        "eps": live("eps"),
+        "rank": module._get_no_batch_dim() + 1,
+        "track_running_stats": live("track_running_stats"),
+    }
     return instance_norm, tuple(map(read, names)), options
 
 
-def _layer(module: Any, read: Read) -> Call:
-    return F.layer_norm, (tuple(module.normalized_shape), read("weight"), read("bias"), module.eps), {}
+def _layer(module: Any, read: Read, live: Live) -> Call:
+    return F.layer_norm, (tuple(module.normalized_shape), read("weight"), read("bias"), live("eps")), {}
 
 
-def _rms(module: Any, read: Read) -> Call:
-    return F.rms_norm, (tuple(module.normalized_shape), read("weight"), module.eps), {}
+def _rms(module: Any, read: Read, live: Live) -> Call:
+    return F.rms_norm, (tuple(module.normalized_shape), read("weight"), live("eps")), {}
 
 
-def _group(module: Any, read: Read) -> Call:
-    return F.group_norm, (module.num_groups, read("weight"), read("bias"), module.eps), {}
+def _group(module: Any, read: Read, live: Live) -> Call:
+    return F.group_norm, (module.num_groups, read("weight"), read("bias"), live("eps")), {}
 
 
-_LOWERINGS: dict[type[nn.Module], Callable[[Any, Read], Call]] = {
+_LOWERINGS: dict[type[nn.Module], Callable[[Any, Read, Live], Call]] = {
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _instance),
     nn.LayerNorm: _layer,

@@ -133,7 +133,6 @@ def test_groups_that_cut_connections_apart_are_left_alone() -> None:
         (nn.ChannelShuffle(2), "channelshuffle may mix channels, or is not known to keep them apart"),
         (nn.Softmax(1), "softmax may mix channels, or is not known to keep them apart"),
         (nn.GroupNorm(4, 4), "its 4 groups do not hold whole connections"),
-        (nn.BatchNorm2d(4, momentum=None), "it averages its statistics over all batches (momentum=None)"),
         (nn.InstanceNorm2d(4, affine=True), "it has parameters or statistics for each channel"),
         (nn.Flatten(0, 1), "it merges the channels into axes before them"),
     ],

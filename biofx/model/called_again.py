@@ -1,0 +1,162 @@
+"""Layers that are called again, when an adapter has come around them since their call was lowered.
+
+An adapter calls the layer that it was put around. So what the graph does to the layer's weight becomes the
+graph of that layer itself, and the model's graph calls whatever stands in the layer's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, GraphModule, Node, Tracer
+from torch.nn import functional as F
+
+from biofx.graph.regions import ELSEWHERE
+from biofx.layers.layer_kinds import EMBEDDING, LAYER_KINDS, LayerKind, kind_of_call
+from biofx.layers.weight_site import WEIGHT_OPERATORS
+from biofx.model.graph_places import module_at
+from biofx.model.taken_in import STATE, Taken, own_class
+from biofx.operators.fold_ops import fold_weight, sum_synapses
+from biofx.sites import innermost_path
+
+STATE_OF_WEIGHT = "bio_mod"
+"""The submodule of a layer that keeps what is there for its weight."""
+
+Become = Callable[[nn.Module, Graph], GraphModule]
+"""Turns a module into a graph module in its place."""
+
+
+def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
+    """Let a graph call what stands in the place of a layer, in place; return whether it could be done.
+
+    What is done to the layer's weight is done by the layer then, which is looked for in what stands in its
+    place. That must be the same at every call of it, the weight must not be folded, and the layer must not
+    be recurrent, an attention or a normalisation.
+
+    Args:
+        graph_module: its graph computes the layer from visible weights.
+        path: where the layer was.
+        become: of :func:`biofx.model.graph_module.become_graph_module`.
+    """
+    found = module_at(graph_module, path)
+    calls = [n for n in graph_module.graph.nodes if innermost_path(n) == path and kind_of_call(n) is not None]
+    kinds = [kind for call in calls if (kind := kind_of_call(call)) in (*LAYER_KINDS, EMBEDDING)]
+    if found is None or not calls or len(kinds) < len(calls) or any(kind.is_product for kind in kinds):
+        return False
+    taken: Taken = vars(graph_module)[STATE][path]
+    layer = _layer_in(found, kinds[0])
+    own = [_LayerGraph(graph_module, call, path) for call in calls]
+    if layer is None or taken.difference(layer, is_root=True) is not None:
+        return False
+    if layer is found and not {"forward", "weight"} & vars(layer).keys():  # nothing has come around it
+        return False
+    if any(graph.needs_more or str(graph.graph) != str(own[0].graph) for graph in own):
+        return False
+    vars(layer)[ELSEWHERE] = own[0].others
+    become(layer, own[0].graph)
+    for call in calls:
+        source = call.args[0]
+        call.args, call.kwargs = (_before_padding(call),), {}
+        call.op, call.target = "call_module", path
+        if isinstance(source, Node) and not source.users and source is not call.args[0]:
+            call.graph.erase_node(source)
+    _erase_unused(graph_module.graph)
+    graph_module.recompile()
+    return True
+
+
+def find_again(graph_module: GraphModule) -> bool:
+    """Let a graph read what is kept for a layer's weight where the layer is now; return whether it changed.
+
+    Adapters put the layer one level down, and back again when they are taken off.
+    """
+    moved = False
+    for node in graph_module.graph.nodes:
+        path = str(node.target)
+        if node.op in ("get_attr", "call_module") and (now := _where_now(graph_module, path)) != path:
+            node.target = now
+            moved = True
+    if moved:
+        graph_module.recompile()
+    return moved
+
+
+def _where_now(graph_module: GraphModule, path: str) -> str:
+    """Return the path of what is kept for a layer's weight, after the layer was put elsewhere."""
+    parts = path.split(".")
+    place = parts.index(STATE_OF_WEIGHT) if STATE_OF_WEIGHT in parts else 0
+    if not place or module_at(graph_module, ".".join(parts[: place + 1])) is not None:
+        return path
+    above = next(n for n in range(place, -1, -1) if module_at(graph_module, ".".join(parts[:n])) is not None)
+    around: Any = module_at(graph_module, ".".join(parts[:above]))
+    layers = [inner for inner, module in around.named_modules() if STATE_OF_WEIGHT in module._modules]
+    if not above or len(layers) != 1:
+        return path
+    return ".".join((*parts[:above], *filter(None, layers), *parts[place:]))
+
+
+def _layer_in(found: nn.Module, kind: LayerKind) -> nn.Module | None:
+    """Return the layer around which an adapter was put: the one that keeps what was there for its weight."""
+    inside = [
+        module
+        for module in found.modules()
+        if STATE_OF_WEIGHT in module._modules and own_class(module) is kind.module_type
+    ]
+    return inside[0] if len(inside) == 1 else None
+
+
+class _LayerGraph:
+    """The graph of a layer's call, with paths in the layer, and what it reads elsewhere."""
+
+    def __init__(self, graph_module: GraphModule, call: Node, path: str) -> None:
+        self.graph = Graph(tracer_cls=Tracer)
+        self.others = SimpleNamespace()
+        self.needs_more = False
+        """Whether it needs what only the model's graph has, or the weight is folded."""
+        self._root = graph_module
+        self._start = f"{path}."
+        self._mapping: dict[Node, Node] = {_before_padding(call): self.graph.placeholder("input")}
+        self.graph.output(self._copied(call))
+
+    def _copied(self, node: Node) -> Node:
+        if node not in self._mapping:
+            folds = node.target in (fold_weight, sum_synapses)
+            self.needs_more |= folds or node.op not in ("get_attr", "call_function", "call_method")
+            if not self.needs_more:
+                for source in node.all_input_nodes:
+                    self._copied(source)
+            made: Node = self.graph.node_copy(node, lambda source: self._mapping.get(source, source))
+            made.meta = {}
+            if node.op == "get_attr":
+                made.target = self._local(str(node.target))
+            self._mapping[node] = made
+        found: Node = self._mapping[node]
+        return found
+
+    def _local(self, path: str) -> str:
+        if path.startswith(self._start):
+            return path[len(self._start) :]
+        owner_path, _, name = _where_now(self._root, path).rpartition(".")
+        owner = module_at(self._root, owner_path)
+        held = vars(self.others)
+        known = next((key for key, module in held.items() if module is owner), f"other_{len(held)}")
+        held[known] = owner
+        return f"{ELSEWHERE}.{known}.{name}"
+
+
+def _before_padding(call: Node) -> Node:
+    """Return what a layer is given, before the padding that its module did by itself."""
+    source: Any = call.args[0]
+    if isinstance(source, Node) and source.target is F.pad and source.name.startswith(f"{call.name}_padded"):
+        source = source.args[0]
+    found: Node = source
+    return found
+
+
+def _erase_unused(graph: Graph) -> None:
+    for node in reversed(graph.nodes):
+        if not node.users and (node.op == "get_attr" or node.target in WEIGHT_OPERATORS):
+            graph.erase_node(node)

@@ -1,0 +1,127 @@
+"""What of a module tree a graph calls, reads, and has inline."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from biofx.graph.assignments import OWN_MODULE
+from biofx.graph.own_forward import OWN_FORWARD, call_own_forward, call_with_parameters
+from biofx.graph.regions import ELSEWHERE
+from biofx.layers.weight_site import WEIGHT_OPERATORS
+from biofx.operators.fold_norm_ops import affine_synapses, batch_norm_synapses
+from biofx.operators.fold_ops import fold_weight, spread_synapses, sum_synapses
+
+_OPERATORS = WEIGHT_OPERATORS | {sum_synapses}
+_ITSELF = {OWN_FORWARD, OWN_MODULE}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Paths of modules, and of what they hold."""
+
+    inline: frozenset[str]
+    """Modules of which the graph does what their forward does; the empty path if it is that of the whole."""
+    passed: tuple[str, ...]
+    """Those, and modules that hold some of what the graph calls or reads."""
+    called: tuple[str, ...]
+    """Modules that are called, whatever they are at the time."""
+    read: tuple[str, ...]
+    """Parameters, buffers and settings that are read."""
+    operated: tuple[str, ...]
+    """Those of them that go through an operator of ours before they are used."""
+    compact: frozenset[str]
+    """Modules that are called with one value for each connection, which others might not take so."""
+    repeated: frozenset[str]
+    """Modules that are inline at several places."""
+
+    @property
+    def used(self) -> Iterator[str]:
+        """All of these paths."""
+        return itertools.chain(self.inline, self.called, self.read)
+
+    @classmethod
+    def of(cls, graph_module: GraphModule) -> Places:
+        """Return the places of a module's graph."""
+        graph = graph_module.graph
+        reads = [
+            node for node in graph.nodes if node.op == "get_attr" and not _is_elsewhere(str(node.target))
+        ]
+        modules = [node for node in reads if module_at(graph_module, str(node.target)) is not None]
+        asked = {node: [user for user in node.users if user.target is getattr] for node in modules}
+        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        called |= {str(node.target) for node in modules if len(asked[node]) < len(node.users)}
+        read = {str(node.target) for node in reads} - {str(node.target) for node in modules}
+        read |= {f"{node.target}.{user.args[1]}" for node in modules for user in asked[node]}
+        stacks = [node.meta.get("nn_module_stack") or {} for node in graph.nodes]
+        entries = {(str(key), str(place)) for stack in stacks for key, (place, _) in stack.items()}
+        times = Counter(place for _, place in entries)
+        inline = set(times) - called - {""}
+        owners = {path.rpartition(".")[0] for path in read}
+        passed = inline | {above for path in inline | called | owners for above in _above(path)}
+        if not any(node.target in (call_own_forward, call_with_parameters) for node in graph.nodes):
+            inline.add("")
+        operated = {
+            str(node.target)
+            for node in reads
+            if any(user.target in _OPERATORS and user.args[0] is node for user in node.users)
+        }
+        compact = frozenset(str(node.target) for node in compact_calls(graph))
+        return cls(
+            inline=frozenset(inline),
+            passed=("", *sorted((passed | compact) - {""})),
+            called=tuple(sorted(called - {""})),
+            read=tuple(sorted(read)),
+            operated=tuple(sorted(operated)),
+            compact=compact,
+            repeated=frozenset(path for path in inline if times[path] > 1),
+        )
+
+
+def compact_calls(graph: Graph) -> list[Node]:
+    """Return the calls of modules in a folded graph that may be given one value for each connection."""
+    compact: set[Node] = set()
+    for node in graph.nodes:
+        if node.target in _ENDS:
+            continue
+        folds = [source for source in node.all_input_nodes if source.target is fold_weight]
+        if folds:
+            begins = any(source.kwargs.get("rows", 1) != 1 for source in folds)
+        else:
+            begins = node.target is sum_synapses or any(source in compact for source in node.all_input_nodes)
+        if begins:
+            compact.add(node)
+    return [node for node in compact if node.op == "call_module"]
+
+
+_ENDS: frozenset[Any] = frozenset({fold_weight, spread_synapses, affine_synapses, batch_norm_synapses})
+
+
+def _is_elsewhere(path: str) -> bool:
+    return path in _ITSELF or path.startswith(f"{ELSEWHERE}.")
+
+
+def module_at(root: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at a path, None if there is none."""
+    module: nn.Module | None = root
+    for part in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(part)
+    return module
+
+
+def held_at(root: nn.Module, path: str) -> Any:
+    """Return the module or the parameter at a path, None if there is none."""
+    owner = module_at(root, path.rpartition(".")[0])
+    name = path.rpartition(".")[2]
+    return None if owner is None else owner._modules.get(name, owner._parameters.get(name))
+
+
+def _above(path: str) -> Iterator[str]:
+    parts = path.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts)))
