@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
+from biofx.capturing.mode_switches import switches_of
+from biofx.capturing.read_log import guard_reads
 from biofx.capturing.record_capture import ExampleInputs, capture_recorded
 from biofx.capturing.region_capture import capture_regions
 from biofx.capturing.side_effects import holders_of
@@ -86,7 +88,10 @@ def capture(
             elif regions:
                 captured = capture_regions(root, frozenset(opaque), foreign)
             else:
-                captured = become_graph_module(root, trace(root, frozenset(opaque), foreign).graph)
+                switches = switches_of(root)
+                traced = trace(root, frozenset(opaque), foreign, mode_switches=switches)
+                captured = become_graph_module(root, traced.graph)
+                guard_reads(captured, traced.graph, traced.reads, switches)
     for name, nothing in (("region_paths", ()), ("kept_as_python", {})):
         vars(captured).setdefault(name, nothing)
     return captured

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node, Tracer
 from torch.fx.node import map_arg
 
 from biofx.capturing.frames import Keep, joined_path
+from biofx.capturing.read_log import Read
 from biofx.errors import PassError
 from biofx.graph.branches import begin_branch, end_branch, settle_branches
 from biofx.graph.contexts import is_of_a_context
@@ -27,6 +28,8 @@ class OneMode:
     """Of the modules that asked for their own ``training``; None where one asked for another's."""
     calls: Mapping[str, int]
     """How often each module was called."""
+    reads: tuple[Read, ...] = ()
+    """What the forward read from attributes."""
 
 
 def unified(path: str, module: nn.Module, training: OneMode, evaluation: OneMode) -> Graph:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from biofx.capturing.attribute_reads import Observed
 from biofx.capturing.python_names import globals_mentioned
 
 Place = tuple[Any, str]
@@ -27,7 +28,8 @@ def shared_places(kind: type[nn.Module]) -> tuple[Place, ...]:
 def held_at(place: Place) -> Any:
     """Return what is at a place, None if nothing is any more."""
     space, name = place
-    return (vars(space) if isinstance(space, type) else space).get(name)
+    found = (vars(space) if isinstance(space, type) else space).get(name)
+    return found.of_class if isinstance(found, Observed) else found
 
 
 def named(place: Place) -> str:

@@ -12,12 +12,13 @@ from torch.fx import Graph, GraphModule, Node
 from biofx.graph.guards import require_default
 from biofx.graph.own_forward import call_own_forward, call_with_parameters
 from biofx.graph.regions import KEPT
+from biofx.model.attribute_guards import GUARDS
 from biofx.model.graph_module import BioGraphModule, user_class
 from biofx.record import ATTRIBUTE
 
 _OF_GRAPH_MODULES = {
     *(set(vars(GraphModule(nn.Module(), Graph()))) - set(vars(nn.Module()))),
-    *(KEPT, "region_paths", "read_by_python", ATTRIBUTE),
+    *(KEPT, "region_paths", "read_by_python", ATTRIBUTE, GUARDS),
 }
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),

@@ -18,6 +18,7 @@ from biofx.graph.branches import has_branches, settle_branches, with_branches
 from biofx.graph.contexts import restoring_modes
 from biofx.graph.own_forward import call_own_forward
 from biofx.kernels.sharded_rates import outside_graphs
+from biofx.model.attribute_guards import refuse_changed_attributes
 from biofx.model.copies import prepared
 from biofx.model.graph_records import pack, unpack
 from biofx.model.late_hooks import paths_inline, refuse_late_hooks
@@ -110,6 +111,7 @@ class BioGraphModule(GraphModule):
             outside_graphs(before_forward)(self)
         elif not torch.compiler.is_compiling():
             refuse_late_hooks(self, type(self)._paths_inline)
+        refuse_changed_attributes(self)
         return super().__call__(*args, **kwargs)
 
     def load_state_dict(
