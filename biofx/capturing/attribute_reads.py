@@ -194,4 +194,11 @@ def _is_machinery(frame: FrameType) -> bool:
     return name.startswith(_MACHINERY) or name == "copy"
 
 
-_MACHINERY = ("biofx.capturing.", "biofx.capture", "biofx.graph.", "biofx.layers.", "biofx.model.", "torch.fx.")
+_MACHINERY = (
+    "biofx.capturing.",
+    "biofx.capture",
+    "biofx.graph.",
+    "biofx.layers.",
+    "biofx.model.",
+    "torch.fx.",
+)

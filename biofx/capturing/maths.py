@@ -16,7 +16,6 @@ from torch import nn
 
 from biofx.capturing.tracked import Number, computed
 
-
 _FUNCTIONS = dict(vars(math))
 """Whatever else is put in their place while a forward is traced."""
 

@@ -68,9 +68,7 @@ def switches_of(model: nn.Module) -> ModeSwitches:
         return ModeSwitches()
     copied = deep_copy(model)
     with torch.random.fork_rng(devices=[]):
-        training, evaluation, again = (
-            _Snapshot(switch_mode(copied, mode)) for mode in (True, False, True)
-        )
+        training, evaluation, again = (_Snapshot(switch_mode(copied, mode)) for mode in (True, False, True))
     rebuilt = {*training.built_otherwise(evaluation), *training.built_otherwise(again)}
     values: dict[Key, tuple[Any, Any]] = {}
     unclear: set[Key] = set()

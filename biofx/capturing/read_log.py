@@ -57,9 +57,7 @@ class ReadLog:
         if not flows:
             return value
         writer = self._writer
-        return tracked(
-            value, writer, lambda: writer.attribute_node(read.target), frozenset({(path, names)})
-        )
+        return tracked(value, writer, lambda: writer.attribute_node(read.target), frozenset({(path, names)}))
 
     def decided_by(self, sources: Iterable[Source]) -> None:
         """Note that numbers have decided something."""

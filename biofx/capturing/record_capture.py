@@ -266,9 +266,7 @@ class _RecordCapture:
             graphs[path] = unified(path, self._modules[path], *modes)
         layers = list(dict.fromkeys([*training.layers, *evaluation.layers]))
         graphs = {path: graphs[path] for path in paths}
-        reads = {
-            path: [*training.reads.get(path, ()), *evaluation.reads.get(path, ())] for path in graphs
-        }
+        reads = {path: [*training.reads.get(path, ()), *evaluation.reads.get(path, ())] for path in graphs}
         return _Recorded(graphs, layers, {*training.calls, *evaluation.calls}, reads)
 
     def _assembled(self, root: nn.Module, recorded: _Recorded) -> BioGraphModule:
@@ -311,7 +309,7 @@ class _Recorded:
 def _one_mode(recorder: Recorder, path: str, kept: Iterable[str]) -> OneMode:
     """Return what one module did in the mode that was recorded, in its own paths."""
     inside = len(path) + bool(path)
-    around = [module for module in kept if module != path]
+    around = [module for module in kept if module != path and is_inside(module, path)]
     asks = [
         (running[inside:], asked[inside:])
         for running, asked in recorder.asks

@@ -111,9 +111,7 @@ class RegionCapture:
     def traced_root(self) -> Traced:
         """Return the graph of the model itself, once its regions are captured."""
         try:
-            traced = trace(
-                self._root, self._opaque, self._foreign, keep=True, mode_switches=self._switches
-            )
+            traced = trace(self._root, self._opaque, self._foreign, keep=True, mode_switches=self._switches)
         except CaptureError as error:
             self._keep("", str(error))
             return Traced(own_forward_graph(), {})

@@ -21,6 +21,7 @@ from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import begin_autocast, begin_grad_mode
 from biofx.graph.guards import require_default, require_tensor
 from biofx.graph.in_place import changed_in_place
+from biofx.graph.numbers import number_nodes
 from biofx.graph.regions import region_input, region_of_nodes, whole_graph
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
@@ -41,7 +42,7 @@ def deploy(bio_model: nn.Module) -> nn.Module:
     are ordinary ``torch.nn`` modules again, under their old names. The result is a ``torch.fx.GraphModule``:
     it can be saved with ``torch.save`` and loaded where biofx is not installed, scripted, exported with
     ``torch.export`` and to ONNX. It is in eval mode; what the model's own code asked of ``self.training``
-    is settled as False. Contexts that say where gradients flow (``torch.no_grad``, …) are taken out: values
+    is settled as False, and numbers that it read from its attributes as what they are now. Contexts that say where gradients flow (``torch.no_grad``, …) are taken out: values
     do not depend on them.
 
     A module that Python runs around its graphs stays of its own class, with its own forward, and so does the
@@ -135,9 +136,11 @@ def _drop_gradient_modes(own: GraphModule) -> None:
 
 
 def _drop_what_learns(own: GraphModule) -> None:
-    """Take out gradient factors, observers, checks of arguments, and training flags."""
+    """Take out gradient factors, observers, checks of arguments, training flags, and reads of numbers."""
     take_branches(own.graph, training=False)
     _drop_gradient_modes(own)
+    for node, value in number_nodes(own, own.graph).items():
+        settle(node, value)
     fixed: list[Any] = []
     regions = region_of_nodes(own.graph)
     for node in list(own.graph.nodes):

@@ -7,8 +7,8 @@ what it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import nn
@@ -66,7 +66,9 @@ class _OfModule:
     """Its path in the graph module, part by part."""
     plain: tuple[tuple[str, Any, Guard], ...] = ()
     """Attributes that are most easily looked at: name, value, and what to do about another one."""
-    others: tuple[Guard, ...] = field(default=())
+    numbers: tuple[tuple[str, Guard], ...] = ()
+    """Attributes that nodes read."""
+    others: tuple[Guard, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,22 +108,26 @@ def put_guards(graph_module: nn.Module, needed: Iterable[Needed], prefix: str = 
         kind = type(module).__name__
         owner = f"module {whole!r} ({kind})" if whole else f"the model ({kind})"
         found.setdefault(need.path, []).append(Guard(need.names, owner, whole, need.where, *expected))
-    table = tuple(_of_module(graph_module.get_submodule(path), path, guards) for path, guards in found.items())
+    table = tuple(
+        _of_module(graph_module.get_submodule(path), path, guards) for path, guards in found.items()
+    )
     vars(graph_module).pop(GUARDS, None)
     if table:
         vars(graph_module)[GUARDS] = table
 
 
 def _of_module(module: nn.Module, path: str, guards: list[Guard]) -> _OfModule:
-    plain, others = [], []
+    plain, numbers, others = [], [], []
     for guard in guards:
         held = vars(module).get(guard.names[0], MISSING)
         same = guard.in_training == guard.in_evaluation
         if len(guard.names) == 1 and same and type(held) in (bool, int, str, type(None)):
             plain.append((guard.names[0], held, guard))
+        elif len(guard.names) == 1 and isinstance(guard.in_training, IsNumber):
+            numbers.append((guard.names[0], guard))
         else:
             others.append(guard)
-    return _OfModule(tuple(path.split(".")) if path else (), tuple(plain), tuple(others))
+    return _OfModule(tuple(path.split(".")) if path else (), tuple(plain), tuple(numbers), tuple(others))
 
 
 def refuse_changed_attributes(graph_module: nn.Module) -> None:
@@ -142,6 +148,9 @@ def refuse_changed_attributes(graph_module: nn.Module) -> None:
         for name, value, guard in guarded.plain:
             if held.get(name, MISSING) is not value:
                 guard.check(module)
+        for name, guard in guarded.numbers:
+            if type(held.get(name)) is not float:
+                guard.check(module)
         for guard in guarded.others:
             guard.check(module)
 
@@ -152,5 +161,3 @@ def value_at(module: Any, names: Iterable[str]) -> Any:
     for name in names:
         found = getattr(found, name, MISSING)
     return found
-
-

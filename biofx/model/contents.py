@@ -65,7 +65,9 @@ class IsEqual:
         value = self.value
         if found is value:
             return True
-        if type(found) is not type(value) or not isinstance(value, (*_PLAIN, frozenset, range, slice, *_OF_TORCH)):
+        if type(found) is not type(value) or not isinstance(
+            value, (*_PLAIN, frozenset, range, slice, *_OF_TORCH)
+        ):
             return False
         return bool(found == value) or (value != value and found != found)
 
