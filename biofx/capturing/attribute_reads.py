@@ -86,7 +86,7 @@ def _empty_place(module: nn.Module, name: str) -> None:
 class _Reads:
     def __init__(self, follower: Follower) -> None:
         self._follower = follower
-        self._on_classes: list[tuple[type, str, Any]] = []
+        self._on_classes: list[tuple[type, str, Any, Any]] = []
         self._lookups: dict[type, tuple[bool, Any]] = {}
         self._holders: dict[int, tuple[Any, nn.Module, tuple[str, ...]]] = {}
 
@@ -105,17 +105,36 @@ class _Reads:
                 of_class = _plain_on_class(kind, name)
                 if of_class is _OTHER or name.startswith("__"):
                     continue
-                before = vars(kind).get(name, MISSING)
-                try:
-                    setattr(kind, name, Observed(name, of_class, self))
-                except (TypeError, AttributeError):
-                    continue  # a class that does not let itself be changed
-                self._on_classes.append((kind, name, before))
+                self._put(kind, name, Observed(name, of_class, self))
+            self._put(kind, "__getattr__", self._noticing_absence(kind))
+
+    def _put(self, kind: type, name: str, entry: Any) -> None:
+        before = vars(kind).get(name, MISSING)
+        try:
+            setattr(kind, name, entry)
+        except (TypeError, AttributeError):
+            return  # a class that does not let itself be changed
+        self._on_classes.append((kind, name, before, entry))
+
+    def _noticing_absence(self, kind: type) -> Callable[[nn.Module, str], Any]:
+        """Return what a class does for an attribute that Python does not find, noting that it is not there."""
+        own = vars(kind).get("__getattr__")
+
+        def found(module: Any, name: str) -> Any:
+            try:
+                return own(module, name) if own is not None else super(kind, module).__getattr__(name)
+            except AttributeError:
+                frame = sys._getframe(1)
+                if not name.startswith("__") and not frame.f_code.co_filename.startswith(TORCH_FOLDER):
+                    self.seen(module, (name,), MISSING, frame)
+                raise
+
+        return found
 
     def put_back(self) -> None:
         """Let classes be as they were, but for what was given to them meanwhile."""
-        for kind, name, before in reversed(self._on_classes):
-            if not isinstance(vars(kind).get(name), Observed):
+        for kind, name, before, entry in reversed(self._on_classes):
+            if vars(kind).get(name) is not entry:
                 continue
             if before is MISSING:
                 delattr(kind, name)
@@ -130,7 +149,8 @@ class _Reads:
 
     def seen(self, owner: nn.Module, names: tuple[str, ...], value: Any, frame: FrameType) -> Any:
         """Note a read; return what to go on with."""
-        if isinstance(value, (Tensor, nn.Module)) or is_tracked_value(value) or _is_ours(type(value)):
+        is_ours = value is not MISSING and _is_ours(type(value))
+        if isinstance(value, (Tensor, nn.Module)) or is_tracked_value(value) or is_ours:
             return value
         if not self._follower.is_following or _is_machinery(frame):
             return value
@@ -146,10 +166,15 @@ class _Reads:
         lookup: Callable[[Any, str], Any] = kind.__getattribute__
 
         def noticed(held: Any, name: str) -> Any:
-            value = lookup(held, name)
             known = self._holders.get(id(held))
             if known is None or known[0] is not held or name.startswith("__"):
-                return value
+                return lookup(held, name)
+            try:
+                value = lookup(held, name)
+            except AttributeError:
+                if not hasattr(kind, "__getattr__"):
+                    self.seen(known[1], (*known[2], name), MISSING, sys._getframe(1))
+                raise
             if callable(value) and name not in object.__getattribute__(held, "__dict__"):
                 return value  # a method
             return self.seen(known[1], (*known[2], name), value, sys._getframe(1))
@@ -163,6 +188,7 @@ class _Reads:
         return True
 
 
+TORCH_FOLDER = torch.__path__[0]
 _OTHER = object()
 _TORCHS_OWN = frozenset(vars(nn.Module())) | {"forward", "training"}
 

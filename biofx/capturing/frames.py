@@ -17,7 +17,7 @@ from torch.fx import Graph, Node, Tracer
 from biofx.capturing.mode_switches import SWITCHED
 from biofx.capturing.read_log import ReadLog
 from biofx.capturing.switches import Switches
-from biofx.capturing.tracked import is_tracked, plain, sources_in, tracked
+from biofx.capturing.tracked import is_tracked, plain, plain_number, sources_in, tracked
 from biofx.graph.assignments import OWN_MODULE, assign_buffer
 from biofx.graph.guards import require_default, require_same
 from biofx.graph.numbers import IS_NUMBER
@@ -226,7 +226,7 @@ class Frame:
         if is_tracked(value, self):
             return value.node
         if isinstance(value, (bool, int, float, complex, str, type(None), type(...))):
-            return plain(value)
+            return plain_number(plain(value))
         if isinstance(value, torch.device) and id(value) in self._devices:
             return self._devices[id(value)][0]()
         if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):

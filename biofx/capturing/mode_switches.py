@@ -119,8 +119,8 @@ class _Snapshot:
         """Yield the attributes that differ, and their values."""
         nothing = MISSING, expectation_of(MISSING)
         for key in dict.fromkeys([*self._values, *other._values]):
-            (value, expected), (found, _) = self._values.get(key, nothing), other._values.get(key, nothing)
-            if not expected.fits(found):
+            (value, before), (found, after) = self._values.get(key, nothing), other._values.get(key, nothing)
+            if before != after:
                 yield key, value, found
 
 

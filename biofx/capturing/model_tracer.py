@@ -34,7 +34,7 @@ from biofx.capturing.recording import Recorder, leaves_of
 from biofx.capturing.side_effects import Watch
 from biofx.capturing.state_of_others import Unknowns
 from biofx.capturing.switches import Switches, SwitchPatches
-from biofx.capturing.tracked import is_tracked_value, sources_in
+from biofx.capturing.tracked import is_tracked_value, plain_number, sources_in
 from biofx.capturing.type_limits import limits_followed
 from biofx.capturing.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 from biofx.errors import CaptureError
@@ -440,6 +440,7 @@ class ModelTracer(Tracer):
             if str(node.target).startswith("_tensor_constant"):
                 self._constants.add(str(node.target))
             return node
+        a = plain_number(a)
         if not isinstance(a, Proxy) and isinstance(a, dict) and type(a) is not dict:
             self.refuse(
                 f"passes on or returns a {type(a).__name__}, which a graph would turn into a plain dict",

@@ -188,7 +188,8 @@ class _Held:
             yield from (name for name in before if name not in live)
         for name, content in self.contents.items():
             value = live.get(name)
-            if value is before[name] and (value or content) and contents_of(value) != content:
+            is_empty = type(value) in _CONTAINERS and not value and not content  # as most are
+            if value is before[name] and not is_empty and contents_of(value) != content:
                 yield name
 
     def restore(self) -> None:

@@ -203,6 +203,12 @@ def plain(value: Any) -> Any:
     return value.plain if isinstance(value, _Tracked) else value
 
 
+def plain_number(value: Any) -> Any:
+    """Return a real number of NumPy's as one of Python's, which code can hold; anything else as it is."""
+    is_numpys = isinstance(value, float) and type(value).__module__ == "numpy"
+    return float(value) if is_numpys else value
+
+
 def plain_inside(value: Any) -> Any:
     """Return the same with what lies in plain lists, tuples and dictionaries."""
     if type(value) in (tuple, list):

@@ -111,7 +111,12 @@ def expectation_of(value: Any, *, around: tuple[int, ...] = ()) -> Any:
     """Return what is expected of an attribute that holds a value."""
     if is_followed(value) and not around:
         return IsOfType(type(value))
-    has_content = isinstance(value, _CONTAINERS) or is_followed(value) or type(value) is SimpleNamespace
+    has_content = (
+        isinstance(value, _CONTAINERS)
+        or is_followed(value)
+        or type(value) is SimpleNamespace
+        or _is_array(value)
+    )
     if not has_content or id(value) in around or isinstance(value, frozenset):
         return IsEqual(value)
     inside = (*around, id(value))
@@ -143,8 +148,14 @@ def _entries(value: Any) -> Iterator[tuple[Any, Any]]:
         yield None, frozenset(value)
     elif isinstance(value, (list, tuple, deque)):
         yield from enumerate(value)
+    elif _is_array(value):
+        yield from (("shape", str(value.shape)), ("dtype", str(value.dtype)), ("values", value.tobytes()))
     else:
         yield from vars(value).items()
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
 
 
 def described(value: Any) -> str:
