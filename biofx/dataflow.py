@@ -34,7 +34,7 @@ def synaptic_nodes(graph_module: GraphModule) -> set[Node]:
     for node in graph_module.graph.nodes:
         inputs = node.all_input_nodes
         found = _attribute(graph_module, node) if node.op == "get_attr" else None
-        if isinstance(found, (nn.Parameter, float)) or (
+        if isinstance(found, (nn.Parameter, float, int)) or (
             inputs and all(source in constant for source in inputs)
         ):
             constant.add(node)

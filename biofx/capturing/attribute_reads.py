@@ -17,8 +17,24 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from biofx.capturing.python_names import operands_read
 from biofx.capturing.tracked import is_tracked_value
 from biofx.model.contents import MISSING, is_followed
+
+
+class Place:
+    """Where a forward reads an attribute."""
+
+    def __init__(self, frame: FrameType) -> None:
+        self._code = frame.f_code
+        self._step = frame.f_lasti
+        self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        """File and line."""
+
+    @property
+    def is_operand(self) -> bool:
+        """Whether what is read goes straight into arithmetic, and nowhere else."""
+        return self._step in operands_read(self._code)
 
 
 class Follower(Protocol):
@@ -28,7 +44,7 @@ class Follower(Protocol):
     def is_following(self) -> bool:
         """Whether what happens now is part of a graph."""
 
-    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, where: str) -> Any:
+    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, place: Place) -> Any:
         """Note a read of an attribute; return what to go on with in the place of its value."""
 
 
@@ -156,8 +172,7 @@ class _Reads:
             return value
         if is_followed(value) and self._is_looked_into(type(value)):
             self._holders[id(value)] = value, owner, names
-        where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        return self._follower.attribute_read(owner, names, value, where)
+        return self._follower.attribute_read(owner, names, value, Place(frame))
 
     def _is_looked_into(self, kind: type) -> bool:
         """Let a class of objects say what is read from them; False where it does not let itself be changed."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Tracer
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from biofx.capturing.attribute_reads import reads_noticed
+from biofx.capturing.attribute_reads import Place, reads_noticed
 from biofx.capturing.binding import bind_inputs
 from biofx.capturing.builtin_questions import WHEN_RECORDED, questions_answered
 from biofx.capturing.checkpoints import (
@@ -153,13 +153,13 @@ class Recorder(TorchFunctionMode):
         """Whether what happens now belongs into a graph."""
         return self.following() is not None
 
-    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, where: str) -> Any:
+    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, place: Place) -> Any:
         """Note that a forward reads an attribute; return what to go on with."""
         frame = self.following()
         if frame is None:
             return value
         try:
-            return frame.attribute_read(owner, names, value, where)
+            return frame.attribute_read(owner, names, value, place)
         except Keep as keep:
             self.give_up(keep)
             return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Tracer
 
+from biofx.capturing.attribute_reads import Place
 from biofx.capturing.mode_switches import SWITCHED
 from biofx.capturing.read_log import ReadLog
 from biofx.capturing.switches import Switches
@@ -165,16 +167,16 @@ class Frame:
         made.meta["auxiliary"] = True
         return made
 
-    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, where: str) -> Any:
+    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, place: Place) -> Any:
         """Note that a forward reads an attribute; return what to go on with."""
         path, local = self._recorder.path_of(owner), self._local.get(id(owner))
         if path is None or local is None:
             self.stop(f"reads attribute {'.'.join(names)!r} of a module outside of it")
         if (path, names[0]) in self._recorder.mode_switches.unclear:
             self.stop(SWITCHED.format(names[0]))
-        if type(value) is not float:
+        if type(value) is not float and not (type(value) is int and place.is_operand):
             self._ask_by_mode(path, names)
-        return self.log.take(local, names, value, where)
+        return self.log.take(local, names, value, place)
 
     def _ask_by_mode(self, path: str, names: tuple[str, ...]) -> None:
         """Note that a mode decides, where an attribute is another one in the other."""
@@ -183,7 +185,7 @@ class Frame:
 
     def note_flag(self, module: nn.Module) -> None:
         """Note that a forward reads a flag that no train() of the model changes."""
-        self.log.take(self._local[id(module)], ("training",), module.training, "its forward")
+        self.log.take(self._local[id(module)], ("training",), module.training, Place(sys._getframe(3)))
 
     def attribute_node(self, target: str) -> Node:
         """Return the node that reads a number of a module."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
-from biofx.capturing.attribute_reads import reads_noticed
+from biofx.capturing.attribute_reads import Place, reads_noticed
 from biofx.capturing.builtin_questions import WHEN_TRACED, questions_answered
 from biofx.capturing.checkpoints import checkpoints_handled
 from biofx.capturing.identity_questions import is_asked_about_next, names_asked_about
@@ -152,7 +152,7 @@ class ModelTracer(Tracer):
             )
         return self._mode
 
-    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, where: str) -> Any:
+    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, place: Place) -> Any:
         """Note that a forward reads an attribute; return what to go on with."""
         path = self._paths.get(id(owner))
         if path is None:
@@ -163,9 +163,10 @@ class ModelTracer(Tracer):
         pair = self._mode_switches.values.get(key)
         if pair is not None:
             value = value if self._mode is None else pair[0 if self._mode else 1]
-            if any(type(of_mode) is not float for of_mode in pair):
+            kinds = (float, int) if place.is_operand else (float,)
+            if any(type(of_mode) not in kinds for of_mode in pair):
                 self.decide_by_mode(path)
-        return self.log.take(path, names, value, where)
+        return self.log.take(path, names, value, place)
 
     @property
     def is_current(self) -> bool:

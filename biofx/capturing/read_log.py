@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.fx import Graph, Node
 
+from biofx.capturing.attribute_reads import Place
 from biofx.capturing.mode_switches import ModeSwitches
 from biofx.capturing.tracked import Source, Writer, tracked
 from biofx.capturing.values import TORCH_FOLDER
@@ -49,9 +50,11 @@ class ReadLog:
         self.reads: list[Read] = []
         self._writer = writer
 
-    def take(self, path: str, names: tuple[str, ...], value: Any, where: str) -> Any:
+    def take(self, path: str, names: tuple[str, ...], value: Any, place: Place) -> Any:
         """Note a read; return a number that remembers its node, anything else as it is."""
-        flows = type(value) is float and all(name.isidentifier() for name in names)
+        is_number = type(value) is float or (type(value) is int and place.is_operand)
+        flows = is_number and all(name.isidentifier() for name in names)
+        where = place.where
         read = Read(path, names, where, not flows)
         self.reads.append(read)
         if not flows:

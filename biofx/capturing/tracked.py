@@ -65,8 +65,8 @@ class Real(_Tracked, float):
     """A real number that remembers its node."""
 
 
-class Number(Real):
-    """A real number computed from attributes of modules, which remembers from which."""
+class _FromAttributes(_Tracked):
+    """What numbers have in common that are computed from attributes of modules."""
 
     def __array_ufunc__(self, function: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         """Answer NumPy, whose functions decide by it as far as a graph can tell."""
@@ -81,11 +81,19 @@ class Number(Real):
     def __complex__(self) -> complex:
         return complex(self._asked())
 
-    def _asked(self) -> float:
+    def _asked(self) -> Any:
         """Return the number for a question of which nothing is known."""
         if self.frame.is_current:
             self.frame.expect(float, (self,), self.plain)
-        return float.__float__(self)
+        return self.plain
+
+
+class Number(_FromAttributes, Real):
+    """A real number computed from attributes of modules, which remembers from which."""
+
+
+class Whole(_FromAttributes, Size):
+    """A whole number that an attribute of a module holds, on its way into arithmetic."""
 
 
 _NO_TYPE = 127
@@ -187,8 +195,8 @@ def tracked(
     if type(value) is torch.dtype:
         made = Type(_NO_TYPE)
         made.dtype = value
-    elif sources and type(value) is float:
-        made = Number(value)
+    elif sources and type(value) in (int, float):
+        made = Number(value) if type(value) is float else Whole(value)
         made.sources = sources
     elif type(value) in (int, float):
         made = Size(value) if type(value) is int else Real(value)
@@ -237,6 +245,8 @@ def is_tracked(value: object, frame: Writer | None) -> bool:
 def _computes(function: Callable[..., Any], *, swapped: bool = False) -> Callable[..., Any]:
     def method(self: _Tracked, *others: Any) -> Any:
         if any(not isinstance(other, (int, float)) for other in others):
+            if isinstance(self, Whole) and isinstance(others[0], (list, tuple, str, bytes)):
+                self._asked()  # how often something is repeated
             return NotImplemented
         return computed(function, (*others[::-1], self) if swapped else (self, *others), self.frame)
 
@@ -250,8 +260,12 @@ def computed(function: Callable[..., Any], operands: tuple[Any, ...], frame: Wri
         return found
     sources = sources_in(operands)
     if sources and type(found) is not float:  # a whole number, which counts or names something
-        frame.expect(function, operands, found)
-        return found
+        asked = tuple(operand for operand in operands if sources_in((operand,)))
+        frame.expect(function, asked, found)
+        operands = tuple(plain(operand) if sources_in((operand,)) else operand for operand in operands)
+        if not any(map(is_tracked_value, operands)):
+            return found
+        sources = frozenset()
 
     def make() -> Node:
         arguments = tuple(
@@ -292,14 +306,15 @@ for _class in (Size, Real):
         ("reduce", lambda self: (type(plain(self)), (plain(self),))),
     ):
         setattr(_class, f"__{_name}__", _answer)
-for _name in ("round", "trunc", "floor", "ceil", "divmod", "rdivmod", "str"):
-    setattr(Number, f"__{_name}__", _decides(getattr(float, f"__{_name}__")))
+for _class, _kind in ((Number, float), (Whole, int)):
+    for _name in ("round", "trunc", "floor", "ceil", "divmod", "rdivmod", "str"):
+        setattr(_class, f"__{_name}__", _decides(getattr(_kind, f"__{_name}__")))
+    for _name, _answer in (
+        ("hash", lambda self: hash(self._asked())),
+        ("repr", lambda self: repr(self._asked())),
+        ("format", lambda self, form: format(self._asked(), form)),
+        ("pos", lambda self: self),
+    ):
+        setattr(_class, f"__{_name}__", _answer)
 for _name in ("is_integer", "as_integer_ratio", "hex"):
     setattr(Number, _name, _decides(getattr(float, _name)))
-for _name, _answer in (
-    ("hash", lambda self: hash(self._asked())),
-    ("repr", lambda self: repr(self._asked())),
-    ("format", lambda self, form: format(self._asked(), form)),
-    ("pos", lambda self: self),
-):
-    setattr(Number, f"__{_name}__", _answer)

@@ -149,7 +149,7 @@ def refuse_changed_attributes(graph_module: nn.Module) -> None:
             if held.get(name, MISSING) is not value:
                 guard.check(module)
         for name, guard in guarded.numbers:
-            if type(held.get(name)) is not float:
+            if type(held.get(name)) not in (float, int):
                 guard.check(module)
         for guard in guarded.others:
             guard.check(module)
@@ -159,5 +159,15 @@ def value_at(module: Any, names: Iterable[str]) -> Any:
     """Return what attributes lead to, :data:`biofx.model.contents.MISSING` if they lead nowhere."""
     found = module
     for name in names:
-        found = getattr(found, name, MISSING)
+        found = _attribute(found, name)
     return found
+
+
+def _attribute(holder: Any, name: str) -> Any:
+    if isinstance(holder, nn.Module) and type(holder).__getattr__ is nn.Module.__getattr__:
+        for held in (holder.__dict__, holder._parameters, holder._buffers, holder._modules):
+            if name in held:
+                return held[name]
+        if not hasattr(type(holder), name):
+            return MISSING  # to ask the module takes ten times as long
+    return getattr(holder, name, MISSING)
