@@ -34,9 +34,8 @@ def synaptic_nodes(graph_module: GraphModule) -> set[Node]:
     for node in graph_module.graph.nodes:
         inputs = node.all_input_nodes
         found = _attribute(graph_module, node) if node.op == "get_attr" else None
-        if isinstance(found, (nn.Parameter, float, int)) or (
-            inputs and all(source in constant for source in inputs)
-        ):
+        is_held = isinstance(found, (nn.Parameter, float, int))
+        if is_held or (inputs and all(source in constant for source in inputs)):
             constant.add(node)
         elif is_synaptic(node, graph_module) or (
             _is_product(node) and any(source in constant for source in inputs)

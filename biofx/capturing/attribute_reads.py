@@ -133,7 +133,7 @@ class _Reads:
         self._on_classes.append((kind, name, before, entry))
 
     def _noticing_absence(self, kind: type) -> Callable[[nn.Module, str], Any]:
-        """Return what a class does for an attribute that Python does not find, noting that it is not there."""
+        """Return what a class does for an attribute that Python does not find, which is noted."""
         own = vars(kind).get("__getattr__")
 
         def found(module: Any, name: str) -> Any:
@@ -175,7 +175,7 @@ class _Reads:
         return self._follower.attribute_read(owner, names, value, Place(frame))
 
     def _is_looked_into(self, kind: type) -> bool:
-        """Let a class of objects say what is read from them; False where it does not let itself be changed."""
+        """Let a class of objects say what is read from them; False where it cannot be changed."""
         if kind in self._lookups:
             return True
         lookup: Callable[[Any, str], Any] = kind.__getattribute__
@@ -209,7 +209,7 @@ _TORCHS_OWN = frozenset(vars(nn.Module())) | {"forward", "training"}
 
 
 def _plain_on_class(kind: type, name: str) -> Any:
-    """Return the value that a class gives an attribute, MISSING if none; ``_OTHER`` where that is no value."""
+    """Return the value that a class gives an attribute; MISSING if none, ``_OTHER`` if it is no value."""
     for base in kind.__mro__:
         if name in vars(base):
             found = vars(base)[name]

@@ -185,7 +185,8 @@ class Frame:
 
     def note_flag(self, module: nn.Module) -> None:
         """Note that a forward reads a flag that no train() of the model changes."""
-        self.log.take(self._local[id(module)], ("training",), module.training, Place(sys._getframe(3)))
+        flag = vars(module)["training"]
+        self.log.take(self._local[id(module)], ("training",), flag, Place(sys._getframe(3)))
 
     def attribute_node(self, target: str) -> Node:
         """Return the node that reads a number of a module."""

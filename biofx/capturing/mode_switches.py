@@ -63,7 +63,7 @@ class ModeSwitches:
 
 
 def switches_of(model: nn.Module) -> ModeSwitches:
-    """Return what a model changes when it is put into training, into evaluation, and back; tried on a copy."""
+    """Return what changes when a model is put into training, into evaluation, and back; tried on a copy."""
     if not has_own_switch(model):
         return ModeSwitches()
     copied = deep_copy(model)

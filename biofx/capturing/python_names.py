@@ -101,7 +101,7 @@ _CHANGING_METHODS = frozenset(
 
 @functools.lru_cache(maxsize=4096)
 def operands_read(code: CodeType) -> frozenset[int]:
-    """Return where code reads an attribute that goes straight into arithmetic: ``x * self.k``, ``self.k + x``.
+    """Return where code reads an attribute that goes straight into arithmetic, as in ``x * self.k``.
 
     Offsets of the instructions that read it.
     """

@@ -24,6 +24,7 @@ from biofx.graph.in_place import changed_in_place
 from biofx.graph.numbers import number_nodes
 from biofx.graph.regions import region_input, region_of_nodes, whole_graph
 from biofx.model.graph_module import BioGraphModule
+from biofx.model.modes import switch_mode
 from biofx.model.region_parts import joined
 from biofx.operators.fold_ops import require_axes
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
@@ -42,8 +43,8 @@ def deploy(bio_model: nn.Module) -> nn.Module:
     are ordinary ``torch.nn`` modules again, under their old names. The result is a ``torch.fx.GraphModule``:
     it can be saved with ``torch.save`` and loaded where biofx is not installed, scripted, exported with
     ``torch.export`` and to ONNX. It is in eval mode; what the model's own code asked of ``self.training``
-    is settled as False, and numbers that it read from its attributes as what they are now. Contexts that say where gradients flow (``torch.no_grad``, …) are taken out: values
-    do not depend on them.
+    is settled as False, and numbers that it read from its attributes are what they are now. Contexts that
+    say where gradients flow (``torch.no_grad``, …) are taken out: values do not depend on them.
 
     A module that Python runs around its graphs stays of its own class, with its own forward, and so does the
     whole model if it is one; what it calls are graph modules and layers. Its class must be importable where
@@ -87,7 +88,8 @@ def deploy(bio_model: nn.Module) -> nn.Module:
         raise InputError(
             f"expected whole parameters, found {sharded!r} sharded; load its checkpoint into a whole model"
         )
-    own = BioGraphModule.copy_of(model).eval()
+    own = BioGraphModule.copy_of(model)
+    switch_mode(own, training=False)
     with joined(own):
         _drop_what_learns(own)
     own = _folded(own)
@@ -110,7 +112,7 @@ def deploy(bio_model: nn.Module) -> nn.Module:
     else:
         deployed = plain_graph_module(own, type(model).__name__)
     _refuse_traces(deployed)
-    return deployed.eval()
+    return switch_mode(deployed, training=False)
 
 
 def _drop_gradient_modes(own: GraphModule) -> None:

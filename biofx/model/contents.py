@@ -65,9 +65,7 @@ class IsEqual:
         value = self.value
         if found is value:
             return True
-        if type(found) is not type(value) or not isinstance(
-            value, (*_PLAIN, frozenset, range, slice, *_OF_TORCH)
-        ):
+        if type(found) is not type(value) or not isinstance(value, _COMPARED):
             return False
         return bool(found == value) or (value != value and found != found)
 
@@ -81,7 +79,11 @@ class IsEqual:
         return described(self.value)
 
 
-_OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_COMPARED = (
+    *(*_PLAIN, frozenset, range, slice),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+"""Types whose values are told apart by what they are."""
 
 
 @dataclass(frozen=True)
