@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from biofx.capturing.python_names import operands_read
 from biofx.capturing.tracked import is_tracked_value
-from biofx.model.contents import MISSING, is_followed
+from biofx.model.contents import MISSING, fields_of, is_followed
 
 
 class Place:
@@ -75,7 +75,9 @@ class Observed:
             return self.of_class
         value = vars(module).get(self._name, self.of_class)
         if value is MISSING:
-            value = _empty_place(module, self._name)
+            if not _is_an_empty_place(module, self._name):
+                raise AttributeError(self._name)  # Python then asks the module
+            value = None
         return self._reads.seen(module, (self._name,), value, sys._getframe(1))
 
     def __set__(self, module: nn.Module, value: Any) -> None:
@@ -87,16 +89,10 @@ class Observed:
         del vars(module)[self._name]
 
 
-def _empty_place(module: nn.Module, name: str) -> None:
-    """Return None if that is held in the place of a parameter, buffer or module.
-
-    Raises:
-        AttributeError: it is not; Python then asks the module.
-    """
-    for held in (module._parameters, module._buffers, module._modules):
-        if name in held and held[name] is None:
-            return
-    raise AttributeError(name)
+def _is_an_empty_place(module: nn.Module, name: str) -> bool:
+    """Whether None is held in the place of a parameter, buffer or module."""
+    places: tuple[Any, ...] = (module._parameters, module._buffers, module._modules)
+    return any(name in held and held[name] is None for held in places)
 
 
 class _Reads:
@@ -132,13 +128,14 @@ class _Reads:
             return  # a class that does not let itself be changed
         self._on_classes.append((kind, name, before, entry))
 
-    def _noticing_absence(self, kind: type) -> Callable[[nn.Module, str], Any]:
+    def _noticing_absence(self, kind: Any) -> Callable[[nn.Module, str], Any]:
         """Return what a class does for an attribute that Python does not find, which is noted."""
         own = vars(kind).get("__getattr__")
 
         def found(module: Any, name: str) -> Any:
+            parent: Any = super(kind, module)
             try:
-                return own(module, name) if own is not None else super(kind, module).__getattr__(name)
+                return own(module, name) if own is not None else parent.__getattr__(name)
             except AttributeError:
                 frame = sys._getframe(1)
                 if not name.startswith("__") and not frame.f_code.co_filename.startswith(TORCH_FOLDER):
@@ -158,9 +155,9 @@ class _Reads:
                 setattr(kind, name, before)
         for kind, (was_its_own, lookup) in self._lookups.items():
             if was_its_own:
-                kind.__getattribute__ = lookup  # type: ignore[assignment]
+                setattr(kind, _LOOKUP, lookup)
             else:
-                del kind.__getattribute__
+                delattr(kind, _LOOKUP)
         self._holders.clear()
 
     def seen(self, owner: nn.Module, names: tuple[str, ...], value: Any, frame: FrameType) -> Any:
@@ -178,7 +175,7 @@ class _Reads:
         """Let a class of objects say what is read from them; False where it cannot be changed."""
         if kind in self._lookups:
             return True
-        lookup: Callable[[Any, str], Any] = kind.__getattribute__
+        lookup: Callable[[Any, str], Any] = getattr(kind, _LOOKUP)
 
         def noticed(held: Any, name: str) -> Any:
             known = self._holders.get(id(held))
@@ -187,16 +184,15 @@ class _Reads:
             try:
                 value = lookup(held, name)
             except AttributeError:
-                if not hasattr(kind, "__getattr__"):
-                    self.seen(known[1], (*known[2], name), MISSING, sys._getframe(1))
+                self.seen(known[1], (*known[2], name), MISSING, sys._getframe(1))
                 raise
-            if callable(value) and name not in object.__getattribute__(held, "__dict__"):
+            if callable(value) and name not in fields_of(held):
                 return value  # a method
             return self.seen(known[1], (*known[2], name), value, sys._getframe(1))
 
-        before = kind.__dict__.get("__getattribute__")
+        before = vars(kind).get(_LOOKUP)
         try:
-            kind.__getattribute__ = noticed  # type: ignore[assignment]
+            setattr(kind, _LOOKUP, noticed)
         except (TypeError, AttributeError):
             return False
         self._lookups[kind] = before is not None, before
@@ -204,6 +200,7 @@ class _Reads:
 
 
 TORCH_FOLDER = torch.__path__[0]
+_LOOKUP = "__getattribute__"
 _OTHER = object()
 _TORCHS_OWN = frozenset(vars(nn.Module())) | {"forward", "training"}
 

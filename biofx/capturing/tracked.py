@@ -81,6 +81,18 @@ class _FromAttributes(_Tracked):
     def __complex__(self) -> complex:
         return complex(self._asked())
 
+    def __pos__(self) -> Any:
+        return self
+
+    def __hash__(self) -> int:
+        return hash(self._asked())
+
+    def __repr__(self) -> str:
+        return repr(self._asked())
+
+    def __format__(self, form: str) -> str:
+        return format(self._asked(), form)
+
     def _asked(self) -> Any:
         """Return the number for a question of which nothing is known."""
         if self.frame.is_current:
@@ -309,12 +321,5 @@ for _class in (Size, Real):
 for _class, _kind in ((Number, float), (Whole, int)):
     for _name in ("round", "trunc", "floor", "ceil", "divmod", "rdivmod", "str"):
         setattr(_class, f"__{_name}__", _decides(getattr(_kind, f"__{_name}__")))
-    for _name, _answer in (
-        ("hash", lambda self: hash(self._asked())),
-        ("repr", lambda self: repr(self._asked())),
-        ("format", lambda self, form: format(self._asked(), form)),
-        ("pos", lambda self: self),
-    ):
-        setattr(_class, f"__{_name}__", _answer)
 for _name in ("is_integer", "as_integer_ratio", "hex"):
     setattr(Number, _name, _decides(getattr(float, _name)))

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from biofx.errors import CaptureError
-from biofx.model.contents import MISSING, IsNumber, described, expectation_of
+from biofx.model.contents import MISSING, IsEqual, IsNumber, described, expectation_of
 
 GUARDS = "_attribute_guards"
 """The attribute of a graph module that holds what its graph takes for granted."""
@@ -119,10 +119,11 @@ def put_guards(graph_module: nn.Module, needed: Iterable[Needed], prefix: str = 
 def _of_module(module: nn.Module, path: str, guards: list[Guard]) -> _OfModule:
     plain, numbers, others = [], [], []
     for guard in guards:
-        held = vars(module).get(guard.names[0], MISSING)
-        same = guard.in_training == guard.in_evaluation
-        if len(guard.names) == 1 and same and type(held) in (bool, int, str, type(None)):
-            plain.append((guard.names[0], held, guard))
+        name, expected = guard.names[0], guard.in_training
+        is_one_value = len(guard.names) == 1 and expected == guard.in_evaluation
+        is_simple = isinstance(expected, IsEqual) and type(expected.value) in (bool, int, str, type(None))
+        if is_one_value and is_simple and name in vars(module):
+            plain.append((name, expected.value, guard))
         elif len(guard.names) == 1 and isinstance(guard.in_training, IsNumber):
             numbers.append((guard.names[0], guard))
         else:

@@ -113,13 +113,8 @@ def expectation_of(value: Any, *, around: tuple[int, ...] = ()) -> Any:
     """Return what is expected of an attribute that holds a value."""
     if is_followed(value) and not around:
         return IsOfType(type(value))
-    has_content = (
-        isinstance(value, _CONTAINERS)
-        or is_followed(value)
-        or type(value) is SimpleNamespace
-        or _is_array(value)
-    )
-    if not has_content or id(value) in around or isinstance(value, frozenset):
+    has_content = isinstance(value, _CONTAINERS) or _is_object(value) or _is_array(value)
+    if not has_content or id(value) in around or len(around) > _DEEPEST or isinstance(value, frozenset):
         return IsEqual(value)
     inside = (*around, id(value))
     entries = tuple((key, expectation_of(entry, around=inside)) for key, entry in _entries(value))
@@ -127,20 +122,42 @@ def expectation_of(value: Any, *, around: tuple[int, ...] = ()) -> Any:
 
 
 def is_followed(value: Any) -> bool:
-    """Whether a value is an object of somebody's class, of which it matters what is read from it."""
+    """Whether a value is an object that can be told to say what is read from it."""
+    return (
+        _is_object(value) and type(value) is not SimpleNamespace and not hasattr(type(value), "__getattr__")
+    )
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value is an object of somebody's class, that holds something."""
     kind = type(value)
     home = kind.__module__.partition(".")[0]
     is_written_in_python = kind.__flags__ & _HEAP_TYPE and not kind.__flags__ & _IMMUTABLE_TYPE
-    return (
+    return kind is SimpleNamespace or (
         bool(is_written_in_python)
-        and hasattr(value, "__dict__")
         and home not in ("torch", "biofx", "numpy", "functools", "random")
         and not isinstance(value, (type, Tensor, nn.Module, enum.Enum, *_PLAIN, *_CONTAINERS))
         and not callable(value)
     )
 
 
+def fields_of(value: Any) -> dict[str, Any]:
+    """Return what an object holds, by name, without asking its class for any of it."""
+    slots = (getattr(base, "__slots__", ()) for base in type(value).__mro__)
+    names = [name for found in slots for name in ((found,) if isinstance(found, str) else found)]
+    held: dict[str, Any] = {}
+    for name in dict.fromkeys(("__dict__", *names)):
+        try:
+            found = object.__getattribute__(value, name)
+        except AttributeError:
+            continue
+        held.update(found if name == "__dict__" else {name: found})
+    return held
+
+
 _HEAP_TYPE, _IMMUTABLE_TYPE = 1 << 9, 1 << 8
+_DEEPEST = 5
+"""How far objects are looked into that hold others, a count."""
 
 
 def _entries(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -153,7 +170,7 @@ def _entries(value: Any) -> Iterator[tuple[Any, Any]]:
     elif _is_array(value):
         yield from (("shape", str(value.shape)), ("dtype", str(value.dtype)), ("values", value.tobytes()))
     else:
-        yield from vars(value).items()
+        yield from fields_of(value).items()
 
 
 def _is_array(value: Any) -> bool:

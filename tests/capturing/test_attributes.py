@@ -35,6 +35,28 @@ class Settings:
     depth: int = 2
 
 
+class Slotted:
+    """Holds what it holds in slots."""
+
+    __slots__ = ("size",)
+
+    def __init__(self) -> None:
+        self.size = 3
+
+
+class Dynamic:
+    """Makes attributes of what it holds in a dictionary."""
+
+    def __init__(self) -> None:
+        self.held = {"size": 3}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["held"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 class Numbers(nn.Module):
     """Reads numbers, and does arithmetic with them alone."""
 
@@ -51,6 +73,7 @@ class Numbers(nn.Module):
         self.times = 2
         self.low = -1.0
         self.settings = Settings()
+        self.slotted = Slotted()
         self._base = 0.7
 
     @property
@@ -61,7 +84,7 @@ class Numbers(nn.Module):
         x = self.layer(x) / self.temperature * self.gain
         x = F.dropout(F.dropout(x, self.rate, self.training), p=self.drop.p, training=self.training)
         x = F.leaky_relu(x, self.slope) / math.sqrt(self.width) + sqrt(self.width)
-        x = (self.times * x).clamp(min=self.low) * self.settings.scale + self.shift
+        x = (self.times * x).clamp(min=self.low) * self.settings.scale + self.slotted.size + self.shift
         return (1.0 - self.rate) * x
 
 
@@ -90,6 +113,7 @@ class Decisions(nn.Module):
         self.arguments = argparse.Namespace(mode="a")
         self.settings = Settings()
         self.several = [Settings(), Settings()]
+        self.dynamic = Dynamic()
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,8 +126,9 @@ class Decisions(nn.Module):
             x = x + self.extra
         x = self.function(x).to(self.dtype) * self.namespace.scale * float(self.array[0])
         if self.threshold > 0 and self.arguments.mode == "a" and self.is_shifted:
-            x = x + self.several[0].scale
-        x = x if self.bias is None else x + self.bias
+            x = x + self.several[0].scale + self.dynamic.size
+        bias: Any = self.bias
+        x = x if bias is None else x + bias
         return x * (getattr(self, "late", 1.0) + float(hasattr(self, "later")))
 
 
@@ -121,6 +146,7 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
 NUMBERS = [
     *(("temperature", 1.75), ("gain", 3.0), ("rate", 0.75), ("drop.p", 0.5), ("slope", 0.3), ("width", 4.0)),
     *(("times", 5), ("times", 0.5), ("low", 0.25), ("settings.scale", -3.0), ("_base", 4.0)),
+    ("slotted.size", 7),
     *(("settings", Settings(5.0)), ("temperature", 2)),
 ]
 DECISIONS: list[Callable[[Any], None]] = [
@@ -138,6 +164,7 @@ DECISIONS: list[Callable[[Any], None]] = [
     lambda model: model.table["a"].update(b=4),
     lambda model: model.array.fill(5.0),
     lambda model: setattr(model.several[0], "scale", 7.0),
+    lambda model: model.dynamic.held.update(size=7),
 ]
 
 
@@ -254,7 +281,7 @@ class DecidesByValue(nn.Module):
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_graphs_below_a_forward_in_python_read_and_check_too(recorded: bool) -> None:
-    model = DecidesByValue().eval()
+    model: Any = DecidesByValue().eval()
     made = _made(model, recorded)
     assert list(made.kept_as_python) == [""]
     assert {"inner.0", "inner.1"} <= set(made.region_paths)
@@ -300,7 +327,7 @@ def test_a_number_that_is_one_no_longer_is_an_error_of_ours() -> None:
 
 
 def test_deploy_keeps_the_values_of_now() -> None:
-    model = nn.Sequential(Numbers(), Decisions()).eval()
+    model: Any = nn.Sequential(Numbers(), Decisions()).eval()
     made = _made(model, recorded=False)
     for each in (model, made):
         each[0].temperature, each[0].width = 3.0, 16.0
@@ -311,11 +338,10 @@ def test_deploy_keeps_the_values_of_now() -> None:
 
 
 def test_a_compiled_model_reads_and_checks_too() -> None:
-    model = nn.Sequential(Numbers(), nn.Linear(4, 2)).eval()
-    model[0].mode = "a"
+    model: Any = nn.Sequential(Numbers(), nn.Linear(4, 2)).eval()
     made = _made(model, recorded=False)
-    torch._dynamo.reset()
-    compiled = torch.compile(made, backend="eager")
+    torch.compiler.reset()
+    compiled: Any = torch.compile(made, backend="eager")
     x = torch.randn(3, 4)
     assert torch.equal(compiled(x), model(x))
     for each in (model, made):
@@ -325,8 +351,8 @@ def test_a_compiled_model_reads_and_checks_too() -> None:
 
 def test_a_compiled_model_refuses_a_change() -> None:
     made = _made(nn.Sequential(Decisions()).eval(), recorded=False)
-    torch._dynamo.reset()
-    compiled = torch.compile(made, backend="eager")
+    torch.compiler.reset()
+    compiled: Any = torch.compile(made, backend="eager")
     x = torch.randn(3, 4)
     compiled(x)
     made[0].negates = True

@@ -256,7 +256,7 @@ ALL = (*ONE_GRAPH, *IN_PYTHON, KeepsAPartInEvaluation, Terse)
 
 
 def _transformed(model: nn.Module, recorded: bool) -> Any:
-    example = ((torch.randn(3, 4),), {}) if recorded else None
+    example: Any = ((torch.randn(3, 4),), {}) if recorded else None
     return biofx.transform(model, OFF, example_inputs=example).graph_module
 
 
@@ -323,22 +323,23 @@ def test_a_flag_that_no_mode_changes_is_not_changed_by_hand() -> None:
         def forward(self, x: Tensor) -> Any:
             return nn.functional.dropout(self.layer(x), 0.5, self.norm.training)
 
-    model, x = Reads(), torch.randn(3, 4)
+    x = torch.randn(3, 4)
     for recorded in (False, True):
-        made = _transformed(model, recorded).train()
-        model.train()
+        model = Reads()  # in training, its norm too
+        made = _transformed(model, recorded)
+        for each in (model.train(), made.train()):
+            assert not each.norm.training
         assert torch.equal(made(x), model(x))
-        model.norm.train()
         made.norm.train()
-        torch.manual_seed(1)
-        expected = model(x)
-        torch.manual_seed(1)
         if recorded:
             with pytest.raises(CaptureError, match="'training' of module 'norm'"):
                 made(x)
         else:
+            model.norm.train()
+            torch.manual_seed(1)
+            expected = model(x)
+            torch.manual_seed(1)
             assert torch.equal(made(x), expected)
-        model.norm.eval()
 
 
 def test_only_what_changes_is_looked_at() -> None:

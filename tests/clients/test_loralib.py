@@ -58,7 +58,7 @@ def test_layers_are_right_in_both_modes(name: str) -> None:
     for captured_in, recorded in itertools.product(("train", "eval"), (False, True)):
         model, x = _model(name)
         getattr(model, captured_in)()
-        example = ((x,), {}) if recorded else None
+        example: Any = ((x,), {}) if recorded else None
         made = biofx.transform(
             model, {"fuzzy_lr_distribution": "baseline"}, example_inputs=example
         ).graph_module
