@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from biofx.capturing.python_names import operands_read
+from biofx.capturing.python_names import makes_texts, operands_read
 from biofx.capturing.tracked import is_tracked_value
 from biofx.model.contents import MISSING, fields_of, is_followed
 
@@ -35,6 +35,11 @@ class Place:
     def is_operand(self) -> bool:
         """Whether what is read goes straight into arithmetic, and nowhere else."""
         return self._step in operands_read(self._code)
+
+    @property
+    def can_be_followed(self) -> bool:
+        """Whether what is read is asked for wherever it decides something."""
+        return not makes_texts(self._code)
 
 
 class Follower(Protocol):

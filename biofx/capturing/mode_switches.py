@@ -9,7 +9,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from biofx.graph.regions import is_inside
 from biofx.model.contents import MISSING, expectation_of
@@ -17,7 +17,7 @@ from biofx.model.copies import deep_copy
 from biofx.model.modes import has_own_switch, switch_mode
 
 REBUILT = "gets other parameters or modules in train() or eval(), and so keeps its own forward"
-SWITCHED = "reads attribute {!r}, of which train() and eval() make what no graph could tell"
+SWITCHED = "reads attribute {!r}, which train() or eval() sets to what a graph cannot follow"
 Key = tuple[str, str]
 """Path of a module, and name of an attribute of it."""
 
@@ -68,7 +68,9 @@ def switches_of(model: nn.Module) -> ModeSwitches:
         return ModeSwitches()
     copied = deep_copy(model)
     with torch.random.fork_rng(devices=[]):
-        training, evaluation, again = (_Snapshot(switch_mode(copied, mode)) for mode in (True, False, True))
+        training, evaluation, again = (
+            _Snapshot(switch_mode(copied, mode), model) for mode in (True, False, True)
+        )
     rebuilt = {*training.built_otherwise(evaluation), *training.built_otherwise(again)}
     values: dict[Key, tuple[Any, Any]] = {}
     unclear: set[Key] = set()
@@ -79,12 +81,16 @@ def switches_of(model: nn.Module) -> ModeSwitches:
         else:
             unclear.add(key)
     unclear |= {key for key, _, _ in training.differences(again)}
+    stuck = {path: flag for path, flag in training.flags.items() if evaluation.flags.get(path) is flag}
+    has_other_tensors = not all(snapshot.has_the_same_tensors for snapshot in (training, evaluation, again))
+    if not (values or unclear or rebuilt or stuck or has_other_tensors):
+        return ModeSwitches()
     return ModeSwitches(
         True,
         {key: pair for key, pair in values.items() if key not in unclear},
         frozenset(unclear),
         frozenset(rebuilt),
-        {path: flag for path, flag in training.flags.items() if evaluation.flags.get(path) is flag},
+        stuck,
     )
 
 
@@ -96,14 +102,22 @@ _PLAIN = (
 
 
 class _Snapshot:
-    """How a model is in one mode."""
+    """How a copy of a model is in one mode."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, original: nn.Module) -> None:
+        self.has_the_same_tensors = _has_the_same_tensors(model, original)
+        known: dict[int, Any] = {}
+
+        def content(value: Any) -> Any:
+            if id(value) not in known:  # many modules hold one config
+                known[id(value)] = expectation_of(value, around=(0,))
+            return known[id(value)]
+
         modules = dict(model.named_modules())
         self.flags = {path: bool(module.training) for path, module in modules.items()}
         self._built = {path: _structure(module) for path, module in modules.items()}
         self._values = {
-            (path, name): (value, expectation_of(value, around=(0,)))
+            (path, name): (value, content(value))
             for path, module in modules.items()
             for name, value in vars(module).items()
             if name not in _TORCHS_OWN
@@ -125,6 +139,20 @@ class _Snapshot:
 
 
 _TORCHS_OWN = frozenset(vars(nn.Module()))
+
+
+def _has_the_same_tensors(model: nn.Module, original: nn.Module) -> bool:
+    held = ((*each.parameters(), *each.buffers()) for each in (model, original))
+    return all(map(_is_the_same, *held))
+
+
+def _is_the_same(found: Tensor, before: Tensor) -> bool:
+    alike = (found.shape, found.dtype, found.requires_grad) == (
+        before.shape,
+        before.dtype,
+        before.requires_grad,
+    )
+    return alike and (found.is_meta or torch.equal(found, before))
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:

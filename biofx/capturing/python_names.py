@@ -116,6 +116,13 @@ def operands_read(code: CodeType) -> frozenset[int]:
     return frozenset(found)
 
 
+@functools.lru_cache(maxsize=4096)
+def makes_texts(code: CodeType) -> bool:
+    """Whether code puts numbers into texts with ``%``, which reads them without asking."""
+    has_pattern = any(isinstance(constant, str) and "%" in constant for constant in code.co_consts)
+    return has_pattern and any(step.argrepr in ("%", "%=") for step in dis.get_instructions(code))
+
+
 _SILENT = ("CACHE", "EXTENDED_ARG", "NOP", "RESUME", "PRECALL", "PUSH_NULL")
 
 

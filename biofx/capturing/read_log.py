@@ -53,7 +53,7 @@ class ReadLog:
     def take(self, path: str, names: tuple[str, ...], value: Any, place: Place) -> Any:
         """Note a read; return a number that remembers its node, anything else as it is."""
         is_number = type(value) is float or (type(value) is int and place.is_operand)
-        flows = is_number and all(name.isidentifier() for name in names)
+        flows = is_number and place.can_be_followed and all(name.isidentifier() for name in names)
         where = place.where
         read = Read(path, names, where, not flows)
         self.reads.append(read)

@@ -55,7 +55,7 @@ def trace(
     """
     mode_switches = mode_switches or ModeSwitches()
     if "" in mode_switches.rebuilt:
-        raise CaptureError(f"{prefix or 'the model'!r}: {REBUILT}")
+        raise CaptureError(f"{f'module {prefix!r}' if prefix else 'the model'} {REBUILT}")
     tracing = _Tracing(root, opaque | mode_switches.rebuilt, foreign, prefix, keep, mode_switches)
     found: Traced | None = None
     try:

@@ -93,7 +93,6 @@ class Holds:
     kind: type
     entries: tuple[tuple[Any, Any], ...]
     """Keys, places or names, and what is expected of the entries there."""
-    text: str
 
     def fits(self, found: Any) -> bool:
         """Whether a value is what is expected."""
@@ -106,7 +105,9 @@ class Holds:
         )
 
     def __str__(self) -> str:
-        return self.text
+        is_row = issubclass(self.kind, (list, tuple, set, deque))
+        inside = ", ".join(f"{entry}" if is_row else f"{key!r}: {entry}" for key, entry in self.entries)
+        return f"a {self.kind.__name__} that holds {_shortened(inside) or 'nothing'}"
 
 
 def expectation_of(value: Any, *, around: tuple[int, ...] = ()) -> Any:
@@ -118,7 +119,7 @@ def expectation_of(value: Any, *, around: tuple[int, ...] = ()) -> Any:
         return IsEqual(value)
     inside = (*around, id(value))
     entries = tuple((key, expectation_of(entry, around=inside)) for key, entry in _entries(value))
-    return Holds(type(value), entries, described(value))
+    return Holds(type(value), entries)
 
 
 def is_followed(value: Any) -> bool:
@@ -181,5 +182,8 @@ def described(value: Any) -> str:
     """Return a value as text, a long one cut short."""
     if isinstance(value, (Tensor, nn.Module)):
         return f"a {type(value).__name__}"
-    text = repr(value)
+    return _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:76]} …"
