@@ -23,7 +23,9 @@ from torch.fx import Graph, GraphModule
 from biofx.capturing.containers import content_of
 from biofx.capturing.example_inputs import ExampleInputs
 from biofx.capturing.memories import memories_bypassed
+from biofx.capturing.mode_switches import switches_of
 from biofx.capturing.python_names import methods_mentioned
+from biofx.capturing.read_log import guard_reads
 from biofx.capturing.record_capture import capture_recorded
 from biofx.capturing.region_capture import capture_regions
 from biofx.capturing.side_effects import holders_of
@@ -128,7 +130,10 @@ def _captured(
             elif regions:
                 captured = capture_regions(root, frozenset(opaque), foreign)
             else:
-                captured = become_graph_module(root, trace(root, frozenset(opaque), foreign).graph)
+                switches = switches_of(root)
+                traced = trace(root, frozenset(opaque), foreign, mode_switches=switches)
+                captured = become_graph_module(root, traced.graph)
+                guard_reads(captured, traced.graph, traced.reads, switches)
     _refuse_hidden_methods(captured)
     for name, nothing in (("region_paths", ()), ("kept_as_python", {})):
         vars(captured).setdefault(name, nothing)

@@ -33,8 +33,9 @@ def synaptic_nodes(graph_module: GraphModule) -> set[Node]:
     synaptic: set[Node] = set()
     for node in graph_module.graph.nodes:
         inputs = node.all_input_nodes
-        is_parameter = node.op == "get_attr" and isinstance(_attribute(graph_module, node), nn.Parameter)
-        if is_parameter or (inputs and all(source in constant for source in inputs)):
+        found = _attribute(graph_module, node) if node.op == "get_attr" else None
+        is_held = isinstance(found, (nn.Parameter, float, int))
+        if is_held or (inputs and all(source in constant for source in inputs)):
             constant.add(node)
         elif is_synaptic(node, graph_module) or (
             _is_product(node) and any(source in constant for source in inputs)

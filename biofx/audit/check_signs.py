@@ -13,6 +13,7 @@ from biofx.audit.check_report import Finding
 from biofx.audit.check_subject import Subject, Uses, owner_of
 from biofx.dataflow import input_facing_nodes, readout_nodes, synaptic_nodes
 from biofx.errors import InvariantError
+from biofx.graph.numbers import is_number
 from biofx.graph.printing import function_name
 from biofx.graph.region_use import RegionUse
 from biofx.layers.weight_slots import argument
@@ -175,7 +176,8 @@ def _root(node: Node) -> Node:
     """Return where the weight of a constraint begins: the parameter, where there is one."""
     weight = argument(node, 0, "weight")
     while isinstance(weight, Node) and weight.op != "get_attr" and weight.all_input_nodes:
-        weight = weight.all_input_nodes[0]
+        sources = weight.all_input_nodes  # one may be a number that a weight is multiplied by
+        weight = next((s for s in sources if not is_number(s.graph.owning_module, s)), sources[0])
     return weight if isinstance(weight, Node) else node
 
 

@@ -12,10 +12,12 @@ from torch.fx import Graph, Node, Tracer
 from torch.fx.node import map_arg
 
 from biofx.capturing.frames import Keep, joined_path
+from biofx.capturing.read_log import Read
 from biofx.errors import PassError
 from biofx.graph.branches import begin_branch, end_branch, settle_branches
 from biofx.graph.contexts import is_of_a_context
 from biofx.graph.guards import by_mode
+from biofx.graph.numbers import IS_NUMBER
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class OneMode:
     """Of the modules whose ``training`` was asked for; None where one asked for another's, and not alone."""
     calls: Mapping[str, int]
     """How often each module was called."""
+    reads: tuple[Read, ...] = ()
+    """What the forward read from attributes."""
 
 
 def unified(path: str, module: nn.Module, training: OneMode, evaluation: OneMode) -> Graph:
@@ -59,6 +63,7 @@ class _Union:
         self._to_union: tuple[dict[Node, Node], dict[Node, Node]] = ({}, {})
         self._decided_by: dict[Node, str] = {}
         self._flags: dict[str, Node] = {}
+        self._numbers: dict[str, Node] = {}
         self.graph = Graph(tracer_cls=Tracer)
         self.graph._codegen = training.graph._codegen
         for shared, pairs in self._stretches():
@@ -89,6 +94,10 @@ class _Union:
     # what both do
 
     def _write_both(self, ours: Node, theirs: Node) -> None:
+        if ours.meta.get(IS_NUMBER):
+            self._write_number(0, ours)
+            self._write_number(1, theirs)
+            return
         args = self._chosen(ours, theirs, ours.args, theirs.args)
         kwargs = self._chosen(ours, theirs, ours.kwargs, theirs.kwargs)
         made = self._copied(ours, args, kwargs)
@@ -118,7 +127,8 @@ class _Union:
         chosen = _nodes_in((in_training, in_evaluation))
         deciders = {self._decided_by[node] for node in chosen if node in self._decided_by}
         if not deciders:
-            deciders = self._deciders_for(ours, only_constants=not chosen)
+            numbers = all(node.meta.get(IS_NUMBER) for node in chosen)
+            deciders = self._deciders_for(ours, only_constants=numbers)
         if len(deciders) != 1:
             raise self._differ(ours, theirs)
         flag = self._flag(deciders.pop(), ours)
@@ -142,6 +152,9 @@ class _Union:
         branch: Node | None = None
         current: str | None = None
         for node in nodes:
+            if node.meta.get(IS_NUMBER):  # which may as well be read in both modes
+                self._write_number(side, node, before=branch)
+                continue
             decider = self._decider_of_branch(node)
             if branch is None or decider != current:
                 self._end(branch)
@@ -177,6 +190,15 @@ class _Union:
             end.meta["nn_module_stack"] = branch.meta["nn_module_stack"]
 
     # nodes
+
+    def _write_number(self, side: int, node: Node, before: Node | None = None) -> None:
+        """Write down that an attribute is read, once."""
+        target = str(node.target)
+        if target not in self._numbers:
+            self._numbers[target] = made = self._copied(node, (), {})
+            if before is not None:
+                before.prepend(made)
+        self._to_union[side][node] = self._numbers[target]
 
     def _copied(self, node: Node, args: Any, kwargs: Any) -> Node:
         made = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
+from biofx.capturing.attribute_reads import Place, reads_noticed
 from biofx.capturing.binding import bind_inputs
 from biofx.capturing.builtin_questions import WHEN_RECORDED, questions_answered
 from biofx.capturing.checkpoints import (
@@ -31,7 +32,10 @@ from biofx.capturing.checkpoints import (
     checkpoints_handled,
 )
 from biofx.capturing.frames import BY_VALUE, Frame, Keep
+from biofx.capturing.maths import maths_followed
+from biofx.capturing.mode_switches import ModeSwitches
 from biofx.capturing.python_names import ASKS_WHETHER_THE_SAME, asks_whether_the_same
+from biofx.capturing.read_log import Read
 from biofx.capturing.region_capture import is_leaf, is_plain_layer
 from biofx.capturing.sized_by_values import gives_as_many_as_there_are, is_sized_by_values, leaves
 from biofx.capturing.switches import Switches, SwitchPatches
@@ -64,13 +68,23 @@ class Recorder(TorchFunctionMode):
         root: the model.
         kept: paths of modules that keep their own forward; what they call gets graphs of its own.
         opaque: paths of modules not to look into.
+        mode_switches: what train() and eval() change.
     """
 
-    def __init__(self, root: nn.Module, kept: Mapping[str, str], opaque: frozenset[str]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        kept: Mapping[str, str],
+        opaque: frozenset[str],
+        mode_switches: ModeSwitches | None = None,
+    ) -> None:
         super().__init__()
         self.frame: Frame | None = None
         self.busy = False
         self.graphs: dict[str, list[Graph]] = {}
+        self.reads: dict[str, list[Read]] = {}
+        """What was read from attributes on the way to the graphs."""
+        self.mode_switches = mode_switches or ModeSwitches()
         self.layers: dict[str, None] = {}
         self.calls: Counter[str] = Counter()
         """How often each module was called."""
@@ -107,6 +121,8 @@ class Recorder(TorchFunctionMode):
             transformers_as_nodes(),
             limits_followed(Type.limit, lambda value: isinstance(value, Type)),
             questions_answered(self._root.modules(), WHEN_RECORDED),
+            reads_noticed(self._root.modules(), self),
+            maths_followed(self._root.modules()),
             self,
         ):
             try:
@@ -134,6 +150,26 @@ class Recorder(TorchFunctionMode):
         """Return the frame into which what happens now belongs, None if it belongs into none."""
         frame = self.frame
         return None if self.busy or frame is None or frame.given_up is not None else frame
+
+    @property
+    def is_following(self) -> bool:
+        """Whether what happens now belongs into a graph."""
+        return self.following() is not None
+
+    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, place: Place) -> Any:
+        """Note that a forward reads an attribute; return what to go on with."""
+        frame = self.following()
+        if frame is None:
+            return value
+        try:
+            return frame.attribute_read(owner, names, value, place)
+        except Keep as keep:
+            self.give_up(keep)
+            return value
+
+    def path_of(self, module: nn.Module) -> str | None:
+        """Return the path of a module in the whole model, None if it has none."""
+        return self._paths.get(id(module))
 
     def give_up(self, refusal: BaseException) -> None:
         """Let the module that is running go on unrecorded, if it is not the whole model."""
@@ -449,6 +485,7 @@ class Recorder(TorchFunctionMode):
             found = forward(*bound[0], **bound[1])
             if frame.given_up is None and self._succeeds(lambda: frame.output(found)):
                 self.graphs.setdefault(path, []).append(frame.graph)
+                self.reads.setdefault(path, []).extend(frame.log.reads)
             else:
                 self.is_stale = True
         finally:
@@ -460,6 +497,8 @@ class Recorder(TorchFunctionMode):
         frame, path = self.following(), self._paths.get(id(module))
         if frame is not None and path is not None:
             self.asks.add((frame.innermost, path))
+            if path in self.mode_switches.stuck and is_leaf(module):
+                frame.note_flag(module)
 
     def _switches(self) -> Switches | None:
         frame = self.following()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Tracer
 
+from biofx.capturing.attribute_reads import Place
+from biofx.capturing.mode_switches import SWITCHED
+from biofx.capturing.read_log import ReadLog
 from biofx.capturing.switches import Switches
-from biofx.capturing.tracked import is_tracked, plain, tracked
+from biofx.capturing.tracked import is_tracked, plain, plain_number, sources_in, tracked
 from biofx.capturing.unasked import is_of
 from biofx.graph.assignments import OWN_MODULE, assign_buffer
 from biofx.graph.guards import require_default, require_same
+from biofx.graph.numbers import IS_NUMBER
 
 if TYPE_CHECKING:
     from biofx.capturing.forward_recorder import Recorder
@@ -50,6 +55,7 @@ class _Mark:
     last: Node | None
     calls: int
     contexts: int
+    reads: int
 
 
 class Frame:
@@ -80,6 +86,7 @@ class Frame:
         self._expected: dict[Any, Node] = {}
         self._handed_in: list[tuple[str, Any, Any]] = []
         self.switches = Switches(self)
+        self.log = ReadLog(self)
 
     @property
     def is_current(self) -> bool:
@@ -122,7 +129,7 @@ class Frame:
     def mark(self) -> _Mark:
         """Return how far this has come, to go back to."""
         last = next(iter(reversed(self.graph.nodes)), None)
-        return _Mark(last, len(self._entered), self.switches.depth)
+        return _Mark(last, len(self._entered), self.switches.depth, len(self.log.reads))
 
     def go_back(self, mark: _Mark) -> None:
         """Forget what was written since a mark."""
@@ -142,6 +149,7 @@ class Frame:
             self._calls[path] -= 1
         del self._entered[mark.calls :]
         self.switches.go_back(mark.contexts)
+        self.log.forget(mark.reads)
         self.given_up = None
 
     def node(self, op: str, target: Any, args: Any = (), kwargs: Any = None, name: str | None = None) -> Node:
@@ -160,8 +168,42 @@ class Frame:
         made.meta["auxiliary"] = True
         return made
 
+    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, place: Place) -> Any:
+        """Note that a forward reads an attribute; return what to go on with."""
+        path, local = self._recorder.path_of(owner), self._local.get(id(owner))
+        if path is None or local is None:
+            self.stop(f"reads attribute {'.'.join(names)!r} of a module outside of it")
+        if (path, names[0]) in self._recorder.mode_switches.unclear:
+            self.stop(SWITCHED.format(names[0]))
+        if type(value) is not float and not (type(value) is int and place.is_operand):
+            self._ask_by_mode(path, names)
+        return self.log.take(local, names, value, place)
+
+    def _ask_by_mode(self, path: str, names: tuple[str, ...]) -> None:
+        """Note that a mode decides, where an attribute is another one in the other."""
+        if (path, names[0]) in self._recorder.mode_switches.values:
+            self._recorder.asks.add((self.innermost, path))
+
+    def note_flag(self, module: nn.Module) -> None:
+        """Note that a forward reads a flag that no train() of the model changes."""
+        flag = vars(module)["training"]
+        self.log.take(self._local[id(module)], ("training",), flag, Place(sys._getframe(3)))
+
+    def attribute_node(self, target: str) -> Node:
+        """Return the node that reads a number of a module."""
+        if target not in self._reads:
+            self._reads[target] = self.node("get_attr", target)
+            self._reads[target].meta |= {"auxiliary": True, IS_NUMBER: True}
+        return self._reads[target]
+
     def expect(self, function: Callable[..., Any] | str, operands: tuple[Any, ...], found: Any) -> None:
         """Let the graph check that a question (a function, or a method's name) has its present answer."""
+        sources = sources_in(operands)
+        for path, names in sources:
+            self._ask_by_mode(joined_path(self.path, path), names)
+        self.log.decided_by(sources)
+        if sources and all(sources_in((o,)) for o in operands if is_tracked(o, self)):
+            return  # of attributes alone, which are looked at ahead of the graph
         try:
             self._expect(function, operands, found)
         except Keep as keep:
@@ -188,7 +230,7 @@ class Frame:
         if is_tracked(value, self):
             return value.node
         if isinstance(value, (bool, int, float, complex, str, type(None), type(...))):
-            return plain(value)
+            return plain_number(plain(value))
         if isinstance(value, torch.device) and id(value) in self._devices:
             return self._devices[id(value)][0]()
         if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):

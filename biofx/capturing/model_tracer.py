@@ -22,14 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
+from biofx.capturing.attribute_reads import Place, reads_noticed
 from biofx.capturing.builtin_questions import WHEN_TRACED, questions_answered
 from biofx.capturing.checkpoints import checkpoints_handled
 from biofx.capturing.identity_questions import is_asked_about_next, names_asked_about
+from biofx.capturing.maths import maths_followed
+from biofx.capturing.mode_switches import SWITCHED, ModeSwitches
 from biofx.capturing.python_names import ASKS_WHETHER_THE_SAME, asks_whether_the_same
+from biofx.capturing.read_log import ReadLog
 from biofx.capturing.recording import Recorder, leaves_of
 from biofx.capturing.side_effects import Watch
 from biofx.capturing.state_of_others import Unknowns
 from biofx.capturing.switches import Switches, SwitchPatches
+from biofx.capturing.tracked import is_tracked_value, plain_number, sources_in
 from biofx.capturing.type_limits import limits_followed
 from biofx.capturing.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 from biofx.errors import CaptureError
@@ -37,6 +42,7 @@ from biofx.graph.autograd_functions import AppliedFunction, applications_handled
 from biofx.graph.dtypes import limit_of
 from biofx.graph.guards import require_default, require_given
 from biofx.graph.in_place import changed_in_place
+from biofx.graph.numbers import IS_NUMBER
 from biofx.layers.obstacles import hooks_of
 from biofx.layers.transformer_layers import can_be_looked_into, pads_by_nesting, transformers_as_nodes
 from biofx.progress import advance
@@ -72,9 +78,15 @@ class ModelTracer(Tracer):
         watch: Watch,
         mode: bool | None = None,
         unknowns: Unknowns | None = None,
+        mode_switches: ModeSwitches | None = None,
     ) -> None:
         super().__init__()
         self._mode = mode
+        self._mode_switches = mode_switches or ModeSwitches()
+        self.log = ReadLog(self)
+        self._numbers: dict[str, Node] = {}
+        self.is_following = False
+        """Whether what happens now is traced."""
         self.asks: set[tuple[str, str]] = set()
         """Paths of modules that let ``training`` decide, and of those whose it was."""
         self.refusals: list[CaptureError] = []
@@ -109,8 +121,14 @@ class ModelTracer(Tracer):
             stack.enter_context(self._patches.patched())
             stack.enter_context(checkpoints_handled(self._refuse_checkpoint))
             stack.enter_context(limits_followed(self._limit, lambda value: isinstance(value, Value)))
+            stack.enter_context(reads_noticed(self._modules.values(), self))
+            stack.enter_context(maths_followed(self._modules.values()))
             stack.enter_context(Recorder(self))
-            yield
+            self.is_following = True
+            try:
+                yield
+            finally:
+                self.is_following = False
 
     def _limit(self, dtype: Value, name: str) -> Proxy:
         return self.create_proxy("call_function", limit_of, (dtype, name), {})
@@ -133,6 +151,46 @@ class ModelTracer(Tracer):
                 remedy="Pass self.training on to a function that takes it",
             )
         return self._mode
+
+    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, place: Place) -> Any:
+        """Note that a forward reads an attribute; return what to go on with."""
+        path = self._paths.get(id(owner))
+        if path is None:
+            self.refuse(f"reads attribute {'.'.join(names)!r} of a module outside of it")
+        key = path, names[0]
+        if key in self._mode_switches.unclear:
+            self.refuse(SWITCHED.format(names[0]))
+        pair = self._mode_switches.values.get(key)
+        if pair is not None:
+            value = value if self._mode is None else pair[0 if self._mode else 1]
+            kinds = (float, int) if place.is_operand else (float,)
+            if any(type(of_mode) not in kinds for of_mode in pair):
+                self.decide_by_mode(path)
+        return self.log.take(path, names, value, place)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether numbers of modules are followed just now."""
+        return self.is_following
+
+    def attribute_node(self, target: str) -> Node:
+        """Return the node that reads a number of a module."""
+        if target not in self._numbers:
+            self._numbers[target] = self.create_node("get_attr", target, (), {}, target.replace(".", "_"))
+            self._numbers[target].meta[IS_NUMBER] = True
+        return self._numbers[target]
+
+    def auxiliary(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+        """Write down what is computed from numbers of modules."""
+        return self.create_node("call_function", function, args, {})
+
+    def expect(self, function: Callable[..., Any], operands: tuple[Any, ...], found: Any) -> None:
+        """Note that numbers of modules decide something."""
+        sources = sources_in(operands)
+        for path, names in sorted(sources):
+            if (path, names[0]) in self._mode_switches.values:
+                self.decide_by_mode(path)
+        self.log.decided_by(sources)
 
     @property
     def is_switching(self) -> bool:
@@ -349,6 +407,8 @@ class ModelTracer(Tracer):
         self._reads = {path: read for path, read in self._reads.items() if not read.node._erased}
         self.known_tensors = {node for node in self.known_tensors if not node._erased}
         self.known_values = {node for node in self.known_values if not node._erased}
+        self._numbers = {target: node for target, node in self._numbers.items() if not node._erased}
+        self.log.forget(mark.reads)
         for flag in self._flags.values():
             flag.forget_erased()
         for path in self.calls[mark.calls :]:
@@ -366,7 +426,7 @@ class ModelTracer(Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Return an argument in the form that a node can hold."""
-        if isinstance(a, Value):
+        if isinstance(a, Value) or is_tracked_value(a):
             return a.node
         if isinstance(a, Tensor):
             if id(a) in self._stored:
@@ -381,6 +441,7 @@ class ModelTracer(Tracer):
             if str(node.target).startswith("_tensor_constant"):
                 self._constants.add(str(node.target))
             return node
+        a = plain_number(a)
         if not isinstance(a, Proxy) and isinstance(a, dict) and type(a) is not dict:
             self.refuse(
                 f"passes on or returns a {type(a).__name__}, which a graph would turn into a plain dict",
@@ -478,11 +539,13 @@ class _Mark:
     refusals: int
     calls: int
     module_stack: dict[str, Any]
+    reads: int
 
     @classmethod
     def of(cls, tracer: ModelTracer) -> _Mark:
         last = next(iter(reversed(tracer.graph.nodes)), None)
-        return cls(last, len(tracer.refusals), len(tracer.calls), dict(tracer.module_stack))
+        stack = dict(tracer.module_stack)
+        return cls(last, len(tracer.refusals), len(tracer.calls), stack, len(tracer.log.reads))
 
 
 _CATCHING = "catches exceptions, and a graph does not know which way that goes"

@@ -107,6 +107,33 @@ _CHANGING_METHODS = frozenset(
 )
 
 
+@functools.lru_cache(maxsize=4096)
+def operands_read(code: CodeType) -> frozenset[int]:
+    """Return where code reads an attribute that goes straight into arithmetic, as in ``x * self.k``.
+
+    Offsets of the instructions that read it.
+    """
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _SILENT]
+    found = set()
+    for read, *after in zip(steps, steps[1:], steps[2:], strict=False):
+        if read.opname == "LOAD_ATTR":
+            skipped = 1 if after[0].opname.startswith(("LOAD_FAST", "LOAD_DEREF")) else 0
+            operation = after[skipped]
+            if operation.opname == "BINARY_OP" and operation.argrepr in ("+", "-", "*", "/", "**"):
+                found.add(read.offset)
+    return frozenset(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def makes_texts(code: CodeType) -> bool:
+    """Whether code puts numbers into texts with ``%``, which reads them without asking."""
+    has_pattern = any(isinstance(constant, str) and "%" in constant for constant in code.co_consts)
+    return has_pattern and any(step.argrepr in ("%", "%=") for step in dis.get_instructions(code))
+
+
+_SILENT = ("CACHE", "EXTENDED_ARG", "NOP", "RESUME", "PRECALL", "PUSH_NULL")
+
+
 def globals_mentioned(kind: type[nn.Module]) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the globals that the forward of a class, and what it calls, mention: where, and the name.
 

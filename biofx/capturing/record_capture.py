@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from biofx.capturing.both_modes import OneMode, unified
 from biofx.capturing.example_inputs import ExampleInputs, as_call
 from biofx.capturing.forward_recorder import Recorder
 from biofx.capturing.frames import Keep, joined_path
+from biofx.capturing.mode_switches import switches_of
 from biofx.capturing.python_reads import modules_that_read
-from biofx.capturing.region_capture import capture_regions, capture_uncalled, weights_read_by_python
+from biofx.capturing.read_log import Read, guard_reads
+from biofx.capturing.region_capture import capture_regions, capture_uncalled, is_leaf, weights_read_by_python
 from biofx.capturing.rehearsal import Rehearsal
 from biofx.capturing.side_effects import Watch
 from biofx.capturing.trials import Trials, cloned
@@ -25,6 +28,7 @@ from biofx.graph.regions import is_inside, kept_around
 from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.model.copies import deep_copy
 from biofx.model.graph_module import BioGraphModule, become_graph_module
+from biofx.model.modes import switch_mode
 
 
 def capture_recorded(
@@ -58,7 +62,8 @@ class _RecordCapture:
     ) -> None:
         self._root = root
         self._given = args, kwargs
-        self._opaque = opaque
+        self._switches = switches_of(root)
+        self._opaque = opaque | self._switches.rebuilt
         self._foreign = foreign
         self._modules = dict(root.named_modules())
         self._kept: dict[str, str] = {}
@@ -71,12 +76,14 @@ class _RecordCapture:
         self._own = {id(p): p for p in root.parameters()}
         # for all trial runs: a forward may write into its parameters
         self._scratch = {id(p): copy.deepcopy(p) for p in root.parameters()}
-        self._trials = Trials(root, self._given, self._scratch, self._copy, lambda: self._borrowed().model)
+        self._trials = Trials(root, self._given, self._copy, lambda: self._borrowed().model)
         self._on_meta = any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers()))
 
     def captured(self) -> BioGraphModule:
         """Record until it holds."""
         made: BioGraphModule | None
+        if "" in self._opaque:  # nothing in it is to be looked into
+            return self._traced()
         try:
             made = self._held()
         except InputError:
@@ -96,7 +103,7 @@ class _RecordCapture:
         """Record until it does what the model does."""
         while True:
             recorded = self._recorded()
-            made = self._assembled(deep_copy(self._root, dict(self._own)), *recorded)
+            made = self._assembled(deep_copy(self._root, dict(self._own)), recorded)
             doubt = None if self._on_meta else self._trials.doubt(made, asks_sizes=self._asks_sizes)
             self._check_parameters()
             if doubt is None:
@@ -131,8 +138,8 @@ class _RecordCapture:
         return made
 
     def _copy(self, model: nn.Module) -> Any:
-        """Return a copy to try something on."""
-        return deep_copy(model, dict(self._scratch))
+        """Return a copy to try something on; one that is switched by code of its own has all to itself."""
+        return deep_copy(model, {} if self._switches.are_some else dict(self._scratch))
 
     def _borrowed(self) -> Rehearsal:
         """Return a copy to run, as the model is."""
@@ -144,11 +151,12 @@ class _RecordCapture:
 
     def _give_back(self, rehearsal: Rehearsal) -> None:
         """Keep a copy for the next run, where all that the last one changed is known to be tensors."""
-        if not self._kept and not self._opaque and not self._has_scripts:
+        alone = self._switches.are_some
+        if not self._kept and not self._opaque and not self._has_scripts and not alone:
             self._spare = rehearsal
 
     def _check_parameters(self) -> None:
-        for key, parameter in self._own.items():
+        for key, parameter in self._own.items() if not self._switches.are_some else ():
             tried = self._scratch[key]
             if parameter.is_meta or obstacle_to_values(parameter) is not None:
                 continue  # it has no values, or such as cannot be compared
@@ -157,7 +165,7 @@ class _RecordCapture:
             if not torch.allclose(tried, parameter, rtol=0, atol=0, equal_nan=True):
                 raise CaptureError("the model's forward writes into its parameters")
 
-    def _recorded(self) -> tuple[dict[str, Graph], list[str], set[str]]:
+    def _recorded(self) -> _Recorded:
         runs: dict[bool, Recorder] = {}
         while True:
             try:
@@ -194,9 +202,12 @@ class _RecordCapture:
     def _run(self, training: bool) -> Recorder:
         """Record one run, on a copy, so that nothing of it stays."""
         rehearsal = self._borrowed()
-        model = rehearsal.model.train(training)
+        model = switch_mode(rehearsal.model, training)
+        for module in model.modules() if self._switches.are_some else ():
+            if not is_leaf(module):  # whose forward asks, and goes on asking, how its own flag is
+                module.training = training
         watch = Watch(model)
-        recorder = Recorder(model, dict(self._kept), self._opaque)
+        recorder = Recorder(model, dict(self._kept), self._opaque, self._switches)
         args, kwargs = cloned(self._given)
         try:
             recorder.run(args, kwargs)
@@ -225,13 +236,11 @@ class _RecordCapture:
         model = self._copy(self._root)
         args, kwargs = cloned(self._given)
         try:
-            model.train(training)(*args, **kwargs)
+            switch_mode(model, training)(*args, **kwargs)
         except Exception:
             raise error from error.__cause__
 
-    def _unified(
-        self, training: Recorder, evaluation: Recorder
-    ) -> tuple[dict[str, Graph], list[str], set[str]]:
+    def _unified(self, training: Recorder, evaluation: Recorder) -> _Recorded:
         graphs: dict[str, Graph] = {}
         paths = dict.fromkeys([*training.graphs, *evaluation.graphs])
         for path in sorted(paths, key=len):  # whoever decides how to call a module, ahead of that module
@@ -245,16 +254,17 @@ class _RecordCapture:
             graphs[path] = unified(path, self._modules[path], *modes)
         layers = list(dict.fromkeys([*training.layers, *evaluation.layers]))
         graphs = {path: graphs[path] for path in paths}
-        return graphs, layers, {*training.calls, *evaluation.calls}
+        reads = {path: [*training.reads.get(path, ()), *evaluation.reads.get(path, ())] for path in graphs}
+        return _Recorded(graphs, layers, {*training.calls, *evaluation.calls}, reads)
 
-    def _assembled(
-        self, root: nn.Module, graphs: dict[str, Graph], layers: list[str], called: set[str]
-    ) -> BioGraphModule:
+    def _assembled(self, root: nn.Module, recorded: _Recorded) -> BioGraphModule:
+        graphs, layers, called = recorded.graphs, recorded.layers, recorded.called
         modules = dict(root.named_modules())
         kept = {path: reason for path, reason in self._kept.items() if path in called or not path}
         regions = [path for path in graphs if path]
         for path in regions:
-            become_graph_module(modules[path], graphs[path])
+            region = become_graph_module(modules[path], graphs[path])
+            guard_reads(region, graphs[path], recorded.reads[path], self._switches, path)
         settled = [
             inner
             for path in regions
@@ -262,18 +272,32 @@ class _RecordCapture:
             if not any(_is_between(path, around, joined_path(path, name)) for around in kept)
         ]
         settled += [modules[path] for path in called | set(kept)]
-        rest = capture_uncalled(root, self._opaque, self._foreign, kept, settled)
+        rest = capture_uncalled(root, self._opaque, self._foreign, kept, settled, self._switches)
         made = become_graph_module(root, graphs.get("") or own_forward_graph())
+        guard_reads(made, made.graph, recorded.reads.get("", ()), self._switches)
         made.kept_as_python = kept | rest.kept
         made.region_paths = (*regions, *layers, *rest.regions, *modules_that_read(made))
         made.read_by_python = weights_read_by_python(made)
         return made
 
 
+@dataclass(frozen=True)
+class _Recorded:
+    """What runs in both modes have come to."""
+
+    graphs: dict[str, Graph]
+    layers: list[str]
+    """Paths of the layers that Python calls."""
+    called: set[str]
+    """Paths of the modules that were called."""
+    reads: dict[str, list[Read]]
+    """What the forward behind each graph read from attributes."""
+
+
 def _one_mode(recorder: Recorder, path: str, kept: Iterable[str]) -> OneMode:
     """Return what one module did in the mode that was recorded, in its own paths."""
     inside = len(path) + bool(path)
-    around = [module for module in kept if module != path]
+    around = [module for module in kept if module != path and is_inside(module, path)]
     asks = [
         (running[inside:], asked[inside:])
         for running, asked in recorder.asks

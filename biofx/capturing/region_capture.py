@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Tracer
 
+from biofx.capturing.mode_switches import ModeSwitches, switches_of
 from biofx.capturing.python_names import (
     ANYTHING,
     attributes_changed,
@@ -16,7 +17,8 @@ from biofx.capturing.python_names import (
     weights_mentioned,
 )
 from biofx.capturing.python_reads import modules_that_read
-from biofx.capturing.tracing import trace
+from biofx.capturing.read_log import guard_reads
+from biofx.capturing.tracing import Traced, trace
 from biofx.errors import CaptureError
 from biofx.graph.own_forward import own_forward_graph
 from biofx.graph.regions import is_inside
@@ -36,9 +38,11 @@ def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[
     Raises:
         CaptureError: not even that can be done.
     """
-    capture = RegionCapture(root, opaque, foreign)
-    graph = capture.traced_root()
-    captured = become_graph_module(root, graph)
+    switches = switches_of(root)
+    capture = RegionCapture(root, opaque | switches.rebuilt, foreign, switches)
+    traced = capture.traced_root()
+    captured = become_graph_module(root, traced.graph)
+    guard_reads(captured, traced.graph, traced.reads, switches)
     captured.kept_as_python = dict(capture.kept)
     captured.region_paths = (*capture.regions, *modules_that_read(captured))
     captured.read_by_python = weights_read_by_python(captured)
@@ -51,6 +55,7 @@ def capture_uncalled(
     foreign: frozenset[int],
     kept: Iterable[str],
     settled: Iterable[nn.Module],
+    switches: ModeSwitches,
 ) -> RegionCapture:
     """Capture below modules that keep their own forward what the example inputs did not lead to.
 
@@ -60,8 +65,9 @@ def capture_uncalled(
         foreign: ids of tensors that must not find their way into a graph.
         kept: paths of the modules that keep their own forward.
         settled: modules to leave as they are.
+        switches: what train() and eval() change.
     """
-    capture = RegionCapture(root, opaque, foreign)
+    capture = RegionCapture(root, opaque, foreign, switches)
     capture.seen |= set(map(id, settled))
     for path in kept:
         capture.capture_children(path)
@@ -88,8 +94,11 @@ def weights_read_by_python(captured: BioGraphModule) -> dict[str, str]:
 class RegionCapture:
     """Captures regions of a model one by one."""
 
-    def __init__(self, root: nn.Module, opaque: frozenset[str], foreign: frozenset[int]) -> None:
+    def __init__(
+        self, root: nn.Module, opaque: frozenset[str], foreign: frozenset[int], switches: ModeSwitches
+    ) -> None:
         self._root = root
+        self._switches = switches
         self._opaque = opaque
         self._foreign = foreign
         self._modules = dict(root.named_modules(remove_duplicate=False))
@@ -100,15 +109,15 @@ class RegionCapture:
         self.regions: list[str] = []
         self.kept: dict[str, str] = {}
 
-    def traced_root(self) -> torch.fx.Graph:
+    def traced_root(self) -> Traced:
         """Return the graph of the model itself, once its regions are captured."""
         try:
-            traced = trace(self._root, self._opaque, self._foreign, keep=True)
+            traced = trace(self._root, self._opaque, self._foreign, keep=True, mode_switches=self._switches)
         except CaptureError as error:
             self._keep("", str(error))
-            return own_forward_graph()
+            return Traced(own_forward_graph(), {})
         self._keep_inside("", traced.kept)
-        return traced.graph
+        return traced
 
     def _keep_inside(self, path: str, kept: Mapping[str, str]) -> None:
         for inner, reason in kept.items():
@@ -121,6 +130,8 @@ class RegionCapture:
 
     def capture_children(self, path: str) -> None:
         """Capture what the module at a path may call."""
+        if path in self._switches.rebuilt:
+            return
         if path in self.kept:
             self._names = names_mentioned(self._modules[path])
             self._changed = attributes_changed(self._modules[path])
@@ -155,8 +166,13 @@ class RegionCapture:
     def _trace(self, path: str, module: nn.Module) -> None:
         inside = {inner[len(path) + 1 :] for inner in self._opaque if is_inside(inner, path)}
         try:
-            traced = trace(module, frozenset(inside), self._foreign, prefix=path, keep=True)
-            become_graph_module(module, traced.graph)
+            switches = self._switches.within(path)
+            traced = trace(
+                module, frozenset(inside), self._foreign, prefix=path, keep=True, mode_switches=switches
+            )
+            guard_reads(
+                become_graph_module(module, traced.graph), traced.graph, traced.reads, self._switches, path
+            )
         except CaptureError as error:
             self._keep(path, str(error))
             return

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from biofx.capturing.attribute_reads import Observed
 from biofx.capturing.python_names import globals_mentioned
 from biofx.capturing.unasked import is_of, is_of_a_library, packages_of
 
@@ -26,7 +27,8 @@ def shared_places(kind: type[nn.Module]) -> tuple[Place, ...]:
 def held_at(place: Place) -> Any:
     """Return what is at a place, None if nothing is any more."""
     space, name = place
-    return (vars(space) if is_of(space, type) else space).get(name)
+    found = (vars(space) if is_of(space, type) else space).get(name)
+    return found.of_class if is_of(found, Observed) else found
 
 
 def named(place: Place) -> str:

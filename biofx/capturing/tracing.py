@@ -11,7 +11,9 @@ from torch.fx import Graph
 
 from biofx.capturing.both_modes import OneMode, unified
 from biofx.capturing.frames import Keep
+from biofx.capturing.mode_switches import REBUILT, ModeSwitches
 from biofx.capturing.model_tracer import TOUCHES_STATE, ModelTracer, StartAgain
+from biofx.capturing.read_log import Read
 from biofx.capturing.side_effects import Watch
 from biofx.capturing.state_of_others import Unknowns
 from biofx.errors import CaptureError
@@ -25,6 +27,8 @@ class Traced:
     graph: Graph
     kept: Mapping[str, str]
     """Paths of those modules, and why each is not part of the graph."""
+    reads: tuple[Read, ...] = ()
+    """What the forward read from attributes."""
 
 
 def trace(
@@ -34,6 +38,7 @@ def trace(
     *,
     prefix: str = "",
     keep: bool = False,
+    mode_switches: ModeSwitches | None = None,
 ) -> Traced:
     """Trace a module's forward.
 
@@ -43,15 +48,19 @@ def trace(
         foreign: ids of tensors that must not find their way into the graph.
         prefix: path of ``root`` itself, for messages.
         keep: let modules inside ``root`` that cannot be traced become one call each, instead of refusing.
+        mode_switches: what train() and eval() change in ``root``.
 
     Raises:
         CaptureError: the forward cannot be captured without losing something.
     """
-    tracing = _Tracing(root, opaque, foreign, prefix, keep)
+    mode_switches = mode_switches or ModeSwitches()
+    if "" in mode_switches.rebuilt:
+        raise CaptureError(f"{f'module {prefix!r}' if prefix else 'the model'} {REBUILT}")
+    tracing = _Tracing(root, opaque | mode_switches.rebuilt, foreign, prefix, keep, mode_switches)
     found: Traced | None = None
     try:
         mode = tracing.in_mode(None)
-        found = Traced(mode.graph, dict(tracing.kept))
+        found = Traced(mode.graph, dict(tracing.kept), mode.reads)
     except CaptureError as error:
         refusal = error
     if tracing.decides_by_mode:
@@ -65,8 +74,15 @@ class _Tracing:
     """Traces one module as often as it takes."""
 
     def __init__(
-        self, root: nn.Module, opaque: frozenset[str], foreign: frozenset[int], prefix: str, keep: bool
+        self,
+        root: nn.Module,
+        opaque: frozenset[str],
+        foreign: frozenset[int],
+        prefix: str,
+        keep: bool,
+        mode_switches: ModeSwitches,
     ) -> None:
+        self._mode_switches = mode_switches
         self._root = root
         self._opaque = opaque
         self._foreign = foreign
@@ -86,7 +102,7 @@ class _Tracing:
                 evaluation = self.in_mode(False)
                 if settled == set(self.kept):
                     graph = unified(self._prefix, self._root, training, evaluation)
-                    return Traced(graph, self.kept)
+                    return Traced(graph, self.kept, training.reads + evaluation.reads)
             except CaptureError:
                 return None
             except Keep as found:
@@ -129,7 +145,15 @@ class _Tracing:
     def _tracer(self, mode: bool | None, unknowns: Unknowns | None = None) -> ModelTracer:
         kept = dict(self.kept) if self._keep else None
         return ModelTracer(
-            self._root, self._opaque, self._foreign, self._prefix, kept, self._watch, mode, unknowns
+            self._root,
+            self._opaque,
+            self._foreign,
+            self._prefix,
+            kept,
+            self._watch,
+            mode,
+            unknowns,
+            self._mode_switches,
         )
 
     def _kept_without_state_of_others(self, mode: bool | None, graph: Graph) -> dict[str, str]:
@@ -154,7 +178,8 @@ class _Tracing:
     def _one_mode(self, tracer: ModelTracer, graph: Graph) -> OneMode:
         asks = [(running, path) for running, path in tracer.asks if kept_around(running, self.kept) is None]
         own = frozenset(path for running, path in asks if running == path)
-        return OneMode(graph, own if len(own) == len(asks) else None, Counter(tracer.calls))
+        asked = own if len(own) == len(asks) else None
+        return OneMode(graph, asked, Counter(tracer.calls), tuple(tracer.log.reads))
 
 
 def _traced(tracer: ModelTracer, root: nn.Module) -> Graph:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from biofx.graph.contexts import steers_gradients
 from biofx.graph.guards import RecordingError, by_mode, require_same
 from biofx.layers.transformer_layers import plain_paths
 from biofx.model.copies import deep_copy
+from biofx.model.modes import switch_mode
 
 
 class Trials:
@@ -30,7 +31,6 @@ class Trials:
     Args:
         root: the model.
         given: the example, positional and keyword arguments.
-        parameters: what copies have in the place of its parameters.
         copy: makes a copy of either that has these.
         borrow: returns such a copy of the model, to run once.
     """
@@ -39,13 +39,11 @@ class Trials:
         self,
         root: nn.Module,
         given: tuple[tuple[Any, ...], dict[str, Any]],
-        parameters: Mapping[int, nn.Parameter],
         copy: Callable[[nn.Module], Any],
         borrow: Callable[[], nn.Module],
     ) -> None:
         self._root = root
         self._given = given
-        self._scratch = parameters
         self._copy = copy
         self._borrow = borrow
         self._modules = dict(root.named_modules())
@@ -162,13 +160,13 @@ class Trials:
     def _gradients(self, model: nn.Module, given: Any, training: bool) -> Any:
         """Return which outputs have gradients, and the gradients of the parameters."""
         args, kwargs = cloned(given)
-        model.train(training)
+        switch_mode(model, training)
         torch.manual_seed(0)
         with torch.enable_grad():
             leaves = pytree.tree_leaves(model(*args, **kwargs))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             trained = [leaf.abs().double().pow(2).sum() for leaf in tensors if leaf.requires_grad]
-            parameters = [p for p in self._scratch.values() if p.requires_grad]
+            parameters = [p for p in model.parameters() if p.requires_grad]
             total = torch.stack(trained).sum() if trained else None
             gradients = None if total is None else torch.autograd.grad(total, parameters, allow_unused=True)
         return [leaf.requires_grad for leaf in tensors], gradients
@@ -225,7 +223,7 @@ def _says_more_than_values(graph: Graph) -> bool:
 def outcome(model: nn.Module, given: Any, training: bool) -> Any:
     """Return what a model returns in a mode, and its buffers after that."""
     args, kwargs = cloned(given)
-    model.train(training)
+    switch_mode(model, training)
     torch.manual_seed(0)
     with torch.no_grad(), plain_paths():
         output = model(*args, **kwargs)

@@ -13,7 +13,7 @@ from biofx.activation import OpaqueActivation
 from biofx.deploying.plain_modules import make_plain, plain_graph_module
 from biofx.deploying.plain_operators import write_out
 from biofx.deploying.raising import raise_layers
-from biofx.deploying.settling import settle_settings
+from biofx.deploying.settling import settle, settle_settings
 from biofx.errors import InputError, PassError
 from biofx.graph.assignments import assign_buffer
 from biofx.graph.branches import take_branches
@@ -21,8 +21,10 @@ from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import begin_autocast, begin_grad_mode
 from biofx.graph.guards import require_default, require_tensor
 from biofx.graph.in_place import changed_in_place
+from biofx.graph.numbers import number_nodes
 from biofx.graph.regions import region_input, region_of_nodes, whole_graph
 from biofx.model.graph_module import BioGraphModule, follow_changes_within
+from biofx.model.modes import switch_mode
 from biofx.model.region_parts import joined
 from biofx.operators.fold_ops import require_axes
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
@@ -41,8 +43,8 @@ def deploy(bio_model: nn.Module) -> nn.Module:
     are ordinary ``torch.nn`` modules again, under their old names. The result is a ``torch.fx.GraphModule``:
     it can be saved with ``torch.save`` and loaded where biofx is not installed, scripted, exported with
     ``torch.export`` and to ONNX. It is in eval mode; what the model's own code asked of ``self.training``
-    is settled as False. Contexts that say where gradients flow (``torch.no_grad``, …) are taken out: values
-    do not depend on them.
+    is settled as False, and numbers that it read from its attributes are what they are now. Contexts that
+    say where gradients flow (``torch.no_grad``, …) are taken out: values do not depend on them.
 
     A module that Python runs around its graphs stays of its own class, with its own forward, and so does the
     whole model if it is one; what it calls are graph modules and layers. Its class must be importable where
@@ -87,7 +89,8 @@ def deploy(bio_model: nn.Module) -> nn.Module:
         raise InputError(
             f"expected whole parameters, found {sharded!r} sharded; load its checkpoint into a whole model"
         )
-    own = BioGraphModule.copy_of(model).eval()
+    own = BioGraphModule.copy_of(model)
+    switch_mode(own, training=False)
     follow_changes_within(own)
     for path, module in own.named_modules():
         if isinstance(module, BioGraphModule) and "forward" in vars(module):
@@ -118,7 +121,7 @@ def deploy(bio_model: nn.Module) -> nn.Module:
     else:
         deployed = plain_graph_module(own, type(model).__name__)
     _refuse_traces(deployed)
-    return deployed.eval()
+    return switch_mode(deployed, training=False)
 
 
 def _drop_gradient_modes(own: GraphModule) -> None:
@@ -144,9 +147,11 @@ def _drop_gradient_modes(own: GraphModule) -> None:
 
 
 def _drop_what_learns(own: GraphModule) -> None:
-    """Take out gradient factors, observers, checks of arguments, and training flags."""
+    """Take out gradient factors, observers, checks of arguments, training flags, and reads of numbers."""
     take_branches(own.graph, training=False)
     _drop_gradient_modes(own)
+    for node, value in number_nodes(own, own.graph).items():
+        settle(node, value)
     settle_settings(own)
     fixed: list[Any] = []
     regions = region_of_nodes(own.graph)

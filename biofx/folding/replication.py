@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from biofx.dataflow import short_name
 from biofx.graph.in_place import changes_in_place
+from biofx.graph.numbers import is_number
 from biofx.graph.regions import region_output
 from biofx.layers.obstacles import hooks_of
 
@@ -90,6 +91,11 @@ class Call:
         if len(self.inputs) != 1 or first not in self.inputs or not isinstance(first, Node):
             raise ReplicationEnds("it takes more than one tensor")
         return self.inputs[first]
+
+    @property
+    def tensors(self) -> list[Node]:
+        """The nodes among the arguments, without those that stand for a number."""
+        return [node for node in self.node.all_input_nodes if not is_number(self.graph_module, node)]
 
     def option(self, name: str, place: int, default: Any = None) -> Any:
         """Return an option: a module's attribute, or a function's argument by keyword or place."""

@@ -51,7 +51,7 @@ def _elementwise(call: Call) -> Outcome:
     for other in replications[1:]:
         if not first.matches(other):
             raise ReplicationEnds("its inputs repeat their channels differently")
-    for node in call.node.all_input_nodes:
+    for node in call.tensors:
         if node not in call.inputs and not _is_shared(call, node, first):
             raise ReplicationEnds(f"{node.name} has an entry of its own for each channel, or may have")
     ranks = {replication.rank for replication in replications}
@@ -71,7 +71,7 @@ def _is_shared(call: Call, node: Node, replication: Replication) -> bool:
 
 def _unary(call: Call) -> Outcome:
     """Element by element, from one tensor."""
-    if len(call.node.all_input_nodes) != 1:
+    if len(call.tensors) != 1:
         raise ReplicationEnds("an option of it is known only when it runs")
     return Outcome(call.source)
 
@@ -120,7 +120,7 @@ def _pad(call: Call) -> Outcome:
 def _resample(call: Call) -> Outcome:
     """Resamples everything behind the axis of the channels."""
     source = call.source
-    if len(call.node.all_input_nodes) != 1:
+    if len(call.tensors) != 1:
         raise ReplicationEnds("an option of it is known only when it runs")
     if source.axis != 1 - call.rank(source):
         raise ReplicationEnds("it acts along the channels")

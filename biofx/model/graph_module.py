@@ -19,6 +19,7 @@ from biofx.graph.contexts import restoring_modes
 from biofx.graph.names import taken_name
 from biofx.graph.own_forward import call_own_forward
 from biofx.kernels.sharded_rates import outside_graphs
+from biofx.model.attribute_guards import refuse_changed_attributes
 from biofx.model.copies import prepared
 from biofx.model.graph_records import pack, unpack
 from biofx.model.late_changes import follow_late_changes, following_changes, remember_modules
@@ -114,6 +115,7 @@ class BioGraphModule(GraphModule):
         """Run the model, with its hooks; what FSDP2 has sharded of it is made ready."""
         if is_fully_sharded(self):  # which has hooks on whatever it shards
             outside_graphs(before_forward)(self)
+        refuse_changed_attributes(self)
         return super().__call__(*args, **kwargs)
 
     def load_state_dict(

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from biofx.dataflow import synaptic_nodes
 from biofx.graph.in_place import changed_in_place
+from biofx.graph.numbers import number_nodes
 from biofx.graph.region_use import RegionUse
 from biofx.graph.regions import region_input, region_output
 from biofx.layers.weight_site import WeightSite
@@ -180,10 +181,13 @@ class Analysis:
             sites.setdefault(site.node, []).append(site)
         synaptic = synaptic_nodes(self.graph_module)
         use = RegionUse(self.graph_module, self.graph_module.graph)
+        numbers = number_nodes(self.graph_module, self.graph_module.graph)
         for node in self.graph_module.graph.nodes:
             self._note_what_feeds(node, node in synaptic)
             if node.op == "placeholder":
                 self.flows[node] = Flow(origin=node)
+            elif node in numbers:  # taken to keep its sign
+                self.flows[node] = Flow(nonnegative=numbers[node] >= 0)
             elif node.op in ("get_attr", "output") or node.target is region_output:
                 self.flows[node] = NOTHING
             elif node.target is region_input:
