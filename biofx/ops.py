@@ -103,8 +103,8 @@ def constrain_sign(
 
     Args:
         weight: a layer's weight, e.g. ``(out, in, *kernel)``.
-        sign: above 0 (+1) excitatory, below 0 (-1) inhibitory, 0 unconstrained. Either one entry per unit, shape ``(units,)``,
-            laid along ``axis``, or any shape that broadcasts to ``weight``.
+        sign: +1 excitatory, -1 inhibitory, 0 unconstrained; of any other number its sign. Either one entry
+            per unit, shape ``(units,)``, laid along ``axis``, or any shape that broadcasts to ``weight``.
         axis: the axis of ``weight`` that counts the units; 1 is presynaptic for ``(out, in, *)``.
         groups: groups of a grouped convolution, whose weight ``(out, in / groups, *)`` holds for each
             output row the columns of that row's own group.

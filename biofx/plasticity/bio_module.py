@@ -156,7 +156,7 @@ class BioModule(BioState):
         self.keep_diversity()
 
     def keep_diversity(self) -> None:
-        """Have room for what dynamic factors would be without crystallization, wherever it may dampen them."""
+        """Have room for what dynamic factors would be had crystallization dampened none."""
         held = self._buffers[FACTORS]
         needs = self.is_dynamic and held is not None and held.shape == self.weight.shape
         if not needs:

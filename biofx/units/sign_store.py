@@ -138,7 +138,7 @@ class SignStore:
         return None if of_layer and _is_free(kept) else kept
 
     def leave_free(self, reading: Reading) -> None:
-        """Have room for the signs of the units that a weight reads, all 0 where nothing has asked for them."""
+        """Have room for the signs of the units that a weight reads, 0 where nothing has asked for them."""
         for source in self._groups.home(reading.units).sources:
             state = bio_module_at(self._graph_module, source.name) if source.kind == "layer" else None
             if state is not None and state.sign is None:
