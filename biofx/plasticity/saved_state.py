@@ -87,8 +87,8 @@ def without_averages(state: BioState, saved: Mapping[str, Any], prefix: str) -> 
             apart |= (rounded == 0) & (own.to(signs.device) != 0)
         if bool(apart.any()):
             raise PlasticityError(
-                f"{name}: expected -1, 0 or 1 for each unit, found {int(apart.sum())} of {signs.numel()} "
-                "that are none or cancel out, as the average of models whose units have different signs does; "
+                f"{name}: expected -1, 0 or 1 for each unit, found {int(apart.sum())} of "
+                f"{signs.numel()} that are none or cancel out, as the average of models whose units have different signs does; "
                 "average models that were made with the same seed or given signs"
             )
         kept[prefix + name] = rounded
