@@ -22,7 +22,7 @@ from biofx.pipeline import Pipeline
 from biofx.plasticity.bio_state import rule_config
 from biofx.plasticity.model_rules import bio_modules
 from biofx.plasticity.placement import state_of
-from biofx.select import NodeIndex, Override, picks, show_pattern
+from biofx.select import NodeIndex, Override, picks
 
 PassChoice: TypeAlias = str | Pass | Sequence[str | Pass]
 
@@ -118,8 +118,7 @@ def compile_config(config: BioConfig, names: Iterable[str] | None = None) -> Pip
 def _refuse_signs(config: BioConfig) -> None:
     """Refuse signs in a config that constrains none."""
     given = [("the model", config.dales_signs)] + [
-        (show_pattern(override.selector), dict(override.options).get("dales_signs"))
-        for override in config.overrides
+        (repr(override.selector), dict(override.options).get("dales_signs")) for override in config.overrides
     ]
     for where, signs in given:
         if signs is not None:

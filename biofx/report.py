@@ -18,8 +18,8 @@ The JSON form (:meth:`Report.to_json`) is an object with these keys; a reader sh
     ``left`` (objects with ``path``, ``elements``, ``reason`` and ``is_visible``) and ``kept`` (modules that
     keep their own forward in Python: path to reason).
 ``unmet``
-    What was asked for and is not there: objects with ``mechanism``, ``layer`` (the one named for it, or empty),
-    ``considered`` (layers, a count) and ``message``.
+    What was asked for and is not there: objects with ``mechanism``, ``layer`` (the one named for it, or
+    empty), ``considered`` (layers, a count) and ``message``.
 ``passes``
     In the order they ran: objects with ``name``, ``text`` (the pass as pipeline text), ``seconds``,
     ``applied`` and ``missed`` (counts), ``changes`` (as above, for this pass alone) and ``remarks``:

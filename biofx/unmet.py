@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from biofx.report import Remark
 
 _IDLE = frozenset({"seed", "signs", "excitatory_fraction"})
-"""Options of an override that speak of a layer's units or of a draw, and do not ask for the mechanism there."""
+"""Options that speak of a layer's units or of a draw, and do not ask for the mechanism in the layer."""
 _DONE = "already"
 _QUOTED = re.compile(r"'[^']*'")
 _SHOWN = 3

@@ -38,7 +38,7 @@ class WeightPass(Pass):
         """Return why a selected site is left alone, None if it is not."""
 
     def asked_at(self, site: WeightSite, survey: Any) -> dict[str, Any]:
-        """Return details for the remark on a site that is left alone; ``asked_as`` what an option calls it."""
+        """Return details for a site that is left alone; ``asked_as`` is what an option calls it."""
         return {}
 
     def prepare(self, lowering: Lowering, weights: list[Weight], survey: Any, scope: Scope) -> None:

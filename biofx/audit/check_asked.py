@@ -32,8 +32,8 @@ def unmet(subject: Subject, uses: Uses) -> Iterator[Finding]:
         for entry in step.unmet:
             layer, count = str(entry["layer"]), int(entry["considered"])
             message = (
-                f"asked for and not there: {entry['mechanism']} - {entry['message']}; change the model or the "
-                "options, or leave it out of the config"
+                f"asked for and not there: {entry['mechanism']} - {entry['message']}; change the "
+                "model or the options, or leave it out of the config"
             )
             yield Finding(layer, _ASKED, str(entry["mechanism"]), count, count, message)
         if step.config is not None:
@@ -71,7 +71,7 @@ def kept(subject: Subject, uses: Uses) -> Iterator[Finding]:
         message = ""
         if gone:
             message = (
-                f"its {_PLACED[operator]} ({name!r}) is gone from the graph, where biofx.transform had put it; "
+                f"its {_PLACED[operator]} ({name!r}) is gone from the graph that biofx.transform made; "
                 "transform the model anew, or change graphs with passes"
             )
         yield Finding(owner_of(path) if path else "", _KEPT, path or name, 1, int(gone), message)

@@ -56,7 +56,7 @@ def _check(survey: SignSurvey, paths: list[str], named: str, axis: str, why_not:
         return
     told = "; ".join(f"{path}: {', '.join(_reasons(survey, path, why_not))}" for path in paths[:3])
     raise OptionError(
-        f"{named} are not used, since no constrained weight reads those units ({told or 'it picks no layer'}); "
+        f"{named} are not used: no constrained weight reads those units ({told or 'it picks no layer'}); "
         "give signs to a layer whose units a constrained weight reads, or leave them out"
     )
 
