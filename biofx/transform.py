@@ -116,6 +116,7 @@ def transform(
         opaque=tuple(opaque),
         recorded=example_inputs is not None,
         matches=matches,
+        unmet=result.report.unmet,
     )
     return result
 

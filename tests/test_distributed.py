@@ -273,11 +273,11 @@ def test_two_ranks_train_as_one_process_does_and_what_they_save_any_number_resum
     assert set(first["accumulated"]) == set(expected) == set(here["KINDS"])
     for name, found in first["accumulated"].items():
         close(found, expected[name])
-    # each rank has the factors of its own rows: 8 and 7, 8 and 8, 8 and 8, 2 and 2; signs are a byte a unit
+    # each rank has the factors of its own rows: 8 and 7, 8 and 8, 8 and 8, 2 and 2; signs are whole
     rows = ([8, 8, 8, 2], [7, 8, 8, 2])
     for rank, counts in zip((first, second), rows, strict=True):
         factors = [4 * count * width for count, width in zip(counts, (8, 15, 16, 16), strict=True)]
-        assert rank["bytes"] == [*factors, 15, 16]
+        assert rank["bytes"] == [*factors, 4 * 15, 4 * 16, 4 * 16]
     errors = first["errors"]
     assert "fully_shard(bio_model)" in errors["forward of a part"]
     assert "found only parts of it sharded, as '2'" in errors["attach to a part"]

@@ -191,6 +191,9 @@ def _templates(target: nn.Module, skeleton: Any, sizes: Mapping[str, Tensor]) ->
     for optimizer in content["optimizers"]["list"]:
         for name, state in optimizer["dict"]["state"]["dict"].items():
             places += [(name, leaf) for leaf in _values(state)]
+    for attachment in content["plasticity"]["list"]:
+        for name, memory in attachment["dict"].get("memory", {"dict": {}})["dict"].items():
+            places += [(name, leaf) for leaf in memory["dict"].values()]
     owner = {leaf["tensor"]: name for name, leaf in places if isinstance(leaf, dict) and "tensor" in leaf}
     for key, size in sizes.items():
         name = owner.get(key, "")

@@ -16,6 +16,7 @@ from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.exponentiated import exponentiate, refuse_decay
 from biofx.plasticity.ranks import average_activity
+from biofx.plasticity.rule_memory import memory_of, take_memory
 from biofx.plasticity.scale_survival import keeps_gradient_factors
 from biofx.plasticity.schedule import LayerStep, Observer, Rule, wants
 from biofx.plasticity.sharded_state import shard_state, whole
@@ -88,7 +89,12 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later run needs to go on, besides the state dicts of model and optimizer."""
-        return {"version": 1, "steps": self.steps, "rules": [asdict(rule) for rule in self.rules]}
+        return {
+            "version": 1,
+            "steps": self.steps,
+            "rules": [asdict(rule) for rule in self.rules],
+            "memory": memory_of({path: bound.state for path, bound in self._bound.items()}),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another attachment stopped.
@@ -104,6 +110,7 @@ class Attachment:
             raise PlasticityError(
                 f"expected a state of the same schedule, {list(self.rules)}, found {list(rules)}"
             )
+        take_memory({path: bound.state for path, bound in self._bound.items()}, state.get("memory", {}))
         self.steps = int(state["steps"])
 
     def _bind(self, states: Mapping[str, BioModule], optimizer: Optimizer) -> dict[str, _Bound]:
@@ -219,7 +226,8 @@ class Attachment:
         if state.is_dynamic and (not scheduled or self._is_due("update_fuzzy_learning_rates")):
             names.append("update_fuzzy_learning_rates")
         able = [name for name in names if state.why_not(name) is None]
-        needed = state.scaled_in_graph and (able or bound.scales_updates)
+        dampened = state.memory.dampening is not None
+        needed = state.scaled_in_graph and (able or bound.scales_updates or dampened)
         factors = state.fuzzy_learning_rate_parameters if needed else None
         used = factors.clone() if factors is not None and able else factors
         if "update_fuzzy_learning_rates" in able:
@@ -237,7 +245,7 @@ class Attachment:
     def _multiplier(self, bound: _Bound, layer: LayerStep, *, done_in_graph: bool) -> Tensor | None:
         """Return what gradient or update is to be multiplied by, None for nothing."""
         state = bound.state
-        factors = None if done_in_graph else state.fuzzy_learning_rate_parameters
+        factors = None if done_in_graph else state.acting_factors
         if not self._is_due("volume_dependent_lr"):
             return factors
         volume = state.volume_factors()
