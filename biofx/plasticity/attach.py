@@ -12,8 +12,8 @@ from biofx.errors import OptionError, PlasticityError, suggest
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.exponentiated import UPDATES
 from biofx.plasticity.model_rules import exposed_rules, prepare_states
+from biofx.plasticity.optimizer_wrappers import stepping_optimizer
 from biofx.plasticity.ranks import group_to_agree_with
-from biofx.plasticity.scale_survival import refuse_closures
 from biofx.plasticity.schedule import Observer, Rule
 from biofx.plasticity.sharded_model import refuse_parts_alone, shard_states
 from biofx.validate import check_choice
@@ -76,14 +76,15 @@ def attach(
         raise PlasticityError(
             "updates='exponentiated': expected a model whose units have signs (apply_dales_principle=True)"
         )
-    refuse_closures(optimizer)
+    weights = (state.parameter for state in states.values())
+    stepping = stepping_optimizer(optimizer, (weight for weight in weights if weight is not None))
     present = tuple(observers)
     for observer in present:
         if hasattr(observer, "watch"):
             observer.watch(plain)
     group = group_to_agree_with(model, states.values())
     return Attachment(
-        states, optimizer, rules, decay, present, group, exponentiated=updates == "exponentiated"
+        plain, states, stepping, rules, decay, present, group, exponentiated=updates == "exponentiated"
     )
 
 
