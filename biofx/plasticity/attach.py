@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from biofx.errors import OptionError, PlasticityError, suggest
 from biofx.plasticity.attachment import Attachment
+from biofx.plasticity.carried_defaults import carried
 from biofx.plasticity.exponentiated import UPDATES
 from biofx.plasticity.model_rules import exposed_rules, prepare_states
 from biofx.plasticity.optimizer_wrappers import stepping_optimizer
@@ -82,6 +83,9 @@ def attach(
     for observer in present:
         if hasattr(observer, "watch"):
             observer.watch(plain)
+    for earlier in carried(stepping):
+        if earlier.is_copy:  # which came with the optimizer, unasked
+            earlier.detach()
     group = group_to_agree_with(model, states.values())
     return Attachment(
         plain, states, stepping, rules, decay, present, group, exponentiated=updates == "exponentiated"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
 from types import FrameType
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from biofx.errors import PlasticityError
 from biofx.plasticity.binding import Binding
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.carried_defaults import carry, let_go
 from biofx.plasticity.optimizer_step import OptimizerStep
 from biofx.plasticity.schedule import Observer, Rule, wants
 from biofx.plasticity.sharded_state import shard_state
@@ -50,6 +52,8 @@ class Attachment:
         self._model_ref, self._optimizer_ref = weakref.ref(model), weakref.ref(optimizer)
         self._kept: tuple[Any, ...] = (model, optimizer)
         self._are_watching = True
+        self.is_copy = False
+        """Whether it came into being as a copy, with its model and optimizer."""
         bound = self._binding.bind(optimizer)
         if not bound:
             raise PlasticityError(
@@ -62,6 +66,7 @@ class Attachment:
             self._binding.release()
             raise
         self._listen(optimizer)
+        carry(optimizer, self)
 
     @property
     def modes(self) -> dict[str, str]:
@@ -80,6 +85,9 @@ class Attachment:
             hook.remove()
         self._hooks = []
         self._binding.release()
+        optimizer = self._optimizer_ref()
+        if optimizer is not None:
+            let_go(optimizer, self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later run needs to go on, besides the state dicts of model and optimizer."""
@@ -127,6 +135,7 @@ class Attachment:
         self._model_ref, self._optimizer_ref = weakref.ref(model), weakref.ref(optimizer)
         self._kept = ()
         self._are_watching = False
+        self.is_copy = True
         self._hooks: list[Any] = []
         self._running: FrameType | None = None
         self._step: OptimizerStep | None = None
@@ -150,6 +159,8 @@ class Attachment:
     def _listen(self, optimizer: Optimizer) -> None:
         self._running = None
         self._step = None
+        for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            vars(optimizer).setdefault(name, OrderedDict())  # of a copy that is still being made
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),

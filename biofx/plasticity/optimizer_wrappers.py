@@ -51,12 +51,15 @@ def stepping_optimizer(optimizer: Any, weights: Iterable[Tensor]) -> Optimizer:
             return optimizer
         name = type(optimizer).__name__
         if inside is None:
-            raise PlasticityError(f"expected an optimizer of torch.optim's kind, found {_told(optimizer)}")
+            raise PlasticityError(
+                "expected an optimizer of torch.optim's kind, found "
+                f"{_told(optimizer)}; attach to the optimizer that steps the weights"
+            )
         held = {id(weight) for group in inside[1].param_groups for weight in group["params"]}
         if held & known:
             raise PlasticityError(
                 f"expected the optimizer that steps the weights, found a {name} around it; attach to "
-                f"optimizer.{inside[0]}, a {type(inside[1]).__name__}"
+                f"optimizer.{inside[0]}, the {type(inside[1]).__name__} inside it, if that alone changes weights"
             )
         raise PlasticityError(
             f"{name} wraps a {type(inside[1]).__name__} of weights that are not the model's: it trains copies, "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -91,7 +93,7 @@ def find_way(
     refuse_closures(optimizer)
     try:
         trial = _Trial(optimizer, group, kinds, known)
-        plain = trial.run_visibly()
+        plain = _first_run(trial)
         if not has_decay(group):
             scaled = trial.run(Way.GRADIENT)
             if _is_in_proportion(scaled, plain) and _is_linear(scaled, plain):
@@ -132,8 +134,23 @@ def refuse_closures(optimizer: Optimizer) -> None:
 def _remedy(optimizer: Optimizer) -> str:
     inner = inner_optimizer(optimizer)
     if inner is not None:
-        return f"; attach to the optimizer inside it, optimizer.{inner[0]}"
+        return (
+            f"; attach to optimizer.{inner[0]}, the {type(inner[1]).__name__} inside it, if that alone changes "
+            "weights"
+        )
     return "; use another optimizer, as AdamW or SGD"
+
+
+def _first_run(trial: _Trial) -> _Run:
+    try:
+        return trial.run_visibly()
+    except PlasticityError:
+        raise
+    except Exception:
+        trial.is_sparse = True  # as the gradients of embeddings can be, which some optimizers insist on
+        with suppress(Exception):
+            return trial.run_visibly()
+        raise
 
 
 class _Trial:
@@ -144,6 +161,7 @@ class _Trial:
     ) -> None:
         self.name = type(optimizer).__name__
         self.counters = known
+        self.is_sparse = False
         self._optimizer, self._group, self._kinds = optimizer, group, kinds
         self._rate = _RATES[0]
         counts = [value for value in group.values() if type(value) is int and value <= _MOST]
@@ -190,7 +208,9 @@ class _Trial:
         hooked: list[str] = []
         trial.register_step_pre_hook(lambda *_: hooked.append("before"))
         trial.register_step_post_hook(lambda *_: hooked.append("after"))
-        with torch.random.fork_rng(devices=[p.device for p in parameters if p.device.type == "cuda"]):
+        cuda = [parameter.device for parameter in parameters if parameter.device.type == "cuda"]
+        with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             torch.manual_seed(0)
             for number in range(self._steps):
                 befores = []
@@ -199,7 +219,8 @@ class _Trial:
                     noise = torch.randn(drift.shape if alike else parameter.shape, generator=generator)
                     gradient = ((noise + drift) * _SCALES[number % len(_SCALES)]).expand(parameter.shape)
                     gradient = gradient.to(parameter.device, parameter.dtype).clone()
-                    parameter.grad = gradient * shaped if way is Way.GRADIENT else gradient
+                    gradient = gradient * shaped if way is Way.GRADIENT else gradient
+                    parameter.grad = gradient.to_sparse(1) if self.is_sparse else gradient
                     befores.append((remember(trial, group, parameter), shaped))
                 trial.step()
                 for parameter, (earlier, shaped) in zip(parameters, befores, strict=True):

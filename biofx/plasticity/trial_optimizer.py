@@ -76,10 +76,10 @@ def trial_of(
     own = {
         name: value
         for name, value in vars(optimizer).items()
-        if name not in ("step", "state", "param_groups", *hooks)
+        if name not in ("step", "state", "defaults", "param_groups", *hooks)
     }
     trial.__dict__.update(
-        copy.deepcopy(own, stand_ins),
+        copy.deepcopy({**own, "defaults": dict(optimizer.defaults)}, stand_ins),
         state=defaultdict(dict),
         **{name: OrderedDict() for name in hooks},
     )
