@@ -70,7 +70,7 @@ class Attachment:
 
     @property
     def modes(self) -> dict[str, str]:
-        """What factors multiply, ``"gradient"`` or ``"update"``, by the path of each weight that is stepped."""
+        """What factors multiply, ``"gradient"`` or ``"update"``, by the path of each weight stepped."""
         bound = self._binding.bind(self._optimizer)
         return {path: weight.way.value for path, weight in bound.items() if weight.weight.requires_grad}
 

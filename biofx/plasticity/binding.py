@@ -39,7 +39,8 @@ class Binding:
     Args:
         states: plasticity of the model's weights, by path.
         free_decay: whether decoupled weight decay acts in full, whatever the factors.
-        exponentiated: whether updates of constrained weights are multiplicative, which has no place for decay.
+        exponentiated: whether updates of constrained weights are multiplicative, which leaves no place for
+            decay.
     """
 
     def __init__(self, states: Mapping[str, BioModule], *, free_decay: bool, exponentiated: bool) -> None:
@@ -73,8 +74,9 @@ class Binding:
                 refuse_decay(path, group)
             bound[path] = Bound(state, weight, group, ways[id(group)], decays[id(group)])
         for path, (weight, _) in held.items():
-            self._weights[path] = weight
-            _HOLDERS[weight] = weakref.ref(self)
+            if path not in self._weights:
+                self._weights[path] = weight
+                _HOLDERS[weight] = weakref.ref(self)
         return bound
 
     def left_alone(self, optimizer: Optimizer) -> dict[str, str]:

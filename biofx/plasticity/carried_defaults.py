@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 class CarriedDefaults(dict[str, Any]):
     """An optimizer's default options, which take what is attached to it along wherever it is copied.
 
-    Of all that an optimizer holds, its state, groups and defaults are copied and pickled, and of these only the
-    defaults are no part of its state dict.
+    Of all that an optimizer holds, its state, groups and defaults are copied and pickled, and of these only
+    the defaults are no part of its state dict.
     """
 
     def __init__(self, options: Mapping[str, Any], attachments: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers around other optimizers: trainers wrap one to step it when they see fit, others to change weights."""
+"""Optimizers around other optimizers: trainers' wrappers, and those that change weights themselves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Lookahead interpolates between weights that it has seen, which are in proportion
 
 
 def stepping_optimizer(optimizer: Any, weights: Iterable[Tensor]) -> Optimizer:
-    """Return the optimizer whose steps change weights: the one that is given, or the one that it wraps.
+    """Return the optimizer whose steps change weights: the one that is given, or one that it wraps.
 
     Args:
         optimizer: what the training loop steps.
@@ -45,8 +45,8 @@ def stepping_optimizer(optimizer: Any, weights: Iterable[Tensor]) -> Optimizer:
         if isinstance(optimizer, Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer):
             if _is_spread(optimizer):
                 raise PlasticityError(
-                    f"{type(optimizer).__name__} steps some of the weights on each rank and copies them to the "
-                    "others; use the optimizer that it wraps, with DistributedDataParallel or fully_shard"
+                    f"{type(optimizer).__name__} steps some of the weights on each rank and copies them to "
+                    "the others; use the optimizer that it wraps, with DistributedDataParallel or fully_shard"
                 )
             return optimizer
         name = type(optimizer).__name__
@@ -59,11 +59,12 @@ def stepping_optimizer(optimizer: Any, weights: Iterable[Tensor]) -> Optimizer:
         if held & known:
             raise PlasticityError(
                 f"expected the optimizer that steps the weights, found a {name} around it; attach to "
-                f"optimizer.{inside[0]}, the {type(inside[1]).__name__} inside it, if that alone changes weights"
+                f"optimizer.{inside[0]}, the {type(inside[1]).__name__} inside it, if that alone changes "
+                "weights"
             )
         raise PlasticityError(
-            f"{name} wraps a {type(inside[1]).__name__} of weights that are not the model's: it trains copies, "
-            "which factors cannot reach; attach to an optimizer of bio_model.parameters()"
+            f"{name} wraps a {type(inside[1]).__name__} of weights that are not the model's: it trains "
+            "copies, which factors cannot reach; attach to an optimizer of bio_model.parameters()"
         )
 
 

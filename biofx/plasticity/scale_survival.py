@@ -23,7 +23,12 @@ from biofx.plasticity.update_scaling import remember, rescale
 
 _STEPS, _MORE, _MOST = 40, 10, 200
 _SCALES = (1.0, 0.1, 10.0)  # of the gradients, in turn: what clips or normalises shows
-_RATES = (1e-3, 1e-1, 1.0, 10.0)  # the first at which weights move visibly; the less, the less depends on them
+_RATES = (
+    1e-3,
+    1e-1,
+    1.0,
+    10.0,
+)  # the first at which weights move visibly; the less, the less depends on them
 _LEAST_MOVED = 1e-3  # relative to the weights; less drowns in rounding
 _FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0)
 _TOLERANCE = 0.01
@@ -75,9 +80,9 @@ def find_way(
 ) -> Found:
     """Return what factors have to multiply so that weights move in proportion to them.
 
-    Small parameters take 40 or more steps of the optimizer's own rule, with another factor for each row: first
-    without factors, then with the gradient scaled, and then, unless that is the same for all that the optimizer
-    remembers too, with the updates scaled. A factor of 0 has to freeze a row to the bit.
+    Small parameters take 40 or more steps of the optimizer's own rule, with another factor for each row:
+    first without factors, then with the gradient scaled, and then, unless that is the same for all that the
+    optimizer remembers too, with the updates scaled. A factor of 0 has to freeze a row to the bit.
 
     Args:
         optimizer: not changed; a copy without state takes the steps.
@@ -99,14 +104,13 @@ def find_way(
             if _is_in_proportion(scaled, plain) and _is_linear(scaled, plain):
                 return Found(Way.GRADIENT, trial.counters)
         scaled = trial.run(Way.UPDATE)
-        if not _is_in_proportion(scaled, plain):  # step sizes may depend on how far all weights have moved
-            scaled = trial.run(Way.UPDATE, alike=True)
-            if not _is_in_proportion(scaled, scaled):
-                raise PlasticityError(
-                    f"under {trial.name} weights do not move in proportion to a factor, on the gradient or on "
-                    "the update: it keeps copies, averages or positions of weights that its steps come back to"
-                    f"{_remedy(optimizer)}"
-                )
+        if not _is_in_proportion(scaled, plain):
+            raise PlasticityError(
+                f"under {trial.name} weights do not move in proportion to a factor, neither on the gradient "
+                "nor on the update: its steps go by positions of weights that it keeps, or by how far they "
+                "have moved"
+                f"{_remedy(optimizer)}"
+            )
         return Found(Way.UPDATE, trial.counters)
     except PlasticityError:
         raise
@@ -135,8 +139,8 @@ def _remedy(optimizer: Optimizer) -> str:
     inner = inner_optimizer(optimizer)
     if inner is not None:
         return (
-            f"; attach to optimizer.{inner[0]}, the {type(inner[1]).__name__} inside it, if that alone changes "
-            "weights"
+            f"; attach to optimizer.{inner[0]}, the {type(inner[1]).__name__} inside it, if that alone "
+            "changes weights"
         )
     return "; use another optimizer, as AdamW or SGD"
 
@@ -189,13 +193,8 @@ class _Trial:
             )
         return run
 
-    def run(self, way: Way | None = None, *, alike: bool = False) -> _Run:
-        """Take the steps.
-
-        Args:
-            way: what to multiply by factors, if anything.
-            alike: whether all rows of a parameter get the same gradients.
-        """
+    def run(self, way: Way | None = None) -> _Run:
+        """Take the steps, and multiply what is asked for, if anything, by the factors."""
         generator = torch.Generator().manual_seed(0)
         parameters = small_parameters(self._kinds, generator)
         starts = [parameter.detach().clone() for parameter in parameters]
@@ -216,9 +215,9 @@ class _Trial:
                 befores = []
                 for parameter, drift in zip(parameters, drifts, strict=True):
                     shaped = factors.reshape(-1, *[1] * drift.dim()).to(parameter.device)
-                    noise = torch.randn(drift.shape if alike else parameter.shape, generator=generator)
-                    gradient = ((noise + drift) * _SCALES[number % len(_SCALES)]).expand(parameter.shape)
-                    gradient = gradient.to(parameter.device, parameter.dtype).clone()
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    gradient = (noise + drift) * _SCALES[number % len(_SCALES)]
+                    gradient = gradient.to(parameter.device, parameter.dtype)
                     gradient = gradient * shaped if way is Way.GRADIENT else gradient
                     parameter.grad = gradient.to_sparse(1) if self.is_sparse else gradient
                     befores.append((remember(trial, group, parameter), shaped))
@@ -261,25 +260,20 @@ def _iterates(state: Mapping[str, Any], start: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _is_in_proportion(scaled: _Run, to: _Run) -> bool:
-    """Whether every iterate has moved by its factor times what it, or a row with a factor of 1, has in ``to``."""
-    moves, references = scaled.moved(), to.moved()
-    return len(moves) == len(references) and all(
-        _are_multiples(moved, reference, of_one_row=scaled is to)
-        for moved, reference in zip(moves, references, strict=True)
-    )
+def _is_in_proportion(scaled: _Run, plain: _Run) -> bool:
+    """Whether every iterate has moved by its factor times what it has without one."""
+    moves, references = scaled.moved(), plain.moved()
+    return len(moves) == len(references) and all(map(_are_multiples, moves, references))
 
 
-def _are_multiples(rows: Tensor, references: Tensor, *, of_one_row: bool = False) -> bool:
-    each = ROWS // len(_FACTORS)
-    for row in range(ROWS):
-        factor = _FACTORS[row // each]
+def _are_multiples(rows: Tensor, references: Tensor) -> bool:
+    for number, (row, reference) in enumerate(zip(rows, references, strict=True)):
+        factor = _FACTORS[number // (ROWS // len(_FACTORS))]
+        expected = factor * reference
         if factor == 0:
-            if rows[row].count_nonzero():
+            if row.count_nonzero():
                 return False
-            continue
-        expected = factor * references[_FACTORS.index(1.0) * each if of_one_row else row]
-        if not (rows[row] - expected).norm() <= _TOLERANCE * expected.norm():
+        elif not (row - expected).norm() <= _TOLERANCE * expected.norm():
             return False
     return True
 

@@ -31,18 +31,17 @@ def kinds_of(parameters: Iterable[Tensor]) -> tuple[Kind, ...]:
 
 
 def small_parameters(kinds: Sequence[Kind], generator: torch.Generator) -> list[nn.Parameter]:
-    """Return one parameter of each kind, about as large as 1; its rows are equal but for their signs.
+    """Return one parameter of each kind, about as large as 1, whose rows have signs in turn.
 
-    The signs are in turn + and -, as nothing is that an optimizer makes of gradients which are the same for all
-    rows: what it keeps that looks like the parameter is another iterate of it.
+    Nothing that an optimizer makes of gradients has such signs: what it keeps that looks like the parameter
+    is another iterate of it.
     """
     made = []
     signs = torch.tensor((1.0, -1.0)).repeat(ROWS // 2)
     for axes, dtype, device in kinds:
         row = (_COLUMNS, *[_KERNEL] * axes)[: max(axes - 1, 0)]
-        values = torch.randn(row, generator=generator, dtype=torch.float64) + 1
-        rows = signs.reshape(-1, *[1] * len(row)) * values
-        made.append(nn.Parameter(rows.to(device, dtype)))
+        values = torch.rand((ROWS, *row), generator=generator, dtype=torch.float64) + 0.5
+        made.append(nn.Parameter((signs.reshape(-1, *[1] * len(row)) * values).to(device, dtype)))
     return made
 
 
