@@ -103,8 +103,8 @@ def constrain_sign(
 
     Args:
         weight: a layer's weight, e.g. ``(out, in, *kernel)``.
-        sign: +1 excitatory, -1 inhibitory, 0 unconstrained. Either one entry per unit, shape ``(units,)``,
-            laid along ``axis``, or any shape that broadcasts to ``weight``.
+        sign: +1 excitatory, -1 inhibitory, 0 unconstrained; of any other number its sign. Either one entry
+            per unit, shape ``(units,)``, laid along ``axis``, or any shape that broadcasts to ``weight``.
         axis: the axis of ``weight`` that counts the units; 1 is presynaptic for ``(out, in, *)``.
         groups: groups of a grouped convolution, whose weight ``(out, in / groups, *)`` holds for each
             output row the columns of that row's own group.
@@ -145,7 +145,8 @@ def signs_like(
     >>> signs_like(torch.zeros(4, 1, 3), torch.tensor([1, -1]), groups=2).flatten().tolist()
     [1.0, 1.0, -1.0, -1.0]
     """
-    laid_out = _laid_out(weight, sign.to(weight.dtype), axis, groups)
+    # averaged models may hold signs that rounding has left a little off 1
+    laid_out = _laid_out(weight, sign.sign().to(weight.dtype), axis, groups)
     if rows is None:
         return laid_out
     return laid_out * rows.to(weight.dtype).reshape(-1, *(1,) * (weight.dim() - 1))

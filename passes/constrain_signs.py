@@ -170,6 +170,9 @@ class ConstrainSigns(WeightPass):
     ) -> Iterator[Remark]:
         """Keep the gains of normalisations between units from turning a sign over."""
         if self.axis == "presynaptic":
+            for reading in survey.groups.readings if self.method != EXPAND else ():
+                if not isinstance(scope.options(self, reading.site.node, reading.site.layer), str):
+                    survey.store.leave_free(reading)
             norms = survey.norms_read_by(weights)
             yield from constrain_gains(
                 self, scope, lowering, norms, survey.folded, exact=self._keeps_a_function

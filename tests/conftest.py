@@ -112,10 +112,14 @@ def unchanged() -> Callable[[nn.Module], Any]:
     """Give a context manager that fails if what runs inside changes the model or the global random state."""
     from contextlib import contextmanager
 
+    def identities_of(model: nn.Module) -> dict[str, int]:
+        held = (*model.named_parameters(), *model.named_buffers())
+        return {name: id(value) for name, value in held}
+
     @contextmanager
     def watch(model: nn.Module) -> Iterator[None]:
         before = copy.deepcopy(model.state_dict())
-        identities = {name: id(value) for name, value in model.state_dict(keep_vars=True).items()}
+        identities = identities_of(model)
         modules = [(name, type(module), module.training) for name, module in model.named_modules()]
         hooks = [len(module._forward_hooks) for module in model.modules()]
         random_state = torch.get_rng_state()
@@ -123,7 +127,7 @@ def unchanged() -> Callable[[nn.Module], Any]:
         assert torch.equal(torch.get_rng_state(), random_state)
         assert [(name, type(module), module.training) for name, module in model.named_modules()] == modules
         assert [len(module._forward_hooks) for module in model.modules()] == hooks
-        assert {name: id(value) for name, value in model.state_dict(keep_vars=True).items()} == identities
+        assert identities_of(model) == identities
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name]), name
 

@@ -367,7 +367,9 @@ class Plain(nn.Module):
 
 def test_a_weight_of_the_model_itself_has_its_state_in_the_model(vectors: Tensor) -> None:
     bio_model = biofx.transform(Plain(), passes="scale-gradients").graph_module
-    assert list(bio_model.state_dict()) == ["weight", "bio_mod.fuzzy_learning_rate_parameters"]
+    assert list(bio_model.state_dict()) == [
+        *("weight", "bio_mod.fuzzy_learning_rate_parameters", "bio_mod._extra_state")
+    ]
     found = run_backward(bio_model, vectors)["weight"]
     expected = run_backward(Plain(), vectors)["weight"]
     assert expected is not None

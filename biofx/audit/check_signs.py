@@ -71,7 +71,7 @@ def sign_values(subject: Subject, uses: Uses) -> Iterator[Finding]:
     held: set[int] = set()
     for placed in subject.placed:
         for name, permitted in _SIGN_BUFFERS.items():
-            buffer = placed.state._buffers.get(name)
+            buffer = getattr(placed.state, name)
             if buffer is not None and id(buffer) not in held:
                 held.add(id(buffer))
                 yield _values(placed.layer, f"{placed.place}.{name}", buffer, permitted)
@@ -149,6 +149,8 @@ def gammas(subject: Subject, uses: Uses) -> Iterator[Finding]:
 
 
 _SIGN_BUFFERS = {"sign": (-1, 0, 1), "local_sign": (-1, 0, 1), "constrained_rows": (0, 1)}
+_ROUNDING = 1e-3
+"""How far from a sign an average of equal ones may be."""
 _NORMALISATIONS = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm")
 
 
@@ -161,7 +163,8 @@ def _values(layer: str, path: str, buffer: Tensor, permitted: tuple[int, ...]) -
     if buffer.is_meta:
         return Finding(layer, "sign values", path, 0)
     allowed = torch.tensor(permitted, dtype=buffer.dtype, device=buffer.device)
-    wrong = int((~torch.isin(buffer, allowed)).sum())
+    near = (buffer.unsqueeze(-1) - allowed).abs().amin(-1) <= _ROUNDING
+    wrong = int((~near).sum())
     message = ""
     if wrong:
         message = (

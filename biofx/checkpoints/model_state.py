@@ -14,6 +14,7 @@ from biofx.graph.regions import whole_graph
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_rules import expanded_weights
+from biofx.plasticity.saved_state import EXTRA, OLDER, SIGNS
 from biofx.plasticity.shards import is_sharded
 
 
@@ -73,7 +74,8 @@ def _check_entry(key: str, own: Any, saved: Any, owner: BioModule | None) -> Non
         return
     if not isinstance(saved, Tensor):
         raise CheckpointError(f"model: {key!r}: expected a tensor, found a {type(saved).__name__}")
-    if own is not None and own.dtype != saved.dtype:
+    is_sign = owner is not None and key.rpartition(".")[2] in SIGNS  # which older versions kept as int8
+    if own is not None and own.dtype != saved.dtype and not is_sign:
         raise CheckpointError(
             f"model: {key!r}: expected {own.dtype}, as the model has it, found {saved.dtype} in the "
             "checkpoint; convert the model with .to(dtype) as it was when saved"
@@ -116,7 +118,9 @@ def adopt_dtypes(model: nn.Module, saved: Mapping[str, Any]) -> None:
     """Convert what a model holds to the types of a saved state; for a model of our own making."""
     for key, tensor in model.state_dict(keep_vars=True).items():
         value = saved.get(key)
-        if isinstance(tensor, Tensor) and isinstance(value, Tensor) and tensor.dtype != value.dtype:
+        if not isinstance(tensor, Tensor) or not isinstance(value, Tensor):
+            continue
+        if tensor.dtype != value.dtype and value.is_floating_point() == tensor.is_floating_point():
             tensor.data = tensor.data.to(value.dtype)
 
 
@@ -124,16 +128,7 @@ def adopt_dtypes(model: nn.Module, saved: Mapping[str, Any]) -> None:
 def load_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
     """Load a state that :func:`check_state` has passed."""
     for prefix, owner in owners_of(model).items():
-        weight = _weight_of(owner)
-        device = None if weight is None else weight.device
-        for name, held in owner._buffers.items():
-            if name in owner._non_persistent_buffers_set:
-                continue  # no state, but part of how the model was made
-            value = saved.get(prefix + name)
-            if not isinstance(value, Tensor):
-                owner._buffers[name] = None
-            elif held is None or held.shape != value.shape:
-                owner._buffers[name] = torch.empty_like(value, device=device)
+        owner.saves_memory = prefix + EXTRA in saved
     model.load_state_dict(dict(saved), strict=True)
 
 
@@ -155,5 +150,4 @@ def _owner(owners: Mapping[str, BioModule], key: object) -> BioModule | None:
     """Return the plasticity state that a key may be a buffer of, None if it is no such key."""
     path, _, name = str(key).rpartition(".")
     owner = owners.get(f"{path}." if path else "")
-    kept = owner is not None and name in owner._buffers and name not in owner._non_persistent_buffers_set
-    return owner if kept else None
+    return owner if owner is not None and name in (*owner._buffers, *OLDER, EXTRA) else None

@@ -61,7 +61,7 @@ def save_sharded(
 
     tensors: dict[str, Tensor] = {}
     content = content_of(bio_model, optimizer, plasticity, extra)
-    plain({**content, "model": {}, "optimizers": []}, "the checkpoint")
+    plain({**content, "model": {}, "optimizers": [], "plasticity": []}, "the checkpoint")
     skeleton = _flattened({"format": FORMAT, "schema": SCHEMA, **content}, "", tensors)
     text = json.dumps(skeleton, ensure_ascii=True).encode()
     tensors[_SKELETON] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -156,6 +156,9 @@ def _templates(target: nn.Module, skeleton: Any, sizes: Mapping[str, Tensor]) ->
     for optimizer in content["optimizers"]["list"]:
         for name, state in optimizer["dict"]["state"]["dict"].items():
             places += [(name, leaf) for leaf in state["dict"].values()]
+    for attachment in content["plasticity"]["list"]:
+        for name, memory in attachment["dict"].get("memory", {"dict": {}})["dict"].items():
+            places += [(name, leaf) for leaf in memory["dict"].values()]
     owner = {leaf["tensor"]: name for name, leaf in places if isinstance(leaf, dict) and "tensor" in leaf}
     for key, size in sizes.items():
         name = owner.get(key, "")

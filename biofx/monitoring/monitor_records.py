@@ -108,7 +108,7 @@ def measure(
     """
     raw = state.weight.detach()
     used = effective(raw)
-    factors, signs = state.fuzzy_learning_rate_parameters, effective.count_signs(raw, used)
+    factors, signs = state.acting_factors, effective.count_signs(raw, used)
     return LayerRecord(
         synapses=raw.numel(),
         factor_mean=None if factors is None else factors.float().mean().item(),

@@ -19,6 +19,7 @@ from biofx.plasticity.binding import Binding
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.carried_defaults import carry, let_go
 from biofx.plasticity.optimizer_step import OptimizerStep
+from biofx.plasticity.rule_memory import memory_of, take_memory
 from biofx.plasticity.schedule import Observer, Rule, wants
 from biofx.plasticity.sharded_state import shard_state
 
@@ -91,7 +92,12 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later run needs to go on, besides the state dicts of model and optimizer."""
-        return {"version": 1, "steps": self.steps, "rules": [asdict(rule) for rule in self.rules]}
+        return {
+            "version": 1,
+            "steps": self.steps,
+            "rules": [asdict(rule) for rule in self.rules],
+            "memory": memory_of(self._stepped()),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another attachment stopped.
@@ -107,6 +113,7 @@ class Attachment:
             raise PlasticityError(
                 f"expected a state of the same schedule, {list(self.rules)}, found {list(rules)}"
             )
+        take_memory(self._stepped(), state.get("memory", {}))
         self.steps = int(state["steps"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
@@ -155,6 +162,10 @@ class Attachment:
         if model is None:
             raise _without_its_run()
         return model
+
+    def _stepped(self) -> dict[str, BioModule]:
+        """Return the states of the weights that the optimizer holds, by path."""
+        return {path: weight.state for path, weight in self._binding.bind(self._optimizer).items()}
 
     def _listen(self, optimizer: Optimizer) -> None:
         self._running = None

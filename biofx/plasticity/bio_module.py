@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from biofx.plasticity.dynamics import (
     relative_smallness,
 )
 from biofx.plasticity.moments import forget_direction
+from biofx.plasticity.rate_forms import FACTORS
 from biofx.plasticity.rules.crystallization import crystallize
 from biofx.plasticity.rules.rejuvenation import check_finite, protection_for, rejuvenate
 from biofx.plasticity.rules.scaling import input_strength, synaptic_scaling
@@ -32,6 +33,7 @@ from biofx.plasticity.rules.volume import multiply_by_volume, volume_factors
 from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
 from biofx.plasticity.units import laid_out
 
+_UPDATE = "update_fuzzy_learning_rates"
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
 _CHANGE_FACTORS = frozenset({"update_fuzzy_learning_rates", "crystallize"})
 _NEED_SYNAPSES = frozenset({"rejuvenate_weights", "synaptic_scaling", "enforce_dales_principle"})
@@ -51,7 +53,7 @@ class BioModule(BioState):
 
     __jit_unused_properties__: ClassVar[list[str]] = [
         *BioState.__jit_unused_properties__,
-        *("is_dynamic", "follows_in_parts", "crystallizes_in_parts"),
+        *("is_dynamic", "follows_in_parts", "crystallizes_in_parts", "acting_factors"),
     ]
 
     exposed_functions: ClassVar[tuple[str, ...]] = (
@@ -87,7 +89,7 @@ class BioModule(BioState):
             return "its weight is frozen"
         if self.why_no_synapses and rule in _NEED_SYNAPSES:
             return self.why_no_synapses
-        if rule in _NEED_FACTORS and not self.has_factors:
+        if rule in _NEED_FACTORS and not (self.has_factors if rule == _UPDATE else self.has_rates):
             return "it has no learning-rate factors"
         if rule in _CHANGE_FACTORS and self.is_coded:
             return "its factors are kept as codes, too coarse to be changed (fuzzy_lr_dtype='uint8')"
@@ -135,7 +137,7 @@ class BioModule(BioState):
             return
         if self._form() == FROM_SEED:
             self.draw_factors_from(self._configured_draw())
-            self.noise = None
+            self.noise = self.diversity = None
             return
         factors, noise = initial_factors(
             config.fuzzy_lr_distribution,
@@ -150,6 +152,17 @@ class BioModule(BioState):
         )
         self.store_factors(factors, self._form())
         self.noise = noise if self.config.fuzzy_lr_dtype == "float32" else None
+        self.diversity = None
+        self.keep_diversity()
+
+    def keep_diversity(self) -> None:
+        """Have room for what dynamic factors would be had crystallization dampened none."""
+        held = self._buffers[FACTORS]
+        needs = self.is_dynamic and held is not None and held.shape == self.weight.shape
+        if not needs:
+            self.diversity = None
+        elif self.diversity is None and held is not None:
+            self.diversity = held.clone()
 
     def _form(self) -> str:
         """Return what factors are to be stored as; a graph that reads codes goes on reading codes."""
@@ -174,12 +187,29 @@ class BioModule(BioState):
         )
 
     def provide_factors(self) -> None:
-        """Let every synapse have a factor of its own, 1 to begin with, where there are none."""
-        if not self.has_factors:
-            weight = self.weight
-            self.fuzzy_learning_rate_parameters = torch.ones(
-                weight.shape, dtype=torch.float32, device=weight.device
-            )
+        """Let every synapse have a rate of its own that can be dampened, where it has no factor."""
+        if not self.has_rates:
+            self._start_dampening()
+
+    def _start_dampening(self) -> Tensor:
+        weight = self.weight
+        ones = torch.ones(weight.shape, dtype=torch.float32, device=weight.device)
+        self.memory.dampening = ones
+        return ones
+
+    @property
+    def acting_factors(self) -> Tensor | None:
+        """What multiplies the learning rates: the factors, dampened for each synapse where need be.
+
+        Of a sharded weight it may be this rank's part. None where nothing multiplies them.
+        """
+        factors, dampening = self.fuzzy_learning_rate_parameters, self.memory.dampening
+        if dampening is None:
+            return factors
+        if factors is None:
+            return dampening
+        part = local_part(factors, dampening)
+        return torch.maximum(part * local(dampening), part.clamp(max=self.config.crystal_min))
 
     @torch.no_grad()
     def fuzzy_learning_rates(self) -> int:
@@ -187,7 +217,9 @@ class BioModule(BioState):
         self._require("fuzzy_learning_rates")
         gradient, held, draw = self._gradient(), self.kept_factors, self.rate_draw
         part = local(gradient)
-        if draw is not None and part is gradient:
+        if self.memory.dampening is not None:
+            part.mul_(local_part(cast(Tensor, self.acting_factors), gradient).to(part.dtype))
+        elif draw is not None and part is gradient:
             draw.multiply(part, out=part)
         else:
             factors = self._factors() if held is None else held
@@ -203,15 +235,14 @@ class BioModule(BioState):
         """
         self._require("update_fuzzy_learning_rates")
         config = self.config
-        self.steps = torch.zeros((), dtype=torch.int64) if self.steps is None else self.steps
-        self.steps += 1
+        self.memory.steps += 1
         bounds: dict[str, float] = {
             "nu": config.fuzzy_learning_rate_factor_nu,
             "low": config.fuzzy_lr_min,
             "high": config.fuzzy_lr_max,
         }
         if config.fuzzy_lr_distribution is Distribution.TEMPORAL:
-            if int(self.steps) % config.fuzzy_lr_update_freq:
+            if self.steps % config.fuzzy_lr_update_freq:
                 return 0
             before = self._factors() if self.diversity is None else self.diversity
             changed, correlation = local(before).clone(), config.fuzzy_lr_decay
@@ -225,7 +256,7 @@ class BioModule(BioState):
                 **bounds,
             )
         elif self.noise is not None:
-            generator = generator_for(config.seed, self.path, int(self.steps), purpose="follow")
+            generator = generator_for(config.seed, self.path, self.steps, purpose="follow")
             smallness = self._smallness()
             if isinstance(smallness, Tensor):
                 smallness = local_part(smallness, self.noise)
@@ -317,32 +348,42 @@ class BioModule(BioState):
     def crystallize(self) -> int:
         """Dampen the factors of settled and of shaken synapses; call it between backward and scaling."""
         self._require("crystallize")
-        factors, weight = self._factors(), self.weight.detach()
-        if self.is_dynamic and self.diversity is None:
-            self.diversity = factors.clone()
-        if factors.shape != weight.shape:
-            factors = self.fuzzy_learning_rate_parameters = factors.expand_as(weight).contiguous()
+        factors, weight = self.fuzzy_learning_rate_parameters, self.weight.detach()
         gradient, strength, mean = local(self._gradient()), local(weight), None
-        if self.scaled_in_graph:
-            gradient = _divided(gradient, local(factors))
+        if self.scaled_in_graph and factors is not None:
+            gradient = _divided(gradient, local_part(factors, weight))
+        rates, floor = self._rates_to_dampen(factors), self.config.crystal_min
         if is_sharded(weight):
             mean = float(sum_over_ranks(strength.norm(1), weight)) / max(1, weight.numel())
         caught = crystallize(
             strength,
             gradient,
-            local(factors),
+            local(rates),
             threshold=self.config.crystal_thresh,
             dampening=self.config.dampening_factor,
-            floor=self.config.crystal_min,
+            floor=floor if factors is None or rates is factors else floor / local_part(factors, weight),
             mean=mean,
         )
         return int(sum_over_ranks(torch.tensor(caught, device=strength.device), weight))
 
+    def _rates_to_dampen(self, factors: Tensor | None) -> Tensor:
+        """Return what crystallization writes to: the factors, where each synapse has one to itself."""
+        if factors is not None and self._dampens_factors:
+            return factors
+        dampening = self.memory.dampening
+        return self._start_dampening() if dampening is None else dampening
+
+    @property
+    def _dampens_factors(self) -> bool:
+        held = self._buffers[FACTORS]
+        own = held is not None and held.shape == self.weight.shape
+        return own and self.memory.dampening is None and (not self.is_dynamic or self.diversity is not None)
+
     @property
     def crystallizes_in_parts(self) -> bool:
         """Whether each rank can dampen the factors of its part without the parts of the others."""
-        held = self.kept_factors
-        return held is not None and is_sharded(held) and held.shape == self.weight.shape
+        held = self.kept_factors if self._dampens_factors else self.memory.dampening
+        return held is not None and is_sharded(held)
 
     # rules on weights
 
@@ -381,13 +422,13 @@ class BioModule(BioState):
     def synaptic_scaling(self) -> int:
         """Move each unit's total input strength back towards what it was at the first call."""
         self._require("synaptic_scaling")
-        if self.target_strength is None:
-            self.target_strength = input_strength(
-                self.weight, output_axis=self.output_axis, groups=self.groups
-            )
+        target = self.memory.target_strength
+        if target is None:
+            target = input_strength(self.weight, output_axis=self.output_axis, groups=self.groups)
+            self.memory.target_strength = target
         synaptic_scaling(
             self.weight.data,
-            self.target_strength,
+            target,
             rate=self.config.synaptic_scaling_rate,
             output_axis=self.output_axis,
             groups=self.groups,

@@ -26,11 +26,12 @@ from biofx.plasticity.rate_forms import (
     factors_held,
     held_as,
 )
+from biofx.plasticity.rule_memory import RuleMemory
+from biofx.plasticity.saved_state import EXTRA, SIGNS, with_current_keys, without_averages
 
-_CONFIGURED = (*RATE_BUFFERS, "sign", "local_sign", "noise", "activity")
+_BUFFERS = (*RATE_BUFFERS, *SIGNS, "noise", "activity", "diversity")
 _DERIVED = ("unit_index", "constrained_rows")
 _OF_THE_GRAPH = (*_DERIVED, DRAW)
-_REMEMBERED = ("diversity", "target_strength", "steps", "events")
 PER_SYNAPSE = (FACTORS, CODES, "noise", "diversity")
 """The buffers that have an entry for each synapse, or for each that shares a factor."""
 _DEFAULT = BioConfig()
@@ -42,7 +43,9 @@ def rule_config(config: BioConfig) -> BioConfig:
 
 
 class BioState(nn.Module):
-    """What is kept for one weight, as buffers, each there only once it is needed; none of them is trained.
+    """What is kept for one weight, as buffers that none trains, and what its rules remember.
+
+    Which buffers there are, model and config decide, and no rule. Each can be averaged as parameters are.
 
     ``fuzzy_learning_rate_parameters``
         One learning-rate factor per synapse, dimensionless; shaped like the weight, or of size 1 along the
@@ -56,22 +59,23 @@ class BioState(nn.Module):
         ``"seed"``.
     ``sign``
         +1 for each excitatory and -1 for each inhibitory unit of the layer, that is, of its outputs; 0 where
-        unconstrained; int8, shape ``(units,)``. All layers that read the units read their signs from here.
+        unconstrained; float32, shape ``(units,)``. What is near them, as rounding leaves it, acts as they do.
+        All layers that read the units read their signs from here.
     ``local_sign``
         The same for units that the layer reads and no layer makes; or, for comparison only, signs of rows.
     ``unit_index``, ``constrained_rows``
-        Not saved, the graph tells them: which of the signs that the layer reads belongs to each of its input
+        No buffers, the graph tells them: which of the signs that the layer reads belongs to each of its input
         channels, int64; and 1 for the outputs whose weights are constrained, 0 for those exempt, int8.
     ``noise``
         The random part u of factors that follow weights or activity, shaped like the factors.
     ``activity``
         Running mean of |output| of each of the layer's units, shape ``(units,)``; negative before the first.
     ``diversity``
-        Dynamic factors as they would be had crystallization never dampened one; shaped like ``noise``.
-    ``target_strength``
-        Total input strength of each unit that synaptic scaling keeps up, shape ``(units,)``.
-    ``steps``, ``events``
-        Calls of :meth:`update_fuzzy_learning_rates`, and random events so far; int64 counts.
+        Dynamic factors as they would be had crystallization never dampened one; shaped like the weight, and
+        there only where each synapse has such a factor.
+    ``memory``
+        No buffer: a :class:`~biofx.plasticity.rule_memory.RuleMemory`. What it holds for each unit is in the
+        state dict too, as ``_extra_state``, for a state that was made with the model.
 
     A checkpoint of the original model has none of these keys; loading it leaves the state as it is.
 
@@ -85,7 +89,8 @@ class BioState(nn.Module):
 
     __jit_unused_properties__: ClassVar[list[str]] = [
         *("weight", "parameter", "is_linked", "is_constrained", "output_axis", "groups"),
-        *("is_coded", "is_drawn", "rate_draw", "has_factors", "kept_factors"),
+        *("is_coded", "is_drawn", "rate_draw", "has_factors", "has_rates", "kept_factors"),
+        *("steps", "events", "target_strength", "units"),
     ]
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
@@ -100,9 +105,6 @@ class BioState(nn.Module):
         noise: Tensor | None
         activity: Tensor | None
         diversity: Tensor | None
-        target_strength: Tensor | None
-        steps: Tensor | None
-        events: Tensor | None
         sign_layout: dict[str, int]
 
     def __init__(
@@ -110,8 +112,10 @@ class BioState(nn.Module):
     ) -> None:
         super().__init__()
         # what register_buffer would do for each, in a tenth of the time: there is a state for every weight
-        self._buffers.update(dict.fromkeys((*_CONFIGURED, *_REMEMBERED, *_DERIVED)))
-        self._non_persistent_buffers_set.update(_DERIVED)
+        self._buffers.update(dict.fromkeys(_BUFFERS))
+        self.__dict__.update(dict.fromkeys(_DERIVED))
+        self.memory = RuleMemory()
+        self.saves_memory = parent is not None
         self.config = _DEFAULT if config is None else rule_config(config)
         self.path = "weight"
         self.depth = 0.0
@@ -172,6 +176,29 @@ class BioState(nn.Module):
         """Groups of a convolution, a count; 1 for other layers."""
         return int(getattr(self.get_parent(), "groups", 1))
 
+    @property
+    def units(self) -> int:
+        """Postsynaptic units of the weight, a count; 0 where it has none, or is computed."""
+        weight = self.parameter if self.is_linked else None
+        if weight is None or isinstance(weight, nn.UninitializedParameter) or weight.dim() < 2:
+            return 0
+        return weight.shape[0] if self.output_axis == 0 else weight.shape[1] * self.groups
+
+    @property
+    def steps(self) -> int:
+        """Calls of :meth:`update_fuzzy_learning_rates` so far, a count."""
+        return self.memory.steps
+
+    @property
+    def events(self) -> int:
+        """Random events so far, a count."""
+        return self.memory.events
+
+    @property
+    def target_strength(self) -> Tensor | None:
+        """Total input strength of each unit that synaptic scaling keeps up, None before it first did."""
+        return self.memory.target_strength
+
     def reads_signs_of(self, sources: Sequence[tuple[BioState, str]], layout: dict[str, int]) -> None:
         """Constrain the weight to the signs of its presynaptic units.
 
@@ -189,7 +216,7 @@ class BioState(nn.Module):
         return "_sign_sources" in self.__dict__
 
     def presynaptic_signs(self) -> Tensor:
-        """Return the sign of each presynaptic unit, int8, one per input channel.
+        """Return the sign of each presynaptic unit, -1, 0 or 1, one per input channel.
 
         Raises:
             PlasticityError: the weight is not constrained.
@@ -198,7 +225,7 @@ class BioState(nn.Module):
             raise PlasticityError(f"the presynaptic units of {self.path!r} have no signs")
         sources = cast("tuple[tuple[BioState, str], ...]", self.__dict__["_sign_sources"])
         signs = [state.get_buffer(name) for state, name in sources]
-        joined = signs[0] if len(signs) == 1 else torch.cat(signs)
+        joined = (signs[0] if len(signs) == 1 else torch.cat(signs)).sign()
         return joined if self.unit_index is None else joined.index_select(0, self.unit_index)
 
     def signs(self) -> Any:
@@ -231,6 +258,11 @@ class BioState(nn.Module):
         return self.is_drawn or self.kept_factors is not None
 
     @property
+    def has_rates(self) -> bool:
+        """Whether something multiplies its learning rate: factors, or what crystallization made of 1."""
+        return self.has_factors or self.memory.dampening is not None
+
+    @property
     def kept_factors(self) -> Tensor | None:
         """The buffer that holds the factors or their codes, None without any."""
         return self._buffers[CODES if self.is_coded else FACTORS]
@@ -258,10 +290,12 @@ class BioState(nn.Module):
             self._buffers.update(none if value is None else held_as("uint8", value, 0.0, math.inf))
         else:
             super().__setattr__(name, value)
+            if name == FACTORS and self._buffers.get("diversity") is not None:
+                self._buffers["diversity"] = None if value is None else value.clone()
 
     def forget_factors(self) -> None:
         """Have no factors, in no form, until they are drawn."""
-        self._buffers.update(dict.fromkeys(RATE_BUFFERS))
+        self._buffers.update(dict.fromkeys((*RATE_BUFFERS, "diversity")))
 
     def store_factors(self, factors: Tensor, dtype: str) -> None:
         """Keep factors as ``dtype`` says, instead of any others.
@@ -293,26 +327,43 @@ class BioState(nn.Module):
 
     def _generator(self, purpose: str) -> torch.Generator:
         """Return the generator of the next random event; equal on every rank and after a resume."""
-        self.events = torch.zeros((), dtype=torch.int64) if self.events is None else self.events
-        event = int(self.events)
-        self.events += 1
+        event = self.memory.events
+        self.memory.events += 1
         return generator_for(self.config.seed, self.path, event, purpose=purpose)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BioState:
         """Move and convert as any module does; what the graph tells keeps its values on every way."""
         kept: dict[str, Tensor] = self.__dict__.setdefault("_kept", {})
-        for name in _OF_THE_GRAPH:
-            held = self._buffers[name]
-            if held is not None and not held.is_meta:
-                kept[name] = held
+        tables = [(self._buffers, (DRAW,)), (self.__dict__, _DERIVED)]
+        for table, names in tables:
+            kept.update({name: table[name] for name in names if _has_values(table[name])})
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in list(kept):
-            moved = self._buffers[name]
-            if moved is not None and not moved.is_meta:
-                self._buffers[name] = kept.pop(name).to(moved.device)
+        self.__dict__.update(
+            {name: fn(self.__dict__[name]) for name in _DERIVED if self.__dict__[name] is not None}
+        )
+        self.memory.apply(fn)
+        for table, names in tables:
+            for name in names:
+                if name in kept and _has_values(table[name]):
+                    table[name] = kept.pop(name).to(table[name].device)
         if not kept:
             del self.__dict__["_kept"]
         return self
+
+    # saving and loading
+
+    def get_extra_state(self) -> Tensor:
+        """Return counts, and what rules remember of each unit, as one tensor that always has one size."""
+        return self.memory.to_tensor(self.units)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take that over, unless it has been averaged: then this state goes on as its own counts say."""
+        self.memory.take(state, self.units, self.parameter if self.is_linked else None)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.saves_memory:
+            destination.pop(prefix + EXTRA, None)
 
     def _load_from_state_dict(
         self,
@@ -326,26 +377,19 @@ class BioState(nn.Module):
     ) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
             return
-        for name in _REMEMBERED:
-            saved = state_dict.get(prefix + name)
-            self._buffers[name] = (
-                None if saved is None else torch.empty_like(saved, device=self.weight.device)
-            )
         try:
-            state_dict = self.with_rates_as_kept(state_dict, prefix)
+            current = without_averages(self, with_current_keys(self, state_dict, prefix), prefix)
+            current = self.with_rates_as_kept(current, prefix)
         except PlasticityError as error:
             error_msgs.append(f"{self.path!r}: {error}")
             return
-        name = CODES if self.is_coded else FACTORS
-        saved, held = state_dict.get(prefix + name), self._buffers[name]
-        if saved is not None and held is not None and saved.shape != held.shape:
-            # crystallization gives each synapse a factor of its own, where one was shared
-            layouts = (self.weight.shape, held.shape if self.noise is None else self.noise.shape)
-            if saved.shape in layouts or held.shape == self.weight.shape:
-                self._buffers[name] = held.new_empty(saved.shape)
+        if not self.saves_memory:
+            self.set_extra_state(current.pop(prefix + EXTRA, None))
+        missing: list[str] = []
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            current, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
+        missing_keys += [key for key in missing if key != prefix + EXTRA]
 
     def with_rates_as_kept(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         """Return a saved state with this layer's factors in the form in which it keeps them.
@@ -369,3 +413,7 @@ class BioState(nn.Module):
             high=config.fuzzy_lr_max,
         )
         return kept | {prefix + name: tensor for name, tensor in held.items() if tensor is not None}
+
+
+def _has_values(tensor: Tensor | None) -> bool:
+    return tensor is not None and not tensor.is_meta

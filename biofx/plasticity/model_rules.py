@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.placement import state_of
+from biofx.plasticity.placement import kept_state, state_of
 from biofx.sites import find_sites
 
 
@@ -38,6 +38,8 @@ def expanded_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def prepare_states(model: nn.Module) -> dict[str, BioModule]:
     """Return the state of every weight, made where a layer has none yet.
 
+    The model's state dict stays as it is: what is made now keeps its memory out of it.
+
     Raises:
         PlasticityError: the model is no graph module, or has no weight that rules could act on.
     """
@@ -47,7 +49,9 @@ def prepare_states(model: nn.Module) -> dict[str, BioModule]:
             "use biofx.transform or biofx.BioConverter first"
         )
     for weight in find_sites(model).weights():
-        state_of(model, weight)
+        before = kept_state(model, weight.path)
+        saves_memory = before is not None and before.saves_memory
+        state_of(model, weight).saves_memory = saves_memory
     return bio_modules(model)
 
 

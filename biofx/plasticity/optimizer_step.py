@@ -145,7 +145,8 @@ class OptimizerStep:
         if state.is_dynamic and (not scheduled or self._is_due("update_fuzzy_learning_rates")):
             names.append("update_fuzzy_learning_rates")
         able = [name for name in names if state.why_not(name) is None]
-        needed = state.scaled_in_graph and (able or bound.way is Way.UPDATE)
+        dampened = state.memory.dampening is not None
+        needed = state.scaled_in_graph and (able or bound.way is Way.UPDATE or dampened)
         factors = state.fuzzy_learning_rate_parameters if needed else None
         used = factors.clone() if factors is not None and able else factors
         if "update_fuzzy_learning_rates" in able:
@@ -164,7 +165,7 @@ class OptimizerStep:
     def _multiplier(self, bound: Bound, layer: LayerStep, *, done_in_graph: bool) -> Tensor | None:
         """Return what gradient or update is to be multiplied by, None for nothing."""
         state = bound.state
-        factors = None if done_in_graph else state.fuzzy_learning_rate_parameters
+        factors = None if done_in_graph else state.acting_factors
         if not self._is_due("volume_dependent_lr"):
             return factors
         volume = state.volume_factors()

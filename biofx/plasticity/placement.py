@@ -77,6 +77,7 @@ def bio_module_at(model: nn.Module, parameter_path: str) -> BioModule:
             f"found a {type(module).__name__}: tracing a transformed model anew keeps its buffers and "
             "forgets its rules; run rules on the model that biofx.transform returned"
         )
+    module.saves_memory = True
     module.path = parameter_path
     module.link(model.get_submodule(parameter_path.rpartition(".")[0]))
     return module

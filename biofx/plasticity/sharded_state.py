@@ -32,6 +32,9 @@ def shard_state(state: BioState) -> None:
         held = state._buffers[name]
         if held is not None and not is_sharded(held):
             state._buffers[name] = spread_like(held, weight)
+    dampening = state.memory.dampening
+    if dampening is not None and not is_sharded(dampening):
+        state.memory.dampening = spread_like(dampening, weight)
     held = state.kept_factors
     if held is None or not is_sharded(held):
         return
@@ -66,6 +69,9 @@ def whole(state: BioState, optimizer: Optimizer | None = None, *, factors: bool 
         optimizer.state[full] = whole_moments
     buffers = {key: held for key in PER_SYNAPSE if factors and is_sharded(held := state._buffers[key])}
     state._buffers.update({key: gathered(held) for key, held in buffers.items() if held is not None})
+    dampening = state.memory.dampening
+    if factors and dampening is not None:
+        state.memory.dampening = gathered(dampening)
     owner._parameters[name] = full
     try:
         yield

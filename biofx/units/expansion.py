@@ -40,7 +40,7 @@ def expand(
             _split_columns(lowering, reading)
     for source in circuit.sources:
         _double_rows(lowering, makers[source.name][0])
-        sign = torch.tensor([1, -1], dtype=torch.int8).repeat(source.count)
+        sign = torch.tensor([1.0, -1.0], dtype=torch.float32).repeat(source.count)
         state = bio_module_at(graph_module, source.name)
         state.sign = sign.to(state.weight.device)
         state.is_expanded = True

@@ -135,22 +135,32 @@ class SignStore:
         """Return the signs that the state of a weight keeps already, None if it keeps none."""
         state = kept_state(self._graph_module, path)
         kept: Tensor | None = None if state is None else getattr(state, "sign" if of_layer else "local_sign")
-        return kept
+        return None if of_layer and _is_free(kept) else kept
+
+    def leave_free(self, reading: Reading) -> None:
+        """Have room for the signs of the units that a weight reads, 0 where nothing has asked for them."""
+        for source in self._groups.home(reading.units).sources:
+            state = bio_module_at(self._graph_module, source.name) if source.kind == "layer" else None
+            if state is not None and state.sign is None:
+                units = len(self._groups.made_by(source.name))
+                device = "cpu" if state.parameter is None else state.parameter.device
+                state.sign = torch.zeros(units, device=device)
 
     def _signs(self, path: str, buffer: str) -> Tensor:
         """Return what a state keeps."""
         state = bio_module_at(self._graph_module, path)
         kept: Tensor | None = getattr(state, buffer)
-        if kept is None:
+        if kept is None or (buffer == "sign" and _is_free(kept)):
             kept = self._layer_signs(path) if buffer == "sign" else self._local_signs(path)
-            kept = kept.to(state.weight.device if state.parameter is not None else "cpu")
+            # not whole numbers: averages of models are taken in place, and would be cut to 0
+            kept = kept.to(state.weight.device if state.parameter is not None else "cpu", torch.float32)
             setattr(state, buffer, kept)
         return kept
 
     def _check_kept(self, path: str, kept: Tensor) -> None:
         """Refuse signs that a user gives for units that have others."""
         given = self._options_of(path).signs
-        if given is not None and kept.tolist() != list(given):
+        if given is not None and kept.sign().tolist() != list(given):
             raise OptionError(
                 f"signs: those given for {path!r} are not the ones that its {len(kept)} units have already, "
                 "from expand-units or an earlier transform, and other weights hold to those; leave them out"
@@ -203,6 +213,11 @@ class SignStore:
         return taken
 
 
+def _is_free(kept: Tensor | None) -> bool:
+    """Whether units have no signs so far, and only room for them."""
+    return kept is None or not (kept.is_meta or bool(kept.any()))
+
+
 def _take(taken: Tensor, path: str, signs: tuple[int, ...], home: Tensor) -> None:
     """Enter the signs that a user gives for a layer's units."""
     if len(signs) != len(home):
@@ -226,7 +241,7 @@ def keep_row_signs(site: WeightSite, state: BioModule, fraction: float, seed: in
         if site.kind.is_product:
             laid_out = (1, shape[1])
         drawn = _draw(int(torch.Size(laid_out).numel()), fraction, seed, site.parameter_path)
-        state.local_sign = drawn.reshape(laid_out).to(site.parameter.device)
+        state.local_sign = drawn.reshape(laid_out).to(site.parameter.device, torch.float32)
     return KeptSigns([(site.parameter_path, "local_sign")], None)
 
 

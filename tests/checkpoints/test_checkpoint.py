@@ -544,7 +544,7 @@ def test_what_the_graph_tells_of_units_survives_a_way_without_values() -> None:
     bio_model, _ = biofx.transform(Net(), EVERYTHING)
     state, x = copy.deepcopy(bio_model.state_dict()), next(batches())
     expected = bio_model.eval()(x)
-    index = bio_model.get_buffer("mix.bio_mod.unit_index").clone()
+    index = bio_model.get_submodule("mix.bio_mod").unit_index.clone()
     ways: list[Callable[[Any], Any]] = [
         lambda model: model.to("meta").to_empty(device="cpu"),
         lambda model: model.to_empty(device="cpu"),
@@ -554,5 +554,5 @@ def test_what_the_graph_tells_of_units_survives_a_way_without_values() -> None:
     for way in ways:
         back = way(copy.deepcopy(bio_model))
         back.load_state_dict(state)
-        assert torch.equal(back.get_buffer("mix.bio_mod.unit_index"), index)
+        assert torch.equal(back.get_submodule("mix.bio_mod").unit_index, index)
         torch.testing.assert_close(back(x), expected, rtol=0, atol=0)

@@ -95,7 +95,7 @@ def test_factors_that_belong_to_no_weight_are_refused(mlp: nn.Module) -> None:
         ops.scale_gradient(torch.zeros(6, 4), factors.clone())
 
 
-def test_a_rule_called_by_hand_and_a_new_layout_of_factors(mlp: nn.Module) -> None:
+def test_shared_factors_that_a_rule_dampens_for_each_synapse(mlp: nn.Module) -> None:
     config = biofx.BioConfig(fuzzy_lr_granularity="neuron", crystal_thresh=1e9, dampening_factor=0.5)
     bio_model: Any = biofx.transform(mlp, config)[0]
     fully_shard(bio_model)
@@ -108,9 +108,10 @@ def test_a_rule_called_by_hand_and_a_new_layout_of_factors(mlp: nn.Module) -> No
         optimizer.zero_grad()
         loss_of(bio_model).backward()
         optimizer.step()
-    after = state.fuzzy_learning_rate_parameters.full_tensor()
-    assert after.shape == (6, 4)
-    assert (after < before).any()
+    assert torch.equal(state.fuzzy_learning_rate_parameters.full_tensor(), before)
+    dampening = state.memory.dampening.full_tensor()
+    assert dampening.shape == (6, 4)
+    assert (dampening < 1).any()
     plasticity.detach()
     # what was not noticed by any rule acts in the graph, at once
     optimizer.zero_grad()

@@ -140,7 +140,7 @@ def test_model_with_scaling_in_its_graph_is_judged_by_its_unscaled_gradient() ->
         assert not torch.equal(caught, misled)
 
 
-def test_shared_factors_become_the_synapses_own() -> None:
+def test_shared_factors_are_dampened_for_each_synapse_and_stay_shared() -> None:
     bio = biofx.BioConverter(fuzzy_lr_granularity="neuron", crystal_thresh=0.1)(mlp())
     weight = bio.get_parameter("0.weight")
     state = bio.get_submodule("0").bio_mod
@@ -150,7 +150,8 @@ def test_shared_factors_become_the_synapses_own() -> None:
     assert bio.get_submodule("0").bio_mod.crystallize() == 1
     expected = shared.expand(30, 6).clone()
     expected[2, 3] *= 0.6
-    torch.testing.assert_close(state.fuzzy_learning_rate_parameters, expected)
+    torch.testing.assert_close(state.acting_factors, expected)
+    assert torch.equal(state.fuzzy_learning_rate_parameters, shared)
 
 
 def test_needs_a_gradient_and_factors() -> None:

@@ -19,7 +19,7 @@ COUNT = 30_000  # below what torch splits between threads, whose waiting would c
 
 
 def factors_of(model: nn.Module, layer: str) -> Tensor:
-    factors: Tensor = model.get_submodule(layer).bio_mod.fuzzy_learning_rate_parameters  # type: ignore[assignment, union-attr]
+    factors: Tensor = model.get_submodule(layer).bio_mod.acting_factors  # type: ignore[assignment, union-attr]
     return factors
 
 

@@ -70,7 +70,7 @@ def test_all_layers_are_checked_before_one_is_changed() -> None:
     with pytest.raises(NonFiniteWeightError, match=r"^2\.weight: expected finite weights .* found 1 that"):
         bio.rejuvenate_weights()
     assert torch.equal(bio.get_parameter("0.weight"), before)
-    assert bio.get_submodule("0").bio_mod.events is None
+    assert bio.get_submodule("0").bio_mod.events == 0
     # a layer that the rule leaves alone anyway may hold what it likes
     bio.get_parameter("2.weight").requires_grad_(False)
     assert bio.rejuvenate_weights() == {"0.weight": 24, "2.weight": "its weight is frozen"}

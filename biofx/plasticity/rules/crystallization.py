@@ -23,7 +23,7 @@ def crystallize(
     *,
     threshold: float,
     dampening: float,
-    floor: float,
+    floor: float | Tensor,
     mean: float | None = None,
 ) -> int:
     """Multiply the factors of caught synapses by ``dampening``, in place.
@@ -36,7 +36,8 @@ def crystallize(
         factors: learning-rate factors, same shape, dimensionless.
         threshold: > 0, in units of gradient per weight.
         dampening: dimensionless, in (0, 1].
-        floor: lowest factor, dimensionless; factors that start below it stay as they are.
+        floor: lowest factor, dimensionless, one for all or any shape that broadcasts to the factors; factors
+            that start below it stay as they are.
         mean: mean|w| of the layer, where the weight is a part of it only; None to take the weight's.
 
     Returns:
@@ -45,16 +46,18 @@ def crystallize(
     w, g = weight.detach().reshape(-1), gradient.detach().reshape(-1)
     # a view wherever the memory allows one; under channels_last it does not, and the copy is written back
     flat = factors.reshape(-1)
+    floors = floor.expand_as(weight).reshape(-1) if isinstance(floor, Tensor) else None
     if mean is None:
         mean = mean_over(w.numel(), lambda block: w[block].abs().sum(dtype=torch.float32))
 
     def dampen(block: slice, _: Generator) -> Tensor:
         strength, part = g[block].abs(), flat[block]
+        lowest = floor if floors is None else floors[block].to(part)
         # comparisons that make masks cost several times what arithmetic on floats does
         settled = w[block].abs().mul_(threshold).sub_(strength)
         caught = torch.minimum(settled, strength, out=settled)
         caught = torch.maximum(caught, strength.sub_(mean), out=caught).sign_().clamp_(min=0)
-        part.lerp_(torch.maximum(part * dampening, part.clamp(max=floor)), caught.to(part.dtype))
+        part.lerp_(torch.maximum(part * dampening, part.clamp(max=lowest)), caught.to(part.dtype))
         return caught.sum(dtype=torch.float32)
 
     counts = for_each_block(w.numel(), dampen)
