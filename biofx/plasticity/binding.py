@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -15,8 +15,9 @@ from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.exponentiated import refuse_decay
 from biofx.plasticity.optimizer_options import decoupled_decay, signature
-from biofx.plasticity.scale_survival import Way, find_way
+from biofx.plasticity.scale_survival import find_way
 from biofx.plasticity.trial_optimizer import kinds_of
+from biofx.plasticity.update_scaling import Way
 
 _HOLDERS: Any = WeakIdKeyDictionary()  # of each weight that is attached, a weak reference to its binding
 
@@ -59,9 +60,9 @@ class Binding:
                 optimizer's options are such that factors cannot act. Nothing has been changed.
         """
         held = self._held(optimizer)
-        of_group: dict[int, list[Tensor]] = {}
-        for weight, group in held.values():
-            of_group.setdefault(id(group), []).append(weight)
+        of_group: dict[int, list[BioModule]] = {}
+        for path, (_, group) in held.items():
+            of_group.setdefault(id(group), []).append(self.states[path])
         ways: dict[int, Way] = {}
         decays: dict[int, float] = {}
         bound: dict[str, Bound] = {}
@@ -130,12 +131,13 @@ class Binding:
             held[path] = weight, group
         return held
 
-    def _way(self, optimizer: Optimizer, group: Mapping[str, Any], weights: list[Tensor]) -> Way:
-        kinds = kinds_of(weights)
-        key = (signature(group, self._counters), kinds)
+    def _way(self, optimizer: Optimizer, group: Mapping[str, Any], states: list[BioModule]) -> Way:
+        in_graph = any(state.scaled_in_graph for state in states)
+        what = kinds_of(state.weight for state in states), in_graph
+        key = signature(group, self._counters), what
         if key not in self._ways:
-            found = find_way(optimizer, group, kinds, self._counters)
+            found = find_way(optimizer, group, what[0], self._counters, scaled_in_graph=in_graph)
             self._counters |= found.counters
-            self._ways[signature(group, self._counters), kinds] = found.way
-            return found.way
+            key = signature(group, self._counters), what
+            self._ways[key] = found.way
         return self._ways[key]

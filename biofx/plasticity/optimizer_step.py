@@ -15,11 +15,10 @@ from biofx.plasticity.binding import Bound
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.exponentiated import exponentiate
 from biofx.plasticity.ranks import average_activity
-from biofx.plasticity.scale_survival import Way
 from biofx.plasticity.schedule import LayerStep, Rule
 from biofx.plasticity.sharded_state import whole
 from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part
-from biofx.plasticity.update_scaling import BeforeStep, remember, rescale
+from biofx.plasticity.update_scaling import BeforeStep, Way, remember, rescale
 
 _BEFORE_STEP = ("crystallize", "update_fuzzy_learning_rates")
 _BUILT_IN = ("fuzzy_learning_rates", "volume_dependent_lr", *_BEFORE_STEP)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ from biofx.plasticity.shards import local, local_part
 
 _MEAN, _MEAN_WEIGHT = "ax", "mu"
 _SEQUENCE, _WEIGHT_SUM = "z", "weight_sum"
+
+
+class Way(Enum):
+    """What factors multiply."""
+
+    GRADIENT = "gradient"
+    UPDATE = "update"
 
 
 @dataclass

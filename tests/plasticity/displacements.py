@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,58 +12,67 @@ from torch import Tensor, nn
 import biofx
 
 RATES = (0.1, 0.25, 0.5, 1.0, 2.0)
-STEPS = 25
+STEPS = 12
 
-Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "matrix": lambda: nn.Linear(6, 10, bias=False),
-    "convolution": lambda: nn.Conv2d(4, 10, 3, bias=False),
-}
+Make = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
 
 
-def wrong_shares(make: Make, layer: str) -> dict[float, float]:
-    """Return for each rate how far its rows moved, relative to a plain layer's times the rate: 1 is right.
+class Layers(nn.Module):
+    """A matrix and a convolution, or a matrix alone."""
 
-    The gradients are random, and the same for both; they do not depend on the weights. A rate of 0 is wrong by
-    infinity if a bit has moved.
+    def __init__(self, *, convolution: bool) -> None:
+        super().__init__()
+        self.matrix = nn.Linear(6, 10, bias=False)
+        self.convolution = nn.Conv2d(4, 10, 3, bias=False) if convolution else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        summed = self.matrix(x[:, 0, 0]).sum()
+        return summed if self.convolution is None else summed + self.convolution(x).sum()
+
+
+def errors(make: Make, *, convolution: bool = True) -> list[float]:
+    """Return for each weight and rate how far its rows are from where they should be, relative to the way there.
+
+    They should have moved by the rate times as far as those of a plain model, which gets the same random
+    gradients; those depend on no weight.
 
     Raises:
         PlasticityError: attach refuses the optimizer.
     """
     torch.manual_seed(0)
-    plain = LAYERS[layer]()
-    bio, _ = biofx.transform(nn.Sequential(copy.deepcopy(plain)), {"fuzzy_learning_rate_factor_nu": 0.5})
+    plain = Layers(convolution=convolution)
+    bio, _ = biofx.transform(copy.deepcopy(plain), {"fuzzy_learning_rate_factor_nu": 0.5})
     rates = torch.tensor(RATES).repeat_interleave(2)
-    shaped = rates.reshape(-1, *[1] * (plain.weight.dim() - 1)).expand(plain.weight.shape)
-    bio.get_submodule("0").bio_mod.fuzzy_learning_rate_parameters.copy_(shaped)
-    weight = bio.get_parameter("0.weight")
-    moved = (_run(make, plain, plain.weight, attached=False), _run(make, bio, weight, attached=True))
-    wrong = {}
-    for rate in RATES:
-        bare, scaled = (change[rates == rate] for change in moved)
-        if rate == 0:
-            wrong[rate] = float("inf") if scaled.count_nonzero() else 0.0
-        else:
-            wrong[rate] = float((scaled - rate * bare).norm() / (rate * bare).norm())
-    return wrong
+    found = []
+    moved = displacements(bio, make, rates), displacements(plain, make, None)
+    for scaled, bare in zip(*moved, strict=True):
+        for rate in RATES:
+            expected = rate * bare[rates == rate]
+            found.append(float((scaled[rates == rate] - expected).norm() / expected.norm()))
+    return found
 
 
-def _run(make: Make, model: nn.Module, weight: Any, *, attached: bool) -> Tensor:
-    start = weight.detach().clone()
+def displacements(model: nn.Module, make: Make, rates: Tensor | None) -> list[Tensor]:
+    """Return how far some steps move each weight of a model, of a transformed one by the rates of its rows."""
+    torch.manual_seed(2)  # some optimizers draw
+    starts = [weight.detach().clone() for weight in model.parameters()]
     optimizer: Any = make(model.parameters())
-    if attached:
+    factors: list[Any] = [None for _ in starts]
+    if rates is not None:
+        states = [module for module in model.modules() if isinstance(module, biofx.BioModule)]
+        factors = [state.fuzzy_learning_rate_parameters for state in states]
+        for factor in factors:
+            factor.copy_(rates.reshape(-1, *[1] * (factor.dim() - 1)).expand(factor.shape))
         biofx.attach(model, optimizer)
-    if any(group.get("train_mode") is False for group in optimizer.param_groups):
+    switches = any("train_mode" in group for group in optimizer.param_groups)
+    if switches:
         optimizer.train()
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
-        optimizer.zero_grad()
-        # any loss with this gradient with regard to the layer's effective weight
-        gradient = torch.randn(weight.shape, generator=generator) + 0.5
-        used: Any = model.get_submodule("0").bio_mod if attached else None
-        weight.grad = gradient if used is None else gradient * used.fuzzy_learning_rate_parameters
+        for weight, factor in zip(model.parameters(), factors, strict=True):
+            gradient = torch.randn(weight.shape, generator=generator) + 0.5
+            weight.grad = gradient if factor is None else gradient * factor  # as the graph does it
         optimizer.step()
-    if any(group.get("train_mode") for group in optimizer.param_groups):
+    if switches:
         optimizer.eval()
-    return weight.detach() - start  # type: ignore[no-any-return]
+    return [weight.detach() - start for weight, start in zip(model.parameters(), starts, strict=True)]
