@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from biofx import PlasticityError
 from tests.plasticity.displacements import Layers, errors
@@ -37,10 +38,11 @@ REFUSED = {
     "soap": "makes much of rounding",
     "sophiah": "cannot be tried",
     "spam": "cannot be tried",
+    "spectralsphere": "cannot be tried",
     "splus": "in proportion",
     "srmm": "in proportion",
 }
-MATRICES_ONLY = ("spectralsphere",)
+TINY_STEPS = ("lars", "dadaptlion")  # which drown in the rounding of float32
 
 
 def made(name: str) -> Callable[..., Any]:
@@ -66,4 +68,5 @@ def test_weights_move_in_proportion_to_their_rates(name: str) -> None:
         with pytest.raises(PlasticityError, match=REFUSED[name]):
             errors(made(name))
     else:
-        assert max(errors(made(name), convolution=name not in MATRICES_ONLY)) <= 0.02
+        dtype = torch.float64 if name in TINY_STEPS else torch.float32
+        assert max(errors(made(name), dtype=dtype)) <= 0.02

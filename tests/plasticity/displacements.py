@@ -30,7 +30,7 @@ class Layers(nn.Module):
         return summed if self.convolution is None else summed + self.convolution(x).sum()
 
 
-def errors(make: Make, *, convolution: bool = True) -> list[float]:
+def errors(make: Make, *, convolution: bool = True, dtype: torch.dtype = torch.float32) -> list[float]:
     """Return for each weight and rate how far its rows are from where they should be, relative to the way there.
 
     They should have moved by the rate times as far as those of a plain model, which gets the same random
@@ -40,7 +40,7 @@ def errors(make: Make, *, convolution: bool = True) -> list[float]:
         PlasticityError: attach refuses the optimizer.
     """
     torch.manual_seed(0)
-    plain = Layers(convolution=convolution)
+    plain = Layers(convolution=convolution).to(dtype)
     bio, _ = biofx.transform(copy.deepcopy(plain), {"fuzzy_learning_rate_factor_nu": 0.5})
     rates = torch.tensor(RATES).repeat_interleave(2)
     found = []
@@ -70,8 +70,9 @@ def displacements(model: nn.Module, make: Make, rates: Tensor | None) -> list[Te
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
         for weight, factor in zip(model.parameters(), factors, strict=True):
-            gradient = torch.randn(weight.shape, generator=generator) + 0.5
-            weight.grad = gradient if factor is None else gradient * factor  # as the graph does it
+            gradient = (torch.randn(weight.shape, generator=generator) + 0.5).to(weight.dtype)
+            # as the graph scales it
+            weight.grad = gradient if factor is None else gradient * factor.to(weight.dtype)
         optimizer.step()
     if switches:
         optimizer.eval()
