@@ -1,4 +1,4 @@
-"""Optimizers as trainers and other optimizers wrap them: looked through, or refused with what to attach to."""
+"""Optimizers as trainers and other optimizers wrap them: looked through, or refused with a remedy."""
 
 from __future__ import annotations
 

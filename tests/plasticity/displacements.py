@@ -31,7 +31,7 @@ class Layers(nn.Module):
 
 
 def errors(make: Make, *, convolution: bool = True, dtype: torch.dtype = torch.float32) -> list[float]:
-    """Return for each weight and rate how far its rows are from where they should be, relative to the way there.
+    """Return for each weight and rate how far its rows are from where they should be, relative to the way.
 
     They should have moved by the rate times as far as those of a plain model, which gets the same random
     gradients; those depend on no weight.
@@ -53,7 +53,7 @@ def errors(make: Make, *, convolution: bool = True, dtype: torch.dtype = torch.f
 
 
 def displacements(model: nn.Module, make: Make, rates: Tensor | None) -> list[Tensor]:
-    """Return how far some steps move each weight of a model, of a transformed one by the rates of its rows."""
+    """Return how far some steps move each weight, that of a transformed model by the rates of its rows."""
     torch.manual_seed(2)  # some optimizers draw
     starts = [weight.detach().clone() for weight in model.parameters()]
     optimizer: Any = make(model.parameters())

@@ -40,5 +40,5 @@ def test_wrapper_that_trains_copies_is_refused() -> None:
 
 @pytest.mark.parametrize("wrong", [None, 3, torch.optim.AdamW, []])
 def test_what_is_no_optimizer_is_refused(wrong: Any) -> None:
-    with pytest.raises(PlasticityError, match="expected an optimizer of torch.optim's kind, found"):
+    with pytest.raises(PlasticityError, match=r"expected an optimizer of torch\.optim's kind, found"):
         biofx.attach(fresh(), wrong)

@@ -157,14 +157,14 @@ def test_failures_are_ours_and_name_the_optimizer_and_the_remedy() -> None:
         way(Failing, lr=0.1)
 
 
-class Warning_(torch.optim.SGD):
+class Loud(torch.optim.SGD):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         warnings.warn("deprecated", stacklevel=1)
         super().step()
 
 
 def test_warnings_of_an_optimizer_decide_nothing() -> None:
-    assert way(Warning_, lr=0.1) == "gradient"
+    assert way(Loud, lr=0.1) == "gradient"
 
 
 def test_line_search_is_refused() -> None:
