@@ -100,7 +100,13 @@ class Monitor:
         self._effective: dict[str, Effective] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        unwatched = {"_model": None, "_states": {}, "_effective": {}, "_weights_before": {}, "_sinks": []}
+        unwatched: dict[str, Any] = {
+            "_model": None,
+            "_states": {},
+            "_effective": {},
+            "_weights_before": {},
+            "_sinks": [],
+        }
         return {**vars(self), **unwatched}
 
     @classmethod

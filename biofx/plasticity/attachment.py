@@ -53,6 +53,9 @@ class Attachment:
         self._model_ref, self._optimizer_ref = weakref.ref(model), weakref.ref(optimizer)
         self._kept: tuple[Any, ...] = (model, optimizer)
         self._are_watching = True
+        self._hooks: list[Any] = []
+        self._running: FrameType | None = None
+        self._step: OptimizerStep | None = None
         self.is_copy = False
         """Whether it came into being as a copy, with its model and optimizer."""
         bound = self._binding.bind(optimizer)
@@ -143,9 +146,7 @@ class Attachment:
         self._kept = ()
         self._are_watching = False
         self.is_copy = True
-        self._hooks: list[Any] = []
-        self._running: FrameType | None = None
-        self._step: OptimizerStep | None = None
+        self._hooks, self._running, self._step = [], None, None
         if is_attached:
             self._listen(optimizer)
 
@@ -168,8 +169,6 @@ class Attachment:
         return {path: weight.state for path, weight in self._binding.bind(self._optimizer).items()}
 
     def _listen(self, optimizer: Optimizer) -> None:
-        self._running = None
-        self._step = None
         for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             vars(optimizer).setdefault(name, OrderedDict())  # of a copy that is still being made
         self._hooks = [

@@ -77,7 +77,7 @@ def _kind(value: Any) -> Hashable:
         return _magnitude(value)
     if isinstance(value, tuple | list):
         return tuple(_kind(part) for part in value)
-    return Tensor if isinstance(value, Tensor) else type(value)
+    return "tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _magnitude(number: float) -> Hashable:

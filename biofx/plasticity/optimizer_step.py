@@ -118,11 +118,11 @@ class OptimizerStep:
     def _own_gradient(self, bound: Bound) -> Tensor:
         """Give a weight a copy of its gradient, which may be changed until the step is over."""
         weight = bound.weight
-        for known, _, own in self._gradients:
+        for known, _, given in self._gradients:
             if known is weight:
-                return own
+                return given
         gradient: Any = weight.grad
-        own = gradient.detach().clone()
+        own: Tensor = gradient.detach().clone()
         self._gradients.append((weight, gradient, own))
         weight.grad = own
         return own

@@ -79,9 +79,12 @@ class Trial:
             raise
         except Exception:
             self._is_sparse = True  # as the gradients of embeddings can be, which some optimizers insist on
+            run: Run | None = None
             with suppress(Exception):
-                return self._run_visibly()
-            raise
+                run = self._run_visibly()
+            if run is None:
+                raise
+            return run
 
     def _run_visibly(self) -> Run:
         run = None

@@ -72,7 +72,7 @@ def inner_optimizer(optimizer: Any) -> tuple[str, Optimizer] | None:
     """Return the name of the attribute in which an object has another optimizer, and that optimizer."""
     found = getattr(optimizer, "__dict__", {})
     for name in _INSIDE:
-        inner = found.get(name)
+        inner: Any = found.get(name)
         if inner is not optimizer and (isinstance(inner, Optimizer) or hasattr(inner, "param_groups")):
             return name, inner
     return None

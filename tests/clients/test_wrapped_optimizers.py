@@ -51,7 +51,7 @@ def test_lightning() -> None:
     start = task.bio.get_parameter("0.weight").detach().clone()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
-    data = torch.utils.data.DataLoader(next(batches(1)), batch_size=16)
+    data: Any = torch.utils.data.DataLoader(list(next(batches(1))), batch_size=16)  # type: ignore[arg-type]
     trainer.fit(task, data)
     moved = (task.bio.get_parameter("0.weight").detach() - start).abs()
     assert task.plasticity.steps == 1

@@ -26,8 +26,10 @@ class Layers(nn.Module):
         self.convolution = nn.Conv2d(4, 10, 3, bias=False) if convolution else None
 
     def forward(self, x: Tensor) -> Tensor:
-        summed = self.matrix(x[:, 0, 0]).sum()
-        return summed if self.convolution is None else summed + self.convolution(x).sum()
+        summed: Tensor = self.matrix(x[:, 0, 0]).sum()
+        if self.convolution is not None:
+            summed = summed + self.convolution(x).sum()
+        return summed
 
 
 def errors(make: Make, *, convolution: bool = True, dtype: torch.dtype = torch.float32) -> list[float]:

@@ -8,6 +8,7 @@ from torch import nn
 
 import biofx
 from biofx import PlasticityError
+from biofx.plasticity.scale_survival import find_way
 from tests.plasticity.runs import assert_scaled, factors_of, fresh, train
 
 
@@ -50,11 +51,13 @@ def test_groups_that_are_replaced_are_found() -> None:
 def test_options_that_matter_are_tried_anew_and_learning_rates_are_not(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from biofx.plasticity import binding
-
     tried: list[Any] = []
-    find_way = binding.find_way
-    monkeypatch.setattr(binding, "find_way", lambda *a, **o: tried.append(a) or find_way(*a, **o))
+
+    def counted(*args: Any, **options: Any) -> Any:
+        tried.append(args)
+        return find_way(*args, **options)
+
+    monkeypatch.setattr("biofx.plasticity.binding.find_way", counted)
     bio = fresh()
     optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
     plasticity = biofx.attach(bio, optimizer)
@@ -70,7 +73,7 @@ def test_options_that_matter_are_tried_anew_and_learning_rates_are_not(
 
 def test_counters_of_an_optimizer_are_no_options() -> None:
     class Counting(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        def step(self, closure: Any = None) -> Any:
             for group in self.param_groups:
                 group["seen"] = group.get("seen", 0) + 1
             return super().step(closure)

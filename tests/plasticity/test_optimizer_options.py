@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,8 +12,14 @@ from biofx.plasticity.optimizer_options import decoupled_decay, has_decay, signa
 
 def test_schedules_do_not_change_the_signature_and_switches_do() -> None:
     group = {"lr": 0.1, "initial_lr": 0.1, "momentum": 0.85, "nesterov": False, "betas": (0.9, 0.999)}
-    same = [{"lr": 1e-6}, {"initial_lr": 3.0}, {"momentum": 0.95}, {"params": [1]}, {"betas": (0.95, 0.99)}]
-    other = [
+    same: list[dict[str, Any]] = [
+        {"lr": 1e-6},
+        {"initial_lr": 3.0},
+        {"momentum": 0.95},
+        {"params": [1]},
+        {"betas": (0.95, 0.99)},
+    ]
+    other: list[dict[str, Any]] = [
         {"momentum": 0.0},
         {"nesterov": True},
         {"betas": (0.0, 0.999)},

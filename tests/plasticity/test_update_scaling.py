@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import biofx
+from tests.plasticity.runs import factors_of
 
 
 def test_mean_of_averaged_descent_moves_by_the_factors_too() -> None:
@@ -11,7 +12,7 @@ def test_mean_of_averaged_descent_moves_by_the_factors_too() -> None:
     bio, _ = biofx.transform(
         nn.Sequential(nn.Linear(3, 4, bias=False)), {"fuzzy_learning_rate_factor_nu": 0.5}
     )
-    bio.get_submodule("0").bio_mod.fuzzy_learning_rate_parameters.copy_(rates[:, None].expand(4, 3))
+    factors_of(bio).copy_(rates[:, None].expand(4, 3))
     weight = bio.get_parameter("0.weight")
     start = weight.detach().clone()
     optimizer = torch.optim.ASGD(bio.parameters(), lr=0.01, t0=3, lambd=1e-4)
