@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from biofx.config import BioConfig, Distribution
-from biofx.errors import PipelineError, suggest
+from biofx.errors import OptionError, PipelineError, suggest
 from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.pass_base import Pass
@@ -99,6 +99,7 @@ def compile_config(config: BioConfig, names: Iterable[str] | None = None) -> Pip
 
     Raises:
         PipelineError: one of ``names`` is no pass of a config, or is switched off in this one.
+        OptionError: it gives signs and constrains none.
     """
     wanted = None if names is None else list(names)
     known = {cls.name: cls for cls in _OPTIONS}
@@ -109,7 +110,22 @@ def compile_config(config: BioConfig, names: Iterable[str] | None = None) -> Pip
             fields = ", ".join(field for field in _OPTIONS[known[name]] if field != "seed")
             raise PipelineError(f"pass {name!r} is asked for, but this config switches it off; see {fields}")
     chosen = [cls for cls in _OPTIONS if not _is_off(cls, config) and (wanted is None or cls.name in wanted)]
+    if wanted is None and ConstrainSigns not in chosen:
+        _refuse_signs(config)
     return Pipeline(tuple(_configured(cls, config) for cls in chosen))
+
+
+def _refuse_signs(config: BioConfig) -> None:
+    """Refuse signs in a config that constrains none."""
+    given = [("the model", config.dales_signs)] + [
+        (repr(override.selector), dict(override.options).get("dales_signs")) for override in config.overrides
+    ]
+    for where, signs in given:
+        if signs is not None:
+            raise OptionError(
+                f"dales_signs: those given for {where} would not be used, since apply_dales_principle is "
+                "False; set apply_dales_principle=True, or leave the signs out"
+            )
 
 
 def choose_passes(choice: PassChoice | None, config: BioConfig | None) -> Pipeline:

@@ -124,9 +124,9 @@ class BioConverter:
                 _place(captured, config, sites)
                 depths = {weight.path: weight.depth for weight in sites.weights()}
                 matches = matches_of(in_graph, captured)
-                converted = in_graph.on_own(captured).graph_module
+                converted, report = in_graph.on_own(captured)
                 _draw(converted, depths)
-        add_step(converted, type(self).__qualname__, in_graph, config, matches=matches)
+        add_step(converted, type(self).__qualname__, in_graph, config, matches=matches, unmet=report.unmet)
         return converted
 
 

@@ -34,6 +34,7 @@ from biofx.select import (
     show_pattern,
 )
 from biofx.sites import find_sites
+from biofx.unmet import unmet_by
 
 PassT = TypeVar("PassT", bound="Pass")
 
@@ -65,6 +66,8 @@ class Pass(ABC):
     """What the pass is called in a pipeline's text."""
     after: ClassVar[tuple[str, ...]] = ()
     """Names of the passes that must run earlier, where both are in a pipeline."""
+    mechanism: ClassVar[str] = ""
+    """What the pass brings to a model, so that a model without it is missing something; empty for nothing."""
 
     only: Selector | None = None
     """Rewrite only what this selects (see :mod:`biofx.select`); None is everything."""
@@ -232,7 +235,9 @@ class Pass(ABC):
             raise PassError(
                 f"{self.name} broke its contract: {told} candidates reported rewritten, {done} nodes differ"
             )
-        yield PassReport(self.name, str(self), tuple(remarks), tuple(changes), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        unmet = unmet_by(self.mechanism, remarks, scope.overrides)
+        yield PassReport(self.name, str(self), tuple(remarks), tuple(changes), seconds, unmet)
 
 
 class Scope:
@@ -246,7 +251,7 @@ class Scope:
     ) -> None:
         index = NodeIndex(graph_module)
         self._selections = [Selection.of(index, only, exclude) for only, exclude in within]
-        self._overrides = [(index.matches(entry.selector), dict(entry.options)) for entry in owner.overrides]
+        self.overrides = [(index.matches(entry.selector), dict(entry.options)) for entry in owner.overrides]
         self._owner = owner
         self._variants: dict[tuple[int, ...], Pass] = {}
         self._stands_for: dict[Node, Node] = {}
@@ -276,13 +281,13 @@ class Scope:
         node = node if node is None else self._stands_for.get(node, node)
         active = tuple(
             number
-            for number, (matches, _) in enumerate(self._overrides)
+            for number, (matches, _) in enumerate(self.overrides)
             if any(picks(match, node, layer) for match in matches)
         )
         if active not in self._variants:
             options: dict[str, Any] = {}
             for number in active:
-                options.update(self._overrides[number][1])
+                options.update(self.overrides[number][1])
             self._variants[active] = dataclasses.replace(self._owner, overrides=(), **options)
         chosen = self._variants[active]
         if not isinstance(chosen, type(owner)):
@@ -294,7 +299,7 @@ class Scope:
         nodes = {remark.node for remark in remarks}
         layers = {remark.layer for remark in remarks}
         wanted = [("only", match) for selection in self._selections for match in selection.only or ()]
-        wanted += [("override", match) for matches, _ in self._overrides for match in matches]
+        wanted += [("override", match) for matches, _ in self.overrides for match in matches]
         return [
             self._idle(side, match)
             for side, match in wanted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from biofx.pass_text import format_value
 from biofx.pipeline import Pipeline
 from biofx.plain_passes import config_to_plain, pass_to_plain
 from biofx.select import Candidate, NodeIndex, Override, Selector
+from biofx.unmet import Unmet
 
 ATTRIBUTE = "transform_record"
 """Where a transformed model keeps its record."""
@@ -44,6 +45,8 @@ class TransformStep:
     """Whether the model was recorded with example inputs."""
     matches: Mapping[str, list[str]]
     """For each selector that has a text, the nodes of the captured graph that it picked."""
+    unmet: tuple[Mapping[str, Any], ...] = ()
+    """What was asked for and is not there, each a :class:`~biofx.unmet.Unmet` in plain values."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,10 @@ class TransformRecord:
         try:
             fields = json.loads(text)
             steps = tuple(
-                TransformStep(**{**step, "opaque": tuple(step["opaque"])}) for step in fields.pop("steps")
+                TransformStep(
+                    **{**step, "opaque": tuple(step["opaque"]), "unmet": tuple(step.get("unmet", ()))}
+                )
+                for step in fields.pop("steps")
             )
             return cls(**{**fields, "steps": steps, "graph": tuple(fields["graph"])})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -169,6 +175,7 @@ def add_step(
     opaque: tuple[str, ...] = (),
     recorded: bool = False,
     matches: Mapping[str, list[str]] | None = None,
+    unmet: Iterable[Unmet] = (),
 ) -> None:
     """Write down in a model how it has just been made, behind what was done to it before."""
     from biofx import __version__
@@ -176,7 +183,8 @@ def add_step(
     before = record_of(made)
     options = None if config is None else config_to_plain(config)
     step = TransformStep(
-        door, str(pipeline), pass_to_plain(pipeline), options, opaque, recorded, dict(matches or {})
+        *(door, str(pipeline), pass_to_plain(pipeline), options, opaque, recorded, dict(matches or {})),
+        unmet=tuple(dict(vars(entry)) for entry in unmet),
     )
     made.__dict__[ATTRIBUTE] = TransformRecord(
         type(made).__name__,

@@ -17,6 +17,9 @@ The JSON form (:meth:`Report.to_json`) is an object with these keys; a reader sh
     Every parameter, or null: an object with ``total``, ``rewritten`` and ``visible`` (elements, counts),
     ``left`` (objects with ``path``, ``elements``, ``reason`` and ``is_visible``) and ``kept`` (modules that
     keep their own forward in Python: path to reason).
+``unmet``
+    What was asked for and is not there: objects with ``mechanism``, ``layer`` (the one named for it, or
+    empty), ``considered`` (layers, a count) and ``message``.
 ``passes``
     In the order they ran: objects with ``name``, ``text`` (the pass as pipeline text), ``seconds``,
     ``applied`` and ``missed`` (counts), ``changes`` (as above, for this pass alone) and ``remarks``:
@@ -39,6 +42,7 @@ from biofx.graph.changes import Change
 from biofx.graph.graph_view import GraphView
 from biofx.model_coverage import ModelCoverage
 from biofx.toml import write_whole
+from biofx.unmet import Unmet
 
 SCHEMA = "biofx.report/1"
 
@@ -87,6 +91,8 @@ class PassReport:
     remarks: tuple[Remark, ...]
     changes: tuple[Change, ...]
     seconds: float = 0.0
+    unmet: tuple[Unmet, ...] = ()
+    """What was asked of it and is not there."""
 
     @property
     def applied(self) -> int:
@@ -124,6 +130,11 @@ class Report:
         """The remarks of all passes, in order."""
         return tuple(remark for entry in self.passes for remark in entry.remarks)
 
+    @property
+    def unmet(self) -> tuple[Unmet, ...]:
+        """What was asked for and is not there, of all passes."""
+        return tuple(entry for part in self.passes for entry in part.unmet)
+
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
@@ -134,6 +145,7 @@ class Report:
             "model": self.model,
             "modified": self.modified,
             "changes": [dict(vars(change)) for change in self.changes],
+            "unmet": [dict(vars(entry)) for entry in self.unmet],
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "passes": [
                 {
@@ -201,7 +213,11 @@ class Report:
         return _written(report_dot(self, graph), path)
 
     def summary(self) -> str:
-        """Return one line: how many nodes differ, and how."""
+        """Return one line: how many nodes differ, and how, and how much of what was asked is not there."""
+        missed = f"; asked for and not there: {len(self.unmet)}" if self.unmet else ""
+        return self._what_differs() + missed
+
+    def _what_differs(self) -> str:
         if not self.passes:
             return "no pass ran: every mechanism is off"
         if not self.changes:
@@ -212,11 +228,16 @@ class Report:
 
     def _lines(self) -> Iterator[str]:
         yield f"{self.model}: {self.summary()}"
+        yield from self.unmet_lines()
         yield from self.kept_lines()
         for entry in self.passes:
             yield f"{entry.text}: {entry.applied} applied, {entry.missed} left alone"
             yield from (f"  {remark}" for remark in entry.remarks)
             yield from (f"  {_describe(change)}" for change in entry.changes)
+
+    def unmet_lines(self) -> Iterator[str]:
+        """Yield a line for each thing that was asked for and is not there, with the reason."""
+        yield from (f"asked: {entry}" for entry in self.unmet)
 
     def kept_lines(self) -> Iterator[str]:
         """Yield lines on the modules that are not part of a graph: why, and how much that leaves."""

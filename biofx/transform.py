@@ -115,6 +115,7 @@ def transform(
         opaque=tuple(opaque),
         recorded=example_inputs is not None,
         matches=matches,
+        unmet=result.report.unmet,
     )
     return result
 

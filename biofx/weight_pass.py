@@ -37,6 +37,10 @@ class WeightPass(Pass):
     def reason_against(self, site: WeightSite, survey: Any) -> str | None:
         """Return why a selected site is left alone, None if it is not."""
 
+    def asked_at(self, site: WeightSite, survey: Any) -> dict[str, Any]:
+        """Return details for a site that is left alone; ``asked_as`` is what an option calls it."""
+        return {}
+
     def prepare(self, lowering: Lowering, weights: list[Weight], survey: Any, scope: Scope) -> None:
         """Do what must be done before the first of the weights is wrapped."""
 
@@ -71,7 +75,8 @@ class WeightPass(Pass):
                 options = scope.options(self, site.node, site.layer)
                 reason = options if isinstance(options, str) else options.reason_against(site, survey)
                 if isinstance(options, str) or reason is not None:
-                    yield missed(site.node, site.layer, site.told(str(reason)))
+                    details = {} if isinstance(options, str) else options.asked_at(site, survey)
+                    yield missed(site.node, site.layer, site.told(str(reason)), **details)
                     continue
                 if taken and options != options_taken:
                     raise OptionError(

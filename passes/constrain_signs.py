@@ -14,7 +14,7 @@ of attention, which are compared and not passed on, are free always.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ from biofx.report import Remark, applied
 from biofx.units.gains import constrain_gains, fold_negative_gains, in_scope
 from biofx.units.sign_store import bring_signs, keep_row_signs, states_of
 from biofx.units.sign_survey import SignSurvey
+from biofx.units.unused_signs import refuse_unused_signs
 from biofx.validate import FRACTION, SEED, check_choice, check_flag, check_signs
 from biofx.weight_pass import WeightPass
 from biofx.weights.lowering import Lowering, node_stem
@@ -44,6 +45,7 @@ class ConstrainSigns(WeightPass):
     """Give each presynaptic unit one sign, which all weights that read it carry at every forward."""
 
     name: ClassVar[str] = "constrain-signs"
+    mechanism: ClassVar[str] = "signs"
     after: ClassVar[tuple[str, ...]] = ("split-weights", "expand-units")
 
     method: str = "project"
@@ -107,6 +109,13 @@ class ConstrainSigns(WeightPass):
             return "its presynaptic units were not expanded, and have no sign"
         return site.obstacle
 
+    def asked_at(self, site: WeightSite, survey: SignSurvey) -> dict[str, Any]:
+        """Say that a free end of the model was asked for."""
+        if self.constrain_readout and survey.is_readout(site):
+            return {"asked_as": "the readout"}
+        asked = self.constrain_inputs and survey.why_no_signs(site) is None and survey.reads_only_inputs(site)
+        return {"asked_as": "the input layer"} if asked else {}
+
     def prepare(self, lowering: Lowering, weights: list[Weight], survey: SignSurvey, scope: Scope) -> None:
         """Fold negative gains of normalisations into the layers before, while those are unconstrained."""
         if self.axis == "presynaptic":
@@ -168,7 +177,12 @@ class ConstrainSigns(WeightPass):
     def finish(
         self, lowering: Lowering, weights: list[Weight], survey: SignSurvey, scope: Scope
     ) -> Iterator[Remark]:
-        """Keep the gains of normalisations between units from turning a sign over."""
+        """Keep the gains of normalisations between units from turning a sign over.
+
+        Raises:
+            OptionError: signs were given that nothing uses.
+        """
+        refuse_unused_signs(survey, scope.overrides, self.signs, axis=self.axis, why_not=self._why_not(scope))
         if self.axis == "presynaptic":
             for reading in survey.groups.readings if self.method != EXPAND else ():
                 if not isinstance(scope.options(self, reading.site.node, reading.site.layer), str):
@@ -177,6 +191,15 @@ class ConstrainSigns(WeightPass):
             yield from constrain_gains(
                 self, scope, lowering, norms, survey.folded, exact=self._keeps_a_function
             )
+
+    def _why_not(self, scope: Scope) -> Callable[[WeightSite, SignSurvey], str | None]:
+        """Return what tells why a site has no signs."""
+
+        def why_not(site: WeightSite, survey: SignSurvey) -> str | None:
+            options = scope.options(self, site.node, site.layer)
+            return options if isinstance(options, str) else options.reason_against(site, survey)
+
+        return why_not
 
     @property
     def _keeps_a_function(self) -> bool:

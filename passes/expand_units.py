@@ -38,6 +38,7 @@ class ExpandUnits(Pass):
     """Give every unit an excitatory and an inhibitory copy, and each its sign."""
 
     name: ClassVar[str] = "expand-units"
+    mechanism: ClassVar[str] = "expanded units"
     after: ClassVar[tuple[str, ...]] = ("split-weights",)
 
     constrain_readout: bool = False

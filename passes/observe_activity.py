@@ -34,6 +34,7 @@ class ObserveActivity(Pass):
     """Keep a running mean of the magnitude of each unit's output, for rules that depend on activity."""
 
     name: ClassVar[str] = "observe-activity"
+    mechanism: ClassVar[str] = "activity"
     after: ClassVar[tuple[str, ...]] = ("split-weights", "constrain-signs", "scale-gradients")
 
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:

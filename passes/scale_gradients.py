@@ -53,6 +53,7 @@ class ScaleGradients(WeightPass):
     """Multiply each weight's gradient by its own factor."""
 
     name: ClassVar[str] = "scale-gradients"
+    mechanism: ClassVar[str] = "rates"
     after: ClassVar[tuple[str, ...]] = ("split-weights", "constrain-signs")
 
     nu: float = 0.16

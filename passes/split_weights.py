@@ -40,6 +40,7 @@ class SplitWeights(Pass):
     """Sum groups of neighbouring output channels and give each member the sum."""
 
     name: ClassVar[str] = "split-weights"
+    mechanism: ClassVar[str] = "splits"
 
     gamma: int = 2
     """Synapses per connection, a count; 0 and 1 are off."""

@@ -254,7 +254,7 @@ def test_the_json_form_is_as_documented(model: nn.Module) -> None:
     report = biofx.transform(model, FULL).report
     found = json.loads(report.to_json())
     assert found == json.loads(report.to_json(indent=None)) == json.loads(json.dumps(report.to_dict()))
-    assert set(found) == {"schema", "model", "modified", "changes", "coverage", "passes"}
+    assert set(found) == {"schema", "model", "modified", "changes", "unmet", "coverage", "passes"}
     assert found["schema"] == SCHEMA == "biofx.report/1"
     assert (found["model"], found["modified"]) == (type(model).__name__, True)
     assert len(found["changes"]) == len(report.changes)

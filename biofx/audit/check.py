@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import GraphModule
 
-from biofx.audit import check_graph, check_signs, check_states
+from biofx.audit import check_asked, check_graph, check_signs, check_states
 from biofx.audit.check_report import Audit, Finding
 from biofx.audit.check_subject import Subject, Uses
 from biofx.capture import preserved_random_state
@@ -56,6 +56,12 @@ INVARIANTS = (
     Invariant("links", "every state belongs to the layer it sits in", check_states.links),
     Invariant("devices", "every state is on its weight's device", check_states.devices),
     Invariant("graph", "the graph fits the module, and is what the module runs", check_graph.compiled_graph),
+    Invariant(
+        "asked",
+        "every mechanism that was asked for reached something, and what was named for it",
+        check_asked.unmet,
+    ),
+    Invariant("kept", "what a mechanism put into the graph is still there", check_asked.kept),
 )
 """What :func:`check` audits."""
 
@@ -67,8 +73,9 @@ def check(model: nn.Module) -> Audit:
     graph and a few passes over the weights. Signs are counted in the weights that layers really use: what the
     graph does to a parameter is computed, whatever it is.
 
-    The bounds of learning-rate factors are those of each layer's config (``bio_mod.config``). A pool of
-    synapses that is missing altogether is not noticed, since nothing tells whether there should be one.
+    The bounds of learning-rate factors are those of each layer's config (``bio_mod.config``). What was asked
+    for is what the record of the transform says; what is free by default, as the model's inputs and readout
+    are of signs, is not missing where the mechanism reached something else.
 
     Args:
         model: as :func:`biofx.transform`, a pass or :class:`biofx.BioConverter` returned it, wrapped

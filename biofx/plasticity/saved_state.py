@@ -39,8 +39,8 @@ def with_current_keys(state: BioState, saved: Mapping[str, Any], prefix: str) ->
     older = {name: kept.pop(prefix + name, None) for name in OLDER}
     counts = [older["steps"], older["events"]]
     if any(value is not None for value in older.values()) and not any(map(_is_average, counts)):
-        numbers = [0 if count is None else int(count) for count in counts]
-        memory = RuleMemory(*numbers, older["target_strength"])
+        steps, events = (0 if count is None else int(count) for count in counts)
+        memory = RuleMemory(steps, events, older["target_strength"])
         kept.setdefault(prefix + EXTRA, memory.to_tensor(state.units))
     factors, diversity = kept.get(prefix + FACTORS), kept.get(prefix + _DIVERSITY)
     if not isinstance(factors, Tensor) or state.parameter is None or state.is_coded or state.is_drawn:
@@ -87,9 +87,9 @@ def without_averages(state: BioState, saved: Mapping[str, Any], prefix: str) -> 
             apart |= (rounded == 0) & (own.to(signs.device) != 0)
         if bool(apart.any()):
             raise PlasticityError(
-                f"{name}: expected -1, 0 or 1 for each unit, found {int(apart.sum())} of {signs.numel()} "
-                "that are none or cancel out, as the average of models whose units have different signs does; "
-                "average models that were made with the same seed or given signs"
+                f"{name}: expected -1, 0 or 1 for each unit, found {int(apart.sum())} of "
+                f"{signs.numel()} that are none or cancel out, as in an average of models with different "
+                "signs; average models that were made with the same seed or given signs"
             )
         kept[prefix + name] = rounded
     return kept

@@ -131,6 +131,14 @@ class SignStore:
             for source in self._groups.home(reading.units).sources
         )
 
+    def has_signs(self, path: str) -> bool:
+        """Whether the units that a layer makes have signs, kept with it or with whoever else makes them."""
+        sources = self._groups.home(self._groups.made_by(path)).sources
+        places = [
+            (self._local.get(source, (source.name, 0))[0], source.kind == "layer") for source in sources
+        ]
+        return any(self._kept(place, of_layer=of_layer) is not None for place, of_layer in places)
+
     def _kept(self, path: str, *, of_layer: bool) -> Tensor | None:
         """Return the signs that the state of a weight keeps already, None if it keeps none."""
         state = kept_state(self._graph_module, path)

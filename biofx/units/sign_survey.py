@@ -33,12 +33,27 @@ class SignSurvey:
         synaptic = synaptic_nodes(graph_module)
         self._last = last_synapses(graph_module.graph, synaptic)
         self._last_in_regions = last_in_regions(graph_module.graph, synaptic)
-        makers = {site.parameter_path: site for site in reversed(self._sites)}
+        first = {site.parameter_path: site for site in reversed(self._sites)}
+        self._makers = {path: first[path] for path in self.groups.producers()}
         self.store = SignStore(
             graph_module,
             self.groups,
-            lambda path: options_at(makers[path].node, makers[path].layer),
+            lambda path: options_at(first[path].node, first[path].layer),
         )
+
+    def makers(self) -> dict[str, WeightSite]:
+        """Return the layers that make units, by the paths of their weights."""
+        return self._makers
+
+    def readers(self, path: str) -> list[WeightSite]:
+        """Return the sites that read units which a layer makes."""
+        own = set(self.groups.home(self.groups.made_by(path)).sources)
+        readings = self.groups.readings
+        return [r.site for r in readings if own & set(self.groups.home(r.units).sources)]
+
+    def region_after(self, site: WeightSite) -> str | None:
+        """Return the region at whose end a site stands, None if its graph goes on."""
+        return self._last_in_regions.get(site.node)
 
     @cached_property
     def layers(self) -> dict[Node, WeightSite]:

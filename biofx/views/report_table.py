@@ -13,6 +13,7 @@ from biofx.report import PassReport, Report
 def report_table(report: Report) -> Group:
     """Return the summary, what stays in Python, and a table for each pass."""
     parts: list[RenderableType] = [Text(f"{report.model}: {report.summary()}", style="bold")]
+    parts += [Text(line, style="bold red") for line in report.unmet_lines()]
     parts += [Text(line, style="yellow") for line in report.kept_lines()]
     return Group(*parts, *(_pass_table(entry) for entry in report.passes))
 

@@ -544,7 +544,8 @@ def test_what_the_graph_tells_of_units_survives_a_way_without_values() -> None:
     bio_model, _ = biofx.transform(Net(), EVERYTHING)
     state, x = copy.deepcopy(bio_model.state_dict()), next(batches())
     expected = bio_model.eval()(x)
-    index = bio_model.get_submodule("mix.bio_mod").unit_index.clone()
+    state_of_mix: Any = bio_model.get_submodule("mix.bio_mod")
+    index = state_of_mix.unit_index.clone()
     ways: list[Callable[[Any], Any]] = [
         lambda model: model.to("meta").to_empty(device="cpu"),
         lambda model: model.to_empty(device="cpu"),
