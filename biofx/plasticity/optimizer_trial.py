@@ -87,7 +87,7 @@ class Trial:
             return run
 
     def _run_visibly(self) -> Run:
-        run = None
+        run: Run | None = None
         for rate in _RATES:
             self._rate, last = rate, run
             run = self.run()
