@@ -49,7 +49,12 @@ class Attachment:
         self._group = group
         self._exponentiated = exponentiated
         self._observers = list(observers)
-        self._binding = Binding(states, free_decay=decay == "free", exponentiated=exponentiated)
+        self._binding = Binding(
+            states,
+            free_decay=decay == "free",
+            exponentiated=exponentiated,
+            always_scales=any(rule.name in ("crystallize", "volume_dependent_lr") for rule in rules),
+        )
         self._model_ref, self._optimizer_ref = weakref.ref(model), weakref.ref(optimizer)
         self._kept: tuple[Any, ...] = (model, optimizer)
         self._are_watching = True

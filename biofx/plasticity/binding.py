@@ -42,9 +42,18 @@ class Binding:
         free_decay: whether decoupled weight decay acts in full, whatever the factors.
         exponentiated: whether updates of constrained weights are multiplicative, which leaves no place for
             decay.
+        always_scales: whether a rule multiplies rates of weights that have no factors.
     """
 
-    def __init__(self, states: Mapping[str, BioModule], *, free_decay: bool, exponentiated: bool) -> None:
+    def __init__(
+        self,
+        states: Mapping[str, BioModule],
+        *,
+        free_decay: bool,
+        exponentiated: bool,
+        always_scales: bool = False,
+    ) -> None:
+        self.always_scales = always_scales
         self.states = dict(states)
         self.free_decay = free_decay
         self.exponentiated = exponentiated
@@ -132,6 +141,8 @@ class Binding:
         return held
 
     def _way(self, optimizer: Optimizer, group: Mapping[str, Any], states: list[BioModule]) -> Way:
+        if not self.always_scales and not any(state.has_rates for state in states):
+            return Way.UPDATE  # of nothing: there is no need to try
         in_graph = any(state.scaled_in_graph for state in states)
         what = kinds_of(state.weight for state in states), in_graph
         key = signature(group, self._counters), what

@@ -147,3 +147,20 @@ def test_weight_that_was_replaced_is_refused() -> None:
     bio.get_submodule("0").weight = nn.Parameter(torch.ones(8, 6))
     with pytest.raises(PlasticityError, match=r"'0.weight' is another parameter"):
         train(bio, optimizer)
+
+
+def test_optimizer_is_only_tried_where_there_is_something_to_multiply() -> None:
+    class Unscalable(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure) if self.param_groups[0]["params"][0].shape == (8, 6) else None
+
+    plain = biofx.BioConfig(fuzzy_lr_distribution=biofx.Distribution.BASELINE, rejuvenation_turnover=0.5)
+    bio, _ = biofx.transform(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), plain)
+    optimizer = Unscalable(bio.parameters(), lr=0.1)
+    plasticity = biofx.attach(bio, optimizer, ["rejuvenate_weights"])
+    train(bio, optimizer, 2)
+    assert plasticity.steps == 2
+    plasticity.detach()
+    for rule in ("crystallize", "volume_dependent_lr"):
+        with pytest.raises(PlasticityError, match="Unscalable moved small weights"):
+            biofx.attach(bio, optimizer, [rule])
