@@ -274,8 +274,9 @@ def observe_activity(
 ) -> Tensor:
     """Return ``x``; in training, let ``activity`` follow the mean of ``|x|`` over everything but channels.
 
-    a ← 0.9 a + 0.1 mean|x|, beginning with the first mean. Under ``torch.func`` transforms, whose inputs are
-    not batches, nothing is observed, nor when checkpointing computes a forward for the second time.
+    a ← 0.9 a + 0.1 mean|x|, beginning with the first mean. A mean that is not finite, of an empty batch or
+    of one that overflows, is not taken. Under ``torch.func`` transforms, whose inputs are not batches,
+    nothing is observed, nor when checkpointing computes a forward for the second time.
 
     Args:
         x: the units' output, any rank.
@@ -295,7 +296,8 @@ def observe_activity(
             magnitude = x.detach().abs()
             mean = (magnitude.mean(axes) if axes else magnitude).to(activity.dtype)
             mean = mean if gamma == 1 else mean.repeat_interleave(gamma)
-            activity.copy_(torch.where(activity < 0, mean, torch.lerp(activity, mean, _MEMORY)))
+            follows = torch.where(activity < 0, mean, torch.lerp(activity, mean, _MEMORY))
+            activity.copy_(torch.where(mean.isfinite(), follows, activity))
     return x
 
 

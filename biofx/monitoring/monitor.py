@@ -54,6 +54,9 @@ class Monitor:
     counts factors that were drawn low: 19 % of uniform ones of spread 0.16, before any crystallization.
     A threshold below every drawn factor (0.84 for these) counts damped ones alone.
 
+    A copy, by ``copy.deepcopy`` or pickle, keeps the records so far and goes on with the model that is copied
+    with it, in memory alone: two runs would mix their records in one file.
+
     Args:
         every: steps from one record to the next, a count >= 1; what rules touched in between is not lost.
         path: a file that gets each record as a line of JSON at once (:mod:`biofx.monitor_json` has its
@@ -95,6 +98,16 @@ class Monitor:
         self._model: weakref.ref[nn.Module] | None = None
         self._states: dict[str, BioModule] = {}
         self._effective: dict[str, Effective] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        unwatched: dict[str, Any] = {
+            "_model": None,
+            "_states": {},
+            "_effective": {},
+            "_weights_before": {},
+            "_sinks": [],
+        }
+        return {**vars(self), **unwatched}
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Monitor:

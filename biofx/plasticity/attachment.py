@@ -1,50 +1,39 @@
-"""Plasticity bound to an optimizer: what happens before and after each of its steps."""
+"""Plasticity bound to an optimizer: its step hooks, its state, and copies of a run."""
 
 from __future__ import annotations
 
+import copy
+import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from biofx.errors import PlasticityError
+from biofx.plasticity.binding import Binding
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.exponentiated import exponentiate, refuse_decay
-from biofx.plasticity.ranks import average_activity
+from biofx.plasticity.carried_defaults import carry, let_go
+from biofx.plasticity.optimizer_step import OptimizerStep
 from biofx.plasticity.rule_memory import memory_of, take_memory
-from biofx.plasticity.scale_survival import keeps_gradient_factors
-from biofx.plasticity.schedule import LayerStep, Observer, Rule, wants
-from biofx.plasticity.sharded_state import shard_state, whole
-from biofx.plasticity.shards import local, local_part, norm_of_part
-
-_BEFORE_STEP = ("crystallize", "update_fuzzy_learning_rates")
-_BUILT_IN = ("fuzzy_learning_rates", "volume_dependent_lr", *_BEFORE_STEP)
-_ON_WEIGHTS = ("rejuvenate_weights", "synaptic_scaling")
-_TAKEN: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
-
-
-@dataclass
-class _Bound:
-    """A weight that an optimizer steps."""
-
-    state: BioModule
-    weight: nn.Parameter
-    scales_updates: bool
-    group: dict[str, Any]
-    old: Tensor | None = None
-    multiplier: Tensor | None = None
+from biofx.plasticity.schedule import Observer, Rule, wants
+from biofx.plasticity.sharded_state import shard_state
 
 
 class Attachment:
-    """Plasticity bound to an optimizer; made by :func:`attach`."""
+    """Plasticity bound to an optimizer; made by :func:`attach`.
+
+    ``copy.deepcopy`` and pickling of model, optimizer and attachment together give a run that goes on by
+    itself, as the original would.
+    """
 
     def __init__(
         self,
+        model: nn.Module,
         states: Mapping[str, BioModule],
         optimizer: Optimizer,
         rules: tuple[Rule, ...],
@@ -56,36 +45,58 @@ class Attachment:
     ) -> None:
         self.steps = 0
         """Optimizer steps so far, a count."""
-        self.left_alone: dict[str, str] = {}
-        """Weights that this attachment does not act on, with the reason, by path."""
         self.rules = rules
-        self._decay = decay
         self._group = group
         self._exponentiated = exponentiated
         self._observers = list(observers)
-        self._bound = self._bind(states, optimizer)
-        self._check_rules()
-        self._layers: dict[str, LayerStep] = {}
-        self._skips = False
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        self._optimizer = optimizer
-        _TAKEN.update({id(bound.weight): self for bound in self._bound.values()})
+        self._binding = Binding(
+            states,
+            free_decay=decay == "free",
+            exponentiated=exponentiated,
+            always_scales=any(rule.name in ("crystallize", "volume_dependent_lr") for rule in rules),
+        )
+        self._model_ref, self._optimizer_ref = weakref.ref(model), weakref.ref(optimizer)
+        self._kept: tuple[Any, ...] = (model, optimizer)
+        self._are_watching = True
+        self._hooks: list[Any] = []
+        self._running: FrameType | None = None
+        self._step: OptimizerStep | None = None
+        self.is_copy = False
+        """Whether it came into being as a copy, with its model and optimizer."""
+        bound = self._binding.bind(optimizer)
+        if not bound:
+            raise PlasticityError(
+                f"expected an optimizer of this model's weights, found a {type(optimizer).__name__} that "
+                "holds none of them; build it from bio_model.parameters()"
+            )
+        try:
+            self._check_rules({path: weight.state for path, weight in bound.items()})
+        except PlasticityError:
+            self._binding.release()
+            raise
+        self._listen(optimizer)
+        carry(optimizer, self)
 
     @property
     def modes(self) -> dict[str, str]:
-        """What factors multiply, ``"gradient"`` or ``"update"``, by the weight's path."""
-        return {path: "update" if bound.scales_updates else "gradient" for path, bound in self._bound.items()}
+        """What factors multiply, ``"gradient"`` or ``"update"``, by the path of each weight stepped."""
+        bound = self._binding.bind(self._optimizer)
+        return {path: weight.way.value for path, weight in bound.items() if weight.weight.requires_grad}
+
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """Weights that this attachment does not act on as things are, with the reason, by path."""
+        return self._binding.left_alone(self._optimizer)
 
     def detach(self) -> None:
         """Let the optimizer step as if nothing had been attached; weights and factors stay as they are."""
         for hook in self._hooks:
             hook.remove()
-        for bound in self._bound.values():
-            _TAKEN.pop(id(bound.weight), None)
-        self._hooks, self._bound = [], {}
+        self._hooks = []
+        self._binding.release()
+        optimizer = self._optimizer_ref()
+        if optimizer is not None:
+            let_go(optimizer, self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later run needs to go on, besides the state dicts of model and optimizer."""
@@ -93,7 +104,7 @@ class Attachment:
             "version": 1,
             "steps": self.steps,
             "rules": [asdict(rule) for rule in self.rules],
-            "memory": memory_of({path: bound.state for path, bound in self._bound.items()}),
+            "memory": memory_of(self._stepped()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -110,207 +121,161 @@ class Attachment:
             raise PlasticityError(
                 f"expected a state of the same schedule, {list(self.rules)}, found {list(rules)}"
             )
-        take_memory({path: bound.state for path, bound in self._bound.items()}, state.get("memory", {}))
+        take_memory(self._stepped(), state.get("memory", {}))
         self.steps = int(state["steps"])
 
-    def _bind(self, states: Mapping[str, BioModule], optimizer: Optimizer) -> dict[str, _Bound]:
-        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        survives: dict[str, bool] = {}
-        bound: dict[str, _Bound] = {}
-        for path, state in states.items():
-            weight = state.parameter
-            group = group_of.get(id(weight))
-            if weight is None:
-                self.left_alone[path] = "it is computed by a parametrization"
-            elif group is None:
-                self.left_alone[path] = "the optimizer does not hold it"
-            elif not weight.requires_grad:
-                self.left_alone[path] = "it is frozen"
-            elif id(weight) in _TAKEN:
-                raise PlasticityError(
-                    f"{path!r} is attached to an optimizer already; detach() that one first"
-                )
-            else:
-                options = repr({name: value for name, value in group.items() if name != "params"})
-                if options not in survives:
-                    survives[options] = keeps_gradient_factors(optimizer, group)
-                if self._decay == "free":
-                    _decoupled_decay(optimizer, group)
-                if self._exponentiated and state.is_constrained:
-                    refuse_decay(path, group)
-                decays = bool(group.get("weight_decay"))
-                bound[path] = _Bound(state, weight, not survives[options] or decays, group)
-        if not bound:
-            raise PlasticityError(
-                f"expected an optimizer of this model's weights, found a {type(optimizer).__name__} that "
-                "holds none of them; build it from bio_model.parameters()"
-            )
-        return bound
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        if _is_copied_alone(self):
+            raise _without_its_run()
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
-    def _check_rules(self) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        if self._group is not None:
+            raise PlasticityError(
+                "an attachment of a distributed run cannot be copied, for its ranks have to agree; write the "
+                "run with biofx.save and attach to what biofx.load gives"
+            )
+        passing = ("_model_ref", "_optimizer_ref", "_kept", "_hooks", "_running", "_step", "_are_watching")
+        kept = {name: value for name, value in vars(self).items() if name not in passing}
+        return {**kept, "_is_attached": bool(self._hooks), "_run": (self._model, self._optimizer)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model, optimizer = state.pop("_run")
+        is_attached = state.pop("_is_attached")
+        vars(self).update(state)
+        # whoever has the copies keeps them: without these, nothing is left of the run
+        self._model_ref, self._optimizer_ref = weakref.ref(model), weakref.ref(optimizer)
+        self._kept = ()
+        self._are_watching = False
+        self.is_copy = True
+        self._hooks, self._running, self._step = [], None, None
+        if is_attached:
+            self._listen(optimizer)
+
+    @property
+    def _optimizer(self) -> Optimizer:
+        optimizer = self._optimizer_ref()
+        if optimizer is None:
+            raise _without_its_run()
+        return optimizer
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self._model_ref()
+        if model is None:
+            raise _without_its_run()
+        return model
+
+    def _stepped(self) -> dict[str, BioModule]:
+        """Return the states of the weights that the optimizer holds, by path."""
+        return {path: weight.state for path, weight in self._binding.bind(self._optimizer).items()}
+
+    def _listen(self, optimizer: Optimizer) -> None:
+        for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            vars(optimizer).setdefault(name, OrderedDict())  # of a copy that is still being made
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def _check_rules(self, states: Mapping[str, BioModule]) -> None:
         """Refuse a rule that no bound layer will ever follow."""
         for name in dict.fromkeys(rule.name for rule in self.rules):
             if name == "crystallize":  # it dampens factors; where all are 1, there may be none yet
-                for bound in self._bound.values():
-                    bound.state.provide_factors()
-                    shard_state(bound.state)
-            reasons = {path: bound.state.why_never(name) for path, bound in self._bound.items()}
-            if all(reason is not None for reason in reasons.values()):
+                for state in states.values():
+                    state.provide_factors()
+                    shard_state(state)
+            thawed = {path: state for path, state in states.items() if state.weight.requires_grad}
+            reasons = {path: state.why_never(name) for path, state in thawed.items()}
+            if reasons and all(reason is not None for reason in reasons.values()):
                 told = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
                 raise PlasticityError(f"schedule: {name} has nothing to act on ({told})")
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Prepare the weights, at once or as soon as the closure has made the gradients."""
+        frame = sys._getframe(1)
+        if self._running is not None and _is_within(frame, self._running):
+            return None  # the step of a subclass has called that of its parent
+        self._running, self._step = frame, None
+        if not self._kept:
+            self._kept = (self._model, optimizer)
+        if _will_be_skipped(optimizer):
+            return None
         arguments = list(args[1:] if args and args[0] is optimizer else args)
         closure = arguments[0] if arguments else kwargs.get("closure")
-        self._layers, self._skips = {}, _will_be_skipped(optimizer)
-        if self._skips:
-            return None
         if closure is None:
-            self._prepare()
+            self._prepare(optimizer)
             return None
 
         def closure_then_rules() -> Any:
+            if self._step is not None:
+                raise PlasticityError(
+                    f"{type(optimizer).__name__} evaluates the model several times a step, so no update "
+                    "belongs to one gradient and factors have no meaning; use another optimizer"
+                )
             result = closure()
-            self._prepare()
+            self._prepare(optimizer)
             return result
 
         rest = args[:1] if args and args[0] is optimizer else ()
         return rest, {**kwargs, "closure": closure_then_rules}
 
-    @torch.no_grad()
-    def _prepare(self) -> None:
-        """Between backward and step: run the rules on gradients, then scale what is to be scaled."""
-        self._layers = {}
-        self._check_weights()
-        self._watched = watched = any(wants(observer, self.steps) for observer in self._observers)
-        for path, bound in self._bound.items():
-            state, gradient = bound.state, bound.weight.grad
-            bound.old = bound.multiplier = None
-            if gradient is None:
-                continue
-            layer = self._layers[path] = LayerStep(state, float("nan"), float("nan"))
-            if watched:
-                layer.gradient_norm = norm_of_part(local(gradient), gradient)
-            with whole(state) if self._reads_values(state) else nullcontext():
-                unscaled = self._change_factors(bound, layer)
-                bound.multiplier = self._multiplier(bound, layer, done_in_graph=not unscaled)
-            if bound.scales_updates or watched or (self._exponentiated and state.is_constrained):
-                bound.old = local(state.weight.detach()).clone()
-            if bound.multiplier is not None and not bound.scales_updates:
-                local(gradient).mul_(local_part(bound.multiplier, gradient).to(gradient.dtype))
-                bound.multiplier = None
+    def _prepare(self, optimizer: Optimizer) -> None:
+        bound = self._binding.bind(optimizer)
+        self._watch()
+        watched = any(wants(observer, self.steps) for observer in self._observers)
+        step = OptimizerStep(
+            self.steps, self.rules, self._group, watched=watched, exponentiated=self._exponentiated
+        )
+        step.prepare(optimizer, bound)
+        self._step = step
 
-    def _reads_values(self, state: BioModule) -> bool:
-        """Whether a rule that is due before this step must see all of a layer's weight or gradient."""
-        follows = state.is_dynamic and not state.follows_in_parts
-        dampens = self._is_due("crystallize") and not state.crystallizes_in_parts
-        return follows or dampens or self._is_due("volume_dependent_lr")
-
-    def _check_weights(self) -> None:
-        """Refuse to step parameters that have been replaced, before anything is changed."""
-        for path, bound in self._bound.items():
-            if bound.state.parameter is not bound.weight:
-                raise PlasticityError(
-                    f"{path!r} is another parameter than the one that the optimizer was given; detach(), "
-                    "build the optimizer from bio_model.parameters() and attach again"
-                )
-
-    def _change_factors(self, bound: _Bound, layer: LayerStep) -> bool:
-        """Run the rules that change factors; return whether the gradient now is without factors.
-
-        Where the graph has scaled the gradient, it did so with the factors from before.
-        """
-        state = bound.state
-        scheduled = any(rule.name == "update_fuzzy_learning_rates" for rule in self.rules)
-        names = ["crystallize"] if self._is_due("crystallize") else []
-        if state.is_dynamic and (not scheduled or self._is_due("update_fuzzy_learning_rates")):
-            names.append("update_fuzzy_learning_rates")
-        able = [name for name in names if state.why_not(name) is None]
-        dampened = state.memory.dampening is not None
-        needed = state.scaled_in_graph and (able or bound.scales_updates or dampened)
-        factors = state.fuzzy_learning_rate_parameters if needed else None
-        used = factors.clone() if factors is not None and able else factors
-        if "update_fuzzy_learning_rates" in able:
-            average_activity(state, self._group)
-        for name in able:
-            result = getattr(state, name)()
-            layer.touched[name] = result if isinstance(result, int) else 0
-        if not state.scaled_in_graph:
-            return True
-        if used is not None:
-            state.unscale_gradient(used)
-            return True
-        return False
-
-    def _multiplier(self, bound: _Bound, layer: LayerStep, *, done_in_graph: bool) -> Tensor | None:
-        """Return what gradient or update is to be multiplied by, None for nothing."""
-        state = bound.state
-        factors = None if done_in_graph else state.acting_factors
-        if not self._is_due("volume_dependent_lr"):
-            return factors
-        volume = state.volume_factors()
-        layer.touched["volume_dependent_lr"] = volume.numel()
-        return volume if factors is None else volume.mul_(factors.to(volume.dtype))
-
-    def _is_due(self, name: str) -> bool:
-        return any(rule.name == name and rule.is_due(self.steps) for rule in self.rules)
-
-    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """After the step: rescale updates, write signs back, then run the rules on weights."""
-        if self._skips:
+        """Finish what :meth:`_before_step` has prepared; of a step that is skipped, there is nothing."""
+        if sys._getframe(1) is not self._running:
             return
-        for path, layer in self._layers.items():
-            bound, weight = self._bound[path], local(self._bound[path].weight)
-            if bound.scales_updates and bound.old is not None and bound.multiplier is not None:
-                start = bound.old
-                if self._decay == "free":
-                    start = start * (1 - _decoupled_decay(optimizer, bound.group))
-                # lerp is exact at 0 and at 1
-                multiplier = local_part(bound.multiplier, bound.weight).expand_as(weight)
-                weight.copy_(torch.lerp(start, weight, multiplier.to(weight.dtype)))
-            if self._exponentiated and layer.state.is_constrained and bound.old is not None:
-                signs = layer.state.signs().expand(bound.weight.shape)
-                exponentiate(weight, bound.old, local_part(signs, bound.weight))
-            if self._watched and bound.old is not None:
-                layer.update_norm = norm_of_part(weight - bound.old, bound.weight)
-            bound.old = bound.multiplier = None
-            if layer.state.is_constrained:
-                layer.touched["enforce_dales_principle"] = layer.state.enforce_dales_principle()
-        for rule in self.rules:
-            if rule.name not in _BUILT_IN and rule.is_due(self.steps):
-                self._run_on_weights(rule.name, optimizer)
+        step, self._running, self._step = self._step, None, None
+        if step is None:
+            return
+        step.finish(optimizer)
         for observer in self._observers:
-            observer(self.steps, self._layers)
-        self._layers = {}
+            observer(self.steps, step.layers)
         self.steps += 1
 
-    def _run_on_weights(self, name: str, optimizer: Optimizer) -> None:
-        able = [layer for layer in self._layers.values() if layer.state.why_not(name) is None]
-        for layer in able:
-            with whole(layer.state, factors=False):
-                layer.state.check(name)
-        for layer in able:
-            rule = getattr(layer.state, name)
-            with whole(layer.state, optimizer, factors=name not in _ON_WEIGHTS):
-                result = rule(optimizer) if name == "rejuvenate_weights" else rule()
-            layer.touched[name] = result if isinstance(result, int) else 0
+    def _watch(self) -> None:
+        """Show observers that have been copied the model that they now observe."""
+        if not self._are_watching:
+            for observer in self._observers:
+                if hasattr(observer, "watch"):
+                    observer.watch(self._model)
+            self._are_watching = True
 
 
-def _decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
-    """Return the fraction of a weight that decoupled weight decay takes away in a step.
+def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
+    while frame is not None and frame is not outer:
+        frame = frame.f_back
+    return frame is outer
 
-    Raises:
-        PlasticityError: the optimizer's weight decay is not decoupled from the gradient.
-    """
-    if not group.get("weight_decay"):
-        return 0.0
-    if not (isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay")):
-        raise PlasticityError(
-            f"decay='free': {type(optimizer).__name__} mixes weight decay into the gradient, where it cannot "
-            "be told apart; use decoupled decay (AdamW), or decay='scaled'"
-        )
-    return float(group["lr"]) * float(group["weight_decay"])
+
+def _is_copied_alone(attachment: Attachment) -> bool:
+    """Whether ``copy.deepcopy`` was called with an attachment itself, not with something that contains it."""
+    outermost: Any = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is copy.deepcopy.__code__:
+            outermost = frame.f_locals.get("x")
+        frame = frame.f_back
+    return outermost is attachment
+
+
+def _without_its_run() -> PlasticityError:
+    return PlasticityError(
+        "an attachment acts on its model and optimizer, and a copy of it alone on nothing: copy all three "
+        "together, copy.deepcopy((bio_model, optimizer, plasticity)), or attach anew"
+    )
 
 
 def _will_be_skipped(optimizer: Optimizer) -> bool:

@@ -49,7 +49,13 @@ def follows_activity(state: BioModule) -> bool:
 
 @torch.no_grad()
 def average_activity(state: BioModule, group: Any) -> None:
-    """Let all ranks of a group take the mean of what each has observed, if factors follow it."""
+    """Let all ranks of a group take the mean of what those have observed that have seen anything.
+
+    Does nothing unless factors follow activity.
+    """
     if group is not None and follows_activity(state) and state.activity is not None:
-        distributed.all_reduce(state.activity, group=group)
-        state.activity.div_(distributed.get_world_size(group))
+        seen = state.activity >= 0
+        sums = torch.stack([state.activity * seen, seen.to(state.activity.dtype)])
+        distributed.all_reduce(sums, group=group)
+        mean = sums[0] / sums[1].clamp(min=1)
+        state.activity.copy_(torch.where(sums[1] > 0, mean, state.activity))

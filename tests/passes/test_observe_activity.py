@@ -279,6 +279,28 @@ def test_half_precision_outputs_are_averaged_in_full() -> None:
     assert seen.tolist() == [60000.0, 0.375]
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("channel_axis", [-1, -3])
+def test_empty_batches_and_values_that_are_not_finite_are_not_taken(channel_axis: int, first: bool) -> None:
+    x = torch.randn(2, 3, 4, 3, generator=torch.Generator().manual_seed(0))
+    seen = torch.full((3,), -1.0)
+    if not first:
+        observe_activity(x, seen, True, channel_axis=channel_axis)
+    kept = seen.clone()
+    observe_activity(x[:0], seen, True, channel_axis=channel_axis)
+    for spoil in (torch.inf, -torch.inf, torch.nan):
+        observe_activity(x * spoil, seen, True, channel_axis=channel_axis)
+    assert torch.equal(seen, kept)
+    one_bad = x.clone()
+    one_bad.select(channel_axis, 1).fill_(torch.inf)
+    observe_activity(one_bad, seen, True, channel_axis=channel_axis)
+    assert seen[1] == kept[1]
+    good = [one_bad.select(channel_axis, channel).abs().mean() for channel in (0, 2)]
+    expected = torch.stack(good) if first else 0.9 * kept[[0, 2]] + 0.1 * torch.stack(good)
+    torch.testing.assert_close(seen[[0, 2]], expected)
+    assert seen.isfinite().all()
+
+
 def test_config_switches_it_on_for_activity_alone(mlp: nn.Module) -> None:
     for distribution in biofx.Distribution:
         for dynamic in (False, True):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -94,3 +95,28 @@ def test_one_process_agrees_with_itself(mlp: nn.Module) -> None:
     for state in states:
         average_activity(state, None)
     assert torch.equal(activity, before)
+
+
+def test_rank_that_has_seen_nothing_has_no_say(mlp: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = biofx.BioConfig(fuzzy_lr_distribution=biofx.Distribution.ACTIVITY, fuzzy_lr_dynamic=True)
+    bio_model, _ = biofx.transform(mlp, config)
+    (state,) = (m for m in bio_model.modules() if isinstance(m, biofx.BioModule) and m.path == "0.weight")
+    assert state.activity is not None
+    others = {"nothing": torch.full_like(state.activity, -1.0), "two": torch.full_like(state.activity, 2.0)}
+
+    def agreed(own: float, *ranks: str) -> torch.Tensor:
+        def all_reduce(sums: torch.Tensor, group: object) -> None:
+            for rank in ranks:
+                seen = (others[rank] >= 0).float()
+                sums += torch.stack([others[rank] * seen, seen])
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        assert state.activity is not None
+        state.activity.fill_(own)
+        average_activity(state, object())
+        return state.activity.clone()
+
+    assert (agreed(4.0, "two") == 3.0).all()
+    assert (agreed(4.0, "nothing") == 4.0).all()
+    assert (agreed(-1.0, "two", "nothing") == 2.0).all()
+    assert (agreed(-1.0, "nothing") == -1.0).all()
