@@ -216,9 +216,13 @@ def _plain_on_class(kind: type, name: str) -> Any:
         if name in vars(base):
             found = vars(base)[name]
             found = found.of_class if isinstance(found, Observed) else found
-            is_value = found is not MISSING and not hasattr(type(found), "__get__")
+            is_value = found is not MISSING and not _has_getter(type(found))
             return found if is_value or found is MISSING else _OTHER
     return MISSING
+
+
+def _has_getter(kind: type) -> bool:
+    return any("__get__" in vars(base) for base in type.__dict__["__mro__"].__get__(kind))
 
 
 def _names_of_class(kind: type) -> set[str]:

@@ -8,7 +8,7 @@ called as ever and gives what every call of the model gets; of stand-ins it comp
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,12 +33,12 @@ def memories_bypassed(modules: Iterable[nn.Module]) -> Iterator[None]:
         for space, name in globals_named(kind):
             if type(space.get(name)) is _Remembering:
                 replaced.append((space, name, space[name]))
-                space[name] = _without_memory(space[name])
+                space[name] = _WithoutMemory(space[name])
         for base in lineage_of(kind):
             for name, held in list(vars(base).items()):
                 if type(held) is _Remembering:
                     replaced.append((base, name, held))
-                    setattr(base, name, _without_memory(held))
+                    setattr(base, name, _WithoutMemory(held))
     try:
         yield
     finally:
@@ -49,15 +49,21 @@ def memories_bypassed(modules: Iterable[nn.Module]) -> Iterator[None]:
                 place[name] = held
 
 
-def _without_memory(remembering: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(remembering)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        if any(_may_be_a_stand_in(leaf) for leaf in leaves((args, kwargs))):
-            return called.__wrapped__.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
-        with torch._C.DisableTorchFunction():
-            return remembering(*args, **kwargs)
+class _WithoutMemory:
+    """Stands in the place of a function that remembers; no function itself, as that is none."""
 
-    return called
+    def __init__(self, remembering: Any) -> None:
+        self._remembering = remembering
+        functools.update_wrapper(self, remembering)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(_may_be_a_stand_in(leaf) for leaf in leaves((args, kwargs))):
+            return self._remembering.__wrapped__(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return self._remembering(*args, **kwargs)
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        return self if owner is None else functools.partial(self, owner)
 
 
 def _may_be_a_stand_in(value: Any) -> bool:

@@ -55,7 +55,7 @@ def region_output(path: str, value: Any) -> None:
     """Mark where, in a joined graph, a region ends, and what it returns."""
 
 
-ELSEWHERE = "elsewhere"
+ELSEWHERE = "_biofx_elsewhere"
 """The attribute of a region that holds, by names of its own, modules in other places that its graph reads
 from: signs of the layer before, where a layer became a region because an adapter was put around it."""
 

@@ -19,11 +19,12 @@ from biofx.graph.contexts import restoring_modes
 from biofx.graph.names import taken_name
 from biofx.graph.own_forward import call_own_forward
 from biofx.kernels.sharded_rates import outside_graphs
-from biofx.model.attribute_guards import refuse_changed_attributes
+from biofx.model.attribute_guards import GUARDS
 from biofx.model.copies import prepared
 from biofx.model.graph_records import pack, unpack
 from biofx.model.late_changes import follow_late_changes, following_changes, remember_modules
 from biofx.model.rollback import has_places_for, unchanged_on_failure
+from biofx.model.taken_in import SAME, STATE
 from biofx.plasticity.model_rules import apply_rule, expanded_weights, exposed_rules
 from biofx.plasticity.sharded_model import before_forward, is_fully_sharded
 
@@ -115,7 +116,6 @@ class BioGraphModule(GraphModule):
         """Run the model, with its hooks; what FSDP2 has sharded of it is made ready."""
         if is_fully_sharded(self):  # which has hooks on whatever it shards
             outside_graphs(before_forward)(self)
-        refuse_changed_attributes(self)
         return super().__call__(*args, **kwargs)
 
     def load_state_dict(
@@ -284,6 +284,7 @@ NAMES_OF_GRAPH_MODULES = frozenset(
         *(set(dir(BioGraphModule)) - set(dir(nn.Module))),
         *("_graph", "_code", "_tracer_cls", "_tracer_extras", "_prologue_start", "_lineno_map"),
         *("_create_node_hooks", "_erase_node_hooks", "_replace_hooks", "_deepcopy_hooks"),
+        *(STATE, SAME, GUARDS),
     }
 )
 """Names under which nothing of a module's own can be found once it is a graph module."""

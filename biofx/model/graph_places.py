@@ -13,7 +13,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from biofx.graph.assignments import OWN_MODULE
 from biofx.graph.own_forward import OWN_FORWARD, call_own_forward, call_with_parameters
-from biofx.graph.regions import ELSEWHERE
 from biofx.layers.weight_site import WEIGHT_OPERATORS
 from biofx.operators.fold_norm_ops import affine_synapses, batch_norm_synapses
 from biofx.operators.fold_ops import fold_weight, spread_synapses, sum_synapses
@@ -51,7 +50,9 @@ class Places:
         """Return the places of a module's graph."""
         graph = graph_module.graph
         reads = [
-            node for node in graph.nodes if node.op == "get_attr" and not _is_elsewhere(str(node.target))
+            node
+            for node in graph.nodes
+            if node.op == "get_attr" and not _is_elsewhere(graph_module, str(node.target))
         ]
         modules = [node for node in reads if module_at(graph_module, str(node.target)) is not None]
         asked = {node: [user for user in node.users if user.target is getattr] for node in modules}
@@ -103,8 +104,16 @@ def compact_calls(graph: Graph) -> list[Node]:
 _ENDS: frozenset[Any] = frozenset({fold_weight, spread_synapses, affine_synapses, batch_norm_synapses})
 
 
-def _is_elsewhere(path: str) -> bool:
-    return path in _ITSELF or path.startswith(f"{ELSEWHERE}.")
+def _is_elsewhere(root: nn.Module, path: str) -> bool:
+    """Whether a path leads to the module itself, or through an object that is no module."""
+    if path in _ITSELF:
+        return True
+    module: nn.Module | None = root
+    for part in path.split(".")[:-1]:
+        if module is not None and part not in module._modules and part in vars(module):
+            return True
+        module = None if module is None else module._modules.get(part)
+    return False
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module | None:

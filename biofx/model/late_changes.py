@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from biofx.errors import BiofxError, CaptureError, InputError
 from biofx.layers.obstacles import hooks_of
+from biofx.model.attribute_guards import refuse_changed_attributes
 from biofx.model.called_again import STATE_OF_WEIGHT, Become, call_again, find_again
 from biofx.model.graph_places import Places, held_at, module_at
 from biofx.model.standing import Standing, kinds_of_tensors, operands_of
@@ -49,9 +50,10 @@ def following_changes(forward: Any, owner: Any, become: Become) -> Any:
     def followed(self: Any, *args: Any, **kwargs: Any) -> Any:
         if looked() if is_compiling() else look(self, become):
             return type(self).forward(self, *args, **kwargs)
+        check(self)
         return forward(self, *args, **kwargs)
 
-    is_compiling, look = torch.compiler.is_compiling, follow_late_changes
+    is_compiling, look, check = torch.compiler.is_compiling, follow_late_changes, refuse_changed_attributes
     made = FunctionType(followed.__code__, forward.__globals__, forward.__name__, None, followed.__closure__)
     return functools.update_wrapper(made, forward)
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.nn.utils.parametrize import is_parametrized
 
-STATE = "taken_in"
+STATE = "_taken_in"
 """The attribute of a graph module that holds what it took over, by path."""
 
 _READ_LIVE = {"training", "momentum", "eps", "track_running_stats", "dropout"}
@@ -31,7 +31,7 @@ _PLAIN = (int, float, str, type(None), torch.dtype, FunctionType, BuiltinFunctio
 _TABLES = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()
 
-SAME = "taken_as_the_same"
+SAME = "_taken_as_the_same"
 """The attribute of a graph module that holds pairs of paths that led to the same module or parameter."""
 
 Row = tuple[dict[str, Any], str]

@@ -42,6 +42,10 @@ def with_current_keys(state: BioState, saved: Mapping[str, Any], prefix: str) ->
         steps, events = (0 if count is None else int(count) for count in counts)
         memory = RuleMemory(steps, events, older["target_strength"])
         kept.setdefault(prefix + EXTRA, memory.to_tensor(state.units))
+    for name in SIGNS:  # older versions had none of units that only a free weight reads
+        own = state._buffers[name]
+        if own is not None:
+            kept.setdefault(prefix + name, own)
     factors, diversity = kept.get(prefix + FACTORS), kept.get(prefix + _DIVERSITY)
     if not isinstance(factors, Tensor) or state.parameter is None or state.is_coded or state.is_drawn:
         return kept
