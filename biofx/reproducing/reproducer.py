@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,9 +31,12 @@ from torch.fx import GraphModule
 from biofx.callables import registered_activations
 from biofx.config import BioConfig
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note
+from biofx.graph.numbers import number_read
 from biofx.graph.printing import format_graph
 from biofx.graph.regions import region_paths
+from biofx.model.attribute_guards import GUARDS
 from biofx.model.graph_module import BioGraphModule
+from biofx.model.taken_in import STATE
 from biofx.pass_base import BROKE_ITS_CONTRACT, Pass
 from biofx.pipeline import Pipeline
 from biofx.reproducing.carried_source import Carrier
@@ -208,7 +212,23 @@ def _standalone(graph_module: GraphModule, without_weights: bool) -> BioGraphMod
             plain = nn.Module()
             vars(plain).update({name: vars(module)[name] for name in _MODULE_STATE})
             copied.set_submodule(path, plain)
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        number = number_read(graph_module, node)
+        if number is not None:
+            _put_number(copied, str(node.target).split("."), number)
+    for name in (STATE, GUARDS):  # of the modules that were there
+        vars(copied).pop(name, None)
     return copied
+
+
+def _put_number(root: nn.Module, path: Sequence[str], number: float) -> None:
+    """Put a number that a graph reads where it reads it."""
+    holder: Any = root
+    for name in path[:-1]:
+        if not hasattr(holder, name):
+            vars(holder)[name] = SimpleNamespace()
+        holder = getattr(holder, name)
+    vars(holder)[path[-1]] = number
 
 
 _MODULE_STATE = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")

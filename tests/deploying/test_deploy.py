@@ -296,9 +296,14 @@ class Steps(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("config", [{"fuzzy_lr_distribution": "baseline"}, {}, {"weight_splitting_Gamma": 2}])
 @pytest.mark.parametrize(
-    ("model", "path"), [(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "0"), (Steps(), "layer")]
+    ("model", "path", "config"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "0", {"fuzzy_lr_distribution": "baseline"}),
+        (Steps(), "layer", {"fuzzy_lr_distribution": "baseline"}),
+        (Steps(), "layer", {}),
+        (Steps(), "layer", {"weight_splitting_Gamma": 2}),
+    ],
 )
 def test_a_hook_that_a_layer_was_given_after_the_transform_acts_in_what_is_deployed(
     model: nn.Module, path: str, config: dict[str, Any]
@@ -318,6 +323,14 @@ def test_a_hook_that_a_layer_was_given_after_the_transform_acts_in_what_is_deplo
         gradients.append(given.grad)
     assert calls == [deployed.get_submodule(path)]
     assert torch.equal(gradients[1], gradients[0] * 2)
+
+
+@pytest.mark.parametrize("config", [{}, {"weight_splitting_Gamma": 2}])
+def test_a_hook_that_no_call_would_run_is_not_deployed(config: dict[str, Any]) -> None:
+    bio_model = biofx.transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), config).graph_module
+    bio_model.get_submodule("0").register_full_backward_hook(doubled_gradient)
+    with pytest.raises(biofx.InputError, match="'0'.*has backward hooks, which would never run"):
+        biofx.deploy(bio_model)
 
 
 def test_a_backward_hook_of_the_model_acts_in_what_is_deployed() -> None:
