@@ -169,6 +169,25 @@ def test_what_acts_in_the_model_acts_in_the_result(change: str, training: bool) 
         assert (gradient is None) is (parameter is None)
 
 
+@pytest.mark.parametrize("layer", ["head", "conv", "wide", "layers.1"])
+@pytest.mark.parametrize("config", ["scaled", "signed", "split"])
+def test_a_forward_around_the_one_that_a_layer_had_computes_on_what_the_graph_makes_of_its_weights(
+    layer: str, config: str
+) -> None:
+    bio_model, _ = biofx.transform(net(), CONFIGS[config] | {"fuzzy_learning_rate_factor_nu": 0.4})
+    around = copy.deepcopy(bio_model)
+    parent, _, name = layer.rpartition(".")
+    setattr(around.get_submodule(parent), name, Doubling(around.get_submodule(layer)))
+    expected = around.train(False)(INPUT)
+    inner: Any = bio_model.get_submodule(layer)
+    old = inner.forward
+    inner.forward = lambda x: 2 * old(x)
+    torch.testing.assert_close(bio_model.train(False)(INPUT), expected)
+    for one, another in zip(gradients(bio_model), gradients(around), strict=True):
+        torch.testing.assert_close(one, another)
+    assert set(vars(inner)) & {"weight", "bias"} == set()
+
+
 def gradients(model: nn.Module) -> list[Tensor | None]:
     model.zero_grad()
     model(INPUT).sum().backward()
