@@ -55,6 +55,13 @@ class BioGraphModule(GraphModule):
         read_by_python: Mapping[str, str]
         """Paths of regions whose weights Python may use besides, and why that is to be feared."""
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a graph module; a method of the model's own class that makes another of its kind gets that."""
+        origin = getattr(cls, "_user_class", None)
+        if origin is None or not (args or kwargs) or any(isinstance(given, Graph) for given in args):
+            return super().__new__(cls, *args, **kwargs)
+        return origin(*args, **kwargs)
+
     @classmethod
     def from_root(cls, root: nn.Module, graph: Graph, class_name: str | None = None) -> BioGraphModule:
         """Return a graph module that takes over everything ``root`` holds (without copying it)."""
