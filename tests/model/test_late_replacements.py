@@ -134,6 +134,14 @@ def test_what_a_graph_would_not_follow_is_an_error_that_names_it(change: str, co
             copy.deepcopy(model)(INPUT)
 
 
+def test_another_layer_does_not_get_the_factors_that_the_graph_draws_for_the_one_before() -> None:
+    bio_model, _ = biofx.transform(net(), {"fuzzy_lr_dtype": "seed"})
+    bio_model(INPUT)
+    bio_model.head = nn.Linear(6, 4)
+    with pytest.raises(biofx.CaptureError, match="'head' was replaced"):
+        bio_model(INPUT)
+
+
 ACTING: dict[str, Callable[[Any], object]] = {
     "head": lambda model: setattr(model, "head", Doubling(model.head)),
     "convolution": lambda model: setattr(model, "conv", Doubling(model.conv)),
