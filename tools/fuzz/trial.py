@@ -16,8 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import biofx
 from biofx import BiofxError
-from fuzz.setups import KEEP_THE_FUNCTION, Setup, factors, without_definition
+from fuzz.setups import (
+    KEEP_THE_FUNCTION,
+    Setup,
+    acting_factors,
+    factors,
+    is_computed,
+    without_definition,
+)
 from fuzz.sides import Side, copied, differences
 
 ACTS = (
@@ -149,7 +157,7 @@ class Trial:
             name = key.removeprefix("gradient of ")
             if name == key:
                 continue
-            if "parametrizations" in name or name.endswith(("_orig", "_g", "_v")) or name in unclear:
+            if is_computed(name) or name in unclear:
                 expected.pop(key)
                 found.pop(key, None)
             elif name in rates and expected[key] is not None:
@@ -158,11 +166,11 @@ class Trial:
 
     def _refuse_other_steps(self, start: dict[str, Tensor]) -> None:
         """Compare a step with its definition: as far as the plain model's, times the factor."""
-        rates = factors(self.ours.model)
+        rates = acting_factors(self.ours.model)
         after = dict(self.ours.model.named_parameters())
         unclear = without_definition(self.ours.model)
         for name, parameter in self.plain.model.named_parameters():
-            if name not in start or name not in after or name in unclear:
+            if name not in start or name not in after or name in unclear or is_computed(name):
                 continue
             moved = (parameter.detach() - start[name]) * rates.get(name, torch.ones(()))
             _refuse_differences("step", start[name] + moved, copied(after[name]), 1e-4, name)
@@ -178,17 +186,19 @@ class Trial:
                 value.copy_(ours[name])
 
     def _held(self) -> dict[str, Tensor]:
-        """Signs and rates, which nothing here may change."""
+        """Signs and rates, which nothing here may change, by the path that their layer had at first."""
         return {
-            name: value.clone()
-            for name, value in self.ours.model.state_dict().items()
-            if isinstance(value, Tensor) and "bio_mod" in name and ("sign" in name or "rate" in name)
+            f"{state.path}: {name}": value.clone()
+            for state in self.ours.model.modules()
+            if isinstance(state, biofx.BioModule)
+            for name, value in state.state_dict().items()
+            if isinstance(value, Tensor) and ("sign" in name or "rate" in name)
         }
 
     def _refuse_changed_constants(self) -> None:
-        state = self.ours.model.state_dict()
+        held = self._held()
         for name, value in self._constants.items():
-            if name in state and list(differences(value.float(), state[name].float(), 1e-2, name)):
+            if name in held and list(differences(value.float(), held[name].float(), 1e-2, name)):
                 raise _Over("failed", f"signs or rates changed: {name}")
 
     def _must_act(self, text: str) -> bool:
