@@ -42,7 +42,7 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
         path: where the layer was.
         become: of :func:`biofx.model.graph_module.become_graph_module`.
     """
-    found = module_at(graph_module, path)
+    found = module_at(graph_module, path) if path else None  # a layer that is called again has no layer in it
     calls = [n for n in graph_module.graph.nodes if innermost_path(n) == path and kind_of_call(n) is not None]
     kinds = [kind for call in calls if (kind := kind_of_call(call)) in (*LAYER_KINDS, EMBEDDING)]
     if found is None or not calls or len(kinds) < len(calls) or any(kind.is_product for kind in kinds):

@@ -142,6 +142,16 @@ def test_another_layer_does_not_get_the_factors_that_the_graph_draws_for_the_one
         bio_model(INPUT)
 
 
+def test_a_layer_that_is_called_again_is_looked_at_too() -> None:
+    bio_model, _ = biofx.transform(net(), {"fuzzy_lr_parameters": "all"})
+    bio_model(INPUT)
+    prune.l1_unstructured(bio_model.head, "weight", 0.5)
+    bio_model(INPUT)
+    bio_model.head.bias = None
+    with pytest.raises(biofx.CaptureError, match="'bias' is a NoneType now"):
+        bio_model(INPUT)
+
+
 ACTING: dict[str, Callable[[Any], object]] = {
     "head": lambda model: setattr(model, "head", Doubling(model.head)),
     "convolution": lambda model: setattr(model, "conv", Doubling(model.conv)),
