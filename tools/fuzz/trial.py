@@ -95,8 +95,9 @@ class Trial:
         _judge("the change", raised, found)
         if self.setup.config in KEEP_THE_FUNCTION and (self._is_exact(text) or not _by_definition_only(text)):
             _refuse_differences("seen", self.plain.seen, self.ours.seen, 1e-5 * (not self._is_exact(text)))
-        if "rules=" in text:
-            self._exact, self._constants = False, self._held()
+        self._exact &= "rules=" not in text
+        if "rules=" in text or _adds_bytes(text):
+            self._constants = self._held()
         if not self._exact and _moves_weights(text):
             keeps = self.setup.config in KEEP_THE_FUNCTION
             if keeps and (("attached=True" in text and "steps=1" in text) or "run_copied" in text):
@@ -239,6 +240,11 @@ def run_again(setup: Setup, changes: Iterable[str]) -> Verdict:
 
 def _moves_weights(text: str) -> bool:
     return any(part in text for part in ("trained(", "run_copied(", "averaged", "swa_utils"))
+
+
+def _adds_bytes(text: str) -> bool:
+    """Whether a sum of two bytes is taken for one, as codes of factors are where they are buffers."""
+    return "use_buffers=True" in text and "(mean + new) / 2" in text
 
 
 def _by_definition_only(text: str) -> bool:
