@@ -46,6 +46,7 @@ class BioGraphModule(GraphModule):
 
     _places: ClassVar[Any] = None
     _standing: ClassVar[Any] = None
+    _latest: ClassVar[Any] = None
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         region_paths: tuple[str, ...]
@@ -169,7 +170,7 @@ class BioGraphModule(GraphModule):
         else:
             restoring = restoring_modes(self.graph, type(self).forward)
             guarded: Any = following_changes(restoring, self, become_graph_module)
-            type(self).forward = guarded
+            type(self).forward = type(self)._latest = guarded
         return code
 
     @property
