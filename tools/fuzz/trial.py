@@ -78,6 +78,7 @@ class Trial:
         self._constants = self._held()
         self._exact = setup.config in EXACT
         self._structure_is_the_same = True
+        self._calls_another = False
         self._outputs: tuple[Any, Any] | None = None
 
     def change(self, text: str) -> None:
@@ -98,7 +99,10 @@ class Trial:
         self._exact &= "rules=" not in text
         if "rules=" in text or _adds_bytes(text):
             self._constants = self._held()
+        self._calls_another |= ".forward" in text
         if not self._exact and _moves_weights(text):
+            if self._calls_another and ("averaged" in text or "run_copied" in text):
+                raise _Over("ended", "the forward of the instance calls the model that was copied, which went on")
             keeps = self.setup.config in KEEP_THE_FUNCTION
             if keeps and (("attached=True" in text and "steps=1" in text) or "run_copied" in text):
                 self._refuse_other_steps(start)
