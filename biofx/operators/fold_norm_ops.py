@@ -92,10 +92,11 @@ class _SpreadAffine(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, scale = ctx.saved_tensors
         samples, groups, size = x.shape
-        members = gradient.reshape(samples * groups, len(scale) // groups, size)
+        each = len(scale) // groups
+        members = gradient.reshape(samples * groups, each, size)
         for_shift = members.sum(2).reshape(samples, len(scale)).sum(0)
         for_scale = torch.bmm(members, x.reshape(-1, size, 1)).reshape(samples, len(scale)).sum(0)
-        scales = scale.reshape(1, groups, -1).expand(samples, groups, -1).reshape(samples * groups, 1, -1)
+        scales = scale.reshape(1, groups, each).expand(samples, -1, -1).reshape(samples * groups, 1, each)
         return torch.bmm(scales, members).reshape(x.shape), for_scale, for_shift
 
 
