@@ -45,7 +45,8 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
     found = module_at(graph_module, path) if path else None  # a layer that is called again has no layer in it
     calls = [n for n in graph_module.graph.nodes if innermost_path(n) == path and kind_of_call(n) is not None]
     kinds = [kind for call in calls if (kind := kind_of_call(call)) in (*LAYER_KINDS, EMBEDDING)]
-    if found is None or not calls or len(kinds) < len(calls) or any(kind.is_product for kind in kinds):
+    is_called = any(n.op == "call_module" and n.target == path for n in graph_module.graph.nodes)
+    if found is None or not calls or is_called or len(kinds) < len(calls) or any(kind.is_product for kind in kinds):
         return False
     taken: Taken = vars(graph_module)[STATE][path]
     layer = _layer_in(found, kinds[0])

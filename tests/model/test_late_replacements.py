@@ -441,3 +441,19 @@ def test_deploying_and_transforming_again_look_before_any_call() -> None:
     vars(bio_model.get_submodule("head"))["forward"] = lambda x: x
     with pytest.raises(biofx.InputError, match="'head' with one of its own"):
         biofx.deploy(bio_model)
+
+
+@pytest.mark.parametrize("change", ["replaced", "forward"])
+def test_a_layer_that_is_a_function_at_one_call_and_a_module_at_the_other_is_looked_at(change: str) -> None:
+    split = {"weight_splitting_Gamma": 2, "weight_splitting_activation_function": "torch.tanh"}
+    bio_model: Any = biofx.transform(Twice(), {**split, "fuzzy_lr_distribution": "baseline"}).graph_module
+    calls = {node.name: node.op for node in bio_model.graph.nodes}
+    assert (calls["first"], calls["first_1"]) == ("call_module", "call_function")
+    x = torch.ones(3, bio_model.first.in_features)
+    bio_model(x)
+    if change == "replaced":
+        bio_model.first = Doubling(bio_model.first)
+    else:
+        bio_model.first.forward = torch.zeros_like
+    with pytest.raises(biofx.CaptureError, match="'first'"):
+        bio_model(x)
