@@ -79,6 +79,8 @@ class Trial:
         self._exact = setup.config in EXACT
         self._structure_is_the_same = True
         self._calls_another = False
+        self._rounds = False
+        """Whether a weight is computed with products of vectors, which round as memory happens to be aligned."""
         self._outputs: tuple[Any, Any] | None = None
 
     def change(self, text: str) -> None:
@@ -99,6 +101,7 @@ class Trial:
         self._exact &= "rules=" not in text
         if "rules=" in text or _adds_bytes(text):
             self._constants = self._held()
+        self._rounds |= "spectral_norm" in text and self._exact
         self._calls_another |= ".forward" in text
         if not self._exact and _moves_weights(text):
             if self._calls_another and ("averaged" in text or "run_copied" in text):
@@ -119,7 +122,7 @@ class Trial:
         _judge("the call", raised, found_raised)
         if keeps:
             pair = (expected, found) if self._exact else self._by_definition(expected, found)
-            _refuse_differences("computed", *pair, 0 if self._exact else 1e-5)
+            _refuse_differences("computed", *pair, 0 if self._exact and not self._rounds else 1e-5)
         elif other is not None:
             anew, raised = _tried(other.call)
             if raised is not None:
@@ -215,7 +218,7 @@ class Trial:
         )
 
     def _is_exact(self, text: str) -> bool:
-        return self._exact and "deployed" not in text
+        return self._exact and not self._rounds and "deployed" not in text
 
 
 def run(setup: Setup, next_change: NextChange, most: int) -> tuple[list[str], Verdict]:
