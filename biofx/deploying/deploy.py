@@ -22,6 +22,7 @@ from biofx.graph.contexts import begin_autocast, begin_grad_mode
 from biofx.graph.guards import require_default, require_tensor
 from biofx.graph.in_place import changed_in_place
 from biofx.graph.numbers import number_nodes
+from biofx.graph.own_forward import call_with_weights
 from biofx.graph.regions import region_input, region_of_nodes, whole_graph
 from biofx.model.graph_module import BioGraphModule, follow_changes_within
 from biofx.model.modes import switch_mode
@@ -92,8 +93,12 @@ def deploy(bio_model: nn.Module) -> nn.Module:
     own = BioGraphModule.copy_of(model)
     switch_mode(own, training=False)
     follow_changes_within(own)
+    of_instances = {
+        id(own.get_submodule(str(call.args[0].target)))
+        for call in whole_graph(own).find_nodes(op="call_function", target=call_with_weights)
+    }
     for path, module in own.named_modules():
-        if isinstance(module, BioGraphModule) and "forward" in vars(module):
+        if (isinstance(module, BioGraphModule) and "forward" in vars(module)) or id(module) in of_instances:
             raise InputError(
                 f"expected modules with the forward of their class, found {path or 'the model'!r} with one "
                 "of its own on the instance, which a plain model would not have; make it a method of a class"

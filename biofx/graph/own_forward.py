@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, Tracer
 
 OWN_FORWARD = "own_forward"
@@ -36,6 +36,25 @@ def call_with_parameters(
     finally:
         for name in parameters:
             held.pop(name, None)
+
+
+def call_with_weights(layer: nn.Module, given: Any, weights: Mapping[str, Tensor]) -> Any:
+    """Call a layer that finds expressions in the place of its weights, whatever its forward is by now.
+
+    Args:
+        layer: has weights of these names.
+        given: its input.
+        weights: by name what the layer finds instead, for as long as the call takes.
+    """
+    held = vars(layer)
+    before = {name: held[name] for name in weights if name in held}
+    held.update(weights)
+    try:
+        return layer(given)
+    finally:
+        for name in weights:
+            held.pop(name, None)
+        held.update(before)
 
 
 def parameters_graph(names: Iterable[str]) -> Graph:

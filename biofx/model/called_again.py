@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.nn import functional as F
 
+from biofx.graph.own_forward import call_with_weights
 from biofx.graph.regions import ELSEWHERE
 from biofx.layers.layer_kinds import EMBEDDING, LAYER_KINDS, LayerKind, kind_of_call
 from biofx.layers.weight_site import WEIGHT_OPERATORS
@@ -41,10 +42,11 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
         path: where the layer was.
         become: of :func:`biofx.model.graph_module.become_graph_module`.
     """
-    found = module_at(graph_module, path)
+    found = module_at(graph_module, path) if path else None  # a layer that is called again has no layer in it
     calls = [n for n in graph_module.graph.nodes if innermost_path(n) == path and kind_of_call(n) is not None]
     kinds = [kind for call in calls if (kind := kind_of_call(call)) in (*LAYER_KINDS, EMBEDDING)]
-    if found is None or not calls or len(kinds) < len(calls) or any(kind.is_product for kind in kinds):
+    is_called = any(n.op == "call_module" and n.target == path for n in graph_module.graph.nodes)
+    if found is None or not calls or is_called or len(kinds) < len(calls) or any(kind.is_product for kind in kinds):
         return False
     taken: Taken = vars(graph_module)[STATE][path]
     layer = _layer_in(found, kinds[0])
@@ -55,6 +57,11 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
         return False
     if any(graph.needs_more or str(graph.graph) != str(own[0].graph) for graph in own):
         return False
+    if layer is found and "forward" in vars(layer):  # which may call the one it had before on whatever it finds
+        for call in calls:
+            _call_on_weights(call, path)
+        graph_module.recompile()
+        return True
     vars(layer)[ELSEWHERE] = own[0].others
     become(layer, own[0].graph)
     for call in calls:
@@ -145,6 +152,18 @@ class _LayerGraph:
         known = next((key for key, module in held.items() if module is owner), f"other_{len(held)}")
         held[known] = owner
         return f"{ELSEWHERE}.{known}.{name}"
+
+
+def _call_on_weights(call: Node, path: str) -> None:
+    """Let a node call the layer itself, on the weights that the graph computes for it."""
+    padded: Any = call.args[0]
+    with call.graph.inserting_before(call):
+        layer = call.graph.create_node("get_attr", path)
+    weights = dict(zip(("weight", "bias"), call.args[1:], strict=False))
+    call.args, call.kwargs = (layer, _before_padding(call), weights), {}
+    call.target = call_with_weights
+    if isinstance(padded, Node) and not padded.users:
+        call.graph.erase_node(padded)
 
 
 def _before_padding(call: Node) -> Node:

@@ -46,6 +46,7 @@ class BioGraphModule(GraphModule):
 
     _places: ClassVar[Any] = None
     _standing: ClassVar[Any] = None
+    _latest: ClassVar[Any] = None
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         region_paths: tuple[str, ...]
@@ -54,6 +55,13 @@ class BioGraphModule(GraphModule):
         """Paths of the modules that keep their own forward in Python, and why."""
         read_by_python: Mapping[str, str]
         """Paths of regions whose weights Python may use besides, and why that is to be feared."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a graph module; a method of the model's own class that makes another of its kind gets that."""
+        origin = getattr(cls, "_user_class", None)
+        if origin is None or not (args or kwargs) or any(isinstance(given, Graph) for given in args):
+            return super().__new__(cls, *args, **kwargs)
+        return origin(*args, **kwargs)
 
     @classmethod
     def from_root(cls, root: nn.Module, graph: Graph, class_name: str | None = None) -> BioGraphModule:
@@ -162,7 +170,7 @@ class BioGraphModule(GraphModule):
         else:
             restoring = restoring_modes(self.graph, type(self).forward)
             guarded: Any = following_changes(restoring, self, become_graph_module)
-            type(self).forward = guarded
+            type(self).forward = type(self)._latest = guarded
         return code
 
     @property

@@ -13,9 +13,14 @@ from torch.fx import Graph, GraphModule, Node
 
 from biofx.graph.assignments import OWN_MODULE
 from biofx.graph.own_forward import OWN_FORWARD, call_own_forward, call_with_parameters
+from biofx.layers.layer_kinds import kind_of_call
 from biofx.layers.weight_site import WEIGHT_OPERATORS
 from biofx.operators.fold_norm_ops import affine_synapses, batch_norm_synapses
 from biofx.operators.fold_ops import fold_weight, spread_synapses, sum_synapses
+from biofx.operators.rate_ops import scale_gradient_by_seed
+from biofx.plasticity.placement import bio_module_path
+from biofx.plasticity.rate_forms import DRAW
+from biofx.sites import innermost_path
 
 _OPERATORS = WEIGHT_OPERATORS | {sum_synapses}
 _ITSELF = {OWN_FORWARD, OWN_MODULE}
@@ -60,10 +65,12 @@ class Places:
         called |= {str(node.target) for node in modules if len(asked[node]) < len(node.users)}
         read = {str(node.target) for node in reads} - {str(node.target) for node in modules}
         read |= {f"{node.target}.{user.args[1]}" for node in modules for user in asked[node]}
+        read |= set(_draws(graph))
         stacks = [node.meta.get("nn_module_stack") or {} for node in graph.nodes]
         entries = {(str(key), str(place)) for stack in stacks for key, (place, _) in stack.items()}
         times = Counter(place for _, place in entries)
-        inline = set(times) - called - {""}
+        functions = {innermost_path(node) for node in graph.nodes if _is_lowered(node)}
+        inline = set(times) - (called - functions) - {""}
         owners = {path.rpartition(".")[0] for path in read}
         passed = inline | {above for path in inline | called | owners for above in _above(path)}
         if not any(node.target in (call_own_forward, call_with_parameters) for node in graph.nodes):
@@ -129,6 +136,22 @@ def held_at(root: nn.Module, path: str) -> Any:
     owner = module_at(root, path.rpartition(".")[0])
     name = path.rpartition(".")[2]
     return None if owner is None else owner._modules.get(name, owner._parameters.get(name))
+
+
+def _is_lowered(node: Node) -> bool:
+    """Whether a node is a layer's function; other calls of the layer may be calls of the module."""
+    return node.op == "call_function" and kind_of_call(node) is not None
+
+
+def _draws(graph: Graph) -> Iterator[str]:
+    """Yield where it is kept what the factors are drawn from that a graph has as numbers."""
+    for scaling in graph.find_nodes(op="call_function", target=scale_gradient_by_seed):
+        source = scaling.args[0]
+        while isinstance(source, Node) and source.op == "call_function" and source.args:
+            source = source.args[0]
+        path, named = str(getattr(source, "target", "")), str(scaling.kwargs["path"])
+        if f".{named}".endswith(f".{path}"):  # else it is another name of the parameter
+            yield f"{bio_module_path(path)}.{DRAW}"
 
 
 def _above(path: str) -> Iterator[str]:

@@ -48,8 +48,9 @@ def following_changes(forward: Any, owner: Any, become: Become) -> Any:
     )
 
     def followed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if looked() if is_compiling() else look(self, become):
-            return type(self).forward(self, *args, **kwargs)
+        changed = looked() if is_compiling() else look(self, become) or type(self)._latest is not made
+        if changed:  # now, or since somebody got hold of this forward
+            return type(self)._latest(self, *args, **kwargs)
         check(self)
         return forward(self, *args, **kwargs)
 

@@ -83,7 +83,7 @@ class _SpreadAffine(torch.autograd.Function):
         ctx.save_for_backward(x, scale)
         samples, groups, size = x.shape
         y = x.new_empty(samples, len(scale), size)  # not a view, so that others may change it in place
-        members = y.view(samples, groups, -1, size)
+        members = y.view(samples, groups, len(scale) // groups, size)
         torch.mul(x.unsqueeze(2), scale.reshape(groups, -1, 1), out=members)
         members += shift.reshape(groups, -1, 1)
         return y
@@ -92,10 +92,11 @@ class _SpreadAffine(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, scale = ctx.saved_tensors
         samples, groups, size = x.shape
-        members = gradient.reshape(samples * groups, -1, size)
-        for_shift = members.sum(2).reshape(samples, -1).sum(0)
-        for_scale = torch.bmm(members, x.reshape(-1, size, 1)).reshape(samples, -1).sum(0)
-        scales = scale.reshape(1, groups, -1).expand(samples, groups, -1).reshape(samples * groups, 1, -1)
+        each = len(scale) // groups
+        members = gradient.reshape(samples * groups, each, size)
+        for_shift = members.sum(2).reshape(samples, len(scale)).sum(0)
+        for_scale = torch.bmm(members, x.reshape(-1, size, 1)).reshape(samples, len(scale)).sum(0)
+        scales = scale.reshape(1, groups, each).expand(samples, -1, -1).reshape(samples * groups, 1, each)
         return torch.bmm(scales, members).reshape(x.shape), for_scale, for_shift
 
 

@@ -423,7 +423,7 @@ class BioModule(BioState):
         """Move each unit's total input strength back towards what it was at the first call."""
         self._require("synaptic_scaling")
         target = self.memory.target_strength
-        if target is None:
+        if target is None or target.shape != (self.units,):
             target = input_strength(self.weight, output_axis=self.output_axis, groups=self.groups)
             self.memory.target_strength = target
         synaptic_scaling(

@@ -268,9 +268,15 @@ class BioState(nn.Module):
         return self._buffers[CODES if self.is_coded else FACTORS]
 
     def _with_values(self) -> dict[str, Tensor | None]:
-        """Return the buffers, those on the meta device with the values that they have kept."""
-        kept: dict[str, Tensor] = self.__dict__.get("_kept", {})
-        return {**self.__dict__["_buffers"], **kept}
+        """Return the buffers, those on the meta device with the values that they have kept.
+
+        What factors are drawn from is what was written there, whatever an average of models made of it.
+        """
+        held = {**self.__dict__["_buffers"], **self.__dict__.get("_kept", {})}
+        draw, numbers = self.__dict__.get("_draw"), held.get(DRAW)
+        if draw is not None and numbers is not None:
+            held[DRAW] = draw.to_tensor(torch.device("cpu") if numbers.is_meta else numbers.device)
+        return held
 
     def __getattr__(self, name: str) -> Any:
         if name == FACTORS and "_buffers" in self.__dict__ and (self.is_coded or self.is_drawn):
@@ -311,6 +317,7 @@ class BioState(nn.Module):
 
     def draw_factors_from(self, draw: RateDraw) -> None:
         """Draw factors at each use, instead of any that are stored."""
+        self.__dict__["_draw"] = draw
         self._buffers.update({**dict.fromkeys(RATE_BUFFERS), DRAW: draw.to_tensor(self.weight.device)})
 
     def _gradient(self) -> Tensor:
@@ -371,6 +378,8 @@ class BioState(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if _has_values(destination.get(prefix + DRAW)):
+            destination[prefix + DRAW] = self._with_values()[DRAW]
         if not self.saves_memory:
             destination.pop(prefix + EXTRA, None)
 
@@ -418,7 +427,7 @@ class BioState(nn.Module):
         config, weight = self.config, self.parameter if self.is_linked else None
         saved = {name: kept.pop(prefix + name, None) for name in RATE_BUFFERS}
         held = converted(
-            *(saved, self._buffers),
+            *(saved, self._with_values()),
             shape=torch.Size() if weight is None else weight.shape,
             low=config.fuzzy_lr_min,
             high=config.fuzzy_lr_max,

@@ -46,11 +46,12 @@ class RuleMemory:
         the square of an average is less than the average of the squares, unless all are the same.
 
         Args:
-            units: how many units the weight has, a count; without a target strength each has 0.
+            units: how many units the weight has, a count; without a target strength of each, as where the
+                weight is computed now, each has 0.
         """
         numbers = torch.zeros(_COUNTS + units, dtype=torch.float64)
         numbers[0], numbers[1] = self.steps, self.events
-        if self.target_strength is not None:
+        if self.target_strength is not None and self.target_strength.shape == (units,):
             numbers[_COUNTS:] = self.target_strength
         return torch.cat((numbers, numbers.square().sum().reshape(1)))
 

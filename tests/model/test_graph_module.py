@@ -160,3 +160,13 @@ def test_what_cannot_be_copied_is_an_input_error(mlp: nn.Module) -> None:
     vars(captured)["late"] = [captured.get_parameter("0.weight") * 2]
     with pytest.raises(biofx.InputError, match="can be copied"):
         copy.deepcopy(captured)
+
+
+def test_methods_that_make_another_of_their_kind_make_a_plain_one_of_the_same_modules() -> None:
+    bio_model, _ = biofx.transform(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+    made: Any = bio_model
+    part = made[:2]
+    assert type(part) is nn.Sequential
+    assert [id(layer) for layer in part] == [id(made[0]), id(made[1])]
+    assert len(made[3:]) == 0
+    assert [*(made + nn.Sequential(nn.Tanh()))][:3] == [*made]

@@ -134,6 +134,37 @@ def test_what_a_graph_would_not_follow_is_an_error_that_names_it(change: str, co
             copy.deepcopy(model)(INPUT)
 
 
+def test_another_layer_does_not_get_the_factors_that_the_graph_draws_for_the_one_before() -> None:
+    bio_model, _ = biofx.transform(net(), {"fuzzy_lr_dtype": "seed"})
+    bio_model(INPUT)
+    bio_model.head = nn.Linear(6, 4)
+    with pytest.raises(biofx.CaptureError, match="'head' was replaced"):
+        bio_model(INPUT)
+
+
+def test_a_layer_that_is_called_again_is_looked_at_too() -> None:
+    bio_model, _ = biofx.transform(net(), {"fuzzy_lr_parameters": "all"})
+    bio_model(INPUT)
+    prune.l1_unstructured(bio_model.head, "weight", 0.5)
+    bio_model(INPUT)
+    bio_model.head.bias = None
+    with pytest.raises(biofx.CaptureError, match="'bias' is a NoneType now"):
+        bio_model(INPUT)
+
+
+def test_a_forward_that_somebody_holds_follows_what_changes_later() -> None:
+    plain = net()
+    bio_model, _ = biofx.transform(plain)
+    for model in (plain, bio_model):
+        held = model.forward
+        model.forward = lambda x, held=held: 2 * held(x)
+        model.head = Doubling(model.head)
+        for _ in range(2):
+            found = model(INPUT)
+        model.expected = found
+    torch.testing.assert_close(bio_model.expected, plain.expected)
+
+
 ACTING: dict[str, Callable[[Any], object]] = {
     "head": lambda model: setattr(model, "head", Doubling(model.head)),
     "convolution": lambda model: setattr(model, "conv", Doubling(model.conv)),
@@ -167,6 +198,25 @@ def test_what_acts_in_the_model_acts_in_the_result(change: str, training: bool) 
     torch.testing.assert_close(copy.deepcopy(bio_model)(INPUT), plain(INPUT))
     for gradient, parameter in zip(gradients(plain), gradients(bio_model), strict=True):
         assert (gradient is None) is (parameter is None)
+
+
+@pytest.mark.parametrize("layer", ["head", "conv", "wide", "layers.1"])
+@pytest.mark.parametrize("config", ["scaled", "signed", "split"])
+def test_a_forward_around_the_one_that_a_layer_had_computes_on_what_the_graph_makes_of_its_weights(
+    layer: str, config: str
+) -> None:
+    bio_model, _ = biofx.transform(net(), CONFIGS[config] | {"fuzzy_learning_rate_factor_nu": 0.4})
+    around = copy.deepcopy(bio_model)
+    parent, _, name = layer.rpartition(".")
+    setattr(around.get_submodule(parent), name, Doubling(around.get_submodule(layer)))
+    expected = around.train(False)(INPUT)
+    inner: Any = bio_model.get_submodule(layer)
+    old = inner.forward
+    inner.forward = lambda x: 2 * old(x)
+    torch.testing.assert_close(bio_model.train(False)(INPUT), expected)
+    for one, another in zip(gradients(bio_model), gradients(around), strict=True):
+        torch.testing.assert_close(one, another)
+    assert set(vars(inner)) & {"weight", "bias"} == set()
 
 
 def gradients(model: nn.Module) -> list[Tensor | None]:
@@ -391,3 +441,19 @@ def test_deploying_and_transforming_again_look_before_any_call() -> None:
     vars(bio_model.get_submodule("head"))["forward"] = lambda x: x
     with pytest.raises(biofx.InputError, match="'head' with one of its own"):
         biofx.deploy(bio_model)
+
+
+@pytest.mark.parametrize("change", ["replaced", "forward"])
+def test_a_layer_that_is_a_function_at_one_call_and_a_module_at_the_other_is_looked_at(change: str) -> None:
+    split = {"weight_splitting_Gamma": 2, "weight_splitting_activation_function": "torch.tanh"}
+    bio_model: Any = biofx.transform(Twice(), {**split, "fuzzy_lr_distribution": "baseline"}).graph_module
+    calls = {node.name: node.op for node in bio_model.graph.nodes}
+    assert (calls["first"], calls["first_1"]) == ("call_module", "call_function")
+    x = torch.ones(3, bio_model.first.in_features)
+    bio_model(x)
+    if change == "replaced":
+        bio_model.first = Doubling(bio_model.first)
+    else:
+        bio_model.first.forward = torch.zeros_like
+    with pytest.raises(biofx.CaptureError, match="'first'"):
+        bio_model(x)

@@ -26,6 +26,16 @@ def test_each_member_has_a_scale_and_a_shift_of_its_own() -> None:
     assert torch.autograd.gradgradcheck(lambda *given: affine_synapses(*given, **options), leaves)
 
 
+def test_no_samples_have_no_gradients() -> None:
+    x = torch.empty(0, 2, 5, requires_grad=True)
+    weight, bias = torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)
+    found = affine_synapses(x, weight, bias, gamma=2, channel_axis=-2, groups=2)
+    assert found.shape == (0, 4, 5)
+    gradients = torch.autograd.grad(found.sum(), (x, weight, bias))
+    for gradient, shape in zip(gradients, ((0, 2, 5), (4,), (4,)), strict=True):
+        assert torch.equal(gradient, torch.zeros(shape))
+
+
 def test_result_may_be_changed_in_place() -> None:
     x = torch.randn(3, 2, 5, requires_grad=True)
     found = affine_synapses(x, torch.ones(4), torch.ones(4), gamma=2, channel_axis=-2, groups=2)

@@ -170,3 +170,22 @@ def test_nothing_appears_where_every_mechanism_is_off() -> None:
     optimizer.step()
     assert list(bio.state_dict()) == keys == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert not list(bio.buffers())
+
+
+@pytest.mark.parametrize("name", [name for name in AVERAGES if name != "foreach mean with buffers"])
+def test_what_factors_are_drawn_from_stays_what_it_is(name: str) -> None:
+    config = BioConfig(fuzzy_lr_dtype="seed")
+    bio = fresh(config)
+    factors = bio.get_submodule("2.bio_mod").fuzzy_learning_rate_parameters.clone()
+    mean: Any = AveragedModel(bio, **AVERAGES[name])
+    for _ in range(3):
+        mean.update_parameters(bio)
+    assert torch.equal(mean.module.get_submodule("2.bio_mod").fuzzy_learning_rate_parameters, factors)
+    other = fresh(config)
+    other.load_state_dict(mean.module.state_dict())
+    assert torch.equal(other.get_submodule("2.bio_mod").fuzzy_learning_rate_parameters, factors)
+    by_name = copy.deepcopy(bio)
+    with torch.no_grad():
+        for key, value in by_name.state_dict().items():
+            value.copy_(0.999 * value + 0.001 * bio.state_dict()[key])
+    assert torch.equal(by_name.get_submodule("2.bio_mod").fuzzy_learning_rate_parameters, factors)

@@ -30,6 +30,20 @@ def test_numbers_come_back_and_averages_change_nothing() -> None:
     assert (back.steps, back.events, back.target_strength) == (9, 5, None)
 
 
+def test_a_target_strength_is_that_of_a_weight_which_still_has_these_units() -> None:
+    memory = RuleMemory(7, 3, torch.tensor([1.5, 2.25]))
+    assert memory.to_tensor(0).tolist() == [7, 3, 7**2 + 3**2]  # of a weight that is computed now
+    bio, _ = crystallized(BioConfig())
+    state = bio.get_submodule("0.bio_mod")
+    torch.nn.utils.parametrizations.weight_norm(bio.get_submodule("0"))
+    assert bio.state_dict()["0.bio_mod._extra_state"].numel() == 3
+    torch.nn.utils.parametrize.remove_parametrizations(bio.get_submodule("0"), "weight")
+    assert torch.equal(bio.state_dict()["0.bio_mod._extra_state"][2:8].float(), state.target_strength)
+    bio.get_submodule("0").weight = nn.Parameter(torch.ones(3, 4))
+    state.synaptic_scaling()
+    assert torch.equal(state.target_strength, torch.full((3,), 4.0))
+
+
 def crystallized(config: BioConfig) -> tuple[Any, Any]:
     torch.manual_seed(0)
     bio, _ = biofx.transform(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), config)

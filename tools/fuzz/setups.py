@@ -69,11 +69,21 @@ class Setup:
 
 def factors(model: nn.Module) -> dict[str, Tensor]:
     """The learning-rate factors by the name of their parameter, where that is one and not computed."""
-    found = {}
-    for path, state in bio_modules(model).items():
-        if state.parameter is not None and state.fuzzy_learning_rate_parameters is not None:
-            found[path] = state.fuzzy_learning_rate_parameters
-    return found
+    states = {path: state for path, state in bio_modules(model).items() if state.parameter is not None}
+    found = {path: state.fuzzy_learning_rate_parameters for path, state in states.items()}
+    return {path: factors for path, factors in found.items() if factors is not None}
+
+
+def acting_factors(model: nn.Module) -> dict[str, Tensor]:
+    """The same, dampened where synapses have crystallized, as they act in a step of what is attached."""
+    states = {path: state for path, state in bio_modules(model).items() if state.parameter is not None}
+    found = {path: state.acting_factors for path, state in states.items()}
+    return {path: factors for path, factors in found.items() if factors is not None}
+
+
+def is_computed(name: str) -> bool:
+    """Whether a parameter is one of those that a parametrization computes another from."""
+    return "parametrizations" in name or name.endswith(("_orig", "_g", "_v"))
 
 
 def without_definition(model: nn.Module) -> set[str]:
