@@ -341,7 +341,7 @@ class BioState(nn.Module):
         return generator_for(self.config.seed, self.path, event, purpose=purpose)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BioState:
-        """Move and convert as any module does; what the graph tells, and signs, keep their values on every way.
+        """Move and convert as any module does; what the graph tells, and signs, keep their values anyhow.
 
         Those of other buffers are gone after a way over the meta device, until a state is loaded.
         """

@@ -164,7 +164,8 @@ def _guards(device: torch.device) -> Iterator[Work]:
     ):
         torch.manual_seed(0)
         model = biofx.transform(make(), config).graph_module
-        candidates = {"forward": inference(model, x), "guards": functools.partial(_look, _graphs(model))}
+        look: Callable[[], object] = functools.partial(_look, _graphs(model))
+        candidates = {"forward": inference(model, x), "guards": look}
         title = f"ResNet-18, batch of 1, {name}"
         yield Work(title, candidates, "forward", {"guards": 0.005}, in_percent=True)
 
