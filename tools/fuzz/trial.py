@@ -124,7 +124,7 @@ class Trial:
         _judge("the call", raised, found_raised)
         if keeps:
             pair = (expected, found) if self._exact else self._by_definition(expected, found)
-            tolerance = 1e-4 if self._rounds else 0 if self._exact else 1e-5
+            tolerance = 0 if self._exact and not self._rounds else 1e-5
             _refuse_differences("computed", *pair, tolerance)
         elif other is not None:
             anew, raised = _tried(other.call)
