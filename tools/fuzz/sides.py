@@ -93,8 +93,10 @@ def differences(expected: Any, found: Any, tolerance: float, name: str = "what w
 
 
 def scale(value: Tensor) -> float:
-    """The largest number of a tensor, at least 1e-2: what is 0 but for rounding, as gradients of biases that a
-    normalisation takes away, is compared with others."""
+    """The largest number of a tensor, at least 1e-2.
+
+    Below that are gradients of biases that a normalisation takes away, which are 0 but for rounding.
+    """
     finite = value[value.isfinite()]
     return max(finite.abs().max().item() if finite.numel() else 0.0, 1e-2)
 

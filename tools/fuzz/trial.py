@@ -81,7 +81,7 @@ class Trial:
         self._calls_another = False
         self._is_as_made = True
         self._rounds = False
-        """Whether a weight is computed with products of vectors, which round as memory happens to be aligned."""
+        """Whether a weight is computed with products of vectors, which round as memory is aligned."""
         self._outputs: tuple[Any, Any] | None = None
 
     def change(self, text: str) -> None:
@@ -107,7 +107,9 @@ class Trial:
         self._calls_another |= ".forward" in text
         if not self._exact and _moves_weights(text):
             if self._calls_another and ("averaged" in text or "run_copied" in text):
-                raise _Over("ended", "the forward of the instance calls the model that was copied, which went on")
+                raise _Over(
+                    "ended", "the forward of the instance calls the model that was copied, which went on"
+                )
             keeps = self.setup.config in KEEP_THE_FUNCTION
             if keeps and (("attached=True" in text and "steps=1" in text) or "run_copied" in text):
                 self._refuse_other_steps(start)
@@ -213,7 +215,7 @@ class Trial:
                 raise _Over("failed", f"signs or rates changed: {name}")
 
     def _must_act(self, text: str) -> bool:
-        """Whether a change reaches the output, as it may not where signs or rules have silenced what follows."""
+        """Whether a change reaches the output, as it may not where signs or rules have silenced units."""
         return self._is_as_made and (
             any(part in text for part in ACTS)
             and self.setup.config.startswith("split")
