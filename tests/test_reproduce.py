@@ -80,9 +80,9 @@ def test_crystallization_goes_on_in_the_levelled_control() -> None:
     model, observers = build(arm, lambda: NETWORKS["perceptron"].make(SHAPE), 0)
     train(model, digits(0), rate=0.1, epochs=2, seed=0, rules=arm.rules, observers=observers)
     factors = [
-        module.fuzzy_learning_rate_parameters
+        module.acting_factors
         for module in model.modules()
-        if isinstance(module, biofx.BioModule) and module.fuzzy_learning_rate_parameters is not None
+        if isinstance(module, biofx.BioModule) and module.acting_factors is not None
     ]
     assert len(factors) == 5
     assert all(values.min() == values.max() for values in factors)

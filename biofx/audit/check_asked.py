@@ -16,6 +16,8 @@ _ASKED, _KEPT = "asked", "kept"
 _PLACED = {"constrain_sign": "sign constraint", "scale_gradient": "learning rates"} | {
     "scale_gradient_by_seed": "learning rates",
     "observe_activity": "observed activity",
+    "pool_synapses": "pool of synapses",
+    "fold_weight": "sum over synapses",
 }
 """Operators that a mechanism consists of, and what of it is gone with them."""
 _LINE = re.compile(r"(\w+) = (\w+)\((\w*)")

@@ -27,7 +27,7 @@ def shared_places(kind: type[nn.Module]) -> tuple[Place, ...]:
 def held_at(place: Place) -> Any:
     """Return what is at a place, None if nothing is any more."""
     space, name = place
-    found = (vars(space) if is_of(space, type) else space).get(name)
+    found: Any = (vars(space) if is_of(space, type) else space).get(name)
     return found.of_class if is_of(found, Observed) else found
 
 

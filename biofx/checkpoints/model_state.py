@@ -98,6 +98,9 @@ def _check_entry(key: str, own: Any, saved: Any, owner: BioModule | None) -> Non
         )
     if own is not None and own.shape == saved.shape:
         return
+    is_extra = owner is not None and key.rpartition(".")[2] == EXTRA
+    if owner is not None and is_extra and saved.shape == owner.get_extra_state().shape:
+        return
     weight = None if owner is None else _weight_of(owner)
     if weight is not None and _may_be_state(saved, weight, per_synapse=own is not None):
         return

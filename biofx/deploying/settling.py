@@ -7,6 +7,8 @@ from typing import Any
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from biofx.model.graph_places import module_at
+
 
 def settle(node: Node, value: Any) -> None:
     """Put a constant where a node was read, and take the node out."""
@@ -28,6 +30,7 @@ def settle_settings(graph_module: GraphModule) -> None:
             owner, name = str(node.args[0].target), str(node.args[1])
         else:
             continue
-        held = vars(graph_module.get_submodule(owner))
+        module = module_at(graph_module, owner)
+        held = {} if module is None else vars(module)
         if name in held and isinstance(held[name], (int, float, type(None))):
             settle(node, False if name == "training" else held[name])

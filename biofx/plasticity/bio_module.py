@@ -53,7 +53,7 @@ class BioModule(BioState):
 
     __jit_unused_properties__: ClassVar[list[str]] = [
         *BioState.__jit_unused_properties__,
-        *("is_dynamic", "follows_in_parts", "crystallizes_in_parts", "acting_factors"),
+        *("is_dynamic", "follows_in_parts", "crystallizes_in_parts", "acting_factors", "_dampens_factors"),
     ]
 
     exposed_functions: ClassVar[tuple[str, ...]] = (

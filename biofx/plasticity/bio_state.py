@@ -341,9 +341,13 @@ class BioState(nn.Module):
         return generator_for(self.config.seed, self.path, event, purpose=purpose)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BioState:
-        """Move and convert as any module does; what the graph tells keeps its values on every way."""
+        """Move and convert as any module does; what the graph tells, and signs, keep their values on every way.
+
+        Those of other buffers are gone after a way over the meta device, until a state is loaded.
+        """
         kept: dict[str, Tensor] = self.__dict__.setdefault("_kept", {})
-        tables = [(self._buffers, (DRAW,)), (self.__dict__, _DERIVED)]
+        empty = [name for name, held in self._buffers.items() if held is not None and held.is_meta]
+        tables = [(self._buffers, (DRAW, *SIGNS)), (self.__dict__, _DERIVED)]
         for table, names in tables:
             kept.update({name: table[name] for name in names if _has_values(table[name])})
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -354,9 +358,12 @@ class BioState(nn.Module):
         for table, names in tables:
             for name in names:
                 if name in kept and _has_values(table[name]):
-                    table[name] = kept.pop(name).to(table[name].device)
+                    table[name] = kept.pop(name).to(table[name])
+                    empty = [other for other in empty if other != name]
         if not kept:
             del self.__dict__["_kept"]
+        if lost := [name for name in empty if _has_values(self._buffers[name])]:
+            self.__dict__["_lost"] = lost
         return self
 
     # saving and loading
@@ -387,6 +394,7 @@ class BioState(nn.Module):
         error_msgs: list[str],
     ) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
+            missing_keys += [prefix + name for name in self.__dict__.get("_lost", ())]
             return
         try:
             current = without_averages(self, with_current_keys(self, state_dict, prefix), prefix)
@@ -401,6 +409,7 @@ class BioState(nn.Module):
             current, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         missing_keys += [key for key in missing if key != prefix + EXTRA]
+        self.__dict__.pop("_lost", None)
 
     def with_rates_as_kept(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         """Return a saved state with this layer's factors in the form in which it keeps them.

@@ -87,7 +87,7 @@ def without_averages(state: BioState, saved: Mapping[str, Any], prefix: str) -> 
             continue
         rounded = signs.to(own.dtype).round()
         apart = (rounded - signs).abs() > _NEAR
-        if signs.is_floating_point() and bool(rounded.any()) and _are_signs(own):
+        if signs.is_floating_point() and bool(rounded.any()) and not own.is_meta:
             apart |= (rounded == 0) & (own.to(signs.device) != 0)
         if bool(apart.any()):
             raise PlasticityError(
@@ -97,11 +97,6 @@ def without_averages(state: BioState, saved: Mapping[str, Any], prefix: str) -> 
             )
         kept[prefix + name] = rounded
     return kept
-
-
-def _are_signs(own: Tensor) -> bool:
-    """Whether a buffer holds signs, and not what ``to_empty`` found in memory."""
-    return not own.is_meta and bool(((own == 0) | (own.abs() == 1)).all())
 
 
 def _is_average(value: Any) -> bool:

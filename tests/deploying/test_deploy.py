@@ -329,7 +329,7 @@ def test_a_hook_that_a_layer_was_given_after_the_transform_acts_in_what_is_deplo
 def test_a_hook_that_no_call_would_run_is_not_deployed(config: dict[str, Any]) -> None:
     bio_model = biofx.transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), config).graph_module
     bio_model.get_submodule("0").register_full_backward_hook(doubled_gradient)
-    with pytest.raises(biofx.InputError, match="'0'.*has backward hooks, which would never run"):
+    with pytest.raises(biofx.InputError, match=r"'0'.*has backward hooks, which would never run"):
         biofx.deploy(bio_model)
 
 

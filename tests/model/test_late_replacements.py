@@ -422,7 +422,7 @@ def test_what_compiles_a_model_looks_when_it_compiles() -> None:
     for model in (plain, bio_model):
         model.head = Doubling(model.head)
     torch.testing.assert_close(compiled(INPUT), plain(INPUT))
-    bio_model.get_submodule("conv").stride = (2,)
+    vars(bio_model.get_submodule("conv"))["stride"] = (2,)
     torch._dynamo.reset()
     with pytest.raises(Exception, match="'conv' was changed since the model was captured: its stride"):
         compiled(INPUT)
@@ -434,7 +434,7 @@ def test_deploying_and_transforming_again_look_before_any_call() -> None:
     changed.head = Doubling(changed.head)
     torch.testing.assert_close(biofx.deploy(changed)(INPUT), 2 * bio_model(INPUT))
     torch.testing.assert_close(biofx.transform(changed, passes="").graph_module(INPUT), 2 * bio_model(INPUT))
-    changed.get_submodule("conv").stride = (2,)
+    vars(changed.get_submodule("conv"))["stride"] = (2,)
     for use in (biofx.deploy, biofx.transform):
         with pytest.raises(biofx.CaptureError, match="'conv' was changed"):
             use(changed)

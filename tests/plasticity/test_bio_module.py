@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import biofx
 from biofx import BioConfig, Distribution, PlasticityError
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.placement import bio_module_at, bio_module_path
@@ -174,3 +176,42 @@ def test_shared_factors_keep_their_shape_whatever_crystallization_does() -> None
     fresh.load_state_dict(shared)
     with pytest.raises(RuntimeError, match="size mismatch"):
         fresh.load_state_dict({**shared, "bio_mod.fuzzy_learning_rate_parameters": torch.ones(2, 2)})
+
+
+def test_signs_keep_their_values_where_memory_is_made_anew() -> None:
+    """Else what a loaded state is compared with would be what happens to be in memory."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    made: Any = biofx.transform(
+        model, {"apply_dales_principle": True, "dales_constrain_readout": True}
+    ).graph_module
+    signs = made.get_buffer("0.bio_mod.sign").clone()
+    assert signs.abs().eq(1).all()
+    state = {name: value.clone() for name, value in made.state_dict().items()}
+    state["0.bio_mod.sign"][0] = 0
+
+    ways: tuple[Callable[[Any], Any], ...] = (
+        lambda twin: twin.to("meta").to_empty(device="cpu"),
+        lambda twin: twin.to_empty(device="cpu"),
+        lambda twin: pickle.loads(pickle.dumps(twin.to("meta"))).to_empty(device="cpu"),
+    )
+    for way in ways:
+        back = way(copy.deepcopy(made))
+        assert torch.equal(back.get_buffer("0.bio_mod.sign"), signs)
+        with pytest.raises(RuntimeError, match="1 of 4 that are none or cancel out"):
+            back.load_state_dict(state)
+    halved = copy.deepcopy(made).half().get_buffer("0.bio_mod.sign")
+    assert torch.equal(halved, signs.half())
+    assert halved.dtype is torch.float16
+
+
+def test_a_state_without_values_is_missing_from_a_checkpoint_that_has_none() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    made: Any = biofx.transform(model).graph_module
+    made.load_state_dict(model.state_dict())
+    back = copy.deepcopy(made).to("meta").to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.bio_mod\.fuzzy_learning_rate_parameters"):
+        back.load_state_dict(model.state_dict())
+    back.load_state_dict(made.state_dict())
+    back.load_state_dict(model.state_dict())
+    name = "2.bio_mod.fuzzy_learning_rate_parameters"
+    assert torch.equal(back.get_buffer(name), made.get_buffer(name))

@@ -33,19 +33,22 @@ def measured(work: Work, rounds: int, *, cpu_time: bool) -> dict[str, Any]:
         "seconds": seconds,
         "ratios": ratios,
         "goals": {name: goal for name, goal in work.goals.items() if name in seconds},
+        "in_percent": work.in_percent,
     }
 
 
 def table_of(row: dict[str, Any]) -> Table:
     """Return a work's figures for ``rich.print``."""
     table = Table(title=row["work"], title_justify="left", box=None)
+    unit, factor = (" %", 100) if row["in_percent"] else ("", 1)
     for column in ("candidate", "ms", f"/ {row['against']}", "goal"):
         table.add_column(column, justify="left" if column == "candidate" else "right")
     for name, value in row["seconds"].items():
         goal = row["goals"].get(name)
         met = goal is None or row["ratios"][name] <= goal
-        shown = f"[{'green' if met else 'red'}]{goal:.2f}[/]" if goal is not None else ""
-        table.add_row(name, f"{value * 1e3:.1f}", f"{row['ratios'][name]:.3f}", shown)
+        shown = f"[{'green' if met else 'red'}]{goal * factor:.2f}{unit}[/]" if goal is not None else ""
+        ratio = f"{row['ratios'][name] * factor:.3f}{unit}"
+        table.add_row(name, f"{value * 1e3:.{2 if row['in_percent'] else 1}f}", ratio, shown)
     return table
 
 

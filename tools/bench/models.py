@@ -56,16 +56,36 @@ class _Block(nn.Module):
         return self.relu(y)
 
 
-def resnet18(share: int = 1) -> nn.Module:
+class _BlockOfSettings(_Block):
+    """A block whose forward reads a flag, a text and a number."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__(channels, width, stride)
+        self.goes_around, self.activation, self.gain = True, "relu", 1.0
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y)) * self.gain
+        if self.goes_around:
+            y += self.around(x)
+        return self.relu(y) if self.activation == "relu" else F.silu(y)
+
+
+def resnet18(share: int = 1, *, block: type[_Block] = _Block) -> nn.Module:
     """Return a residual network of 18 layers, as He et al. (2016) have it, for ten classes."""
     channels = 64 // share
     layers: list[nn.Module] = [nn.Conv2d(3, channels, 7, 2, 3, bias=False), nn.BatchNorm2d(channels)]
     layers += [nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
     for place, width in enumerate((64, 128, 256, 512)):
-        layers.append(_Block(channels, width // share, 1 + (place > 0)))
+        layers.append(block(channels, width // share, 1 + (place > 0)))
         channels = width // share
-        layers.append(_Block(channels, channels, 1))
+        layers.append(block(channels, channels, 1))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def resnet18_of_settings() -> nn.Module:
+    """Return a residual network whose 8 blocks read settings in their forwards."""
+    return resnet18(block=_BlockOfSettings)
 
 
 def training_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
@@ -10,10 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from models import convolutions, fully_connected, inference, resnet18, training_step
+from models import (
+    convolutions,
+    fully_connected,
+    inference,
+    resnet18,
+    resnet18_of_settings,
+    training_step,
+)
 from torch import Tensor, nn
 
 import biofx
+from biofx.model.attribute_guards import refuse_changed_attributes
+from biofx.model.graph_module import BioGraphModule, become_graph_module
+from biofx.model.late_changes import follow_late_changes
 
 RULES = ("volume_dependent_lr", "crystallize", "rejuvenate_weights", "fuzzy_learning_rates")
 _UNSCALED = {"fuzzy_lr_distribution": "baseline"}
@@ -29,6 +40,8 @@ class Work:
     """The candidate that the others are divided by."""
     goals: Mapping[str, float] = field(default_factory=dict)
     """Ratios wanted, per candidate."""
+    in_percent: bool = False
+    """Whether ratios are so small that they are shown in per cent."""
 
 
 def reference() -> Any:
@@ -49,6 +62,7 @@ def works(device: torch.device, *, compiled: bool) -> Iterator[Work]:
     yield _mechanisms(vectors, compiled)
     if not compiled:
         yield _inference(images)
+        yield from _guards(device)
         yield from _rules(vectors)
 
 
@@ -137,6 +151,33 @@ def _inference(x: Tensor) -> Work:
     candidates["split in 2"] = inference(split, x)
     candidates["split in 2, deployed"] = inference(biofx.deploy(split), x)
     return Work("5 convolutions, inference", candidates, goals={"split in 2, deployed": 0.28})
+
+
+def _guards(device: torch.device) -> Iterator[Work]:
+    """Yield what is looked at in each forward, by itself, against the forward of which it is a part."""
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device)
+    signs = {**_UNSCALED, "weight_splitting_Gamma": 2, "apply_dales_principle": True}
+    for name, make, config in (
+        ("everything off", resnet18, _UNSCALED),
+        ("splits and signs", resnet18, signs),
+        ("splits and signs, settings read", resnet18_of_settings, signs),
+    ):
+        torch.manual_seed(0)
+        model = biofx.transform(make(), config).graph_module
+        candidates = {"forward": inference(model, x), "guards": functools.partial(_look, _graphs(model))}
+        title = f"ResNet-18, batch of 1, {name}"
+        yield Work(title, candidates, "forward", {"guards": 0.005}, in_percent=True)
+
+
+def _graphs(model: nn.Module) -> list[BioGraphModule]:
+    graphs = (module for module in model.modules() if isinstance(module, BioGraphModule))
+    return [graph for graph in graphs if not graph.keeps_forward]
+
+
+def _look(graphs: list[BioGraphModule]) -> None:
+    for graph in graphs:
+        follow_late_changes(graph, become_graph_module)
+        refuse_changed_attributes(graph)
 
 
 def _rules(x: Tensor) -> Iterator[Work]:

@@ -7,4 +7,4 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from durability.table import main
 
-    main(verbose="-v" in sys.argv, everything="--all" in sys.argv)
+    main(verbose="-v" in sys.argv)

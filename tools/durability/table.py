@@ -62,14 +62,9 @@ ROWS: dict[str, Callable[[str], str]] = {
     **{name: partial(after_journey, journey=journey) for name, journey in JOURNEYS.items()},
     **CHANGES,
 }
-NOT_RIGHT_YET: tuple[str, ...] = (
-    *("average by position", "adapter", "quantised", "copied run"),
-    *("norm settings changed", "mode by own train()"),
-)
-"""Rows that are shown with ``--all`` only."""
 
 
-def table(*, verbose: bool = False, everything: bool = False) -> str:
+def table(*, verbose: bool = False) -> str:
     """Measure the rows and return the table."""
     torch.set_num_threads(1)
     columns = list(MECHANISMS)
@@ -77,13 +72,12 @@ def table(*, verbose: bool = False, everything: bool = False) -> str:
     with warnings.catch_warnings(), one_process_group():
         warnings.simplefilter("ignore")
         for name, taken in ROWS.items():
-            if everything or name not in NOT_RIGHT_YET:
-                rows.append([name, *(measure(column, taken, verbose=verbose) for column in columns)])
+            rows.append([name, *(measure(column, taken, verbose=verbose) for column in columns)])
     widths = [max(len(row[place]) for row in rows) for place in range(len(columns) + 1)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
-def main(*, verbose: bool = False, everything: bool = False) -> None:
+def main(*, verbose: bool = False) -> None:
     """Print the table and its notes."""
-    print(f"{table(verbose=verbose, everything=everything)}\n\n{NOTES}")
+    print(f"{table(verbose=verbose)}\n\n{NOTES}")

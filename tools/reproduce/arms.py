@@ -99,6 +99,6 @@ def _level_after_step(step: int, layers: Mapping[str, LayerStep]) -> None:
 
 
 def _level_factors(state: biofx.BioModule) -> None:
-    factors = state.fuzzy_learning_rate_parameters
-    if factors is not None:
-        factors.fill_(factors.mean().item())
+    for factors in (state.fuzzy_learning_rate_parameters, state.memory.dampening):
+        if factors is not None:
+            factors.fill_(factors.mean().item())
