@@ -46,7 +46,13 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
     calls = [n for n in graph_module.graph.nodes if innermost_path(n) == path and kind_of_call(n) is not None]
     kinds = [kind for call in calls if (kind := kind_of_call(call)) in (*LAYER_KINDS, EMBEDDING)]
     is_called = any(n.op == "call_module" and n.target == path for n in graph_module.graph.nodes)
-    if found is None or not calls or is_called or len(kinds) < len(calls) or any(kind.is_product for kind in kinds):
+    if (
+        found is None
+        or not calls
+        or is_called
+        or len(kinds) < len(calls)
+        or any(kind.is_product for kind in kinds)
+    ):
         return False
     taken: Taken = vars(graph_module)[STATE][path]
     layer = _layer_in(found, kinds[0])
@@ -57,7 +63,9 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
         return False
     if any(graph.needs_more or str(graph.graph) != str(own[0].graph) for graph in own):
         return False
-    if layer is found and "forward" in vars(layer):  # which may call the one it had before on whatever it finds
+    if layer is found and "forward" in vars(
+        layer
+    ):  # which may call the one it had before on whatever it finds
         for call in calls:
             _call_on_weights(call, path)
         graph_module.recompile()

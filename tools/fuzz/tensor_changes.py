@@ -90,7 +90,8 @@ def tied(rng: Random, model: nn.Module) -> str | None:
     """Two layers of one shape get one weight."""
     shapes: dict[Any, list[str]] = {}
     for path in paths(model, nn.Linear):
-        shapes.setdefault(tuple(model.get_submodule(path).weight.shape), []).append(path)  # type: ignore[arg-type]
+        layer: Any = model.get_submodule(path)  # whose weight may be one that changes when it is read
+        shapes.setdefault((layer.in_features, layer.out_features), []).append(path)
     pairs = [found for found in shapes.values() if len(found) > 1]
     if not pairs:
         return None

@@ -79,8 +79,9 @@ class Trial:
         self._exact = setup.config in EXACT
         self._structure_is_the_same = True
         self._calls_another = False
+        self._is_as_made = True
         self._rounds = False
-        """Whether a weight is computed with products of vectors, which round as memory happens to be aligned."""
+        """Whether a weight is computed with products of vectors, which round as memory is aligned."""
         self._outputs: tuple[Any, Any] | None = None
 
     def change(self, text: str) -> None:
@@ -101,11 +102,14 @@ class Trial:
         self._exact &= "rules=" not in text
         if "rules=" in text or _adds_bytes(text):
             self._constants = self._held()
-        self._rounds |= "spectral_norm" in text and self._exact
+        self._rounds |= "spectral_norm" in text
+        self._is_as_made &= "rules=" not in text
         self._calls_another |= ".forward" in text
         if not self._exact and _moves_weights(text):
             if self._calls_another and ("averaged" in text or "run_copied" in text):
-                raise _Over("ended", "the forward of the instance calls the model that was copied, which went on")
+                raise _Over(
+                    "ended", "the forward of the instance calls the model that was copied, which went on"
+                )
             keeps = self.setup.config in KEEP_THE_FUNCTION
             if keeps and (("attached=True" in text and "steps=1" in text) or "run_copied" in text):
                 self._refuse_other_steps(start)
@@ -122,7 +126,8 @@ class Trial:
         _judge("the call", raised, found_raised)
         if keeps:
             pair = (expected, found) if self._exact else self._by_definition(expected, found)
-            _refuse_differences("computed", *pair, 0 if self._exact and not self._rounds else 1e-5)
+            tolerance = 0 if self._exact and not self._rounds else 1e-5
+            _refuse_differences("computed", *pair, tolerance)
         elif other is not None:
             anew, raised = _tried(other.call)
             if raised is not None:
@@ -210,8 +215,8 @@ class Trial:
                 raise _Over("failed", f"signs or rates changed: {name}")
 
     def _must_act(self, text: str) -> bool:
-        """Whether a change reaches the output, as it may not where signs have silenced what follows."""
-        return (
+        """Whether a change reaches the output, as it may not where signs or rules have silenced units."""
+        return self._is_as_made and (
             any(part in text for part in ACTS)
             and self.setup.config.startswith("split")
             and self.setup.kind != "random"
