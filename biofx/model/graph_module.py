@@ -305,7 +305,7 @@ class _NotYet(Graph):
 
 
 def _empty(class_name: str, origin: type[nn.Module] | None) -> BioGraphModule:
-    made = BioGraphModule(nn.Module(), _NotYet(), class_name)
+    made: BioGraphModule = BioGraphModule(nn.Module(), _NotYet(), class_name)
     if origin is not None:
         # not by calling the class: that would run the __init__ of the user's
         made.__class__ = _class_of_graph_modules(class_name, origin)
