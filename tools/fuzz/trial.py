@@ -81,7 +81,8 @@ class Trial:
         self._calls_another = False
         self._is_as_made = True
         self._rounds = False
-        """Whether a weight is computed with products of vectors, which round as memory is aligned."""
+        """Whether a weight is computed with products of vectors, which round as memory is aligned, or was
+        tied to another later, so that its gradients are summed in some order."""
         self._outputs: tuple[Any, Any] | None = None
 
     def change(self, text: str) -> None:
@@ -102,7 +103,7 @@ class Trial:
         self._exact &= "rules=" not in text
         if "rules=" in text or _adds_bytes(text):
             self._constants = self._held()
-        self._rounds |= "spectral_norm" in text
+        self._rounds |= "spectral_norm" in text or ").weight = at(" in text
         self._is_as_made &= "rules=" not in text
         self._calls_another |= ".forward" in text
         if not self._exact and _moves_weights(text):
