@@ -8,19 +8,23 @@ True
 """
 
 from biofx import passes
-from biofx.audit.check import check
-from biofx.audit.check_report import Audit, Finding
-from biofx.bisection import Culprit, bisect
+from biofx.analysis.flow import add_unit_rule
+from biofx.analysis.groups import UnitGroup, UnitGroups, unit_groups
 from biofx.callables import register_activation
-from biofx.capture import capture
+from biofx.capture.capture import capture
 from biofx.checkpoints.checkpoint import Checkpoint, load, save
 from biofx.checkpoints.model_state import plain_state
 from biofx.checkpoints.optimizer_state import load_optimizer_state, optimizer_state
 from biofx.checkpoints.sharded_checkpoint import load_sharded, save_sharded
 from biofx.compile_config import compile_config
-from biofx.config import BioConfig, Distribution
+from biofx.config import BioConfig
 from biofx.converter import BioConverter
-from biofx.deploying.deploy import deploy
+from biofx.deploy.deploy import deploy
+from biofx.diagnostics.bisection import Culprit, bisect
+from biofx.diagnostics.check import check
+from biofx.diagnostics.check_report import Audit, Finding
+from biofx.diagnostics.monitor import Monitor
+from biofx.diagnostics.monitor_records import LayerRecord, StepRecord
 from biofx.errors import (
     BiofxError,
     BisectError,
@@ -37,19 +41,16 @@ from biofx.errors import (
 )
 from biofx.graph.printing import diff_graphs, format_graph, print_changed
 from biofx.model.graph_module import BioGraphModule
-from biofx.monitoring.monitor import Monitor
-from biofx.monitoring.monitor_records import LayerRecord, StepRecord
-from biofx.pass_base import Pass, PassResult, Scope
-from biofx.pipeline import Pipeline
+from biofx.operators.distributions import Distribution
 from biofx.plasticity import BioModule
 from biofx.plasticity.attach import attach
 from biofx.plasticity.schedule import Rule
-from biofx.record import TransformRecord
-from biofx.registry import available_passes
-from biofx.report import Remark, Report, applied, missed
+from biofx.rewriting.pass_base import Pass, PassResult, Scope
+from biofx.rewriting.pipeline import Pipeline
+from biofx.rewriting.record import TransformRecord
+from biofx.rewriting.registry import available_passes
+from biofx.rewriting.report import Remark, Report, applied, missed
 from biofx.transform import transform
-from biofx.units.flow import add_unit_rule
-from biofx.units.groups import UnitGroup, UnitGroups, unit_groups
 
 __version__ = "0.1.0"
 

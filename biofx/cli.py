@@ -19,7 +19,7 @@ from rich.console import Console
 from biofx import __version__
 from biofx.config import BioConfig
 from biofx.errors import BiofxError, InputError, OptionError
-from biofx.pass_text import parse_value
+from biofx.rewriting.pass_text import parse_value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,10 +159,10 @@ def _assignments(texts: Sequence[str]) -> dict[str, Any]:
 def _transform(options: argparse.Namespace) -> None:
     from biofx.graph.printing import diff_graphs, format_graph, print_changed, render_diff
     from biofx.progress import shown
+    from biofx.rewriting.views.model_tree import ModelTree
     from biofx.targets import load_target
     from biofx.toml import write_whole
     from biofx.transform import transform
-    from biofx.views.model_tree import ModelTree
 
     console = Console()
     before: list[str] = []
@@ -200,8 +200,8 @@ def _transform(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from biofx.monitoring.layer_plot import plot_layers
-    from biofx.monitoring.monitor import Monitor
+    from biofx.diagnostics.layer_plot import plot_layers
+    from biofx.diagnostics.monitor import Monitor
 
     out = options.out or options.run.with_suffix(".png")
     monitor = Monitor.read(options.run)
@@ -213,7 +213,7 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _bisect(options: argparse.Namespace) -> None:
-    from biofx.bisection import bisect
+    from biofx.diagnostics.bisection import bisect
     from biofx.progress import shown
     from biofx.targets import load_script, model_in
 
@@ -235,13 +235,13 @@ def _bisect(options: argparse.Namespace) -> None:
 
 
 def _passes(options: argparse.Namespace) -> None:
-    from biofx.catalogue import describe_passes
+    from biofx.rewriting.catalogue import describe_passes
 
     Console().print(describe_passes())
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from biofx.explain import explain
+    from biofx.diagnostics.explain import explain
     from biofx.targets import load_target
 
     Console().print(explain(load_target(options.target), options.selector, _config(options)))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
-from biofx.config import BioConfig, Distribution
+from biofx.config import BioConfig
 from biofx.errors import OptionError, PipelineError, suggest
 from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
-from biofx.pass_base import Pass
+from biofx.operators.distributions import Distribution
 from biofx.passes import (
     ConstrainSigns,
     ExpandUnits,
@@ -18,10 +18,11 @@ from biofx.passes import (
     ScaleGradients,
     SplitWeights,
 )
-from biofx.pipeline import Pipeline
 from biofx.plasticity.bio_state import rule_config
 from biofx.plasticity.model_rules import bio_modules
 from biofx.plasticity.placement import is_taken, state_of
+from biofx.rewriting.pass_base import Pass
+from biofx.rewriting.pipeline import Pipeline
 from biofx.select import NodeIndex, Override, picks
 
 PassChoice: TypeAlias = str | Pass | Sequence[str | Pass]

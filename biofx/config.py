@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from biofx import toml
 from biofx.callables import callable_to_text, check_activation, identity
 from biofx.errors import OptionError, SelectorError, suggest
-from biofx.ops import INITIALISATIONS, SIGN_AXES, SIGN_METHODS
+from biofx.operators.distributions import CHANGING, GRANULARITIES, INDEPENDENT, Distribution
+from biofx.operators.synapse_ops import INITIALISATIONS, SIGN_AXES, SIGN_METHODS
 from biofx.select import Override, Selector, check_selector
 from biofx.validate import (
     COUNT,
@@ -27,35 +28,10 @@ from biofx.validate import (
     check_signs,
 )
 
-
-class Distribution(str, Enum):
-    """How the learning-rate factors of a layer's synapses are distributed (see ``biofx.plasticity``)."""
-
-    BASELINE = "baseline"
-    UNIFORM = "uniform"
-    NORMAL = "normal"
-    LOGNORMAL = "lognormal"
-    GAMMA = "gamma"
-    BETA = "beta"
-    LAYER_ADAPTIVE = "layer_adaptive"
-    WEIGHT_ADAPTIVE = "weight_adaptive"
-    TEMPORAL = "temporal"
-    ACTIVITY = "activity"
-
-
-CHANGING = (Distribution.TEMPORAL, Distribution.WEIGHT_ADAPTIVE, Distribution.ACTIVITY)
-"""The distributions whose factors can go on changing during training."""
-GRANULARITIES = ("element", "neuron", "layer")
 PARAMETERS = ("weights", "all")
 """Which parameters may have learning-rate factors."""
-INDEPENDENT = (
-    *(Distribution.BASELINE, Distribution.UNIFORM, Distribution.NORMAL, Distribution.LOGNORMAL),
-    *(Distribution.GAMMA, Distribution.BETA, Distribution.LAYER_ADAPTIVE),
-)
-"""The distributions that ask nothing of weights or of time, so that factors can be drawn again at any time;
-files refer to them by their place."""
 STORED_RATE_DTYPES = ("float32", "bfloat16", "uint8")
-"""What learning-rate factors may be stored as; uint8 are the codes of :mod:`biofx.kernels.rate_codes`."""
+"""What learning-rate factors may be stored as; uint8 are the codes of :mod:`biofx.operators.rate_codes`."""
 FROM_SEED = "seed"
 RATE_DTYPES = (*STORED_RATE_DTYPES, FROM_SEED)
 """The same, and that they are not stored but drawn again from the seed at each use."""
@@ -147,7 +123,7 @@ class BioConfig:
     """What shares a factor: ``"element"`` (nothing), the synapses onto a ``"neuron"``, or the ``"layer"``."""
     fuzzy_lr_dtype: str = "float32"
     """What the factors are stored as: ``"float32"``, ``"bfloat16"``, or ``"uint8"`` (codes, a byte each, see
-    :mod:`biofx.kernels.rate_codes`; crystallization cannot change them); factors that go on changing need
+    :mod:`biofx.operators.rate_codes`; crystallization cannot change them); factors that go on changing need
     float32. With ``"seed"`` they are not stored: each backward draws those of float32 again, which nothing
     can change, from a distribution that asks nothing of weights or of time."""
     fuzzy_lr_parameters: str = "weights"

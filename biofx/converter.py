@@ -8,20 +8,20 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from biofx.capture import capture, preserved_random_state
+from biofx.capture.capture import capture, preserved_random_state
 from biofx.compile_config import compile_config, configure_layers
 from biofx.config import BioConfig
 from biofx.errors import InputError
 from biofx.layers.layer_kinds import kind_of
+from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
 from biofx.passes import ScaleGradients
-from biofx.pipeline import Pipeline
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_rules import bio_modules
-from biofx.record import add_step, matches_of, remembering_config
-from biofx.sites import find_sites
+from biofx.rewriting.pipeline import Pipeline
+from biofx.rewriting.record import add_step, matches_of, remembering_config
 
 ConverterT = TypeVar("ConverterT", bound="BioConverter")
 

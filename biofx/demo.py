@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biofx.config import BioConfig
-from biofx.draws.randomness import generator_for
 from biofx.errors import InputError
 from biofx.graph.printing import diff_graphs, render_diff
+from biofx.operators.randomness import generator_for
 from biofx.toml import write_whole
 from biofx.transform import transform
 
@@ -138,7 +138,7 @@ def _require_extras() -> None:
 
 
 def _plain_graph(model: nn.Module) -> Any:
-    from biofx.capture import capture
+    from biofx.capture.capture import capture
 
     return capture(model)
 

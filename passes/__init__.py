@@ -12,6 +12,7 @@ from biofx.passes.fold_splits import FoldSplits
 from biofx.passes.observe_activity import ObserveActivity
 from biofx.passes.scale_gradients import ScaleGradients
 from biofx.passes.split_weights import SplitWeights
+from biofx.rewriting.registry import register_built_in
 
 __all__ = [
     "SplitWeights",
@@ -21,3 +22,5 @@ __all__ = [
     "ObserveActivity",
     "FoldSplits",
 ]
+
+register_built_in(SplitWeights, ExpandUnits, ConstrainSigns, ScaleGradients, ObserveActivity, FoldSplits)

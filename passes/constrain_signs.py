@@ -20,21 +20,21 @@ from typing import Any, ClassVar
 
 import torch
 
-from biofx import ops
-from biofx.draws.randomness import generator_for
+from biofx.analysis.sign_store import bring_signs, keep_row_signs, states_of
+from biofx.analysis.sign_survey import SignSurvey
+from biofx.analysis.unused_signs import refuse_unused_signs
+from biofx.layers.lowering import Lowering, node_stem
 from biofx.layers.weight_site import Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
-from biofx.pass_base import Scope
+from biofx.operators import synapse_ops as ops
+from biofx.operators.randomness import generator_for
 from biofx.plasticity.balance import balanced_weight
 from biofx.plasticity.placement import bio_module_path, state_of
-from biofx.report import Remark, applied
-from biofx.units.gains import constrain_gains, fold_negative_gains, in_scope
-from biofx.units.sign_store import bring_signs, keep_row_signs, states_of
-from biofx.units.sign_survey import SignSurvey
-from biofx.units.unused_signs import refuse_unused_signs
+from biofx.rewriting.gains import constrain_gains, fold_negative_gains, in_scope
+from biofx.rewriting.pass_base import Scope
+from biofx.rewriting.report import Remark, applied
+from biofx.rewriting.weight_pass import WeightPass
 from biofx.validate import FRACTION, SEED, check_choice, check_flag, check_signs
-from biofx.weight_pass import WeightPass
-from biofx.weights.lowering import Lowering, node_stem
 
 EXPAND = "expand"
 """The method that leaves the model's function as it is."""

@@ -18,19 +18,19 @@ from typing import ClassVar
 
 from torch.fx import Node
 
-from biofx.dataflow import synaptic_nodes
+from biofx.analysis.dataflow import synaptic_nodes
+from biofx.analysis.groups import unit_groups
+from biofx.analysis.reach import last_in_regions, last_synapses
+from biofx.layers.lowering import Lowering
+from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
-from biofx.pass_base import Pass, Scope
-from biofx.report import Remark, applied, missed
-from biofx.sites import find_sites
-from biofx.units.expandable import Circuit, Expandability, circuits
-from biofx.units.expansion import expand
-from biofx.units.gains import fold_negative_gains, in_scope
-from biofx.units.groups import unit_groups
-from biofx.units.reach import last_in_regions, last_synapses
+from biofx.rewriting.expandable import Circuit, Expandability, circuits
+from biofx.rewriting.expansion import expand
+from biofx.rewriting.gains import fold_negative_gains, in_scope
+from biofx.rewriting.pass_base import Pass, Scope
+from biofx.rewriting.report import Remark, applied, missed
 from biofx.validate import check_flag
-from biofx.weights.lowering import Lowering
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from biofx.folding.fold_plan import FoldPlan
-from biofx.folding.folding import Folding
+from biofx.layers.sites import find_sites
 from biofx.model.graph_module import BioGraphModule
-from biofx.pass_base import Pass, Scope
-from biofx.report import Remark
-from biofx.sites import find_sites
+from biofx.rewriting.fold_plan import FoldPlan
+from biofx.rewriting.folding import Folding
+from biofx.rewriting.pass_base import Pass, Scope
+from biofx.rewriting.report import Remark
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,14 +19,14 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from biofx import ops
-from biofx.dataflow import unit_output
+from biofx.analysis.dataflow import unit_output
+from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite, fold_behind
 from biofx.model.graph_module import BioGraphModule
-from biofx.pass_base import Pass, Scope
+from biofx.operators import synapse_ops as ops
 from biofx.plasticity.placement import bio_module_at, bio_module_path
-from biofx.report import Remark, applied, missed
-from biofx.sites import find_sites
+from biofx.rewriting.pass_base import Pass, Scope
+from biofx.rewriting.report import Remark, applied, missed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,33 +20,26 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from biofx import ops
-from biofx.config import (
-    CHANGING,
-    FROM_SEED,
-    GRANULARITIES,
-    PARAMETERS,
-    RATE_DTYPES,
-    Distribution,
-    check_drawn_again,
-)
-from biofx.draws.randomness import generator_for
-from biofx.draws.rate_draws import PURPOSE, rate_draw, told_of_place
+from biofx.config import FROM_SEED, PARAMETERS, RATE_DTYPES, check_drawn_again
 from biofx.graph.regions import region_of_nodes
+from biofx.layers.lowering import Lowering, node_stem
+from biofx.layers.norm_sites import NormSite, find_norms, lower_norm
+from biofx.layers.sites import find_sites
 from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.layers.weight_site import Sites, Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
+from biofx.operators import synapse_ops as ops
+from biofx.operators.distributions import CHANGING, GRANULARITIES, Distribution
+from biofx.operators.randomness import generator_for
+from biofx.operators.rate_draws import PURPOSE, rate_draw, told_of_place
 from biofx.operators.rate_ops import scale_gradient_by_seed
-from biofx.pass_base import Scope
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.dynamics import initial_factors
 from biofx.plasticity.placement import bio_module_path, is_taken, state_of
-from biofx.report import Remark, applied, missed
-from biofx.sites import find_sites
+from biofx.rewriting.pass_base import Scope
+from biofx.rewriting.report import Remark, applied, missed
+from biofx.rewriting.weight_pass import WeightPass
 from biofx.validate import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, check_bounds, check_choice
-from biofx.weight_pass import WeightPass
-from biofx.weights.lowering import Lowering, node_stem
-from biofx.weights.norm_sites import NormSite, find_norms, lower_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +62,7 @@ class ScaleGradients(WeightPass):
     """What shares a factor: ``"element"`` (nothing), the synapses onto a ``"neuron"``, or the ``"layer"``."""
     dtype: str = "float32"
     """What factors are stored as: ``"float32"``, ``"bfloat16"`` or ``"uint8"`` (see
-    :mod:`biofx.kernels.rate_codes`); ``"seed"`` draws those of float32 again at each backward instead."""
+    :mod:`biofx.operators.rate_codes`); ``"seed"`` draws those of float32 again at each backward instead."""
     parameters: str = "weights"
     """``"weights"``: what a layer, a look-up or a product multiplies by; ``"all"``: every trainable parameter
     that the graph reads, so also biases, gains and what is added directly, such as learned positions."""

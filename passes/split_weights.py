@@ -18,18 +18,18 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from biofx import ops
-from biofx.activation import insert_activation
+from biofx.analysis.dataflow import readout_nodes, split_nodes, synaptic_nodes
 from biofx.callables import check_activation, identity
-from biofx.dataflow import readout_nodes, split_nodes, synaptic_nodes
 from biofx.errors import OptionError
 from biofx.graph.printing import function_name
 from biofx.graph.regions import region_of_nodes
+from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
-from biofx.pass_base import Pass, Scope
-from biofx.report import Remark, applied, missed
-from biofx.sites import find_sites
+from biofx.operators import synapse_ops as ops
+from biofx.rewriting.activation import insert_activation
+from biofx.rewriting.pass_base import Pass, Scope
+from biofx.rewriting.report import Remark, applied, missed
 from biofx.validate import COUNT, check_choice
 
 _MODES = ("neighbours",)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioConfig, ops
+from biofx import BioConfig
 from biofx.graph.regions import region_paths
+from biofx.layers.sites import find_sites
+from biofx.operators import synapse_ops as ops
 from biofx.passes import ConstrainSigns, ExpandUnits, FoldSplits
-from biofx.sites import find_sites
 
 DALE = BioConfig(apply_dales_principle=True, fuzzy_learning_rate_factor_nu=0.2)
 

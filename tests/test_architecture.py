@@ -10,7 +10,7 @@ from pathlib import Path
 import networkx as nx
 
 ROOT = Path(__file__).parent.parent
-_BACK_INSIDE_FUNCTIONS = {("report", "views"), ("pass_base", "reproducing")}
+_BACK_INSIDE_FUNCTIONS = set()  # type: set[tuple[str, str]]
 
 
 def _files() -> dict[str, Path]:

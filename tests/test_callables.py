@@ -359,7 +359,7 @@ def test_a_checkpoint_that_named_what_no_text_names_any_more_loads_into_a_model_
 
 
 def test_a_reproducer_knows_what_was_registered(own: None, tmp_path: Path) -> None:
-    from biofx.reproducing.reproducer import write_reproducer
+    from biofx.rewriting.reproducer import write_reproducer
 
     register_activation("my-twice", twice)
     passes = biofx.Pipeline.parse("split-weights{gamma=2,activation=my-twice}").passes

@@ -21,7 +21,7 @@ from biofx import (
     OptionError,
     PlasticityError,
 )
-from biofx.ops import pool_synapses, scale_gradient
+from biofx.operators.synapse_ops import pool_synapses, scale_gradient
 from biofx.plasticity.model_rules import bio_modules
 
 

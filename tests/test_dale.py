@@ -50,7 +50,7 @@ class Reader(torch.fx.Interpreter):
 
     def run_node(self, n: torch.fx.Node) -> Any:
         result = super().run_node(n)
-        if n.target is biofx.ops.constrain_sign:
+        if n.target is biofx.operators.synapse_ops.constrain_sign:
             assert isinstance(n.args[0], torch.fx.Node)
             self.seen[str(n.args[0].target)] = result.detach()
         return result

@@ -7,8 +7,8 @@ import pytest
 from torch import nn
 
 import biofx
+from biofx.analysis import analysis
 from biofx.foreign_errors import foreign_errors_wrapped
-from biofx.units import analysis
 
 
 def fails_as_ours(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, file: Any) -> None:
@@ -47,7 +47,7 @@ def test_a_fault_in_a_pass_of_ours_names_the_pass(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_fault_in_the_capture_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = sys.modules["biofx.capture"]
+    file = sys.modules["biofx.capture.capture"]
     fails_as_ours(monkeypatch, file, "trace", file)
     with pytest.raises(biofx.CaptureError, match=r"the capture of Sequential failed with IndexError"):
         biofx.capture(nn.Sequential(nn.Linear(4, 4)), regions=False)

@@ -40,7 +40,7 @@ def test_wheel_and_sdist_hold_the_package_and_no_module_called_passes(kind: str,
     assert done.returncode == 0, done.stderr
     built = tmp_path / done.stdout.strip().splitlines()[-1]
     modules = [name for name in tracked.stdout.splitlines() if re.fullmatch(r"(biofx|passes)/.*\.py", name)]
-    data = {name for name in tracked.stdout.splitlines() if name.startswith("biofx/views/page/")}
+    data = {name for name in tracked.stdout.splitlines() if name.startswith("biofx/rewriting/views/page/")}
     assert len(data) > 2
     wanted = {re.sub("^passes/", "biofx/passes/", name) for name in modules} | data | {"biofx/py.typed"}
     assert len(wanted) > 50

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.fx import Interpreter
 
 import biofx
-from biofx import BioConfig, OptionError, ops, passes
-from biofx.sites import find_sites
+from biofx import BioConfig, OptionError, passes
+from biofx.layers.sites import find_sites
+from biofx.operators import synapse_ops as ops
 
 WIDTHS = (2, 3, 4, 6)
 OFF = {"fuzzy_lr_distribution": "baseline"}

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from biofx.config import Distribution
 from biofx.errors import OptionError
+from biofx.operators.distributions import Distribution
 from biofx.validate import (
     COUNT,
     FRACTION,

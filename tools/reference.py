@@ -15,8 +15,8 @@ import biofx
 _LANGUAGES = [
     f"biofx.{name}"
     for name in (
-        *("select", "pass_text", "report", "errors"),
-        *("monitoring.monitor_json", "reproducing.reproducer"),
+        *("select", "rewriting.pass_text", "rewriting.report", "errors"),
+        *("diagnostics.monitor_json", "rewriting.reproducer"),
     )
 ]
 """Modules whose docstrings define what users write or read: selectors, pipeline texts, files, errors."""

@@ -22,11 +22,11 @@ from biofx.config import RATE_DTYPES
 from biofx.errors import BiofxError, CheckpointError, InputError
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.rollback import unchanged_on_failure
-from biofx.plain_passes import config_to_plain
 from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.model_rules import bio_modules
-from biofx.record import TransformRecord, record_of
+from biofx.rewriting.plain_passes import config_to_plain
+from biofx.rewriting.record import TransformRecord, record_of
 from biofx.validate import check_choice
 
 _UNFIT = "expected a checkpoint that fits, found one that cannot be loaded"

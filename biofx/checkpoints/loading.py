@@ -16,10 +16,10 @@ from biofx.checkpoints.rate_types import convert_rates, record_as, rules_as
 from biofx.checkpoints.reapply import check_same_making, make_again
 from biofx.errors import CheckpointError
 from biofx.model.graph_module import BioGraphModule
-from biofx.plain_passes import config_from_plain, config_to_plain
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.model_rules import bio_modules, prepare_states
-from biofx.record import ATTRIBUTE, TransformRecord, graph_lines, record_of
+from biofx.rewriting.plain_passes import config_from_plain, config_to_plain
+from biofx.rewriting.record import ATTRIBUTE, TransformRecord, graph_lines, record_of
 
 if TYPE_CHECKING:
     from biofx.checkpoints.checkpoint import Checkpoint

@@ -17,7 +17,7 @@ from torch import nn
 from biofx.errors import CheckpointError, PlasticityError
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.rate_forms import RATE_BUFFERS, Held, factors_held, form_of
-from biofx.record import TransformRecord
+from biofx.rewriting.record import TransformRecord
 
 _FIELD, _OPTION, _PASS = "fuzzy_lr_dtype", "dtype", "scale-gradients"
 _READ = re.compile(r"\S+ = self\.\S*bio_mod\S*\.fuzzy_learning_rate_(parameters|codes|scale)")

@@ -9,8 +9,8 @@ from biofx.checkpoints.rate_types import without_rate_types
 from biofx.converter import BioConverter
 from biofx.errors import CheckpointError, OptionError, SelectorError
 from biofx.model.graph_module import BioGraphModule
-from biofx.plain_passes import config_from_plain, pass_from_plain, same_options
-from biofx.record import TransformRecord, TransformStep, record_of
+from biofx.rewriting.plain_passes import config_from_plain, pass_from_plain, same_options
+from biofx.rewriting.record import TransformRecord, TransformStep, record_of
 from biofx.transform import transform
 
 

@@ -36,7 +36,7 @@ from biofx.plasticity.bio_state import PER_SYNAPSE
 from biofx.plasticity.model_rules import prepare_states
 from biofx.plasticity.sharded_model import shard_states
 from biofx.plasticity.shards import is_sharded, spread_like
-from biofx.record import TransformRecord
+from biofx.rewriting.record import TransformRecord
 
 _SKELETON = "biofx"
 """Key of the tensor that holds what is not a tensor."""

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from biofx import ops
 from biofx.layers.layer_kinds import LayerKind
 from biofx.layers.other_reads import READ, ReadSlot, multiplies
 from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot
+from biofx.operators import synapse_ops as ops
 from biofx.operators.fold_ops import fold_weight
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 

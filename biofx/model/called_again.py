@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from biofx.graph.own_forward import call_with_weights
 from biofx.graph.regions import ELSEWHERE
 from biofx.layers.layer_kinds import EMBEDDING, LAYER_KINDS, LayerKind, kind_of_call
+from biofx.layers.sites import innermost_path
 from biofx.layers.weight_site import WEIGHT_OPERATORS
 from biofx.model.graph_places import module_at
 from biofx.model.taken_in import STATE, Taken, own_class
 from biofx.operators.fold_ops import fold_weight, sum_synapses
-from biofx.sites import innermost_path
 
 STATE_OF_WEIGHT = "bio_mod"
 """The submodule of a layer that keeps what is there for its weight."""

@@ -18,13 +18,13 @@ from biofx.graph.branches import has_branches, settle_branches, with_branches
 from biofx.graph.contexts import restoring_modes
 from biofx.graph.names import taken_name
 from biofx.graph.own_forward import call_own_forward
-from biofx.kernels.sharded_rates import outside_graphs
 from biofx.model.attribute_guards import GUARDS
 from biofx.model.copies import prepared
 from biofx.model.graph_records import pack, unpack
 from biofx.model.late_changes import follow_late_changes, following_changes, remember_modules
 from biofx.model.rollback import has_places_for, unchanged_on_failure
 from biofx.model.taken_in import SAME, STATE
+from biofx.operators.sharded_rates import outside_graphs
 from biofx.plasticity.model_rules import apply_rule, expanded_weights, exposed_rules
 from biofx.plasticity.sharded_model import before_forward, is_fully_sharded
 

@@ -14,13 +14,13 @@ from torch.fx import Graph, GraphModule, Node
 from biofx.graph.assignments import OWN_MODULE
 from biofx.graph.own_forward import OWN_FORWARD, call_own_forward, call_with_parameters
 from biofx.layers.layer_kinds import kind_of_call
+from biofx.layers.sites import innermost_path
 from biofx.layers.weight_site import WEIGHT_OPERATORS
 from biofx.operators.fold_norm_ops import affine_synapses, batch_norm_synapses
 from biofx.operators.fold_ops import fold_weight, spread_synapses, sum_synapses
 from biofx.operators.rate_ops import scale_gradient_by_seed
 from biofx.plasticity.placement import bio_module_path
 from biofx.plasticity.rate_forms import DRAW
-from biofx.sites import innermost_path
 
 _OPERATORS = WEIGHT_OPERATORS | {sum_synapses}
 _ITSELF = {OWN_FORWARD, OWN_MODULE}

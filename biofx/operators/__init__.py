@@ -1,1 +1,2 @@
-"""Functions that rewritten graphs call, beside those in :mod:`biofx.ops`: a file a family of layers."""
+"""Functions that rewritten graphs call, beside those in :mod:`~biofx.operators.synapse_ops`,
+a file a family of layers."""

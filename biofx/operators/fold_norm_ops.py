@@ -12,7 +12,7 @@ from torch.overrides import has_torch_function
 from biofx.errors import InputError
 from biofx.operators.fold_ops import spread_synapses
 from biofx.operators.norm_ops import follow_batches
-from biofx.ops import is_plain_eager, redispatch
+from biofx.operators.synapse_ops import is_plain_eager, redispatch
 
 
 def affine_synapses(

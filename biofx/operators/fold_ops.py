@@ -1,7 +1,7 @@
 """What folded graphs call: sums over the synapses of a connection, and the way back where one is needed.
 
 A *compact* tensor holds one channel per connection; the *full* one gives each of the ``gamma`` neighbouring
-members the same value. See :mod:`biofx.ops` for what the functions of rewritten graphs owe.
+members the same value. See :mod:`biofx.operators.synapse_ops` for what the functions of rewritten graphs owe.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 from biofx.errors import InputError, OptionError
-from biofx.ops import is_plain_eager, redispatch
+from biofx.operators.synapse_ops import is_plain_eager, redispatch
 
 
 def sum_synapses(x: Tensor, *, gamma: int, channel_axis: int) -> Tensor:
-    """Sum groups of ``gamma`` neighbouring channels: what :func:`biofx.ops.pool_synapses` gives each member.
+    """Sum groups of ``gamma`` neighbouring channels: what :func:`pool_synapses` gives each member.
 
     Args:
         x: its size along ``channel_axis`` is a multiple of ``gamma``.

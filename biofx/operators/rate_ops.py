@@ -1,6 +1,6 @@
 """What graphs call whose learning-rate factors are drawn again at every backward.
 
-See :mod:`biofx.ops` for what the functions of rewritten graphs owe.
+See :mod:`biofx.operators.synapse_ops` for what the functions of rewritten graphs owe.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.fx import Node
 from torch.overrides import has_torch_function
 
-from biofx import ops
-from biofx.draws.rate_draws import RateDraw, rate_draw, told_of_place
-from biofx.kernels.exclusive import is_exclusive
-from biofx.ops import is_plain_eager, is_recorded_below_autograd, redispatch, refuse_shard
+from biofx.operators import synapse_ops as ops
+from biofx.operators.exclusive import is_exclusive
+from biofx.operators.rate_draws import RateDraw, rate_draw, told_of_place
+from biofx.operators.synapse_ops import is_plain_eager, is_recorded_below_autograd, redispatch, refuse_shard
 
 
 def scale_gradient_by_seed(
@@ -34,8 +34,8 @@ def scale_gradient_by_seed(
 ) -> Tensor:
     """Return ``weight`` unchanged; its gradient is multiplied by factors that are drawn on the way back.
 
-    What :func:`biofx.ops.scale_gradient` does with factors that are stored. The draws depend on the arguments
-    alone: they are the same at every backward, and no other random state is touched.
+    What :func:`~.synapse_ops.scale_gradient` does with factors that are stored. The draws depend on the
+    arguments alone: they are the same at every backward, and no other random state is touched.
 
     Args:
         weight: any shape.

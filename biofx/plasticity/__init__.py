@@ -1,6 +1,6 @@
 """The state and the rules of plasticity: what a synapse's learning rate is, and where it is kept."""
 
-from biofx.draws.distributions import draw_factors
+from biofx.operators.distributions import draw_factors
 from biofx.plasticity.bio_module import BioModule
 
 __all__ = ["BioModule", "draw_factors"]

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from biofx.config import CHANGING, FROM_SEED, BioConfig, Distribution
-from biofx.draws.randomness import generator_for
-from biofx.draws.rate_draws import PURPOSE, RateDraw, rate_draw, told_of_place
+from biofx.config import FROM_SEED, BioConfig
 from biofx.errors import PlasticityError
-from biofx.kernels.rate_codes import multiply
-from biofx.kernels.sign_kernels import write_signs
+from biofx.operators.distributions import CHANGING, Distribution
+from biofx.operators.randomness import generator_for
+from biofx.operators.rate_codes import multiply
+from biofx.operators.rate_draws import PURPOSE, RateDraw, rate_draw, told_of_place
+from biofx.operators.sign_kernels import write_signs
 from biofx.plasticity.bio_state import BioState
 from biofx.plasticity.dynamics import (
     evolve,

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from biofx.callables import identity
 from biofx.config import BioConfig
-from biofx.draws.randomness import generator_for
-from biofx.draws.rate_draws import RateDraw
 from biofx.errors import PlasticityError
 from biofx.layers.layer_kinds import kind_of
-from biofx.ops import signs_like
+from biofx.operators.randomness import generator_for
+from biofx.operators.rate_draws import RateDraw
+from biofx.operators.synapse_ops import signs_like
 from biofx.plasticity.rate_forms import (
     CODES,
     DRAW,
@@ -205,7 +205,7 @@ class BioState(nn.Module):
         Args:
             sources: who keeps them, and in which buffer; laid one after another, and picked from by
                 ``unit_index`` if there is one.
-            layout: ``axis`` and ``groups`` as :func:`biofx.ops.constrain_sign` takes them.
+            layout: ``axis`` and ``groups`` as :func:`biofx.operators.synapse_ops.constrain_sign` takes them.
         """
         self.sign_layout = dict(layout)
         self.__dict__["_sign_sources"] = tuple(sources)

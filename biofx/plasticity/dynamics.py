@@ -14,9 +14,8 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from biofx.config import Distribution
-from biofx.draws.blocks import for_each_block
-from biofx.draws.distributions import draw_factors, symmetric, truncated
+from biofx.operators.blocks import for_each_block
+from biofx.operators.distributions import Distribution, draw_factors, symmetric, truncated
 from biofx.plasticity.moments import put
 
 FOLLOWING = (Distribution.WEIGHT_ADAPTIVE, Distribution.ACTIVITY)

@@ -8,9 +8,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from biofx.errors import PlasticityError
+from biofx.layers.sites import find_sites
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.placement import kept_state, state_of
-from biofx.sites import find_sites
 
 
 def bio_modules(model: nn.Module) -> dict[str, BioModule]:

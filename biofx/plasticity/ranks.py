@@ -9,8 +9,8 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from biofx.config import Distribution
 from biofx.errors import PlasticityError
+from biofx.operators.distributions import Distribution
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.shards import is_sharded
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from biofx.config import FROM_SEED
-from biofx.draws.rate_draws import RateDraw
 from biofx.errors import PlasticityError
-from biofx.kernels.rate_codes import decode, encode, rounded
+from biofx.operators.rate_codes import decode, encode, rounded
+from biofx.operators.rate_draws import RateDraw
 
 FACTORS = "fuzzy_learning_rate_parameters"
 CODES, SCALE = "fuzzy_learning_rate_codes", "fuzzy_learning_rate_scale"

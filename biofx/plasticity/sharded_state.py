@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from biofx.kernels.sharded_rates import ShardedRates
+from biofx.operators.sharded_rates import ShardedRates
 from biofx.plasticity.bio_state import PER_SYNAPSE, BioState
 from biofx.plasticity.moments import FIRST_MOMENTS
 from biofx.plasticity.shards import gathered, is_sharded, local, local_part, spread_like

@@ -12,7 +12,7 @@ import biofx
 from biofx import BioConfig, BioConverter, BioGraphModule, CheckpointError
 from biofx.config import RATE_DTYPES, STORED_RATE_DTYPES
 from biofx.errors import OptionError
-from biofx.kernels import rate_codes
+from biofx.operators import rate_codes
 from biofx.plasticity.bio_module import BioModule
 
 CONFIG = BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True).override(

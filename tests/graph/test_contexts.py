@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioConfig, capture, ops
+from biofx import BioConfig, capture
 from biofx.graph.contexts import (
     autocast_nesting,
     begin_autocast,
@@ -20,6 +20,7 @@ from biofx.graph.contexts import (
     end_autocast,
     end_grad_mode,
 )
+from biofx.operators import synapse_ops as ops
 from biofx.plasticity.bio_module import BioModule
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioConfig, BioGraphModule, format_graph, ops
+from biofx import BioConfig, BioGraphModule, format_graph
 from biofx.graph.regions import region_paths, whole_graph
+from biofx.layers.sites import find_sites
 from biofx.model.graph_records import pack
 from biofx.model.region_parts import joined
-from biofx.sites import find_sites
+from biofx.operators import synapse_ops as ops
 
 EVERYTHING = BioConfig(
     fuzzy_learning_rate_factor_nu=0.2,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx.sites import find_sites
-from biofx.weights.effective import effective_weight
+from biofx.diagnostics.effective import effective_weight
+from biofx.layers.sites import find_sites
 
 SCALED = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.3)
 EVERYTHING = SCALED.replace(apply_dales_principle=True, dales_constrain_readout=True)

@@ -11,8 +11,8 @@ from torch.nn.modules import transformer
 
 import biofx
 from biofx import BioGraphModule, capture
-from biofx.sites import find_sites
-from biofx.weights.lowering import Lowering
+from biofx.layers.lowering import Lowering
+from biofx.layers.sites import find_sites
 
 
 class Encodes(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
+from biofx.layers.sites import find_sites
 from biofx.plasticity.model_rules import bio_modules
-from biofx.sites import find_sites
 
 SCALED = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.3)
 EVERYTHING = SCALED.replace(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import biofx
 from biofx import InputError, capture
 from biofx.operators.attention_ops import attend
-from tests.weights.lowered import lowered
+from tests.layers.lowered import lowered
 
 
 class Attends(nn.Module):

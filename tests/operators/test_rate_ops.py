@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
 import biofx
-from biofx.config import CHANGING, INDEPENDENT
-from biofx.draws.rate_draws import rate_draw
 from biofx.errors import OptionError, PlasticityError
+from biofx.operators.distributions import CHANGING, INDEPENDENT
+from biofx.operators.rate_draws import rate_draw
 from biofx.operators.rate_ops import GRADIENT_SCALINGS, draw_of, scale_gradient_by_seed
 from biofx.plasticity.bio_module import BioModule
 

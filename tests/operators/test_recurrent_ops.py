@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import biofx
-from biofx import InputError, capture, ops
+from biofx import InputError, capture
+from biofx.operators import synapse_ops as ops
 from biofx.operators.recurrent_ops import recurrent
-from tests.weights.lowered import lowered
+from tests.layers.lowered import lowered
 
 
 class Calls(nn.Module):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import biofx
-from biofx.capture import capture
-from biofx.config import Distribution
+from biofx.capture.capture import capture
+from biofx.operators.distributions import Distribution
 from biofx.passes import ScaleGradients
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import biofx
 from biofx.passes import ConstrainSigns, ExpandUnits
 from biofx.plasticity import BioModule
-from tests.units.nets import Net
+from tests.analysis.nets import Net
 
 RELATIVE = 1e-5
 """What outputs may differ by, relative to the largest."""
@@ -250,7 +250,7 @@ def effective_signs(bio: biofx.BioGraphModule, x: Tensor) -> list[tuple[Tensor, 
     class Reader(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
             result = super().run_node(n)
-            if n.target is biofx.ops.constrain_sign:
+            if n.target is biofx.operators.synapse_ops.constrain_sign:
                 path = next(a for a in n.all_input_nodes if a.op == "get_attr").target
                 weights[str(path)] = result.detach()
             return result

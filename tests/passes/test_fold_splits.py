@@ -226,7 +226,7 @@ def test_a_value_that_the_model_returns_is_given_in_full() -> None:
     layer = next(node for node in captured.graph.nodes if node.name == "fc")
     with captured.graph.inserting_after(layer):
         pool = captured.graph.call_function(
-            biofx.ops.pool_synapses, (layer,), {"gamma": 2, "channel_axis": -1}
+            biofx.operators.synapse_ops.pool_synapses, (layer,), {"gamma": 2, "channel_axis": -1}
         )
     relu.replace_input_with(layer, pool)
     captured.recompile()

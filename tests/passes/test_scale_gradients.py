@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 
 import biofx
 from biofx.config import RATE_DTYPES
-from biofx.draws.distributions import STATIC_DISTRIBUTIONS
+from biofx.operators.distributions import STATIC_DISTRIBUTIONS
 from biofx.passes import ConstrainSigns, ScaleGradients
 from biofx.plasticity.bio_module import BioModule
 
@@ -202,7 +202,9 @@ class Shared(nn.Module):
 def test_weight_of_a_layer_called_twice_is_scaled_once(vectors: Tensor) -> None:
     model = Shared()
     bio, report = scale(model, nu=0.5)
-    assert len(bio.graph.find_nodes(op="call_function", target=biofx.ops.scale_gradient)) == 1
+    assert (
+        len(bio.graph.find_nodes(op="call_function", target=biofx.operators.synapse_ops.scale_gradient)) == 1
+    )
     assert report.remarks[1].message.endswith("one set for 2 uses of the weight")
     expected = gradients(model, vectors)["fc.weight"] * factors(bio)["fc.weight"]
     torch.testing.assert_close(gradients(bio, vectors)["fc.weight"], expected)
@@ -245,7 +247,10 @@ def test_weight_that_an_embedding_shares_is_scaled_once() -> None:
     assert [remark.kind for remark in report.remarks] == ["applied"] * 3
     assert report.remarks[0].message == report.remarks[2].message
     assert report.remarks[0].message.endswith("one set for 2 uses of the weight")
-    assert len(list(bio.graph.find_nodes(op="call_function", target=biofx.ops.scale_gradient))) == 2
+    assert (
+        len(list(bio.graph.find_nodes(op="call_function", target=biofx.operators.synapse_ops.scale_gradient)))
+        == 2
+    )
 
 
 def test_frozen_weight_is_left_alone(mlp: nn.Sequential) -> None:

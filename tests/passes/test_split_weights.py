@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx.passes import SplitWeights
-from biofx.report import Remark
+from biofx.rewriting.report import Remark
 
 
 def split(model: nn.Module, **options: object) -> biofx.PassResult:
@@ -229,7 +229,7 @@ def test_copies_and_pickles_compute_the_same_and_are_independent(mlp: nn.Module,
 
 def test_wrong_input_at_run_time_is_a_clear_error() -> None:
     with pytest.raises(biofx.OptionError, match=r"multiple of gamma=2, found shape \(3, 5\)"):
-        biofx.ops.pool_synapses(torch.zeros(3, 5), gamma=2, channel_axis=-1)
+        biofx.operators.synapse_ops.pool_synapses(torch.zeros(3, 5), gamma=2, channel_axis=-1)
 
 
 @pytest.mark.parametrize(

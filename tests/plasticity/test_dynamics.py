@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import Distribution, OptionError
-from biofx.draws import blocks
-from biofx.draws.randomness import generator_for
+from biofx.operators import blocks
+from biofx.operators.randomness import generator_for
 from biofx.plasticity.dynamics import evolve, following_factors, initial_factors, pooled, relative_smallness
 
 COUNT = 30_000  # below what torch splits between threads, whose waiting would cost more than the work

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import biofx
-from biofx.plain_passes import config_from_plain
+from biofx.rewriting.plain_passes import config_from_plain
 from durability.arriving import (
     Arrived,
     Named,

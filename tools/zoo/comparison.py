@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import biofx
+from biofx.layers.sites import find_sites
 
 _SIZES = (2, 3, 4)
 """The first is recorded; 3 is a fresh batch of another size, 4 one of another length too if that can be."""
@@ -163,7 +164,7 @@ def _tensors(output: Any) -> list[Tensor]:
 def _try_everything(model: nn.Module, given: Any, outcome: Outcome) -> None:
     config = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.2, apply_dales_principle=True)
     bio_model, report = biofx.transform(model, config)
-    sites = biofx.sites.find_sites(bio_model).found
+    sites = find_sites(bio_model).found
     seen = {id(site.parameter): site.parameter.numel() for site in sites}
     scaled = {id(site.parameter): site.parameter.numel() for site in sites if site.is_scaled}
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)

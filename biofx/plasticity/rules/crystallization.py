@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from biofx.draws.blocks import for_each_block, mean_over
+from biofx.operators.blocks import for_each_block, mean_over
 
 
 @torch.no_grad()

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from biofx.draws.blocks import for_each_block, mean_over
-from biofx.draws.levels import LEVELS, random_levels
 from biofx.errors import NonFiniteWeightError, OptionError, PlasticityError
+from biofx.operators.blocks import for_each_block, mean_over
+from biofx.operators.levels import LEVELS, random_levels
 from biofx.plasticity.moments import put
 
 _ENOUGH = 1 << 18

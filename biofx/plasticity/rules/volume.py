@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from biofx.draws.blocks import for_each_block, mean_over
-from biofx.draws.levels import drawn_from, normal_quantiles
+from biofx.operators.blocks import for_each_block, mean_over
+from biofx.operators.levels import drawn_from, normal_quantiles
 
 
 @torch.no_grad()

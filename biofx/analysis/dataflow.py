@@ -1,0 +1,177 @@
+"""Questions about who feeds whom, answered in one walk over the graph."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.nn import functional as F
+
+from biofx.graph.checkpointing import checkpointed_path
+from biofx.graph.in_place import changed_in_place
+from biofx.graph.regions import region_output
+from biofx.graph.size_questions import asks_for_a_size
+from biofx.layers.layer_kinds import kind_of_call
+from biofx.operators.fold_ops import fold_weight, sum_synapses
+from biofx.operators.synapse_ops import pool_synapses
+
+_PRODUCTS: frozenset[Any] = frozenset(
+    {
+        *(operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
+        *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm, torch.tensordot),
+    }
+)
+_PRODUCT_METHODS = frozenset({"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__"})
+
+
+def synaptic_nodes(graph_module: GraphModule) -> set[Node]:
+    """Return the nodes with weights between units: layers, opaque modules, products with a parameter."""
+    constant: set[Node] = set()  # computed from parameters alone, whatever the input
+    synaptic: set[Node] = set()
+    for node in graph_module.graph.nodes:
+        inputs = node.all_input_nodes
+        found = _attribute(graph_module, node) if node.op == "get_attr" else None
+        is_held = isinstance(found, (nn.Parameter, float, int))
+        if is_held or (inputs and all(source in constant for source in inputs)):
+            constant.add(node)
+        elif is_synaptic(node, graph_module) or (
+            _is_product(node) and any(source in constant for source in inputs)
+        ):
+            synaptic.add(node)
+    return synaptic
+
+
+def readout_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
+    """Return the synaptic nodes with no other synaptic node between them and an output of the model.
+
+    What follows a region is not known, so its output counts as one.
+    """
+    readout: set[Node] = set()
+    open_nodes: set[Node] = set()
+    for node in reversed(graph_module.graph.nodes):
+        writes = any(changed in open_nodes for changed in changed_in_place(node))
+        ends = node.op == "output" or node.target is region_output
+        if asks_for_a_size(node):
+            continue
+        if ends or node in open_nodes or writes:
+            if node in synaptic:
+                readout.add(node)
+            else:
+                open_nodes.update(node.all_input_nodes)
+    return readout
+
+
+def input_facing_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
+    """Return the synaptic nodes that no other synaptic node feeds: their presynaptic units are inputs.
+
+    What goes into a region is not known, so its inputs count as the model's.
+    """
+    fed: set[Node] = set()
+    for node in graph_module.graph.nodes:
+        if any(source in synaptic or source in fed for source in node.all_input_nodes):
+            fed.add(node)
+            fed.update(changed_in_place(node))
+    return synaptic - fed
+
+
+def split_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
+    """Return the synaptic nodes whose output already runs into a pool of synapses, or is folded into one."""
+    split: set[Node] = set()
+    graph = graph_module.graph
+    for fold in graph.find_nodes(op="call_function", target=fold_weight):
+        if fold.kwargs.get("rows", 1) != 1:
+            split.update(fold.users)
+    for kind in (pool_synapses, sum_synapses):
+        for pool in graph.find_nodes(op="call_function", target=kind):
+            split |= _sources(pool, synaptic)
+    return split
+
+
+def _sources(node: Node, synaptic: set[Node]) -> set[Node]:
+    """Return the nearest synaptic nodes that feed a node."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    open_nodes = [node]
+    while open_nodes:
+        for source in open_nodes.pop().all_input_nodes:
+            if source in synaptic:
+                found.add(source)
+            elif source not in seen:
+                seen.add(source)
+                open_nodes.append(source)
+    return found
+
+
+def unit_output(layer: Node, graph_module: GraphModule) -> tuple[Node, str]:
+    """Return where a layer's units speak: behind their nonlinearity, and what that is called.
+
+    Looked for along the way that the output takes alone: through normalisation, pools of synapses, dropout,
+    and additions, up to the first nonlinearity. Without one, the layer's own output and an empty name.
+    """
+    node = layer
+    while len(node.users) == 1:
+        (node,) = node.users
+        name = short_name(node, graph_module)
+        if name in _NONLINEARITIES:
+            return node, name
+        if name not in _ON_THE_WAY:
+            break
+    return layer, ""
+
+
+def short_name(node: Node, graph_module: GraphModule) -> str:
+    """Return a lower-case name that a function, a method and a module of one kind share."""
+    if node.op == "call_module":
+        return type(graph_module.get_submodule(str(node.target))).__name__.lower()
+    return str(getattr(node.target, "__name__", node.target)).rstrip("_").lower()
+
+
+_NONLINEARITIES = frozenset(
+    {
+        *("celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leakyrelu", "leaky_relu", "mish"),
+        *("prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh"),
+        *("hardshrink", "softshrink", "tanhshrink", "threshold", "logsigmoid", "clamp"),
+    }
+)
+_ON_THE_WAY = frozenset(
+    {
+        *("batchnorm1d", "batchnorm2d", "batchnorm3d", "batch_norm", "groupnorm", "group_norm"),
+        *("instancenorm1d", "instancenorm2d", "instancenorm3d", "instance_norm", "layernorm", "layer_norm"),
+        *("rmsnorm", "rms_norm", "syncbatchnorm"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "add", "iadd", "pool_synapses", "identity"),
+    }
+)
+
+
+def _is_product(node: Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _PRODUCT_METHODS
+    return node.op == "call_function" and node.target in _PRODUCTS
+
+
+def _attribute(graph_module: GraphModule, node: Node) -> Any:
+    value: Any = graph_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def is_synaptic(node: Node, graph_module: GraphModule) -> bool:
+    """Whether a node carries weights between units: a layer, or an opaque module with a matrix inside."""
+    path = str(node.target) if node.op == "call_module" else checkpointed_path(node)
+    if path is not None:
+        module = graph_module.get_submodule(path)
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            return False
+        return any(parameter.dim() >= 2 for parameter in module.parameters())
+    kind = kind_of_call(node)
+    is_layer = kind is not None and not kind.is_product  # a product may be of data alone
+    return node.op == "call_function" and (is_layer or node.target in _MATRIX_FUNCTIONS)
+
+
+_MATRIX_FUNCTIONS: frozenset[Any] = frozenset(
+    {F.embedding, F.embedding_bag, F.bilinear, F.multi_head_attention_forward, torch.bilinear}
+)

@@ -1,1 +1,0 @@
-"""Does a model still hold what its mechanisms promise? ``biofx.check``, one file a family of invariants."""

@@ -1,0 +1,237 @@
+"""Capture of a model that cannot be one graph: as much of it as can be in graphs, the rest as it is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Tracer
+
+from biofx.capture.mode_switches import ModeSwitches, switches_of
+from biofx.capture.python_names import (
+    ANYTHING,
+    attributes_changed,
+    names_mentioned,
+    weights_mentioned,
+)
+from biofx.capture.python_reads import modules_that_read
+from biofx.capture.read_log import guard_reads
+from biofx.capture.tracing import Traced, trace
+from biofx.errors import CaptureError
+from biofx.graph.own_forward import own_forward_graph
+from biofx.graph.regions import is_inside
+from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS, kind_of
+from biofx.layers.transformer_layers import can_be_looked_into
+from biofx.model.graph_module import BioGraphModule, become_graph_module, why_not_a_graph_module
+
+
+def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[int]) -> BioGraphModule:
+    """Turn a model, in place, into a graph module with as many regions as it takes.
+
+    Args:
+        root: the model, made for this.
+        opaque: paths of modules not to look into.
+        foreign: ids of tensors that must not find their way into a graph.
+
+    Raises:
+        CaptureError: not even that can be done.
+    """
+    switches = switches_of(root)
+    capture = RegionCapture(root, opaque | switches.rebuilt, foreign, switches)
+    traced = capture.traced_root()
+    captured = become_graph_module(root, traced.graph)
+    guard_reads(captured, traced.graph, traced.reads, switches)
+    captured.kept_as_python = dict(capture.kept)
+    captured.region_paths = (*capture.regions, *modules_that_read(captured))
+    captured.read_by_python = weights_read_by_python(captured)
+    return captured
+
+
+def capture_uncalled(
+    root: nn.Module,
+    opaque: frozenset[str],
+    foreign: frozenset[int],
+    kept: Iterable[str],
+    settled: Iterable[nn.Module],
+    switches: ModeSwitches,
+) -> RegionCapture:
+    """Capture below modules that keep their own forward what the example inputs did not lead to.
+
+    Args:
+        root: the model, made for this; modules in it become graph modules.
+        opaque: paths of modules not to look into.
+        foreign: ids of tensors that must not find their way into a graph.
+        kept: paths of the modules that keep their own forward.
+        settled: modules to leave as they are.
+        switches: what train() and eval() change.
+    """
+    capture = RegionCapture(root, opaque, foreign, switches)
+    capture.seen |= set(map(id, settled))
+    for path in kept:
+        capture.capture_children(path)
+    return capture
+
+
+def weights_read_by_python(captured: BioGraphModule) -> dict[str, str]:
+    """Return the regions whose weights a forward that stays in Python may read without calling them.
+
+    It may if its code mentions the ``weight`` of the layer, or of something that has no name in it.
+    """
+    found: dict[str, str] = {}
+    for kept in captured.kept_as_python:
+        feared = weights_mentioned(captured.get_submodule(kept))
+        start = f"{kept}." if kept else ""
+        for region in captured.region_paths if feared else ():
+            parts = set(region[len(start) :].split(".")) if region.startswith(start) else set()
+            if parts and (ANYTHING in feared or parts & feared):
+                owner = f"module {kept!r}" if kept else "the model"
+                found[region] = f"the forward of {owner}, in Python, may use its weight without calling it"
+    return found
+
+
+class RegionCapture:
+    """Captures regions of a model one by one."""
+
+    def __init__(
+        self, root: nn.Module, opaque: frozenset[str], foreign: frozenset[int], switches: ModeSwitches
+    ) -> None:
+        self._root = root
+        self._switches = switches
+        self._opaque = opaque
+        self._foreign = foreign
+        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._first_paths = {id(module): path for path, module in root.named_modules()}
+        self.seen: set[int] = {id(self._modules[path]) for path in opaque}
+        self._names: frozenset[str] = frozenset()  # what the forward mentions that has the children called
+        self._changed: frozenset[str] = frozenset()  # the attributes to which it may give other values
+        self.regions: list[str] = []
+        self.kept: dict[str, str] = {}
+
+    def traced_root(self) -> Traced:
+        """Return the graph of the model itself, once its regions are captured."""
+        try:
+            traced = trace(self._root, self._opaque, self._foreign, keep=True, mode_switches=self._switches)
+        except CaptureError as error:
+            self._keep("", str(error))
+            return Traced(own_forward_graph(), {})
+        self._keep_inside("", traced.kept)
+        return traced
+
+    def _keep_inside(self, path: str, kept: Mapping[str, str]) -> None:
+        for inner, reason in kept.items():
+            self._keep(f"{path}.{inner}" if path else inner, reason)
+
+    def _keep(self, path: str, reason: str) -> None:
+        """Let a module keep its own forward, and capture what it may call."""
+        self.kept[path] = reason
+        self.capture_children(path)
+
+    def capture_children(self, path: str) -> None:
+        """Capture what the module at a path may call."""
+        if path in self._switches.rebuilt:
+            return
+        if path in self.kept:
+            self._names = names_mentioned(self._modules[path])
+            self._changed = attributes_changed(self._modules[path])
+        names, changed = self._names, self._changed
+        for child in self._modules[path].children():
+            self._names, self._changed = names, changed
+            self._capture(self._first_paths[id(child)], child)
+
+    def _capture(self, path: str, module: nn.Module) -> None:
+        if id(module) in self.seen:
+            return
+        self.seen.add(id(module))
+        if is_plain_layer(module):
+            self.regions.append(path)
+        elif next(module.parameters(), None) is None:
+            return  # nothing in it that a pass could act on
+        elif _only_holds_others(module):
+            self.capture_children(path)
+        elif is_leaf(module):
+            return
+        elif (reason := _why_calls_are_unknown(module)) is not None:
+            self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
+        elif parts := sorted(self._names & module._modules.keys()):
+            reason = f"has parts ({', '.join(parts)}) that the forward around it may use by itself"
+            self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
+        elif steered := _attributes_of(module) & self._changed:
+            reason = f"has attributes ({', '.join(sorted(steered))}) that the forward around it may change"
+            self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
+        else:
+            self._trace(path, module)
+
+    def _trace(self, path: str, module: nn.Module) -> None:
+        inside = {inner[len(path) + 1 :] for inner in self._opaque if is_inside(inner, path)}
+        try:
+            switches = self._switches.within(path)
+            traced = trace(
+                module, frozenset(inside), self._foreign, prefix=path, keep=True, mode_switches=switches
+            )
+            guard_reads(
+                become_graph_module(module, traced.graph), traced.graph, traced.reads, self._switches, path
+            )
+        except CaptureError as error:
+            self._keep(path, str(error))
+            return
+        self.regions.append(path)
+        self._keep_inside(path, traced.kept)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module becomes one call, and is not looked into."""
+    whole = isinstance(module, torch.jit.ScriptModule) or Tracer().is_leaf_module(module, "")
+    return whole and not can_be_looked_into(module)
+
+
+def is_plain_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch's with weights, forward and all."""
+    kind = kind_of(module)
+    if why_not_a_graph_module(module) is not None:
+        return False
+    if kind is not None:
+        return type(module).forward is kind.module_type.forward
+    own = type(module).forward
+    return any(isinstance(module, plain) and own is plain.forward for plain in _PLAIN)
+
+
+_PLAIN: tuple[type[nn.Module], ...] = (
+    *(nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *LAYERS_OF_SEVERAL_INPUTS,
+)
+"""Layers of torch's besides those between units."""
+
+
+def _only_holds_others(module: nn.Module) -> bool:
+    """Whether a module is there to hold others, which its owner calls one by one, or may."""
+    no_forward = getattr(nn.Module, "forward", None)
+    return type(module).forward in (no_forward, nn.Sequential.forward)
+
+
+def _attributes_of(module: nn.Module) -> frozenset[str]:
+    """Return the names of what a module and those inside it hold besides tensors and modules."""
+    return frozenset(name for inner in module.modules() for name in vars(inner).keys() - _TORCHS_OWN)
+
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))
+
+
+def _why_calls_are_unknown(module: nn.Module) -> str | None:
+    """Return why a module that Python calls is not captured whole, None if it can be.
+
+    What Python will hand to it is not known. Arguments without defaults are all given, and tracing refuses
+    whatever a forward decides by them; others may be left out, or be flags that steer the forward.
+    """
+    if "forward" in vars(module):
+        return "has had its forward replaced on the instance"
+    if isinstance(module, GraphModule):
+        return "is a graph module, called from Python"
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    plain = all(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
+    if parameters and plain and all(each.default is each.empty for each in parameters):
+        return None
+    return "takes arguments of which it is not known how Python will call it; give example_inputs"

@@ -1,0 +1,95 @@
+"""Graph modules of biofx as torch's own, or as what they were before; in place, for all who hold them."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from biofx.graph.guards import require_default
+from biofx.graph.own_forward import call_own_forward, call_with_parameters
+from biofx.graph.regions import ELSEWHERE, KEPT
+from biofx.model.attribute_guards import GUARDS
+from biofx.model.graph_module import BioGraphModule, user_class
+from biofx.model.taken_in import SAME, STATE
+from biofx.rewriting.record import ATTRIBUTE
+
+_OF_GRAPH_MODULES = {
+    *(set(vars(GraphModule(nn.Module(), Graph()))) - set(vars(nn.Module()))),
+    *(KEPT, "region_paths", "read_by_python", ATTRIBUTE, GUARDS, ELSEWHERE, SAME, STATE),
+}
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+    "_is_full_backward_hook",
+)
+_LAYER = "layer"
+
+
+def plain_graph_module(own: GraphModule, name: str) -> GraphModule:
+    """Return a ``torch.fx.GraphModule`` of a graph and of what it uses, with the module's own hooks."""
+    made = GraphModule(own, own.graph, name)
+    for path, module in made.named_modules():
+        source = own.get_submodule(path)
+        if source is not module:  # buffers that were out of the state dict stay out of it
+            module._non_persistent_buffers_set |= source._non_persistent_buffers_set & set(module._buffers)
+    take_hooks(made, own)
+    return made
+
+
+def take_hooks(made: nn.Module, before: nn.Module) -> None:
+    """Give a module the hooks of the one whose place it takes."""
+    vars(made).update({hooks: vars(before)[hooks] for hooks in _HOOKS if hooks in vars(before)})
+
+
+def make_plain(module: BioGraphModule) -> None:
+    """Make a region, or a model that runs its own forward, plain in its place."""
+    calls = module.graph.find_nodes(op="call_function", target=call_own_forward)
+    reads = module.graph.find_nodes(op="call_function", target=call_with_parameters)
+    if module.keeps_forward or reads or (calls and _is_all_there_is(calls[0])):
+        _take_over(module, _as_it_was(module))
+        return
+    for call in calls:  # a layer with something behind it
+        module.add_module(_LAYER, _as_it_was(module))
+        own = call.args[0]
+        call.op, call.target, call.args, call.kwargs = "call_module", _LAYER, call.args[1], call.args[2]
+        if not own.users:
+            module.graph.erase_node(own)
+    _write_out_defaults(module.graph)
+    _take_over(module, plain_graph_module(module, type(module).__name__))
+
+
+def _is_all_there_is(call: Node) -> bool:
+    beside = [node for node in call.graph.nodes if node.op not in ("placeholder", "output")]
+    return {node for node in beside if node.target is not require_default} == {call, call.args[0]}
+
+
+def _as_it_was(module: BioGraphModule) -> nn.Module:
+    """Return a module of the class that a graph module had, which holds the same."""
+    made: nn.Module = object.__new__(user_class(module) or nn.Module)
+    held = {name: value for name, value in vars(module).items() if name not in _OF_GRAPH_MODULES}
+    called = {str(node.target).partition(".")[0] for node in module.graph.find_nodes(op="call_module")}
+    held["_modules"] = {name: inner for name, inner in module._modules.items() if name not in called}
+    vars(made).update(held)
+    return made
+
+
+def _take_over(module: nn.Module, other: nn.Module) -> None:
+    module.__class__ = type(other)
+    held = dict(vars(other))
+    vars(module).clear()
+    vars(module).update(held)
+
+
+def _write_out_defaults(graph: Graph) -> None:
+    """Let a region that Python calls check by itself that arguments have their default."""
+    for node in graph.find_nodes(op="call_function", target=require_default):
+        found, default, name = node.args
+        with graph.inserting_before(node):
+            same: Any = graph.call_function(operator.eq, (found, default))
+            told = f"argument {name!r}: expected {default!r}, with which the graph was captured"
+            graph.call_function(torch._assert, (same, told))
+        graph.erase_node(node)

@@ -1,1 +1,0 @@
-"""Back to a plain PyTorch model: ``biofx.deploy``."""

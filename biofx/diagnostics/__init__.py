@@ -1,0 +1,1 @@
+"""What one asks of a rewritten model: checks, monitors, bisection, explanations."""

@@ -1,0 +1,227 @@
+"""Invariants of Dale's principle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from biofx.analysis.dataflow import input_facing_nodes, readout_nodes, synaptic_nodes
+from biofx.diagnostics.check_report import Finding
+from biofx.diagnostics.check_subject import Subject, Uses, owner_of
+from biofx.diagnostics.effective_signs import count_signs, laid_out_signs
+from biofx.errors import InvariantError
+from biofx.graph.numbers import is_number
+from biofx.graph.printing import function_name
+from biofx.graph.region_use import RegionUse
+from biofx.layers.weight_slots import argument
+from biofx.layers.weight_uses import Treatment, WeightUse
+from biofx.operators import synapse_ops as ops
+
+
+def effective_signs(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Count the synapses whose effective weight has the other sign than their unit."""
+    for node in _constraints(subject):
+        path = _weight_path(subject, uses, node)
+        try:
+            count = count_signs(uses.constants, node, uses.of_constraint.get(node, []))
+        except InvariantError as error:
+            advice = "restore the signs from a checkpoint of this model, or transform it anew"
+            message = f"the sign constraint cannot be computed: {error}; {advice}"
+            yield Finding(owner_of(path), "signs", path, 1, 1, message)
+            continue
+        message = ""
+        if count.wrong:
+            message = (
+                f"{count.wrong} of {count.synapses} effective weights have the other sign than their unit: "
+                "what the graph does after the constraint breaks it; transform the model anew"
+            )
+        details = {"wrong_raw": count.wrong_raw}
+        yield Finding(owner_of(path), "signs", path, count.synapses, count.wrong, message, details)
+
+
+def rule_signs(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Count the synapses for which plasticity rules would use another sign than the graph does."""
+    for placed in subject.states():
+        state = placed.state
+        weight = state.parameter
+        found = uses.of_parameter.get(id(weight), [])
+        signed = (use for use in found if use.constraints and use.before is Treatment.NOTHING)
+        use = next(signed, None)
+        if use is None or weight is None or weight.is_meta or not state.is_constrained:
+            continue
+        try:
+            wanted = laid_out_signs(uses.constants, use.constraints[0], weight.detach())
+            held = state.signs().expand(weight.shape)
+        except (InvariantError, RuntimeError, IndexError):
+            continue  # said by effective_signs
+        others = int((held != wanted).sum())
+        message = ""
+        if others:
+            message = (
+                f"rules such as rejuvenation would give {others} of {weight.numel()} synapses another sign "
+                "than the graph allows; load the model from where it was saved whole, or transform it anew"
+            )
+        yield Finding(placed.layer, "rule signs", state.path, weight.numel(), others, message)
+
+
+def sign_values(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Count the signs that are neither -1, 0 nor 1, once for each buffer that holds them."""
+    held: set[int] = set()
+    for placed in subject.placed:
+        for name, permitted in _SIGN_BUFFERS.items():
+            buffer = getattr(placed.state, name)
+            if buffer is not None and id(buffer) not in held:
+                held.add(id(buffer))
+                yield _values(placed.layer, f"{placed.place}.{name}", buffer, permitted)
+    for node in _constraints(subject):
+        sign = argument(node, 1, "sign")
+        if sign not in uses.constants or any(id(leaf) in held for leaf in _leaves(uses, sign)):
+            continue
+        try:
+            value = uses.constants.value(sign)
+        except InvariantError:
+            continue  # said by effective_signs
+        yield _values(owner_of(_weight_path(subject, uses, node)), sign.name, value, (-1, 0, 1))
+
+
+def bypassed_constraints(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Count the uses of constrained weights that read the parameter beside its constraint.
+
+    A use at a free end of the model, an input or readout layer that shares its weight with one inside, is
+    none of them, nor is one of several normalisations that share their factors.
+    """
+    constrained: dict[int, str] = {}
+    for node in _constraints(subject):
+        root = _root(node)
+        parameter = uses.constants.parameter(root)
+        if parameter is not None:
+            constrained.setdefault(id(parameter), subject.path_of(parameter, str(root.target)))
+    for placed in subject.states():
+        if placed.state.is_constrained and placed.state.parameter is not None:
+            constrained.setdefault(id(placed.state.parameter), placed.state.path)
+    called = _callers(subject, constrained)
+    ends: set[Node] | None = None
+    for key, path in constrained.items():
+        found = [use for use in uses.of_parameter.get(key, []) if _is_judged(use)]
+        kept = [use for use in found if use.constraints]
+        beside = [use.reader for use in found if not use.constraints] + called.get(key, [])
+        raw = [reader for reader in dict.fromkeys(beside) if reader is not None]
+        if raw and kept:
+            ends = _free_ends(subject) if ends is None else ends
+            raw = [reader for reader in raw if reader not in ends and kept[0].parameter.dim() > 1]
+        message = ""
+        if raw:
+            readers = ", ".join(repr(reader.name) for reader in raw)
+            message = (
+                f"{readers} reads the parameter beside its sign constraint; let the pass take in every use "
+                "of the weight, or transform the model anew"
+            )
+        yield Finding(owner_of(path), "sign constraints", path, len(kept) + len(raw), len(raw), message)
+
+
+def gammas(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Count the constrained factors of normalisation that are negative: each turns a unit's sign over."""
+    normalising = {
+        node
+        for node, found in uses.of_constraint.items()
+        for use in found
+        if use.reader is not None and function_name(use.reader.target) in _NORMALISATIONS
+    }
+    for node in _constraints(subject):
+        parameter = uses.constants.parameter(_root(node))
+        if parameter is None or parameter.is_meta or (parameter.dim() != 1 and node not in normalising):
+            continue
+        try:
+            gamma: Tensor = uses.constants.value(node)
+        except InvariantError:
+            continue  # said by effective_signs
+        path = _weight_path(subject, uses, node)
+        negative = int((gamma < 0).sum())
+        message = ""
+        if negative:
+            message = (
+                f"{negative} of {gamma.numel()} factors of the normalisation are negative and turn their "
+                "unit's sign over; their signs in the graph must be +1, so transform the model anew"
+            )
+        yield Finding(owner_of(path), "gammas", path, gamma.numel(), negative, message)
+
+
+_SIGN_BUFFERS = {"sign": (-1, 0, 1), "local_sign": (-1, 0, 1), "constrained_rows": (0, 1)}
+_ROUNDING = 1e-3
+"""How far from a sign an average of equal ones may be."""
+_NORMALISATIONS = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm")
+
+
+def _constraints(subject: Subject) -> list[Node]:
+    graph = subject.graph_module.graph
+    return list(graph.find_nodes(op="call_function", target=ops.constrain_sign))
+
+
+def _values(layer: str, path: str, buffer: Tensor, permitted: tuple[int, ...]) -> Finding:
+    if buffer.is_meta:
+        return Finding(layer, "sign values", path, 0)
+    allowed = torch.tensor(permitted, dtype=buffer.dtype, device=buffer.device)
+    near = (buffer.unsqueeze(-1) - allowed).abs().amin(-1) <= _ROUNDING
+    wrong = int((~near).sum())
+    message = ""
+    if wrong:
+        message = (
+            f"{wrong} of {buffer.numel()} entries are none of {', '.join(map(str, permitted))}; restore them "
+            "from a checkpoint of this model"
+        )
+    return Finding(layer, "sign values", path, buffer.numel(), wrong, message)
+
+
+def _root(node: Node) -> Node:
+    """Return where the weight of a constraint begins: the parameter, where there is one."""
+    weight = argument(node, 0, "weight")
+    while isinstance(weight, Node) and weight.op != "get_attr" and weight.all_input_nodes:
+        sources = weight.all_input_nodes  # one may be a number that a weight is multiplied by
+        weight = next((s for s in sources if not is_number(s.graph.owning_module, s)), sources[0])
+    return weight if isinstance(weight, Node) else node
+
+
+def _weight_path(subject: Subject, uses: Uses, node: Node) -> str:
+    root = _root(node)
+    parameter = uses.constants.parameter(root)
+    named = str(root.target) if root.op == "get_attr" else node.name
+    return named if parameter is None else subject.path_of(parameter, named)
+
+
+def _leaves(uses: Uses, root: Node) -> Iterator[object]:
+    """Yield what an expression reads from the model."""
+    pending, seen = [root], {root}
+    while pending:
+        node = pending.pop()
+        if node.op == "get_attr" and node in uses.constants:
+            yield uses.constants.value(node)
+        new = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(new)
+        pending += new
+
+
+def _is_judged(use: WeightUse) -> bool:
+    """Whether a use must be constrained if the weight is; parts of a weight may be free."""
+    if use.reader is None or use.reader.op == "output":
+        return False
+    return bool(use.constraints) or use.before is not Treatment.MOVED
+
+
+def _callers(subject: Subject, wanted: Iterable[int]) -> dict[int, list[Node]]:
+    """Return the calls of modules that hold a parameter, by the id of each wanted one."""
+    keys = set(wanted)
+    found: dict[int, list[Node]] = {}
+    use = RegionUse(subject.graph_module, subject.graph_module.graph)
+    for node in subject.graph_module.graph.find_nodes(op="call_module"):
+        for parameter in subject.graph_module.get_submodule(str(node.target)).parameters():
+            if id(parameter) in keys and not (use.is_run_by_python(node) and use.is_apart(parameter)):
+                found.setdefault(id(parameter), []).append(node)
+    return found
+
+
+def _free_ends(subject: Subject) -> set[Node]:
+    synaptic = synaptic_nodes(subject.graph_module)
+    return readout_nodes(subject.graph_module, synaptic) | input_facing_nodes(subject.graph_module, synaptic)

@@ -1,0 +1,202 @@
+"""Invariants of learning-rate factors, of plasticity states, and of numbers in general."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from biofx.diagnostics.check_report import Finding
+from biofx.diagnostics.check_subject import Placed, Subject, Uses, owner_of
+from biofx.graph.regions import ELSEWHERE
+from biofx.layers.unusual_weights import obstacle_to_values
+from biofx.layers.weight_site import computed_behind
+from biofx.layers.weight_slots import argument
+from biofx.layers.weight_uses import WeightUse
+from biofx.operators.rate_ops import GRADIENT_SCALINGS, draw_of, scale_gradient_by_seed
+from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.placement import bio_module_path
+
+_FACTORS = "fuzzy_learning_rate_parameters"
+_ROUNDING = 2**-8  # relative; a factor at a bound may be, or once have been, held in bfloat16
+
+
+def rates(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Count the factors that are not finite or out of the layer's own bounds."""
+    for placed in subject.states():
+        state = placed.state
+        config = state.config
+        low, high = min(config.fuzzy_lr_min, config.crystal_min), config.fuzzy_lr_max
+        for name in (_FACTORS, "diversity"):
+            factors: Tensor | None = getattr(state, name)
+            if factors is None or factors.is_meta:
+                continue
+            held = factors.float()
+            inside = (held >= low * (1 - _ROUNDING)) & (held <= high * (1 + _ROUNDING))
+            outside = int((~inside).sum())
+            message = ""
+            if outside:
+                message = (
+                    f"{outside} of {factors.numel()} learning-rate factors are NaN or outside "
+                    f"[{low:g}, {high:g}], the bounds in the layer's config; draw them anew "
+                    "(bio_mod.draw()), load a sound checkpoint, or give bio_mod.config the bounds that they "
+                    "were drawn with"
+                )
+            yield Finding(placed.layer, "rates", f"{placed.place}.{name}", factors.numel(), outside, message)
+
+
+def rate_shapes(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Find factors that do not broadcast to their weight."""
+    for placed in subject.states():
+        factors, weight = placed.state.fuzzy_learning_rate_parameters, placed.state.parameter
+        if factors is None or weight is None:
+            continue
+        fits = factors.dim() == weight.dim() and all(
+            one in (1, other) for one, other in zip(factors.shape, weight.shape, strict=True)
+        )
+        message = ""
+        if not fits:
+            message = (
+                f"factors of shape {tuple(factors.shape)} do not fit a weight of shape "
+                f"{tuple(weight.shape)}; draw them anew (bio_mod.draw())"
+            )
+        yield Finding(placed.layer, "rate shapes", f"{placed.place}.{_FACTORS}", 1, int(not fits), message)
+
+
+def scaling(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Count the uses of a weight whose gradient is not scaled as its state says."""
+    for placed in subject.states():
+        state = placed.state
+        if state.parameter is None and _scales_computed(placed, uses):
+            yield Finding(placed.layer, "scaling", state.path, 1, 0, "")
+            continue
+        found = uses.of_parameter.get(id(state.parameter), [])
+        reasons = [reason for use in found if (reason := _misscaled(use, state, uses))]
+        message = "; ".join(dict.fromkeys(reasons))
+        violated = len(reasons)
+        if state.scaled_in_graph and not any(use.scalings for use in found):
+            violated = max(1, len(found))
+            message = (
+                "its factors are meant to act in the graph (scaled_in_graph) and the graph does not scale "
+                "its gradient; transform the model anew"
+            )
+        yield Finding(placed.layer, "scaling", state.path, max(1, len(found)), violated, message)
+
+
+def _scales_computed(placed: Placed, uses: Uses) -> bool:
+    """Whether the graph scales the gradient of a weight that a parametrization computes."""
+    scalings = [node for node in uses.constants.graph.nodes if node.target in GRADIENT_SCALINGS]
+    return any(computed_behind(node) == placed.state.path for node in scalings)
+
+
+def _misscaled(use: WeightUse, state: BioModule, uses: Uses) -> str:
+    if not use.scalings:
+        return ""
+    if len(use.scalings) > 1:
+        return f"the gradient of {use.path!r} is scaled {len(use.scalings)} times; transform the model anew"
+    if not state.scaled_in_graph:
+        return (
+            "its gradient is scaled in the graph, and its state does not say so: a call of "
+            "fuzzy_learning_rates() would scale it again; set bio_mod.scaled_in_graph = True"
+        )
+    (scaling,) = use.scalings
+    if scaling.target is scale_gradient_by_seed:
+        if draw_of(scaling) == state.rate_draw:
+            return ""
+        return f"{scaling.name!r} draws other factors for its gradient than it has; transform the model anew"
+    factors = argument(scaling, 1, "factor")
+    if (
+        factors.op == "get_attr"
+        and factors in uses.constants
+        and uses.constants.value(factors) is not state.kept_factors
+    ):
+        return f"its gradient is scaled by {factors.target}, not by its own factors; transform the model anew"
+    return ""
+
+
+def finite(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Count the parameters and buffers of plasticity that are NaN or infinite."""
+    for path, parameter in subject.parameters.values():
+        yield _finite(owner_of(path), path, parameter)
+    seen: set[int] = set()
+    for placed in subject.placed:
+        for name, buffer in placed.state.named_buffers(recurse=False):
+            if id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield _finite(placed.layer, f"{placed.place}.{name}", buffer)
+
+
+def _finite(layer: str, path: str, tensor: Tensor) -> Finding:
+    lazy = (nn.UninitializedParameter, nn.UninitializedBuffer)
+    if isinstance(tensor, lazy) or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return Finding(layer, "finite", path, 0)
+    if obstacle_to_values(tensor) is not None and tensor.numel():
+        return Finding(layer, "finite", path, 0)
+    held = tensor.detach()
+    wrong, message = 0, ""
+    if held.is_complex() or not math.isfinite(held.sum().item()):  # one pass where nothing is wrong
+        wrong = int((~held.isfinite()).sum())
+    if wrong:
+        message = (
+            f"{wrong} of {tensor.numel()} numbers are NaN or infinite; lower the learning rate or clip the "
+            "gradient, and start from a sound checkpoint"
+        )
+    return Finding(layer, "finite", path, tensor.numel(), wrong, message)
+
+
+def links(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Find plasticity states that do not belong to the layer they sit in."""
+    places: dict[int, set[str]] = {}
+    for placed in subject.placed:
+        places.setdefault(id(placed.state), set()).add(placed.place)
+    for placed in subject.placed:
+        reason = _unlinked(subject, placed, places[id(placed.state)])
+        message = ""
+        if reason:
+            message = (
+                f"{reason}; give each layer its own state back (transform or convert the model anew, or "
+                "load it from where it was saved whole)"
+            )
+        yield Finding(placed.layer, "links", placed.place, 1, int(bool(reason)), message)
+
+
+def _unlinked(subject: Subject, placed: Placed, places: set[str]) -> str:
+    """Return why a state does not belong where it is, or nothing."""
+    state = placed.state
+    if not state.is_linked:
+        holds_others = any(isinstance(child, BioModule) for child in state.children())
+        return "" if holds_others else "it is linked to no layer"
+    layer = subject.graph_module.get_submodule(placed.layer)
+    declared = vars(subject.graph_module).get("region_paths", ())
+    moved = ELSEWHERE in vars(layer) and placed.layer not in declared  # by an adapter around the layer
+    if not moved and bio_module_path(state.path) not in places:
+        return f"it is the state of {state.path!r}, and sits in {placed.place!r}"
+    linked = state.get_parent()
+    tied = state.parameter is not None and any(
+        parameter is state.parameter for parameter in layer._parameters.values()
+    )
+    if linked is not layer and not tied:
+        return f"it is linked to another {type(linked).__name__} than the one it sits in"
+    if moved:
+        return ""
+    home = subject.graph_module.get_submodule(owner_of(state.path))
+    return "" if linked is home else f"it is linked to another {type(linked).__name__} than {state.path!r}'s"
+
+
+def devices(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Count the buffers of plasticity that are on another device than their weight; counters may be."""
+    for placed in subject.states():
+        weight = placed.state.parameter
+        if weight is None:
+            continue
+        buffers = [buffer for _, buffer in placed.state.named_buffers(recurse=False) if buffer.dim()]
+        elsewhere = [buffer for buffer in buffers if buffer.device != weight.device]
+        message = ""
+        if elsewhere:
+            found = ", ".join(sorted({str(buffer.device) for buffer in elsewhere}))
+            message = (
+                f"{len(elsewhere)} of its buffers are on {found}, the weight is on {weight.device}; move the "
+                "whole model (bio_model.to(device))"
+            )
+        yield Finding(placed.layer, "devices", placed.place, len(buffers), len(elsewhere), message)

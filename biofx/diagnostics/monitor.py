@@ -1,0 +1,280 @@
+"""A training monitor: what plasticity does to each layer, step by step."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from biofx.diagnostics.effective import Effective, effective_weights
+from biofx.diagnostics.monitor_json import JsonLines, read_json_lines
+from biofx.diagnostics.monitor_plot import plot_records
+from biofx.diagnostics.monitor_records import LayerRecord, Sink, StepRecord, measure
+from biofx.diagnostics.monitor_table import LiveTable
+from biofx.diagnostics.monitor_tensorboard import TensorBoard
+from biofx.errors import OptionError
+from biofx.plasticity.attach import unwrapped
+from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.model_rules import prepare_states
+from biofx.plasticity.schedule import LayerStep
+from biofx.plasticity.sharded_state import whole
+from biofx.validate import POSITIVE, Range
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Monitor:
+    """Records what happens to each layer's synapses; it changes nothing and draws no random number.
+
+    Give it to :func:`biofx.attach` as an observer, or call :meth:`record` after each step of a loop that
+    applies the rules itself::
+
+        monitor = biofx.Monitor(path="run.jsonl", every=10)
+        handle = biofx.attach(bio_model, optimizer, ["crystallize"], observers=[monitor])
+        with monitor.live():
+            train()
+        monitor.plot("run.png")
+
+    A record has, of each layer's weight: mean, standard deviation and histogram of its learning-rate factors;
+    how many of them are crystallized; synapses touched by each rule; signs that Dale's principle forbids;
+    sums of the excitatory and of the inhibitory weights; norms of gradient and update
+    (:class:`biofx.LayerRecord` has their units). In a distributed run every
+    rank keeps records, and the first alone writes files and shows a table.
+
+    What counts as crystallized is a factor below ``crystallized_below``. At the user guide's 0.9 that also
+    counts factors that were drawn low: 19 % of uniform ones of spread 0.16, before any crystallization.
+    A threshold below every drawn factor (0.84 for these) counts damped ones alone.
+
+    A copy, by ``copy.deepcopy`` or pickle, keeps the records so far and goes on with the model that is copied
+    with it, in memory alone: two runs would mix their records in one file.
+
+    Args:
+        every: steps from one record to the next, a count >= 1; what rules touched in between is not lost.
+        path: a file that gets each record as a line of JSON at once (:mod:`biofx.monitor_json` has its
+            schema; :meth:`read` reads it). It may not hold anything yet, unless ``append`` is set.
+        append: go on with the file of an earlier monitor; the half line of a run that was killed is dropped.
+        tensorboard: a folder for TensorBoard's event files.
+        crystallized_below: see above, dimensionless, > 0.
+        keep: how many records stay in memory, a count >= 1, the latest ones; None for all. A record takes
+            about 1 kB per layer.
+
+    Raises:
+        OptionError: an option is out of range, or ``path`` cannot be used.
+        InputError: ``tensorboard`` is given and the package is missing.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 1,
+        path: str | os.PathLike[str] | None = None,
+        append: bool = False,
+        tensorboard: str | os.PathLike[str] | None = None,
+        crystallized_below: float = 0.9,
+        keep: int | None = None,
+    ) -> None:
+        self.every: int = Range(1, whole=True).check("every", every)
+        self.crystallized_below: float = POSITIVE.check("crystallized_below", crystallized_below)
+        self.records: list[StepRecord] = []
+        """What was recorded, in order."""
+        self._keep = None if keep is None else Range(1, whole=True).check("keep", keep)
+        self._sinks: list[Sink] = []
+        if path is not None:
+            self._sinks.append(JsonLines(Path(path), self.crystallized_below, append=append))
+        if tensorboard is not None:
+            self._sinks.append(TensorBoard(Path(tensorboard)))
+        self._calls = 0
+        self._touched: dict[str, dict[str, int]] = {}
+        self._weights_before: dict[str, Tensor] = {}
+        self._model: weakref.ref[nn.Module] | None = None
+        self._states: dict[str, BioModule] = {}
+        self._effective: dict[str, Effective] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        unwatched: dict[str, Any] = {
+            "_model": None,
+            "_states": {},
+            "_effective": {},
+            "_weights_before": {},
+            "_sinks": [],
+        }
+        return {**vars(self), **unwatched}
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Monitor:
+        """Return a monitor with the records of a file, for :meth:`plot` and ``records``.
+
+        A last line that is not whole, because the run was killed while writing it, is left out.
+
+        Raises:
+            OptionError: the file cannot be read, is of another kind or version, or is damaged elsewhere.
+        """
+        crystallized_below, records = read_json_lines(Path(path))
+        monitor = cls(crystallized_below=crystallized_below)
+        monitor.records = records
+        return monitor
+
+    def is_due(self, step: int) -> bool:
+        """Whether the step of that number, counted from 0, is recorded."""
+        return step % self.every == 0
+
+    def watch(self, model: nn.Module) -> None:
+        """Take a model for the one that is monitored; ``attach`` and :meth:`record` do it themselves.
+
+        Raises:
+            PlasticityError: it was neither transformed nor converted.
+        """
+        plain = unwrapped(model)
+        states = prepare_states(plain)  # without weights that are computed: rules cannot act on them
+        self._states = {path: state for path, state in states.items() if state.parameter is not None}
+        self._effective = effective_weights(cast(GraphModule, plain), self._states)
+        self._weights_before = {}
+        self._model = weakref.ref(plain)
+
+    def __call__(self, step: int, layers: Mapping[str, LayerStep]) -> None:
+        """Take note of an optimizer step: the observer that :func:`biofx.attach` calls."""
+        for path, layer in layers.items():
+            self._add_touched(path, layer.touched)
+        if self.is_due(step):
+            self._add_record(
+                step,
+                {
+                    path: self._measured(path, layer.state, layer.gradient_norm, layer.update_norm)
+                    for path, layer in layers.items()
+                },
+            )
+
+    def record(
+        self,
+        bio_model: nn.Module,
+        step: int | None = None,
+        *,
+        replaced: Mapping[str, Any] | None = None,
+    ) -> StepRecord | None:
+        """Take note of a step of a loop without ``attach``: call it once after each, gradients still there.
+
+        The gradient's norm is that of ``weight.grad`` as it is now. The update is the weight's change since
+        the last call, by the optimizer or by rules; there is none at the first.
+
+        Args:
+            bio_model: a transformed or converted model, wrapped or not; always the same.
+            step: number of the step, from 0; by default the calls are counted.
+            replaced: what ``bio_model.rejuvenate_weights()`` returned, if it was called.
+
+        Returns:
+            The record, None if none was due.
+
+        Raises:
+            PlasticityError: the model was neither transformed nor converted.
+            OptionError: ``step`` is negative, or ``replaced`` names no weight of the model.
+        """
+        plain = unwrapped(bio_model)
+        if self._model is None or self._model() is not plain:
+            self.watch(plain)
+        number = self._calls if step is None else Range(0, whole=True).check("step", step)
+        for path, count in (replaced or {}).items():
+            if path not in self._states:
+                raise OptionError(f"replaced: expected paths of weights {list(self._states)}, found {path!r}")
+            if isinstance(count, int):  # else the reason why the layer was left alone
+                self._add_touched(path, {"rejuvenate_weights": count})
+        self._calls = number + 1
+        due = self.is_due(number)
+        if due:
+            layers = {path: self._measured_now(path, state) for path, state in self._states.items()}
+            self._add_record(number, layers)
+        self._weights_before = {}
+        if self.is_due(number + 1):
+            self._weights_before = {p: s.weight.detach().clone() for p, s in self._states.items()}
+        return self.records[-1] if due else None
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the records: factors, crystallized and replaced synapses, E:I ratio, and norms, per layer.
+
+        Args:
+            path: also written to this file, in the format that its ending names.
+
+        Returns:
+            A ``matplotlib.figure.Figure`` that no window or global state holds on to.
+
+        Raises:
+            InputError: matplotlib is missing, or nothing has been recorded.
+            OptionError: the file cannot be written.
+        """
+        return plot_records(self.records, self.crystallized_below, path)
+
+    @contextmanager
+    def live(self, console: Console | None = None) -> Iterator[None]:
+        """Show the latest record as a table that follows the training: ``with monitor.live(): train()``.
+
+        Nothing is shown where the console is not a terminal.
+
+        Args:
+            console: where to show it, by default the standard output.
+        """
+        shown = console or Console()
+        if not shown.is_interactive:
+            yield
+            return
+        table = LiveTable(self.records, self.crystallized_below, shown)
+        self._sinks.append(table)
+        try:
+            with table:
+                yield
+        finally:
+            self._sinks.remove(table)
+
+    def close(self) -> None:
+        """Bring everything that was recorded to the disk; more may be recorded afterwards."""
+        for sink in self._sinks:
+            sink.flush()
+
+    def _add_touched(self, path: str, touched: Mapping[str, int]) -> None:
+        counts = self._touched.setdefault(path, {})
+        for rule, count in touched.items():
+            counts[rule] = counts.get(rule, 0) + count
+
+    def _add_record(self, step: int, layers: dict[str, LayerRecord]) -> None:
+        record = StepRecord(step, layers)
+        self.records.append(record)
+        if self._keep is not None:
+            del self.records[: -self._keep]
+        if _is_first_rank():
+            for sink in self._sinks:
+                sink.write(record)
+
+    def _measured_now(self, path: str, state: BioModule) -> LayerRecord:
+        weight, before = state.weight.detach(), self._weights_before.get(path)
+        gradient = state.weight.grad
+        return self._measured(
+            path,
+            state,
+            None if gradient is None else gradient.norm().item(),
+            None if before is None else (weight - before).norm().item(),
+        )
+
+    def _measured(
+        self, path: str, state: BioModule, gradient_norm: float | None, update_norm: float | None
+    ) -> LayerRecord:
+        with whole(state):
+            return measure(
+                state,
+                self._effective[path],
+                crystallized_below=self.crystallized_below,
+                touched=self._touched.pop(path, {}),
+                gradient_norm=gradient_norm,
+                update_norm=update_norm,
+            )
+
+
+def _is_first_rank() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -1,0 +1,184 @@
+"""The monitor's picture: six panels over the steps, one curve per layer."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from biofx.diagnostics.monitor_records import LayerRecord, StepRecord
+from biofx.diagnostics.monitor_table import short_name
+from biofx.errors import InputError, OptionError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Series = dict[str, list[tuple[int, LayerRecord]]]
+"""For each weight's path its steps and records, steps rising."""
+
+_MOST_NAMED = 10  # layers that a legend and distinct colours can tell apart
+_MOST_TICKS = 26
+_LONGEST_NAME = 28
+_FEW_POINTS = 30  # below, points are marked: a curve of one point would be invisible
+
+
+def plot_records(
+    records: Sequence[StepRecord], crystallized_below: float, path: str | os.PathLike[str] | None
+) -> Figure:
+    """Return the picture of a run, and write it to ``path`` if there is one; see ``Monitor.plot``."""
+    if not records:
+        raise InputError(
+            "expected something to plot, found no records; train with the monitor attached first"
+        )
+    try:
+        figure_class = importlib.import_module("matplotlib.figure").Figure
+        colormaps = importlib.import_module("matplotlib").colormaps
+    except ImportError as error:
+        raise InputError(f"plotting needs matplotlib: pip install 'biofx[demo]' ({error})") from error
+    series = series_of(records)
+    figure: Figure = figure_class(figsize=(12, 6.5), layout="constrained")
+    colors = _colors(list(series), colormaps)
+    panels = figure.subplots(2, 3, sharex=True).flat
+    _draw_factors(panels[0], series, colors)
+    below = f"crystallized: factors < {crystallized_below:g} (%)"
+    _draw_curves(panels[1], series, colors, below, lambda layer: _percent(layer.crystallized_fraction))
+    _draw_replaced(panels[2], series, colors)
+    _draw_curves(panels[3], series, colors, "E:I ratio (Σ excitatory / Σ |inhibitory|)", _ei_ratio)
+    panels[3].axhline(1, color="0.6", linewidth=0.8, linestyle=":")
+    norms: tuple[tuple[Any, str, Callable[[LayerRecord], float | None]], ...] = (
+        (panels[4], "gradient norm (L2, loss / weight)", lambda layer: layer.gradient_norm),
+        (panels[5], "update norm (L2, weight)", lambda layer: layer.update_norm),
+    )
+    for axes, label, value in norms:
+        _draw_curves(axes, series, colors, label, value)
+        _use_log_scale(axes)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    for axes in panels[3:]:
+        axes.set_xlabel("optimizer step")
+    _draw_key(figure, list(panels), colors)
+    if path is not None:
+        save_figure(figure, path)
+    return figure
+
+
+def series_of(records: Sequence[StepRecord]) -> Series:
+    """Return each weight's records over the steps; where a run went back to a checkpoint, the later ones."""
+    series: Series = {}
+    for record in records:
+        for path, layer in record.layers.items():
+            points = series.setdefault(path, [])
+            while points and points[-1][0] >= record.step:
+                points.pop()
+            points.append((record.step, layer))
+    return series
+
+
+def _colors(paths: list[str], colormaps: Any) -> dict[str, Any]:
+    """Colour few layers distinctly, many by their place in the model."""
+    if len(paths) <= _MOST_NAMED:
+        return {path: colormaps["tab10"](place) for place, path in enumerate(paths)}
+    return {path: colormaps["viridis"](0.9 * place / (len(paths) - 1)) for place, path in enumerate(paths)}
+
+
+def _draw_factors(axes: Any, series: Series, colors: dict[str, Any]) -> None:
+    _draw_curves(axes, series, colors, "learning-rate factor (mean ± std)", lambda layer: layer.factor_mean)
+    alpha = 0.15 if len(series) <= 3 else 0.4 / len(series)
+    for path, points in series.items():
+        bands = [
+            (step, layer.factor_mean - layer.factor_std, layer.factor_mean + layer.factor_std)
+            for step, layer in points
+            if layer.factor_mean is not None and layer.factor_std is not None
+        ]
+        if bands:
+            axes.fill_between(*zip(*bands, strict=True), color=colors[path], alpha=alpha, linewidth=0)
+    axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))  # no factor is negative, if a band may be
+
+
+def _draw_replaced(axes: Any, series: Series, colors: dict[str, Any]) -> None:
+    totals: dict[int, int] = {}
+    for points in series.values():
+        total = 0
+        for _, layer in points:
+            total += layer.replaced
+            totals[id(layer)] = total
+    _draw_curves(axes, series, colors, "replaced synapses (cumulative count)", lambda r: totals[id(r)])
+    axes.set_ylim(bottom=0)
+
+
+def _draw_curves(
+    axes: Any,
+    series: Series,
+    colors: dict[str, Any],
+    label: str,
+    value: Callable[[LayerRecord], float | None],
+) -> None:
+    axes.set_ylabel(label)
+    drawn = False
+    for path, points in series.items():
+        known = [(step, found) for step, layer in points if (found := value(layer)) is not None]
+        known = [(step, found) for step, found in known if math.isfinite(found)]
+        if known:
+            marker = "." if len(known) < _FEW_POINTS else None
+            axes.plot(*zip(*known, strict=True), color=colors[path], marker=marker, linewidth=1.2)
+            drawn = True
+    if not drawn:
+        axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color="0.5")
+        axes.set_yticks([])
+
+
+def _use_log_scale(axes: Any) -> None:
+    if any(value > 0 for line in axes.lines for value in line.get_ydata()):
+        axes.set_yscale("log", nonpositive="mask")
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def _ei_ratio(layer: LayerRecord) -> float:
+    return layer.ei_ratio
+
+
+def _draw_key(figure: Figure, panels: list[Any], colors: dict[str, Any]) -> None:
+    """Say which colour is which layer: a legend, or for many layers a scale with some of them named."""
+    names = [plain_text(short_name(path, _LONGEST_NAME)) for path in colors]
+    if len(names) <= _MOST_NAMED:
+        lines = importlib.import_module("matplotlib.lines")
+        handles = [lines.Line2D([], [], color=color) for color in colors.values()]
+        legend = figure.legend(
+            handles, [str(place) for place in range(len(names))], loc="outside right upper"
+        )
+        for text, name in zip(legend.get_texts(), names, strict=True):
+            text.set_text(name)  # a label that begins with "_" would be left out
+        return
+    color_tools = importlib.import_module("matplotlib.colors")
+    mappable = importlib.import_module("matplotlib.cm").ScalarMappable(
+        color_tools.BoundaryNorm([place - 0.5 for place in range(len(names) + 1)], len(names)),
+        color_tools.ListedColormap(list(colors.values())),
+    )
+    gaps = min(len(names), _MOST_TICKS) - 1
+    ticks = [round(place * (len(names) - 1) / gaps) for place in range(gaps + 1)]
+    bar = figure.colorbar(mappable, ax=panels, ticks=ticks, aspect=40, label="layer, input to output")
+    bar.minorticks_off()
+    bar.ax.set_yticklabels([names[place] for place in ticks], fontsize="small")
+    bar.ax.invert_yaxis()
+
+
+def plain_text(name: str) -> str:
+    """Return a name that matplotlib reads no formula into."""
+    return name.replace("$", r"\$")
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a picture, in the format that the path's ending names.
+
+    Raises:
+        OptionError: it cannot be written.
+    """
+    try:
+        figure.savefig(os.fspath(path), dpi=120)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cannot write the picture to {os.fspath(path)!r}: {error}") from error

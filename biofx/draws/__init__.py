@@ -1,1 +1,0 @@
-"""Random numbers that depend on what they are for: keyed, in blocks, from the distributions of rates."""

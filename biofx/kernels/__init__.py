@@ -1,1 +1,0 @@
-"""The arithmetic behind the operators of rewritten graphs, where it is worth being quick."""

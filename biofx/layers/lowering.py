@@ -1,0 +1,225 @@
+"""Make a layer's weight visible, and put operators between the weight and the layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.nn import functional as F
+
+from biofx.errors import PassError
+from biofx.graph.contexts import ContextMap
+from biofx.graph.parameters import Parameters
+from biofx.layers.compound_layers import lower_compound
+from biofx.layers.unitless_layers import lower_unitless
+from biofx.layers.weight_site import WeightSite
+from biofx.layers.weight_slots import WeightSlot
+
+
+class Wrappable(Protocol):
+    """A place where a node reads a parameter, behind operators or not."""
+
+    @property
+    def node(self) -> Node:
+        """The node that reads it."""
+
+    @property
+    def parameter_path(self) -> str:
+        """Path of the parameter."""
+
+    @property
+    def slot(self) -> WeightSlot:
+        """Where among the node's arguments."""
+
+    @property
+    def weight_node(self) -> Node | None:
+        """The expression it reads, None while a module still hides it."""
+
+
+OPTIONS = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+"""What a layer's function takes besides tensors, and the values that say nothing new."""
+
+
+class Lowering:
+    """Lowers the layers of one graph; while it is used, no one else may add or remove ``get_attr`` nodes."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.graph_module = graph_module
+        first_path: dict[int, str] = {}
+        self._first_path = {
+            path: first_path.setdefault(id(parameter), path)
+            for path, parameter in graph_module.named_parameters(remove_duplicate=False)
+        }
+        # by path, so that looking one up does not go through the graph, which would make it all quadratic
+        self._reads = {
+            str(node.target): node for node in reversed(graph_module.graph.find_nodes(op="get_attr"))
+        }
+        self._settings: dict[tuple[str, str], Node] = {}
+        self.contexts = ContextMap(graph_module.graph)
+
+    @functools.cached_property
+    def parameters(self) -> Parameters:
+        """Who holds the parameters, to replace them."""
+        return Parameters(self.graph_module)
+
+    def lower(self, site: WeightSite) -> None:
+        """Replace a layer's call by its function on a visible weight: ``fc(x)`` becomes ``linear(x, w, b)``.
+
+        The node keeps its name and its users, the layer module stays in the tree, and the function is the one
+        the module calls itself, so the result is equal to the bit. A layer with several weights shows them
+        all at once. A site that is lowered already is left alone.
+
+        Raises:
+            PassError: the site has an obstacle; a pass reports those as missed instead of asking.
+        """
+        if site.node.op != "call_module":
+            return
+        if site.barrier is not None:
+            raise PassError(f"{site.node.name!r} cannot be lowered: {site.barrier}")
+        node, module = site.node, self.graph_module.get_submodule(str(site.node.target))
+        if site.kind.is_compound:
+            lower_compound(node, module, site.kind, functools.partial(self.read_of, node))
+            return
+        if site.kind.why_no_units:
+            lower_unitless(node, module, site.kind, functools.partial(self.read_of, node))
+            return
+        (source,) = (*node.args, *node.kwargs.values())
+        weight = self._computed(site) if site.is_computed else self.read(site.parameter_path, node)
+        bias = None if module.bias is None else self.read(f"{node.target}.bias", node)
+        options = _options(module, site)
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            source = _padded(node, source, module)
+            options.pop("padding", None)
+        node.op = "call_function"
+        node.target = site.kind.function
+        node.args = (source, weight) if bias is None else (source, weight, bias)
+        node.kwargs = options
+
+    def _computed(self, site: WeightSite) -> Node:
+        """Write down that a layer is asked for its weight, which its parametrization then computes."""
+        node = site.node
+        path, named = site.parameter_path, site.parameter_path.replace(".", "_")
+        layer = self.read(site.layer, node, f"{named.removesuffix('_weight')}_layer")
+        with node.graph.inserting_before(node):
+            weight = node.graph.create_node(
+                "call_function", getattr, (layer, path.rpartition(".")[2]), name=named
+            )
+        weight.meta = dict(layer.meta)
+        return weight
+
+    def wrap_weight(
+        self,
+        sites: Sequence[Wrappable],
+        operator: Callable[..., Any],
+        argument: tuple[str, str] | Callable[[Node, str], Node] | None,
+        suffix: str,
+        **options: Any,
+    ) -> None:
+        """Insert ``operator(weight, argument, **options)`` between a weight and some sites that use it.
+
+        Sites that read the same expression go on sharing one: a weight that is used twice is wrapped once.
+        Only where some of them are in a context (``torch.no_grad``, …) has each context one of its own, since
+        what is computed there has no gradient, and none outside.
+
+        Args:
+            sites: lowered sites of one parameter.
+            operator: a weight operator.
+            argument: its second argument: path of a buffer, and how the name of the node that reads it ends;
+                or what makes the node, given the weight and how names begin; None where there is none.
+            suffix: how the name of the new node ends; both begin with the layer's.
+            **options: its keyword arguments, constants or nodes.
+        """
+        wrapped: dict[tuple[Node, Node | None], Node] = {}
+        arguments: dict[Node, tuple[Node, ...]] = {}
+        weights = [(site, site.weight_node) for site in sites]
+        for site, weight in weights:
+            if weight is None:
+                raise PassError(f"{site.node.name!r} must be lowered before its weight can be wrapped")
+            stem = node_stem(site.parameter_path)
+            if weight not in arguments:
+                read = [weight]
+                if isinstance(argument, tuple):
+                    read.append(self.read(argument[0], weight.next, f"{stem}_{argument[1]}"))
+                elif argument is not None:
+                    read.append(argument(weight, stem))
+                arguments[weight] = tuple(read)
+            key = weight, self.contexts.around(site.node)
+            if key not in wrapped:
+                given = [value for value in options.values() if isinstance(value, Node)]
+                place = self.contexts.place_for(site.node, (*arguments[weight], *given))
+                with weight.graph.inserting_before(place):
+                    new = weight.graph.create_node(
+                        "call_function", operator, arguments[weight], options, f"{stem}_{suffix}"
+                    )
+                new.meta = dict(weight.meta)
+                wrapped[key] = new
+            site.slot.write(site.node, wrapped[key])
+
+    def read_of(self, node: Node, name: str) -> Node:
+        """Return the ``get_attr`` node for what the module that ``node`` calls has under a name."""
+        path = f"{node.target}.{name}"
+        return self.read(self._first_path.get(path, path), node)
+
+    def setting_of(self, node: Node, name: str) -> Node:
+        """Return the node that reads a setting of the module that ``node`` calls, which may be None.
+
+        ``torch.fx`` takes a ``get_attr`` of None for one of nothing, so ``getattr`` is called.
+        """
+        path = str(node.target)
+        if (path, name) not in self._settings:
+            named = path.replace(".", "_")
+            layer = self.read(path, node, f"{named}_layer")
+            with node.graph.inserting_before(node):
+                made = node.graph.create_node("call_function", getattr, (layer, name), name=f"{named}_{name}")
+            made.meta = dict(layer.meta)
+            self._settings[path, name] = made
+        found = self._settings[path, name]
+        if node < found:
+            node.prepend(found)
+            self.read(path, found)
+        return found
+
+    def read(self, path: str, before: Node, name: str | None = None) -> Node:
+        """Return the one ``get_attr`` node for ``path``, made or moved to stand ahead of ``before``."""
+        existing = self._reads.get(path)
+        if existing is None:
+            with before.graph.inserting_before(before):
+                existing = before.graph.create_node("get_attr", path, name=name or path.replace(".", "_"))
+            existing.meta = {key: value for key, value in before.meta.items() if key == "nn_module_stack"}
+            self._reads[path] = existing
+        elif before < existing:
+            before.prepend(existing)
+        return existing
+
+
+def node_stem(parameter_path: str) -> str:
+    """Return how the names of nodes begin that are made for a weight."""
+    return parameter_path.removesuffix(".weight").replace(".", "_")
+
+
+def _padded(node: Node, source: Any, module: nn.Module) -> Node:
+    """Insert the padding that a convolution with a padding mode of its own does by itself."""
+    pad: Any = module._reversed_padding_repeated_twice
+    mode: dict[str, Any] = {"mode": str(module.padding_mode)}
+    with node.graph.inserting_before(node):
+        padded = node.graph.create_node(
+            "call_function", F.pad, (source, tuple(pad)), mode, f"{node.name}_padded"
+        )
+    padded.meta = dict(node.meta)
+    return padded
+
+
+def _options(module: nn.Module, site: WeightSite) -> dict[str, Any]:
+    """Return the function's keyword arguments, those that say nothing new left out."""
+    if site.kind.kernel_axes == 0:
+        return {}
+    names = [name for name in OPTIONS if name != "output_padding" or site.kind.transposed]
+    given = {name: getattr(module, name) for name in names}
+    return {name: value for name, value in given.items() if _differs(value, OPTIONS[name])}
+
+
+def _differs(value: Any, neutral: int) -> bool:
+    return any(entry != neutral for entry in value) if isinstance(value, tuple) else value != neutral

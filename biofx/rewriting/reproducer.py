@@ -1,0 +1,312 @@
+"""A folder from which what went wrong can be seen again: a script, and the model it starts from.
+
+An exception inside a pass writes one by itself, unless the environment variable ``BIOFX_REPRODUCER`` says
+``off``: into the folder it names, else into a new one in the system's folder for temporary files; a note on
+the exception says where. :func:`biofx.bisect` writes one where it is asked to.
+
+``model.pt`` is a pickle, as every file of ``torch.save``: load those of others only if you trust them. Both
+files hold what the model and the user's code are, so that their owner alone can read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from biofx.callables import registered_activations
+from biofx.config import BioConfig
+from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note
+from biofx.graph.numbers import number_read
+from biofx.graph.printing import format_graph
+from biofx.graph.regions import region_paths
+from biofx.model.attribute_guards import GUARDS
+from biofx.model.graph_module import BioGraphModule
+from biofx.model.taken_in import STATE
+from biofx.rewriting.pass_base import BROKE_ITS_CONTRACT, Pass
+from biofx.rewriting.pipeline import Pipeline
+from biofx.rewriting.source_bundle import Carrier
+from biofx.rewriting.stages import stages_of
+
+PLACE = "BIOFX_REPRODUCER"
+"""The environment variable that says where reproducers of exceptions go: a folder, or ``off``."""
+
+_is_off: ContextVar[bool] = ContextVar("biofx_reproducers_off", default=False)
+_NOTE = "to see it again, run: "
+_MOST_BYTES = 64 * 2**20
+"""Weights beyond this are left out, and drawn anew when the script runs."""
+
+
+def write_reproducer(
+    folder: str | os.PathLike[str],
+    graph_module: GraphModule,
+    passes: Sequence[Pass],
+    story: str,
+    *,
+    config: BioConfig | None = None,
+    predicate: Callable[[Any], object] | None = None,
+) -> Path:
+    """Write a script that runs passes on a graph module, and then the predicate on the result.
+
+    Args:
+        folder: made if it is not there; where it holds a reproducer already, one beside it with a number.
+        graph_module: the model before the passes; it is not changed.
+        passes: what to run, in order.
+        story: what is to be seen; stands at the top of the script.
+        config: given to ``transform`` along with the passes.
+        predicate: comes along as source, with what it refers to; else the script only transforms.
+
+    Returns:
+        The script's path.
+
+    Raises:
+        OptionError: the folder cannot be written.
+        InputError: a pass, or the predicate, refers to something that cannot come along.
+    """
+    carrier = Carrier()
+    asked = None if predicate is None else carrier.add(predicate, "predicate")
+    code = f"biofx.Pipeline(({''.join(f'{_pass_code(entry, carrier)}, ' for entry in passes)}))"
+    without_weights = _bytes(graph_module) > _MOST_BYTES
+    saved = {
+        "model": _standalone(graph_module, without_weights),
+        "values": carrier.values,
+        "config": None if config is None else config.to_dict(),
+    }
+    script = _script(story, format_graph(graph_module), carrier.source, code, asked, without_weights)
+    packed = io.BytesIO()
+    try:
+        torch.save(saved, packed)
+    except Exception as error:
+        raise InputError(f"the model, or what the predicate uses, cannot be pickled: {error}") from error
+    contents = {"model.pt": packed.getvalue(), "reproduce.py": script.encode("utf-8", "backslashreplace")}
+    try:
+        return _written(Path(folder), contents) / "reproduce.py"
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cannot write a reproducer to {str(folder)!r}: {error}") from error
+
+
+@contextmanager
+def without_reproducers() -> Iterator[None]:
+    """Let exceptions inside passes leave nothing behind, for who expects some passes to fail."""
+    token = _is_off.set(True)
+    try:
+        yield
+    finally:
+        _is_off.reset(token)
+
+
+def note_reproducer(error: Exception, make: Callable[[], BioGraphModule], pipeline: Pass) -> None:
+    """Write a reproducer of an exception inside a pass and say where, on the exception itself.
+
+    Nothing happens for what biofx raises on purpose, but for a pass that broke its contract; and whatever
+    goes wrong here becomes a note too: the exception that is on its way stays the one that is raised.
+
+    Args:
+        error: what a pass raised.
+        make: gives the model as it was before the pipeline.
+        pipeline: what was run.
+    """
+    wanted = os.environ.get(PLACE, "")
+    if wanted == "off" or _is_off.get() or not _is_a_fault(error):
+        return
+    try:
+        graph_module, stage = _before_the_failure(make(), pipeline, error)
+        folder = wanted or os.path.join(tempfile.mkdtemp(prefix="biofx-"), "reproducer")
+        told = f"{type(error).__name__}: {error}".strip()
+        path = write_reproducer(folder, graph_module, [stage], f"{stage}\nraises {told}")
+        note = f"{_NOTE}python {path}  ({PLACE}=FOLDER or off decides where)"
+    except Exception as second:
+        note = f"no reproducer was written: {type(second).__name__}: {second}"
+    if hasattr(error, "add_note"):
+        add_note(error, note)
+    else:
+        logging.getLogger("biofx").error(note)
+
+
+def _is_a_fault(error: Exception) -> bool:
+    """Whether an exception is no refusal, and has not been noted by a pass within a pass."""
+    if any(str(note).startswith(_NOTE) for note in getattr(error, "__notes__", ())):
+        return False
+    return not isinstance(error, BiofxError) or (
+        isinstance(error, PassError) and BROKE_ITS_CONTRACT in str(error)
+    )
+
+
+def _before_the_failure(
+    graph_module: BioGraphModule, pipeline: Pass, error: Exception
+) -> tuple[BioGraphModule, Pass]:
+    """Run the passes again one by one; return the graph before the one that fails alike, and that pass."""
+    start = graph_module
+    for stage in stages_of(pipeline):
+        try:
+            with without_reproducers():
+                graph_module = stage(graph_module).graph_module
+        except Exception as again:
+            if type(again) is type(error):
+                return graph_module, stage
+            break
+    return start, pipeline
+
+
+def _pass_code(entry: Pass, carrier: Carrier) -> str:
+    """Return an expression that makes a pass: its text where that reads back, its fields elsewhere."""
+    try:
+        text = str(entry)
+        by_name = any(name in text for name in registered_activations())  # which the script does not know
+        if not by_name and Pipeline.parse(text).passes in ((entry,), getattr(entry, "passes", None)):
+            return f"biofx.Pipeline.parse({text!r})"
+    except BiofxError:
+        pass
+    name = carrier.add(type(entry))
+    given = []
+    for field in dataclasses.fields(entry):
+        value = getattr(entry, field.name)
+        if field.name == "passes":
+            given.append(f"passes=({''.join(f'{_pass_code(inner, carrier)}, ' for inner in value)})")
+        elif field.init and field.compare and value is not field.default and value != field.default:
+            given.append(f"{field.name}={_value_code(value, f'{name}_{field.name}', carrier)}")
+    return f"{name}({', '.join(given)})"
+
+
+def _value_code(value: Any, name: str, carrier: Carrier) -> str:
+    if isinstance(value, (type(None), bool, int, str)):
+        return repr(value)
+    if callable(value) and not isinstance(value, nn.Module):
+        return carrier.add(value, name if getattr(value, "__name__", "<lambda>") == "<lambda>" else None)
+    return carrier.add_value(name, value)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _standalone(graph_module: GraphModule, without_weights: bool) -> BioGraphModule:
+    """Return a copy that needs none of the user's classes, but for what the graph calls and Python runs."""
+    memo: dict[int, Any] = {}
+    if without_weights:
+        for parameter in graph_module.parameters():
+            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+            memo[id(parameter)] = empty
+        memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in graph_module.buffers()}
+    copied = BioGraphModule.copy_of(graph_module, memo)
+    if region_paths(copied):
+        return copied  # what Python runs must stay what it is
+    called = {str(node.target) for node in copied.graph.nodes if node.op == "call_module"}
+    for path, module in list(copied.named_modules()):
+        is_ours = type(module).__module__.partition(".")[0] in ("torch", __name__.partition(".")[0])
+        if path and path not in called and not is_ours:
+            plain = nn.Module()
+            vars(plain).update({name: vars(module)[name] for name in _MODULE_STATE})
+            copied.set_submodule(path, plain)
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        number = number_read(graph_module, node)
+        if number is not None:
+            _put_number(copied, str(node.target).split("."), number)
+    for name in (STATE, GUARDS):  # of the modules that were there
+        vars(copied).pop(name, None)
+    return copied
+
+
+def _put_number(root: nn.Module, path: Sequence[str], number: float) -> None:
+    """Put a number that a graph reads where it reads it."""
+    holder: Any = root
+    for name in path[:-1]:
+        if not hasattr(holder, name):
+            vars(holder)[name] = SimpleNamespace()
+        holder = getattr(holder, name)
+    vars(holder)[path[-1]] = number
+
+
+_MODULE_STATE = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+
+
+def _written(wanted: Path, contents: Mapping[str, bytes]) -> Path:
+    """Write new files that their owner alone can read, into a folder that has none of their names yet.
+
+    What is there already, a symlink that leads elsewhere too, is neither followed nor replaced.
+
+    Raises:
+        OSError: they cannot be written; none of them is left.
+        ValueError: the folder is no path.
+    """
+    number, folder = 1, wanted
+    while any(os.path.lexists(folder / name) for name in contents):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    made: list[Path] = []
+    try:
+        for name, content in contents.items():
+            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            made.append(folder / name)
+            with open(descriptor, "wb") as file:
+                file.write(content)
+    except OSError:
+        for path in made:
+            path.unlink(missing_ok=True)
+        raise
+    return folder
+
+
+def _script(
+    story: str, graph: str, source: str, passes: str, predicate: str | None, without_weights: bool
+) -> str:
+    """Return the script; whatever comes from outside stands in it as a literal, or is the user's own code."""
+    packages = [f"{name} {version(name)}" for name in ("biofx", "torch", "networkx", "rich")]
+    versions = ", ".join((*packages, f"Python {platform.python_version()}"))
+    told = (*story.splitlines(), "", f"Written with {versions}, on {platform.platform()}.")
+    comment = "\n".join((_CODING, *(f"# {_printable(line)}".rstrip() for line in told)))
+    shown = "\n".join(f"#   {_printable(line)}" for line in graph.splitlines())
+    weights = _DRAW_WEIGHTS if without_weights else ""
+    run = _ASK.format(predicate=predicate) if predicate else "print(report)\n"
+    parts = (
+        f"{comment}\n#\n# The graph before:\n{shown}",
+        "from pathlib import Path\n\nimport torch\n\nimport biofx",
+        'saved = torch.load(Path(__file__).with_name("model.pt"), weights_only=False)',
+        'globals().update(saved["values"])',
+        *([source.strip()] if source.strip() else []),
+        f'model = saved["model"]{weights}',
+        'config = None if saved["config"] is None else biofx.BioConfig.from_dict(saved["config"])',
+        f"passes = {passes}",
+        f"bio_model, report = biofx.transform(model, config, passes=passes)\n{run}",
+    )
+    return "\n\n".join(parts)
+
+
+_CODING = "# -*- coding: utf-8 -*-"
+"""Comes first: of two such lines at the top of a script Python obeys the first, and a story may hold one."""
+
+
+def _printable(line: str) -> str:
+    """Return a line with what a script cannot hold in a comment written as escapes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+
+
+_DRAW_WEIGHTS = """
+# the weights were too large to come along; these are not the model's
+model.to_empty(device="cpu")
+draw = torch.Generator().manual_seed(0)
+for parameter in model.parameters():
+    parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.02)
+for buffer in model.buffers():
+    buffer.zero_()"""
+
+_ASK = """print(report)
+print("before the passes:", {predicate}(biofx.capture(model)))
+print("after the passes: ", {predicate}(bio_model))
+"""

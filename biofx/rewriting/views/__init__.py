@@ -1,0 +1,1 @@
+"""A report as text, table, picture and page."""

@@ -1,0 +1,201 @@
+"""A report's graph as an SVG picture."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+
+from biofx.graph.graph_view import GraphView, NodeView
+from biofx.rewriting.report import Report
+from biofx.rewriting.views.drawing import (
+    MARKS,
+    PALETTE,
+    Side,
+    Touch,
+    TouchKind,
+    changing,
+    layout_of,
+    touches_of,
+    view_of,
+)
+from biofx.rewriting.views.layered_layout import LONGEST, Layout
+
+COLUMN, ROW = 196.0, 58.0  # pixels from one place to the next
+BOX_WIDTH, BOX_HEIGHT = 176.0, 38.0
+MARGIN = 24.0
+_LEGEND_LINE = 20.0
+_BAR = 5.0
+_NAME_LENGTH, _WHAT_LENGTH = 22, 24  # characters that fit a box
+
+_NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+_STYLE = """
+text { font: 11px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; fill: #1b1f24; }
+.back { fill: #ffffff; }
+.box { fill: #f6f8fa; stroke: #c3cad2; }
+.what { fill: #57606a; font-size: 10px; }
+.mark { text-anchor: end; font-weight: bold; }
+.edge { fill: none; stroke: #9aa4af; stroke-width: 1.2; }
+.far { stroke-dasharray: 3 4; opacity: 0.5; }
+.considered .box { stroke-dasharray: 4 3; }
+.erased { opacity: 0.55; }
+.erased .name { text-decoration: line-through; }
+.legend text { font-family: system-ui, "DejaVu Sans", sans-serif; font-size: 12px; }
+.legend .title { font-weight: bold; font-size: 14px; }
+""" + "".join(
+    f".p{number} {{ fill: {color}; }} .t{number} .box {{ stroke: {color}; stroke-width: 1.5; }}\n"
+    for number, color in enumerate(PALETTE)
+)
+
+
+def report_svg(report: Report, side: Side = "after") -> str:
+    """Return the picture of one of the report's graphs; see ``Report.to_svg``."""
+    view = view_of(report, side)
+    layout = layout_of(view, view)
+    top = _LEGEND_LINE * (len(report.passes) + 1) + MARGIN
+    width = max(layout.columns * COLUMN, 560.0) + 2 * MARGIN
+    height = layout.rows * ROW + top + MARGIN
+    return "".join(
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+            f'viewBox="0 0 {width:.0f} {height:.0f}" role="img">',
+            f"<title>{escaped(f'{report.model}: {report.summary()}')}</title><style>{_STYLE}</style>",
+            '<rect class="back" width="100%" height="100%"/>',
+            f'<g class="legend" transform="translate({MARGIN:.0f} {MARGIN:.0f})">',
+            *_legend(report, side),
+            "</g>",
+            f'<g transform="translate({MARGIN:.0f} {top + MARGIN:.0f})">',
+            draw(view, layout, touches_of(report), titles=_titles(report)),
+            "</g></svg>\n",
+        )
+    )
+
+
+def draw(
+    view: GraphView,
+    layout: Layout,
+    touches: Mapping[str, tuple[Touch, ...]],
+    *,
+    titles: Mapping[str, list[str]] | None = None,
+    numbers: Mapping[str, int] | None = None,
+) -> str:
+    """Return edges and nodes as SVG elements, for a page or a picture to wrap and to style.
+
+    Args:
+        view: the graph.
+        layout: places of all its nodes.
+        touches: what passes did to them.
+        titles: lines to show when a pointer rests on a node.
+        numbers: what a script knows the nodes by.
+    """
+    parts = []
+    for node in view.nodes:
+        for source in node.inputs:
+            points = [
+                layout.places[source],
+                *layout.routes.get((source, node.name), ()),
+                layout.places[node.name],
+            ]
+            far = " far" if points[-1][1] - points[0][1] > LONGEST else ""
+            known = "" if numbers is None else f' data-u="{numbers[source]}" data-v="{numbers[node.name]}"'
+            parts.append(f'<path class="edge{far}"{known} d="{_path(points)}"/>')
+    for node in view.nodes:
+        x, row = layout.places[node.name]
+        known = "" if numbers is None else f' data-i="{numbers[node.name]}"'
+        title = "" if titles is None else _title(node, titles.get(node.name, []))
+        parts.append(
+            f'<g class="{_classes(touches.get(node.name, ()))}"{known} '
+            f'transform="translate({x * COLUMN:.1f} {row * ROW:.1f})">{title}'
+            f"{''.join(_box(node, touches.get(node.name, ())))}</g>"
+        )
+    return "".join(parts)
+
+
+def escaped(text: str) -> str:
+    """Return a text as XML may hold it; characters that it may not hold at all become ``U+FFFD``."""
+    return html.escape(_NOT_IN_XML.sub("\ufffd", text), quote=True)
+
+
+def shortened(text: str, length: int) -> str:
+    """Return a text of at most that many characters, its middle left out where it is longer.
+
+    >>> shortened("layer4_1_conv2_weight", 12)
+    'layer4…eight'
+    """
+    if len(text) <= length:
+        return text
+    head = length // 2
+    return f"{text[:head]}…{text[head + 1 - length :]}"
+
+
+def _classes(touches: Sequence[Touch]) -> str:
+    change = changing(touches)
+    if change is not None:
+        return f"node changed {change.kind} t{change.number % len(PALETTE)}"
+    return f"node considered t{touches[-1].number % len(PALETTE)}" if touches else "node"
+
+
+def _box(node: NodeView, touches: Sequence[Touch]) -> Iterator[str]:
+    yield f'<rect class="box" width="{BOX_WIDTH:.0f}" height="{BOX_HEIGHT:.0f}" rx="5"/>'
+    for place, touch in enumerate(touches):
+        faint = ' opacity="0.35"' if touch.kind == "missed" else ""
+        yield (
+            f'<rect class="bar p{touch.number % len(PALETTE)}"{faint} x="{4 + place * (_BAR + 2):.0f}" y="5" '
+            f'width="{_BAR:.0f}" height="{BOX_HEIGHT - 10:.0f}" rx="1.5"/>'
+        )
+    left = 8 + len(touches) * (_BAR + 2)
+    room = len(touches)  # a bar takes about a character
+    name = shortened(node.name, _NAME_LENGTH - room)
+    yield f'<text class="name" x="{left:.0f}" y="16">{escaped(name)}</text>'
+    what = shortened(_details(node), _WHAT_LENGTH - room)
+    yield f'<text class="what" x="{left:.0f}" y="30">{escaped(what)}</text>'
+    if touches:
+        yield f'<text class="mark" x="{BOX_WIDTH - 6:.0f}" y="16">{MARKS[_loudest(touches)]}</text>'
+
+
+def _loudest(touches: Sequence[Touch]) -> TouchKind:
+    order = list(MARKS)
+    return min((touch.kind for touch in touches), key=order.index)
+
+
+def _details(node: NodeView) -> str:
+    """Return the operation, and the shape of a parameter."""
+    _, comment, note = node.line.partition("  # ")
+    return f"{node.what} {note}" if node.op == "get_attr" and comment else node.what
+
+
+def _path(points: Sequence[tuple[float, int]]) -> str:
+    """Return a smooth curve down from the lower edge of one box to the upper edge of another."""
+    places = [(x * COLUMN + BOX_WIDTH / 2, row * ROW + BOX_HEIGHT / 2) for x, row in points]
+    places[0] = (places[0][0], places[0][1] + BOX_HEIGHT / 2)
+    places[-1] = (places[-1][0], places[-1][1] - BOX_HEIGHT / 2)
+    drawn = [f"M{places[0][0]:.1f} {places[0][1]:.1f}"]
+    for (x, y), (to_x, to_y) in pairwise(places):
+        bend = (to_y - y) / 2
+        drawn.append(f"C{x:.1f} {y + bend:.1f} {to_x:.1f} {to_y - bend:.1f} {to_x:.1f} {to_y:.1f}")
+    return "".join(drawn)
+
+
+def _title(node: NodeView, lines: Sequence[str]) -> str:
+    return f"<title>{escaped(chr(10).join((node.line, *lines)))}</title>"
+
+
+def _titles(report: Report) -> dict[str, list[str]]:
+    said: dict[str, list[str]] = {}
+    for entry in report.passes:
+        for remark in entry.remarks:
+            if remark.node is not None:
+                said.setdefault(remark.node, []).append(f"{entry.name}, {remark.kind}: {remark.message}")
+    return said
+
+
+def _legend(report: Report, side: Side) -> Iterator[str]:
+    when = {"before": " (before)", "after": "", "both": " (with what was erased)"}[side]
+    yield f'<text class="title" y="4">{escaped(report.model + when)}: {escaped(report.summary())}</text>'
+    for number, entry in enumerate(report.passes):
+        y = _LEGEND_LINE * (number + 1)
+        yield f'<rect class="p{number % len(PALETTE)}" width="10" height="10" y="{y - 5:.0f}" rx="2"/>'
+        told = f"{shortened(entry.text, 60)}: {entry.applied} applied, {entry.missed} left alone"
+        yield f'<text x="18" y="{y + 4:.0f}">{escaped(told)}</text>'

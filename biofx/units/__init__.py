@@ -1,1 +1,0 @@
-"""Who is one unit: from a graph to the presynaptic units of each weight."""

@@ -1,1 +1,0 @@
-"""A report as a page, a picture, a tree, or a DOT graph."""

@@ -1,1 +1,0 @@
-"""What becomes of a weight between its parameter and the layer that uses it."""

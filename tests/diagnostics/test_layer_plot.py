@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from biofx import InputError, LayerRecord, OptionError, StepRecord
+from biofx.diagnostics.layer_plot import plot_layers
+from biofx.diagnostics.monitor_records import BINS
+
+
+def layer(**changes: Any) -> LayerRecord:
+    counts = [0] * BINS
+    counts[6], counts[8] = 10, 30
+    fields: dict[str, Any] = {
+        "synapses": 40,
+        "factor_mean": 1.0,
+        "factor_std": 0.1,
+        "factor_histogram": tuple(counts),
+        "crystallized": 10,
+        "excitation": 3.0,
+        "inhibition": 1.0,
+    }
+    return LayerRecord(**{**fields, **changes})
+
+
+def records() -> list[StepRecord]:
+    moved = {"touched": {"rejuvenate_weights": 4}}
+    return [
+        StepRecord(0, {"a.weight": layer(**moved), "_b$x$.weight": layer()}),
+        StepRecord(5, {"a.weight": layer(**moved, wrong_signs=2), "_b$x$.weight": layer(excitation=0.0)}),
+    ]
+
+
+def test_each_layer_is_a_row_with_factors_signs_and_turnover(tmp_path: Path) -> None:
+    figure: Any = plot_layers(records(), tmp_path / "layers.png")
+    assert (tmp_path / "layers.png").read_bytes()[:4] == b"\x89PNG"
+    rates, signs, turnover = figure.axes[:3]
+    assert [text.get_text() for text in rates.get_yticklabels()] == ["a", r"_b\$x\$"]
+    (image,) = rates.get_images()
+    drawn = image.get_array()
+    assert drawn.shape == (2, BINS)
+    assert drawn[0, 6] == 25
+    assert drawn[0, 8] == 75
+    widths = [(bar.get_x(), bar.get_width()) for bar in signs.patches]
+    assert widths[:2] == [(0, 75), (75, 25)]
+    assert widths[2:] == [(0, 0), (0, 100)]
+    assert [text.get_text() for text in signs.texts] == ["2 wrong"]
+    assert [bar.get_width() for bar in turnover.patches] == [20, 0]  # 4 + 4 of 40
+    assert figure.get_suptitle() == "step 5"
+
+
+def test_what_was_not_recorded_is_said_to_be_missing() -> None:
+    bare = layer(factor_mean=None, factor_histogram=(), crystallized=None, excitation=math.nan)
+    figure: Any = plot_layers([StepRecord(0, {"a.weight": bare})])
+    rates, signs, turnover = figure.axes[:3]
+    assert [text.get_text() for text in (*rates.texts, *turnover.texts)] == ["nothing recorded"] * 2
+    assert not signs.patches
+
+
+def test_nothing_recorded_and_a_file_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found no records"):
+        plot_layers([])
+    with pytest.raises(OptionError, match="cannot write the picture"):
+        plot_layers(records(), tmp_path / "no" / "such.png")
