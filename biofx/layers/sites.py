@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn.utils.parametrize import is_parametrized
 
+from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.region_use import RegionUse
 from biofx.graph.regions import kept_around, kept_modules, whole_graph
 from biofx.layers.layer_kinds import (
@@ -43,6 +44,7 @@ from biofx.layers.weight_site import (
 from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot, argument, slots_of_call, slots_of_module
 
 
+@cached_on_graph
 def find_sites(graph_module: GraphModule) -> Sites:
     """Return every weight site of a graph, and every layer that has none with the reason."""
     found: list[WeightSite] = []

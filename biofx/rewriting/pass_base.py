@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.foreign_errors import BY_A_PASS, foreign_errors_wrapped
+from biofx.graph.analysis_cache import analyses_kept
 from biofx.graph.changes import Snapshot, compare
 from biofx.graph.graph_view import GraphView
 from biofx.graph.in_place import changes_in_place
@@ -189,7 +190,7 @@ class Pass(ABC):
 
         ``finish`` is called in the end with what there is to weights in the rewritten graph.
         """
-        with joined(graph_module):
+        with joined(graph_module), analyses_kept():
             before = Snapshot.of(graph_module.graph)
             view = GraphView.of(graph_module, before.lines)
             reports = tuple(self.run(graph_module, ()))

@@ -1,0 +1,140 @@
+"""Results of analyses, kept on the graph they were made of until that graph or its model changes.
+
+An analysis is a function of a graph module that only looks at it. Decorated with :func:`cached_on_graph`, it
+runs once for each state of the model while analyses are kept: for the time of a rewrite
+(:func:`analyses_kept`), or of one analysis that calls others. Afterwards nothing is kept, because results hold
+weights, and a model whose weights are replaced would keep the old ones in memory.
+
+Changes need not be reported. torch.fx has no version number for graphs, and its hooks miss assignments to
+``node.args``, so each query compares what an analysis can see with what there was when the results were made:
+nodes and their immutable arguments, modules and what they hold, and the graphs of regions.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from operator import is_
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+ResultT = TypeVar("ResultT")
+ModuleT = TypeVar("ModuleT", bound=GraphModule)
+
+_PLACE = "_biofx_analyses"
+"""The attribute of a graph that holds its results."""
+_GENERATED = frozenset({"_code", "_lineno_map", "_prologue_start", "_graph"})
+"""Attributes of a graph module that are made from its graph, which is compared by itself."""
+
+
+class _Results:
+    """What was found out about one state of a model; copies and pickles of it are empty."""
+
+    def __init__(self) -> None:
+        self.state: _State | None = None
+        self.found: dict[object, Any] = {}
+        self.is_trusted = False
+        """Whether an analysis is running, which does not change the graph."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Results, ()
+
+    def forget(self) -> None:
+        self.state = None
+        self.found.clear()
+
+
+_kept: ContextVar[weakref.WeakSet[_Results] | None] = ContextVar("_kept", default=None)
+
+
+@contextmanager
+def analyses_kept() -> Iterator[None]:
+    """Keep the results of analyses until the end of the block; within another such block, until its end."""
+    if _kept.get() is not None:
+        yield
+        return
+    kept: weakref.WeakSet[_Results] = weakref.WeakSet()
+    token = _kept.set(kept)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+        for results in kept:
+            results.forget()
+
+
+def cached_on_graph(analysis: Callable[[ModuleT], ResultT]) -> Callable[[ModuleT], ResultT]:
+    """Let a function of a graph module run once for each state of the module, while analyses are kept.
+
+    Callers share the result and must not change it.
+    """
+
+    @functools.wraps(analysis)
+    def cached(graph_module: ModuleT) -> ResultT:
+        kept = _kept.get()
+        if kept is None:
+            with analyses_kept():
+                return cached(graph_module)
+        results: _Results = vars(graph_module.graph).setdefault(_PLACE, _Results())
+        kept.add(results)
+        if not results.is_trusted:
+            state = _State(graph_module)
+            if results.state is None or not results.state.is_same(state):
+                results.forget()
+                results.state = state
+        if analysis not in results.found:
+            was_trusted, results.is_trusted = results.is_trusted, True
+            try:
+                results.found[analysis] = analysis(graph_module)
+            finally:
+                results.is_trusted = was_trusted
+        found: ResultT = results.found[analysis]
+        return found
+
+    return cached
+
+
+class _State:
+    """All that an analysis can see of a model, by identity.
+
+    The objects are held, so that none of them can make room for another with the same identity.
+    """
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self._objects: list[object] = []
+        self._tensors: list[object] = []
+        """Shapes and the like, which change in place."""
+        for module in graph_module.modules():
+            self._note_module(module)
+
+    def is_same(self, other: _State) -> bool:
+        """Whether two states hold the same objects in the same places."""
+        return (
+            len(self._objects) == len(other._objects)
+            and all(map(is_, self._objects, other._objects))
+            and self._tensors == other._tensors
+        )
+
+    def _note_module(self, module: nn.Module) -> None:
+        objects = self._objects
+        objects += (module, type(module))
+        for name, value in vars(module).items():
+            if name in _GENERATED:
+                continue
+            objects += (name, value)
+            if isinstance(value, dict):
+                objects += (len(value), *value.keys(), *value.values())
+            elif isinstance(value, (list, set)):
+                objects += (len(value), *value)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if isinstance(tensor, Tensor):
+                self._tensors.append((tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad))
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                stack = node.meta.get("nn_module_stack")
+                objects += (node, node.name, node.op, node.target, node.args, node.kwargs, stack)
