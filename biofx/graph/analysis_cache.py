@@ -2,7 +2,7 @@
 
 An analysis is a function of a graph module that only looks at it. Decorated with :func:`cached_on_graph`, it
 runs once for each state of the model while analyses are kept: for the time of a rewrite
-(:func:`analyses_kept`), or of one analysis that calls others. Afterwards nothing is kept, because results hold
+(:func:`analyses_kept`), or of one analysis that calls others. Afterwards nothing is kept: results hold
 weights, and a model whose weights are replaced would keep the old ones in memory.
 
 Changes need not be reported. torch.fx has no version number for graphs, and its hooks miss assignments to
