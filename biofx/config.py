@@ -30,11 +30,11 @@ from biofx.validate import (
 
 PARAMETERS = ("weights", "all")
 """Which parameters may have learning-rate factors."""
-STORED_RATE_DTYPES = ("float32", "bfloat16", "uint8")
-"""What learning-rate factors may be stored as; uint8 are the codes of :mod:`biofx.operators.rate_codes`."""
+STORED_RATE_DTYPES = ("float32", "bfloat16")
+"""What learning-rate factors may be stored as."""
 FROM_SEED = "seed"
 RATE_DTYPES = (*STORED_RATE_DTYPES, FROM_SEED)
-"""The same, and that they are not stored but drawn again from the seed at each use."""
+"""The same, and ``"seed"``: not stored, but drawn again from the seed at each use."""
 DALES_METHODS = (*SIGN_METHODS, "expand")
 
 _OPTIONAL = ("base_lr", "rejuvenation_turnover", "dales_signs")
@@ -60,7 +60,6 @@ _RANGES: dict[str, Range] = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "fuzzy_lr_distribution": tuple(member.value for member in Distribution),
     "fuzzy_lr_granularity": GRANULARITIES,
-    "fuzzy_lr_dtype": RATE_DTYPES,
     "fuzzy_lr_parameters": PARAMETERS,
     "dales_method": DALES_METHODS,
     "dales_initialisation": INITIALISATIONS,
@@ -122,10 +121,9 @@ class BioConfig:
     fuzzy_lr_granularity: str = "element"
     """What shares a factor: ``"element"`` (nothing), the synapses onto a ``"neuron"``, or the ``"layer"``."""
     fuzzy_lr_dtype: str = "float32"
-    """What the factors are stored as: ``"float32"``, ``"bfloat16"``, or ``"uint8"`` (codes, a byte each, see
-    :mod:`biofx.operators.rate_codes`; crystallization cannot change them); factors that go on changing need
+    """What the factors are stored as: ``"float32"`` or ``"bfloat16"``; factors that go on changing need
     float32. With ``"seed"`` they are not stored: each backward draws those of float32 again, which nothing
-    can change, from a distribution that asks nothing of weights or of time."""
+    can change, from a distribution that depends neither on weights nor on time."""
     fuzzy_lr_parameters: str = "weights"
     """Which parameters have factors: ``"weights"`` of layers, look-ups and products, or ``"all"`` that are
     trained, so also biases, gains of normalisations and what is used directly (learned positions)."""
@@ -293,6 +291,20 @@ class BioConfig:
         toml.write(path, _as_text(table))
 
 
+def check_rate_dtype(field: str, value: Any) -> str:
+    """Return the value.
+
+    Raises:
+        OptionError: it is none of :data:`RATE_DTYPES`.
+    """
+    if isinstance(value, str) and value == "uint8":
+        raise OptionError(
+            f"{field}: expected one of {', '.join(RATE_DTYPES)}, found 'uint8', which was removed; 'seed' "
+            "needs less memory than it did, and rules can change factors in 'bfloat16'"
+        )
+    return check_choice(field, value, RATE_DTYPES)
+
+
 def check_drawn_again(field: str, distribution: Distribution) -> None:
     """Check that factors of a distribution can be drawn again from their seed.
 
@@ -351,6 +363,8 @@ def _checked(name: str, value: Any) -> Any:
         return None
     if name in _RANGES:
         return _RANGES[name].check(name, value)
+    if name == "fuzzy_lr_dtype":
+        return check_rate_dtype(name, value)
     if name in _CHOICES:
         text = check_choice(name, value, _CHOICES[name])
         return Distribution(text) if name == "fuzzy_lr_distribution" else text

@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from biofx.config import FROM_SEED, PARAMETERS, RATE_DTYPES, check_drawn_again
+from biofx.config import FROM_SEED, PARAMETERS, check_drawn_again, check_rate_dtype
 from biofx.graph.regions import region_of_nodes
-from biofx.layers.lowering import Lowering, node_stem
+from biofx.layers.lowering import Lowering
 from biofx.layers.norm_sites import NormSite, find_norms, lower_norm
 from biofx.layers.sites import find_sites
 from biofx.layers.unusual_weights import obstacle_to_values
@@ -61,8 +61,8 @@ class ScaleGradients(WeightPass):
     granularity: str = "element"
     """What shares a factor: ``"element"`` (nothing), the synapses onto a ``"neuron"``, or the ``"layer"``."""
     dtype: str = "float32"
-    """What factors are stored as: ``"float32"``, ``"bfloat16"`` or ``"uint8"`` (see
-    :mod:`biofx.operators.rate_codes`); ``"seed"`` draws those of float32 again at each backward instead."""
+    """What factors are stored as: ``"float32"`` or ``"bfloat16"``; ``"seed"`` draws those of float32 again
+    at each backward instead."""
     parameters: str = "weights"
     """``"weights"``: what a layer, a look-up or a product multiplies by; ``"all"``: every trainable parameter
     that the graph reads, so also biases, gains and what is added directly, such as learned positions."""
@@ -72,7 +72,7 @@ class ScaleGradients(WeightPass):
     def __post_init__(self) -> None:
         named = check_choice(f"{self.name}: distribution", self.distribution, [d.value for d in Distribution])
         check_choice(f"{self.name}: granularity", self.granularity, GRANULARITIES)
-        check_choice(f"{self.name}: dtype", self.dtype, RATE_DTYPES)
+        check_rate_dtype(f"{self.name}: dtype", self.dtype)
         check_choice(f"{self.name}: parameters", self.parameters, PARAMETERS)
         object.__setattr__(self, "distribution", Distribution(named))
         for option, permitted in (
@@ -148,10 +148,8 @@ class ScaleGradients(WeightPass):
             return f"plasticity states use its name, {site.parameter_path!r}, for something else"
         if site.is_computed and self.distribution in CHANGING:
             return f"a parametrization computes it, and {self.distribution.value} factors follow a parameter"
-        if site.is_computed and self.dtype in ("uint8", FROM_SEED):
-            return (
-                f"a parametrization computes it, and {self.dtype!r} factors take a parameter; use 'float32'"
-            )
+        if site.is_computed and self.dtype == FROM_SEED:
+            return "a parametrization computes it, and 'seed' factors take a parameter; use 'float32'"
         return site.barrier
 
     def wrap(self, lowering: Lowering, weight: Weight, survey: None) -> Iterator[Remark]:
@@ -172,7 +170,8 @@ class ScaleGradients(WeightPass):
         if state.is_drawn:
             lowering.wrap_weight(weight.sites, scale_gradient_by_seed, None, "scaled", **self._drawn(weight))
         else:
-            self._read_kept(lowering, weight, state)
+            kept = f"{bio_module_path(weight.path)}.fuzzy_learning_rate_parameters"
+            lowering.wrap_weight(weight.sites, ops.scale_gradient, (kept, "rates"), "scaled")
         numbers = {"mean": factors.float().mean().item(), "std": factors.float().std(correction=0).item()}
         message = f"{factors.numel()} factors{self._told(state)}, {self.distribution.value}, "
         message += f"mean {numbers['mean']:.3f}, "
@@ -181,18 +180,6 @@ class ScaleGradients(WeightPass):
             message += f"; one set for {len(weight.sites)} uses of the weight"
         for site in weight.sites:
             yield applied(site.node, site.layer, site.told(message), factors=factors.numel(), **numbers)
-
-    def _read_kept(self, lowering: Lowering, weight: Weight, state: BioModule) -> None:
-        """Insert the operator that reads the factors which a state keeps."""
-        place = bio_module_path(weight.path)
-        options: dict[str, Any] = {}
-        kept = "fuzzy_learning_rate_codes" if state.is_coded else "fuzzy_learning_rate_parameters"
-        if state.is_coded and (visible := weight.sites[0].weight_node) is not None:
-            named = f"{node_stem(weight.path)}_scale"
-            options["scale"] = lowering.read(f"{place}.fuzzy_learning_rate_scale", visible.next, named)
-        lowering.wrap_weight(
-            weight.sites, ops.scale_gradient, (f"{place}.{kept}", "rates"), "scaled", **options
-        )
 
     def _drawn(self, weight: Weight) -> dict[str, Any]:
         """Return what the factors of a weight are drawn from, as the graph says it."""
@@ -232,8 +219,6 @@ class ScaleGradients(WeightPass):
         state.noise = noise if self.dtype == "float32" else None
 
     def _told(self, state: BioModule) -> str:
-        if state.fuzzy_learning_rate_scale is not None:
-            return f" in steps of 1/{int(state.fuzzy_learning_rate_scale[1])}"
         if state.is_drawn:
             return " drawn from their seed at each backward"
         return "" if self.dtype == "float32" else f" in {self.dtype}"

@@ -61,7 +61,7 @@ CHANGED: dict[str, Any] = {
     "fuzzy_lr_decay": 1.0,
     "fuzzy_lr_granularity": "neuron",
     "fuzzy_lr_parameters": "all",
-    "fuzzy_lr_dtype": "uint8",
+    "fuzzy_lr_dtype": "bfloat16",
     "dampening_factor": 1.0,
     "crystal_thresh": 1e-300,
     "crystal_min": 0.0,
@@ -110,7 +110,8 @@ BAD: list[tuple[str, Any, str]] = [
         for value in (3, None, nn.ReLU)
     ],
     ("weight_splitting_activation_function", "import:os:system", "an activation such as"),
-    *[("fuzzy_lr_dtype", value, "one of float32, bfloat16, uint8") for value in ("int8", torch.uint8)],
+    *[("fuzzy_lr_dtype", value, "one of float32, bfloat16, seed") for value in ("int8", torch.uint8)],
+    ("fuzzy_lr_dtype", "uint8", "found 'uint8', which was removed; 'seed' needs less memory"),
     ("fuzzy_lr_parameters", "biases", "one of weights, all"),
     *[("fuzzy_lr_granularity", value, "one of element, neuron, layer") for value in ("synapse", 1)],
     *[("crystal_min", value, FRACTION) for value in (-0.01, 1.5)],

@@ -80,7 +80,7 @@ def optimizer_of(model, name):
 
 FOLLOWING = {"fuzzy_lr_distribution": "weight_adaptive", "fuzzy_lr_dynamic": True}
 KINDS = {
-    "codes": {"fuzzy_lr_dtype": "uint8"},
+    "halves": {"fuzzy_lr_dtype": "bfloat16"},
     "neurons": {**FOLLOWING, "fuzzy_lr_granularity": "neuron"},
     "layers": {**FOLLOWING, "fuzzy_lr_granularity": "layer"},
     "following": FOLLOWING,
@@ -100,14 +100,14 @@ def accumulated():
         torch.manual_seed(0)
         options = {"fuzzy_learning_rate_factor_nu": 0.3, "fuzzy_lr_min": 0, **options}
         config = biofx.BioConfig(apply_dales_principle=True, dales_method="abs", **options)
-        model, _ = biofx.transform(blocks(), config, exclude=() if name == "codes" else "3")
+        model, _ = biofx.transform(blocks(), config, exclude=() if name == "halves" else "3")
         if DISTRIBUTED:
-            if name in ("codes", "following"):  # the graph has taken the blocks apart, and calls the readout
+            if name in ("halves", "following"):  # the graph has taken the blocks apart, and calls the readout
                 for part in ("0", "1", "2.0", "3"):
                     fully_shard(model.get_submodule(part))
             fully_shard(model, reshard_after_forward=name == "following")
         optimizer = optimizer_of(model, "SGD")
-        if name != "codes":
+        if name != "halves":
             biofx.attach(model, optimizer)
         for step in range(3):
             optimizer.zero_grad()

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biofx.errors import BiofxError, CheckpointError
+from biofx.errors import BiofxError, CheckpointError, PlasticityError
+from biofx.plasticity.rate_forms import refuse_codes
 from biofx.plasticity.shards import is_sharded
 from biofx.whole_file import whole_file
 
@@ -153,6 +154,10 @@ def check_stamp(content: Any, path: str | Path) -> None:
             f"{path}: expected schema {SCHEMA} or older, found {schema!r}, written by biofx "
             f"{content.get('biofx')}; upgrade biofx"
         )
+    try:
+        refuse_codes(content["model"] if isinstance(content.get("model"), dict) else {})
+    except PlasticityError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def plain(value: Any, where: str, *, may_be_sharded: bool = False) -> Any:

@@ -20,7 +20,7 @@ from biofx.plasticity.rate_forms import RATE_BUFFERS, Held, factors_held, form_o
 from biofx.rewriting.record import TransformRecord
 
 _FIELD, _OPTION, _PASS = "fuzzy_lr_dtype", "dtype", "scale-gradients"
-_READ = re.compile(r"\S+ = self\.\S*bio_mod\S*\.fuzzy_learning_rate_(parameters|codes|scale)")
+_READ = re.compile(r"\S+ = self\.\S*bio_mod\S*\.fuzzy_learning_rate_parameters")
 _SCALED = re.compile(r"(\S+) = scale_gradient(_by_seed)?\((\w+).*\)")
 
 

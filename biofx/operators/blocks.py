@@ -44,6 +44,25 @@ def for_each_block(
         ]
 
 
+def multiply_by_blocks(values: Tensor, factors: Tensor, *, out: Tensor) -> Tensor:
+    """Write ``values`` times the factors to ``out``, which may be ``values``, and return it.
+
+    Factors of another type are converted block by block, never all at once.
+
+    Args:
+        values: of the shape of ``factors``, or one that it broadcasts to.
+        factors: dimensionless.
+        out: shaped like ``values``.
+    """
+    if factors.numel() <= _BLOCK or factors.dim() != values.dim() or len(factors) != len(values):
+        return torch.mul(values, factors.to(values.dtype), out=out)
+    step = max(1, _BLOCK * len(factors) // factors.numel())
+    for start in range(0, len(factors), step):
+        rows = slice(start, start + step)
+        torch.mul(values[rows], factors[rows].to(values.dtype), out=out[rows])
+    return out
+
+
 def mean_over(count: int, work: Callable[[slice], Tensor]) -> float:
     """Return the mean of what blocks add up to, in double precision; 0 of nothing.
 

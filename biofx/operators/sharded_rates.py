@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.errors import PlasticityError
-from biofx.operators import rate_codes
+from biofx.operators.blocks import multiply_by_blocks
 
 Result = TypeVar("Result")
 _ATTRIBUTE = "_biofx_sharded_rates"
@@ -29,23 +29,23 @@ class ShardedRates:
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight = weight
-        self._factors: tuple[Tensor, Tensor | None] | None = None
+        self._factors: Tensor | None = None
         self._earlier: Tensor | None = None
         self._missed = False
         self._task = -1
         weight.register_post_accumulate_grad_hook(self._arrived)
 
     def belong_to(self, held: Tensor) -> None:
-        """Let factors, or their codes, be known as this weight's, by an attribute that copies do not have."""
+        """Mark factors as this weight's, by an attribute that copies do not have."""
         vars(held)[_ATTRIBUTE] = self
 
-    def expect(self, held: Tensor, scale: Tensor | None) -> None:
+    def expect(self, held: Tensor) -> None:
         """Prepare for the gradient of the backward that is running, which is to be multiplied by factors."""
         task = torch._C._current_graph_task_id()
         if self._factors is not None and task == self._task:
             return  # another use of the weight has prepared
         # what was put aside by a backward that failed is gone, as gradients of a failed backward are
-        self._factors, self._earlier, self._missed, self._task = (held, scale), None, False, task
+        self._factors, self._earlier, self._missed, self._task = held, None, False, task
         if self.weight.grad is not None:
             self._earlier, self.weight.grad = self.weight.grad, None
             torch.autograd.Variable._execution_engine.queue_callback(self._put_back)
@@ -60,14 +60,13 @@ class ShardedRates:
             )
         if self._factors is None:
             return
-        held, scale = self._factors
-        gradient, earlier = weight.grad, self._earlier
+        held, gradient, earlier = self._factors, weight.grad, self._earlier
         self._factors = self._earlier = None
         if gradient is None:
             weight.grad = earlier
             return
         part = _local(gradient)
-        rate_codes.multiply(part, _local(held), scale, out=part)
+        multiply_by_blocks(part, _local(held), out=part)
         if earlier is not None:
             _local(earlier).add_(part)
             weight.grad = earlier
@@ -92,7 +91,7 @@ def is_spread(factor: Tensor) -> bool:
     return type(factor) is not Tensor and hasattr(factor, "device_mesh")
 
 
-def scaled_on_arrival(weight: Tensor, held: Tensor, scale: Tensor | None) -> Tensor:
+def scaled_on_arrival(weight: Tensor, held: Tensor) -> Tensor:
     """Return a whole weight unchanged; its gradient is multiplied on each rank, once it has arrived there.
 
     Raises:
@@ -104,7 +103,7 @@ def scaled_on_arrival(weight: Tensor, held: Tensor, scale: Tensor | None) -> Ten
             "expected factors that belong to a sharded weight, found others that are spread over ranks; call "
             "bio_model.reshard(), so that they can be told apart, and call the model itself, not its forward"
         )
-    marked: Tensor = _Marked.apply(weight, rates, held, scale)  # type: ignore[no-untyped-call]
+    marked: Tensor = _Marked.apply(weight, rates, held)  # type: ignore[no-untyped-call]
     return marked
 
 
@@ -112,14 +111,14 @@ class _Marked(torch.autograd.Function):
     """A view forwards; backwards, word that a gradient is on its way."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, rates: ShardedRates, held: Tensor, scale: Tensor | None) -> Tensor:
-        ctx.rates, ctx.held, ctx.scale = rates, held, scale
+    def forward(ctx: Any, weight: Tensor, rates: ShardedRates, held: Tensor) -> Tensor:
+        ctx.rates, ctx.held = rates, held
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.rates.expect(ctx.held, ctx.scale)
-        return gradient, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.rates.expect(ctx.held)
+        return gradient, None, None
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import handle_torch_function, has_torch_function
 
 from biofx.errors import OptionError, PlasticityError
-from biofx.operators import rate_codes, sharded_rates, sign_kernels
+from biofx.operators import sharded_rates, sign_kernels
+from biofx.operators.blocks import multiply_by_blocks
 from biofx.operators.exclusive import is_exclusive
 
 SIGN_METHODS = ("project", "abs")
@@ -30,7 +31,7 @@ INITIALISATIONS = ("balanced", "keep")
 """What becomes of weights when their units are first given signs."""
 
 
-def scale_gradient(weight: Tensor, factor: Tensor, scale: Tensor | None = None) -> Tensor:
+def scale_gradient(weight: Tensor, factor: Tensor) -> Tensor:
     """Return ``weight`` unchanged; its gradient is multiplied by ``factor`` on the way back.
 
     The learning rate of each synapse, relative to the optimizer's. The identity is exact to the bit.
@@ -38,20 +39,16 @@ def scale_gradient(weight: Tensor, factor: Tensor, scale: Tensor | None = None) 
     Args:
         weight: any shape.
         factor: broadcastable to ``weight``, dimensionless; it receives no gradient.
-        scale: where ``factor`` holds codes, what :mod:`biofx.rate_codes` decodes them by.
     """
-    relevant = (weight, factor) if scale is None else (weight, factor, scale)
-    if has_torch_function(relevant):
-        return redispatch(
-            scale_gradient, relevant, weight, factor, **({} if scale is None else {"scale": scale})
-        )
+    if has_torch_function((weight, factor)):
+        return redispatch(scale_gradient, (weight, factor), weight, factor)
     if sharded_rates.is_spread(factor) and not sharded_rates.is_spread(weight):
-        return sharded_rates.outside_graphs(sharded_rates.scaled_on_arrival)(weight, factor, scale)
+        return sharded_rates.outside_graphs(sharded_rates.scaled_on_arrival)(weight, factor)
     if is_recorded():
         held = weight.detach()
-        return held + (weight - held) * rate_codes.factors_of(factor, scale, weight.dtype)
+        return held + (weight - held) * factor.to(weight.dtype)
     refuse_shard(weight)
-    return _tensor(_ScaleGradient.apply(weight, factor, scale))  # type: ignore[no-untyped-call]
+    return _tensor(_ScaleGradient.apply(weight, factor))  # type: ignore[no-untyped-call]
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -60,29 +57,28 @@ class _ScaleGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, factor: Tensor, scale: Tensor | None) -> Tensor:
+    def forward(weight: Tensor, factor: Tensor) -> Tensor:
         return weight.view_as(weight)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        factor, scale = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
         free = is_exclusive(gradient)  # asked before anything else here refers to it
         if factor.dtype != gradient.dtype and is_plain_eager() and not torch.is_grad_enabled():
             result = gradient if free else torch.empty_like(gradient)
-            return rate_codes.multiply(gradient, factor, scale, out=result), None, None
-        factor = rate_codes.factors_of(factor, scale, gradient.dtype)
-        return gradient.mul_(factor) if free else gradient * factor, None, None
+            return multiply_by_blocks(gradient, factor, out=result), None
+        factor = factor.to(gradient.dtype)
+        return gradient.mul_(factor) if free else gradient * factor, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Tensor | None) -> Tensor:
-        factor, scale = ctx.saved_tensors
-        scaled: Tensor = tangent * rate_codes.factors_of(factor, scale, tangent.dtype)
-        return scaled
+        (factor,) = ctx.saved_tensors
+        return _tensor(tangent * factor.to(tangent.dtype))
 
 
 def constrain_sign(

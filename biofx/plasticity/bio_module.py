@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from biofx.config import FROM_SEED, BioConfig
 from biofx.errors import PlasticityError
+from biofx.operators.blocks import multiply_by_blocks
 from biofx.operators.distributions import CHANGING, Distribution
 from biofx.operators.randomness import generator_for
-from biofx.operators.rate_codes import multiply
 from biofx.operators.rate_draws import PURPOSE, RateDraw, rate_draw, told_of_place
 from biofx.operators.sign_kernels import write_signs
 from biofx.plasticity.bio_state import BioState
@@ -92,8 +92,6 @@ class BioModule(BioState):
             return self.why_no_synapses
         if rule in _NEED_FACTORS and not (self.has_factors if rule == _UPDATE else self.has_rates):
             return "it has no learning-rate factors"
-        if rule in _CHANGE_FACTORS and self.is_coded:
-            return "its factors are kept as codes, too coarse to be changed (fuzzy_lr_dtype='uint8')"
         if rule in _CHANGE_FACTORS and self.is_drawn:
             return (
                 "its factors are drawn from their seed at each use; to change them, fuzzy_lr_dtype='float32'"
@@ -166,13 +164,10 @@ class BioModule(BioState):
             self.diversity = held.clone()
 
     def _form(self) -> str:
-        """Return what factors are to be stored as; a graph that reads codes goes on reading codes."""
+        """Return what factors are to be stored as; a graph that reads stored factors goes on reading them."""
+        stored = self.scaled_in_graph and self.has_factors
         asked = self.config.fuzzy_lr_dtype
-        if self.scaled_in_graph and self.has_factors:
-            if self.is_coded:
-                return "uint8"
-            return "float32" if asked in ("uint8", FROM_SEED) else asked
-        return asked
+        return "float32" if stored and asked == FROM_SEED else asked
 
     def _configured_draw(self) -> RateDraw:
         config = self.config
@@ -224,7 +219,7 @@ class BioModule(BioState):
             draw.multiply(part, out=part)
         else:
             factors = self._factors() if held is None else held
-            multiply(part, local_part(factors, gradient), self.fuzzy_learning_rate_scale, out=part)
+            multiply_by_blocks(part, local_part(factors, gradient), out=part)
         return gradient.numel()
 
     @torch.no_grad()

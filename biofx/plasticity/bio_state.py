@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -25,6 +24,7 @@ from biofx.plasticity.rate_forms import (
     draw_held,
     factors_held,
     held_as,
+    refuse_codes,
 )
 from biofx.plasticity.rule_memory import RuleMemory
 from biofx.plasticity.saved_state import EXTRA, SIGNS, with_current_keys, without_averages
@@ -32,7 +32,7 @@ from biofx.plasticity.saved_state import EXTRA, SIGNS, with_current_keys, withou
 _BUFFERS = (*RATE_BUFFERS, *SIGNS, "noise", "activity", "diversity")
 _DERIVED = ("unit_index", "constrained_rows")
 _OF_THE_GRAPH = (*_DERIVED, DRAW)
-PER_SYNAPSE = (FACTORS, CODES, "noise", "diversity")
+PER_SYNAPSE = (FACTORS, "noise", "diversity")
 """The buffers that have an entry for each synapse, or for each that shares a factor."""
 _DEFAULT = BioConfig()
 
@@ -49,10 +49,7 @@ class BioState(nn.Module):
 
     ``fuzzy_learning_rate_parameters``
         One learning-rate factor per synapse, dimensionless; shaped like the weight, or of size 1 along the
-        axes that share a factor. Decoded anew at every reading where the factors are kept as codes.
-    ``fuzzy_learning_rate_codes``, ``fuzzy_learning_rate_scale``
-        The same as codes, uint8, and what they are decoded by (see :mod:`biofx.rate_codes`); instead of the
-        factors where ``fuzzy_lr_dtype`` is ``"uint8"``.
+        axes that share a factor.
     ``fuzzy_learning_rate_draw``
         What the factors are drawn from at every reading, int64 (a
         :class:`~biofx.plasticity.rate_draws.RateDraw`); instead of them where ``fuzzy_lr_dtype`` is
@@ -89,14 +86,12 @@ class BioState(nn.Module):
 
     __jit_unused_properties__: ClassVar[list[str]] = [
         *("weight", "parameter", "is_linked", "is_constrained", "output_axis", "groups"),
-        *("is_coded", "is_drawn", "rate_draw", "has_factors", "has_rates", "kept_factors"),
+        *("is_drawn", "rate_draw", "has_factors", "has_rates", "kept_factors"),
         *("steps", "events", "target_strength", "units"),
     ]
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         fuzzy_learning_rate_parameters: Tensor | None
-        fuzzy_learning_rate_codes: Tensor | None
-        fuzzy_learning_rate_scale: Tensor | None
         fuzzy_learning_rate_draw: Tensor | None
         sign: Tensor | None
         local_sign: Tensor | None
@@ -238,11 +233,6 @@ class BioState(nn.Module):
     # learning-rate factors
 
     @property
-    def is_coded(self) -> bool:
-        """Whether the factors are kept as codes."""
-        return self.__dict__["_buffers"].get(CODES) is not None
-
-    @property
     def is_drawn(self) -> bool:
         """Whether the factors are not stored, but drawn again from their seed at each use."""
         return self.__dict__["_buffers"].get(DRAW) is not None
@@ -264,8 +254,8 @@ class BioState(nn.Module):
 
     @property
     def kept_factors(self) -> Tensor | None:
-        """The buffer that holds the factors or their codes, None without any."""
-        return self._buffers[CODES if self.is_coded else FACTORS]
+        """The buffer that holds the factors, None where none are stored."""
+        return self._buffers[FACTORS]
 
     def _with_values(self) -> dict[str, Tensor | None]:
         """Return the buffers, those on the meta device with the values that they have kept.
@@ -279,7 +269,7 @@ class BioState(nn.Module):
         return held
 
     def __getattr__(self, name: str) -> Any:
-        if name == FACTORS and "_buffers" in self.__dict__ and (self.is_coded or self.is_drawn):
+        if name == FACTORS and "_buffers" in self.__dict__ and self.is_drawn:
             # torch refuses to write to an inference tensor: what is written to a copy would be lost
             with torch.inference_mode():
                 return factors_held(self._with_values(), self.weight.shape, self.weight.device)
@@ -291,13 +281,9 @@ class BioState(nn.Module):
                 f"{self.path!r}: its factors are drawn from their seed at each use (fuzzy_lr_dtype='seed'), "
                 "there is nothing to assign to; transform the model with fuzzy_lr_dtype='float32'"
             )
-        if name == FACTORS and self.is_coded:
-            none = dict.fromkeys(RATE_BUFFERS)
-            self._buffers.update(none if value is None else held_as("uint8", value, 0.0, math.inf))
-        else:
-            super().__setattr__(name, value)
-            if name == FACTORS and self._buffers.get("diversity") is not None:
-                self._buffers["diversity"] = None if value is None else value.clone()
+        super().__setattr__(name, value)
+        if name == FACTORS and self._buffers.get("diversity") is not None:
+            self._buffers["diversity"] = None if value is None else value.clone()
 
     def forget_factors(self) -> None:
         """Have no factors, in no form, until they are drawn."""
@@ -309,9 +295,6 @@ class BioState(nn.Module):
         Args:
             factors: dimensionless.
             dtype: one of :data:`biofx.config.STORED_RATE_DTYPES`.
-
-        Raises:
-            PlasticityError: codes are asked for, and there are none for such factors.
         """
         self._buffers.update(held_as(dtype, factors, self.config.fuzzy_lr_min, self.config.fuzzy_lr_max))
 
@@ -419,8 +402,9 @@ class BioState(nn.Module):
             prefix: how the keys of this layer's state begin.
 
         Raises:
-            PlasticityError: they cannot be kept so: codes do not span them, or the seed does not draw them.
+            PlasticityError: they cannot be kept so: the seed draws others, or they are codes of uint8.
         """
+        refuse_codes({prefix + CODES} & state_dict.keys())
         kept = dict(state_dict)
         if self.config.fuzzy_lr_dtype != "float32" and self.noise is None:
             kept.pop(f"{prefix}noise", None)  # the random part of factors that go on changing: none here do

@@ -210,8 +210,7 @@ def _remembers(optimizer: Optimizer, weight: Tensor) -> bool:
 
 def _frozen(state: BioModule, weight: Tensor) -> Tensor | None:
     """Return where the factors are 0 in this rank's part of a weight, None for nowhere."""
-    scale = state.fuzzy_learning_rate_scale
-    if state.is_drawn or not state.has_factors or (scale is not None and int(scale[0]) > 0):
+    if state.is_drawn or not state.has_factors:
         return None
     factors: Any = state.fuzzy_learning_rate_parameters
     part = local(factors)

@@ -6,7 +6,7 @@ A form is one of :data:`biofx.config.RATE_DTYPES`. The buffers of a form, by nam
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from biofx.config import FROM_SEED
 from biofx.errors import PlasticityError
-from biofx.operators.rate_codes import decode, encode, rounded
 from biofx.operators.rate_draws import RateDraw
 
 FACTORS = "fuzzy_learning_rate_parameters"
-CODES, SCALE = "fuzzy_learning_rate_codes", "fuzzy_learning_rate_scale"
 DRAW = "fuzzy_learning_rate_draw"
-RATE_BUFFERS = (FACTORS, CODES, SCALE, DRAW)
+RATE_BUFFERS = (FACTORS, DRAW)
+CODES = "fuzzy_learning_rate_codes"
+"""Where version 0.1.0 kept factors in a byte each."""
 Held: TypeAlias = Mapping[str, Tensor | None]
 """Buffers by name, those that a form does not have None or left out."""
 
@@ -30,8 +30,6 @@ def form_of(held: Held) -> str | None:
     factors = held.get(FACTORS)
     if held.get(DRAW) is not None:
         return FROM_SEED
-    if held.get(CODES) is not None and held.get(SCALE) is not None:
-        return "uint8"
     if factors is None:
         return None
     return "bfloat16" if factors.dtype is torch.bfloat16 else "float32"
@@ -45,10 +43,8 @@ def factors_held(held: Held, shape: torch.Size, device: torch.device) -> Tensor 
         shape: of the weight.
         device: where factors are drawn to.
     """
-    draw, codes, scale = draw_held(held), held.get(CODES), held.get(SCALE)
-    if draw is not None:
-        return draw.factors(shape, device)
-    return held.get(FACTORS) if codes is None or scale is None else decode(codes, scale)
+    draw = draw_held(held)
+    return held.get(FACTORS) if draw is None else draw.factors(shape, device)
 
 
 def draw_held(held: Held) -> RateDraw | None:
@@ -69,18 +65,41 @@ def held_as(form: str, factors: Tensor, low: float, high: float) -> dict[str, Te
         factors: dimensionless.
         low: bounds of the factors, which no rounding leaves.
         high: likewise.
-
-    Raises:
-        PlasticityError: codes are asked for, and there are none for such factors.
     """
     held: dict[str, Tensor | None] = dict.fromkeys(RATE_BUFFERS)
-    if form == "uint8":
-        held[CODES], held[SCALE] = encode(factors)
-    elif form == "bfloat16":
+    if form == "bfloat16":
         held[FACTORS] = rounded(factors, low, high)
     else:
         held[FACTORS] = factors.to(torch.promote_types(factors.dtype, torch.float32))
     return held
+
+
+def rounded(factors: Tensor, low: float, high: float) -> Tensor:
+    """Return factors in bfloat16, each the nearest such number between the bounds, which enclose 1."""
+    nearest = factors.to(torch.bfloat16)
+    least, most = (torch.tensor(bound, dtype=torch.bfloat16) for bound in (low, high))
+    least = torch.nextafter(least, torch.ones_like(least)) if float(least) < low else least
+    most = torch.nextafter(most, torch.ones_like(most)) if float(most) > high else most
+    return nearest.clamp_(float(least), float(most))
+
+
+def refuse_codes(keys: Iterable[str]) -> None:
+    """Refuse a saved state whose factors are codes of a byte each, which are no longer read.
+
+    Args:
+        keys: of the state dict.
+
+    Raises:
+        PlasticityError: there are codes.
+    """
+    codes = [key for key in keys if key.rpartition(".")[2] == CODES]
+    if codes:
+        raise PlasticityError(
+            f"expected learning-rate factors in float32, bfloat16 or from their seed, found {codes[0]!r} of "
+            "fuzzy_lr_dtype='uint8', which was removed ('seed' needs less memory, and rules can change "
+            "'bfloat16'); biofx 0.1.0 reads them: load the file there with "
+            "biofx.load(path, model, fuzzy_lr_dtype='bfloat16'), and save it again"
+        )
 
 
 def converted(saved: Held, own: Held, *, shape: torch.Size, low: float, high: float) -> Held:
@@ -94,7 +113,7 @@ def converted(saved: Held, own: Held, *, shape: torch.Size, low: float, high: fl
         high: likewise.
 
     Raises:
-        PlasticityError: they cannot be: codes do not span them, or a seed does not draw them.
+        PlasticityError: the layer draws its factors from a seed, and others than these.
     """
     given, wanted = form_of(saved), form_of(own)
     if given is None or wanted is None or given == wanted != FROM_SEED:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from biofx.errors import PlasticityError
-from biofx.plasticity.rate_forms import CODES, DRAW, FACTORS, SCALE
+from biofx.plasticity.rate_forms import DRAW, FACTORS
 from biofx.plasticity.rule_memory import RuleMemory
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def with_current_keys(state: BioState, saved: Mapping[str, Any], prefix: str) ->
         if own is not None:
             kept.setdefault(prefix + name, own)
     factors, diversity = kept.get(prefix + FACTORS), kept.get(prefix + _DIVERSITY)
-    if not isinstance(factors, Tensor) or state.parameter is None or state.is_coded or state.is_drawn:
+    if not isinstance(factors, Tensor) or state.parameter is None or state.is_drawn:
         return kept
     held, own = state.kept_factors, state._buffers[_DIVERSITY]
     if own is not None and diversity is None:  # saved before anything was dampened
@@ -70,17 +70,15 @@ def with_current_keys(state: BioState, saved: Mapping[str, Any], prefix: str) ->
 def without_averages(state: BioState, saved: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Return a saved state in which whole numbers are whole again.
 
-    Codes of factors and what factors are drawn from mean nothing once they are averaged: ``state`` keeps its
-    own. Signs are rounded.
+    What factors are drawn from means nothing once it is averaged: ``state`` keeps its own. Signs are rounded.
 
     Raises:
         PlasticityError: signs of models whose units have different ones were averaged.
     """
     kept = dict(saved)
-    for name in (CODES, SCALE, DRAW):
-        own = state._buffers[name]
-        if own is not None and _is_average(kept.get(prefix + name)):
-            kept[prefix + name] = own
+    draw = state._buffers[DRAW]
+    if draw is not None and _is_average(kept.get(prefix + DRAW)):
+        kept[prefix + DRAW] = draw
     for name in SIGNS:
         own, signs = state._buffers[name], kept.get(prefix + name)
         if own is None or not isinstance(signs, Tensor) or own.shape != signs.shape or signs.is_meta:

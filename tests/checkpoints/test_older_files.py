@@ -89,3 +89,19 @@ def test_its_folder_is_written_anew_without_what_it_held(stored: Path) -> None:
     assert not (stored / "folder" / "__0_0.distcp").exists()
     assert len(list((stored / "folder").iterdir())) == 2
     biofx.load_sharded(stored / "folder", model)
+
+
+def test_rates_in_a_byte_each_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    packed = base64.b64decode(STORED.with_name("codes_written_by_0_1_0.txt").read_text(encoding="ascii"))
+    path = tmp_path / "codes.pt"
+    path.write_bytes(zlib.decompress(packed))
+    message = r"codes.pt: expected .* found '0.bio_mod.fuzzy_learning_rate_codes' .* biofx 0.1.0 reads them"
+    plain = nn.Sequential(nn.Linear(3, 2))
+    for model in (plain, biofx.transform(plain).graph_module):
+        with pytest.raises(biofx.CheckpointError, match=message):
+            biofx.load(path, model)
+    state = torch.load(path, weights_only=True)["model"]
+    with pytest.raises(RuntimeError, match="which was removed"):
+        biofx.transform(plain).graph_module.load_state_dict(state)
+    with pytest.raises(biofx.errors.OptionError, match=r"dtype: .* 'uint8', which was removed"):
+        biofx.Pipeline.parse("scale-gradients{dtype=uint8}")

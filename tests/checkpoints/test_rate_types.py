@@ -12,7 +12,6 @@ import biofx
 from biofx import BioConfig, BioConverter, BioGraphModule, CheckpointError
 from biofx.config import RATE_DTYPES, STORED_RATE_DTYPES
 from biofx.errors import OptionError
-from biofx.operators import rate_codes
 from biofx.plasticity.bio_module import BioModule
 
 CONFIG = BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True).override(
@@ -20,9 +19,9 @@ CONFIG = BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True).overrid
 )
 ROUNDS = {(one, other) for one in RATE_DTYPES for other in RATE_DTYPES if one != other} - {
     *((one, "float32") for one in RATE_DTYPES),
-    *(("float32", "seed"), ("bfloat16", "uint8")),
+    ("float32", "seed"),
 }
-"""Conversions after which factors are not the saved ones; bfloat16 has fewer between 0.5 and 2 than uint8."""
+"""Conversions after which factors are not the saved ones."""
 
 
 def made(mlp: nn.Module, dtype: str, **fields: Any) -> BioGraphModule:
@@ -43,16 +42,14 @@ def rates(model: nn.Module, layer: str = "2") -> Tensor:
 
 def form(model: nn.Module, layer: str = "2") -> str:
     held = state(model, layer)
-    if held.is_drawn or held.is_coded:
-        return "seed" if held.is_drawn else "uint8"
+    if held.is_drawn:
+        return "seed"
     assert held.kept_factors is not None
     return str(held.kept_factors.dtype).removeprefix("torch.")
 
 
 def expected(factors: Tensor, drawn: Tensor, dtype: str) -> Tensor:
     """The factors as a type has them, by definition."""
-    if dtype == "uint8":
-        return rate_codes.decode(*rate_codes.encode(factors))
     return {"float32": factors, "bfloat16": factors.bfloat16().float(), "seed": drawn}[dtype]
 
 
@@ -95,7 +92,7 @@ def test_every_type_loads_into_every_other(
     assert torch.equal(rates(biofx.load(tmp_path / "again.pt", mlp)), rates(loaded))
 
 
-@pytest.mark.parametrize("then", ["bfloat16", "uint8", "seed"])
+@pytest.mark.parametrize("then", ["bfloat16", "seed"])
 def test_converted_models_are_converted_again(then: str, mlp: nn.Module, tmp_path: Path) -> None:
     converter = BioConverter(fuzzy_learning_rate_factor_nu=0.3)
     saved = converter(mlp)
@@ -128,13 +125,13 @@ def test_rates_that_training_has_changed(then: str, mlp: nn.Module, tmp_path: Pa
 
 
 def test_other_options_still_have_to_agree(mlp: nn.Module, tmp_path: Path) -> None:
-    biofx.save(made(mlp, "uint8"), tmp_path / "run.pt")
+    biofx.save(made(mlp, "bfloat16"), tmp_path / "run.pt")
     for fields in ({"seed": 1}, {"fuzzy_lr_max": 1.5}, {"weight_splitting_Gamma": 0}):
         with pytest.raises(CheckpointError, match="Transform it with the same options"):
             biofx.load(tmp_path / "run.pt", made(mlp, "seed", **fields))
     with pytest.raises(CheckpointError, match="expected a plain model with fuzzy_lr_dtype"):
-        biofx.load(tmp_path / "run.pt", made(mlp, "uint8"), fuzzy_lr_dtype="uint8")
-    with pytest.raises(OptionError, match="fuzzy_lr_dtype: expected one of float32, bfloat16, uint8, seed"):
+        biofx.load(tmp_path / "run.pt", made(mlp, "seed"), fuzzy_lr_dtype="seed")
+    with pytest.raises(OptionError, match="fuzzy_lr_dtype: expected one of float32, bfloat16, seed"):
         biofx.load(tmp_path / "run.pt", mlp, fuzzy_lr_dtype="int8")
 
 
@@ -142,7 +139,7 @@ def test_rates_that_go_on_changing_stay_float32(mlp: nn.Module, tmp_path: Path) 
     saved = made(mlp, "float32", fuzzy_lr_distribution="temporal", fuzzy_lr_dynamic=True)
     biofx.save(saved, tmp_path / "run.pt")
     with pytest.raises(CheckpointError, match="expected 'float32' for factors that go on changing"):
-        biofx.load(tmp_path / "run.pt", mlp, fuzzy_lr_dtype="uint8")
+        biofx.load(tmp_path / "run.pt", mlp, fuzzy_lr_dtype="bfloat16")
 
 
 @pytest.mark.parametrize("first", STORED_RATE_DTYPES)

@@ -133,7 +133,7 @@ def test_the_effect_survives(
         torch.testing.assert_close(found[name], plain[name] * factor[name])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "uint8", "seed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "seed"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
 def test_the_effect_survives_the_default_compiler(dtype: str, mlp: nn.Module, vectors: Tensor) -> None:
     bio, _ = scale(mlp, nu=0.5, dtype=dtype)

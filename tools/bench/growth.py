@@ -20,10 +20,9 @@ _CONFIGS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "rates, float32": {},
     "rates, bfloat16": {"fuzzy_lr_dtype": "bfloat16"},
-    "rates, uint8": {"fuzzy_lr_dtype": "uint8"},
     "rates from their seed": {"fuzzy_lr_dtype": "seed"},
 }
-MEMORY_GOALS = {"rates, uint8": 0.3, "rates from their seed": 0.3}
+MEMORY_GOALS = {"rates from their seed": 0.3}
 """Excess of peak memory over the plain model's that is wanted, in units of the parameters."""
 _PEAK = """
 import resource, sys, torch, biofx

@@ -23,7 +23,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "rates of 1": {"fuzzy_learning_rate_factor_nu": 0.4},
     "rates": {"fuzzy_learning_rate_factor_nu": 0.4},
     "rates of all": {"fuzzy_learning_rate_factor_nu": 0.4, "fuzzy_lr_parameters": "all"},
-    "rates in bytes": {"fuzzy_learning_rate_factor_nu": 0.4, "fuzzy_lr_dtype": "uint8"},
     "rates from their seed": {"fuzzy_learning_rate_factor_nu": 0.4, "fuzzy_lr_dtype": "seed"},
     "signs": {**OFF, **KEEP},
     "signs, mirrored": {**OFF, **KEEP, "dales_method": "abs"},
@@ -32,7 +31,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "split, tanh": {**OFF, **SPLIT, "weight_splitting_activation_function": "torch.tanh"},
     "all": {**KEEP, **SPLIT, "fuzzy_learning_rate_factor_nu": 0.4},
 }
-KEEP_THE_FUNCTION = ("off", "rates of 1", "rates", "rates of all", "rates in bytes", "rates from their seed")
+KEEP_THE_FUNCTION = ("off", "rates of 1", "rates", "rates of all", "rates from their seed")
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import biofx
 from biofx.config import RATE_DTYPES, STORED_RATE_DTYPES
-from biofx.errors import OptionError, PlasticityError
-from biofx.operators import rate_codes
+from biofx.errors import OptionError
+from biofx.operators.blocks import multiply_by_blocks
 from biofx.operators.distributions import CHANGING
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.rate_forms import rounded
 
-CODED = {"fuzzy_lr_dtype": "uint8"}
+HALVES = {"fuzzy_lr_dtype": "bfloat16"}
 
 
 def state(model: nn.Module, layer: str = "0") -> BioModule:
@@ -46,49 +45,19 @@ def step(model: nn.Module, x: Tensor) -> None:
     model(x).square().sum().backward()
 
 
-@given(st.lists(st.floats(0, 4, width=32), min_size=1, max_size=40))
-def test_a_factor_becomes_one_of_the_nearest_codes_within_the_span(values: list[float]) -> None:
-    factors = torch.tensor(values)
-    codes, scale = rate_codes.encode(factors)
-    decoded, pitch = rate_codes.decode(codes, scale), 1 / int(scale[1])
-    low, high = min(1.0, *values), max(1.0, *values)
-    assert codes.dtype == torch.uint8
-    assert low <= decoded.min() <= decoded.max() <= high
-    inner = (factors > low + pitch) & (factors < high - pitch)
-    assert ((decoded - factors).abs() <= torch.where(inner, pitch / 2, pitch)).all()
-    assert pitch <= max((high - low) / 128, 2**-16)
-    for exact in (0.0, 1.0):
-        assert (decoded[factors == exact] == exact).all()
-
-
-def test_steps_are_as_fine_as_documented() -> None:
-    uniform = 1 + 0.16 * torch.linspace(-1, 1, 1001)
-    assert rate_codes.encode(uniform)[1][1] == 512
-    assert rate_codes.encode(torch.linspace(0.5, 2, 1001))[1][1] == 128
-    assert torch.equal(rate_codes.decode(*rate_codes.encode(torch.ones(3))), torch.ones(3))
-
-
-@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 300.0])
-def test_factors_without_codes_are_refused(wrong: float) -> None:
-    with pytest.raises(PlasticityError, match="expected learning-rate factors"):
-        rate_codes.encode(torch.tensor([1.0, wrong]))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(700, 900), (700, 1), (1, 900), (1, 1)])
 def test_blocks_multiply_as_the_whole_does(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    codes, scale = rate_codes.encode(1 + 0.3 * torch.rand(shape))
-    factors, values = rate_codes.decode(codes, scale), torch.randn(700, 900).to(dtype)
+    factors, values = (1 + 0.3 * torch.rand(shape)).bfloat16(), torch.randn(700, 900).to(dtype)
     expected, out = values * factors.to(dtype), torch.empty_like(values)
-    assert torch.equal(rate_codes.multiply(values, codes, scale, out=out), expected)
-    assert torch.equal(rate_codes.multiply(values, factors, None, out=out.zero_()), expected)
-    assert rate_codes.multiply(values, codes, scale, out=values) is values
+    assert torch.equal(multiply_by_blocks(values, factors, out=out), expected)
+    assert multiply_by_blocks(values, factors, out=values) is values
     assert torch.equal(values, expected)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.7, 1.3), (0.999, 1.001), (1, 1), (0, 2)])
 def test_bfloat16_stays_within_the_bounds(low: float, high: float) -> None:
-    found = rate_codes.rounded(torch.linspace(low, high, 999), low, high).double()
+    found = rounded(torch.linspace(low, high, 999), low, high).double()
     assert low <= found.min() <= found.max() <= high
     if high - low > 0.5:
         assert (found - torch.linspace(low, high, 999)).abs().max() <= 2**-7
@@ -97,7 +66,7 @@ def test_bfloat16_stays_within_the_bounds(low: float, high: float) -> None:
 @pytest.mark.parametrize("large", [False, True])
 def test_gradients_are_the_plain_ones_times_the_rates_to_the_bit(large: bool) -> None:
     plain = nn.Sequential(nn.Linear(700, 800 if large else 6), nn.ReLU(), nn.Linear(800 if large else 6, 3))
-    bio = biofx.transform(plain, CODED).graph_module
+    bio = biofx.transform(plain, HALVES).graph_module
     x = torch.randn(5, 700)
     step(plain, x)
     step(bio, x)
@@ -109,10 +78,10 @@ def test_gradients_are_the_plain_ones_times_the_rates_to_the_bit(large: bool) ->
 
 
 def test_gradients_of_gradients_are_those_of_the_same_rates_as_numbers(mlp: nn.Module) -> None:
-    coded, numbers = biofx.transform(mlp, CODED).graph_module, biofx.transform(mlp).graph_module
-    numbers.load_state_dict(coded.state_dict())
+    halves, numbers = biofx.transform(mlp, HALVES).graph_module, biofx.transform(mlp).graph_module
+    numbers.load_state_dict(halves.state_dict())
     x, found = torch.randn(5, 4), []
-    for bio in (coded, numbers):
+    for bio in (halves, numbers):
         weight = bio.get_parameter("0.weight")
         (first,) = torch.autograd.grad(bio(x).pow(3).sum(), weight, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), weight)[0])
@@ -120,25 +89,8 @@ def test_gradients_of_gradients_are_those_of_the_same_rates_as_numbers(mlp: nn.M
     torch.testing.assert_close(*found)
 
 
-def test_a_byte_per_rate_is_all_that_is_kept(mlp: nn.Module) -> None:
-    bio = biofx.transform(mlp, CODED).graph_module
-    kept = {name: buffer for name, buffer in bio.named_buffers() if name.startswith("0.bio_mod")}
-    assert {
-        name.rpartition(".")[2]: buffer.element_size() * buffer.numel() for name, buffer in kept.items()
-    } == {
-        "fuzzy_learning_rate_codes": 24,
-        "fuzzy_learning_rate_scale": 16,
-    }
-
-
-def test_what_is_written_to_a_decoded_copy_is_not_lost_silently(mlp: nn.Module) -> None:
-    bio = biofx.transform(mlp, CODED).graph_module
-    with pytest.raises(RuntimeError, match="inference tensor"):
-        state(bio).fuzzy_learning_rate_parameters.fill_(0)  # type: ignore[union-attr]
-
-
 def test_rates_that_are_assigned_act(mlp: nn.Module, vectors: Tensor) -> None:
-    bio = biofx.transform(mlp, CODED).graph_module
+    bio = biofx.transform(mlp, HALVES).graph_module
     wanted = torch.where(torch.arange(24).reshape(6, 4) % 2 == 0, 0.0, 1.5)
     state(bio).fuzzy_learning_rate_parameters = wanted
     assert torch.equal(rates(bio), wanted)
@@ -164,16 +116,16 @@ def test_the_converter_applies_them_when_called(
 def test_attached_steps_equal_those_with_the_same_rates_as_numbers(
     optimizer: type[torch.optim.Optimizer], mlp: nn.Module, vectors: Tensor
 ) -> None:
-    coded, plain = biofx.BioConverter(CODED)(mlp), biofx.BioConverter()(mlp)
-    plain.load_state_dict(coded.state_dict())
-    for bio in (coded, plain):
+    halves, plain = biofx.BioConverter(HALVES)(mlp), biofx.BioConverter()(mlp)
+    plain.load_state_dict(halves.state_dict())
+    for bio in (halves, plain):
         options: dict[str, Any] = {"lr": 0.1}
         stepping = optimizer(bio.parameters(), **options)
         biofx.attach(bio, stepping, observers=[biofx.Monitor()])
         for _ in range(3):
             step(bio, vectors)
             stepping.step()
-    assert torch.equal(coded.get_parameter("0.weight"), plain.get_parameter("0.weight"))
+    assert torch.equal(halves.get_parameter("0.weight"), plain.get_parameter("0.weight"))
 
 
 @pytest.mark.parametrize("first", STORED_RATE_DTYPES)
@@ -192,8 +144,6 @@ def test_checkpoints_pass_between_types(first: str, then: str, distribution: str
     model.load_state_dict(given)
     assert set(given) == keys
     expected = rates(saved)
-    if then == "uint8" and first != "uint8":
-        expected = rate_codes.decode(*rate_codes.encode(expected))
     if then == "bfloat16":
         expected = expected.bfloat16().float()
     assert torch.equal(rates(model), expected)
@@ -202,33 +152,18 @@ def test_checkpoints_pass_between_types(first: str, then: str, distribution: str
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda bio: pickle.loads(pickle.dumps(bio))])
 def test_copies_are_independent(copied: Any, mlp: nn.Module) -> None:
-    bio = biofx.transform(mlp, CODED).graph_module
+    bio = biofx.transform(mlp, HALVES).graph_module
     before, twin = rates(bio), copied(bio)
     assert torch.equal(rates(twin), before)
     state(twin).fuzzy_learning_rate_parameters = torch.ones(6, 4)
     assert torch.equal(rates(bio), before)
 
 
-def test_the_type_of_the_model_leaves_codes_alone(mlp: nn.Module) -> None:
-    bio = biofx.transform(mlp, CODED).graph_module
-    before = rates(bio)
-    assert torch.equal(rates(bio.to(torch.bfloat16)), before)
-    bio(torch.randn(2, 4, dtype=torch.bfloat16)).sum().backward()
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "bfloat16"])
 @pytest.mark.parametrize("distribution", CHANGING)
-def test_factors_that_go_on_changing_need_float32(dtype: str, distribution: biofx.Distribution) -> None:
+def test_factors_that_go_on_changing_need_float32(distribution: biofx.Distribution) -> None:
     with pytest.raises(OptionError, match="fuzzy_lr_dtype: expected 'float32'"):
-        biofx.BioConfig(fuzzy_lr_dtype=dtype, fuzzy_lr_distribution=distribution, fuzzy_lr_dynamic=True)
-    assert biofx.BioConfig(fuzzy_lr_dtype=dtype, fuzzy_lr_distribution=distribution)
-
-
-def test_crystallization_of_codes_is_refused(mlp: nn.Module, vectors: Tensor) -> None:
-    bio = biofx.BioConverter(CODED)(mlp)
-    step(bio, vectors)
-    with pytest.raises(PlasticityError, match="kept as codes"):
-        bio.crystallize()
+        biofx.BioConfig(fuzzy_lr_dtype="bfloat16", fuzzy_lr_distribution=distribution, fuzzy_lr_dynamic=True)
+    assert biofx.BioConfig(fuzzy_lr_dtype="bfloat16", fuzzy_lr_distribution=distribution)
 
 
 def test_crystallization_in_bfloat16_multiplies_the_rates(mlp: nn.Module, vectors: Tensor) -> None:
@@ -242,9 +177,7 @@ def test_crystallization_in_bfloat16_multiplies_the_rates(mlp: nn.Module, vector
 
 
 def test_the_report_says_how_fine_they_are(mlp: nn.Module) -> None:
-    report = biofx.transform(mlp, CODED).report
-    assert report.passes[0].remarks[0].message.startswith("24 factors in steps of 1/512, uniform")
-    report = biofx.transform(mlp, {"fuzzy_lr_dtype": "bfloat16"}).report
+    report = biofx.transform(mlp, HALVES).report
     assert report.passes[0].remarks[0].message.startswith("24 factors in bfloat16, uniform")
 
 
@@ -279,7 +212,7 @@ def test_sharing_parameters_makes_no_second_copy(shared: bool) -> None:
     layers = [layer for _ in range(12) for layer in (nn.Linear(400, 400, bias=False), nn.ReLU())]
     model = nn.Sequential(*layers, nn.Linear(400, 4))
     weights = sum(4 * parameter.numel() for parameter in model.parameters())
-    config = biofx.BioConfig(weight_splitting_Gamma=2, fuzzy_lr_dtype="uint8")
+    config = biofx.BioConfig(weight_splitting_Gamma=2, fuzzy_lr_dtype="bfloat16")
     with LiveBytes() as watched:
         bio = biofx.transform(model, config, share_parameters=shared).graph_module
     same = [bio.get_parameter(name) is own for name, own in model.named_parameters()]
