@@ -16,7 +16,6 @@ from biofx.checkpoints.checkpoint import Checkpoint, load, save
 from biofx.checkpoints.model_state import plain_state
 from biofx.checkpoints.optimizer_state import load_optimizer_state, optimizer_state
 from biofx.checkpoints.sharded_checkpoint import load_sharded, save_sharded
-from biofx.compile_config import compile_config
 from biofx.config import BioConfig
 from biofx.converter import BioConverter
 from biofx.deploy.deploy import deploy
@@ -45,6 +44,7 @@ from biofx.operators.distributions import Distribution
 from biofx.plasticity import BioModule
 from biofx.plasticity.attach import attach
 from biofx.plasticity.schedule import Rule
+from biofx.rewriting.compile_config import compile_config
 from biofx.rewriting.pass_base import Pass, PassResult, Scope
 from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.record import TransformRecord

@@ -11,65 +11,39 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from biofx import toml
-from biofx.callables import callable_to_text, check_activation, identity
+from biofx.callables import callable_to_text, identity
 from biofx.errors import OptionError, SelectorError, suggest
 from biofx.operators.distributions import CHANGING, GRANULARITIES, INDEPENDENT, Distribution
 from biofx.operators.synapse_ops import INITIALISATIONS, SIGN_AXES, SIGN_METHODS
-from biofx.select import Override, Selector, check_selector
-from biofx.validate import (
+from biofx.options import (
     COUNT,
     FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    SHARE,
+    Activation,
+    Choice,
+    Feeds,
+    Flag,
+    Option,
+    OrNone,
     Range,
-    check_choice,
-    check_flag,
-    check_signs,
+    Signs,
+    declared_options,
+    option,
+    with_documented_options,
 )
+from biofx.select import Override, Selector, check_selector
 
-PARAMETERS = ("weights", "all")
-"""Which parameters may have learning-rate factors."""
 STORED_RATE_DTYPES = ("float32", "bfloat16")
 """What learning-rate factors may be stored as."""
 FROM_SEED = "seed"
 RATE_DTYPES = (*STORED_RATE_DTYPES, FROM_SEED)
 """The same, and ``"seed"``: not stored, but drawn again from the seed at each use."""
-DALES_METHODS = (*SIGN_METHODS, "expand")
-
-_OPTIONAL = ("base_lr", "rejuvenation_turnover", "dales_signs")
-_RANGES: dict[str, Range] = {
-    "fuzzy_learning_rate_factor_nu": FRACTION,
-    "fuzzy_lr_min": FRACTION,
-    "fuzzy_lr_max": Range(1),
-    "fuzzy_lr_update_freq": Range(1, whole=True),
-    "fuzzy_lr_decay": FRACTION,
-    "dampening_factor": Range(0, 1, low_open=True),
-    "crystal_thresh": POSITIVE,
-    "crystal_min": FRACTION,
-    "rejuvenation_parameter_dre": POSITIVE,
-    "rejuvenation_turnover": Range(0, 1, low_open=True),
-    "synaptic_scaling_rate": Range(0, 1, low_open=True),
-    "weight_splitting_Gamma": COUNT,
-    "base_lr": POSITIVE,
-    "stability_factor": POSITIVE,
-    "lr_variability": NOT_NEGATIVE,
-    "dales_excitatory_fraction": FRACTION,
-    "seed": SEED,
-}
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "fuzzy_lr_distribution": tuple(member.value for member in Distribution),
-    "fuzzy_lr_granularity": GRANULARITIES,
-    "fuzzy_lr_parameters": PARAMETERS,
-    "dales_method": DALES_METHODS,
-    "dales_initialisation": INITIALISATIONS,
-    "dales_axis": SIGN_AXES,
-}
-_FLAGS = (
-    *("fuzzy_lr_dynamic", "apply_dales_principle", "dales_constrain_inputs", "dales_constrain_readout"),
-    "weight_splitting_fold",
+RATE_DTYPE = Choice(
+    RATE_DTYPES, {"uint8": "'seed' needs less memory than it did, and rules can change factors in 'bfloat16'"}
 )
-_NOT_PER_LAYER = ("seed", "overrides")
 
 ConfigT = TypeVar("ConfigT", bound="BioConfig")
 
@@ -87,6 +61,7 @@ def _refusing_unknown_fields(cls: type[ConfigT]) -> type[ConfigT]:
     return cls
 
 
+@with_documented_options
 @_refusing_unknown_fields
 @dataclass(frozen=True, kw_only=True)
 class BioConfig:
@@ -104,84 +79,208 @@ class BioConfig:
     4
     """
 
-    fuzzy_learning_rate_factor_nu: float = 0.16
-    """Spread of the learning-rate factors around 1, dimensionless, in [0, 1]."""
-    fuzzy_lr_distribution: Distribution = Distribution.UNIFORM
-    """Distribution of the factors; a member or its lower-case name."""
-    fuzzy_lr_dynamic: bool = False
-    """Whether the factors go on changing during training, for the distributions that can."""
-    fuzzy_lr_min: float = 0.5
-    """Lower bound of a factor, dimensionless, >= 0 and <= 1; draws below it are drawn again."""
-    fuzzy_lr_max: float = 2.0
-    """Upper bound of a factor, dimensionless, >= 1; draws above it are drawn again."""
-    fuzzy_lr_update_freq: int = 100
-    """Training steps between two changes of temporal factors, a count, >= 1."""
-    fuzzy_lr_decay: float = 0.9995
-    """Correlation of a temporal factor with its predecessor, dimensionless, in [0, 1]."""
-    fuzzy_lr_granularity: str = "element"
-    """What shares a factor: ``"element"`` (nothing), the synapses onto a ``"neuron"``, or the ``"layer"``."""
-    fuzzy_lr_dtype: str = "float32"
-    """What the factors are stored as: ``"float32"`` or ``"bfloat16"``; factors that go on changing need
-    float32. With ``"seed"`` they are not stored: each backward draws those of float32 again, which nothing
-    can change, from a distribution that depends neither on weights nor on time."""
-    fuzzy_lr_parameters: str = "weights"
-    """Which parameters have factors: ``"weights"`` of layers, look-ups and products, or ``"all"`` that are
-    trained, so also biases, gains of normalisations and what is used directly (learned positions)."""
-    dampening_factor: float = 0.6
-    """What crystallization multiplies a caught synapse's factor by, dimensionless, in (0, 1]."""
-    crystal_thresh: float = 4.5e-05
-    """A synapse with |gradient| / |weight| below this is caught, > 0."""
-    crystal_min: float = 0.01
-    """Lowest factor that crystallization leads to, dimensionless, in [0, 1]."""
-    rejuvenation_parameter_dre: float = 8.0
-    """Protection of large weights from replacement, in standard deviations of the weights, > 0."""
-    rejuvenation_turnover: float | None = None
-    """Expected fraction of normally distributed weights to replace, in (0, 1]; instead of the above."""
-    synaptic_scaling_rate: float = 0.1
-    """How much of the way back to its total input strength a unit goes at once, dimensionless, in (0, 1]."""
-    weight_splitting_Gamma: int = 0
-    """Synapses per connection, a count; 0 and 1 are off."""
-    weight_splitting_activation_function: Callable[[Any], Any] = identity
-    """Applied to a layer's output before its groups are summed; any callable that keeps the shape, or the
-    name of an element-wise one of torch's or of what :func:`biofx.register_activation` has registered."""
-    weight_splitting_fold: bool = True
-    """Whether the sums of weight splitting are folded into the weights where they can be: the same function
-    for less work."""
-    base_lr: float | None = 0.1
-    """Volume-dependent plasticity: factor at zero weight, dimensionless, > 0; None for a mean factor of 1."""
-    stability_factor: float = 2.0
-    """Volume-dependent plasticity: how fast the factor falls with the weight, dimensionless, > 0."""
-    lr_variability: float = 0.2
-    """Volume-dependent plasticity: standard deviation of the multiplicative noise, dimensionless, >= 0."""
-    apply_dales_principle: bool = False
-    """Whether every unit is excitatory or inhibitory at all of its outgoing synapses."""
-    dales_method: str = "project"
-    """How a sign is enforced: ``"project"`` (wrong signs become 0), ``"abs"`` (they are mirrored), or
-    ``"expand"`` (each unit becomes an excitatory and an inhibitory copy, and the model's function stays: for
-    pretrained models)."""
-    dales_initialisation: str = "balanced"
-    """Weights to begin with under ``"project"`` and ``"abs"``: ``"balanced"`` makes them sparse, with as much
-    excitation as inhibition at each unit; ``"keep"`` leaves them, which is right for trained weights."""
-    dales_signs: tuple[int, ...] | None = None
-    """The signs of a layer's outputs, +1 or -1 each, in an override for that layer; None to draw them."""
-    dales_axis: str = "presynaptic"
-    """Whose sign a weight carries; ``"postsynaptic"`` reproduces the reference package for comparison."""
-    dales_excitatory_fraction: float = 0.5
-    """Fraction of a layer's units (its outputs) that are excitatory, dimensionless, in [0, 1]; 0.8 is
-    cortical."""
-    dales_constrain_inputs: bool = False
-    """Whether the model's inputs are units with a sign too."""
-    dales_constrain_readout: bool = False
-    """Whether the synapses onto the model's outputs are constrained too."""
-    seed: int = 0
-    """Seed of every random draw; equal seeds give equal models."""
+    fuzzy_learning_rate_factor_nu: float = option(
+        0.16,
+        FRACTION,
+        "Spread of the learning-rate factors around 1, dimensionless.",
+        feeds={"scale-gradients": "nu"},
+        off={"scale-gradients": lambda nu: nu == 0},
+    )
+    fuzzy_lr_distribution: Distribution = option(
+        Distribution.UNIFORM,
+        Choice(tuple(Distribution)),
+        "Distribution of the factors. One that changes begins with a draw, and rules change it from there.",
+        feeds={
+            "scale-gradients": "distribution",
+            "observe-activity": Feeds("enabled", lambda given: given is Distribution.ACTIVITY),
+        },
+        off={
+            "scale-gradients": lambda given: given is Distribution.BASELINE,
+            "observe-activity": lambda given: given is not Distribution.ACTIVITY,
+        },
+    )
+    fuzzy_lr_dynamic: bool = option(
+        False,
+        Flag(),
+        "Whether the factors go on changing during training, for the distributions that can.",
+        off={"observe-activity": lambda dynamic: not dynamic},
+    )
+    fuzzy_lr_min: float = option(
+        0.5,
+        FRACTION,
+        "Lower bound of a factor, dimensionless; a draw below it is drawn again.",
+        feeds={"scale-gradients": "low"},
+    )
+    fuzzy_lr_max: float = option(
+        2.0,
+        Range(1),
+        "Upper bound of a factor, dimensionless; a draw above it is drawn again.",
+        feeds={"scale-gradients": "high"},
+    )
+    fuzzy_lr_update_freq: int = option(
+        100, Range(1, whole=True), "Training steps between two changes of temporal factors, a count."
+    )
+    fuzzy_lr_decay: float = option(
+        0.9995, FRACTION, "Correlation of a temporal factor with its predecessor, dimensionless."
+    )
+    fuzzy_lr_granularity: str = option(
+        "element",
+        Choice(GRANULARITIES),
+        """What shares a factor: ``"element"`` (nothing), the synapses onto a ``"neuron"``, or the
+        ``"layer"``.""",
+        feeds={"scale-gradients": "granularity"},
+    )
+    fuzzy_lr_dtype: str = option(
+        "float32",
+        RATE_DTYPE,
+        """What the factors are stored as; factors that go on changing need ``"float32"``. With ``"seed"``
+        they are not stored: each backward draws those of float32 again, which nothing can change, from a
+        distribution that depends on neither weights nor time.""",
+        feeds={"scale-gradients": "dtype"},
+    )
+    fuzzy_lr_parameters: str = option(
+        "weights",
+        Choice(("weights", "all")),
+        """Which parameters have factors: ``"weights"`` of layers, look-ups and products, or ``"all"``
+        trainable ones that the graph reads, so also biases, gains of normalisations and parameters that are
+        used directly, such as learned positions.""",
+        feeds={"scale-gradients": "parameters"},
+    )
+    dampening_factor: float = option(
+        0.6, SHARE, "What crystallization multiplies a caught synapse's factor by, dimensionless."
+    )
+    crystal_thresh: float = option(
+        4.5e-05, POSITIVE, "Crystallization catches a synapse with abs(gradient) / abs(weight) below this."
+    )
+    crystal_min: float = option(0.01, FRACTION, "Lowest factor that crystallization leads to, dimensionless.")
+    rejuvenation_parameter_dre: float = option(
+        8.0,
+        POSITIVE,
+        "Protection of large weights from replacement, in standard deviations of the weights.",
+    )
+    rejuvenation_turnover: float | None = option(
+        None,
+        OrNone(SHARE),
+        """Expected fraction of normally distributed weights to replace, instead of
+        ``rejuvenation_parameter_dre``.""",
+    )
+    synaptic_scaling_rate: float = option(
+        0.1,
+        SHARE,
+        "How much of the way back to its total input strength a unit goes at once, dimensionless.",
+    )
+    weight_splitting_Gamma: int = option(
+        0,
+        COUNT,
+        "Synapses per connection, a count; 0 and 1 are off.",
+        feeds={"split-weights": "gamma"},
+        off={"split-weights": lambda gamma: gamma < 2, "fold-splits": lambda gamma: gamma < 2},
+    )
+    weight_splitting_activation_function: Callable[[Any], Any] = option(
+        identity,
+        Activation(),
+        """Applied to each synapse's output before the sum; keeps the shape. A text names an element-wise
+        function of torch's, or one that :func:`biofx.register_activation` has registered.""",
+        feeds={"split-weights": "activation"},
+    )
+    weight_splitting_fold: bool = option(
+        True,
+        Flag(),
+        """Whether the sums of weight splitting are folded into the weights where they can be: the same
+        function for less work.""",
+        feeds={"fold-splits": "enabled"},
+        off={"fold-splits": lambda folded: not folded},
+    )
+    base_lr: float | None = option(
+        0.1,
+        OrNone(POSITIVE),
+        "Volume-dependent plasticity: factor at zero weight, dimensionless; None for a mean factor of 1.",
+    )
+    stability_factor: float = option(
+        2.0,
+        POSITIVE,
+        "Volume-dependent plasticity: how fast the factor falls with the weight, dimensionless.",
+    )
+    lr_variability: float = option(
+        0.2,
+        NOT_NEGATIVE,
+        "Volume-dependent plasticity: standard deviation of the multiplicative noise, dimensionless.",
+    )
+    apply_dales_principle: bool = option(
+        False,
+        Flag(),
+        "Whether every unit is excitatory or inhibitory at all of its outgoing synapses.",
+        feeds={"constrain-signs": "enabled"},
+        off={
+            "constrain-signs": lambda applied: not applied,
+            "expand-units": lambda applied: not applied,
+        },
+    )
+    dales_method: str = option(
+        "project",
+        Choice((*SIGN_METHODS, "expand")),
+        """How a sign is enforced: ``"project"`` (wrong signs become 0 and may come back), ``"abs"`` (they
+        are mirrored), or ``"expand"`` (each unit becomes an excitatory and an inhibitory copy, which keep
+        the model's function and are then projected: for pretrained models).""",
+        feeds={
+            "expand-units": Feeds("enabled", lambda method: method == "expand"),
+            "constrain-signs": "method",
+        },
+        off={"expand-units": lambda method: method != "expand"},
+    )
+    dales_initialisation: str = option(
+        "balanced",
+        Choice(INITIALISATIONS),
+        """Weights to begin with under ``"project"`` and ``"abs"``: ``"balanced"`` makes them sparse, with as
+        much excitation as inhibition at each unit, which keeps deep networks alive; ``"keep"`` leaves them,
+        which is right for trained weights.""",
+        feeds={"constrain-signs": "initialisation"},
+    )
+    dales_signs: tuple[int, ...] | None = option(
+        None,
+        OrNone(Signs()),
+        "The signs of a layer's outputs, in an override for that layer; None to draw them.",
+        feeds={"constrain-signs": "signs"},
+    )
+    dales_axis: str = option(
+        "presynaptic",
+        Choice(SIGN_AXES),
+        """Whose sign a weight carries; ``"postsynaptic"`` signs rows, and kernels of convolutions, as the
+        reference package does, for comparison only.""",
+        feeds={"constrain-signs": "axis"},
+    )
+    dales_excitatory_fraction: float = option(
+        0.5,
+        FRACTION,
+        """Fraction of a layer's units (its outputs) that are excitatory, dimensionless, rounded to whole
+        units; 0.8 is cortical.""",
+        feeds={"constrain-signs": "excitatory_fraction"},
+    )
+    dales_constrain_inputs: bool = option(
+        False,
+        Flag(),
+        "Whether the model's inputs are units with a sign too.",
+        feeds={"constrain-signs": "constrain_inputs"},
+    )
+    dales_constrain_readout: bool = option(
+        False,
+        Flag(),
+        "Whether the synapses onto the model's outputs are constrained too.",
+        feeds={"constrain-signs": "constrain_readout", "expand-units": "constrain_readout"},
+    )
+    seed: int = option(
+        0,
+        SEED,
+        "Seed of every random draw; equal seeds give equal models.",
+        feeds={"constrain-signs": "seed", "scale-gradients": "seed"},
+        per_layer=False,
+    )
     overrides: tuple[Override, ...] = ()
     """Options per selector, in order, the last one winning; added by :meth:`override`."""
 
     def __post_init__(self) -> None:
-        for name in _field_names():
-            if name != "overrides":
-                object.__setattr__(self, name, _checked(name, getattr(self, name)))
+        for name in config_options():
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
         if not isinstance(self.overrides, (list, tuple)):
             raise OptionError(f"overrides: expected a list of Override records, found {self.overrides!r}")
         object.__setattr__(self, "overrides", tuple(map(_checked_override, self.overrides)))
@@ -227,7 +326,7 @@ class BioConfig:
     def options_for(self, selectors: list[Selector]) -> dict[str, Any]:
         """Return the fields as they stand where exactly the overrides with these selectors match."""
         asked = [check_selector(selector) for selector in selectors]
-        options = {name: getattr(self, name) for name in _field_names() if name != "overrides"}
+        options = {name: getattr(self, name) for name in config_options()}
         for override in self.overrides:
             if override.selector in asked:
                 options.update(override.options)
@@ -260,8 +359,7 @@ class BioConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values; callables stay callables."""
-        plain = {name: getattr(self, name) for name in _field_names() if name != "overrides"}
-        plain["fuzzy_lr_distribution"] = self.fuzzy_lr_distribution.value
+        plain: dict[str, Any] = {name: _plain(getattr(self, name)) for name in config_options()}
         plain["overrides"] = [
             {"selector": override.selector, **{name: _plain(value) for name, value in override.options}}
             for override in self.overrides
@@ -291,20 +389,6 @@ class BioConfig:
         toml.write(path, _as_text(table))
 
 
-def check_rate_dtype(field: str, value: Any) -> str:
-    """Return the value.
-
-    Raises:
-        OptionError: it is none of :data:`RATE_DTYPES`.
-    """
-    if isinstance(value, str) and value == "uint8":
-        raise OptionError(
-            f"{field}: expected one of {', '.join(RATE_DTYPES)}, found 'uint8', which was removed; 'seed' "
-            "needs less memory than it did, and rules can change factors in 'bfloat16'"
-        )
-    return check_choice(field, value, RATE_DTYPES)
-
-
 def check_drawn_again(field: str, distribution: Distribution) -> None:
     """Check that factors of a distribution can be drawn again from their seed.
 
@@ -320,8 +404,22 @@ def check_drawn_again(field: str, distribution: Distribution) -> None:
 
 
 @functools.cache
-def _field_names() -> list[str]:
-    return [entry.name for entry in dataclasses.fields(BioConfig)]
+def config_options() -> dict[str, Option]:
+    """Return what each field of a config but ``overrides`` declares, by name."""
+    return declared_options(BioConfig)
+
+
+def option_from_config(field: str, **changed: Any) -> Any:
+    """Return the field of a pass that means what a field of the config means.
+
+    Args:
+        field: of the config.
+        **changed: what differs in the pass: ``default``, ``doc``.
+    """
+    declared = config_options()[field]
+    default = next(entry.default for entry in dataclasses.fields(BioConfig) if entry.name == field)
+    shown = changed.get("doc", declared.doc)
+    return option(changed.get("default", default), declared.permitted, shown, field=field)
 
 
 def _plain(value: Any) -> Any:
@@ -337,9 +435,10 @@ def _as_text(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    known = [*config_options(), "overrides"]
     for name in options:
-        if name not in _field_names():
-            raise OptionError(f"unknown field {name!r}{suggest(str(name), _field_names())}")
+        if name not in known:
+            raise OptionError(f"unknown field {name!r}{suggest(str(name), known)}")
 
 
 def _checked_override(override: Override) -> Override:
@@ -350,7 +449,7 @@ def _checked_override(override: Override) -> Override:
     selector, options = check_selector(override.selector), dict(override.options)
     _refuse_unknown(options)
     for name in options:
-        if name in _NOT_PER_LAYER:
+        if name not in config_options() or not config_options()[name].per_layer:
             raise OptionError(f"{name} holds for the whole model and cannot be overridden for {selector!r}")
     if not options:
         raise OptionError(f"override of {selector!r} changes nothing: expected at least one field=value")
@@ -358,18 +457,4 @@ def _checked_override(override: Override) -> Override:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """Return ``value`` in the field's own type, or raise one error that names field, value and range."""
-    if name in _OPTIONAL and (value is None or value == "none"):
-        return None
-    if name in _RANGES:
-        return _RANGES[name].check(name, value)
-    if name == "fuzzy_lr_dtype":
-        return check_rate_dtype(name, value)
-    if name in _CHOICES:
-        text = check_choice(name, value, _CHOICES[name])
-        return Distribution(text) if name == "fuzzy_lr_distribution" else text
-    if name in _FLAGS:
-        return check_flag(name, value)
-    if name == "dales_signs":
-        return check_signs(name, value)
-    return check_activation(name, value)
+    return config_options()[name].permitted.check(name, value)

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from torch import nn
 
 from biofx.capture.capture import capture, preserved_random_state
-from biofx.compile_config import compile_config, configure_layers
 from biofx.config import BioConfig
 from biofx.errors import InputError
 from biofx.layers.layer_kinds import kind_of
@@ -20,6 +19,7 @@ from biofx.model.region_parts import joined
 from biofx.passes import ScaleGradients
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_rules import bio_modules
+from biofx.rewriting.compile_config import compile_config, configure_layers
 from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.record import add_step, matches_of, remembering_config
 

@@ -10,13 +10,13 @@ from torch import nn
 
 from biofx.capture.capture import capture, preserved_random_state
 from biofx.capture.example_inputs import ExampleInputs
-from biofx.compile_config import PassChoice, choose_passes, configure_layers
 from biofx.config import BioConfig
 from biofx.errors import OptionError, PassError
 from biofx.foreign_errors import foreign_errors_wrapped
 from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
+from biofx.rewriting.compile_config import PassChoice, choose_passes, configure_layers
 from biofx.rewriting.pass_base import PassResult
 from biofx.rewriting.pipeline import Observer, Pipeline
 from biofx.rewriting.record import add_step, matches_of, remembering, remembering_config

@@ -23,23 +23,25 @@ import torch
 from biofx.analysis.sign_store import bring_signs, keep_row_signs, states_of
 from biofx.analysis.sign_survey import SignSurvey
 from biofx.analysis.unused_signs import refuse_unused_signs
+from biofx.config import option_from_config
 from biofx.layers.lowering import Lowering, node_stem
 from biofx.layers.weight_site import Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators import synapse_ops as ops
 from biofx.operators.randomness import generator_for
+from biofx.options import with_documented_options
 from biofx.plasticity.balance import balanced_weight
 from biofx.plasticity.placement import bio_module_path, state_of
 from biofx.rewriting.gains import constrain_gains, fold_negative_gains, in_scope
 from biofx.rewriting.pass_base import Scope
 from biofx.rewriting.report import Remark, applied
 from biofx.rewriting.weight_pass import WeightPass
-from biofx.validate import FRACTION, SEED, check_choice, check_flag, check_signs
 
 EXPAND = "expand"
 """The method that leaves the model's function as it is."""
 
 
+@with_documented_options
 @dataclass(frozen=True, kw_only=True)
 class ConstrainSigns(WeightPass):
     """Give each presynaptic unit one sign, which all weights that read it carry at every forward."""
@@ -48,37 +50,14 @@ class ConstrainSigns(WeightPass):
     mechanism: ClassVar[str] = "signs"
     after: ClassVar[tuple[str, ...]] = ("split-weights", "expand-units")
 
-    method: str = "project"
-    """``"project"``: wrong signs become 0 and may come back; ``"abs"``: they are mirrored; ``"expand"``: as
-    ``"project"``, but only for units that ``expand-units`` has given a sign, whose weights have the right
-    one."""
-    axis: str = "presynaptic"
-    """Whose sign it is; ``"postsynaptic"`` signs rows, and kernels of convolutions, for comparison only."""
-    initialisation: str = "balanced"
-    """``"balanced"``: weights are made sparse, with as much excitation as inhibition at each unit, which
-    keeps deep networks alive; ``"keep"``: they stay as they are, which is right for weights that were trained
-    so."""
-    excitatory_fraction: float = 0.5
-    """Fraction of a layer's units that are excitatory, dimensionless, in [0, 1]; rounded to whole units."""
-    signs: tuple[int, ...] | None = None
-    """The signs themselves, +1 or -1 for each of a layer's outputs, in an override for that layer."""
-    constrain_inputs: bool = False
-    """Whether the model's inputs are units with a sign too."""
-    constrain_readout: bool = False
-    """Whether layers that lead to nothing but the model's outputs are constrained too."""
-    seed: int = 0
-    """Seed of the draw that decides which units are excitatory, a whole number."""
-
-    def __post_init__(self) -> None:
-        check_choice(f"{self.name}: method", self.method, (*ops.SIGN_METHODS, EXPAND))
-        check_choice(f"{self.name}: axis", self.axis, ops.SIGN_AXES)
-        check_choice(f"{self.name}: initialisation", self.initialisation, ops.INITIALISATIONS)
-        for flag in ("constrain_inputs", "constrain_readout"):
-            check_flag(f"{self.name}: {flag}", getattr(self, flag))
-        object.__setattr__(self, "signs", check_signs(f"{self.name}: signs", self.signs))
-        for option, permitted in (("excitatory_fraction", FRACTION), ("seed", SEED)):
-            object.__setattr__(self, option, permitted.check(f"{self.name}: {option}", getattr(self, option)))
-        super().__post_init__()
+    method: str = option_from_config("dales_method")
+    axis: str = option_from_config("dales_axis")
+    initialisation: str = option_from_config("dales_initialisation")
+    excitatory_fraction: float = option_from_config("dales_excitatory_fraction")
+    signs: tuple[int, ...] | None = option_from_config("dales_signs")
+    constrain_inputs: bool = option_from_config("dales_constrain_inputs")
+    constrain_readout: bool = option_from_config("dales_constrain_readout")
+    seed: int = option_from_config("seed")
 
     def survey(self, graph_module: BioGraphModule, scope: Scope) -> SignSurvey:
         """Find out who reads whose activity."""

@@ -21,18 +21,20 @@ from torch.fx import Node
 from biofx.analysis.dataflow import synaptic_nodes
 from biofx.analysis.groups import unit_groups
 from biofx.analysis.reach import last_in_regions, last_synapses
+from biofx.config import option_from_config
 from biofx.layers.lowering import Lowering
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
+from biofx.options import with_documented_options
 from biofx.rewriting.expandable import Circuit, Expandability, circuits
 from biofx.rewriting.expansion import expand
 from biofx.rewriting.gains import fold_negative_gains, in_scope
 from biofx.rewriting.pass_base import Pass, Scope
 from biofx.rewriting.report import Remark, applied, missed
-from biofx.validate import check_flag
 
 
+@with_documented_options
 @dataclass(frozen=True, kw_only=True)
 class ExpandUnits(Pass):
     """Give every unit an excitatory and an inhibitory copy, and each its sign."""
@@ -41,12 +43,10 @@ class ExpandUnits(Pass):
     mechanism: ClassVar[str] = "expanded units"
     after: ClassVar[tuple[str, ...]] = ("split-weights",)
 
-    constrain_readout: bool = False
-    """Whether units that only layers before the model's outputs read are expanded too."""
-
-    def __post_init__(self) -> None:
-        check_flag(f"{self.name}: constrain_readout", self.constrain_readout)
-        super().__post_init__()
+    constrain_readout: bool = option_from_config(
+        "dales_constrain_readout",
+        doc="Whether units that only layers before the model's outputs read are expanded too.",
+    )
 
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
         """Expand each circuit of units that can be expanded as a whole."""

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from biofx.config import FROM_SEED, PARAMETERS, check_drawn_again, check_rate_dtype
+from biofx.config import FROM_SEED, check_drawn_again, option_from_config
 from biofx.graph.regions import region_of_nodes
 from biofx.layers.lowering import Lowering
 from biofx.layers.norm_sites import NormSite, find_norms, lower_norm
@@ -29,19 +29,20 @@ from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.layers.weight_site import Sites, Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators import synapse_ops as ops
-from biofx.operators.distributions import CHANGING, GRANULARITIES, Distribution
+from biofx.operators.distributions import CHANGING, Distribution
 from biofx.operators.randomness import generator_for
 from biofx.operators.rate_draws import PURPOSE, rate_draw, told_of_place
 from biofx.operators.rate_ops import scale_gradient_by_seed
+from biofx.options import with_documented_options
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.dynamics import initial_factors
 from biofx.plasticity.placement import bio_module_path, is_taken, state_of
 from biofx.rewriting.pass_base import Scope
 from biofx.rewriting.report import Remark, applied, missed
 from biofx.rewriting.weight_pass import WeightPass
-from biofx.validate import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, check_bounds, check_choice
 
 
+@with_documented_options
 @dataclass(frozen=True, kw_only=True)
 class ScaleGradients(WeightPass):
     """Multiply each weight's gradient by its own factor."""
@@ -50,42 +51,19 @@ class ScaleGradients(WeightPass):
     mechanism: ClassVar[str] = "rates"
     after: ClassVar[tuple[str, ...]] = ("split-weights", "constrain-signs")
 
-    nu: float = 0.16
-    """Spread of the factors around 1, dimensionless, in [0, 1]."""
-    distribution: Distribution = Distribution.UNIFORM
-    """Distribution of the factors; one that changes starts with a draw and goes on with the rules."""
-    low: float = 0.5
-    """Lower bound of a factor, dimensionless, in [0, 1]; a draw below it is drawn again."""
-    high: float = 2.0
-    """Upper bound of a factor, dimensionless, >= 1; a draw above it is drawn again."""
-    granularity: str = "element"
-    """What shares a factor: ``"element"`` (nothing), the synapses onto a ``"neuron"``, or the ``"layer"``."""
-    dtype: str = "float32"
-    """What factors are stored as: ``"float32"`` or ``"bfloat16"``; ``"seed"`` draws those of float32 again
-    at each backward instead."""
-    parameters: str = "weights"
-    """``"weights"``: what a layer, a look-up or a product multiplies by; ``"all"``: every trainable parameter
-    that the graph reads, so also biases, gains and what is added directly, such as learned positions."""
-    seed: int = 0
-    """Seed of the draw, a whole number; each weight has a draw of its own that depends on its path alone."""
+    nu: float = option_from_config("fuzzy_learning_rate_factor_nu")
+    distribution: Distribution = option_from_config("fuzzy_lr_distribution")
+    low: float = option_from_config("fuzzy_lr_min")
+    high: float = option_from_config("fuzzy_lr_max")
+    granularity: str = option_from_config("fuzzy_lr_granularity")
+    dtype: str = option_from_config("fuzzy_lr_dtype")
+    parameters: str = option_from_config("fuzzy_lr_parameters")
+    seed: int = option_from_config("seed")
 
     def __post_init__(self) -> None:
-        named = check_choice(f"{self.name}: distribution", self.distribution, [d.value for d in Distribution])
-        check_choice(f"{self.name}: granularity", self.granularity, GRANULARITIES)
-        check_rate_dtype(f"{self.name}: dtype", self.dtype)
-        check_choice(f"{self.name}: parameters", self.parameters, PARAMETERS)
-        object.__setattr__(self, "distribution", Distribution(named))
-        for option, permitted in (
-            ("nu", FRACTION),
-            ("low", NOT_NEGATIVE),
-            ("high", POSITIVE),
-            ("seed", SEED),
-        ):
-            object.__setattr__(self, option, permitted.check(f"{self.name}: {option}", getattr(self, option)))
-        check_bounds("low", self.low, "high", self.high)
+        super().__post_init__()
         if self.dtype == FROM_SEED:
             check_drawn_again(f"{self.name}: dtype", self.distribution)
-        super().__post_init__()
 
     def survey(self, graph_module: BioGraphModule, scope: Scope) -> Mapping[Node, str]:
         """Find the nodes whose place in the order of execution is not known."""

@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from biofx.analysis.dataflow import readout_nodes, split_nodes, synaptic_nodes
-from biofx.callables import check_activation, identity
+from biofx.callables import identity
+from biofx.config import option_from_config
 from biofx.errors import OptionError
 from biofx.graph.printing import function_name
 from biofx.graph.regions import region_of_nodes
@@ -27,14 +28,13 @@ from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators import synapse_ops as ops
+from biofx.options import with_documented_options
 from biofx.rewriting.activation import insert_activation
 from biofx.rewriting.pass_base import Pass, Scope
 from biofx.rewriting.report import Remark, applied, missed
-from biofx.validate import COUNT, check_choice
-
-_MODES = ("neighbours",)
 
 
+@with_documented_options
 @dataclass(frozen=True, kw_only=True)
 class SplitWeights(Pass):
     """Sum groups of neighbouring output channels and give each member the sum."""
@@ -42,19 +42,8 @@ class SplitWeights(Pass):
     name: ClassVar[str] = "split-weights"
     mechanism: ClassVar[str] = "splits"
 
-    gamma: int = 2
-    """Synapses per connection, a count; 0 and 1 are off."""
-    activation: Callable[[Any], Any] | str = identity
-    """Applied to each synapse's output before the sum; keeps the shape. A callable, or a text's name."""
-    mode: str = "neighbours"
-    """``"neighbours"``: neighbouring output channels are the synapses of one connection."""
-
-    def __post_init__(self) -> None:
-        COUNT.check(f"{self.name}: gamma", self.gamma)
-        check_choice(f"{self.name}: mode", self.mode, _MODES)
-        activation = check_activation(f"{self.name}: activation", self.activation)
-        object.__setattr__(self, "activation", activation)
-        super().__post_init__()
+    gamma: int = option_from_config("weight_splitting_Gamma", default=2)
+    activation: Callable[[Any], Any] | str = option_from_config("weight_splitting_activation_function")
 
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
         """Split each selected layer.

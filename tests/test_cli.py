@@ -12,6 +12,7 @@ import torch
 
 import biofx
 from biofx.cli import main
+from biofx.config import config_options
 
 MODEL = """
 import torch
@@ -151,7 +152,9 @@ def test_passes_lists_every_pass_and_every_option(capsys: pytest.CaptureFixture[
     for name, cls in biofx.available_passes().items():
         assert name in printed
         assert all(f"{option}=" in printed for option in cls.option_names())
-    assert "Spread of the factors around 1, dimensionless, in [0, 1]." in printed
+    nu = "Spread of the learning-rate factors around 1, dimensionless. Expected: a number in [0, 1]."
+    assert f"{nu} In a config: fuzzy_learning_rate_factor_nu." in printed
+    assert all(f" {name}=" in printed for name, found in config_options().items() if not found.feeds)
     assert "``" not in printed
 
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from biofx.checkpoints.checkpoint_file import as_checkpoint_error, read_checkpoint, write_checkpoint
 from biofx.checkpoints.loading import check_record, load_into, made_from
 from biofx.checkpoints.optimizer_state import optimizer_state
-from biofx.config import check_rate_dtype
+from biofx.config import RATE_DTYPE
 from biofx.errors import BiofxError, CheckpointError, InputError
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.rollback import unchanged_on_failure
@@ -192,7 +192,7 @@ def load(
         OptionError: there is no such type of rates.
     """
     if fuzzy_lr_dtype is not None:
-        check_rate_dtype("fuzzy_lr_dtype", fuzzy_lr_dtype)
+        RATE_DTYPE.check("fuzzy_lr_dtype", fuzzy_lr_dtype)
     saved = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.read(checkpoint)
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a model to load into, found {type(model).__name__}")

@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from biofx.capture.capture import capture
-from biofx.compile_config import PassChoice, choose_passes
 from biofx.config import BioConfig
 from biofx.errors import BisectError, InputError, add_note
 from biofx.graph.regions import whole_graph
 from biofx.model.graph_module import BioGraphModule
 from biofx.progress import advance
+from biofx.rewriting.compile_config import PassChoice, choose_passes
 from biofx.rewriting.pass_base import Pass, PassResult
 from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.report import PassReport

@@ -12,11 +12,11 @@ from torch import nn
 from torch.fx import Node
 
 from biofx.capture.capture import capture
-from biofx.compile_config import compile_config
 from biofx.config import BioConfig
 from biofx.graph.printing import format_node
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
+from biofx.rewriting.compile_config import compile_config
 from biofx.rewriting.pass_text import format_value
 from biofx.rewriting.report import Remark
 from biofx.select import NodeIndex, Override, Selector, picks

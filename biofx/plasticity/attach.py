@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from biofx.errors import OptionError, PlasticityError, suggest
+from biofx.options import Choice
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.carried_defaults import carried
 from biofx.plasticity.exponentiated import UPDATES
@@ -17,7 +18,6 @@ from biofx.plasticity.optimizer_wrappers import stepping_optimizer
 from biofx.plasticity.ranks import group_to_agree_with
 from biofx.plasticity.schedule import Observer, Rule
 from biofx.plasticity.sharded_model import refuse_parts_alone, shard_states
-from biofx.validate import check_choice
 
 
 def attach(
@@ -85,7 +85,7 @@ def attach(
             raise OptionError("schedule: fuzzy_learning_rates acts at every step already; leave it out")
     if decay not in ("scaled", "free"):
         raise OptionError(f"decay: expected 'scaled' or 'free', found {decay!r}")
-    check_choice("updates", updates, UPDATES)
+    Choice(UPDATES).check("updates", updates)
     if updates == "exponentiated" and not any(state.is_constrained for state in states.values()):
         raise PlasticityError(
             "updates='exponentiated': expected a model whose units have signs (apply_dales_principle=True)"

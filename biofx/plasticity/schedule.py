@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from biofx.options import Range
 from biofx.plasticity.bio_module import BioModule
-from biofx.validate import Range
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from biofx.config import BioConfig, config_options
+from biofx.options import Option, declared_options
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.pass_text import format_value
 from biofx.rewriting.registry import available_passes
@@ -28,7 +30,11 @@ def describe_passes() -> RenderableType:
     for cls in available_passes().values():
         parts += [*_describe(cls), Text()]
     parts.append(Text("every pass", style="bold"))
-    parts.append(_options(field_docs(Pass), list(dataclasses.fields(Pass))))
+    parts += [_options(field_docs(Pass), list(dataclasses.fields(Pass))), Text()]
+    parts.append(Text("fields of a config that no pass reads: options of the plasticity rules", style="bold"))
+    rules = {name: found for name, found in config_options().items() if not found.feeds}
+    fields = [field for field in dataclasses.fields(BioConfig) if field.name in rules]
+    parts.append(_options({name: _described(found) for name, found in rules.items()}, fields))
     return Group(*parts)
 
 
@@ -56,7 +62,13 @@ def _describe(cls: type[Pass]) -> list[RenderableType]:
     if cls.after:
         parts.append(Padding(Text(f"Runs after {', '.join(cls.after)}.", style="dim"), (0, 0, 0, 2)))
     own = [field for field in dataclasses.fields(cls) if field.name not in _SHARED]
-    return [*parts, _options(field_docs(cls), own)] if own else parts
+    declared = {name: _described(found) for name, found in declared_options(cls).items()}
+    return [*parts, _options({**field_docs(cls), **declared}, own)] if own else parts
+
+
+def _described(option: Option) -> str:
+    field = f" In a config: {option.field}." if option.field else ""
+    return f"{option.doc} Expected: {option.permitted}.{field}"
 
 
 def _options(docs: dict[str, str], fields: list[dataclasses.Field[object]]) -> Table:

@@ -21,6 +21,7 @@ from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
+from biofx.options import declared_options
 from biofx.progress import advance
 from biofx.rewriting.attribution import attributed
 from biofx.rewriting.model_coverage import coverage_of
@@ -83,6 +84,9 @@ class Pass(ABC):
     """Other options for what a selector picks, in order, the last one winning."""
 
     def __post_init__(self) -> None:
+        for name, declared in declared_options(type(self)).items():
+            value = declared.permitted.check(f"{self.name}: {name}", getattr(self, name))
+            object.__setattr__(self, name, value)
         for side in ("only", "exclude"):
             if getattr(self, side) is not None:
                 object.__setattr__(self, side, check_selector(getattr(self, side)))

@@ -20,6 +20,8 @@ from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.registry import find_pass
 from biofx.select import Candidate, Override
 
+_REMOVED: dict[str, dict[str, Any]] = {"split-weights": {"mode": "neighbours"}}
+"""Options that files of older versions have, with the only value that they ever had."""
 _SHARED = ("only", "exclude", "enabled", "overrides")
 
 
@@ -80,6 +82,19 @@ def pass_from_plain(plain: Mapping[str, Any]) -> Any:
         ) from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"expected a pass in plain values, found something else: {error!r}") from error
+
+
+def without_removed_options(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a pass in plain values, or a pipeline, without the options that passes no longer have."""
+    if "group" in plain:
+        return {**plain, "group": [without_removed_options(member) for member in plain["group"]]}
+    removed = _REMOVED.get(str(plain.get("pass")), {})
+    kept = {
+        name: value
+        for name, value in dict(plain.get("options", {})).items()
+        if name not in removed or removed[name] != value
+    }
+    return {**plain, "options": kept}
 
 
 def config_to_plain(config: BioConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.rewriting.pass_base import Pass, PassT
 from biofx.rewriting.pass_text import format_value
 from biofx.rewriting.pipeline import Pipeline
-from biofx.rewriting.plain_passes import config_to_plain, pass_to_plain
+from biofx.rewriting.plain_passes import config_to_plain, pass_to_plain, without_removed_options
 from biofx.rewriting.unmet import Unmet
 from biofx.select import Candidate, NodeIndex, Override, Selector
 
@@ -85,7 +85,12 @@ class TransformRecord:
             fields = json.loads(text)
             steps = tuple(
                 TransformStep(
-                    **{**step, "opaque": tuple(step["opaque"]), "unmet": tuple(step.get("unmet", ()))}
+                    **{
+                        **step,
+                        "passes": without_removed_options(step["passes"]),
+                        "opaque": tuple(step["opaque"]),
+                        "unmet": tuple(step.get("unmet", ())),
+                    }
                 )
                 for step in fields.pop("steps")
             )

@@ -10,8 +10,10 @@ from torch import nn
 
 import biofx
 from biofx import BioConfig, Distribution, Pass, Pipeline, PipelineError, compile_config
-from biofx.compile_config import choose_passes
+from biofx.config import config_options
+from biofx.options import declared_options
 from biofx.passes import ConstrainSigns, FoldSplits, ObserveActivity, ScaleGradients, SplitWeights
+from biofx.rewriting.compile_config import choose_passes
 from biofx.select import Override
 
 OFF = BioConfig(fuzzy_lr_distribution=Distribution.BASELINE)
@@ -214,3 +216,31 @@ def test_what_is_no_choice_of_passes_is_refused(choice: Any) -> None:
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(PipelineError, match="unknown pass 'split-weight'; did you mean 'split-weights'"):
         choose_passes(["split-weight"], ON)
+
+
+def test_each_option_of_a_pass_is_declared_by_the_field_of_the_config_that_feeds_it() -> None:
+    fed = {
+        (name, feeds.option): field
+        for field, declared in config_options().items()
+        for name, feeds in declared.feeds.items()
+        if feeds.option != "enabled"
+    }
+    declared = {
+        (name, option): found.field
+        for name, cls in biofx.available_passes().items()
+        for option, found in declared_options(cls).items()
+    }
+    assert declared == fed
+    known = biofx.available_passes()
+    assert all(name in known for found in config_options().values() for name in {*found.feeds, *found.off})
+
+
+@pytest.mark.parametrize("cls", [BioConfig, ConstrainSigns, ScaleGradients, SplitWeights])
+def test_the_docstring_lists_every_option_with_its_range_and_default(cls: type) -> None:
+    text = " ".join(str(cls.__doc__).split())
+    options = declared_options(cls)
+    assert len(options) > 1
+    assert all(
+        f" {name}: {found.doc} Expected: {found.permitted}; default: " in text
+        for name, found in options.items()
+    )

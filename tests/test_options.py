@@ -9,16 +9,15 @@ import pytest
 
 from biofx.errors import OptionError
 from biofx.operators.distributions import Distribution
-from biofx.validate import (
+from biofx.options import (
     COUNT,
     FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    Choice,
+    Flag,
     Range,
-    check_bounds,
-    check_choice,
-    check_flag,
 )
 
 
@@ -86,40 +85,29 @@ def test_a_value_outside_is_refused_with_name_value_and_range(permitted: Range, 
 
 
 def test_a_choice_is_returned_as_text() -> None:
-    assert check_choice("mode", "abs", ("project", "abs")) == "abs"
-    assert check_choice("mode", Distribution.GAMMA, ("gamma",)) == "gamma"
+    assert Choice(("project", "abs")).check("mode", "abs") == "abs"
+    assert Choice(("gamma",)).check("mode", Distribution.GAMMA) == "gamma"
 
 
 @pytest.mark.parametrize("value", ["pro", 1, None, Distribution.GAMMA, ["abs"]])
 def test_a_wrong_choice_is_refused_with_all_choices(value: Any) -> None:
     with pytest.raises(OptionError) as caught:
-        check_choice("method", value, ("project", "abs"))
+        Choice(("project", "abs")).check("method", value)
     assert str(caught.value).startswith(f"method: expected one of project, abs, found {value!r}")
 
 
 def test_a_misspelt_choice_names_the_nearest() -> None:
     with pytest.raises(OptionError, match=r"; did you mean 'project'\?$"):
-        check_choice("method", "projekt", ("project", "abs"))
+        Choice(("project", "abs")).check("method", "projekt")
 
 
 @pytest.mark.parametrize("value", [True, False])
 def test_a_flag_is_returned(value: bool) -> None:
-    assert check_flag("dynamic", value) is value
+    assert Flag().check("dynamic", value) is value
 
 
 @pytest.mark.parametrize("value", [0, 1, "true", None])
 def test_what_is_neither_true_nor_false_is_no_flag(value: Any) -> None:
     with pytest.raises(OptionError) as caught:
-        check_flag("dynamic", value)
+        Flag().check("dynamic", value)
     assert str(caught.value) == f"dynamic: expected True or False, found {value!r}"
-
-
-@pytest.mark.parametrize(("low", "high"), [(1.1, 2.0), (0.5, 0.9), (math.nan, 2.0), (0.5, math.nan)])
-def test_bounds_that_do_not_enclose_one_are_refused(low: float, high: float) -> None:
-    with pytest.raises(OptionError, match=f"low and high: .* found {low!r}, {high!r}; the factors"):
-        check_bounds("low", low, "high", high)
-
-
-@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (0.0, 5.0)])
-def test_bounds_that_enclose_one_are_taken(low: float, high: float) -> None:
-    assert check_bounds("low", low, "high", high) is None  # type: ignore[func-returns-value]

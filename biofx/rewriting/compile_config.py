@@ -2,93 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
-from biofx.config import BioConfig
+from biofx.config import BioConfig, config_options
 from biofx.errors import OptionError, PipelineError, suggest
 from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
-from biofx.operators.distributions import Distribution
-from biofx.passes import (
-    ConstrainSigns,
-    ExpandUnits,
-    FoldSplits,
-    ObserveActivity,
-    ScaleGradients,
-    SplitWeights,
-)
+from biofx.options import Feeds
 from biofx.plasticity.bio_state import rule_config
 from biofx.plasticity.model_rules import bio_modules
 from biofx.plasticity.placement import is_taken, state_of
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.pipeline import Pipeline
+from biofx.rewriting.registry import available_passes
 from biofx.select import NodeIndex, Override, picks
 
 PassChoice: TypeAlias = str | Pass | Sequence[str | Pass]
-
-_OPTIONS: dict[type[Pass], dict[str, str]] = {
-    SplitWeights: {
-        "weight_splitting_Gamma": "gamma",
-        "weight_splitting_activation_function": "activation",
-    },
-    ExpandUnits: {
-        "dales_method": "enabled",
-        "dales_constrain_readout": "constrain_readout",
-    },
-    ConstrainSigns: {
-        "apply_dales_principle": "enabled",
-        "dales_method": "method",
-        "dales_axis": "axis",
-        "dales_initialisation": "initialisation",
-        "dales_excitatory_fraction": "excitatory_fraction",
-        "dales_signs": "signs",
-        "dales_constrain_inputs": "constrain_inputs",
-        "dales_constrain_readout": "constrain_readout",
-        "seed": "seed",
-    },
-    ScaleGradients: {
-        "fuzzy_learning_rate_factor_nu": "nu",
-        "fuzzy_lr_distribution": "distribution",
-        "fuzzy_lr_min": "low",
-        "fuzzy_lr_max": "high",
-        "fuzzy_lr_granularity": "granularity",
-        "fuzzy_lr_dtype": "dtype",
-        "fuzzy_lr_parameters": "parameters",
-        "seed": "seed",
-    },
-    ObserveActivity: {"fuzzy_lr_distribution": "enabled"},
-    FoldSplits: {"weight_splitting_fold": "enabled"},
-}
-"""For each pass the config fields it reads, and what it calls them."""
-
-_TRANSLATED: dict[tuple[type[Pass], str], Callable[[Any], Any]] = {
-    (ExpandUnits, "dales_method"): lambda method: method == "expand",
-    (ObserveActivity, "fuzzy_lr_distribution"): lambda distribution: distribution is Distribution.ACTIVITY,
-}
-"""How a field's value becomes the option's, where it is not the same."""
-
-_OFF_VALUES: dict[type[Pass], dict[str, Callable[[Any], bool]]] = {
-    SplitWeights: {"weight_splitting_Gamma": lambda gamma: gamma < 2},
-    ExpandUnits: {
-        "apply_dales_principle": lambda applied: not applied,
-        "dales_method": lambda method: method != "expand",
-    },
-    ConstrainSigns: {"apply_dales_principle": lambda applied: not applied},
-    ScaleGradients: {
-        "fuzzy_lr_distribution": lambda distribution: distribution is Distribution.BASELINE,
-        "fuzzy_learning_rate_factor_nu": lambda nu: nu == 0,
-    },
-    ObserveActivity: {
-        "fuzzy_lr_distribution": lambda distribution: distribution is not Distribution.ACTIVITY,
-        "fuzzy_lr_dynamic": lambda dynamic: not dynamic,
-    },
-    FoldSplits: {
-        "weight_splitting_Gamma": lambda gamma: gamma < 2,
-        "weight_splitting_fold": lambda folded: not folded,
-    },
-}
-"""For each pass the fields that switch it off, and their values that do."""
 
 
 def compile_config(config: BioConfig, names: Iterable[str] | None = None) -> Pipeline:
@@ -103,17 +33,29 @@ def compile_config(config: BioConfig, names: Iterable[str] | None = None) -> Pip
         OptionError: it gives signs and constrains none.
     """
     wanted = None if names is None else list(names)
-    known = {cls.name: cls for cls in _OPTIONS}
+    known = _configurable()
     for name in wanted or ():
         if name not in known:
             raise PipelineError(f"a config has no options for pass {name!r}{suggest(name, known)}")
-        if _is_off(known[name], config):
-            fields = ", ".join(field for field in _OPTIONS[known[name]] if field != "seed")
+        if _is_off(name, config):
+            fields = ", ".join(field for field in _read_by(name) if field != "seed")
             raise PipelineError(f"pass {name!r} is asked for, but this config switches it off; see {fields}")
-    chosen = [cls for cls in _OPTIONS if not _is_off(cls, config) and (wanted is None or cls.name in wanted)]
-    if wanted is None and ConstrainSigns not in chosen:
+    chosen = [name for name in known if not _is_off(name, config) and (wanted is None or name in wanted)]
+    if wanted is None and "constrain-signs" not in chosen:
         _refuse_signs(config)
-    return Pipeline(tuple(_configured(cls, config) for cls in chosen))
+    return Pipeline(tuple(_configured(known[name], config) for name in chosen))
+
+
+def _configurable() -> dict[str, type[Pass]]:
+    """Return the passes that a config has options for, by name."""
+    fed = {name for declared in config_options().values() for name in declared.feeds}
+    return {name: cls for name, cls in available_passes().items() if name in fed}
+
+
+def _read_by(name: str) -> dict[str, Feeds]:
+    """Return the fields of a config that a pass reads, and what they mean to it."""
+    options = config_options()
+    return {field: declared.feeds[name] for field, declared in options.items() if name in declared.feeds}
 
 
 def _refuse_signs(config: BioConfig) -> None:
@@ -154,17 +96,18 @@ def choose_passes(choice: PassChoice | None, config: BioConfig | None) -> Pipeli
             )
         written = [name.strip() for name in entry.split(",")]
         for member in Pipeline.parse(entry).passes:
-            bare = type(member) in _OPTIONS and str(member) == member.name and member.name in written
+            bare = member.name in _configurable() and str(member) == member.name and member.name in written
             passes += compile_config(config, [member.name]).passes if bare and config else (member,)
     return Pipeline(tuple(passes))
 
 
-def _is_off(cls: type[Pass], config: BioConfig) -> bool:
+def _is_off(name: str, config: BioConfig) -> bool:
     """Whether one of the fields that switch a pass off does so for every layer there could be."""
     given = [config.options_for([]), *(dict(override.options) for override in config.overrides)]
     return any(
-        all(is_off(fields[name]) for fields in given if name in fields)
-        for name, is_off in _OFF_VALUES[cls].items()
+        all(declared.off[name](fields[field]) for fields in given if field in fields)
+        for field, declared in config_options().items()
+        if name in declared.off
     )
 
 
@@ -172,17 +115,17 @@ def _configured(cls: type[Pass], config: BioConfig) -> Pass:
     overrides = [
         Override(override.selector, options)
         for override in config.overrides
-        if (options := tuple(_as_options(cls, dict(override.options)).items()))
+        if (options := tuple(_as_options(cls.name, dict(override.options)).items()))
     ]
-    return cls.from_options({**_as_options(cls, config.options_for([])), "overrides": tuple(overrides)})
+    return cls.from_options({**_as_options(cls.name, config.options_for([])), "overrides": tuple(overrides)})
 
 
-def _as_options(cls: type[Pass], fields: dict[str, Any]) -> dict[str, Any]:
+def _as_options(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that a pass reads as its options."""
     return {
-        option: _TRANSLATED[cls, name](fields[name]) if (cls, name) in _TRANSLATED else fields[name]
-        for name, option in _OPTIONS[cls].items()
-        if name in fields
+        feeds.option: feeds.translate(fields[field])
+        for field, feeds in _read_by(name).items()
+        if field in fields
     }
 
 

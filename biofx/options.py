@@ -1,0 +1,216 @@
+"""What an option is: its default, the values it may take, what it means, and which passes read it.
+
+A field of :class:`biofx.BioConfig` declares all of that once; validation, files, the command line, the fields
+of the passes and the documentation read the declaration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol, TypeVar
+
+from biofx.callables import check_activation
+from biofx.errors import OptionError, suggest
+
+T = TypeVar("T")
+
+
+class Check(Protocol):
+    """The values that an option may take; its text says which."""
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return the value in the option's own type.
+
+        Raises:
+            OptionError: it is not permitted; the message has ``name``, the value and what is permitted.
+        """
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers in an interval."""
+
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    whole: bool = False
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return the value, a float unless it must be whole."""
+        kinds = int if self.whole else (int, float)
+        number = value if isinstance(value, kinds) and not isinstance(value, bool) else math.nan
+        if not self.whole:
+            try:
+                number = float(number)
+            except OverflowError:
+                number = math.inf
+        inside = self.low <= number <= self.high and not (self.low_open and number == self.low)
+        if not inside or number == math.inf:
+            raise OptionError(f"{name}: expected {self}, found {value!r}")
+        return number
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        opening, closing = "(" if self.low_open else "[", ")" if math.isinf(self.high) else "]"
+        return f"{kind} in {opening}{self.low}, {self.high}{closing}"
+
+
+POSITIVE = Range(0, low_open=True)
+NOT_NEGATIVE = Range(0)
+FRACTION = Range(0, 1)
+SHARE = Range(0, 1, low_open=True)
+COUNT = Range(0, whole=True)
+SEED = Range(0, 2**63 - 1, whole=True)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several texts, or members of an enum, which may be given by their texts."""
+
+    choices: Sequence[Any]
+    removed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Texts that older versions permitted, and what to take instead."""
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return the value, a member where the choices are members."""
+        known = {_text(choice): choice for choice in self.choices}
+        text = _text(value)
+        if not isinstance(text, str) or text not in known:
+            removed = isinstance(text, str) and text in self.removed
+            hint = f", which was removed; {self.removed[text]}" if removed else suggest(str(text), known)
+            raise OptionError(f"{name}: expected one of {', '.join(known)}, found {value!r}{hint}")
+        return known[text]
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(_text(choice) for choice in self.choices)}"
+
+
+def _text(choice: Any) -> Any:
+    return choice.value if isinstance(choice, Enum) else choice
+
+
+class Flag:
+    """True or False."""
+
+    def check(self, name: str, value: Any) -> bool:
+        """Return the value."""
+        if not isinstance(value, bool):
+            raise OptionError(f"{name}: expected {self}, found {value!r}")
+        return value
+
+    def __str__(self) -> str:
+        return "True or False"
+
+
+class Signs:
+    """A sequence of +1 and -1."""
+
+    def check(self, name: str, value: Any) -> tuple[int, ...]:
+        """Return the signs as a tuple."""
+        entries = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+        if not entries or any(isinstance(entry, bool) or entry not in (1, -1) for entry in entries):
+            raise OptionError(f"{name}: expected {self}, found {value!r}")
+        return tuple(int(entry) for entry in entries)
+
+    def __str__(self) -> str:
+        return "a list of 1 and -1, one for each output"
+
+
+class Activation:
+    """A callable from a tensor to one of the same shape, or the text that names one."""
+
+    def check(self, name: str, value: Any) -> Callable[..., Any]:
+        """Return the callable."""
+        return check_activation(name, value)
+
+    def __str__(self) -> str:
+        return "a callable, or the name of one"
+
+
+@dataclass(frozen=True)
+class OrNone:
+    """The same values, or None; a text says ``"none"``."""
+
+    inner: Check
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return the value, None for ``"none"``."""
+        return None if value is None or value == "none" else self.inner.check(name, value)
+
+    def __str__(self) -> str:
+        return f"{self.inner}, or None"
+
+
+@dataclass(frozen=True)
+class Feeds:
+    """What a field of the config means to one pass."""
+
+    option: str
+    """What the pass calls it."""
+    translate: Callable[[Any], Any] = lambda value: value
+    """From the field's value to the option's."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field of a config or of a pass declares."""
+
+    permitted: Check
+    doc: str
+    """Meaning and unit, in plain text with markup of docstrings."""
+    feeds: Mapping[str, Feeds] = dataclasses.field(default_factory=dict)
+    """The passes that read a field of the config, by name."""
+    off: Mapping[str, Callable[[Any], bool]] = dataclasses.field(default_factory=dict)
+    """The passes that some values of the field switch off, by name, and whether a value does."""
+    per_layer: bool = True
+    """Whether it may differ between layers."""
+    field: str = ""
+    """For an option of a pass, the field of the config that it comes from."""
+
+
+def option(
+    default: Any,
+    permitted: Check,
+    doc: str,
+    *,
+    feeds: Mapping[str, str | Feeds] | None = None,
+    off: Mapping[str, Callable[[Any], bool]] | None = None,
+    per_layer: bool = True,
+    field: str = "",
+) -> Any:
+    """Return the field of a dataclass that declares an option; see :class:`Option`."""
+    read = {
+        name: given if isinstance(given, Feeds) else Feeds(given) for name, given in (feeds or {}).items()
+    }
+    declared = Option(permitted, " ".join(doc.split()), read, off or {}, per_layer, field)
+    return dataclasses.field(default=default, metadata={"option": declared})
+
+
+def declared_options(cls: type) -> dict[str, Option]:
+    """Return what the fields of a dataclass declare, by name; fields that are no options are left out."""
+    fields = dataclasses.fields(cls)
+    return {field.name: field.metadata["option"] for field in fields if "option" in field.metadata}
+
+
+def with_documented_options(cls: type[T]) -> type[T]:
+    """Add the options that a dataclass declares to its docstring; a decorator."""
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    entries = [
+        f"{name}: {declared.doc} Expected: {declared.permitted}; default: {_shown(defaults[name])}."
+        for name, declared in declared_options(cls).items()
+    ]
+    lines = [
+        textwrap.fill(entry, 110, initial_indent=" " * 4, subsequent_indent=" " * 8) for entry in entries
+    ]
+    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines, ""])
+    return cls
+
+
+def _shown(default: Any) -> str:
+    return str(getattr(default, "__name__", None) or repr(_text(default)))
