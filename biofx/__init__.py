@@ -43,7 +43,7 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.operators.distributions import Distribution
 from biofx.plasticity import BioModule
 from biofx.plasticity.attach import attach
-from biofx.plasticity.schedule import Rule
+from biofx.plasticity.optimizer_step import Rule
 from biofx.rewriting.compile_config import compile_config
 from biofx.rewriting.pass_base import Pass, PassResult, Scope
 from biofx.rewriting.pipeline import Pipeline

@@ -18,7 +18,7 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
 from biofx.passes import ScaleGradients
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.model_rules import bio_modules
+from biofx.plasticity.model_states import bio_modules
 from biofx.rewriting.compile_config import compile_config, configure_layers
 from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.record import add_step, matches_of, remembering_config

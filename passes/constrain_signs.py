@@ -30,8 +30,8 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.operators import synapse_ops as ops
 from biofx.operators.randomness import generator_for
 from biofx.options import with_documented_options
-from biofx.plasticity.balance import balanced_weight
-from biofx.plasticity.placement import bio_module_path, state_of
+from biofx.plasticity.model_states import bio_module_path, state_of
+from biofx.plasticity.weight_rules import balanced_weight
 from biofx.rewriting.gains import constrain_gains, fold_negative_gains, in_scope
 from biofx.rewriting.pass_base import Scope
 from biofx.rewriting.report import Remark, applied
@@ -123,7 +123,7 @@ class ConstrainSigns(WeightPass):
                 state.weight.detach(),
                 signs,
                 generator_for(self.seed, weight.path, purpose="balance"),
-                transposed=first.kind.transposed,
+                output_axis=first.kind.output_axis,
                 groups=first.groups,
                 rectified=survey.reading(first).nonnegative,
             )

@@ -24,7 +24,7 @@ from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite, fold_behind
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators import synapse_ops as ops
-from biofx.plasticity.placement import bio_module_at, bio_module_path
+from biofx.plasticity.model_states import bio_module_at, bio_module_path
 from biofx.rewriting.pass_base import Pass, Scope
 from biofx.rewriting.report import Remark, applied, missed
 

@@ -5,7 +5,7 @@ Synapses onto one neuron differ in how fast they change; so may weights.
 Source: Hofmann, Becker, Tetzlaff, Mäder, "Concept transfer of synaptic diversity from biological to
 artificial neural networks", Nature Communications 16 (2025), doi 10.1038/s41467-025-60078-9 (fuzzy
 learning rates); the distributions are in :mod:`biofx.plasticity.distributions` and, those that change during
-training, in :mod:`biofx.plasticity.dynamics`.
+training, in :mod:`biofx.plasticity.rate_rules`.
 
 Deviations: the factor acts inside the graph, on the gradient, so the training loop has nothing to call.
 Optimizers that are indifferent to the scale of a gradient (Adam and its family) undo a constant factor;
@@ -35,8 +35,8 @@ from biofx.operators.rate_draws import PURPOSE, rate_draw, told_of_place
 from biofx.operators.rate_ops import scale_gradient_by_seed
 from biofx.options import with_documented_options
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.dynamics import initial_factors
-from biofx.plasticity.placement import bio_module_path, is_taken, state_of
+from biofx.plasticity.model_states import bio_module_path, is_taken, state_of
+from biofx.plasticity.rate_rules import initial_factors
 from biofx.rewriting.pass_base import Scope
 from biofx.rewriting.report import Remark, applied, missed
 from biofx.rewriting.weight_pass import WeightPass

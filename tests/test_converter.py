@@ -22,7 +22,7 @@ from biofx import (
     PlasticityError,
 )
 from biofx.operators.synapse_ops import pool_synapses, scale_gradient
-from biofx.plasticity.model_rules import bio_modules
+from biofx.plasticity.model_states import bio_modules
 
 
 def mlp() -> nn.Sequential:

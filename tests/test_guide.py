@@ -120,10 +120,10 @@ def run() -> Iterator[Run]:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """The rules that a block applies to a model, in order, with what they returned."""
-    from biofx.plasticity import model_rules
+    from biofx.plasticity import model_states
 
     recorded: list[tuple[str, dict[str, Any]]] = []
-    original = model_rules.apply_rule
+    original = model_states.apply_rule
 
     def recording(model: nn.Module, rule: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         result = original(model, rule, *args, **kwargs)

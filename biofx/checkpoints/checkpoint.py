@@ -22,9 +22,8 @@ from biofx.config import RATE_DTYPE
 from biofx.errors import BiofxError, CheckpointError, InputError
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.rollback import unchanged_on_failure
-from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.attachment import Attachment
-from biofx.plasticity.model_rules import bio_modules
+from biofx.plasticity.model_states import bio_modules, unwrapped
 from biofx.rewriting.plain_passes import config_to_plain
 from biofx.rewriting.record import TransformRecord, record_of
 

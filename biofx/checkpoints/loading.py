@@ -17,7 +17,7 @@ from biofx.checkpoints.reapply import check_same_making, make_again
 from biofx.errors import CheckpointError
 from biofx.model.graph_module import BioGraphModule
 from biofx.plasticity.attachment import Attachment
-from biofx.plasticity.model_rules import bio_modules, prepare_states
+from biofx.plasticity.model_states import bio_modules, prepare_states
 from biofx.rewriting.plain_passes import config_from_plain, config_to_plain
 from biofx.rewriting.record import ATTRIBUTE, TransformRecord, graph_lines, record_of
 

@@ -11,9 +11,8 @@ from torch.fx import GraphModule
 
 from biofx.errors import CheckpointError, suggest
 from biofx.graph.regions import whole_graph
-from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.model_rules import expanded_weights
+from biofx.plasticity.model_states import expanded_weights, unwrapped
 from biofx.plasticity.saved_state import EXTRA, OLDER, SIGNS
 from biofx.plasticity.shards import is_sharded
 

@@ -13,7 +13,7 @@ from biofx.checkpoints.checkpoint_file import as_checkpoint_error
 from biofx.checkpoints.optimizer_tensors import check_numbers, check_tensors, keep_types
 from biofx.errors import CheckpointError, suggest
 from biofx.model.rollback import unchanged_on_failure
-from biofx.plasticity.attach import unwrapped
+from biofx.plasticity.model_states import unwrapped
 
 _BY_INDEX = ("params", "param_names")
 

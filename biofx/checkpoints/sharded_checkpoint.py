@@ -33,8 +33,8 @@ from biofx.errors import CheckpointError
 from biofx.model.rollback import unchanged_on_failure
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.bio_state import PER_SYNAPSE
-from biofx.plasticity.model_rules import prepare_states
-from biofx.plasticity.sharded_model import shard_states
+from biofx.plasticity.model_states import prepare_states
+from biofx.plasticity.ranks import shard_states
 from biofx.plasticity.shards import is_sharded, spread_like
 from biofx.rewriting.record import TransformRecord
 

@@ -30,8 +30,8 @@ from biofx.operators import synapse_ops as ops
 from biofx.operators.fold_ops import require_axes
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.passes.fold_splits import FoldSplits
-from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.model_states import unwrapped
 from biofx.rewriting.activation import OpaqueActivation
 
 _RANDOM = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "empty"})

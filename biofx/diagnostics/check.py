@@ -14,9 +14,9 @@ from biofx.diagnostics.check_report import Audit, Finding
 from biofx.diagnostics.check_subject import Subject, Uses
 from biofx.errors import InputError
 from biofx.model.graph_module import BioGraphModule
-from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.sharded_model import whole_weights
+from biofx.plasticity.model_states import unwrapped
+from biofx.plasticity.ranks import whole_weights
 
 
 @dataclass(frozen=True)

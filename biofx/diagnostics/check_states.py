@@ -16,7 +16,7 @@ from biofx.layers.weight_slots import argument
 from biofx.layers.weight_uses import WeightUse
 from biofx.operators.rate_ops import GRADIENT_SCALINGS, draw_of, scale_gradient_by_seed
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.placement import bio_module_path
+from biofx.plasticity.model_states import bio_module_path
 
 _FACTORS = "fuzzy_learning_rate_parameters"
 _ROUNDING = 2**-8  # relative; a factor at a bound may be, or once have been, held in bfloat16

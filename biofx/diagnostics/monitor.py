@@ -22,11 +22,10 @@ from biofx.diagnostics.monitor_table import LiveTable
 from biofx.diagnostics.monitor_tensorboard import TensorBoard
 from biofx.errors import OptionError
 from biofx.options import POSITIVE, Range
-from biofx.plasticity.attach import unwrapped
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.model_rules import prepare_states
-from biofx.plasticity.schedule import LayerStep
-from biofx.plasticity.sharded_state import whole
+from biofx.plasticity.model_states import prepare_states, unwrapped
+from biofx.plasticity.optimizer_step import LayerStep
+from biofx.plasticity.ranks import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -25,8 +25,8 @@ from biofx.model.late_changes import follow_late_changes, following_changes, rem
 from biofx.model.rollback import has_places_for, unchanged_on_failure
 from biofx.model.taken_in import SAME, STATE
 from biofx.operators.sharded_rates import outside_graphs
-from biofx.plasticity.model_rules import apply_rule, expanded_weights, exposed_rules
-from biofx.plasticity.sharded_model import before_forward, is_fully_sharded
+from biofx.plasticity.model_states import apply_rule, expanded_weights, exposed_rules
+from biofx.plasticity.ranks import before_forward, is_fully_sharded
 
 _OWN_TO_GRAPH_MODULES = frozenset({"_graph", "_code", "_tracer_cls", "_tracer_extras"})
 

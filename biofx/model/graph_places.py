@@ -19,7 +19,7 @@ from biofx.layers.weight_site import WEIGHT_OPERATORS
 from biofx.operators.fold_norm_ops import affine_synapses, batch_norm_synapses
 from biofx.operators.fold_ops import fold_weight, spread_synapses, sum_synapses
 from biofx.operators.rate_ops import scale_gradient_by_seed
-from biofx.plasticity.placement import bio_module_path
+from biofx.plasticity.model_states import bio_module_path
 from biofx.plasticity.rate_forms import DRAW
 
 _OPERATORS = WEIGHT_OPERATORS | {sum_synapses}

@@ -23,7 +23,7 @@ from biofx.model.called_again import STATE_OF_WEIGHT, Become, call_again, find_a
 from biofx.model.graph_places import Places, held_at, module_at
 from biofx.model.standing import Standing, kinds_of_tensors, operands_of
 from biofx.model.taken_in import SAME, STATE, Taken, same_for_graph, same_twice
-from biofx.plasticity.sharded_model import is_fully_sharded
+from biofx.plasticity.ranks import is_fully_sharded
 
 _INLINE = "The graph has what it did inline, and does not call it"
 _COMPACT = "Splits are folded here, and the graph calls it with one value for all synapses of a connection"

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from biofx.model.graph_places import Places, module_at
 from biofx.model.taken_in import STATE, Row, Taken, own_class, same_for_graph, where_taken
-from biofx.plasticity.sharded_model import is_fully_sharded
+from biofx.plasticity.ranks import is_fully_sharded
 
 
 @dataclass(frozen=True)

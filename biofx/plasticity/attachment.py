@@ -17,17 +17,16 @@ from torch.optim import Optimizer
 from biofx.errors import PlasticityError
 from biofx.plasticity.binding import Binding
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.carried_defaults import carry, let_go
-from biofx.plasticity.optimizer_step import OptimizerStep
-from biofx.plasticity.rule_memory import memory_of, take_memory
-from biofx.plasticity.schedule import Observer, Rule, wants
-from biofx.plasticity.sharded_state import shard_state
+from biofx.plasticity.model_states import describe_reasons
+from biofx.plasticity.optimizer_step import Observer, OptimizerStep, Rule
+from biofx.plasticity.optimizers import unscale_or_skip
+from biofx.plasticity.ranks import shard_state
 
 
 class Attachment:
     """Plasticity bound to an optimizer; made by :func:`attach`.
 
-    ``copy.deepcopy`` and pickling of model, optimizer and attachment together give a run that goes on by
+    ``copy.deepcopy`` and pickling of model, optimizer and attachment together give a run that continues by
     itself, as the original would.
     """
 
@@ -55,14 +54,12 @@ class Attachment:
             exponentiated=exponentiated,
             always_scales=any(rule.name in ("crystallize", "volume_dependent_lr") for rule in rules),
         )
-        self._model_ref, self._optimizer_ref = weakref.ref(model), weakref.ref(optimizer)
-        self._kept: tuple[Any, ...] = (model, optimizer)
         self._are_watching = True
         self._hooks: list[Any] = []
-        self._running: FrameType | None = None
-        self._step: OptimizerStep | None = None
         self.is_copy = False
-        """Whether it came into being as a copy, with its model and optimizer."""
+        """Whether it was copied with its model and optimizer."""
+        self._refer_to(model, optimizer)
+        self._kept: tuple[Any, ...] = (model, optimizer)
         bound = self._binding.bind(optimizer)
         if not bound:
             raise PlasticityError(
@@ -75,7 +72,7 @@ class Attachment:
             self._binding.release()
             raise
         self._listen(optimizer)
-        carry(optimizer, self)
+        _carry(optimizer, self)
 
     @property
     def modes(self) -> dict[str, str]:
@@ -85,7 +82,7 @@ class Attachment:
 
     @property
     def left_alone(self) -> dict[str, str]:
-        """Weights that this attachment does not act on as things are, with the reason, by path."""
+        """Weights that this attachment does not act on at present, with the reason, by path."""
         return self._binding.left_alone(self._optimizer)
 
     def detach(self) -> None:
@@ -96,22 +93,25 @@ class Attachment:
         self._binding.release()
         optimizer = self._optimizer_ref()
         if optimizer is not None:
-            let_go(optimizer, self)
+            _let_go(optimizer, self)
+
+    # saved and loaded
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a later run needs to go on, besides the state dicts of model and optimizer."""
+        """Return what a later run needs to continue, besides the state dicts of model and optimizer."""
         return {
             "version": 1,
             "steps": self.steps,
             "rules": [asdict(rule) for rule in self.rules],
-            "memory": memory_of(self._stepped()),
+            "memory": {path: state.memory.to_plain() for path, state in self._stepped().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another attachment stopped.
+        """Continue where another attachment stopped; weights that the state does not name keep their memory.
 
         Raises:
-            PlasticityError: it is of another version, or ran another schedule; nothing has been changed.
+            PlasticityError: it is of another version, of another schedule, or of weights that differ from
+                those that the optimizer steps; nothing has been changed.
         """
         if state.get("version") != 1:
             found = state.get("version")
@@ -121,8 +121,27 @@ class Attachment:
             raise PlasticityError(
                 f"expected a state of the same schedule, {list(self.rules)}, found {list(rules)}"
             )
-        take_memory(self._stepped(), state.get("memory", {}))
+        states, saved = self._stepped(), state.get("memory", {})
+        if not isinstance(saved, Mapping):
+            raise PlasticityError(f"memory: expected a dict by the paths of weights, found {saved!r}")
+        for path, entry in saved.items():
+            if path not in states:
+                raise PlasticityError(
+                    f"memory: found that of {path!r}, which the optimizer does not step here"
+                )
+            try:
+                states[path].memory.check(entry, states[path].units, states[path].weight.shape)
+            except PlasticityError as error:
+                raise PlasticityError(f"memory of {path!r}: {error}") from error
+        for path, entry in saved.items():
+            states[path].memory.restore(entry, states[path].weight.device)
         self.steps = int(state["steps"])
+
+    def _stepped(self) -> dict[str, BioModule]:
+        """Return the states of the weights that the optimizer holds, by path."""
+        return {path: weight.state for path, weight in self._binding.bind(self._optimizer).items()}
+
+    # copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         if _is_copied_alone(self):
@@ -146,14 +165,18 @@ class Attachment:
         model, optimizer = state.pop("_run")
         is_attached = state.pop("_is_attached")
         vars(self).update(state)
-        # whoever has the copies keeps them: without these, nothing is left of the run
-        self._model_ref, self._optimizer_ref = weakref.ref(model), weakref.ref(optimizer)
-        self._kept = ()
+        self._refer_to(model, optimizer)
+        self._kept = ()  # the owner of the copies keeps them: without these, nothing is left of the run
         self._are_watching = False
+        self._hooks = []
         self.is_copy = True
-        self._hooks, self._running, self._step = [], None, None
         if is_attached:
             self._listen(optimizer)
+
+    def _refer_to(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._model_ref, self._optimizer_ref = weakref.ref(model), weakref.ref(optimizer)
+        self._running: FrameType | None = None
+        self._step: OptimizerStep | None = None
 
     @property
     def _optimizer(self) -> Optimizer:
@@ -169,9 +192,7 @@ class Attachment:
             raise _without_its_run()
         return model
 
-    def _stepped(self) -> dict[str, BioModule]:
-        """Return the states of the weights that the optimizer holds, by path."""
-        return {path: weight.state for path, weight in self._binding.bind(self._optimizer).items()}
+    # hooks
 
     def _listen(self, optimizer: Optimizer) -> None:
         for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
@@ -182,7 +203,7 @@ class Attachment:
         ]
 
     def _check_rules(self, states: Mapping[str, BioModule]) -> None:
-        """Refuse a rule that no bound layer will ever follow."""
+        """Refuse a rule that no bound layer can ever follow."""
         for name in dict.fromkeys(rule.name for rule in self.rules):
             if name == "crystallize":  # it dampens factors; where all are 1, there may be none yet
                 for state in states.values():
@@ -191,18 +212,17 @@ class Attachment:
             thawed = {path: state for path, state in states.items() if state.weight.requires_grad}
             reasons = {path: state.why_never(name) for path, state in thawed.items()}
             if reasons and all(reason is not None for reason in reasons.values()):
-                told = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
-                raise PlasticityError(f"schedule: {name} has nothing to act on ({told})")
+                raise PlasticityError(f"schedule: {name} has nothing to act on ({describe_reasons(reasons)})")
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Prepare the weights, at once or as soon as the closure has made the gradients."""
+        """Prepare the weights, at once or when the closure has computed the gradients."""
         frame = sys._getframe(1)
         if self._running is not None and _is_within(frame, self._running):
             return None  # the step of a subclass has called that of its parent
         self._running, self._step = frame, None
         if not self._kept:
             self._kept = (self._model, optimizer)
-        if _will_be_skipped(optimizer):
+        if unscale_or_skip(optimizer):
             return None
         arguments = list(args[1:] if args and args[0] is optimizer else args)
         closure = arguments[0] if arguments else kwargs.get("closure")
@@ -225,8 +245,12 @@ class Attachment:
 
     def _prepare(self, optimizer: Optimizer) -> None:
         bound = self._binding.bind(optimizer)
-        self._watch()
-        watched = any(wants(observer, self.steps) for observer in self._observers)
+        if not self._are_watching:  # copied observers, which do not know the copied model yet
+            watch(self._observers, self._model)
+            self._are_watching = True
+        watched = any(
+            not hasattr(observer, "is_due") or observer.is_due(self.steps) for observer in self._observers
+        )
         step = OptimizerStep(
             self.steps, self.rules, self._group, watched=watched, exponentiated=self._exponentiated
         )
@@ -234,7 +258,7 @@ class Attachment:
         self._step = step
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Finish what :meth:`_before_step` has prepared; of a step that is skipped, there is nothing."""
+        """Finish the step that :meth:`_before_step` has prepared, unless it is skipped."""
         if sys._getframe(1) is not self._running:
             return
         step, self._running, self._step = self._step, None, None
@@ -245,13 +269,51 @@ class Attachment:
             observer(self.steps, step.layers)
         self.steps += 1
 
-    def _watch(self) -> None:
-        """Show observers that have been copied the model that they now observe."""
-        if not self._are_watching:
-            for observer in self._observers:
-                if hasattr(observer, "watch"):
-                    observer.watch(self._model)
-            self._are_watching = True
+
+def watch(observers: list[Observer], model: nn.Module) -> None:
+    """Show a model to the observers that have a method for it."""
+    for observer in observers:
+        if hasattr(observer, "watch"):
+            observer.watch(model)
+
+
+def attachments_of(optimizer: Optimizer) -> list[Attachment]:
+    """Return what is attached to an optimizer."""
+    defaults = vars(optimizer).get("defaults")
+    return list(defaults.attachments) if isinstance(defaults, CarriedDefaults) else []
+
+
+class CarriedDefaults(dict[str, Any]):
+    """An optimizer's default options, which are copied with the attachments of the optimizer.
+
+    torch copies no step hooks. Of an optimizer, its state, groups and defaults are copied and pickled, and of
+    these only the defaults are not in its state dict.
+    """
+
+    def __init__(self, options: Mapping[str, Any], attachments: list[Attachment]) -> None:
+        super().__init__(options)
+        self.attachments = attachments
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return CarriedDefaults, (dict(self), self.attachments)
+
+
+def _carry(optimizer: Optimizer, attachment: Attachment) -> None:
+    """Let copies of an optimizer be attached like the original."""
+    defaults = vars(optimizer).get("defaults")
+    if isinstance(defaults, CarriedDefaults):
+        defaults.attachments.append(attachment)
+    elif type(defaults) is dict:
+        optimizer.defaults = CarriedDefaults(defaults, [attachment])
+
+
+def _let_go(optimizer: Optimizer, attachment: Attachment) -> None:
+    """Undo :func:`_carry`."""
+    defaults = vars(optimizer).get("defaults")
+    if isinstance(defaults, CarriedDefaults):
+        defaults.attachments[:] = [kept for kept in defaults.attachments if kept is not attachment]
+        if not defaults.attachments:
+            optimizer.defaults = dict(defaults)
 
 
 def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
@@ -274,22 +336,5 @@ def _is_copied_alone(attachment: Attachment) -> bool:
 def _without_its_run() -> PlasticityError:
     return PlasticityError(
         "an attachment acts on its model and optimizer, and a copy of it alone on nothing: copy all three "
-        "together, copy.deepcopy((bio_model, optimizer, plasticity)), or attach anew"
+        "together, copy.deepcopy((bio_model, optimizer, plasticity)), or attach again"
     )
-
-
-def _will_be_skipped(optimizer: Optimizer) -> bool:
-    """Whether a step will change nothing; if it will, unscale the gradients of a ``GradScaler``.
-
-    The scaler does both itself, before the step, but for fused optimizers, which it tells to do it inside.
-    """
-    found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-    if found_inf is not None and bool(found_inf):
-        return True
-    if scale is not None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.div_(scale.to(parameter.grad.device))
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
-    return False

@@ -1,4 +1,4 @@
-"""Which of a model's weights an optimizer steps, and how factors reach them: looked up anew at each step."""
+"""Which of a model's weights an optimizer steps, and how factors reach them: looked up at each step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.exponentiated import refuse_decay
-from biofx.plasticity.optimizer_options import decoupled_decay, signature
+from biofx.plasticity.optimizer_trial import kinds_of
+from biofx.plasticity.optimizers import decoupled_decay, signature
 from biofx.plasticity.scale_survival import find_way
-from biofx.plasticity.trial_optimizer import kinds_of
-from biofx.plasticity.update_scaling import Way
+from biofx.plasticity.updates import Way, refuse_decay
 
 _HOLDERS: Any = WeakIdKeyDictionary()  # of each weight that is attached, a weak reference to its binding
 
@@ -31,7 +30,7 @@ class Bound:
     group: Mapping[str, Any]
     way: Way
     decay: float
-    """The fraction of the weight that decays in full, whatever its factors."""
+    """The fraction of the weight that decays whatever its factors."""
 
 
 class Binding:
@@ -40,8 +39,7 @@ class Binding:
     Args:
         states: plasticity of the model's weights, by path.
         free_decay: whether decoupled weight decay acts in full, whatever the factors.
-        exponentiated: whether updates of constrained weights are multiplicative, which leaves no place for
-            decay.
+        exponentiated: whether updates of constrained weights are multiplicative, which excludes decay.
         always_scales: whether a rule multiplies rates of weights that have no factors.
     """
 
@@ -53,36 +51,35 @@ class Binding:
         exponentiated: bool,
         always_scales: bool = False,
     ) -> None:
-        self.always_scales = always_scales
         self.states = dict(states)
         self.free_decay = free_decay
         self.exponentiated = exponentiated
+        self.always_scales = always_scales
         self._weights: dict[str, nn.Parameter] = {}
         self._ways: dict[Hashable, Way] = {}
         self._counters: frozenset[str] = frozenset()
 
     def bind(self, optimizer: Optimizer) -> dict[str, Bound]:
-        """Return the weights that an optimizer holds now, by path, with what its options say now.
+        """Return the weights that an optimizer holds now, by path, with its current options.
 
         Raises:
-            PlasticityError: a weight is another one than before, or is attached to another optimizer; or the
-                optimizer's options are such that factors cannot act. Nothing has been changed.
+            PlasticityError: a weight has been replaced, or is attached to another optimizer; or factors
+                cannot act under the optimizer's options. Nothing has been changed.
         """
         held = self._held(optimizer)
         of_group: dict[int, list[BioModule]] = {}
         for path, (_, group) in held.items():
             of_group.setdefault(id(group), []).append(self.states[path])
-        ways: dict[int, Way] = {}
-        decays: dict[int, float] = {}
+        found: dict[int, tuple[Way, float]] = {}
         bound: dict[str, Bound] = {}
         for path, (weight, group) in held.items():
-            if id(group) not in ways:
-                ways[id(group)] = self._way(optimizer, group, of_group[id(group)])
-                decays[id(group)] = decoupled_decay(optimizer, group) if self.free_decay else 0.0
+            if id(group) not in found:
+                way = self._way(optimizer, group, of_group[id(group)])
+                found[id(group)] = way, decoupled_decay(optimizer, group) if self.free_decay else 0.0
             state = self.states[path]
             if self.exponentiated and state.is_constrained:
                 refuse_decay(path, group)
-            bound[path] = Bound(state, weight, group, ways[id(group)], decays[id(group)])
+            bound[path] = Bound(state, weight, group, *found[id(group)])
         for path, (weight, _) in held.items():
             if path not in self._weights:
                 self._weights[path] = weight
@@ -104,13 +101,10 @@ class Binding:
         return reasons
 
     def release(self) -> None:
-        """Let other optimizers be attached to the weights."""
+        """Allow other optimizers to be attached to the weights."""
         for weight in self._weights.values():
             _HOLDERS.pop(weight, None)
         self.states, self._weights = {}, {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -132,8 +126,7 @@ class Binding:
             if weight is None or group is None:
                 continue
             holder = _HOLDERS.get(weight)
-            holder = None if holder is None else holder()
-            if holder is not None and holder is not self:
+            if holder is not None and holder() not in (None, self):
                 raise PlasticityError(
                     f"{path!r} is attached to an optimizer already; detach() that one first"
                 )
@@ -142,13 +135,13 @@ class Binding:
 
     def _way(self, optimizer: Optimizer, group: Mapping[str, Any], states: list[BioModule]) -> Way:
         if not self.always_scales and not any(state.has_rates for state in states):
-            return Way.UPDATE  # of nothing: there is no need to try
+            return Way.UPDATE  # nothing is multiplied, so a trial is not needed
         in_graph = any(state.scaled_in_graph for state in states)
-        what = kinds_of(state.weight for state in states), in_graph
-        key = signature(group, self._counters), what
+        kinds = kinds_of(state.weight for state in states)
+        key = signature(group, self._counters), kinds, in_graph
         if key not in self._ways:
-            found = find_way(optimizer, group, what[0], self._counters, scaled_in_graph=in_graph)
-            self._counters |= found.counters
-            key = signature(group, self._counters), what
-            self._ways[key] = found.way
+            way, counters = find_way(optimizer, group, kinds, self._counters, scaled_in_graph=in_graph)
+            self._counters |= counters
+            key = signature(group, self._counters), kinds, in_graph
+            self._ways[key] = way
         return self._ways[key]

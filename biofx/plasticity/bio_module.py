@@ -17,22 +17,27 @@ from biofx.operators.randomness import generator_for
 from biofx.operators.rate_draws import PURPOSE, RateDraw, rate_draw, told_of_place
 from biofx.operators.sign_kernels import write_signs
 from biofx.plasticity.bio_state import BioState
-from biofx.plasticity.dynamics import (
+from biofx.plasticity.optimizers import forget_direction
+from biofx.plasticity.rate_forms import FACTORS
+from biofx.plasticity.rate_rules import (
+    crystallize,
     evolve,
     following_factors,
     initial_factors,
     most_spread,
-    pooled,
+    multiply_by_volume,
     relative_smallness,
+    volume_factors,
 )
-from biofx.plasticity.moments import forget_direction
-from biofx.plasticity.rate_forms import FACTORS
-from biofx.plasticity.rules.crystallization import crystallize
-from biofx.plasticity.rules.rejuvenation import check_finite, protection_for, rejuvenate
-from biofx.plasticity.rules.scaling import input_strength, synaptic_scaling
-from biofx.plasticity.rules.volume import multiply_by_volume, volume_factors
 from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
-from biofx.plasticity.units import laid_out
+from biofx.plasticity.weight_layout import broadcast_units, pooled_magnitude
+from biofx.plasticity.weight_rules import (
+    check_finite,
+    input_strength,
+    protection_for,
+    rejuvenate,
+    synaptic_scaling,
+)
 
 _UPDATE = "update_fuzzy_learning_rates"
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
@@ -54,7 +59,8 @@ class BioModule(BioState):
 
     __jit_unused_properties__: ClassVar[list[str]] = [
         *BioState.__jit_unused_properties__,
-        *("is_dynamic", "follows_in_parts", "crystallizes_in_parts", "acting_factors", "_dampens_factors"),
+        *("is_dynamic", "follows_activity", "follows_in_parts", "crystallizes_in_parts"),
+        *("acting_factors", "_dampens_factors"),
     ]
 
     exposed_functions: ClassVar[tuple[str, ...]] = (
@@ -119,6 +125,11 @@ class BioModule(BioState):
     def is_dynamic(self) -> bool:
         """Whether the factors go on changing."""
         return self.config.fuzzy_lr_dynamic and self.config.fuzzy_lr_distribution in CHANGING
+
+    @property
+    def follows_activity(self) -> bool:
+        """Whether the factors change with the activity of the layer's units."""
+        return self.is_dynamic and self.config.fuzzy_lr_distribution is Distribution.ACTIVITY
 
     def draw(self) -> None:
         """Draw the factors that the config asks for, replacing those there are.
@@ -289,7 +300,7 @@ class BioModule(BioState):
         """Return the part of following factors that follows."""
         if self.config.fuzzy_lr_distribution is Distribution.WEIGHT_ADAPTIVE:
             return relative_smallness(
-                pooled(self.weight, self.config.fuzzy_lr_granularity, self.output_axis).float()
+                pooled_magnitude(self.weight, self.config.fuzzy_lr_granularity, self.output_axis).float()
             )
         granularity, groups = self.config.fuzzy_lr_granularity, self.groups
         if self.activity is None or self.activity.min() < 0 or granularity == "layer":
@@ -297,7 +308,7 @@ class BioModule(BioState):
         smallness = relative_smallness(self.activity)
         if granularity == "neuron" and self.output_axis == 1:
             smallness, groups = smallness.reshape(groups, -1).mean(0), 1
-        return laid_out(smallness, self.weight, output_axis=self.output_axis, groups=groups)
+        return broadcast_units(smallness, self.weight, output_axis=self.output_axis, groups=groups)
 
     # rules on gradients
 

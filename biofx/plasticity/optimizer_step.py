@@ -1,28 +1,82 @@
-"""What happens to weights around one step of their optimizer."""
+"""One step of an optimizer: the rules that are due, and what happens to weights around it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from biofx.options import Range
 from biofx.plasticity.binding import Bound
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.exponentiated import exponentiate
-from biofx.plasticity.ranks import average_activity
-from biofx.plasticity.schedule import LayerStep, Rule
-from biofx.plasticity.sharded_state import whole
+from biofx.plasticity.optimizers import may_move_without_gradient
+from biofx.plasticity.ranks import average_activity, whole
 from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part
-from biofx.plasticity.update_scaling import BeforeStep, Way, remember, rescale
+from biofx.plasticity.updates import BeforeStep, Way, exponentiate, remember, rescale
 
 _BEFORE_STEP = ("crystallize", "update_fuzzy_learning_rates")
 _BUILT_IN = ("fuzzy_learning_rates", "volume_dependent_lr", *_BEFORE_STEP)
 _ON_WEIGHTS = ("rejuvenate_weights", "synaptic_scaling")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a plasticity rule runs.
+
+    Raises:
+        OptionError: ``every`` is not positive, ``after`` negative, or ``until`` not past ``after``.
+    """
+
+    name: str
+    """A method that the model's layers offer, e.g. ``"rejuvenate_weights"``."""
+    every: int = 1
+    """Optimizer steps from one run to the next, a count >= 1."""
+    after: int = 0
+    """Optimizer steps before the first run, a count."""
+    until: int | None = None
+    """Optimizer steps after which it no longer runs; None for no end."""
+
+    def __post_init__(self) -> None:
+        Range(1, whole=True).check(f"rule {self.name!r}: every", self.every)
+        Range(0, whole=True).check(f"rule {self.name!r}: after", self.after)
+        if self.until is not None:
+            Range(self.after + 1, whole=True).check(f"rule {self.name!r}: until", self.until)
+
+    def is_due(self, step: int) -> bool:
+        """Whether it runs at the optimizer's step of that number, counted from 0."""
+        past_end = self.until is not None and step >= self.until
+        return step >= self.after and not past_end and (step - self.after) % self.every == 0
+
+
+@dataclass
+class LayerStep:
+    """What one optimizer step did to one weight."""
+
+    state: BioModule
+    gradient_norm: float = float("nan")
+    """L2 norm of the gradient after backward, factors in the graph included; NaN if not requested."""
+    update_norm: float = float("nan")
+    """L2 norm of the change of the weight by the step, without rules on weights; NaN if not requested."""
+    touched: dict[str, int] = field(default_factory=dict)
+    """Synapses that each rule touched, by the rule's name."""
+
+    def run(self, name: str, *args: Any) -> None:
+        """Run a rule and note how many synapses it touched."""
+        result = getattr(self.state, name)(*args)
+        self.touched[name] = result if isinstance(result, int) else 0
+
+
+Observer = Callable[[int, Mapping[str, LayerStep]], object]
+"""Called after each step with its number, from 0, and what it did to each weight, by path.
+
+An observer may have two further methods: ``watch(model)``, called once by :func:`attach`, and
+``is_due(step)``, whether it needs the norms of that step, which cost a pass over each weight.
+"""
 
 
 @dataclass
@@ -45,15 +99,16 @@ class OptimizerStep:
         number: of the step, from 0.
         rules: of the schedule.
         group: ranks that agree on activity, None for this one alone.
-        watched: whether norms are asked for.
+        watched: whether norms are requested.
         exponentiated: whether updates of constrained weights are multiplicative.
     """
 
     def __init__(
         self, number: int, rules: tuple[Rule, ...], group: Any, *, watched: bool, exponentiated: bool
     ) -> None:
-        self._number, self._rules, self._group = number, rules, group
-        self._watched, self._exponentiated = watched, exponentiated
+        self._scheduled = {rule.name for rule in rules}
+        self._due = [rule.name for rule in rules if rule.is_due(number)]
+        self._group, self._watched, self._exponentiated = group, watched, exponentiated
         self._weights: dict[str, _Weight] = {}
         self._gradients: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -64,28 +119,27 @@ class OptimizerStep:
 
     @torch.no_grad()
     def prepare(self, optimizer: Optimizer, bound: Mapping[str, Bound]) -> None:
-        """Run the rules on gradients, then scale what is to be scaled."""
+        """Run the rules on gradients, then multiply the gradients that factors act on."""
         try:
             for path, weight in bound.items():
                 if weight.weight.grad is not None:
-                    layer = LayerStep(weight.state, float("nan"), float("nan"))
-                    stepped = self._weights[path] = _Weight(weight, layer)
+                    stepped = self._weights[path] = _Weight(weight, LayerStep(weight.state))
                     self._prepare(optimizer, stepped, weight.weight.grad)
         except BaseException:
-            self.restore_gradients()
+            self._restore_gradients()
             raise
 
     @torch.no_grad()
     def finish(self, optimizer: Optimizer) -> None:
         """Rescale updates, write signs back, then run the rules on weights."""
-        self.restore_gradients()
+        self._restore_gradients()
         for stepped in self._weights.values():
             self._finish(optimizer, stepped)
-        for rule in self._rules:
-            if rule.name not in _BUILT_IN and rule.is_due(self._number):
-                self._run_on_weights(rule.name, optimizer)
+        for name in self._due:
+            if name not in _BUILT_IN:
+                self._run_on_weights(name, optimizer)
 
-    def restore_gradients(self) -> None:
+    def _restore_gradients(self) -> None:
         """Put the gradients back as the backward left them."""
         for weight, original, own in self._gradients:
             if weight.grad is own:  # else the optimizer has taken it away
@@ -97,19 +151,19 @@ class OptimizerStep:
         state, weight = bound.state, bound.weight
         if self._watched:
             layer.gradient_norm = norm_of_part(local(gradient), gradient)
-        in_parts = not self._reads_values(state)
+        in_parts = not self._reads_all(state)
         if is_sharded(weight) and not in_parts:
             self._own_gradient(bound)
         with nullcontext() if in_parts else whole(state):
-            unscaled = self._change_factors(bound, layer)
-            multiplier = self._multiplier(bound, layer, done_in_graph=not unscaled)
-            if bound.way is Way.GRADIENT and _remembers(optimizer, weight):
+            is_unscaled = self._change_factors(bound, layer)
+            multiplier = self._multiplier(bound, layer, done_in_graph=not is_unscaled)
+            if bound.way is Way.GRADIENT and may_move_without_gradient(optimizer, weight):
                 stepped.frozen = _frozen(state, weight)
-        in_full = multiplier is not None and bound.way is Way.UPDATE
+        scales_update = multiplier is not None and bound.way is Way.UPDATE
         exponential = self._exponentiated and state.is_constrained
-        if in_full or self._watched or exponential or stepped.frozen is not None:
+        if scales_update or self._watched or exponential or stepped.frozen is not None:
             stepped.before = remember(optimizer, bound.group, weight)
-        if in_full:
+        if scales_update:
             stepped.multiplier = multiplier
         elif multiplier is not None:
             scaled = self._own_gradient(bound)
@@ -127,52 +181,44 @@ class OptimizerStep:
         weight.grad = own
         return own
 
-    def _reads_values(self, state: BioModule) -> bool:
-        """Whether a rule that is due before this step must see all of a layer's weight or gradient."""
+    def _reads_all(self, state: BioModule) -> bool:
+        """Whether a rule that is due before this step needs all of a sharded weight or gradient."""
         follows = state.is_dynamic and not state.follows_in_parts
-        dampens = self._is_due("crystallize") and not state.crystallizes_in_parts
-        return follows or dampens or self._is_due("volume_dependent_lr")
+        dampens = "crystallize" in self._due and not state.crystallizes_in_parts
+        return follows or dampens or "volume_dependent_lr" in self._due
 
     def _change_factors(self, bound: Bound, layer: LayerStep) -> bool:
-        """Run the rules that change factors; return whether the gradient now is without factors.
+        """Run the rules that change factors; return whether the gradient is now without factors.
 
-        Where the graph has scaled the gradient, it did so with the factors from before.
+        Where the graph has scaled the gradient, it did so with the earlier factors.
         """
-        state = bound.state
-        scheduled = any(rule.name == "update_fuzzy_learning_rates" for rule in self._rules)
-        names = ["crystallize"] if self._is_due("crystallize") else []
-        if state.is_dynamic and (not scheduled or self._is_due("update_fuzzy_learning_rates")):
-            names.append("update_fuzzy_learning_rates")
+        state, update = bound.state, "update_fuzzy_learning_rates"
+        names = ["crystallize"] if "crystallize" in self._due else []
+        if state.is_dynamic and (update not in self._scheduled or update in self._due):
+            names.append(update)
         able = [name for name in names if state.why_not(name) is None]
         dampened = state.memory.dampening is not None
         needed = state.scaled_in_graph and (able or bound.way is Way.UPDATE or dampened)
         factors = state.fuzzy_learning_rate_parameters if needed else None
         used = factors.clone() if factors is not None and able else factors
-        if "update_fuzzy_learning_rates" in able:
+        if update in able:
             average_activity(state, self._group)
         for name in able:
-            result = getattr(state, name)()
-            layer.touched[name] = result if isinstance(result, int) else 0
-        if not state.scaled_in_graph:
-            return True
-        if used is not None:
+            layer.run(name)
+        if state.scaled_in_graph and used is not None:
             self._own_gradient(bound)
             state.unscale_gradient(used)
-            return True
-        return False
+        return not state.scaled_in_graph or used is not None
 
     def _multiplier(self, bound: Bound, layer: LayerStep, *, done_in_graph: bool) -> Tensor | None:
         """Return what gradient or update is to be multiplied by, None for nothing."""
         state = bound.state
         factors = None if done_in_graph else state.acting_factors
-        if not self._is_due("volume_dependent_lr"):
+        if "volume_dependent_lr" not in self._due:
             return factors
         volume = state.volume_factors()
         layer.touched["volume_dependent_lr"] = volume.numel()
         return volume if factors is None else volume.mul_(factors.to(volume.dtype))
-
-    def _is_due(self, name: str) -> bool:
-        return any(rule.name == name and rule.is_due(self._number) for rule in self._rules)
 
     def _finish(self, optimizer: Optimizer, stepped: _Weight) -> None:
         bound, layer, before = stepped.bound, stepped.layer, stepped.before
@@ -188,7 +234,7 @@ class OptimizerStep:
             layer.update_norm = norm_of_part(weight - before.weight, bound.weight)
         stepped.before = stepped.multiplier = stepped.frozen = None
         if layer.state.is_constrained:
-            layer.touched["enforce_dales_principle"] = layer.state.enforce_dales_principle()
+            layer.run("enforce_dales_principle")
 
     def _run_on_weights(self, name: str, optimizer: Optimizer) -> None:
         able = [layer for layer in self.layers.values() if layer.state.why_not(name) is None]
@@ -196,16 +242,8 @@ class OptimizerStep:
             with whole(layer.state, factors=False):
                 layer.state.check(name)
         for layer in able:
-            rule = getattr(layer.state, name)
             with whole(layer.state, optimizer, factors=name not in _ON_WEIGHTS):
-                result = rule(optimizer) if name == "rejuvenate_weights" else rule()
-            layer.touched[name] = result if isinstance(result, int) else 0
-
-
-def _remembers(optimizer: Optimizer, weight: Tensor) -> bool:
-    """Whether an optimizer keeps anything that could move a synapse whose gradient is 0."""
-    state = optimizer.state.get(weight, {})
-    return any(not isinstance(value, Tensor) or value.dim() > 0 for value in state.values())
+                layer.run(name, *[optimizer] if name == "rejuvenate_weights" else [])
 
 
 def _frozen(state: BioModule, weight: Tensor) -> Tensor | None:

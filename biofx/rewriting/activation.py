@@ -14,7 +14,7 @@ from biofx.capture.capture import trace_function
 from biofx.errors import CaptureError
 from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
-from biofx.plasticity.placement import bio_module_at, bio_module_path
+from biofx.plasticity.model_states import bio_module_at, bio_module_path
 
 SPLITTING_ACTIVATION = "splitting_activation"
 """What a layer's ``bio_mod`` calls the activation that is applied before its synapses are summed."""

@@ -11,8 +11,7 @@ from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.options import Feeds
 from biofx.plasticity.bio_state import rule_config
-from biofx.plasticity.model_rules import bio_modules
-from biofx.plasticity.placement import is_taken, state_of
+from biofx.plasticity.model_states import bio_modules, is_taken, state_of
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.registry import available_passes

@@ -26,7 +26,7 @@ from biofx.analysis.groups import UnitGroups
 from biofx.analysis.layout import Axis
 from biofx.graph.regions import region_output
 from biofx.layers.weight_site import WeightSite
-from biofx.plasticity.placement import kept_state
+from biofx.plasticity.model_states import kept_state
 from biofx.rewriting.gains import has_own_bias, shared_parameters
 
 _ANY_NUMBER_OF_CHANNELS: frozenset[Rule] = frozenset(

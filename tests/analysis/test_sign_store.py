@@ -15,7 +15,7 @@ import biofx
 from biofx.layers.sites import find_sites
 from biofx.passes import ConstrainSigns, SplitWeights
 from biofx.plasticity import BioModule
-from biofx.plasticity.placement import bio_module_at
+from biofx.plasticity.model_states import bio_module_at
 from biofx.select import Override
 from tests.analysis.nets import Net
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import biofx
 from biofx import BioConfig, BioConverter, CheckpointError, Rule
 from biofx.passes import ScaleGradients, SplitWeights
-from biofx.plasticity.model_rules import bio_modules
+from biofx.plasticity.model_states import bio_modules
 
 RULES: list[Rule | str] = [
     "crystallize",

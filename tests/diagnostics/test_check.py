@@ -20,7 +20,7 @@ import biofx
 from biofx import Audit, BioConfig, BioConverter, BioGraphModule, Distribution, InputError, InvariantError
 from biofx.diagnostics.check import INVARIANTS
 from biofx.operators.synapse_ops import constrain_sign, pool_synapses, scale_gradient
-from biofx.plasticity.placement import bio_module_at
+from biofx.plasticity.model_states import bio_module_at
 
 EVERYTHING = BioConfig(
     weight_splitting_Gamma=2,

@@ -16,7 +16,7 @@ from biofx.diagnostics.effective_signs import SignCount, count_signs
 from biofx.layers.constant_part import ConstantPart
 from biofx.layers.weight_uses import Treatment, weight_uses
 from biofx.operators import synapse_ops as ops
-from biofx.plasticity.model_rules import bio_modules
+from biofx.plasticity.model_states import bio_modules
 
 DALE = BioConfig(
     apply_dales_principle=True,

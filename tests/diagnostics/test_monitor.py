@@ -25,7 +25,7 @@ from biofx.diagnostics.monitor_plot import series_of
 from biofx.diagnostics.monitor_records import HISTOGRAM_EDGES, Sink
 from biofx.diagnostics.monitor_table import short_name
 from biofx.passes import ConstrainSigns
-from biofx.plasticity.schedule import LayerStep
+from biofx.plasticity.optimizer_step import LayerStep
 
 DALE = BioConfig(apply_dales_principle=True, dales_constrain_inputs=True, dales_constrain_readout=True)
 TARGETS = torch.tensor([0, 1, 1, 0, 1])

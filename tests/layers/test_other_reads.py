@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx.layers.sites import find_sites
-from biofx.plasticity.model_rules import bio_modules
+from biofx.plasticity.model_states import bio_modules
 
 WEIGHTS = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.3)
 ALL = WEIGHTS.replace(fuzzy_lr_parameters="all")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx.layers.sites import find_sites
-from biofx.plasticity.model_rules import bio_modules
+from biofx.plasticity.model_states import bio_modules
 
 SCALED = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.3)
 EVERYTHING = SCALED.replace(
@@ -142,7 +142,7 @@ def test_rules_on_synapses_leave_them_alone() -> None:
     for rule in ("volume_dependent_lr", "crystallize"):
         assert state.why_not(rule) is None
     before = state.weight.detach().clone()
-    replaced = biofx.plasticity.model_rules.apply_rule(bio_model, "rejuvenate_weights")
+    replaced = biofx.plasticity.model_states.apply_rule(bio_model, "rejuvenate_weights")
     assert isinstance(replaced["hidden.weight"], int)
     assert torch.equal(state.weight, before)
     assert copy.deepcopy(bio_model).get_submodule("words").bio_mod.why_no_synapses  # type: ignore[union-attr]

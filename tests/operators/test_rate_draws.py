@@ -11,7 +11,7 @@ from biofx.operators.distributions import GRANULARITIES, INDEPENDENT, Distributi
 from biofx.operators.randomness import generator_for
 from biofx.operators.rate_draws import RateDraw, rate_draw
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.dynamics import initial_factors
+from biofx.plasticity.rate_rules import initial_factors
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BioConfig, BioModule, Distribution, OptionError, PlasticityError, Rule, attach
-from biofx.plasticity.schedule import LayerStep
+from biofx.plasticity.optimizer_step import LayerStep
 
 FRONT_DOORS: dict[str, Callable[[nn.Module, BioConfig], nn.Module]] = {
     "converter": lambda model, config: biofx.BioConverter(config)(model),

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx.plasticity.balance import DENSITY, FEWEST, balanced, rows_back, rows_first
+from biofx.plasticity.weight_layout import rows_of_units, weight_of_rows
+from biofx.plasticity.weight_rules import DENSITY, FEWEST, balanced
 
 
 def drawn(rows: int = 40, synapses: int = 400) -> tuple[Tensor, Tensor]:
@@ -64,8 +65,8 @@ def test_rows_are_those_of_the_postsynaptic_units(
     shape: tuple[int, ...], transposed: bool, groups: int
 ) -> None:
     weight = torch.randn(shape)
-    rows = rows_first(weight, transposed=transposed, groups=groups)
-    assert torch.equal(rows_back(rows, weight, transposed=transposed, groups=groups), weight)
+    rows = rows_of_units(weight, output_axis=int(transposed), groups=groups)
+    assert torch.equal(weight_of_rows(rows, weight, output_axis=int(transposed), groups=groups), weight)
     if not transposed:
         assert torch.equal(rows, weight.flatten(1))
         return

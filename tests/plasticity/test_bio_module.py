@@ -12,7 +12,7 @@ from torch import nn
 import biofx
 from biofx import BioConfig, Distribution, PlasticityError
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.placement import bio_module_at, bio_module_path
+from biofx.plasticity.model_states import bio_module_at, bio_module_path
 
 
 def test_state_is_made_beside_the_weight_once() -> None:

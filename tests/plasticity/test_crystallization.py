@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import PlasticityError
-from biofx.plasticity.rules.crystallization import crystallize
+from biofx.plasticity.rate_rules import crystallize
 
 OPTIONS = {"threshold": 0.1, "dampening": 0.5, "floor": 0.01}
 

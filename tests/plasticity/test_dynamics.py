@@ -13,7 +13,8 @@ import biofx
 from biofx import Distribution, OptionError
 from biofx.operators import blocks
 from biofx.operators.randomness import generator_for
-from biofx.plasticity.dynamics import evolve, following_factors, initial_factors, pooled, relative_smallness
+from biofx.plasticity.rate_rules import evolve, following_factors, initial_factors, relative_smallness
+from biofx.plasticity.weight_layout import pooled_magnitude
 
 COUNT = 30_000  # below what torch splits between threads, whose waiting would cost more than the work
 
@@ -212,10 +213,10 @@ def test_granularity_says_what_shares_a_factor(
 
 def test_coarse_weight_adaptive_factors_follow_the_mean_magnitude() -> None:
     weight = torch.tensor([[1.0, -3.0], [0.5, 0.5]])
-    assert pooled(weight, "neuron", 0).tolist() == [[2.0], [0.5]]
-    assert pooled(weight, "neuron", 1).tolist() == [[0.75, 1.75]]
-    assert pooled(weight, "layer", 0).tolist() == [[1.25]]
-    assert torch.equal(pooled(weight, "element", 0), weight.abs())
+    assert pooled_magnitude(weight, "neuron", 0).tolist() == [[2.0], [0.5]]
+    assert pooled_magnitude(weight, "neuron", 1).tolist() == [[0.75, 1.75]]
+    assert pooled_magnitude(weight, "layer", 0).tolist() == [[1.25]]
+    assert torch.equal(pooled_magnitude(weight, "element", 0), weight.abs())
 
 
 def test_smallness_is_bounded_and_even_where_all_is_zero() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from biofx import PlasticityError
-from biofx.plasticity.optimizer_options import decoupled_decay, has_decay, signature, without_decay
+from biofx.plasticity.optimizers import decoupled_decay, has_decay, signature, without_decay
 
 
 def test_schedules_do_not_change_the_signature_and_switches_do() -> None:

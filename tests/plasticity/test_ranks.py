@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import biofx
-from biofx.plasticity.ranks import average_activity, follows_activity, group_to_agree_with
+from biofx.plasticity.ranks import average_activity, group_to_agree_with
 
 RUN = """
 import os
@@ -87,7 +87,7 @@ def test_one_process_agrees_with_itself(mlp: nn.Module) -> None:
     bio_model, _ = biofx.transform(mlp, config)
     bio_model(torch.randn(5, 4))
     states = [module for module in bio_model.modules() if isinstance(module, biofx.BioModule)]
-    assert all(follows_activity(state) for state in states)
+    assert all(state.follows_activity for state in states)
     assert group_to_agree_with(bio_model, states) is None
     (activity,) = (state.activity for state in states if state.path == "0.weight")
     assert activity is not None

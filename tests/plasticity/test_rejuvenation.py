@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import biofx
 from biofx import NonFiniteWeightError, OptionError
 from biofx.operators.randomness import generator_for
-from biofx.plasticity.rules.rejuvenation import check_finite, expected_turnover, protection_for, rejuvenate
+from biofx.plasticity.weight_rules import check_finite, expected_turnover, protection_for, rejuvenate
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

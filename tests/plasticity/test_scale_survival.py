@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from biofx import PlasticityError
-from biofx.plasticity.scale_survival import find_way, refuse_closures
-from biofx.plasticity.trial_optimizer import kinds_of
+from biofx.plasticity.optimizer_trial import kinds_of
+from biofx.plasticity.optimizers import refuse_closures
+from biofx.plasticity.scale_survival import find_way
 from tests.plasticity.displacements import Make, errors
 
 
 def way(cls: Any, shape: tuple[int, ...] = (4, 3), **options: Any) -> str:
     weight = nn.Parameter(torch.ones(shape))
     optimizer = cls([weight], **options)
-    return find_way(optimizer, optimizer.param_groups[0], kinds_of([weight])).way.value
+    return find_way(optimizer, optimizer.param_groups[0], kinds_of([weight]))[0].value
 
 
 TORCH: dict[str, tuple[Make, str]] = {
@@ -210,7 +211,7 @@ def test_own_attributes_are_there_and_the_models_weights_are_not() -> None:
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.full((3,), 5.0)
     optimizer = Signed([weight], lr=0.1)
-    assert find_way(optimizer, optimizer.param_groups[0], kinds_of([weight])).way.value == "update"
+    assert find_way(optimizer, optimizer.param_groups[0], kinds_of([weight]))[0].value == "update"
     assert torch.equal(weight, torch.ones(3))
     assert torch.equal(weight.grad, torch.full((3,), 5.0))
     assert optimizer.seen == {"steps": 0}

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor, nn
 
 import biofx
-from biofx.plasticity.sharded_model import parts_not_called, refuse_parts_alone
+from biofx.plasticity.ranks import parts_not_called, refuse_parts_alone
 
 
 def shard_by_itself(module: Any) -> None:

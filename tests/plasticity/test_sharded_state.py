@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from biofx.plasticity import BioModule
-from biofx.plasticity.sharded_state import shard_state, whole
+from biofx.plasticity.ranks import shard_state, whole
 
 
 def test_a_whole_layer_is_left_as_it_is() -> None:

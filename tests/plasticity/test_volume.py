@@ -9,7 +9,7 @@ from torch import nn
 
 import biofx
 from biofx.operators.randomness import generator_for
-from biofx.plasticity.rules.volume import volume_factors
+from biofx.plasticity.rate_rules import volume_factors
 
 WEIGHT = torch.tensor([[0.0, -1.0, 2.0], [5.0, 0.5, -3.5]])  # the mean of |w| is 2
 

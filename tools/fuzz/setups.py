@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx.plasticity.model_rules import bio_modules
+from biofx.plasticity.model_states import bio_modules
 from fuzz.model_kinds import MODELS
 from fuzz.random_models import random_model
 

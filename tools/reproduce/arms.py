@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import biofx
-from biofx.plasticity.schedule import LayerStep, Observer
+from biofx.plasticity.optimizer_step import LayerStep, Observer
 
 _OFF = biofx.BioConfig(fuzzy_lr_distribution=biofx.Distribution.BASELINE)
 _RATES = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.5)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import biofx
-from biofx.plasticity.schedule import Observer
+from biofx.plasticity.optimizer_step import Observer
 from reproduce.data import Data, Part
 
 GRID = (0.01, 0.02, 0.05, 0.1)

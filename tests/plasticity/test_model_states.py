@@ -8,7 +8,7 @@ from torch import nn
 
 import biofx
 from biofx import BioModule, NonFiniteWeightError, PlasticityError
-from biofx.plasticity.model_rules import apply_rule, bio_modules, exposed_rules, prepare_states
+from biofx.plasticity.model_states import apply_rule, bio_modules, exposed_rules, prepare_states
 
 
 def converted() -> Any:

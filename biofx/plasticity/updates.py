@@ -1,17 +1,20 @@
-"""A step of an optimizer, made smaller or larger afterwards for each synapse.
+"""An optimizer's step, changed afterwards: scaled for each synapse, or made multiplicative.
 
 Some optimizers keep more than one iterate of a weight. Averaged gradient descent (``ASGD``) keeps the mean of
-the weights so far; schedule-free ones step a sequence z, and train at y, between z and its mean x. What is
-evaluated there is the mean, so it has to move by the factor too.
+the weights so far; schedule-free ones step a sequence z, and train at y, between z and its mean x. Evaluation
+uses the mean, so the mean has to move by the factor too.
 
-Source: Defazio, Yang, Mehta, Mishchenko, Khaled, Cutkosky, "The Road Less Scheduled", NeurIPS 2024:
+Sources: Defazio, Yang, Mehta, Mishchenko, Khaled, Cutkosky, "The Road Less Scheduled", NeurIPS 2024:
 y = (1 - β) z + β x, and x takes in z with the weight c, so that y moves by 1 - β (1 - c) as far as z.
+Exponentiated gradient: Cornford, Pogodin, Ghosh, Sheng, Bicknell, Codol, Clark, Lajoie, Richards, "Brain-like
+learning with exponentiated gradients", bioRxiv 2024.10.25.620272; Kivinen, Warmuth, "Exponentiated gradient
+versus gradient descent for linear predictors", Information and Computation 132 (1997).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -19,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from biofx.errors import PlasticityError
 from biofx.plasticity.shards import local, local_part
 
+UPDATES = ("additive", "exponentiated")
 _MEAN, _MEAN_WEIGHT = "ax", "mu"
 _SEQUENCE, _WEIGHT_SUM = "z", "weight_sum"
 
@@ -34,25 +39,25 @@ class Way(Enum):
 
 @dataclass
 class BeforeStep:
-    """A weight, and what else the optimizer has of it, before a step."""
+    """A weight, and the optimizer's further iterates of it, before a step."""
 
     weight: Tensor
     """This rank's part."""
+    options: Mapping[str, Any]
     sequence: Tensor | None = None
     weight_sum: float = 0.0
     mean_weight: float = 0.0
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def remember(optimizer: Optimizer, group: Mapping[str, Any], weight: nn.Parameter) -> BeforeStep:
-    """Return what :func:`rescale` has to know from before a step.
+    """Return what :func:`rescale` needs from before a step.
 
     Args:
         optimizer: about to step.
         group: the weight's.
         weight: whole or sharded.
     """
-    before = BeforeStep(local(weight.detach()).clone(), options=group)
+    before = BeforeStep(local(weight.detach()).clone(), group)
     state = optimizer.state.get(weight, {})
     if _WEIGHT_SUM in group:
         before.weight_sum = float(group[_WEIGHT_SUM])
@@ -65,21 +70,16 @@ def remember(optimizer: Optimizer, group: Mapping[str, Any], weight: nn.Paramete
 
 @torch.no_grad()
 def rescale(
-    before: BeforeStep,
-    optimizer: Optimizer,
-    weight: nn.Parameter,
-    multiplier: Tensor,
-    *,
-    decay: float = 0.0,
+    before: BeforeStep, optimizer: Optimizer, weight: nn.Parameter, multiplier: Tensor, *, decay: float = 0.0
 ) -> None:
-    """Let a step that was taken count as much as a factor says; one of 0 leaves a weight as it was.
+    """Multiply the step that was taken by factors; a factor of 0 leaves a weight as it was, to the bit.
 
     Args:
         before: from before the step.
         optimizer: has stepped.
         weight: whole or sharded, changed in place, and with it the optimizer's further iterates.
         multiplier: broadcastable to the whole weight.
-        decay: the fraction of the weight that decays in full.
+        decay: the fraction of the weight that decays whatever the factor.
     """
     part, state = local(weight.detach()), optimizer.state.get(weight, {})
     factors = local_part(multiplier, weight).expand_as(part).to(part.dtype)
@@ -99,7 +99,7 @@ def rescale(
 
 
 def _rescale_between(before: BeforeStep, part: Tensor, sequence: Tensor, factors: Tensor) -> None:
-    """Rescale the step of a schedule-free sequence, and let the weight follow, as far as it does."""
+    """Rescale the step of a schedule-free sequence, and move the weight as far as it follows that."""
     group = before.options
     momentum = float(group["betas"][0] if "betas" in group else group["momentum"])
     total = float(group[_WEIGHT_SUM])
@@ -109,3 +109,32 @@ def _rescale_between(before: BeforeStep, part: Tensor, sequence: Tensor, factors
     followed = part.add(scaled - sequence, alpha=1 - momentum * (1 - share))
     sequence.copy_(scaled)
     part.copy_(torch.where(factors == 0, before.weight, followed))
+
+
+@torch.no_grad()
+def exponentiate(weight: Tensor, old: Tensor, signs: Tensor) -> None:
+    """Replace an additive update by a multiplicative one: w = old · exp(sign · (w - old)), in place.
+
+    With plain gradient descent, whose update is -η g, that is old · exp(-η g sign). Weights of 0 stay 0;
+    those whose unit has no sign keep their additive update.
+
+    Args:
+        weight: after the optimizer's step, any shape.
+        old: before it.
+        signs: +1, -1 or 0, broadcastable to the weight.
+    """
+    grown = old * torch.exp((weight - old) * signs)
+    weight.copy_(torch.where(signs == 0, weight, grown))
+
+
+def refuse_decay(path: str, group: Mapping[str, Any]) -> None:
+    """Refuse weight decay, which a multiplicative update cannot apply.
+
+    Raises:
+        PlasticityError: the parameter group has some.
+    """
+    if group.get("weight_decay"):
+        raise PlasticityError(
+            f"updates='exponentiated': expected weight_decay=0 for {path!r}, found {group['weight_decay']}; "
+            "a multiplicative update has no place for it"
+        )

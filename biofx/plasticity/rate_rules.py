@@ -1,0 +1,275 @@
+"""Rules that change learning rates: dynamic factors, crystallization, volume-dependent plasticity.
+
+Source of all: Hofmann, Becker, Tetzlaff, Mäder, Nature Communications 16 (2025),
+doi 10.1038/s41467-025-60078-9, in the parametrisation of the user guide.
+
+Dynamic factors follow time, weights or activity. Deviations: temporal factors follow a stationary
+autoregressive process, so their diversity neither dies nor grows; the random part of weight- and
+activity-dependent factors is drawn once and kept.
+
+Crystallization (synaptic stabilization): synapses that have settled, or are shaken too hard, become less
+plastic. Deviations: a synapse that carries no gradient at all is never caught, so dead units are left alone;
+a factor never falls below a floor.
+
+Volume-dependent plasticity: large synapses are stable, small ones are not. Spine volume and its changes:
+Kasai, Fukuda, Watanabe, Hayashi-Takagi, Noguchi, "Structural dynamics of dendritic spines in memory and
+cognition", Trends in Neurosciences 33 (2010). Deviations: a weight counts as large relative to the mean
+magnitude of its layer, so that the rule means the same at any scale of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from biofx.operators.blocks import for_each_block, mean_over
+from biofx.operators.distributions import Distribution, draw_factors, symmetric, truncated
+from biofx.operators.levels import drawn_from, normal_quantiles
+from biofx.plasticity.weight_layout import pooled_magnitude, write_flat
+
+FOLLOWING = (Distribution.WEIGHT_ADAPTIVE, Distribution.ACTIVITY)
+"""The distributions whose factors are 1 + ν · c · u, with a random part u and a part c that can change."""
+_LARGEST = 1.5
+
+
+# dynamic factors
+
+
+def initial_factors(
+    distribution: Distribution,
+    weight: Tensor,
+    *,
+    nu: float,
+    low: float,
+    high: float,
+    generator: Generator,
+    depth: float = 0.0,
+    granularity: str = "element",
+    output_axis: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """Draw the factors that training starts with.
+
+    Returns:
+        The factors, float32, and for distributions that follow weights or activity their random part u.
+
+    Raises:
+        OptionError: the bounds leave no room.
+    """
+    magnitude = pooled_magnitude(weight, granularity, output_axis)
+    if distribution in FOLLOWING and nu:
+        noise = (
+            truncated(lambda _, count, own: symmetric(count, own), magnitude.numel(), -1, 1, "u", generator)
+            .reshape(magnitude.shape)
+            .to(magnitude.device, torch.float32)
+        )
+        smallness = relative_smallness(magnitude) if distribution is Distribution.WEIGHT_ADAPTIVE else 1.0
+        return following_factors(noise, smallness, nu=nu, low=low, high=high, generator=generator), noise
+    static = Distribution.NORMAL if distribution is Distribution.TEMPORAL else distribution
+    static = Distribution.BASELINE if distribution in FOLLOWING else static
+    return draw_factors(static, magnitude, nu=nu, low=low, high=high, generator=generator, depth=depth), None
+
+
+def most_spread(nu: float) -> float:
+    """Return how far factors that follow can be from 1 at the most, dimensionless."""
+    return _LARGEST * nu
+
+
+def relative_smallness(values: Tensor) -> Tensor:
+    """Return clip(2 - v / mean v, ½, 1½): small weights, and quiet units, vary more than others."""
+    mean = values.mean()
+    relative = torch.where(mean > 0, values / mean, torch.ones_like(values))
+    return (2 - relative).clamp(0.5, _LARGEST)
+
+
+def following_factors(
+    noise: Tensor, smallness: Tensor | float, *, nu: float, low: float, high: float, generator: Generator
+) -> Tensor:
+    """Return 1 + ν · c · u; where that leaves the bounds, u is drawn again, in place."""
+    spread = (nu * torch.as_tensor(smallness, device=noise.device)).expand(noise.shape)
+    factors = 1 + spread * noise
+    outside = ((factors < low) | (factors > high)).flatten().nonzero().flatten()
+    if len(outside):
+        reach = spread.flatten()[outside].cpu()
+        redrawn = truncated(
+            lambda places, count, own: symmetric(count, own).mul_(reach[places]),
+            len(outside),
+            low - 1,
+            high - 1,
+            f"factors that vary by up to {float(reach.max()):g}",
+            generator,
+        ).to(noise)
+        write_flat(noise, outside, redrawn / reach.to(noise))
+        write_flat(factors, outside, 1 + redrawn)
+    return factors
+
+
+def evolve(
+    factors: Tensor,
+    *,
+    correlation: float,
+    nu: float,
+    low: float,
+    high: float,
+    generator: Generator,
+    place: slice | None = None,
+    total: int | None = None,
+) -> None:
+    """Let temporal factors take one step, in place: f ← 1 + ρ(f - 1) + √(1 - ρ²) ξ, ξ ~ N(0, ν²).
+
+    The spread of f stays ν: an AR(1) process with a stationary start. A step that would leave the bounds is
+    not taken: the process then is a Metropolis chain, whose stationary law is the normal one truncated to the
+    bounds, just as it starts. (To draw such a step again would push factors away from the bounds.)
+
+    Args:
+        factors: any shape, dimensionless.
+        correlation: ρ, dimensionless, in [0, 1].
+        nu: ν, the stationary spread, dimensionless.
+        low: lower bound.
+        high: upper bound.
+        generator: a CPU generator, the only source of randomness.
+        place: where the factors lie in a larger tensor, flattened, of which they are to take the step that
+            they would take as its part; None if they are all there is.
+        total: how many elements that tensor has, a count.
+    """
+    step = nu * math.sqrt(1 - correlation**2)
+    if step == 0:
+        return
+    moved = factors.flatten().cpu().float()
+
+    place = slice(0, len(moved)) if place is None else place
+    total = len(moved) if total is None else total
+
+    def move(block: slice, own: Generator) -> None:
+        start, stop = max(block.start, place.start), min(block.stop, place.stop)
+        part = moved[start - place.start : stop - place.start]
+        drawn = torch.randn(block.stop - block.start, generator=own)
+        proposed = drawn[start - block.start : stop - block.start].mul_(step).add_(1)
+        proposed.add_(part - 1, alpha=correlation)
+        torch.where((proposed < low) | (proposed > high), part, proposed, out=part)
+
+    for_each_block(total, move, generator, within=place)
+    factors.copy_(moved.reshape(factors.shape))
+
+
+# crystallization
+
+
+@torch.no_grad()
+def crystallize(
+    weight: Tensor,
+    gradient: Tensor,
+    factors: Tensor,
+    *,
+    threshold: float,
+    dampening: float,
+    floor: float | Tensor,
+    mean: float | None = None,
+) -> int:
+    """Multiply the factors of caught synapses by ``dampening``, in place.
+
+    A synapse is caught when 0 < |g| / |w| < ``threshold``, or |g| > mean|w| of the layer.
+
+    Args:
+        weight: any shape.
+        gradient: its gradient, unscaled, same shape.
+        factors: learning-rate factors, same shape, dimensionless.
+        threshold: > 0, in units of gradient per weight.
+        dampening: dimensionless, in (0, 1].
+        floor: lowest factor, dimensionless, one for all or any shape that broadcasts to the factors; factors
+            that start below it stay as they are.
+        mean: mean|w| of the layer, where the weight is a part of it only; None to take the weight's.
+
+    Returns:
+        How many synapses were caught, a count.
+    """
+    w, g = weight.detach().reshape(-1), gradient.detach().reshape(-1)
+    # a view wherever the memory allows one; under channels_last it does not, and the copy is written back
+    flat = factors.reshape(-1)
+    floors = floor.expand_as(weight).reshape(-1) if isinstance(floor, Tensor) else None
+    if mean is None:
+        mean = mean_over(w.numel(), lambda block: w[block].abs().sum(dtype=torch.float32))
+
+    def dampen(block: slice, _: Generator) -> Tensor:
+        strength, part = g[block].abs(), flat[block]
+        lowest = floor if floors is None else floors[block].to(part)
+        # comparisons that make masks cost several times what arithmetic on floats does
+        settled = w[block].abs().mul_(threshold).sub_(strength)
+        caught = torch.minimum(settled, strength, out=settled)
+        caught = torch.maximum(caught, strength.sub_(mean), out=caught).sign_().clamp_(min=0)
+        part.lerp_(torch.maximum(part * dampening, part.clamp(max=lowest)), caught.to(part.dtype))
+        return caught.sum(dtype=torch.float32)
+
+    counts = for_each_block(w.numel(), dampen)
+    if not factors.is_contiguous():
+        factors.copy_(flat.view(factors.shape))
+    return int(torch.stack(counts).double().sum()) if counts else 0
+
+
+# volume
+
+
+@torch.no_grad()
+def volume_factors(
+    weight: Tensor, *, base: float | None, stability: float, variability: float, generator: Generator
+) -> Tensor:
+    """Return ``base`` · exp(-``stability`` · |w| / (|w| + s)) · |N(1, ``variability``²)|, s = mean|w|.
+
+    Args:
+        weight: any shape.
+        base: factor at zero weight, dimensionless; None normalises the mean of the layer's factors to 1.
+        stability: how fast the factor falls with the weight, dimensionless.
+        variability: standard deviation of the noise, dimensionless.
+        generator: a CPU generator, the only source of randomness.
+
+    Returns:
+        Factors shaped like ``weight``, in its dtype and on its device, dimensionless.
+    """
+    factors = torch.ones_like(weight.detach(), memory_format=torch.contiguous_format)
+    multiply_by_volume(
+        factors,
+        weight,
+        base=1.0 if base is None else base,
+        stability=stability,
+        variability=variability,
+        generator=generator,
+    )
+    return factors if base is not None else factors.div_(factors.mean())
+
+
+@torch.no_grad()
+def multiply_by_volume(
+    target: Tensor,
+    weight: Tensor,
+    *,
+    base: float,
+    stability: float,
+    variability: float,
+    generator: Generator,
+) -> None:
+    """Multiply ``target`` by what :func:`volume_factors` draws, in place, without ever holding all of it.
+
+    Args:
+        target: shaped like ``weight``, e.g. its gradient.
+        weight: any shape.
+        base: factor at zero weight, dimensionless.
+        stability: how fast the factor falls with the weight, dimensionless.
+        variability: standard deviation of the noise, dimensionless.
+        generator: a CPU generator, the only source of randomness.
+    """
+    flat, product = weight.detach().reshape(-1), target.reshape(-1)
+    mean = mean_over(flat.numel(), lambda block: flat[block].abs().sum(dtype=torch.float32))
+    scale = max(mean, torch.finfo(weight.dtype).tiny)
+    noise = normal_quantiles().mul(variability).add_(1).abs_().mul_(base) if variability else base
+
+    def multiply(block: slice, own: Generator) -> None:
+        magnitude = flat[block].abs()
+        # a power of e costs four times what one of 2 does
+        factors = magnitude.div_(magnitude + scale).mul_(-stability / math.log(2)).exp2_()
+        drawn = drawn_from(noise, len(factors), own).to(factors) if isinstance(noise, Tensor) else noise
+        product[block].mul_(factors.mul_(drawn).to(product.dtype))
+
+    for_each_block(flat.numel(), multiply, generator)
+    if product.data_ptr() != target.data_ptr():
+        target.copy_(product.view(target.shape))
