@@ -38,7 +38,8 @@ from biofx.errors import (
     PlasticityError,
     SelectorError,
 )
-from biofx.graph.printing import diff_graphs, format_graph, print_changed
+from biofx.graph.changes import diff_graphs, print_changed
+from biofx.graph.printing import format_graph
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.distributions import Distribution
 from biofx.plasticity import BioModule

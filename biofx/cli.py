@@ -157,7 +157,8 @@ def _assignments(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _transform(options: argparse.Namespace) -> None:
-    from biofx.graph.printing import diff_graphs, format_graph, print_changed, render_diff
+    from biofx.graph.changes import diff_graphs, print_changed, render_diff
+    from biofx.graph.printing import format_graph
     from biofx.progress import shown
     from biofx.rewriting.views.model_tree import ModelTree
     from biofx.targets import load_target

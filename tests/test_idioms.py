@@ -69,7 +69,7 @@ ONE_GRAPH = (
 @pytest.mark.parametrize("name", ONE_GRAPH)
 def test_an_idiom_that_a_graph_has_room_for_is_one_graph(name: str) -> None:
     model, example = IDIOMS[f"idiom {name}"]()
-    assert biofx.capture(model, example_inputs=example(2)).kept_as_python == {}
+    assert biofx.capture(model, example_inputs=example(2)).graph_breaks == {}
 
 
 REWRITTEN_BELOW_PYTHON = {
@@ -84,7 +84,7 @@ def test_weights_that_python_hands_on_or_reads_are_scaled(name: str, recorded: b
     model, example = IDIOMS[f"idiom {name}"]()
     options = {"example_inputs": example(2)} if recorded else {}
     bio_model, report = biofx.transform(model, {"fuzzy_learning_rate_factor_nu": 0.2}, **options)
-    assert bio_model.kept_as_python
+    assert bio_model.graph_breaks
     coverage: Any = report.coverage
     assert coverage.visible == coverage.total
     (x,), _ = example(3)

@@ -68,7 +68,7 @@ def test_seven_billion_parameters_on_the_meta_device_stay_there(recorded: bool) 
         example_inputs=((words,), {}) if recorded else None,
     )
     assert all(tensor.is_meta for tensor in (*bio_model.parameters(), *bio_model.buffers()))
-    assert (bio_model.kept_as_python, bio_model.region_paths) == ({}, ())
+    assert (bio_model.graph_breaks, bio_model.region_paths) == ({}, ())
     coverage = report.coverage
     assert coverage is not None
     assert coverage.total == coverage.visible == total

@@ -130,7 +130,7 @@ def test_what_globals_and_classes_hold_is_not_asked(
     for _ in range(2):  # what the first finds may be there at the second
         bio_model, _ = biofx.transform(model, OFF, example_inputs=x if recorded else None)
         assert torch.equal(bio_model(x), model(x))
-        assert bio_model.kept_as_python == {}
+        assert bio_model.graph_breaks == {}
 
 
 CANNOT_BE_COPIED = {

@@ -24,10 +24,8 @@ from biofx.analysis.compound import compound_layer
 from biofx.analysis.dataflow import synaptic_nodes
 from biofx.analysis.flow import NOTHING, Call, Flow, rule_for
 from biofx.analysis.layout import Axis, Layout, LayoutError
-from biofx.graph.in_place import changed_in_place
-from biofx.graph.numbers import number_nodes
-from biofx.graph.region_use import RegionUse
-from biofx.graph.regions import region_input, region_output
+from biofx.graph.node_kinds import changed_in_place, number_nodes
+from biofx.graph.regions import RegionUse, region_input, region_output
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite
 

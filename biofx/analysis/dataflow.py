@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from biofx.graph.checkpointing import checkpointed_path
-from biofx.graph.in_place import changed_in_place
+from biofx.graph.graph_functions import checkpointed_path
+from biofx.graph.node_kinds import changed_in_place, queries_metadata
 from biofx.graph.regions import region_output
-from biofx.graph.size_questions import asks_for_a_size
 from biofx.layers.layer_kinds import kind_of_call
 from biofx.operators.fold_ops import fold_weight, sum_synapses
 from biofx.operators.synapse_ops import pool_synapses
@@ -54,7 +53,7 @@ def readout_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
     for node in reversed(graph_module.graph.nodes):
         writes = any(changed in open_nodes for changed in changed_in_place(node))
         ends = node.op == "output" or node.target is region_output
-        if asks_for_a_size(node):
+        if queries_metadata(node):
             continue
         if ends or node in open_nodes or writes:
             if node in synaptic:

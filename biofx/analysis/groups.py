@@ -16,7 +16,7 @@ from biofx.analysis.dataflow import synaptic_nodes
 from biofx.analysis.flow import Flow
 from biofx.analysis.reach import only_compared
 from biofx.errors import InputError
-from biofx.graph.regions import whole_view
+from biofx.graph.joined_graph import whole_view
 from biofx.layers.weight_site import WeightSite
 
 _PREFERRED = ("layer", "open", "input", "nobody")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Set
 
 from torch.fx import Graph, Node
 
+from biofx.graph.node_kinds import queries_metadata
 from biofx.graph.regions import region_of_nodes
-from biofx.graph.size_questions import asks_for_a_size
 
 
 def only_compared(graph: Graph, comparisons: Mapping[Node, Set[Node]], synaptic: Set[Node]) -> set[Node]:
@@ -20,7 +20,7 @@ def only_compared(graph: Graph, comparisons: Mapping[Node, Set[Node]], synaptic:
     """
     found: set[Node] = set()
     for node in reversed(graph.nodes):
-        users = [user for user in node.users if not asks_for_a_size(user)]
+        users = [user for user in node.users if not queries_metadata(user)]
         if users and all(
             node in comparisons.get(user, ()) or (user in found and user not in synaptic) for user in users
         ):
@@ -42,7 +42,7 @@ def last_in_regions(graph: Graph, synaptic: Set[Node]) -> dict[Node, str]:
 def _last(graph: Graph, synaptic: Set[Node]) -> set[Node]:
     leads_on: set[Node] = set()
     for node in reversed(graph.nodes):
-        followers = [user for user in node.users if not asks_for_a_size(user)]
+        followers = [user for user in node.users if not queries_metadata(user)]
         if any(user in synaptic or user in leads_on for user in followers):
             leads_on.add(node)
     return set(synaptic - leads_on)

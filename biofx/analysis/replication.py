@@ -18,8 +18,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from biofx.analysis.dataflow import short_name
-from biofx.graph.in_place import changes_in_place
-from biofx.graph.numbers import is_number
+from biofx.graph.node_kinds import changes_in_place, is_number
 from biofx.graph.regions import region_output
 from biofx.layers.obstacles import hooks_of
 

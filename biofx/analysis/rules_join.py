@@ -10,7 +10,7 @@ import torch
 from biofx.analysis.flow import NOTHING, RULES, Call, Flow
 from biofx.analysis.layout import Layout, LayoutError, concatenated
 from biofx.analysis.rules_elementwise import declare
-from biofx.graph.guards import by_mode
+from biofx.graph.branches import by_mode
 
 
 def added(call: Call) -> Flow:

@@ -11,13 +11,12 @@ from torch import nn
 from torch.fx import Graph, Node, Tracer
 from torch.fx.node import map_arg
 
-from biofx.capture.frames import Keep, joined_path
+from biofx.capture.frames import GraphBreak, joined_path
 from biofx.capture.read_log import Read
 from biofx.errors import PassError
-from biofx.graph.branches import begin_branch, end_branch, settle_branches
+from biofx.graph.branches import begin_branch, by_mode, end_branch, hoist_shared_nodes
 from biofx.graph.contexts import is_of_a_context
-from biofx.graph.guards import by_mode
-from biofx.graph.numbers import IS_NUMBER
+from biofx.graph.node_kinds import IS_NUMBER
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ def unified(path: str, module: nn.Module, training: OneMode, evaluation: OneMode
         evaluation: likewise in evaluation.
 
     Raises:
-        Keep: it does not show who decided, or it was a module without parameters, which can as well be one
-            call; names the innermost module to keep as it is.
+        GraphBreak: the graphs do not show which module decided, or it has no parameters, so that its call
+            can as well be one node; names the innermost module to leave as it is.
     """
     return _Union(path, module, training, evaluation).graph
 
@@ -74,9 +73,9 @@ class _Union:
                 for side, place in ((0, 0), (1, 1)):
                     self._write_branches(side, [pair[place] for pair in pairs if pair[place] is not None])
         try:
-            settle_branches(self.graph)
+            hoist_shared_nodes(self.graph)
         except PassError as error:
-            raise Keep(path, f"module {path!r}: {error}") from None
+            raise GraphBreak(path, f"module {path!r}: {error}") from None
 
     def _stretches(self) -> Iterator[tuple[bool, list[tuple[Any, Any]]]]:
         """Yield pairs of nodes that are one operation, and nodes that only one of the modes has."""
@@ -218,12 +217,12 @@ class _Union:
             flag.meta["nn_module_stack"] = kept
         return self._flags[decider]
 
-    def _differ(self, ours: Node, theirs: Node) -> Keep:
+    def _differ(self, ours: Node, theirs: Node) -> GraphBreak:
         places = [a for a, b in zip(_places(ours), _places(theirs), strict=False) if a == b]
         inside = joined_path(self._path, places[-1] if places else "")
         found = " and ".join(dict.fromkeys(str(node.format_node()) for node in (ours, theirs)))
         what = "does one thing in training and another in evaluation"
-        return Keep(inside, f"module {inside!r} {what} ({found})")
+        return GraphBreak(inside, f"module {inside!r} {what} ({found})")
 
 
 def _settled(training: OneMode, evaluation: OneMode) -> frozenset[str] | None:

@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule
 
 from biofx.capture.containers import content_of
 from biofx.capture.example_inputs import ExampleInputs
-from biofx.capture.memories import memories_bypassed
+from biofx.capture.intercepted_calls import caches_bypassed
 from biofx.capture.mode_switches import switches_of
 from biofx.capture.python_names import methods_mentioned
 from biofx.capture.read_log import guard_reads
@@ -102,7 +102,7 @@ def _captured(
     with (
         preserved_random_state(),
         preserved_modes(),
-        memories_bypassed(model.modules()),
+        caches_bypassed(model.modules()),
         ExitStack() as stack,
     ):
         memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
@@ -120,8 +120,8 @@ def _captured(
             stack.enter_context(_untouched(model))
             if example_inputs is not None:
                 captured = capture_recorded(root, example_inputs, frozenset(opaque), foreign)
-                if not regions and captured.kept_as_python:
-                    raise CaptureError(next(iter(captured.kept_as_python.values())))
+                if not regions and captured.graph_breaks:
+                    raise CaptureError(next(iter(captured.graph_breaks.values())))
                 if not regions and captured.region_paths:
                     raise CaptureError(
                         f"module {captured.region_paths[0]!r} is called under torch.utils.checkpoint, and so "
@@ -135,7 +135,7 @@ def _captured(
                 captured = become_graph_module(root, traced.graph)
                 guard_reads(captured, traced.graph, traced.reads, switches)
     _refuse_hidden_methods(captured)
-    for name, nothing in (("region_paths", ()), ("kept_as_python", {})):
+    for name, nothing in (("region_paths", ()), ("graph_breaks", {})):
         vars(captured).setdefault(name, nothing)
     return captured
 

@@ -26,12 +26,14 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from biofx.capture.attribute_reads import Place, reads_noticed
 from biofx.capture.binding import bind_inputs
 from biofx.capture.builtin_questions import WHEN_RECORDED, questions_answered
-from biofx.capture.checkpoints import (
+from biofx.capture.frames import BY_VALUE, Frame, GraphBreak
+from biofx.capture.intercepted_calls import (
     OPTIONS,
+    applications_handled,
+    can_be_applied,
     checkpointed_module,
     checkpoints_handled,
 )
-from biofx.capture.frames import BY_VALUE, Frame, Keep
 from biofx.capture.maths import maths_followed
 from biofx.capture.mode_switches import ModeSwitches
 from biofx.capture.python_names import ASKS_WHETHER_THE_SAME, asks_whether_the_same
@@ -52,9 +54,8 @@ from biofx.capture.tracked import Type, plain, plain_inside, tracked
 from biofx.capture.type_limits import limits_followed
 from biofx.capture.values import TORCH_FOLDER
 from biofx.errors import InputError
-from biofx.graph.autograd_functions import AppliedFunction, applications_handled, can_be_applied
-from biofx.graph.checkpointing import call_checkpointed
-from biofx.graph.in_place import changed_in_place
+from biofx.graph.graph_functions import AppliedFunction, call_checkpointed
+from biofx.graph.node_kinds import changed_in_place
 from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS
 from biofx.layers.obstacles import hooks_of
 from biofx.layers.transformer_layers import pads_by_nesting, transformers_as_nodes
@@ -136,7 +137,7 @@ class Recorder(TorchFunctionMode):
                 ) from error
         if self._failed is not None:
             path, caught = self._failed
-            raise Keep(
+            raise GraphBreak(
                 path,
                 f"{self._named(path)} catches {caught}, an exception that another input may not raise",
             )
@@ -144,7 +145,7 @@ class Recorder(TorchFunctionMode):
     def stop(self, what: str) -> NoReturn:
         """Let the module that is running keep its own forward."""
         path = self.frame.innermost if self.frame is not None else ""
-        raise Keep(path, f"{self._where(path)} {what}")
+        raise GraphBreak(path, f"{self._where(path)} {what}")
 
     def following(self) -> Frame | None:
         """Return the frame into which what happens now belongs, None if it belongs into none."""
@@ -163,7 +164,7 @@ class Recorder(TorchFunctionMode):
             return value
         try:
             return frame.attribute_read(owner, names, value, place)
-        except Keep as keep:
+        except GraphBreak as keep:
             self.give_up(keep)
             return value
 
@@ -174,7 +175,12 @@ class Recorder(TorchFunctionMode):
     def give_up(self, refusal: BaseException) -> None:
         """Let the module that is running go on unrecorded, if it is not the whole model."""
         frame = self.frame
-        if not isinstance(refusal, Keep) or frame is None or not refusal.path or refusal.path in self.found:
+        if (
+            not isinstance(refusal, GraphBreak)
+            or frame is None
+            or not refusal.path
+            or refusal.path in self.found
+        ):
             raise refusal
         self.found[refusal.path] = refusal.reason
         frame.given_up = refusal.path
@@ -192,7 +198,7 @@ class Recorder(TorchFunctionMode):
         done: list[Any] = []
         try:
             return self._followed(frame, func, args, options, done)
-        except Keep as keep:
+        except GraphBreak as keep:
             self.give_up(keep)
             return done[0] if done else _called(func, args, options)
 
@@ -384,7 +390,7 @@ class Recorder(TorchFunctionMode):
         """Write something down; whether that can be done, else the module that is running is given up."""
         try:
             write()
-        except Keep as keep:
+        except GraphBreak as keep:
             self.give_up(keep)
             return False
         return True
@@ -480,7 +486,7 @@ class Recorder(TorchFunctionMode):
         bound: list[Any] = [args, kwargs]
         try:
             if asks_whether_the_same(type(module)):
-                raise Keep(path, f"{self._named(path)} {ASKS_WHETHER_THE_SAME}")
+                raise GraphBreak(path, f"{self._named(path)} {ASKS_WHETHER_THE_SAME}")
             self._succeeds(lambda: bound.__setitem__(slice(None), bind_inputs(frame, module, args, kwargs)))
             found = forward(*bound[0], **bound[1])
             if frame.given_up is None and self._succeeds(lambda: frame.output(found)):

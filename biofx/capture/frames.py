@@ -20,9 +20,9 @@ from biofx.capture.mode_switches import SWITCHED
 from biofx.capture.read_log import ReadLog
 from biofx.capture.switches import Switches
 from biofx.capture.tracked import is_tracked, plain, plain_number, sources_in, tracked
-from biofx.graph.assignments import OWN_MODULE, assign_buffer
+from biofx.graph.graph_functions import OWN_MODULE, assign_buffer
 from biofx.graph.guards import require_default, require_same
-from biofx.graph.numbers import IS_NUMBER
+from biofx.graph.node_kinds import IS_NUMBER
 from biofx.unasked import is_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ BY_VALUE = "sized_by_values"
 """The mark of a node whose size depends on the values of a tensor."""
 
 
-class Keep(BaseException):
+class GraphBreak(BaseException):
     """Recording stops here: a module must keep its own forward. No ``except Exception`` is to swallow it.
 
     Args:
@@ -206,7 +206,7 @@ class Frame:
             return  # of attributes alone, which are looked at ahead of the graph
         try:
             self._expect(function, operands, found)
-        except Keep as keep:
+        except GraphBreak as keep:
             self._recorder.give_up(keep)
 
     def _expect(self, function: Callable[..., Any] | str, operands: tuple[Any, ...], found: Any) -> None:

@@ -24,8 +24,8 @@ from torch.fx import Graph, Node, Proxy, Tracer
 
 from biofx.capture.attribute_reads import Place, reads_noticed
 from biofx.capture.builtin_questions import WHEN_TRACED, questions_answered
-from biofx.capture.checkpoints import checkpoints_handled
 from biofx.capture.identity_questions import is_asked_about_next, names_asked_about
+from biofx.capture.intercepted_calls import applications_handled, can_be_applied, checkpoints_handled
 from biofx.capture.maths import maths_followed
 from biofx.capture.mode_switches import SWITCHED, ModeSwitches
 from biofx.capture.python_names import ASKS_WHETHER_THE_SAME, asks_whether_the_same
@@ -38,11 +38,9 @@ from biofx.capture.tracked import is_tracked_value, plain_number, sources_in
 from biofx.capture.type_limits import limits_followed
 from biofx.capture.values import TORCH_FOLDER, StoredTensor, TrainingFlag, Value
 from biofx.errors import CaptureError
-from biofx.graph.autograd_functions import AppliedFunction, applications_handled, can_be_applied
-from biofx.graph.dtypes import limit_of
+from biofx.graph.graph_functions import AppliedFunction, limit_of
 from biofx.graph.guards import require_default, require_given
-from biofx.graph.in_place import changed_in_place
-from biofx.graph.numbers import IS_NUMBER
+from biofx.graph.node_kinds import IS_NUMBER, changed_in_place
 from biofx.layers.obstacles import hooks_of
 from biofx.layers.transformer_layers import can_be_looked_into, pads_by_nesting, transformers_as_nodes
 from biofx.progress import advance

@@ -26,7 +26,7 @@ def modules_that_read(captured: BioGraphModule) -> Iterator[str]:
     Others might read them too: a forward around it that mentions the parameter or calls another method than
     the forward. Then nothing is known.
     """
-    kept = captured.kept_as_python
+    kept = captured.graph_breaks
     modules = dict(captured.named_modules())
     mentioned = {path: names_mentioned(modules[path]) for path in kept if path in modules}
     for path in mentioned:

@@ -14,7 +14,7 @@ from torch.fx import Graph
 from biofx.capture.both_modes import OneMode, unified
 from biofx.capture.example_inputs import ExampleInputs, as_call
 from biofx.capture.forward_recorder import Recorder
-from biofx.capture.frames import Keep, joined_path
+from biofx.capture.frames import GraphBreak, joined_path
 from biofx.capture.mode_switches import switches_of
 from biofx.capture.python_reads import modules_that_read
 from biofx.capture.read_log import Read, guard_reads
@@ -23,8 +23,8 @@ from biofx.capture.rehearsal import Rehearsal
 from biofx.capture.side_effects import Watch
 from biofx.capture.trials import Trials, cloned
 from biofx.errors import CaptureError, InputError
-from biofx.graph.own_forward import own_forward_graph
-from biofx.graph.regions import is_inside, kept_around
+from biofx.graph.graph_functions import eager_forward_graph
+from biofx.graph.regions import innermost_around, is_inside
 from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.model.copies import deep_copy
 from biofx.model.graph_module import BioGraphModule, become_graph_module
@@ -108,7 +108,7 @@ class _RecordCapture:
             self._check_parameters()
             if doubt is None:
                 return made
-            self._keep(doubt if doubt.path not in self._kept else Keep("", doubt.reason))
+            self._keep(doubt if doubt.path not in self._kept else GraphBreak("", doubt.reason))
 
     def _with_less_kept(self) -> BioGraphModule | None:
         """Try without what is kept only because another of its class is; None if that fails."""
@@ -181,11 +181,11 @@ class _RecordCapture:
                     asked = any(recorder.asks_sizes for recorder in runs.values())
                     self._asks_sizes = asked or bool(self._kept)  # in Python it is not noticed
                     return self._unified(runs[True], runs[False])
-            except Keep as found:
+            except GraphBreak as found:
                 self._keep(found)
                 runs.clear()
 
-    def _keep(self, found: Keep) -> None:
+    def _keep(self, found: GraphBreak) -> None:
         if found.path in self._kept:
             raise CaptureError(found.reason)
         self._kept[found.path] = found.reason
@@ -213,7 +213,7 @@ class _RecordCapture:
             recorder.run(args, kwargs)
         except InputError as error:
             self._refuse_inputs(training, error)
-            raise Keep(recorder.failed_in, f"cannot be recorded: {error.__cause__}") from None
+            raise GraphBreak(recorder.failed_in, f"cannot be recorded: {error.__cause__}") from None
         self._kept |= recorder.found
         watch.allowed = recorder.assigned
         left_in = watch.changed_modules()
@@ -221,12 +221,12 @@ class _RecordCapture:
         if changed:
             for path in changed[1:] if changed[0] else ():
                 self._kept[path] = f"module {path!r} changes its attributes in the forward"
-            raise Keep(changed[0], f"module {changed[0]!r} changes its attributes in the forward")
+            raise GraphBreak(changed[0], f"module {changed[0]!r} changes its attributes in the forward")
         if "" not in self._kept:
             try:
                 watch.refuse_side_effects(torch_draws=True, attributes=bool(left_in))
             except CaptureError as error:
-                raise Keep("", str(error)) from None
+                raise GraphBreak("", str(error)) from None
         if not left_in:
             self._give_back(rehearsal)
         return recorder
@@ -246,10 +246,10 @@ class _RecordCapture:
         for path in sorted(paths, key=len):  # whoever decides how to call a module, ahead of that module
             found = [recorder.graphs.get(path, []) for recorder in (training, evaluation)]
             if not all(found):
-                raise Keep(path, f"module {path!r} is called in one mode only")
+                raise GraphBreak(path, f"module {path!r} is called in one mode only")
             for calls in found:
                 if any(_text(call) != _text(calls[0]) for call in calls):
-                    raise Keep(path, f"module {path!r} does not do the same at every call")
+                    raise GraphBreak(path, f"module {path!r} does not do the same at every call")
             modes = [_one_mode(recorder, path, self._kept) for recorder in (training, evaluation)]
             graphs[path] = unified(path, self._modules[path], *modes)
         layers = list(dict.fromkeys([*training.layers, *evaluation.layers]))
@@ -273,9 +273,9 @@ class _RecordCapture:
         ]
         settled += [modules[path] for path in called | set(kept)]
         rest = capture_uncalled(root, self._opaque, self._foreign, kept, settled, self._switches)
-        made = become_graph_module(root, graphs.get("") or own_forward_graph())
+        made = become_graph_module(root, graphs.get("") or eager_forward_graph())
         guard_reads(made, made.graph, recorded.reads.get("", ()), self._switches)
-        made.kept_as_python = kept | rest.kept
+        made.graph_breaks = kept | rest.kept
         made.region_paths = (*regions, *layers, *rest.regions, *modules_that_read(made))
         made.read_by_python = weights_read_by_python(made)
         return made
@@ -301,7 +301,7 @@ def _one_mode(recorder: Recorder, path: str, kept: Iterable[str]) -> OneMode:
     asks = [
         (running[inside:], asked[inside:])
         for running, asked in recorder.asks
-        if is_inside(running, path) and kept_around(running, around) is None
+        if is_inside(running, path) and innermost_around(running, around) is None
     ]
     paths = frozenset(asked for _, asked in asks)
     calls = {called[inside:]: times for called, times in recorder.calls.items() if is_inside(called, path)}

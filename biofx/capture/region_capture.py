@@ -20,7 +20,7 @@ from biofx.capture.python_reads import modules_that_read
 from biofx.capture.read_log import guard_reads
 from biofx.capture.tracing import Traced, trace
 from biofx.errors import CaptureError
-from biofx.graph.own_forward import own_forward_graph
+from biofx.graph.graph_functions import eager_forward_graph
 from biofx.graph.regions import is_inside
 from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS, kind_of
 from biofx.layers.transformer_layers import can_be_looked_into
@@ -43,7 +43,7 @@ def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[
     traced = capture.traced_root()
     captured = become_graph_module(root, traced.graph)
     guard_reads(captured, traced.graph, traced.reads, switches)
-    captured.kept_as_python = dict(capture.kept)
+    captured.graph_breaks = dict(capture.kept)
     captured.region_paths = (*capture.regions, *modules_that_read(captured))
     captured.read_by_python = weights_read_by_python(captured)
     return captured
@@ -80,7 +80,7 @@ def weights_read_by_python(captured: BioGraphModule) -> dict[str, str]:
     It may if its code mentions the ``weight`` of the layer, or of something that has no name in it.
     """
     found: dict[str, str] = {}
-    for kept in captured.kept_as_python:
+    for kept in captured.graph_breaks:
         feared = weights_mentioned(captured.get_submodule(kept))
         start = f"{kept}." if kept else ""
         for region in captured.region_paths if feared else ():
@@ -115,7 +115,7 @@ class RegionCapture:
             traced = trace(self._root, self._opaque, self._foreign, keep=True, mode_switches=self._switches)
         except CaptureError as error:
             self._keep("", str(error))
-            return Traced(own_forward_graph(), {})
+            return Traced(eager_forward_graph(), {})
         self._keep_inside("", traced.kept)
         return traced
 

@@ -10,14 +10,14 @@ from torch import nn
 from torch.fx import Graph
 
 from biofx.capture.both_modes import OneMode, unified
-from biofx.capture.frames import Keep
+from biofx.capture.frames import GraphBreak
 from biofx.capture.mode_switches import REBUILT, ModeSwitches
 from biofx.capture.model_tracer import TOUCHES_STATE, ModelTracer, StartAgain
 from biofx.capture.read_log import Read
 from biofx.capture.side_effects import Watch
 from biofx.capture.state_of_others import Unknowns
 from biofx.errors import CaptureError
-from biofx.graph.regions import kept_around
+from biofx.graph.regions import innermost_around
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class _Tracing:
                     return Traced(graph, self.kept, training.reads + evaluation.reads)
             except CaptureError:
                 return None
-            except Keep as found:
+            except GraphBreak as found:
                 local = found.path[len(self._prefix) :].lstrip(".")
                 if not self._keep or local in ("", *self.kept):
                     return None
@@ -176,7 +176,9 @@ class _Tracing:
         return self.kept
 
     def _one_mode(self, tracer: ModelTracer, graph: Graph) -> OneMode:
-        asks = [(running, path) for running, path in tracer.asks if kept_around(running, self.kept) is None]
+        asks = [
+            (running, path) for running, path in tracer.asks if innermost_around(running, self.kept) is None
+        ]
         own = frozenset(path for running, path in asks if running == path)
         asked = own if len(own) == len(asks) else None
         return OneMode(graph, asked, Counter(tracer.calls), tuple(tracer.log.reads))

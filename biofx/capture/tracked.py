@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch.fx import Node
 
-from biofx.graph.dtypes import limit_of, type_from
+from biofx.graph.graph_functions import limit_of, type_from
 
 Source = tuple[str, tuple[str, ...]]
 """Path of a module, and names of attributes, the first one's of the module: where a number was read."""

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
-from biofx.capture.frames import Keep
+from biofx.capture.frames import GraphBreak
 from biofx.capture.region_capture import is_leaf
 from biofx.capture.variants import Axis, axes_of, is_of_samples, sizes_asked_about
-from biofx.graph.autograd_functions import AppliedFunction
-from biofx.graph.checkpointing import checkpoints
+from biofx.graph.branches import by_mode
 from biofx.graph.contexts import steers_gradients
-from biofx.graph.guards import RecordingError, by_mode, require_same
+from biofx.graph.graph_functions import AppliedFunction, has_checkpoints
+from biofx.graph.guards import RecordingError, require_same
 from biofx.layers.transformer_layers import plain_paths
 from biofx.model.copies import deep_copy
 from biofx.model.modes import switch_mode
@@ -59,7 +59,7 @@ class Trials:
             return True
         return False
 
-    def doubt(self, made: nn.Module, *, asks_sizes: bool) -> Keep | None:
+    def doubt(self, made: nn.Module, *, asks_sizes: bool) -> GraphBreak | None:
         """Return where a captured model does not do what the model does; None if it does.
 
         Copies of both go through the same calls, so that what one call leaves behind shows in the next.
@@ -88,7 +88,7 @@ class Trials:
                     return doubt
         return None
 
-    def _doubt_at_other_sizes(self, made: nn.Module, asks_sizes: bool) -> Keep | None:
+    def _doubt_at_other_sizes(self, made: nn.Module, asks_sizes: bool) -> GraphBreak | None:
         self._pair = None
         # the two modes have one graph, and so one way to follow a size, unless numbers differ in it
         differs = any(graph.find_nodes(op="call_function", target=by_mode) for graph in _graphs_of(made))
@@ -120,7 +120,7 @@ class Trials:
             return False  # the model does not take it
         return is_of_samples(axis, found, with_first_again)
 
-    def _doubt_about(self, made: nn.Module, given: Any, training: bool) -> Keep | None:
+    def _doubt_about(self, made: nn.Module, given: Any, training: bool) -> GraphBreak | None:
         pair = self._pair = self._pair or (self._borrow(), self._copy(made))
         try:
             expected = outcome(pair[0], given, training)
@@ -129,7 +129,7 @@ class Trials:
             return None
         return self._difference(outcome, pair[1], given, training, expected)
 
-    def _doubt_in_another_type(self, made: nn.Module) -> Keep | None:
+    def _doubt_in_another_type(self, made: nn.Module) -> GraphBreak | None:
         """Return a small module that does something else in half precision, where a question of its says so.
 
         It can stay in Python, so that the result can be converted, or run under autocast. A large one is left
@@ -152,7 +152,7 @@ class Trials:
             except RecordingError as error:
                 module = self._modules.get(error.module)
                 if error.module and module is not None and all(map(is_leaf, module.children())):
-                    return Keep(error.module, str(error), all_alike=True)
+                    return GraphBreak(error.module, str(error), all_alike=True)
             except Exception:
                 continue
         return None
@@ -180,17 +180,17 @@ class Trials:
         expected: Any,
         *,
         exact: bool = True,
-    ) -> Keep | None:
+    ) -> GraphBreak | None:
         tolerance = 0.0 if exact else None  # None: what is usual for the type
         try:
             found = result(copied, given, training)
             if not (exact and _is_equal(found, expected)):  # which takes less time
                 torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
         except RecordingError as error:
-            return Keep(error.module, str(error))
+            return GraphBreak(error.module, str(error))
         except Exception as error:
             mode = "training" if training else "evaluation"
-            return Keep("", f"what was recorded does not do what the model does in {mode}: {error}")
+            return GraphBreak("", f"what was recorded does not do what the model does in {mode}: {error}")
         return None
 
 
@@ -217,7 +217,7 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
 def _says_more_than_values(graph: Graph) -> bool:
     """Whether equal values do not show that gradients are equal too."""
     applies = any(isinstance(node.target, AppliedFunction) for node in graph.nodes)
-    return applies or steers_gradients(graph) or checkpoints(graph)
+    return applies or steers_gradients(graph) or has_checkpoints(graph)
 
 
 def outcome(model: nn.Module, given: Any, training: bool) -> Any:

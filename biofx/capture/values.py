@@ -22,7 +22,7 @@ from torch.fx import Node, Proxy
 
 from biofx.capture.identity_questions import is_asked_about_next, is_text_asked_about_next
 from biofx.graph.guards import require_tensor
-from biofx.graph.in_place import AUGMENTED_ASSIGNMENTS
+from biofx.graph.node_kinds import AUGMENTED_ASSIGNMENTS
 
 if TYPE_CHECKING:
     from biofx.capture.model_tracer import ModelTracer

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from biofx.errors import CheckpointError, suggest
-from biofx.graph.regions import whole_graph
+from biofx.graph.joined_graph import whole_graph
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import expanded_weights, unwrapped
 from biofx.plasticity.saved_state import EXTRA, OLDER, SIGNS

@@ -13,15 +13,13 @@ from biofx.deploy.plain_operators import write_out
 from biofx.deploy.raising import raise_layers
 from biofx.deploy.settling import settle, settle_settings
 from biofx.errors import InputError, PassError
-from biofx.graph.assignments import assign_buffer
 from biofx.graph.branches import take_branches
-from biofx.graph.checkpointing import checkpoints
 from biofx.graph.contexts import begin_autocast, begin_grad_mode
+from biofx.graph.graph_functions import assign_buffer, call_with_weights, has_checkpoints
 from biofx.graph.guards import require_default, require_tensor
-from biofx.graph.in_place import changed_in_place
-from biofx.graph.numbers import number_nodes
-from biofx.graph.own_forward import call_with_weights
-from biofx.graph.regions import region_input, region_of_nodes, whole_graph
+from biofx.graph.joined_graph import whole_graph
+from biofx.graph.node_kinds import changed_in_place, number_nodes
+from biofx.graph.regions import region_input, region_of_nodes
 from biofx.layers.weight_values import erase_unused_reads, evaluate_weights, is_of_biofx
 from biofx.model.graph_module import BioGraphModule, follow_changes_within
 from biofx.model.modes import switch_mode
@@ -80,7 +78,7 @@ def deploy(bio_model: nn.Module) -> nn.Module:
         raise InputError(
             f"expected a transformed or converted model, found a {type(model).__name__}; use biofx.transform"
         )
-    if any(checkpoints(module.graph) for module in model.modules() if isinstance(module, GraphModule)):
+    if any(has_checkpoints(module.graph) for module in model.modules() if isinstance(module, GraphModule)):
         raise InputError(
             "expected a model that computes as it goes, found one that calls modules under "
             "torch.utils.checkpoint; switch checkpointing off before the model is transformed"

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from biofx.graph.graph_functions import call_own_forward, call_with_parameters
 from biofx.graph.guards import require_default
-from biofx.graph.own_forward import call_own_forward, call_with_parameters
-from biofx.graph.regions import ELSEWHERE, KEPT
+from biofx.graph.regions import ELSEWHERE, GRAPH_BREAKS
 from biofx.model.attribute_guards import GUARDS
 from biofx.model.graph_module import BioGraphModule, user_class
 from biofx.model.taken_in import SAME, STATE
@@ -19,7 +19,7 @@ from biofx.rewriting.record import ATTRIBUTE
 
 _OF_GRAPH_MODULES = {
     *(set(vars(GraphModule(nn.Module(), Graph()))) - set(vars(nn.Module()))),
-    *(KEPT, "region_paths", "read_by_python", ATTRIBUTE, GUARDS, ELSEWHERE, SAME, STATE),
+    *(GRAPH_BREAKS, "region_paths", "read_by_python", ATTRIBUTE, GUARDS, ELSEWHERE, SAME, STATE),
 }
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),

@@ -13,7 +13,7 @@ from torch import nn
 from biofx.capture.capture import capture
 from biofx.config import BioConfig
 from biofx.errors import BisectError, InputError, add_note
-from biofx.graph.regions import whole_graph
+from biofx.graph.joined_graph import whole_graph
 from biofx.model.graph_module import BioGraphModule
 from biofx.progress import advance
 from biofx.rewriting.compile_config import PassChoice, choose_passes

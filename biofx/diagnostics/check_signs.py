@@ -13,9 +13,9 @@ from biofx.diagnostics.check_report import Finding
 from biofx.diagnostics.check_subject import Subject, Uses, owner_of
 from biofx.diagnostics.effective_signs import count_signs, laid_out_signs
 from biofx.errors import InvariantError
-from biofx.graph.numbers import is_number
+from biofx.graph.node_kinds import is_number
 from biofx.graph.printing import function_name
-from biofx.graph.region_use import RegionUse
+from biofx.graph.regions import RegionUse
 from biofx.layers.weight_slots import argument
 from biofx.layers.weight_uses import Treatment, WeightUse
 from biofx.operators import synapse_ops as ops

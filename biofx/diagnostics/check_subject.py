@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from biofx.graph.regions import region_paths, whole_view
+from biofx.graph.joined_graph import whole_view
+from biofx.graph.regions import region_paths
 from biofx.layers.constant_part import ConstantPart
 from biofx.layers.layer_kinds import kind_of
 from biofx.layers.weight_uses import WeightUse, weight_uses

@@ -1,22 +1,23 @@
-"""Parts of a graph that run in one mode only.
+"""Branches of a graph, each of which runs in one mode only.
 
-A forward that does one thing in training and another in evaluation is one graph all the same. What it does
-in both modes stands there once, what it does in one of them stands between :func:`begin_branch` and
-:func:`end_branch`, and :func:`biofx.graph.guards.by_mode` takes from either what is gone on with. So a
-rewrite sees both modes and treats them alike. The graph's code has an ``if`` for each branch.
+A forward that does one thing in training and another in evaluation is captured as one graph. What it does in
+both modes is in the graph once, what it does in one mode is between :func:`begin_branch` and
+:func:`end_branch`, and :func:`by_mode` selects the value that is used afterwards. A rewrite thereby sees both
+modes. The code of the graph has an ``if`` for each branch (:class:`BranchCodeGen`).
 """
 
 from __future__ import annotations
 
-import re
+import textwrap
 from typing import Any, NoReturn
 
 from torch.fx import Graph, Node
+from torch.fx.graph import CodeGen, PythonCode
 from torch.fx.node import has_side_effect, map_arg
+from torch.overrides import handle_torch_function, has_torch_function
 
 from biofx.errors import PassError
-from biofx.graph.guards import by_mode
-from biofx.graph.in_place import changes_in_place
+from biofx.graph.node_kinds import changes_in_place
 
 
 @has_side_effect
@@ -24,8 +25,8 @@ def begin_branch(training: bool, taken: bool) -> NoReturn:
     """Mark where a branch begins that runs where a module's ``training`` is ``taken``.
 
     Raises:
-        PassError: always; the graph's code has an ``if`` instead, and whoever runs node by node would run
-            every branch.
+        PassError: always; the code of the graph has an ``if`` instead, and an interpreter that runs the graph
+            node by node would run every branch.
     """
     raise PassError("a graph with branches for training and evaluation runs as code, not node by node")
 
@@ -35,8 +36,15 @@ def end_branch(branch: Any) -> None:
     """Mark where a branch ends."""
 
 
+def by_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
+    """Return the value that a forward uses in the mode that its module is in."""
+    if has_torch_function((training,)):
+        return handle_torch_function(by_mode, (training,), training, in_training, in_evaluation)
+    return in_training if training else in_evaluation
+
+
 def has_branches(graph: Graph) -> bool:
-    """Whether something in a graph runs in one mode only."""
+    """Whether a part of a graph runs in one mode only."""
     return bool(graph.find_nodes(op="call_function", target=begin_branch))
 
 
@@ -54,11 +62,11 @@ def branch_of_nodes(graph: Graph) -> dict[Node, Node]:
     return found
 
 
-def settle_branches(graph: Graph) -> None:
-    """Move what a pass has put into a branch, but others read too, to where it runs in both modes.
+def hoist_shared_nodes(graph: Graph) -> None:
+    """Move nodes out of their branch that are read where the branch has not run.
 
     Raises:
-        PassError: it is nothing that could run in both.
+        PassError: such a node has a side effect, and so cannot run in both modes.
     """
     branches = branch_of_nodes(graph)
     moving: set[Node] = set()
@@ -74,7 +82,7 @@ def settle_branches(graph: Graph) -> None:
 
 
 def _is_outside(user: Node, node: Node, branches: dict[Node, Node]) -> bool:
-    """Whether a reader reads a node of a branch even where the branch has not run."""
+    """Whether a user reads a node of a branch even where the branch has not run."""
     branch, around = branches[node], branches.get(user)
     if around is not None and around.args == branch.args:
         return False
@@ -86,55 +94,78 @@ def _is_outside(user: Node, node: Node, branches: dict[Node, Node]) -> bool:
 
 
 def take_branches(graph: Graph, *, training: bool) -> None:
-    """Leave in a graph what it does in one mode, and take the rest out, in place."""
+    """Reduce a graph, in place, to what it does in one mode."""
     branches = branch_of_nodes(graph)
     chosen = 1 if training else 2
     for node in list(graph.find_nodes(op="call_function", target=by_mode)):
         taken: Any = node.args[chosen]
         for user in list(node.users):
-            _put(user, node, taken)
+            _replace_input(user, node, taken)
         graph.erase_node(node)
     for node in list(reversed(graph.nodes)):
         is_mark = node.target in (begin_branch, end_branch)
         if is_mark or (node in branches and branches[node].args[1] is not training):
             graph.erase_node(node)
-    graph._codegen._body_transformer = None
+    if isinstance(graph._codegen, BranchCodeGen):
+        graph.set_codegen(CodeGen())
 
 
-def _put(user: Node, node: Node, value: Any) -> None:
-    def put(source: Node) -> Any:
+def _replace_input(user: Node, node: Node, value: Any) -> None:
+    """Replace an input of a node by a value, which may be a constant."""
+
+    def replaced(source: Node) -> Any:
         return value if source is node else source
 
-    user.args, user.kwargs = map_arg(user.args, put), map_arg(user.kwargs, put)
+    user.args, user.kwargs = map_arg(user.args, replaced), map_arg(user.kwargs, replaced)
 
 
-def with_branches(body: list[str]) -> list[str]:
-    """Return the lines of a graph's code with an ``if`` in the place of each branch's marks."""
-    lines = "".join(body).split("\n")
-    written: list[str] = []
-    place = 0
-    while place < len(lines):
-        begin = _BEGIN.match(lines[place])
-        if begin is None:
-            written.append(lines[place])
-            place += 1
-            continue
-        end = next(n for n in range(place, len(lines)) if _END.match(lines[n]))
-        inside = lines[place + 1 : end]
-        names = [name for line in inside for name in _ASSIGNED.findall(line)]
-        later = set(_WORD.findall("\n".join(lines[end + 1 :])))
-        read = [name for name in names if name in later]
-        if read:
-            written.append(f"{' = '.join(read)} = None")
-        written.append(f"if {'' if begin['taken'] == 'True' else 'not '}{begin['flag']}:")
-        written += [f"    {line}" for line in inside]
-        if not names:
-            written.append("    pass")
-        place = end + 1
-    return ["\n".join(written)]
+class BranchCodeGen(CodeGen):
+    """Generates the code of a graph with an ``if`` in the place of the marks of each branch."""
+
+    def _gen_python_code(self, nodes: Any, *args: Any, **options: Any) -> PythonCode:
+        registered = self._body_transformer
+
+        def transformed(body: list[str]) -> list[str]:
+            written = _with_branches(body, list(nodes))
+            return written if registered is None else registered(written)
+
+        self._body_transformer = transformed
+        try:
+            return super()._gen_python_code(nodes, *args, **options)
+        finally:
+            self._body_transformer = registered
 
 
-_BEGIN = re.compile(r"\w+ = \w*begin_branch\((?P<flag>\w+), (?P<taken>True|False)\)")
-_END = re.compile(r"\w+ = \w*end_branch\(")
-_ASSIGNED = re.compile(r"(?:^|; +)(\w+)(?: : [^=;]+)? = (?!None\b)")
-_WORD = re.compile(r"\w+")
+def _with_branches(body: list[str], nodes: list[Node]) -> list[str]:
+    """Return the body of a graph's code with an ``if`` for each branch.
+
+    ``torch.fx`` writes the nodes in order, each after a comment with its place. While it does, ``repr`` of
+    a node is its name in the code.
+    """
+    branches = branch_of_nodes(nodes[0].graph)
+    inside: dict[Node, list[Node]] = {}
+    for node, begin in branches.items():
+        inside.setdefault(begin, []).append(node)
+    pieces: list[list[str]] = [[]]
+    for text in body:
+        if text.startswith("# COUNTER: "):
+            pieces.append([])
+        pieces[-1].append(text)
+    written, *pieces = pieces
+    for node, (place, *code) in zip(nodes, pieces, strict=True):
+        written.append(place)
+        if node.target is begin_branch:
+            written += _opening(node, inside.get(node, []), branches)
+        elif node in branches:
+            written.append(textwrap.indent("".join(code), "    "))
+        elif node.target is not end_branch:
+            written += code
+    return written
+
+
+def _opening(begin: Node, inside: list[Node], branches: dict[Node, Node]) -> list[str]:
+    """Return the code that opens a branch; what is read after it must have a value if it does not run."""
+    flag, taken = begin.args
+    read = [repr(node) for node in inside if any(branches.get(user) is not begin for user in node.users)]
+    defaults = [f"{' = '.join(read)} = None\n"] if read else []
+    return [*defaults, f"if {'' if taken else 'not '}{flag!r}:\n", *([] if inside else ["    pass\n"])]

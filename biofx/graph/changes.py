@@ -1,14 +1,19 @@
-"""What differs between two graphs, node by node."""
+"""What differs between two graphs, node by node and line by line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
-from biofx.graph.printing import format_node
+from biofx.graph.printing import format_graph, format_node
+
+if TYPE_CHECKING:  # which takes long to import
+    from rich.console import Console
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -24,14 +29,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A graph as it stood: each node's operation and its line of text."""
+    """A graph at one time: the operation of each node and its line of text."""
 
     operations: Mapping[str, tuple[str, str]]
     lines: Mapping[str, str]
 
     @classmethod
     def of(cls, graph: Graph) -> Snapshot:
-        """Take down every node of a graph."""
+        """Return the snapshot of a graph."""
         operations = {node.name: (node.op, _identity(node)) for node in graph.nodes}
         return cls(operations, {node.name: format_node(node) for node in graph.nodes})
 
@@ -42,7 +47,7 @@ class Snapshot:
 
 
 def compare(before: Snapshot, after: Snapshot) -> list[Change]:
-    """Return every node that differs, those of ``after`` in graph order and then the erased ones."""
+    """Return every node that differs: those of ``after`` in graph order, then the erased ones."""
     changes = []
     for name, line in after.lines.items():
         if name not in before.lines:
@@ -60,3 +65,58 @@ def _identity(node: Node) -> str:
     if isinstance(target, str):
         return target
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"
+
+
+def diff_graphs(
+    before: GraphModule | Graph | str, after: GraphModule | Graph | str, *, context: int = 1
+) -> str:
+    """Return what differs between two graphs, line by line, with unchanged stretches folded.
+
+    Args:
+        before: a graph, or its text.
+        after: likewise.
+        context: unchanged lines kept on each side of a change, a count.
+
+    Returns:
+        Lines that start with ``-`` (gone), ``+`` (new) or a space; empty if nothing differs.
+    """
+    old = (before if isinstance(before, str) else format_graph(before)).splitlines()
+    new = (after if isinstance(after, str) else format_graph(after)).splitlines()
+    lines: list[str] = []
+    changed = False
+    blocks = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    for place, (kind, a, b, c, d) in enumerate(blocks):
+        if kind == "equal":
+            lines += _fold(old[a:b], 0 if place == 0 else context, 0 if place == len(blocks) - 1 else context)
+        else:
+            changed = True
+            lines += [f"- {line}" for line in old[a:b]] + [f"+ {line}" for line in new[c:d]]
+    return "\n".join(lines) if changed else ""
+
+
+def render_diff(diff: str) -> Text:
+    """Return a diff for ``rich.print``, with additions in green and removals in red."""
+    from rich.text import Text
+
+    styles = {"+": "green", "-": "red", "…": "dim"}
+    lines = diff.splitlines() or ["(the graph is unchanged)"]
+    return Text("\n").join(Text(line, style=styles.get(line.strip()[:1], "")) for line in lines)
+
+
+def print_changed(name: str, before: str, after: str, *, console: Console | None = None) -> None:
+    """Print the diff of one pass; an observer for ``Pipeline(..., observe=biofx.print_changed)``."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = console or Console()
+    console.rule(Text(f"after {name}"))
+    console.print(render_diff(diff_graphs(before, after)), soft_wrap=True)
+
+
+def _fold(lines: list[str], head: int, tail: int) -> Iterable[str]:
+    """Keep ``head`` lines after the last change and ``tail`` before the next; fold what lies between."""
+    hidden = len(lines) - head - tail
+    if hidden <= 1:
+        return [f"  {line}" for line in lines]
+    kept_head, kept_tail = lines[:head], lines[len(lines) - tail :] if tail else []
+    return [*(f"  {x}" for x in kept_head), f"  … {hidden} unchanged lines", *(f"  {x}" for x in kept_tail)]

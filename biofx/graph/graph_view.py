@@ -9,8 +9,8 @@ from functools import cached_property
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from biofx.graph.joined_graph import whole_graph
 from biofx.graph.printing import format_node, function_name
-from biofx.graph.regions import whole_graph
 from biofx.select import module_calls
 
 

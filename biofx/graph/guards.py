@@ -1,7 +1,7 @@
-"""Checks that a captured graph makes when it runs, of what its capture took for granted.
+"""Checks that a captured graph makes when it runs, of what its capture relied on.
 
-Capturing a forward settles what Python decided on the way. Where that rests on an argument left out, or on
-a value being a tensor, the graph says so itself: another kind of call is then an error and no wrong result.
+A captured graph holds the branch that Python took. Where that depends on an argument that was left out, or on
+a value being a tensor, the graph checks it: a call of another kind is an error and not a wrong result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def require_default(found: Any, default: object, name: str) -> None:
 
 @has_side_effect
 def require_tensor(found: Any, where: str) -> None:
-    """Check that a value is a tensor, as the graph's capture took it to be.
+    """Check that a value is a tensor, as it was when the graph was captured.
 
     Raises:
         InputError: it is not.
@@ -52,7 +52,7 @@ def require_tensor(found: Any, where: str) -> None:
 
 @has_side_effect
 def require_given(found: Any, name: str, where: str) -> None:
-    """Check that a value is neither None nor a flag, as the graph's capture took it to be.
+    """Check that a value is neither None nor a flag, as it was when the graph was captured.
 
     Raises:
         InputError: it is.
@@ -69,10 +69,10 @@ def require_given(found: Any, name: str, where: str) -> None:
 
 @has_side_effect
 def require_same(found: Any, expected: object, question: str, module: str) -> None:
-    """Check that what decided about the way through a forward is what it was when that was recorded.
+    """Check that a value by which a forward decides is the one with which the forward was recorded.
 
     Raises:
-        InputError: it is not.
+        RecordingError: it is not.
     """
     if has_torch_function((found,)) and not isinstance(found, Tensor):
         return handle_torch_function(require_same, (found,), found, expected, question, module)
@@ -87,15 +87,13 @@ def require_same(found: Any, expected: object, question: str, module: str) -> No
 
 
 class RecordingError(InputError):
-    """A forward was recorded on a way that another input does not take."""
+    """An input would take another path through a forward than the one that was recorded.
+
+    Args:
+        message: the message.
+        module: path of the module that decides.
+    """
 
     def __init__(self, message: str, module: str = "") -> None:
         super().__init__(message)
         self.module = module
-
-
-def by_mode(training: bool, in_training: Any, in_evaluation: Any) -> Any:
-    """Return what a forward uses in the mode that its module is in."""
-    if has_torch_function((training,)):
-        return handle_torch_function(by_mode, (training,), training, in_training, in_evaluation)
-    return in_training if training else in_evaluation

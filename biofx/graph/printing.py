@@ -1,18 +1,15 @@
-"""Graphs as text: one line per node, the same on every torch version, and what differs between two."""
+"""Graphs as text: one line per node, the same on every version of torch."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.text import Text
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from biofx.graph.regions import whole_graph
+from biofx.graph.joined_graph import whole_graph
 
 _OPERATOR_SIGNS = {
     "add": "+",
@@ -38,9 +35,9 @@ _OPERATOR_SIGNS = {
 def format_graph(graph: GraphModule | Graph) -> str:
     """Return a graph as text, one line per node.
 
-    A parameter reads as its path, a layer as a call of its path with its class behind it, an operator as
-    in Python. The form depends on the graph alone, not on the version of torch, so it can be compared
-    with a stored one.
+    A parameter is printed as its path, a layer as a call of its path with its class as a comment, an operator
+    as in Python. The text depends on the graph alone, not on the version of torch, so it can be compared with
+    a stored one.
 
     >>> import biofx
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -60,56 +57,6 @@ def format_node(node: Node) -> str:
         return f"return {_value(node.args[0])}"
     note = _annotation(node)
     return f"{node.name} = {_expression(node)}{f'  # {note}' if note else ''}"
-
-
-def diff_graphs(
-    before: GraphModule | Graph | str, after: GraphModule | Graph | str, *, context: int = 1
-) -> str:
-    """Return what differs between two graphs, line by line, with unchanged stretches folded.
-
-    Args:
-        before: a graph, or its text.
-        after: likewise.
-        context: unchanged lines kept on each side of a change, a count.
-
-    Returns:
-        Lines that start with ``-`` (gone), ``+`` (new) or a space; empty if nothing differs.
-    """
-    old = (before if isinstance(before, str) else format_graph(before)).splitlines()
-    new = (after if isinstance(after, str) else format_graph(after)).splitlines()
-    lines: list[str] = []
-    changed = False
-    blocks = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
-    for place, (kind, a, b, c, d) in enumerate(blocks):
-        if kind == "equal":
-            lines += _fold(old[a:b], 0 if place == 0 else context, 0 if place == len(blocks) - 1 else context)
-        else:
-            changed = True
-            lines += [f"- {line}" for line in old[a:b]] + [f"+ {line}" for line in new[c:d]]
-    return "\n".join(lines) if changed else ""
-
-
-def render_diff(diff: str) -> Text:
-    """Return a diff for ``rich.print``: additions green, removals red."""
-    styles = {"+": "green", "-": "red", "…": "dim"}
-    lines = diff.splitlines() or ["(the graph is unchanged)"]
-    return Text("\n").join(Text(line, style=styles.get(line.strip()[:1], "")) for line in lines)
-
-
-def print_changed(name: str, before: str, after: str, *, console: Console | None = None) -> None:
-    """Print the diff of one pass: an observer for ``Pipeline(..., observe=biofx.print_changed)``."""
-    console = console or Console()
-    console.rule(Text(f"after {name}"))
-    console.print(render_diff(diff_graphs(before, after)), soft_wrap=True)
-
-
-def _fold(lines: list[str], head: int, tail: int) -> Iterable[str]:
-    """Keep ``head`` lines after the last change and ``tail`` before the next; fold what lies between."""
-    hidden = len(lines) - head - tail
-    if hidden <= 1:
-        return [f"  {line}" for line in lines]
-    kept_head, kept_tail = lines[:head], lines[len(lines) - tail :] if tail else []
-    return [*(f"  {x}" for x in kept_head), f"  … {hidden} unchanged lines", *(f"  {x}" for x in kept_tail)]
 
 
 def _expression(node: Node) -> str:
@@ -168,7 +115,7 @@ def _index(index: Any) -> str:
 
 
 def _annotation(node: Node) -> str:
-    """Say what a path leads to: a layer's class, a parameter's shape."""
+    """Return what a path leads to: the class of a layer, the shape of a parameter."""
     owner = node.graph.owning_module
     if owner is None or node.op not in ("call_module", "get_attr"):
         return ""

@@ -1,38 +1,31 @@
-"""Models that have more than one graph, and how passes see all of them as one.
+"""The regions of a model that has more than one graph, and which of them uses which weight.
 
-Where Python has to stay in charge of a module (it decides by a value, keeps a cache, works under a context),
-the module keeps its own forward, and what it calls is captured below it: each such *region* is a graph
-module of its own, in the place where the module was. For the time of a rewrite the regions are written into
-the model's graph, one after the other, between a node that begins and a node that ends it. So there is one
-graph to select from and to report on, with full paths and unique names; afterwards each region takes its part
-back. Nothing leads from one region to another in that graph: who feeds whom across regions is not known.
+Where Python stays in charge of a module (it decides by a value, keeps a cache, works under a context), there
+is a graph break: the module runs its eager forward, and what it calls is captured below it. Each such
+*region* is a graph module of its own in the place of the module. :mod:`biofx.graph.joined_graph` shows a
+model and its regions as one graph. No edge leads from one region to another in that graph: which region feeds
+which is not known.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import nn
-from torch.fx import Graph, GraphModule, Node, Tracer
-from torch.fx.node import has_side_effect, map_arg
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import has_side_effect
 
 from biofx.errors import PassError
-from biofx.graph.assignments import OWN_MODULE
-from biofx.graph.guards import require_default
-from biofx.graph.own_forward import (
-    OWN_FORWARD,
-    call_own_forward,
-    call_with_parameters,
-    parameters_graph,
-)
 
-KEPT = "kept_as_python"
-"""The attribute of a captured model that says which modules keep their own forward, and why."""
+GRAPH_BREAKS = "graph_breaks"
+"""Attribute of a captured model that holds the paths of the modules that run in Python, and why."""
 JOINED = "_joined"
-"""The mark of a model whose graph holds those of its regions at present."""
+"""Attribute that a model has while its graph holds those of its regions."""
+ELSEWHERE = "_biofx_elsewhere"
+"""Attribute of a region that holds modules outside of it from which its graph reads, by names of its own.
+
+Such are the signs of the previous layer where a layer became a region because an adapter was put around it.
+"""
 
 
 @has_side_effect
@@ -41,8 +34,8 @@ def begin_region(path: str) -> None:
 
 
 @has_side_effect
-def region_input(path: str, name: str, *default: Any) -> Any:
-    """Stand, in a joined graph, for an argument that Python hands to a region.
+def region_input(path: str, name: str, *default: object) -> None:
+    """Represent, in a joined graph, an argument that Python passes to a region.
 
     Raises:
         PassError: always; a joined graph is for rewriting, not for running.
@@ -51,35 +44,8 @@ def region_input(path: str, name: str, *default: Any) -> Any:
 
 
 @has_side_effect
-def region_output(path: str, value: Any) -> None:
+def region_output(path: str, value: object) -> None:
     """Mark where, in a joined graph, a region ends, and what it returns."""
-
-
-ELSEWHERE = "_biofx_elsewhere"
-"""The attribute of a region that holds, by names of its own, modules in other places that its graph reads
-from: signs of the layer before, where a layer became a region because an adapter was put around it."""
-
-
-def whole_graph(graph_module: GraphModule) -> Graph:
-    """Return a model's graph with those of its regions; a copy if there are any, else the graph itself."""
-    paths = region_paths(graph_module)
-    if not paths or is_joined(graph_module):
-        return graph_module.graph
-    return _Join(graph_module, paths).graph
-
-
-def whole_view(graph_module: GraphModule) -> GraphModule:
-    """Return a model that shows the graphs of its regions as one, to be looked at; the model itself if it has
-    none.
-
-    It holds the model's own modules and tensors, and the model stays as it is.
-    """
-    if not region_paths(graph_module) or is_joined(graph_module):
-        return graph_module
-    view: GraphModule = object.__new__(type(graph_module))
-    vars(view).update(vars(graph_module))
-    vars(view).update({"_graph": whole_graph(graph_module), JOINED: True})
-    return view
 
 
 def is_joined(graph_module: nn.Module) -> bool:
@@ -88,10 +54,7 @@ def is_joined(graph_module: nn.Module) -> bool:
 
 
 def region_paths(graph_module: nn.Module) -> tuple[str, ...]:
-    """Return the paths of the modules whose regions a model has.
-
-    Those that an adapter was put around since are found where they are now.
-    """
+    """Return the paths of a model's regions, at present: adapters may have been put around some of them."""
     found: tuple[str, ...] = vars(graph_module).get("region_paths", ())
     modules = dict(graph_module.named_modules())
     late = [p for p, module in modules.items() if p and ELSEWHERE in vars(module) and p not in found]
@@ -103,25 +66,20 @@ def region_paths(graph_module: nn.Module) -> tuple[str, ...]:
     return (*(path for path in found if path not in moved), *late)
 
 
-def kept_modules(graph_module: nn.Module) -> Mapping[str, str]:
-    """Return the paths of the modules that keep their own forward in Python, and why."""
-    found: Mapping[str, str] = vars(graph_module).get(KEPT, {})
+def graph_breaks_of(graph_module: nn.Module) -> Mapping[str, str]:
+    """Return the paths of the modules that run their eager forward in Python, and why."""
+    found: Mapping[str, str] = vars(graph_module).get(GRAPH_BREAKS, {})
     return found
 
 
-def kept_around(path: str, kept: Iterable[str]) -> str | None:
-    """Return the innermost of some modules that holds what is at a path, None if none does."""
-    return max((module for module in kept if is_inside(path, module)), key=len, default=None)
-
-
-def reasons_against_regions(graph_module: nn.Module) -> Mapping[str, str]:
-    """Return the paths of regions whose weights Python may use besides, and why that is to be feared."""
+def regions_read_by_python(graph_module: nn.Module) -> Mapping[str, str]:
+    """Return the paths of regions whose weights Python may use without calling them, and why."""
     found: Mapping[str, str] = vars(graph_module).get("read_by_python", {})
     return found
 
 
 def region_of_nodes(graph: Graph) -> dict[Node, str]:
-    """Return for each node of a joined graph that lies in a region the path of the region's module."""
+    """Return, for each node of a joined graph that lies in a region, the path of the region."""
     regions: dict[Node, str] = {}
     current: str | None = None
     for node in graph.nodes:
@@ -134,144 +92,91 @@ def region_of_nodes(graph: Graph) -> dict[Node, str]:
     return regions
 
 
-def is_inside(path: str, region: str) -> bool:
+def is_inside(path: str, module: str) -> bool:
     """Whether a path leads to a module, or to something that a module at or below it holds."""
-    return not region or path == region or path.startswith(f"{region}.")
+    return not module or path == module or path.startswith(f"{module}.")
 
 
-class _Join:
-    """Writes a model's graph and those of its regions into one; each region ahead of what calls it."""
+def innermost_around(path: str, modules: Iterable[str]) -> str | None:
+    """Return the innermost of some modules that holds what is at a path, None if none does."""
+    return max((module for module in modules if is_inside(path, module)), key=len, default=None)
 
-    def __init__(self, root: GraphModule, paths: tuple[str, ...]) -> None:
-        self._modules = dict(root.named_modules(remove_duplicate=False))
-        self._kept = kept_modules(root)
-        self._open = dict.fromkeys(paths)
-        self._around = {path[:end] for path in paths for end in (*_dots(path), len(path))} | {""}
-        self.graph = Graph(root, tracer_cls=Tracer)
-        self.graph._codegen = copy.deepcopy(root.graph._codegen)
-        mapping: dict[Node, Node] = {}
-        for node in root.graph.nodes:
-            if node.op in ("call_module", "get_attr"):  # the latter where it is called under checkpointing
-                self._write_regions_in(str(node.target))
-            elif node.op == "output":
-                self._write_regions_in("")
-            mapping[node] = self.graph.node_copy(node, mapping.__getitem__)
 
-    def _write_regions_in(self, path: str) -> None:
-        if path not in self._around:
-            return
-        for region in [region for region in self._open if is_inside(region, path)]:
-            if region in self._open:
-                del self._open[region]
-                self._write(region)
+class RegionUse:
+    """Which region of a joined graph uses which weight; in a model of one graph there is none.
 
-    def _write(self, path: str) -> None:
-        source = self._source(path)
-        for node in source.nodes:
-            if node.op in ("call_module", "get_attr") and str(node.target):
-                self._write_regions_in(f"{path}.{node.target}")
-        stack = self._stack(path)
-        name = path.replace(".", "_")
-        begin = self.graph.create_node("call_function", begin_region, (path,), name=f"{name}_begin")
-        begin.meta["nn_module_stack"] = stack
-        mapping: dict[Node, Node] = {}
-        for node in source.nodes:
-            if node.target == OWN_FORWARD:
-                continue
-            new = mapping[node] = self._copied(node, path, mapping)
-            inner = node.meta.get("nn_module_stack") or {}
-            new.meta["nn_module_stack"] = {**stack, **_prefixed(inner, path)}
+    Args:
+        graph_module: the model.
+        graph: its graph, joined with those of its regions.
+    """
 
-    def _copied(self, node: Node, path: str, mapping: dict[Node, Node]) -> Node:
-        name = path.replace(".", "_")
-        if node.op == "placeholder":
-            default: Any = map_arg(node.args, mapping.__getitem__)
-            arguments: Any = (path, str(node.target), *default)
-            suffix = str(node.target).strip("*")
-            return self.graph.create_node("call_function", region_input, arguments, name=f"{name}_{suffix}")
-        if node.op == "output":
-            value: Any = map_arg(node.args[0], mapping.__getitem__)
-            return self.graph.create_node("call_function", region_output, (path, value), name=f"{name}_end")
-        if node.target is call_own_forward:  # a layer that is a region by itself, with something behind it
-            args: Any = map_arg(node.args[1], mapping.__getitem__)
-            kwargs: Any = map_arg(node.args[2], mapping.__getitem__)
-            return self.graph.create_node("call_module", path, args, kwargs, node.name)
-        if node.target is call_with_parameters:  # a module that Python runs, by its path
-            given: Any = map_arg(node.args[1:], mapping.__getitem__)
-            return self.graph.create_node(
-                "call_function", call_with_parameters, (path, *given), {}, node.name
-            )
-        copied = self._node_copy(node, name, mapping)
-        if node.op in ("call_module", "get_attr"):
-            copied.target = self._path_of(str(node.target), path)
-        return copied
+    def __init__(self, graph_module: GraphModule, graph: Graph) -> None:
+        self._modules = dict(graph_module.named_modules(remove_duplicate=False))
+        paths = region_paths(graph_module)
+        self._regions = {id(self._modules[path]): path for path in paths}
+        self._in_python = {id(self._modules[path]) for path in graph_breaks_of(graph_module)}
+        self._held_by = {
+            path: {id(self._modules[path])}
+            if id(self._modules[path]) in self._in_python
+            else {id(inner) for inner in self._modules[path].modules()}
+            for path in paths
+        }
+        self._region_of = region_of_nodes(graph) if paths else {}
+        self._read_by_python = regions_read_by_python(graph_module)
+        self._owners: dict[int, dict[int, str]] = {}
+        self._users: dict[int, set[str]] = {}
+        if paths:
+            self._note_owners()
+            for node in graph.nodes:
+                self._note_use(node)
 
-    def _path_of(self, target: str, region: str) -> str:
-        """Return the path in the whole model of what a region's graph calls or reads."""
-        if target in ("", OWN_MODULE):
-            return region
-        mark, _, rest = target.partition(".")
-        if mark != ELSEWHERE:
-            return f"{region}.{target}"
-        name, _, held = rest.partition(".")
-        other = getattr(vars(self._modules[region])[ELSEWHERE], name)
+    def is_call_of_a_region(self, node: Node) -> bool:
+        """Whether a node calls, from elsewhere, a module that has a graph of its own."""
+        if not self._regions or node.op != "call_module":
+            return False
+        region = self._regions.get(id(self._modules[str(node.target)]))
+        return region is not None and self._region_of.get(node) != region
+
+    def is_run_by_python(self, node: Node) -> bool:
+        """Whether a node calls a module that runs its eager forward, or has a graph of its own."""
+        return self.is_call_of_a_region(node) or (
+            node.op == "call_module" and id(self._modules[str(node.target)]) in self._in_python
+        )
+
+    def is_apart(self, parameter: nn.Parameter) -> bool:
+        """Whether one region holds a parameter, and nothing outside that region does."""
+        owners = set(self._owners.get(id(parameter), ()))
+        return any(owners <= held for held in self._held_by.values())
+
+    def path_for(self, node: Node, own: str, first: str) -> str:
+        """Return the path by which a node may read a parameter: the first, if its region holds that."""
+        return first if is_inside(first, self._region_of.get(node, "")) else own
+
+    def obstacle(self, node: Node, parameter: nn.Parameter) -> str | None:
+        """Return why a weight cannot be rewritten in the graph of a node alone, None if it can."""
+        region = self._region_of.get(node)
+        if region is not None and region in self._read_by_python:
+            return self._read_by_python[region]
+        owners = self._owners.get(id(parameter), {})
+        beyond = [path for owner, path in owners.items() if region and owner not in self._held_by[region]]
+        if beyond:
+            return f"its weight is tied to that of {beyond[0]!r}, outside the region of {region!r}"
+        for user in self._users.get(id(parameter), set()) - {region or ""}:
+            return f"its weight is also used in {f'the region of {user!r}' if user else 'the main graph'}"
+        return None
+
+    def _note_owners(self) -> None:
         for path, module in self._modules.items():
-            if module is other:
-                return f"{path}.{held}"
-        raise PassError(
-            f"the region of {region!r} reads from a {type(other).__name__} that is no longer there"
-        )
+            for parameter in module.parameters(recurse=False):
+                self._owners.setdefault(id(parameter), {}).setdefault(id(module), path)
 
-    def _node_copy(self, node: Node, stem: str, mapping: dict[Node, Node]) -> Node:
-        """Copy a node; a module that is called names its node by its whole path."""
-        args: Any = map_arg(node.args, mapping.__getitem__)
-        kwargs: Any = map_arg(node.kwargs, mapping.__getitem__)
-        plain = node.name.lstrip("_")
-        by_path = node.op == "call_module" and not plain.startswith(stem)
-        name = f"{stem}_{plain}" if by_path else node.name
-        copied = self.graph.create_node(
-            node.op,
-            str(node.target) if node.op != "call_function" else node.target,
-            args,
-            kwargs,
-            name,
-            node.type,
-        )
-        copied.meta = dict(node.meta)
-        return copied
-
-    def _source(self, path: str) -> Graph:
-        module = self._modules[path]
-        if isinstance(module, GraphModule):
-            return module.graph
-        if path in self._kept:
-            return parameters_graph(name for name, held in module._parameters.items() if held is not None)
-        return layer_graph(module, path)
-
-    def _stack(self, path: str) -> dict[str, tuple[str, type]]:
-        parts = path.split(".")
-        above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        return {place: (place, type(self._modules[place])) for place in above}
-
-
-def layer_graph(module: nn.Module, path: str) -> Graph:
-    """Return the graph of a layer that is a region by itself: one call of itself, written with no path."""
-    graph = Graph(tracer_cls=Tracer)
-    inputs = []
-    for name, parameter in list(inspect.signature(type(module).forward).parameters.items())[1:]:
-        default = () if parameter.default is parameter.empty else (parameter.default,)
-        given = graph.create_node("placeholder", name, default)
-        if name == "output_size":  # of a transposed convolution
-            graph.create_node("call_function", require_default, (given, parameter.default, name))
-        else:
-            inputs.append(given)
-    graph.output(graph.create_node("call_module", "", tuple(inputs), name=path.replace(".", "_")))
-    return graph
-
-
-def _dots(path: str) -> list[int]:
-    return [place for place, character in enumerate(path) if character == "."]
-
-
-def _prefixed(stack: Mapping[str, Any], path: str) -> dict[str, Any]:
-    return {f"{path}.{key}": (f"{path}.{place}", kind) for key, (place, kind) in stack.items()}
+    def _note_use(self, node: Node) -> None:
+        used: list[nn.Parameter] = []
+        if node.op == "get_attr":
+            path, _, name = str(node.target).rpartition(".")
+            held = self._modules[path]._parameters.get(name) if path in self._modules else None
+            used = [] if held is None else [held]
+        elif node.op == "call_module" and not self.is_run_by_python(node):
+            used = list(self._modules[str(node.target)].parameters())
+        for parameter in used:
+            self._users.setdefault(id(parameter), set()).add(self._region_of.get(node, ""))

@@ -15,9 +15,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from biofx.errors import InvariantError
-from biofx.graph.in_place import changed_in_place, changes_in_place
+from biofx.graph.joined_graph import whole_graph
+from biofx.graph.node_kinds import changed_in_place, changes_in_place
 from biofx.graph.printing import format_node, function_name
-from biofx.graph.regions import whole_graph
 
 _MISSING = object()
 

@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from biofx.errors import PassError
 from biofx.graph.contexts import ContextMap
-from biofx.graph.parameters import Parameters
 from biofx.layers.compound_layers import lower_compound
 from biofx.layers.unitless_layers import lower_unitless
 from biofx.layers.weight_site import WeightSite
@@ -193,6 +193,44 @@ class Lowering:
         elif before < existing:
             before.prepend(existing)
         return existing
+
+
+class Parameters:
+    """The modules that hold each parameter of a model, to replace parameters that it may share with another.
+
+    Args:
+        root: the model; its parameters must not be replaced by other means in the meantime.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._holders: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in root.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._holders.setdefault(id(parameter), []).append((module, name))
+
+    def is_shared(self, parameter: nn.Parameter) -> bool:
+        """Whether the model holds a parameter in several places."""
+        return len(self._holders[id(parameter)]) > 1
+
+    @torch.no_grad()
+    def replace(self, old: nn.Parameter, values: Tensor) -> nn.Parameter:
+        """Replace a parameter wherever the model holds it; the old one is not changed.
+
+        Args:
+            old: a parameter of the model.
+            values: any shape; moved to the old one's dtype and device.
+
+        Returns:
+            The new parameter; it requires a gradient if the old one does.
+        """
+        new = nn.Parameter(values.detach().to(old).clone(), requires_grad=old.requires_grad)
+        vars(new).update(vars(old))
+        holders = self._holders.pop(id(old))
+        for module, name in holders:
+            module._parameters[name] = new
+        self._holders[id(new)] = holders
+        return new
 
 
 def node_stem(parameter_path: str) -> str:

@@ -15,8 +15,8 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from biofx.errors import PassError
-from biofx.graph.region_use import RegionUse
-from biofx.graph.regions import whole_graph
+from biofx.graph.joined_graph import whole_graph
+from biofx.graph.regions import RegionUse
 from biofx.layers.lowering import Lowering
 from biofx.layers.obstacles import computed, hooks_of
 from biofx.layers.sites import times_read

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from biofx.graph.in_place import changed_in_place
-from biofx.graph.own_forward import call_with_parameters
+from biofx.graph.graph_functions import call_with_parameters
+from biofx.graph.node_kinds import changed_in_place, queries_metadata
 from biofx.graph.printing import function_name
-from biofx.graph.size_questions import asks_for_a_size
 from biofx.layers.layer_kinds import LayerKind, kind_of_call
 from biofx.layers.weight_slots import WeightSlot, slots_of_call
 
@@ -45,7 +44,7 @@ class ReadSlot(WeightSlot):
 
 def slot_of_reads(name: str, source: Node, readers: list[Node]) -> ReadSlot | None:
     """Return the place of those reads that take more than a parameter's size or type, None if none do."""
-    taken = tuple(reader for reader in readers if not asks_for_a_size(reader))
+    taken = tuple(reader for reader in readers if not queries_metadata(reader))
     return ReadSlot(name, "direct", source=source, readers=taken) if taken else None
 
 

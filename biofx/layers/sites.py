@@ -18,8 +18,8 @@ from torch.fx.node import map_arg
 from torch.nn.utils.parametrize import is_parametrized
 
 from biofx.graph.analysis_cache import cached_on_graph
-from biofx.graph.region_use import RegionUse
-from biofx.graph.regions import kept_around, kept_modules, whole_graph
+from biofx.graph.joined_graph import whole_graph
+from biofx.graph.regions import RegionUse, graph_breaks_of, innermost_around
 from biofx.layers.layer_kinds import (
     LAYER_TYPES,
     LayerKind,
@@ -67,7 +67,7 @@ def find_sites(graph_module: GraphModule) -> Sites:
     seen |= {str(node.target) for node in survey.graph.nodes if node.op == "call_module"}
     seen |= {innermost_path(site.node) for site in found}  # of a tied weight, the layer that is called
     bystanders += [
-        Bystander(path, None, _why_not_seen(path, kept_modules(graph_module)))
+        Bystander(path, None, _why_not_seen(path, graph_breaks_of(graph_module)))
         for path in _layers_of(graph_module)
         if path not in seen and not survey.is_used(path)
     ]
@@ -75,7 +75,7 @@ def find_sites(graph_module: GraphModule) -> Sites:
 
 
 def _why_not_seen(path: str, kept: Mapping[str, str]) -> str:
-    around = kept_around(path, kept)
+    around = innermost_around(path, kept)
     if around is None:
         return "never called in the forward"
     owner = f"module {around!r}" if around else "the model"

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
+from biofx.graph.node_kinds import queries_metadata
 from biofx.graph.printing import function_name
-from biofx.graph.size_questions import asks_for_a_size
 from biofx.layers.constant_part import ConstantPart
 from biofx.layers.weight_slots import argument
 from biofx.operators import synapse_ops as ops
@@ -89,7 +89,7 @@ def _arriving(
     if node.target in _OPERATORS:
         weight = argument(node, 0, "weight")
         return [_through(way, node) for way in ways.get(weight, {}).values()]
-    if asks_for_a_size(node):
+    if queries_metadata(node):
         return []
     moves = function_name(node.target) in _MOVES
     kind = Treatment.MOVED if moves else Treatment.COMPUTED

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.nn import functional as F
 
-from biofx.graph.own_forward import call_with_weights
+from biofx.graph.graph_functions import call_with_weights
 from biofx.graph.regions import ELSEWHERE
 from biofx.layers.layer_kinds import EMBEDDING, LAYER_KINDS, LayerKind, kind_of_call
 from biofx.layers.sites import innermost_path

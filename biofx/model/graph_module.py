@@ -14,10 +14,10 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 
 from biofx.errors import CaptureError, CheckpointError, InputError
-from biofx.graph.branches import has_branches, settle_branches, with_branches
+from biofx.graph.branches import BranchCodeGen, has_branches, hoist_shared_nodes
 from biofx.graph.contexts import restoring_modes
+from biofx.graph.graph_functions import call_own_forward
 from biofx.graph.names import taken_name
-from biofx.graph.own_forward import call_own_forward
 from biofx.model.attribute_guards import GUARDS
 from biofx.model.copies import prepared
 from biofx.model.graph_records import pack, unpack
@@ -51,7 +51,7 @@ class BioGraphModule(GraphModule):
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         region_paths: tuple[str, ...]
         """Paths of the modules with graphs of their own, empty where one graph is all there is."""
-        kept_as_python: Mapping[str, str]
+        graph_breaks: Mapping[str, str]
         """Paths of the modules that keep their own forward in Python, and why."""
         read_by_python: Mapping[str, str]
         """Paths of regions whose weights Python may use besides, and why that is to be feared."""
@@ -159,8 +159,9 @@ class BioGraphModule(GraphModule):
         if isinstance(self._graph, _NotYet):
             return None
         if has_branches(self._graph):
-            settle_branches(self._graph)
-            self._graph.on_generate_code(lambda before: with_branches)
+            hoist_shared_nodes(self._graph)
+            if not isinstance(self._graph._codegen, BranchCodeGen):
+                self._graph.set_codegen(BranchCodeGen())
         code = super().recompile()
         type(self)._places, type(self)._standing = remember_modules(self), None
         origin = user_class(self)
@@ -296,7 +297,7 @@ NAMES_OF_GRAPH_MODULES = frozenset(
     }
 )
 """Names under which nothing of a module's own can be found once it is a graph module."""
-NAMES_OF_MODELS = frozenset({"region_paths", "kept_as_python", "read_by_python", "transform_record"})
+NAMES_OF_MODELS = frozenset({"region_paths", "graph_breaks", "read_by_python", "transform_record"})
 """Names of what a rewritten model says of itself."""
 
 

@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from biofx.graph.assignments import OWN_MODULE
-from biofx.graph.own_forward import OWN_FORWARD, call_own_forward, call_with_parameters
+from biofx.graph.graph_functions import EAGER_FORWARD, OWN_MODULE, call_own_forward, call_with_parameters
 from biofx.layers.layer_kinds import kind_of_call
 from biofx.layers.sites import innermost_path
 from biofx.layers.weight_site import WEIGHT_OPERATORS
@@ -23,7 +22,7 @@ from biofx.plasticity.model_states import bio_module_path
 from biofx.plasticity.rate_forms import DRAW
 
 _OPERATORS = WEIGHT_OPERATORS | {sum_synapses}
-_ITSELF = {OWN_FORWARD, OWN_MODULE}
+_ITSELF = {EAGER_FORWARD, OWN_MODULE}
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.fx.node import map_arg
 
 from biofx.errors import PassError
-from biofx.graph.assignments import OWN_MODULE
+from biofx.graph.graph_functions import EAGER_FORWARD, OWN_MODULE, call_own_forward, call_with_parameters
 from biofx.graph.guards import require_default
-from biofx.graph.own_forward import OWN_FORWARD, call_own_forward, call_with_parameters
+from biofx.graph.joined_graph import whole_graph
 from biofx.graph.regions import (
     ELSEWHERE,
     JOINED,
@@ -24,7 +24,6 @@ from biofx.graph.regions import (
     region_of_nodes,
     region_output,
     region_paths,
-    whole_graph,
 )
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 
@@ -119,7 +118,7 @@ class _Part:
         self._mapping[node] = new
 
     def _call_of_itself(self, node: Node, call: Callable[..., Any], *given: Any) -> Node:
-        own = self.graph.create_node("get_attr", OWN_FORWARD)
+        own = self.graph.create_node("get_attr", EAGER_FORWARD)
         new = self.graph.create_node("call_function", call, (own, *given), name=node.name)
         self._calls_itself.append(new)
         return new

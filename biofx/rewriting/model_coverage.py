@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from biofx.graph.regions import kept_around, kept_modules, whole_graph
+from biofx.graph.joined_graph import whole_graph
+from biofx.graph.regions import graph_breaks_of, innermost_around
 from biofx.layers.weight_site import Sites
 
 
@@ -71,7 +72,7 @@ def coverage_of(
         missed: paths of layers, and why a pass left them alone.
         applied: paths of layers that a pass rewrote.
     """
-    kept = kept_modules(graph_module)
+    kept = graph_breaks_of(graph_module)
     parameters = dict(graph_module.named_parameters())
     layer_of = {id(site.parameter): site.layer for site in sites.found}
     computing = {site.layer: site.layer for site in sites.found if site.is_computed}
@@ -116,5 +117,5 @@ def _is_from_torch(module: nn.Module) -> bool:
 
 
 def _why_hidden(path: str, kept: Mapping[str, str]) -> str:
-    around = kept_around(path, kept)
+    around = innermost_around(path, kept)
     return "never used in the forward" if around is None else f"used by Python: {kept[around]}"

@@ -16,7 +16,7 @@ from biofx.foreign_errors import BY_A_PASS, foreign_errors_wrapped
 from biofx.graph.analysis_cache import analyses_kept
 from biofx.graph.changes import Snapshot, compare
 from biofx.graph.graph_view import GraphView
-from biofx.graph.in_place import changes_in_place
+from biofx.graph.node_kinds import changes_in_place
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule

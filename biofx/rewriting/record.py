@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 
 from biofx.config import BioConfig
 from biofx.errors import CheckpointError, SelectorError
+from biofx.graph.joined_graph import whole_graph
 from biofx.graph.printing import format_node
-from biofx.graph.regions import whole_graph
 from biofx.model.graph_module import BioGraphModule
 from biofx.rewriting.pass_base import Pass, PassT
 from biofx.rewriting.pass_text import format_value

@@ -31,7 +31,7 @@ from torch.fx import GraphModule
 from biofx.callables import registered_activations
 from biofx.config import BioConfig
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note
-from biofx.graph.numbers import number_read
+from biofx.graph.node_kinds import number_read
 from biofx.graph.printing import format_graph
 from biofx.graph.regions import region_paths
 from biofx.model.attribute_guards import GUARDS

@@ -190,7 +190,7 @@ def _assert_alike(model: nn.Module, made: nn.Module, x: Tensor) -> None:
 def test_numbers_are_read_at_every_call(recorded: bool) -> None:
     model = Numbers()
     made = _made(model, recorded)
-    assert not made.kept_as_python
+    assert not made.graph_breaks
     x = torch.randn(3, 4)
     _assert_alike(model, made, x)
     for path, value in NUMBERS:
@@ -210,7 +210,7 @@ def test_a_number_is_a_node_of_its_own() -> None:
 def test_another_value_of_what_decided_is_an_error(change: Callable[[Any], None], recorded: bool) -> None:
     model = nn.Sequential(Decisions(), nn.Linear(4, 2)).eval()
     made = _made(model, recorded)
-    assert not made.kept_as_python
+    assert not made.graph_breaks
     x = torch.randn(3, 4)
     assert torch.equal(made(x), model(x))
     change(made[0])
@@ -283,7 +283,7 @@ class DecidesByValue(nn.Module):
 def test_graphs_below_a_forward_in_python_read_and_check_too(recorded: bool) -> None:
     model: Any = DecidesByValue().eval()
     made = _made(model, recorded)
-    assert list(made.kept_as_python) == [""]
+    assert list(made.graph_breaks) == [""]
     assert {"inner.0", "inner.1"} <= set(made.region_paths)
     x = torch.randn(3, 4)
     for each in (model, made):

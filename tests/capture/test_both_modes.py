@@ -194,7 +194,7 @@ def test_it_is_one_graph_and_does_what_the_model_does_whichever_part_is_in_which
 ) -> None:
     model = model_class()
     captured = captured_from(model)
-    assert captured.kept_as_python == {}
+    assert captured.graph_breaks == {}
     assert has_branches(captured.graph)
     reference = copy.deepcopy(model)
     for modes in modes_of(model):
@@ -335,7 +335,7 @@ def test_where_it_does_not_show_who_decides_python_stays_in_charge(
 ) -> None:
     model = model_class()
     captured = captured_from(model)
-    assert captured.kept_as_python
+    assert captured.graph_breaks
     inner = "norm" if model_class is AsksForAnothersMode else "part"
     for outer, switched in itertools.product((True, False), repeat=2):
         for each in (model, captured):
@@ -379,7 +379,7 @@ def test_the_flag_of_a_part_is_followed_where_it_alone_is_read() -> None:
     model = AsksAPartOfIt()
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     captured = biofx.capture(model, example_inputs=x)
-    assert captured.kept_as_python == {}
+    assert captured.graph_breaks == {}
     for whole, part in ((True, True), (False, False), (True, False), (False, True)):
         for either in (model, captured):
             either.train(whole).get_submodule("norm").train(part)

@@ -42,7 +42,7 @@ def test_a_length_is_part_of_the_graph_and_that_of_another_batch_is_another(reco
     model = DividesByLength()
     given: Any = {"example_inputs": ((torch.ones(2, 4),), {})} if recorded else {}
     captured = biofx.capture(model, **given)
-    assert captured.kept_as_python == {}
+    assert captured.graph_breaks == {}
     torch.testing.assert_close(captured(torch.ones(5, 4)), model(torch.ones(5, 4)), rtol=0, atol=0)
     assert "len" not in vars(sys.modules[__name__])
 
@@ -50,6 +50,6 @@ def test_a_length_is_part_of_the_graph_and_that_of_another_batch_is_another(reco
 def test_a_module_called_from_python_with_several_arguments_is_a_region() -> None:
     model, x = CallsMasked(), torch.randn(2, 2, 5)
     captured = biofx.capture(model)
-    assert list(captured.kept_as_python) == [""]
+    assert list(captured.graph_breaks) == [""]
     assert captured.region_paths == ("masked",)
     torch.testing.assert_close(captured(x), model(x), rtol=0, atol=0)

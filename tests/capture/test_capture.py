@@ -688,7 +688,7 @@ REFUSED: list[tuple[type[nn.Module], str]] = [
 def test_a_train_of_its_own_stays(vectors: Tensor) -> None:
     original = KeepsAPartFrozen()
     captured = capture(original)
-    assert not captured.kept_as_python
+    assert not captured.graph_breaks
     for model in (captured, copy.deepcopy(captured)):
         model.train()
         assert model.training
@@ -705,7 +705,7 @@ def test_extra_state_of_its_own_stays() -> None:
             self.extra = state
 
     captured = capture(Counts())
-    assert not captured.kept_as_python
+    assert not captured.graph_breaks
     state = captured.state_dict()
     assert torch.equal(state["_extra_state"], torch.zeros(1))
     captured.load_state_dict({**state, "_extra_state": torch.ones(1)})
@@ -733,7 +733,7 @@ def test_what_is_refused_keeps_its_own_forward_where_regions_may_be(
     with unchanged(model):
         captured = capture(model)
     assert isinstance(captured, model_class)
-    assert list(captured.kept_as_python) == [""]
+    assert list(captured.graph_breaks) == [""]
     if model_class not in (SetsAnAttributeOfAValue, WorksInInferenceMode):  # fail as they are, in training
         assert_same(model, captured, vectors)
     if model_class not in WORK_AT_THE_END_ONLY:

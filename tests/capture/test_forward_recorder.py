@@ -120,7 +120,7 @@ def test_a_transformer_is_one_graph_and_works_at_other_sizes() -> None:
     model = Transformer()
     captured = capture(model, example_inputs=((), {"ids": ids(2, 5)}))
     assert region_paths(captured) == ()
-    assert captured.kept_as_python == {}
+    assert captured.graph_breaks == {}
     assert isinstance(captured, Transformer)
     assert_same(model, captured, *[((), {"ids": ids(*size)}) for size in ((2, 5), (3, 5), (1, 9), (4, 1))])
     assert_same(model, captured, ((ids(3, 4),), {}))
@@ -197,8 +197,8 @@ def vectors(batch: int) -> Any:
 def test_a_value_that_decides_leaves_the_module_in_python_and_no_more() -> None:
     model = Wraps(Halts())
     captured = capture(model, example_inputs=vectors(4))
-    assert list(captured.kept_as_python) == ["inner"]
-    assert "x.norm().item() > 1" in captured.kept_as_python["inner"]
+    assert list(captured.graph_breaks) == ["inner"]
+    assert "x.norm().item() > 1" in captured.graph_breaks["inner"]
     assert region_paths(captured) == ("inner.step",)
     assert [node.target for node in captured.graph.find_nodes(op="call_module")] == ["first", "inner", "last"]
     assert_same(model, captured, *(vectors(batch) for batch in (4, 1, 9)))
@@ -247,7 +247,7 @@ def test_nearly_all_of_a_mixture_of_experts_is_visible_and_rewritten(recorded: b
     config = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.3)
     example = vectors(6) if recorded else None
     bio_model, report = biofx.transform(model, config, example_inputs=example)
-    assert "" in bio_model.kept_as_python
+    assert "" in bio_model.graph_breaks
     assert report.coverage is not None
     assert report.coverage.visible >= 0.9 * report.coverage.total
     done = {remark.layer for remark in report.remarks if remark.kind == "applied"}
@@ -419,7 +419,7 @@ def test_a_recorded_model_does_what_the_model_does(
     model = model_class(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.3)))
     with unchanged(model):
         captured = capture(model, example_inputs=vectors(4))
-    assert list(captured.kept_as_python) == kept
+    assert list(captured.graph_breaks) == kept
     assert_same(model, captured, *(vectors(batch) for batch in (4, 2, 7)))
 
 
@@ -428,7 +428,7 @@ def test_hooks_run_around_what_is_recorded() -> None:
     model.register_forward_hook(lambda module, args, output: output * 2)
     model.inner.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
     captured = capture(model, example_inputs=vectors(4))
-    assert "has forward pre hooks" in captured.kept_as_python["inner"]
+    assert "has forward pre hooks" in captured.graph_breaks["inner"]
     assert_same(model, captured, vectors(4), vectors(3))
 
 
@@ -449,7 +449,7 @@ def test_two_arguments_that_were_one_tensor_may_differ_later() -> None:
 def test_a_part_switched_to_evaluation_is_followed() -> None:
     model = Wraps(DropsByTheFlag())
     captured = capture(model, example_inputs=vectors(4))
-    assert captured.kept_as_python == {}
+    assert captured.graph_breaks == {}
     for each in (model, captured):
         each.train()
         each.inner.eval()
@@ -478,7 +478,7 @@ def test_an_argument_by_keyword_alone_may_follow_optional_ones() -> None:
     model = Keywords()
     (x,), _ = vectors(3)
     captured = capture(model, example_inputs=((), {"y": x}))
-    assert captured.kept_as_python == {}
+    assert captured.graph_breaks == {}
     assert_same(model, captured, ((), {"y": x}))
     with pytest.raises(InputError, match="expected a tensor"):
         captured()
@@ -584,7 +584,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_only_the_modules_that_need_it_stay_in_python_and_one_run_finds_them(runs: list[bool]) -> None:
     model = Steps({1, 4, 5})
     captured = capture(model, example_inputs=vectors(4))
-    assert list(captured.kept_as_python) == ["steps.1", "steps.4", "steps.5"]
+    assert list(captured.graph_breaks) == ["steps.1", "steps.4", "steps.5"]
     in_python = [f"steps.{n}" for n in (1, 4, 5)]  # with a graph around that hands them their parameters
     parts = [f"{path}.{part}" for path in in_python for part in ("before", "after")]
     assert set(region_paths(captured)) == {*in_python, *parts}
@@ -611,7 +611,7 @@ class HasPeeks(Wraps):
 def test_nothing_is_recorded_anew_for_a_module_that_calls_nothing(runs: list[bool]) -> None:
     model = HasPeeks()
     captured = capture(model, example_inputs=vectors(4))
-    assert list(captured.kept_as_python) == ["inner", "other"]
+    assert list(captured.graph_breaks) == ["inner", "other"]
     assert runs == [True, False]
     assert_same(model, captured, *(vectors(batch) for batch in (4, 1, 9)))
 
@@ -644,7 +644,7 @@ class AsksAndPeeks(nn.Module):
 def test_what_was_written_of_a_module_that_is_given_up_is_taken_back_whole() -> None:
     model = PeeksWithinAContext()
     captured = capture(model, example_inputs=vectors(4))
-    assert list(captured.kept_as_python) == ["inner"]
+    assert list(captured.graph_breaks) == ["inner"]
     assert_same(model, captured, *(vectors(batch) for batch in (4, 2, 9)))
     with pytest.raises(InputError, match="recorded with False"):
         captured(torch.zeros(101, 8))
@@ -672,7 +672,7 @@ class PeeksAndRaises(nn.Module):
 def test_an_exception_of_a_module_that_was_given_up_may_not_come_another_time() -> None:
     model = CatchesWhatItsChildRaises()
     captured = capture(model, example_inputs=vectors(4))
-    assert "" in captured.kept_as_python
+    assert "" in captured.graph_breaks
     large = torch.full((2, 8), 1e9)
     torch.testing.assert_close(captured(large), model(large), rtol=0, atol=0)
     assert_same(model, captured, vectors(4), vectors(3))
@@ -704,7 +704,7 @@ class Differ(nn.Module):
 def test_modules_kept_for_the_class_of_another_get_a_second_chance() -> None:
     model = Differ()
     captured = capture(model, example_inputs=vectors(4))
-    assert list(captured.kept_as_python) == ["parts.2"]
+    assert list(captured.graph_breaks) == ["parts.2"]
     assert_same(model, captured, *(vectors(batch) for batch in (4, 1, 9)))
 
 

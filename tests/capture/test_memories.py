@@ -64,5 +64,5 @@ def test_a_capture_leaves_no_stand_in_in_a_memory(kind: type[nn.Module], recorde
 
 def test_what_depends_on_a_size_is_part_of_the_graph() -> None:
     captured = biofx.capture(RampAsLongAsItsInput(), example_inputs=torch.ones(3, 4))
-    assert captured.kept_as_python == {}
+    assert captured.graph_breaks == {}
     assert type(vars(RampAsLongAsItsInput)["table"]) is type(ramp)

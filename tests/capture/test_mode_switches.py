@@ -287,12 +287,12 @@ def test_both_modes_are_right_from_either(
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("kind", ONE_GRAPH)
 def test_what_the_mode_decides_stays_one_graph(kind: type[nn.Module], recorded: bool) -> None:
-    assert not _transformed(kind(), recorded).kept_as_python
+    assert not _transformed(kind(), recorded).graph_breaks
 
 
 @pytest.mark.parametrize("kind", IN_PYTHON)
 def test_what_no_graph_could_tell_stays_in_python(kind: type[nn.Module]) -> None:
-    assert "" in _transformed(kind(), recorded=False).kept_as_python
+    assert "" in _transformed(kind(), recorded=False).graph_breaks
     with pytest.raises(CaptureError, match=r"train\(\)"):
         capture(kind(), regions=False)
 

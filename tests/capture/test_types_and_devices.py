@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from biofx import InputError, capture, transform
 from biofx.capture.tracked import tracked
-from biofx.graph.dtypes import limit_of
+from biofx.graph.graph_functions import limit_of
 from biofx.graph.regions import region_paths
 
 
@@ -98,7 +98,7 @@ def assert_same_as(model: nn.Module, captured: nn.Module, args: Any, dtype: torc
 def test_a_model_is_converted_after_it_is_captured(recorded: bool, dtype: torch.dtype) -> None:
     model = Block()
     captured = capture(model, example_inputs=(block_input(), {}) if recorded else None)
-    assert not captured.kept_as_python
+    assert not captured.graph_breaks
     assert_same_as(model, captured, block_input(3, 4), dtype)
     assert_same_as(model, pickle.loads(pickle.dumps(captured)), block_input(3, 4), dtype)
 
@@ -151,7 +151,7 @@ def test_devices_are_asked_for_anew(model_class: type[Asks]) -> None:
     model = model_class()
     x = torch.randn(2, 8)
     captured = capture(model, example_inputs=((x,), {}))
-    assert not captured.kept_as_python
+    assert not captured.graph_breaks
     for device in ("cpu", "meta"):
         (found, place), (expected, expected_place) = (
             each.to(device)(x.to(device)) for each in (captured, model)
@@ -194,7 +194,7 @@ def test_another_type_that_would_go_another_way_is_an_error(model_class: type[As
     model = model_class()
     x = torch.randn(2, 8)
     captured = capture(model, example_inputs=((x,), {}))
-    assert not captured.kept_as_python
+    assert not captured.graph_breaks
     torch.testing.assert_close(captured(x), model(x), rtol=0, atol=0)
     with pytest.raises(InputError, match="recorded with"):
         captured.half()(x.half())
@@ -248,7 +248,7 @@ def test_small_modules_that_decide_by_type_stay_in_python_for_half_precision() -
     model = HoldsSmallOnes()
     x = torch.randn(2, 8)
     captured = capture(model, example_inputs=((x,), {}))
-    assert sorted(captured.kept_as_python) == ["small.0", "small.1", "small.2"]
+    assert sorted(captured.graph_breaks) == ["small.0", "small.1", "small.2"]
     assert "small.0.up" in region_paths(captured)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert_same_as(model, captured, (x,), dtype)
@@ -269,7 +269,7 @@ def test_what_is_computed_from_types_follows_them() -> None:
     model = CombinesTypes()
     x = torch.randn(2, 8)
     captured = capture(model, example_inputs=((x,), {}))
-    assert not captured.kept_as_python
+    assert not captured.graph_breaks
     assert_same_as(model, captured, (x,), torch.float64)
     assert_same_as(model, captured, (x,), torch.float16)
 
@@ -284,7 +284,7 @@ def test_autocast_to_the_type_of_a_tensor() -> None:
     model = CastsToItsInput()
     x = torch.randn(2, 8)
     captured = capture(model, example_inputs=((x, torch.ones(1).bfloat16()), {}))
-    assert not captured.kept_as_python
+    assert not captured.graph_breaks
     for dtype in (torch.bfloat16, torch.float16):
         like = torch.ones(1, dtype=dtype)
         assert captured(x, like).dtype == dtype
@@ -301,7 +301,7 @@ def test_whether_autocast_is_on_stays_a_question(recorded: bool) -> None:
     model = AsksForAutocast()
     x = torch.randn(2, 8)
     captured = capture(model, example_inputs=((x,), {}) if recorded else None)
-    assert "autocast" in captured.kept_as_python[""]
+    assert "autocast" in captured.graph_breaks[""]
     for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
         with context:
             torch.testing.assert_close(captured(x), model(x), rtol=0, atol=0)
@@ -341,7 +341,7 @@ def test_types_and_devices_go_through_modules_in_python() -> None:
     model = HandsItsTypeOn()
     x = torch.randn(2, 8)
     captured = capture(model, example_inputs=((x,), {}))
-    assert list(captured.kept_as_python) == ["inner"]
+    assert list(captured.graph_breaks) == ["inner"]
     assert region_paths(captured) == ("inner.casts",)
     assert_same_as(model, captured, (x,), torch.float64)
     region = captured.get_submodule("inner.casts").to("meta")
@@ -368,8 +368,8 @@ def test_a_module_that_cannot_live_with_stand_ins_stays_in_python() -> None:
     model = ChecksTheClass()
     x = torch.randn(2, 8)
     captured = capture(model, example_inputs=((x,), {}))
-    assert list(captured.kept_as_python) == ["inner"]
-    assert "expected a type" in captured.kept_as_python["inner"]
+    assert list(captured.graph_breaks) == ["inner"]
+    assert "expected a type" in captured.graph_breaks["inner"]
     assert_same_as(model, captured, (x,), torch.float64)
 
 

@@ -108,7 +108,7 @@ class AloneInside(nn.Module):
 
 def test_only_the_module_that_asks_stays_in_python() -> None:
     captured = biofx.capture(AloneInside(), example_inputs=torch.ones(3, 4))
-    assert set(captured.kept_as_python) == {"inner"}
+    assert set(captured.graph_breaks) == {"inner"}
     assert set(captured.region_paths) == {"inner.fc", "inner.norm", "inner.out"}
 
 

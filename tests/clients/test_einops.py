@@ -41,7 +41,7 @@ def test_a_model_that_rearranges_is_the_same_at_every_size_and_every_turn(record
 
 def test_what_it_does_with_sizes_is_part_of_the_graph_when_recorded() -> None:
     captured = biofx.capture(Heads(), example_inputs=torch.ones(3, 4))
-    assert captured.kept_as_python == {}
+    assert captured.graph_breaks == {}
     functions = {node.target for node in captured.graph.nodes if node.op == "call_method"}
     assert "reshape" in functions
 

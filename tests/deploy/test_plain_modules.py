@@ -189,7 +189,7 @@ def test_a_process_with_the_user_s_classes_and_without_biofx_runs_it(
 
 def test_it_exports_where_python_does_what_can_be_exported(user: Any) -> None:
     bio_model = trained(user.Careful(), CONFIGS["folded"])
-    assert "routed" in bio_model.kept_as_python
+    assert "routed" in bio_model.graph_breaks
     deployed = biofx.deploy(bio_model)
     program = torch.export.export(deployed, (inputs(0),))
     assert "biofx" not in str(program)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BioConfig, CaptureError, PassError, capture
-from biofx.graph.assignments import assign_buffer
+from biofx.graph.graph_functions import assign_buffer
 from biofx.plasticity.bio_module import BioModule
 
 
@@ -170,7 +170,7 @@ def test_what_would_change_more_than_values_stays_in_python(
 ) -> None:
     model = model_class()
     captured = recorded_of(model)
-    assert list(captured.kept_as_python) == ([""] if in_python else [])
+    assert list(captured.graph_breaks) == ([""] if in_python else [])
     for training in (True, False):
         found, expected = (outcome(each.train(training)) for each in (captured, model))
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -203,7 +203,7 @@ def test_regions_assign_and_open_contexts_too() -> None:
     bio_model, report = biofx.transform(
         model, BioConfig(fuzzy_learning_rate_factor_nu=0.3), example_inputs=((inputs(),), {})
     )
-    assert list(bio_model.kept_as_python) == [""]
+    assert list(bio_model.graph_breaks) == [""]
     assert report.coverage is not None
     assert report.coverage.visible == report.coverage.total
     rates = {

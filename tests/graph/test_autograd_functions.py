@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx import BioConfig, capture
-from biofx.graph.autograd_functions import AppliedFunction
+from biofx.graph.graph_functions import AppliedFunction
 
 
 class Reverse(torch.autograd.Function):
@@ -176,7 +176,7 @@ def test_a_function_with_an_apply_of_its_own_stays_in_python(recorded: bool) -> 
 
     model = HasAnApply()
     captured = captured_of(model, recorded=recorded)
-    assert "an apply() of its own" in captured.kept_as_python[""]
+    assert "an apply() of its own" in captured.graph_breaks[""]
     torch.testing.assert_close(outcome(captured, inputs()), outcome(model, inputs()), rtol=0, atol=0)
 
 
@@ -188,7 +188,7 @@ def test_a_function_given_what_no_graph_can_hold_stays_in_python() -> None:
     model = HandsOver()
     for recorded in (False, True):
         captured = captured_of(model, recorded=recorded)
-        assert list(captured.kept_as_python) == [""]
+        assert list(captured.graph_breaks) == [""]
         torch.testing.assert_close(outcome(captured, inputs()), outcome(model, inputs()), rtol=0, atol=0)
 
 

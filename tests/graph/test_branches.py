@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import operator
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,14 +13,14 @@ from torch.fx import Graph, Node
 
 from biofx.errors import PassError
 from biofx.graph.branches import (
+    BranchCodeGen,
     begin_branch,
     branch_of_nodes,
+    by_mode,
     end_branch,
-    settle_branches,
+    hoist_shared_nodes,
     take_branches,
-    with_branches,
 )
-from biofx.graph.guards import by_mode
 from biofx.model.graph_module import BioGraphModule
 
 
@@ -72,7 +76,7 @@ def test_what_could_not_run_in_both_modes_is_refused() -> None:
     graph, nodes = graph_with_a_branch(read_outside=True)
     nodes["cosine"].op, nodes["cosine"].target = "call_method", "cos_"
     with pytest.raises(PassError, match="'cos' runs in one mode only, and is read in the other too"):
-        settle_branches(graph)
+        hoist_shared_nodes(graph)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -84,12 +88,42 @@ def test_one_mode_alone(training: bool) -> None:
 
 
 def test_the_code_of_a_branch_is_an_if() -> None:
-    body = ["a = f(x)\n", "b = my_begin_branch(flag, False);  flag = None\n", "a += x;  c = a;  a = None\n"]
-    body += ["d = g(c)\n", "e = my_end_branch(b);  b = None\n", "return my_by_mode(flag, x, c)\n"]
-    assert "".join(with_branches(body)).split("\n") == [
-        *("a = f(x)", "c = None", "if not flag:", "    a += x;  c = a;  a = None", "    d = g(c)"),
-        *("return my_by_mode(flag, x, c)", ""),
+    graph = Graph()
+    x, flag = graph.placeholder("x"), graph.get_attr("training")
+    a = graph.call_function(torch.sin, (x,))
+    begin = graph.call_function(begin_branch, (flag, False))
+    c = graph.call_function(operator.iadd, (a, x))
+    graph.call_function(torch.cos, (c,))
+    graph.call_function(end_branch, (begin,))
+    graph.output(graph.call_function(by_mode, (flag, x, c)))
+    assert module_of(graph).code.strip().splitlines()[1:] == [
+        *("    training = self.training", "    sin = torch.sin(x)"),
+        *("    iadd = None", "    if not training:", "        sin += x;  iadd = sin;  sin = None"),
+        "        cos = torch.cos(iadd);  cos = None",
+        "    by_mode = biofx_graph_branches_by_mode(training, x, iadd);  training = x = iadd = None",
+        "    return by_mode",
     ]
+
+
+def test_what_others_do_to_the_code_is_done_to_that_of_branches() -> None:
+    graph, _ = graph_with_a_branch(read_outside=False)
+    module = module_of(graph)
+    with module.graph.on_generate_code(lambda before: lambda body: ["first = 1\n", *body]):
+        module.recompile()
+    assert module.code.index("first = 1") < module.code.index("if training:")
+    module.recompile()
+    assert "first = 1" not in module.code
+    assert "if training:" in module.code
+
+
+def test_copies_and_pickles_keep_the_code_of_branches() -> None:
+    graph, _ = graph_with_a_branch(read_outside=False)
+    module = module_of(graph)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert copied.code == module.code
+        assert isinstance(copied.graph._codegen, BranchCodeGen)
+        copied.recompile()
+        assert copied.code == module.code
 
 
 def test_an_empty_branch_is_code_too() -> None:

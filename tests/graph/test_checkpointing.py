@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import biofx
 from biofx import BioConfig, CaptureError, InputError, capture
-from biofx.graph.checkpointing import call_checkpointed
+from biofx.graph.graph_functions import call_checkpointed
 from biofx.graph.regions import region_paths
 
 
@@ -112,7 +112,7 @@ def test_a_checkpointed_module_is_a_region_that_is_computed_again(
     model = model_class()
     with unchanged(model):
         captured = recorded_of(model)
-    assert not captured.kept_as_python
+    assert not captured.graph_breaks
     calls = captured.graph.find_nodes(op="call_function", target=call_checkpointed)
     assert {call.args[0].target for call in calls} == set(region_paths(captured))
     for training in (True, False):
@@ -187,7 +187,7 @@ def test_what_else_is_checkpointed_stays_in_python_and_its_layers_are_rewritten(
     model = model_class()
     captured = recorded_of(model) if recorded else capture(model)
     in_a_branch = recorded and model_class is ChecksInTraining
-    assert next(iter(captured.kept_as_python)) == ("blocks.0" if in_a_branch else "")
+    assert next(iter(captured.graph_breaks)) == ("blocks.0" if in_a_branch else "")
     layers = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     bio_model, report = biofx.transform(captured, BioConfig(fuzzy_learning_rate_factor_nu=0.3))
     called = {layer for layer in layers if not (in_a_branch and layer.startswith("blocks.1."))}

@@ -163,7 +163,7 @@ def test_contexts_are_nodes_and_do_what_they_did(
     model = model_class()
     with unchanged(model):
         captured = captured_of(model, recorded=recorded, regions=False)
-    assert not captured.kept_as_python
+    assert not captured.graph_breaks
     begun = contexts_of(captured)
     assert len(begun) in (2, 4, 6)
     variants: list[nn.Module] = [captured, copy.deepcopy(captured), pickle.loads(pickle.dumps(captured))]
@@ -219,7 +219,7 @@ def test_a_weight_inside_and_outside_of_a_context_is_scaled_where_it_has_a_gradi
     example: Any = ((inputs(),), {}) if recorded else None
     config = BioConfig(fuzzy_learning_rate_factor_nu=0.3)
     bio_model, report = biofx.transform(model, config, example_inputs=example)
-    assert not bio_model.kept_as_python
+    assert not bio_model.graph_breaks
     assert {remark.layer for remark in report.remarks if remark.kind == "applied"} == {
         path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)
     }
@@ -366,8 +366,8 @@ def test_what_is_no_context_of_the_graph_stays_in_python(
 ) -> None:
     model = model_class()
     captured = captured_of(model, recorded=recorded)
-    assert list(captured.kept_as_python) == [""]
-    assert reason in captured.kept_as_python[""]
+    assert list(captured.graph_breaks) == [""]
+    assert reason in captured.graph_breaks[""]
     assert torch.is_grad_enabled()
     for surroundings in (nullcontext, torch.no_grad):
         with surroundings():
@@ -401,7 +401,7 @@ def test_contexts_of_a_part_that_cannot_be_captured_are_taken_back() -> None:
     model = Whole()
     for recorded in (False, True):
         captured = captured_of(model, recorded=recorded)
-        assert list(captured.kept_as_python) == ["part"]
+        assert list(captured.graph_breaks) == ["part"]
         assert contexts_of(captured) == [begin_grad_mode, end_grad_mode]
         expected, found = (outcome(each, inputs(), nullcontext) for each in (model, captured))
         torch.testing.assert_close(found, expected, rtol=0, atol=0)

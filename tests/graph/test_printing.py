@@ -15,7 +15,8 @@ from torch.fx import Graph, GraphModule
 
 import biofx
 from biofx import diff_graphs, format_graph
-from biofx.graph.printing import function_name, print_changed, render_diff
+from biofx.graph.changes import print_changed, render_diff
+from biofx.graph.printing import function_name
 
 
 class Pair(NamedTuple):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BioConfig, BioGraphModule, format_graph
-from biofx.graph.regions import region_paths, whole_graph
+from biofx.graph.joined_graph import whole_graph
+from biofx.graph.regions import region_paths
 from biofx.layers.sites import find_sites
 from biofx.model.graph_records import pack
 from biofx.model.region_parts import joined
@@ -84,9 +85,9 @@ def test_what_python_calls_is_captured_below_it(vectors: Tensor) -> None:
     model = Model()
     captured = biofx.capture(model)
     assert region_paths(captured) == ("gate.open.0", "gate.open.2", "gate.norm", "gate.closed")
-    assert list(captured.kept_as_python) == ["gate"]
-    assert "test_regions.py" in captured.kept_as_python["gate"]
-    assert "(if x.sum() > 0:)" in captured.kept_as_python["gate"]
+    assert list(captured.graph_breaks) == ["gate"]
+    assert "test_regions.py" in captured.graph_breaks["gate"]
+    assert "(if x.sum() > 0:)" in captured.graph_breaks["gate"]
     for x in both_ways(vectors):
         torch.testing.assert_close(outcome(captured, x), outcome(model, x), rtol=0, atol=0)
 
@@ -350,7 +351,7 @@ def test_a_model_of_one_graph_has_no_regions(mlp: nn.Module) -> None:
     captured = biofx.capture(mlp)
     assert region_paths(captured) == ()
     assert whole_graph(captured) is captured.graph
-    assert captured.kept_as_python == {}
+    assert captured.graph_breaks == {}
 
 
 class ReadsWeights(nn.Module):

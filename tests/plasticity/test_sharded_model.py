@@ -31,7 +31,7 @@ def test_parts_that_a_graph_has_taken_apart_are_not_called() -> None:
     block = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)))
     model = nn.Sequential(block, nn.Linear(4, 4), nn.Linear(4, 4), Choosing())
     bio_model: Any = biofx.transform(model, exclude="1").graph_module
-    assert "3" in bio_model.kept_as_python
+    assert "3" in bio_model.graph_breaks
     for path in ("0", "0.1", "1", "2", "3", "3.part", "3.part.0"):
         shard_by_itself(bio_model.get_submodule(path))
     # the graph reads the layers of 0 and 2, and calls 1 and 3; Python calls what is in 3

@@ -68,7 +68,7 @@ def compare(
         return Outcome(name, "refused", str(error))
     outcome = Outcome(name, "equal", parameters=sum(p.numel() for p in model.parameters()))
     outcome.graphs = 1 + len(vars(captured).get("region_paths", ()))
-    outcome.kept = len(vars(captured).get("kept_as_python", {}))
+    outcome.kept = len(vars(captured).get("graph_breaks", {}))
     for training in (True, False):
         for size in sizes or _sizes(example):
             given = example(size)
