@@ -1,4 +1,4 @@
-"""The README's distributed run, as the README says to run it."""
+"""The distributed run of the page on training, as the page says to run it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def block_and_command() -> tuple[str, str]:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "tools" / "docs" / "pages" / "training.md").read_text(encoding="utf-8")
     found = re.search(r"```python\n(# train\.py\n.*?)```\n\n```sh\n(torchrun .*?)\n```", readme, re.DOTALL)
     assert found
     return found[1], found[2]

@@ -1,4 +1,4 @@
-"""The README's comparison, measured: ``python tools/compare``.
+"""The comparison in this folder's README, measured: ``python tools/compare``.
 
 Each row is one check, run on biofx, on the package of the paper (where it is installed: ``pip install
 --no-deps pytorch-bio-transformations==0.0.5``) and on what one would otherwise write by hand: gradient hooks

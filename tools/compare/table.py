@@ -25,7 +25,7 @@ def told_in(readme: str) -> dict[str, dict[str, str]]:
 def main() -> int:
     """Print the table, and return whether an entry of the README differs from it."""
     torch.set_num_threads(1)
-    told = told_in((Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8"))
+    told = told_in((Path(__file__).parent / "README.md").read_text(encoding="utf-8"))
     table, differing = Table(box=None), []
     there = contenders()
     for heading in ("", *(contender.name for contender in there)):
