@@ -46,11 +46,13 @@ from biofx.plasticity import BioModule
 from biofx.plasticity.attach import attach
 from biofx.plasticity.optimizer_step import Rule
 from biofx.rewriting.compile_config import compile_config
-from biofx.rewriting.pass_base import Pass, PassResult, Scope
+from biofx.rewriting.pass_base import Pass, PassResult
 from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.record import TransformRecord
 from biofx.rewriting.registry import available_passes
-from biofx.rewriting.report import Remark, Report, applied, missed
+from biofx.rewriting.remarks import Remark, applied, missed
+from biofx.rewriting.report import Report
+from biofx.rewriting.scope import Scope
 from biofx.transform import transform
 
 __version__ = "0.1.0"

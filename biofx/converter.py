@@ -22,6 +22,7 @@ from biofx.plasticity.model_states import bio_modules
 from biofx.rewriting.compile_config import compile_config, configure_layers
 from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.record import add_step, matches_of, remembering_config
+from biofx.rewriting.reproducer import reproducing
 
 ConverterT = TypeVar("ConverterT", bound="BioConverter")
 
@@ -124,7 +125,8 @@ class BioConverter:
                 _place(captured, config, sites)
                 depths = {weight.path: weight.depth for weight in sites.weights()}
                 matches = matches_of(in_graph, captured)
-                converted, report = in_graph.on_own(captured)
+                with reproducing(lambda: capture(model), in_graph):
+                    converted, report = in_graph.on_own(captured)
                 _draw(converted, depths)
         add_step(converted, type(self).__qualname__, in_graph, config, matches=matches, unmet=report.unmet)
         return converted

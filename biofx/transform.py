@@ -20,7 +20,7 @@ from biofx.rewriting.compile_config import PassChoice, choose_passes, configure_
 from biofx.rewriting.pass_base import PassResult
 from biofx.rewriting.pipeline import Observer, Pipeline
 from biofx.rewriting.record import add_step, matches_of, remembering, remembering_config
-from biofx.rewriting.reproducer import note_reproducer
+from biofx.rewriting.reproducer import reproducing
 from biofx.select import NodeIndex, Selector
 
 
@@ -102,12 +102,8 @@ def transform(
     with foreign_errors_wrapped(PassError, f"the rewriting of {type(model).__name__}"), joined(captured):
         _check_overrides(captured, checked)
         matches = matches_of(pipeline, captured)
-        with preserved_random_state():
-            try:
-                result = pipeline.on_own(captured, configured)
-            except Exception as error:
-                note_reproducer(error, captured_again, pipeline)
-                raise
+        with preserved_random_state(), reproducing(captured_again, pipeline):
+            result = pipeline.on_own(captured, configured)
     add_step(
         result.graph_module,
         "transform",

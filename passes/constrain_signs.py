@@ -25,6 +25,7 @@ from biofx.analysis.sign_survey import SignSurvey
 from biofx.analysis.unused_signs import refuse_unused_signs
 from biofx.config import option_from_config
 from biofx.layers.lowering import Lowering, node_stem
+from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators import synapse_ops as ops
@@ -33,9 +34,9 @@ from biofx.options import with_documented_options
 from biofx.plasticity.model_states import bio_module_path, state_of
 from biofx.plasticity.weight_rules import balanced_weight
 from biofx.rewriting.gains import constrain_gains, fold_negative_gains, in_scope
-from biofx.rewriting.pass_base import Scope
-from biofx.rewriting.report import Remark, applied
-from biofx.rewriting.weight_pass import WeightPass
+from biofx.rewriting.remarks import Remark, applied, done_already, missed
+from biofx.rewriting.scope import Scope
+from biofx.rewriting.weight_pass import WeightPass, WeightUses, unsupported
 
 EXPAND = "expand"
 """The method that leaves the model's function as it is."""
@@ -59,14 +60,16 @@ class ConstrainSigns(WeightPass):
     constrain_readout: bool = option_from_config("dales_constrain_readout")
     seed: int = option_from_config("seed")
 
-    def survey(self, graph_module: BioGraphModule, scope: Scope) -> SignSurvey:
-        """Find out who reads whose activity."""
-        return SignSurvey(graph_module, lambda node, layer: scope.variant(self, node, layer))
-
-    def reason_against(self, site: WeightSite, survey: SignSurvey) -> str | None:
-        """Leave alone what is constrained already, the free ends of the model, queries and keys."""
+    def reason_against(self, site: WeightSite, survey: SignSurvey) -> Remark | None:
+        """Leave alone what is constrained already, inputs and readouts of the model, queries and keys."""
         if site.has(ops.constrain_sign):
-            return "its signs are constrained already"
+            return done_already(site.node, site.layer, "its signs are constrained already")
+        reason = self._reason_against(site, survey)
+        return (
+            None if reason is None else missed(site.node, site.layer, reason, **self._asked_at(site, survey))
+        )
+
+    def _reason_against(self, site: WeightSite, survey: SignSurvey) -> str | None:
         if site.is_scaled:
             return "its gradient is scaled already, and signs must be constrained before that"
         if site.parameter.is_meta:
@@ -88,21 +91,39 @@ class ConstrainSigns(WeightPass):
             return "its presynaptic units were not expanded, and have no sign"
         return site.obstacle
 
-    def asked_at(self, site: WeightSite, survey: SignSurvey) -> dict[str, Any]:
-        """Say that a free end of the model was asked for."""
+    def _asked_at(self, site: WeightSite, survey: SignSurvey) -> dict[str, Any]:
+        """Return details that say that an input or a readout of the model was asked for."""
         if self.constrain_readout and survey.is_readout(site):
             return {"asked_as": "the readout"}
         asked = self.constrain_inputs and survey.why_no_signs(site) is None and survey.reads_only_inputs(site)
         return {"asked_as": "the input layer"} if asked else {}
 
-    def prepare(self, lowering: Lowering, weights: list[Weight], survey: SignSurvey, scope: Scope) -> None:
-        """Fold negative gains of normalisations into the layers before, while those are unconstrained."""
-        if self.axis == "presynaptic":
-            norms = in_scope(self, scope, lowering.graph_module, survey.norms_read_by(weights))
-            survey.folded = fold_negative_gains(lowering, norms, survey.layers)
+    def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
+        """Constrain each selected weight, and the gains of normalisations between units with signs.
 
-    def wrap(self, lowering: Lowering, weight: Weight, survey: SignSurvey) -> Iterator[Remark]:
-        """Find the signs of the units that the weight reads, draw those that have none, and insert them."""
+        Raises:
+            OptionError: signs were given that nothing uses, or two uses of a weight have different options.
+        """
+        sites = find_sites(graph_module)
+        survey = SignSurvey(graph_module, lambda node, layer: scope.variant(self, node, layer))
+        lowering = Lowering(graph_module)
+        chosen = yield from self.choose(sites, scope, survey, lowering)
+        if self.axis == "presynaptic":
+            norms = survey.norms_read_by([uses.weight for _, uses in chosen])
+            wanted = in_scope(scope, graph_module, norms)
+            survey.folded = fold_negative_gains(lowering, wanted, survey.layers)
+        yield from self.rewrite_chosen(chosen, scope)
+        refuse_unused_signs(survey, scope.overrides, self.signs, axis=self.axis, why_not=self._why_not(scope))
+        if self.axis == "presynaptic":
+            for reading in survey.groups.readings if self.method != EXPAND else ():
+                if scope.why_not(reading.site.node, reading.site.layer) is None:
+                    survey.store.leave_free(reading)
+            yield from constrain_gains(scope, lowering, norms, survey.folded, exact=self._keeps_a_function)
+        yield from unsupported(sites)
+
+    def rewrite_node(self, candidate: WeightUses, options: WeightPass) -> Iterator[Remark]:
+        """Find the signs of the units that a weight reads, draw those that have none, and insert them."""
+        weight, lowering, survey = candidate.weight, candidate.lowering, candidate.survey
         state = state_of(lowering.graph_module, weight)
         first = weight.sites[0]
         kept = (
@@ -130,16 +151,16 @@ class ConstrainSigns(WeightPass):
             lowering.parameters.replace(state.weight, made)
         for site in weight.sites:
             lowering.lower(site)
-        options: dict[str, Any] = dict(state.sign_layout)
+        layout: dict[str, Any] = dict(state.sign_layout)
         if state.constrained_rows is not None and first.weight_node is not None:
             rows = f"{bio_module_path(weight.path)}.constrained_rows"
-            options["rows"] = lowering.read(rows, first.weight_node.next, f"{node_stem(weight.path)}_rows")
+            layout["rows"] = lowering.read(rows, first.weight_node.next, f"{node_stem(weight.path)}_rows")
         lowering.wrap_weight(
             weight.sites,
             ops.constrain_sign,
             lambda node, stem: bring_signs(lowering, kept, state, node, stem),
             "signed",
-            **options,
+            **layout,
             method="project" if self.method == EXPAND else self.method,
         )
         units = state.presynaptic_signs()
@@ -153,30 +174,15 @@ class ConstrainSigns(WeightPass):
             unsure = survey.what_is_not_guaranteed(site) if self.axis == "presynaptic" else ""
             yield applied(site.node, site.layer, site.told(message + unsure), **numbers)
 
-    def finish(
-        self, lowering: Lowering, weights: list[Weight], survey: SignSurvey, scope: Scope
-    ) -> Iterator[Remark]:
-        """Keep the gains of normalisations between units from turning a sign over.
-
-        Raises:
-            OptionError: signs were given that nothing uses.
-        """
-        refuse_unused_signs(survey, scope.overrides, self.signs, axis=self.axis, why_not=self._why_not(scope))
-        if self.axis == "presynaptic":
-            for reading in survey.groups.readings if self.method != EXPAND else ():
-                if not isinstance(scope.options(self, reading.site.node, reading.site.layer), str):
-                    survey.store.leave_free(reading)
-            norms = survey.norms_read_by(weights)
-            yield from constrain_gains(
-                self, scope, lowering, norms, survey.folded, exact=self._keeps_a_function
-            )
-
     def _why_not(self, scope: Scope) -> Callable[[WeightSite, SignSurvey], str | None]:
         """Return what tells why a site has no signs."""
 
         def why_not(site: WeightSite, survey: SignSurvey) -> str | None:
-            options = scope.options(self, site.node, site.layer)
-            return options if isinstance(options, str) else options.reason_against(site, survey)
+            reason = scope.why_not(site.node, site.layer)
+            if reason is not None:
+                return reason
+            remark = scope.variant(self, site.node, site.layer).reason_against(site, survey)
+            return None if remark is None else remark.message
 
         return why_not
 

@@ -30,8 +30,10 @@ from biofx.options import with_documented_options
 from biofx.rewriting.expandable import Circuit, Expandability, circuits
 from biofx.rewriting.expansion import expand
 from biofx.rewriting.gains import fold_negative_gains, in_scope
-from biofx.rewriting.pass_base import Pass, Scope
-from biofx.rewriting.report import Remark, applied, missed
+from biofx.rewriting.pass_base import Pass
+from biofx.rewriting.remarks import Remark, applied, missed, switched_off
+from biofx.rewriting.scope import Scope
+from biofx.rewriting.weight_pass import unsupported
 
 
 @with_documented_options
@@ -62,24 +64,29 @@ class ExpandUnits(Pass):
             makers.setdefault(site.parameter_path, []).append(site)
         able = Expandability(groups, graph_module, makers)
         for circuit in circuits(groups):
-            reason = self._reason_against(circuit, scope, last, in_regions, makers)
-            reason = reason or able.why_not(circuit)
+            reason = self._reason_against(circuit, last, in_regions)
+            off = None if reason else _why_not_selected(circuit, scope, makers)
+            reason = reason or off or able.why_not(circuit)
             if reason is None:
                 chosen.append(circuit)
             for reading in circuit.readings:
                 site = reading.site
+                kind = applied if reason is None else switched_off if off else missed
                 message = site.told(reason or f"reads {len(reading.units)} channels as pairs of both signs")
-                kind = missed if reason is not None else applied
                 told[site.node, site.parameter_path] = kind(site.node, site.layer, message)
         made = {source.name: circuit for circuit in chosen for source in circuit.sources}
         norms = {node for circuit in chosen for node in circuit.nodes if node in groups.norms}
         fold_negative_gains(
             lowering,
-            in_scope(self, scope, graph_module, norms),
+            in_scope(scope, graph_module, norms),
             {s.node: s for s in sites.found if s.why_no_channels is None and not s.kind.is_product},
         )
         for circuit in chosen:
-            expand(circuit, groups, lowering, makers)
+            with scope.rewriting(circuit.readings[0].site.node):
+                changed = expand(circuit, groups, lowering, makers)
+            for site in changed:
+                with scope.rewriting(site.node):
+                    lowering.lower(site)
         for site in sites.found:
             if site.kind.why_no_units or (site.node, site.parameter_path) not in told:
                 reason = site.kind.why_no_units or site.barrier or "it reads no units"
@@ -92,18 +99,12 @@ class ExpandUnits(Pass):
                 also = f"{remark.message}; " if remark.kind == "applied" else ""
                 remark = applied(site.node, site.layer, also + message, units=units)
             yield remark
-        for bystander in sites.bystanders:
-            yield missed(bystander.node, bystander.layer, bystander.reason)
+        yield from unsupported(sites)
 
     def _reason_against(
-        self,
-        circuit: Circuit,
-        scope: Scope,
-        last: set[Node],
-        in_regions: Mapping[Node, str],
-        makers: dict[str, list[WeightSite]],
+        self, circuit: Circuit, last: set[Node], in_regions: Mapping[Node, str]
     ) -> str | None:
-        """Return why a circuit is not wanted, None if it is."""
+        """Return why a circuit is not to be expanded, None if it is."""
         if not circuit.readings:
             return "no weight reads its units"
         if not self.constrain_readout and all(reading.site.node in last for reading in circuit.readings):
@@ -114,10 +115,15 @@ class ExpandUnits(Pass):
                 "whether more than a readout reads its units is not known: Python calls "
                 f"{ends[0]!r} (constrain_readout=False)"
             )
-        parties = [reading.site for reading in circuit.readings]
-        parties += [site for source in circuit.sources for site in makers.get(source.name, ())]
-        for site in parties:
-            options = scope.options(self, site.node, site.layer)
-            if isinstance(options, str):
-                return f"{site.layer!r} takes part: {options}"
         return None
+
+
+def _why_not_selected(circuit: Circuit, scope: Scope, makers: dict[str, list[WeightSite]]) -> str | None:
+    """Return which layer of a circuit is not selected, and why, None if all are."""
+    parties = [reading.site for reading in circuit.readings]
+    parties += [site for source in circuit.sources for site in makers.get(source.name, ())]
+    for site in parties:
+        reason = scope.why_not(site.node, site.layer)
+        if reason is not None:
+            return f"{site.layer!r} takes part: {reason}"
+    return None

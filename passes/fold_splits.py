@@ -20,8 +20,9 @@ from biofx.layers.sites import find_sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.rewriting.fold_plan import FoldPlan
 from biofx.rewriting.folding import Folding
-from biofx.rewriting.pass_base import Pass, Scope
-from biofx.rewriting.report import Remark
+from biofx.rewriting.pass_base import Pass
+from biofx.rewriting.remarks import Remark
+from biofx.rewriting.scope import Scope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +37,8 @@ class FoldSplits(Pass):
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
         """Fold each pool of synapses, as far as what it repeats is carried."""
         sites = find_sites(graph_module)
-        chosen = {site.node: scope.options(self, site.node, site.layer) for site in sites.found}
-        left_alone = {node: reason for node, reason in chosen.items() if isinstance(reason, str)}
-        plan = FoldPlan(graph_module, sites, left_alone)
+        reasons = {site.node: scope.why_not(site.node, site.layer) for site in sites.found}
+        plan = FoldPlan(graph_module, sites, {node: reason for node, reason in reasons.items() if reason})
         pools = plan.settle()
-        yield from list(plan.remarks(pools))  # told before the nodes that they are about are gone
-        Folding(graph_module, plan.flow, plan.folds).run(pools)
+        yield from list(plan.remarks(pools))  # before the nodes that they are about are erased
+        Folding(graph_module, plan.flow, plan.folds, scope.rewriting).run(pools)

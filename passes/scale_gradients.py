@@ -23,8 +23,6 @@ from torch.fx import Node
 from biofx.config import FROM_SEED, check_drawn_again, option_from_config
 from biofx.graph.regions import region_of_nodes
 from biofx.layers.lowering import Lowering
-from biofx.layers.norm_sites import NormSite, find_norms, lower_norm
-from biofx.layers.sites import find_sites
 from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.layers.weight_site import Sites, Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
@@ -35,11 +33,11 @@ from biofx.operators.rate_draws import PURPOSE, rate_draw, told_of_place
 from biofx.operators.rate_ops import scale_gradient_by_seed
 from biofx.options import with_documented_options
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.model_states import bio_module_path, is_taken, state_of
 from biofx.plasticity.rate_rules import initial_factors
-from biofx.rewriting.pass_base import Scope
-from biofx.rewriting.report import Remark, applied, missed
-from biofx.rewriting.weight_pass import WeightPass
+from biofx.plasticity.model_states import bio_module_path, is_taken, state_of
+from biofx.rewriting.remarks import Remark, applied, done_already, missed
+from biofx.rewriting.scope import Scope
+from biofx.rewriting.weight_pass import WeightPass, WeightUses, show_parameters
 
 
 @with_documented_options
@@ -69,29 +67,8 @@ class ScaleGradients(WeightPass):
         """Find the nodes whose place in the order of execution is not known."""
         return region_of_nodes(graph_module.graph)
 
-    def show(self, graph_module: BioGraphModule, scope: Scope) -> None:
-        """Lower the layers and normalisations whose biases and gains are meant too."""
-        if not self._means_all:
-            return
-        lowering = Lowering(graph_module)
-        for site in find_sites(graph_module).found:
-            if site.barrier is None and self._is_shown(site, graph_module, scope):
-                lowering.lower(site)
-        for norm in find_norms(graph_module):
-            if norm.obstacle is None and self._is_shown(norm, graph_module, scope):
-                lower_norm(lowering, norm)
-
-    def _is_shown(self, site: WeightSite | NormSite, graph_module: BioGraphModule, scope: Scope) -> bool:
-        options = scope.options(self, site.node, site.layer)
-        if site.node.op != "call_module" or isinstance(options, str) or options.parameters != "all":
-            return False
-        called = graph_module.get_submodule(str(site.node.target))
-        scales = options.distribution is not Distribution.BASELINE and options.nu != 0
-        held = [entry for entry in called.parameters() if entry.requires_grad and not entry.is_meta]
-        return scales and any(obstacle_to_values(entry) is None for entry in held)
-
-    def candidates(self, sites: Sites, scope: Scope) -> list[Weight]:
-        """Return the weights with all that reads them, and where all are meant the other parameters."""
+    def weights(self, sites: Sites, scope: Scope) -> list[Weight]:
+        """Return the weights with whatever else reads them, and where all are meant the other parameters."""
         weights = sites.weights_and_reads(directly=False)
         if not self._means_all:
             return weights
@@ -110,13 +87,17 @@ class ScaleGradients(WeightPass):
             *(dict(entry.options).get("parameters") for entry in self.overrides),
         )
 
-    def reason_against(self, site: WeightSite, survey: Mapping[Node, str]) -> str | None:
+    def reason_against(self, site: WeightSite, survey: Mapping[Node, str]) -> Remark | None:
         """Leave alone what is scaled already, would be scaled by 1, or is frozen."""
         if site.is_scaled:
-            return "its gradient is scaled already"
-        if self.distribution is Distribution.LAYER_ADAPTIVE and survey.get(site.node):
-            return f"its place in the order of execution is not known: Python calls {survey[site.node]!r}"
-        if self.distribution is Distribution.BASELINE or self.nu == 0:
+            return done_already(site.node, site.layer, "its gradient is scaled already")
+        reason = self._reason_against(site, survey.get(site.node))
+        return None if reason is None else missed(site.node, site.layer, reason)
+
+    def _reason_against(self, site: WeightSite, region: str | None) -> str | None:
+        if self.distribution is Distribution.LAYER_ADAPTIVE and region:
+            return f"its place in the order of execution is not known: Python calls {region!r}"
+        if not self._scales:
             return f"every factor would be 1 ({self.distribution.value}, nu={self.nu:g})"
         if not site.parameter.requires_grad:
             return "its weight is frozen (requires_grad is False)"
@@ -130,16 +111,34 @@ class ScaleGradients(WeightPass):
             return "a parametrization computes it, and 'seed' factors take a parameter; use 'float32'"
         return site.barrier
 
-    def wrap(self, lowering: Lowering, weight: Weight, survey: None) -> Iterator[Remark]:
-        """Draw the factors, unless another use of the weight has brought them, and insert them."""
+    @property
+    def _scales(self) -> bool:
+        return self.distribution is not Distribution.BASELINE and self.nu != 0
+
+    def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
+        """Scale the gradient of each selected weight, and where all parameters are meant, theirs."""
+
+        def is_shown(node: Node, layer: str) -> bool:
+            options = scope.variant(self, node, layer)
+            if options.parameters != "all" or not options._scales:
+                return False
+            held = graph_module.get_submodule(str(node.target)).parameters()
+            scaled = (entry for entry in held if entry.requires_grad and not entry.is_meta)
+            return any(obstacle_to_values(entry) is None for entry in scaled)
+
+        if self._means_all:
+            show_parameters(graph_module, scope, is_shown)
+        yield from super().rewrite(graph_module, scope)
+
+    def rewrite_node(self, candidate: WeightUses, options: WeightPass) -> Iterator[Remark]:
+        """Draw the factors of a weight, unless another use of it has them already, and insert them."""
+        weight, lowering = candidate.weight, candidate.lowering
         state = state_of(lowering.graph_module, weight)
         if not state.has_factors:
             self._provide(state, weight)
         if state.is_drawn and state.rate_draw != rate_draw(**self._drawn(weight)):
-            for site in weight.sites:
-                yield missed(
-                    site.node, site.layer, site.told("its weight has factors from another draw already")
-                )
+            reason = "its weight has factors from another draw already"
+            yield from (done_already(site.node, site.layer, site.told(reason)) for site in weight.sites)
             return
         factors: Any = state.fuzzy_learning_rate_parameters
         state.scaled_in_graph = True

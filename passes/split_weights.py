@@ -30,8 +30,19 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.operators import synapse_ops as ops
 from biofx.options import with_documented_options
 from biofx.rewriting.activation import insert_activation
-from biofx.rewriting.pass_base import Pass, Scope
-from biofx.rewriting.report import Remark, applied, missed
+from biofx.rewriting.pass_base import Pass
+from biofx.rewriting.remarks import Remark, applied, done_already, missed, switched_off
+from biofx.rewriting.scope import Scope
+from biofx.rewriting.weight_pass import LayerUse, unsupported
+
+@dataclass(frozen=True)
+class SplittableLayer(LayerUse):
+    """A layer whose output channels may be summed."""
+
+    is_split: bool
+    """Whether its output is split already."""
+    reason: str | None
+    """Why it cannot be split, whatever the options; None if it can."""
 
 
 @with_documented_options
@@ -45,71 +56,48 @@ class SplitWeights(Pass):
     gamma: int = option_from_config("weight_splitting_Gamma", default=2)
     activation: Callable[[Any], Any] | str = option_from_config("weight_splitting_activation_function")
 
+    def candidates(self, graph_module: BioGraphModule) -> Iterator[SplittableLayer | Remark]:
+        """Yield each layer with a weight."""
+        sites = find_sites(graph_module)
+        synaptic = synaptic_nodes(graph_module)
+        readout, split = readout_nodes(graph_module, synaptic), split_nodes(graph_module, synaptic)
+        for site in sites.found:
+            yield SplittableLayer(site, site.node in split, _reason_against(site, graph_module, readout))
+        yield from unsupported(sites)
+
+    def rewrite_node(self, candidate: SplittableLayer, options: Pass) -> Remark:
+        """Sum the groups of a layer's output channels."""
+        site = candidate.site
+        if candidate.is_split:
+            return done_already(site.node, site.layer, site.told("its output is split already"))
+        if self.gamma < 2:
+            return switched_off(site.node, site.layer, site.told(f"gamma={self.gamma} is off"))
+        if candidate.reason is not None:
+            return missed(site.node, site.layer, site.told(candidate.reason))
+        if site.output_channels % self.gamma:
+            reason = f"gamma={self.gamma} does not divide its {site.output_channels} output channels"
+            return missed(site.node, site.layer, reason, gamma=self.gamma, channels=site.output_channels)
+        return self._split(site)
+
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
         """Split each selected layer.
 
         Raises:
             OptionError: gamma divides the output channels of none of the layers it is meant for.
         """
-        sites = find_sites(graph_module)
-        synaptic = synaptic_nodes(graph_module)
-        readout, split_before = readout_nodes(graph_module, synaptic), split_nodes(graph_module, synaptic)
-        indivisible: list[WeightSite] = []
-        split = 0
-        for site in sites.found:
-            options = scope.options(self, site.node, site.layer)
-            if isinstance(options, str):
-                reason: str | None = options
-            elif site.node in split_before:
-                reason = "its output is split already"
-            else:
-                reason = options._reason_against(graph_module, site, readout)
-            if isinstance(options, str) or reason is not None:
-                yield missed(site.node, site.layer, site.told(str(reason)))
-            elif site.output_channels % options.gamma:
-                indivisible.append(site)
-                reason = f"gamma={options.gamma} does not divide its {site.output_channels} output channels"
-                yield missed(
-                    site.node, site.layer, reason, gamma=options.gamma, channels=site.output_channels
-                )
-            else:
-                split += 1
-                yield options._split(graph_module, site)
-        if indivisible and not split:
-            found = ", ".join(
-                f"{site.layer or site.node.name} has {site.output_channels}" for site in indivisible
-            )
+        remarks = list(super().rewrite(graph_module, scope))
+        indivisible = [remark for remark in remarks if remark.kind == "missed" and "gamma" in remark.details]
+        if indivisible and all(remark.kind == "missed" for remark in remarks):
+            found = ", ".join(f"{r.layer or r.node} has {r.details['channels']}" for r in indivisible)
             raise OptionError(
                 f"{self.name}: expected a gamma that divides the output channels of a layer, found {self}, "
                 f"which divides none: {found}; choose a divisor, or leave these layers out"
             )
-        for bystander in sites.bystanders:
-            yield missed(bystander.node, bystander.layer, bystander.reason)
+        yield from remarks
 
-    def _reason_against(
-        self, graph_module: BioGraphModule, site: WeightSite, readout: set[Node]
-    ) -> str | None:
-        if self.gamma < 2:
-            return f"gamma={self.gamma} is off"
-        if site.kind.why_no_units:
-            return site.kind.why_no_units
-        if not site.parameter.numel():
-            return site.barrier or "it has no weights"
-        if site.why_no_channels is not None:
-            return f"{site.why_no_channels}; only those of a Linear or a convolution are split"
-        if getattr(graph_module.get_submodule(site.layer), "last_module_token", False):
-            return "it is marked as the last module"
-        if not site.node.users:
-            return "nothing reads its output"
-        if site.node in readout and (region := region_of_nodes(graph_module.graph).get(site.node)):
-            return f"whether it is an output layer is not known: Python calls {region!r} and what follows it"
-        if site.node in readout:
-            return "it is an output layer: no weights between it and the model's output"
-        return None
-
-    def _split(self, graph_module: BioGraphModule, site: WeightSite) -> Remark:
+    def _split(self, site: WeightSite) -> Remark:
         users = list(site.node.users)
-        activated = insert_activation(graph_module, site, self.activation)
+        activated = insert_activation(site, self.activation)
         with site.node.graph.inserting_after(activated):
             pooled = site.node.graph.create_node(
                 "call_function",
@@ -129,3 +117,21 @@ class SplitWeights(Pass):
         return applied(
             site.node, site.layer, message, groups=groups, gamma=self.gamma, channels=site.output_channels
         )
+
+
+def _reason_against(site: WeightSite, graph_module: BioGraphModule, readout: set[Node]) -> str | None:
+    if site.kind.why_no_units:
+        return site.kind.why_no_units
+    if not site.parameter.numel():
+        return site.barrier or "it has no weights"
+    if site.why_no_channels is not None:
+        return f"{site.why_no_channels}; only those of a Linear or a convolution are split"
+    if getattr(graph_module.get_submodule(site.layer), "last_module_token", False):
+        return "it is marked as the last module"
+    if not site.node.users:
+        return "nothing reads its output"
+    if site.node in readout and (region := region_of_nodes(graph_module.graph).get(site.node)):
+        return f"whether it is an output layer is not known: Python calls {region!r} and what follows it"
+    if site.node in readout:
+        return "it is an output layer: no weights between it and the model's output"
+    return None

@@ -305,10 +305,10 @@ def test_a_bad_call_is_one_clear_error_and_leaves_the_model_alone(
 class FailsHalfway(passes.ScaleGradients):
     name = "fails-halfway"
 
-    def wrap(self, lowering: Any, weight: Any, survey: Any) -> Any:
-        if weight.path == "4.weight":
+    def rewrite_node(self, candidate: Any, options: Any) -> Any:
+        if candidate.weight.path == "4.weight":
             raise RuntimeError("halfway")
-        yield from super().wrap(lowering, weight, survey)
+        yield from super().rewrite_node(candidate, options)
 
 
 def test_a_pass_that_fails_leaves_nothing_half_done(mlp: nn.Module, unchanged: Unchanged) -> None:

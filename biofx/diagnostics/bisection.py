@@ -19,7 +19,7 @@ from biofx.progress import advance
 from biofx.rewriting.compile_config import PassChoice, choose_passes
 from biofx.rewriting.pass_base import Pass, PassResult
 from biofx.rewriting.pipeline import Pipeline
-from biofx.rewriting.report import PassReport
+from biofx.rewriting.remarks import PassReport
 from biofx.rewriting.reproducer import without_reproducers, write_reproducer
 from biofx.rewriting.stages import stages_of
 from biofx.select import Candidate, Selector
@@ -55,7 +55,7 @@ class Culprit:
         for remark in self.report.remarks if self.report else ():
             lines += [f"  {remark}"] if remark.node == self.node else []
         for change in self.report.changes if self.report else ():
-            if change.because == self.node:
+            if change.cause == self.node:
                 lines.append(f"  {change.kind:<8} {change.before if change.after is None else change.after}")
         if self.node:
             lines.append(

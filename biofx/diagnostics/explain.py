@@ -18,7 +18,7 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
 from biofx.rewriting.compile_config import compile_config
 from biofx.rewriting.pass_text import format_value
-from biofx.rewriting.report import Remark
+from biofx.rewriting.remarks import Remark
 from biofx.select import NodeIndex, Override, Selector, picks
 
 

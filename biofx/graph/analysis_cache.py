@@ -28,7 +28,7 @@ ModuleT = TypeVar("ModuleT", bound=GraphModule)
 
 _PLACE = "_biofx_analyses"
 """The attribute of a graph that holds its results."""
-_GENERATED = frozenset({"_code", "_lineno_map", "_prologue_start", "_graph"})
+_GENERATED = frozenset({"_code", "_lineno_map", "_prologue_start", "_graph", "_replace_hooks"})
 """Attributes of a graph module that are made from its graph, which is compared by itself."""
 
 

@@ -24,7 +24,8 @@ class Change:
     node: str
     before: str | None
     after: str | None
-    because: str | None = None
+    cause: str | None = None
+    """Name of the candidate whose rewrite changed the node."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from biofx.callables import identity
 from biofx.capture.capture import trace_function
 from biofx.errors import CaptureError
 from biofx.layers.weight_site import WeightSite
-from biofx.model.graph_module import BioGraphModule
 from biofx.plasticity.model_states import bio_module_at, bio_module_path
 
 SPLITTING_ACTIVATION = "splitting_activation"
@@ -32,9 +31,7 @@ class OpaqueActivation(nn.Module):
         return self.function(x)
 
 
-def insert_activation(
-    graph_module: BioGraphModule, site: WeightSite, activation: Callable[[Any], Any] | str
-) -> Node:
+def insert_activation(site: WeightSite, activation: Callable[[Any], Any] | str) -> Node:
     """Insert ``activation`` behind a layer and return its last node; its users still read the layer.
 
     A function is traced and its operations become nodes. A module, or a function that tracing cannot see
@@ -47,7 +44,8 @@ def insert_activation(
             return _inline(site.node, activation)
         except CaptureError:
             pass
-    state = bio_module_at(graph_module, site.parameter_path)
+    model: Any = site.node.graph.owning_module
+    state = bio_module_at(model, site.parameter_path)
     if SPLITTING_ACTIVATION not in state._modules:
         own = copy.deepcopy(activation) if isinstance(activation, nn.Module) else OpaqueActivation(activation)
         state.add_module(SPLITTING_ACTIVATION, own)

@@ -20,7 +20,7 @@ from biofx.rewriting.expandable import DROPOUTS, NORMS, Circuit, run_of
 
 def expand(
     circuit: Circuit, groups: UnitGroups, lowering: Lowering, makers: Mapping[str, Sequence[WeightSite]]
-) -> None:
+) -> list[WeightSite]:
     """Rewrite a circuit in place; the model's function stays what it is.
 
     A weight w from a unit becomes max(w, 0) from its excitatory and min(w, 0) from its inhibitory copy, and
@@ -29,8 +29,11 @@ def expand(
     Args:
         circuit: what belongs together, and can be expanded.
         groups: the units of the graph.
-        lowering: of the graph; all layers that take part are lowered.
+        lowering: of the graph.
         makers: the uses of each weight, by its path.
+
+    Returns:
+        The uses of the weights that were changed, which the caller lowers.
     """
     graph_module = lowering.graph_module
     split: dict[str, None] = {}
@@ -50,9 +53,8 @@ def expand(
             _double_norm(lowering, module)
         elif isinstance(module, DROPOUTS):
             _pair_dropout(lowering, node, module, groups)
-    for path in dict.fromkeys([*split, *(source.name for source in circuit.sources)]):
-        for site in makers[path]:
-            lowering.lower(site)
+    changed = dict.fromkeys([*split, *(source.name for source in circuit.sources)])
+    return [site for path in changed for site in makers[path]]
 
 
 def _split_columns(lowering: Lowering, reading: Reading) -> None:

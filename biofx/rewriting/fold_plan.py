@@ -15,7 +15,7 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.operators import synapse_ops as ops
 from biofx.rewriting.activation import SPLITTING_ACTIVATION
 from biofx.rewriting.folding import Fold, columns_of, consume
-from biofx.rewriting.report import Remark, applied, missed
+from biofx.rewriting.remarks import Remark, applied, missed
 
 _TAKEN_OVER = "taken over by the weights of its layer; one value per connection is carried on"
 _NOT_INVOLVED = "neither its inputs nor its outputs are synapses that can be folded"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,14 +103,29 @@ def consume(call: Call, site: WeightSite) -> Outcome:
 
 
 class Folding:
-    """Rewrites a graph along a flow of compact values."""
+    """Rewrites a graph along a flow of compact values.
 
-    def __init__(self, graph_module: BioGraphModule, flow: Flow, folds: Mapping[Node, Fold]) -> None:
+    Args:
+        graph_module: the graph.
+        flow: where values are compact.
+        folds: the layers whose weights are summed.
+        rewriting: returns a context in which all changes belong to a candidate (:meth:`Scope.rewriting`).
+    """
+
+    def __init__(
+        self,
+        graph_module: BioGraphModule,
+        flow: Flow,
+        folds: Mapping[Node, Fold],
+        rewriting: Callable[[Node], AbstractContextManager[None]],
+    ) -> None:
         self._graph_module = graph_module
         self._flow = flow
         self._folds = folds
         self._lowering = Lowering(graph_module)
+        self._rewriting = rewriting
         self._compact: dict[Node, Replication] = {}
+        self._begins: dict[Node, Node] = {}
         self._made: dict[tuple[Any, ...], Node] = {}
 
     def run(self, pools: Mapping[Node, Node | None]) -> None:
@@ -122,19 +138,30 @@ class Folding:
         for node in list(self._graph_module.graph.nodes):
             outcome = self._flow.outcomes.get(node)
             inputs = [source for source in node.all_input_nodes if source in self._compact]
+            begin = next((self._begins[source] for source in inputs), node)
             if node in self._flow.ends:
-                for source in inputs:
-                    node.replace_input_with(source, self._spread(source))
-            elif outcome is not None:
-                if outcome.needs_rank is not None:
+                with self._rewriting(begin):
                     for source in inputs:
-                        node.replace_input_with(source, self._checked(source, outcome.needs_rank))
-                if outcome.edit is not None:
-                    outcome.edit(self)
-            if node in self._folds:
-                self._fold(self._folds[node])
+                        node.replace_input_with(source, self._spread(source))
+            with self._rewriting(node):
+                if outcome is not None and node not in self._flow.ends:
+                    self._edit(node, outcome, inputs)
+                if node in self._folds:
+                    self._fold(self._folds[node])
             if outcome is not None and outcome.replication is not None:
-                self._compact[self._begun(node, pools) if node in pools else node] = outcome.replication
+                compact = node
+                if node in pools:
+                    begin = pools[node] or node
+                    with self._rewriting(begin):
+                        compact = self._begun(node, pools)
+                self._compact[compact], self._begins[compact] = outcome.replication, begin
+
+    def _edit(self, node: Node, outcome: Outcome, inputs: list[Node]) -> None:
+        if outcome.needs_rank is not None:
+            for source in inputs:
+                node.replace_input_with(source, self._checked(source, outcome.needs_rank))
+        if outcome.edit is not None:
+            outcome.edit(self)
 
     def read(self, path: str, before: Node) -> Node:
         """Return a node that reads a parameter, a buffer or a flag, ahead of another node."""

@@ -18,8 +18,8 @@ from biofx.layers.lowering import Lowering
 from biofx.layers.norm_sites import NormSite, find_norms, lower_norm
 from biofx.layers.weight_site import WeightSite
 from biofx.operators import synapse_ops as ops
-from biofx.rewriting.pass_base import Pass, Scope
-from biofx.rewriting.report import Remark, applied, missed
+from biofx.rewriting.remarks import Remark, applied, done_already, missed, switched_off
+from biofx.rewriting.scope import Scope
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -50,23 +50,22 @@ def fold_negative_gains(
     }
 
 
-def in_scope(owner: Pass, scope: Scope, graph_module: GraphModule, norms: set[Node]) -> set[Node]:
+def in_scope(scope: Scope, graph_module: GraphModule, norms: set[Node]) -> set[Node]:
     """Return those of some normalisations that a pass may touch."""
     return {
         site.node
         for site in find_norms(graph_module)
-        if site.node in norms and not isinstance(scope.options(owner, site.node, site.layer), str)
+        if site.node in norms and scope.why_not(site.node, site.layer) is None
     }
 
 
 def constrain_gains(
-    owner: Pass, scope: Scope, lowering: Lowering, norms: set[Node], folded: dict[str, int], *, exact: bool
+    scope: Scope, lowering: Lowering, norms: set[Node], folded: dict[str, int], *, exact: bool
 ) -> Iterator[Remark]:
     """Keep the gains of normalisations from below 0, and say so of each.
 
     Args:
-        owner: the pass that asks.
-        scope: what it may touch.
+        scope: what the pass may touch.
         lowering: of the graph.
         norms: the normalisations that units with a sign go through.
         folded: how many negative gains were folded away, by the path of the gain.
@@ -80,16 +79,17 @@ def constrain_gains(
         left = 0 if gains.is_meta else int((gains < 0).sum())
         taken = []
         for site in sites:
-            reason = _reason_against(owner, scope, site, norms, left if exact else 0)
-            if reason is None:
-                taken.append(site)
+            remark = _reason_against(scope, site, left if exact else 0) if site.node in norms else None
+            if remark is not None:
+                yield remark
             elif site.node in norms:
-                yield missed(site.node, site.layer, reason)
+                taken.append(site)
         if not taken:
             continue
-        for site in taken:
-            lower_norm(lowering, site)
-        lowering.wrap_weight(taken, ops.constrain_sign, _ones, "signed", method="project")
+        with scope.rewriting(taken[0].node):
+            for site in taken:
+                lower_norm(lowering, site)
+            lowering.wrap_weight(taken, ops.constrain_sign, _ones, "signed", method="project")
         away = folded.get(path, 0)
         for site in taken:
             yield applied(
@@ -102,20 +102,20 @@ def constrain_gains(
             )
 
 
-def _reason_against(owner: Pass, scope: Scope, site: NormSite, norms: set[Node], negative: int) -> str | None:
-    if site.node not in norms:
-        return "no unit with a sign goes through it"
-    options = scope.options(owner, site.node, site.layer)
-    if isinstance(options, str):
-        return options
+def _reason_against(scope: Scope, site: NormSite, negative: int) -> Remark | None:
+    reason = scope.why_not(site.node, site.layer)
+    if reason is not None:
+        return switched_off(site.node, site.layer, reason)
     weight = site.weight_node
     if weight is not None and weight.target is ops.constrain_sign:
-        return "its gains are constrained already"
+        return done_already(site.node, site.layer, "its gains are constrained already")
     if site.parameter.is_meta:
-        return "its gains are on the meta device and have no values"
-    if negative:
-        return f"{negative} of its gains are negative and cannot be folded into the layer before exactly"
-    return site.obstacle
+        reason = "its gains are on the meta device and have no values"
+    elif negative:
+        reason = f"{negative} of its gains are negative and cannot be folded into the layer before exactly"
+    else:
+        reason = site.obstacle
+    return None if reason is None else missed(site.node, site.layer, reason)
 
 
 def _ones(weight: Node, stem: str) -> Node:

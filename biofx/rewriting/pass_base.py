@@ -1,13 +1,13 @@
-"""What every pass is: a frozen record of options that rewrites a graph and says what it did."""
+"""What a pass is: a frozen record of options that rewrites a graph and remarks on what it did."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from torch.fx import GraphModule, Node
 
@@ -17,33 +17,39 @@ from biofx.graph.analysis_cache import analyses_kept
 from biofx.graph.changes import Snapshot, compare
 from biofx.graph.graph_view import GraphView
 from biofx.graph.node_kinds import changes_in_place
-from biofx.layers.sites import find_sites
+from biofx.layers.sites import find_sites, innermost_path
 from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
 from biofx.options import declared_options
 from biofx.progress import advance
-from biofx.rewriting.attribution import attributed
 from biofx.rewriting.model_coverage import coverage_of
 from biofx.rewriting.pass_text import format_item
-from biofx.rewriting.report import PassReport, Remark, Report
-from biofx.rewriting.unmet import unmet_by
-from biofx.select import (
-    Match,
-    NodeIndex,
-    Override,
-    Selection,
-    Selector,
-    check_selector,
-    picks,
-    show_pattern,
-)
+from biofx.rewriting.remarks import PassReport, Remark, switched_off, unmet_by
+from biofx.rewriting.report import Report
+from biofx.rewriting.scope import ChangeRecorder, Scope, Selections
+from biofx.select import Override, Selector, check_selector
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PassT = TypeVar("PassT", bound="Pass")
 
 BROKE_ITS_CONTRACT = "broke its contract"
-"""What an error says of a pass whose fault it is."""
+"""Words of every error that is the fault of a pass."""
 _EVERY_PASS = ("only", "exclude", "enabled", "overrides")
+
+
+class Place(Protocol):
+    """A candidate with more to it than a node, such as a :class:`~biofx.layers.weight_site.WeightSite`."""
+
+    @property
+    def node(self) -> Node | None:
+        """The node that is selected or not; None for a layer that the graph never calls."""
+
+    @property
+    def layer(self) -> str:
+        """Path of the layer, empty for the model itself."""
 
 
 class PassResult(NamedTuple):
@@ -63,27 +69,31 @@ class Pass(ABC):
     """A rewrite of a graph.
 
     A subclass is a frozen dataclass; its fields are its options. It sets :attr:`name`, checks its options
-    in ``__post_init__`` and implements :meth:`rewrite`. Calling a pass never changes the graph module that
-    it is given: it works on a copy.
+    in ``__post_init__`` and implements :meth:`candidates` and :meth:`rewrite_node`, or, where it must see the
+    whole graph at once, :meth:`rewrite`. Calling a pass never changes the graph module that it is given: it
+    works on a copy. Dead code, linting and recompiling are done by the caller of these methods.
     """
 
     name: ClassVar[str]
-    """What the pass is called in a pipeline's text."""
+    """The name of the pass in the text of a pipeline."""
     after: ClassVar[tuple[str, ...]] = ()
     """Names of the passes that must run earlier, where both are in a pipeline."""
     mechanism: ClassVar[str] = ""
-    """What the pass brings to a model, so that a model without it is missing something; empty for nothing."""
+    """What the pass adds to a model, as the report says where it could not; empty if it adds nothing."""
 
     only: Selector | None = None
-    """Rewrite only what this selects (see :mod:`biofx.select`); None is everything."""
+    """Rewrite only what this selects (see :mod:`biofx.select`); None selects everything."""
     exclude: Selector | None = None
     """Leave alone what this selects."""
     enabled: bool = True
     """Whether the pass acts at all; an override may switch it on or off for some layers."""
     overrides: tuple[Override, ...] = ()
-    """Other options for what a selector picks, in order, the last one winning."""
+    """Options for parts of the model; where several hold, the last one wins."""
 
     def __post_init__(self) -> None:
+        cls = type(self)
+        if cls.rewrite is Pass.rewrite and Pass.rewrite_node is cls.rewrite_node:
+            raise TypeError(f"{cls.__name__} must implement candidates and rewrite_node, or rewrite")
         for name, declared in declared_options(type(self)).items():
             value = declared.permitted.check(f"{self.name}: {name}", getattr(self, name))
             object.__setattr__(self, name, value)
@@ -151,13 +161,60 @@ class Pass(ABC):
             PassError: the pass cannot run on this graph.
         """
 
-    @abstractmethod
-    def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
-        """Rewrite the graph in place, yielding one remark per candidate.
+    def candidates(self, graph_module: BioGraphModule) -> Iterable[Node | Place | Remark]:
+        """Return what the pass may rewrite: nodes, weight sites, or anything with a ``node`` and a ``layer``.
 
-        ``scope.options(self, node, layer)`` gives the options that hold for a candidate, or the reason why it
-        is out. Copying, dead code, linting and recompiling are the caller's business.
+        All of them are found before the first is rewritten, so a candidate can carry what an analysis says of
+        the graph as it is before the pass. A remark among them goes into the report as it is; it is for what
+        looks like a candidate and cannot be rewritten, whatever the options.
         """
+        raise NotImplementedError
+
+    def rewrite_node(self, candidate: Any, options: Self) -> Remark | Iterable[Remark]:
+        """Rewrite one candidate in place, and say so.
+
+        It is called for the candidates that ``only``, ``exclude`` and ``enabled`` leave. Every node that is
+        created, changed or erased meanwhile belongs to the candidate in the report.
+
+        Args:
+            candidate: one of :meth:`candidates`.
+            options: the pass with the options that hold for it, overrides included. The method is called on
+                this same object, so ``self`` and ``options`` never differ.
+
+        Returns:
+            What was done, or why the candidate was left alone: :func:`biofx.applied` or
+            :func:`biofx.missed`. Several remarks where a candidate has several uses.
+        """
+        raise NotImplementedError
+
+    def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
+        """Rewrite the graph in place, yielding a remark for each candidate.
+
+        Override it where the whole graph must be seen at once. ``scope.options(self, node, layer)`` returns
+        the options that hold for a candidate, or the reason why it is left alone. What is changed before a
+        remark is yielded belongs to the candidate of that remark, or of the next that says "applied"; where
+        that does not fit, change the graph inside ``with scope.rewriting(node)``.
+        """
+        for candidate in list(self.candidates(graph_module)):
+            if isinstance(candidate, Remark):
+                yield candidate
+                continue
+            node = candidate if isinstance(candidate, Node) else candidate.node
+            layer = innermost_path(candidate) if isinstance(candidate, Node) else candidate.layer
+            reason = scope.why_not(node, layer)
+            if reason is not None:
+                yield switched_off(node, layer, reason)
+                continue
+            options = scope.variant(self, node, layer)
+            with scope.changes.belongs_to(node):
+                made: Any = options.rewrite_node(candidate, options)
+                if made is None:
+                    raise PassError(
+                        f"{self.name} {BROKE_ITS_CONTRACT}: rewrite_node returned None for "
+                        f"{layer if node is None else node.name!r}; return a remark for each candidate"
+                    )
+                remarks = [made] if isinstance(made, Remark) else list(made)
+            yield from remarks
 
     def ensures(self, graph_module: GraphModule) -> None:  # noqa: B027
         """Check the graph that the pass made.
@@ -179,53 +236,44 @@ class Pass(ABC):
                 f"{self.name}: expected a torch.fx.GraphModule, found {type(graph_module).__name__}; "
                 "capture the model first (biofx.capture), or use biofx.transform"
             )
-        try:
-            return self.on_own(BioGraphModule.copy_of(graph_module))
-        except Exception as error:
-            from biofx.rewriting.reproducer import note_reproducer  # which needs passes to say what was run
-
-            note_reproducer(error, lambda: BioGraphModule.copy_of(graph_module), self)
-            raise
+        return self.on_own(BioGraphModule.copy_of(graph_module))
 
     def on_own(
         self, graph_module: BioGraphModule, finish: Callable[[Sites], object] = lambda sites: None
     ) -> PassResult:
-        """Do the same in place, on a graph module that the caller made and will not need as it was.
+        """Do the same in place, on a graph module that the caller owns and will not use unchanged.
 
-        ``finish`` is called in the end with what there is to weights in the rewritten graph.
+        ``finish`` is called last, with the weight sites of the rewritten graph.
         """
         with joined(graph_module), analyses_kept():
-            before = Snapshot.of(graph_module.graph)
-            view = GraphView.of(graph_module, before.lines)
-            reports = tuple(self.run(graph_module, ()))
-            after = Snapshot.of(graph_module.graph) if reports else before
-            views = view, GraphView.of(graph_module, after.lines) if reports else view
+            run = Run(graph_module, Snapshot.of(graph_module.graph))
+            first = run.snapshot
+            view = GraphView.of(graph_module, first.lines)
+            reports = tuple(self.run(run, ()))
+            views = view, GraphView.of(graph_module, run.snapshot.lines) if reports else view
             sites = find_sites(graph_module)
             coverage = coverage_of(graph_module, sites, *_fates(reports))
             finish(sites)
-        because = {change.node: change.because for entry in reports for change in entry.changes}
+        causes = {change.node: change.cause for entry in reports for change in entry.changes}
         changes = tuple(
-            dataclasses.replace(change, because=because.get(change.node)) for change in compare(before, after)
+            dataclasses.replace(change, cause=causes.get(change.node))
+            for change in compare(first, run.snapshot)
         )
         report = Report(type(graph_module).__name__, reports, changes, *views, coverage)
         return PassResult(graph_module, report)
 
-    def run(
-        self, graph_module: BioGraphModule, within: tuple[tuple[Selector | None, Selector | None], ...]
-    ) -> Iterator[PassReport]:
-        """Run the whole ritual in place; ``within`` holds the selections of the pipelines around the pass."""
+    def run(self, run: Run, within: Selections) -> Iterator[PassReport]:
+        """Run the pass in place, with all checks; ``within`` has the selections of the pipelines around."""
         started = time.perf_counter()
-        before = Snapshot.of(graph_module.graph)
+        graph_module, before = run.graph_module, run.snapshot
         unused = {node for node in graph_module.graph.nodes if not node.users}
         try:
             self.requires(graph_module)
             scope = Scope(self, graph_module, (*within, (self.only, self.exclude)))
-            remarks = []
-            for remark in self.rewrite(graph_module, scope):
-                advance(self.name)
-                remarks.append(remark)
+            with scope.changes.recording():
+                remarks = list(self._remarks(graph_module, scope))
+                _erase_orphans(graph_module, unused, scope.changes)
             remarks += scope.idle_selections(remarks)
-            _erase_orphans(graph_module, unused)
             graph_module.graph.lint()
             graph_module.recompile()
             self.ensures(graph_module)
@@ -237,93 +285,45 @@ class Pass(ABC):
                     raise
             add_note(error, f"{BY_A_PASS}{self}, which was given this graph:\n{before.text}")
             raise
+        run.snapshot = Snapshot.of(graph_module.graph)
         place = {name: number for number, name in enumerate(before.lines)}
         remarks.sort(key=lambda remark: place.get(remark.node or "", len(place)))
-        changes = attributed(compare(before, Snapshot.of(graph_module.graph)), graph_module, remarks)
+        changes = scope.changes.with_causes(compare(before, run.snapshot), remarks)
         rewritten = [remark for remark in remarks if remark.kind == "applied"]
         if bool(rewritten) != bool(changes):
-            told, done = len(rewritten), len(changes)
             raise PassError(
-                f"{self.name} {BROKE_ITS_CONTRACT}: {told} candidates reported rewritten, {done} nodes differ"
+                f"{self.name} {BROKE_ITS_CONTRACT}: {len(rewritten)} candidates reported rewritten, "
+                f"{len(changes)} nodes differ"
             )
         seconds = time.perf_counter() - started
         unmet = unmet_by(self.mechanism, remarks, scope.overrides)
-        yield PassReport(self.name, str(self), tuple(remarks), tuple(changes), seconds, unmet)
+        yield PassReport(self.name, str(self), tuple(remarks), changes, seconds, unmet)
+
+    def _remarks(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
+        """Yield the remarks of :meth:`rewrite`, and let what was changed before each belong to it."""
+        remarks: Any = self.rewrite(graph_module, scope)
+        if remarks is None:
+            raise PassError(
+                f"{self.name} {BROKE_ITS_CONTRACT}: rewrite returned None; yield a remark for each candidate"
+            )
+        for remark in remarks:
+            if not isinstance(remark, Remark):
+                raise PassError(
+                    f"{self.name} {BROKE_ITS_CONTRACT}: expected a remark (biofx.applied or biofx.missed) "
+                    f"for each candidate, found {remark!r}"
+                )
+            if remark.kind == "applied":
+                scope.changes.claim(remark.node)
+            advance(self.name)
+            yield remark
 
 
-class Scope:
-    """What one run of a pass may touch, and with which options."""
+@dataclass
+class Run:
+    """A graph module while passes rewrite it, and its graph as text, which is made once for each pass."""
 
-    def __init__(
-        self,
-        owner: Pass,
-        graph_module: GraphModule,
-        within: tuple[tuple[Selector | None, Selector | None], ...],
-    ) -> None:
-        index = NodeIndex(graph_module)
-        self._selections = [Selection.of(index, only, exclude) for only, exclude in within]
-        self.overrides = [(index.matches(entry.selector), dict(entry.options)) for entry in owner.overrides]
-        self._owner = owner
-        self._variants: dict[tuple[int, ...], Pass] = {}
-        self._stands_for: dict[Node, Node] = {}
-
-    def let_stand_for(self, node: Node, original: Node) -> None:
-        """Let what holds for a node hold for one that the pass has made since."""
-        self._stands_for[node] = original
-
-    def options(self, owner: PassT, node: Node | None, layer: str) -> PassT | str:
-        """Return the pass with the options that hold for a candidate, or words on why it is out.
-
-        Args:
-            owner: the pass that asks.
-            node: the candidate; None for a layer that is never called.
-            layer: path of its layer.
-        """
-        node = node if node is None else self._stands_for.get(node, node)
-        for selection in self._selections:
-            reason = selection.why_not(node, layer)
-            if reason is not None:
-                return reason
-        chosen = self.variant(owner, node, layer)
-        return chosen if chosen.enabled else "switched off here (enabled=False)"
-
-    def variant(self, owner: PassT, node: Node | None, layer: str) -> PassT:
-        """Return the pass with the options that hold for a place, whether the pass may rewrite it or not."""
-        node = node if node is None else self._stands_for.get(node, node)
-        active = tuple(
-            number
-            for number, (matches, _) in enumerate(self.overrides)
-            if any(picks(match, node, layer) for match in matches)
-        )
-        if active not in self._variants:
-            options: dict[str, Any] = {}
-            for number in active:
-                options.update(self.overrides[number][1])
-            self._variants[active] = dataclasses.replace(self._owner, overrides=(), **options)
-        chosen = self._variants[active]
-        if not isinstance(chosen, type(owner)):
-            raise PassError(f"the scope of {self._owner.name} was asked for the options of {owner.name}")
-        return chosen
-
-    def idle_selections(self, remarks: list[Remark]) -> list[Remark]:
-        """Return a remark for each pattern that picks something, but no candidate of the pass."""
-        nodes = {remark.node for remark in remarks}
-        layers = {remark.layer for remark in remarks}
-        wanted = [("only", match) for selection in self._selections for match in selection.only or ()]
-        wanted += [("override", match) for matches, _ in self.overrides for match in matches]
-        return [
-            self._idle(side, match)
-            for side, match in wanted
-            if not {node.name for node in match.nodes} & nodes and not match.paths & layers
-        ]
-
-    def _idle(self, side: str, match: Match) -> Remark:
-        first = min(match.nodes).name if match.nodes else None
-        what = f"{len(match.nodes)} nodes" if match.nodes else f"{len(match.paths)} modules, never called"
-        message = (
-            f"{side}={show_pattern(match.pattern)} picks {what}, none of which {self._owner.name} acts on"
-        )
-        return Remark("missed", first, min(match.paths, default=""), message, {"picked": len(match.nodes)})
+    graph_module: BioGraphModule
+    snapshot: Snapshot
 
 
 def _fates(reports: tuple[PassReport, ...]) -> tuple[dict[str, str], set[str]]:
@@ -333,11 +333,11 @@ def _fates(reports: tuple[PassReport, ...]) -> tuple[dict[str, str], set[str]]:
     return {remark.layer: remark.message for remark in reversed(remarks) if remark.kind == "missed"}, done
 
 
-def _erase_orphans(graph_module: GraphModule, unused_before: set[Node]) -> None:
+def _erase_orphans(graph_module: GraphModule, unused_before: set[Node], changes: ChangeRecorder) -> None:
     """Erase what the pass left without a user; what the model itself never used stays, and so do effects."""
     for node in reversed(graph_module.graph.nodes):
         if not node.users and node not in unused_before and _is_pure(node):
-            graph_module.graph.erase_node(node)
+            changes.erase_orphan(node)
 
 
 def _is_pure(node: Node) -> bool:

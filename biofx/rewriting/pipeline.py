@@ -12,11 +12,12 @@ import networkx
 from biofx.errors import OptionError, PipelineError
 from biofx.graph.changes import Snapshot
 from biofx.model.graph_module import BioGraphModule
-from biofx.rewriting.pass_base import Pass, Scope
+from biofx.rewriting.pass_base import Pass, Run
 from biofx.rewriting.pass_text import ParsedItem, format_item, parse_items
 from biofx.rewriting.registry import find_pass
-from biofx.rewriting.report import PassReport, Remark
-from biofx.select import Override, Selector
+from biofx.rewriting.remarks import PassReport, Remark
+from biofx.rewriting.scope import Scope, Selections
+from biofx.select import Override
 
 Observer = Callable[[str, str, str], object]
 """Called with a pass's text and the graph's text before and after it."""
@@ -85,27 +86,24 @@ class Pipeline(Pass):
         shared = {"only": self.only, "exclude": self.exclude, "enabled": None if self.enabled else False}
         return {name: value for name, value in shared.items() if value is not None}
 
-    def run(
-        self, graph_module: BioGraphModule, within: tuple[tuple[Selector | None, Selector | None], ...]
-    ) -> Iterator[PassReport]:
+    def run(self, run: Run, within: Selections) -> Iterator[PassReport]:
         """Run the passes one after the other, in place."""
         if not self.enabled:
             return
+        selections = (*within, (self.only, self.exclude))
         for entry in self.passes:
             if isinstance(entry, Pipeline):
                 inner = dataclasses.replace(entry, observe=self.observe) if self.observe else entry
-                yield from inner.run(graph_module, (*within, (self.only, self.exclude)))
+                yield from inner.run(run, selections)
                 continue
-            before = Snapshot.of(graph_module.graph).text if self.observe else ""
-            yield from entry.run(graph_module, (*within, (self.only, self.exclude)))
-            if self.observe:
-                after = Snapshot.of(graph_module.graph).text
-                if after != before:
-                    self.observe(str(entry), before, after)
+            before = run.snapshot
+            yield from entry.run(run, selections)
+            if self.observe and run.snapshot.lines != before.lines:
+                self.observe(str(entry), before.text, run.snapshot.text)
 
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
         """Yield the remarks of all passes."""
-        for report in self.run(graph_module, ()):
+        for report in self.run(Run(graph_module, Snapshot.of(graph_module.graph)), ()):
             yield from report.remarks
 
 

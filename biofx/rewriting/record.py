@@ -20,7 +20,7 @@ from biofx.rewriting.pass_base import Pass, PassT
 from biofx.rewriting.pass_text import format_value
 from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.plain_passes import config_to_plain, pass_to_plain, without_removed_options
-from biofx.rewriting.unmet import Unmet
+from biofx.rewriting.remarks import Unmet
 from biofx.select import Candidate, NodeIndex, Override, Selector
 
 ATTRIBUTE = "transform_record"
@@ -46,7 +46,7 @@ class TransformStep:
     matches: Mapping[str, list[str]]
     """For each selector that has a text, the nodes of the captured graph that it picked."""
     unmet: tuple[Mapping[str, Any], ...] = ()
-    """What was asked for and is not there, each a :class:`~biofx.rewriting.unmet.Unmet` in plain values."""
+    """What was asked for and is not there, each a :class:`~biofx.rewriting.remarks.Unmet` in plain values."""
 
 
 @dataclass(frozen=True)

@@ -31,109 +31,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from rich.console import Console, ConsoleOptions, RenderResult
-from torch.fx import Node
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from biofx.graph.changes import Change
-from biofx.graph.graph_view import GraphView
-from biofx.rewriting.model_coverage import ModelCoverage
-from biofx.rewriting.unmet import Unmet
+from biofx.rewriting.remarks import Remark, ReportRecord
 from biofx.toml import write_whole
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 SCHEMA = "biofx.rewriting.report/1"
 
 
 @dataclass(frozen=True)
-class Remark:
-    """What a pass did with one candidate, or why it left it alone."""
-
-    kind: Literal["applied", "missed"]
-    node: str | None
-    """Name of the candidate node; None for a layer that the graph never calls."""
-    layer: str
-    """Path of the candidate's layer, empty for the model itself."""
-    message: str
-    details: Mapping[str, Any] = field(default_factory=dict)
-    """The numbers behind the message."""
-
-    @property
-    def subject(self) -> str:
-        """The candidate for a reader: its layer, and its node where that has another name."""
-        if self.node is None or self.layer.replace(".", "_") == self.node.removeprefix("_"):
-            return self.layer
-        return f"{self.node} ({self.layer})" if self.layer else self.node
-
-    def __str__(self) -> str:
-        return f"{self.kind:<7} {self.subject}: {self.message}"
-
-
-def applied(node: Node, layer: str, message: str, **details: Any) -> Remark:
-    """Say that a candidate was rewritten, and how."""
-    return Remark("applied", node.name, layer, message, details)
-
-
-def missed(node: Node | None, layer: str, message: str, **details: Any) -> Remark:
-    """Say that a candidate was left alone, and why."""
-    return Remark("missed", None if node is None else node.name, layer, message, details)
-
-
-@dataclass(frozen=True)
-class PassReport:
-    """What one pass did."""
-
-    name: str
-    text: str
-    """The pass as pipeline text."""
-    remarks: tuple[Remark, ...]
-    changes: tuple[Change, ...]
-    seconds: float = 0.0
-    unmet: tuple[Unmet, ...] = ()
-    """What was asked of it and is not there."""
-
-    @property
-    def applied(self) -> int:
-        """How many candidates were rewritten."""
-        return sum(remark.kind == "applied" for remark in self.remarks)
-
-    @property
-    def missed(self) -> int:
-        """How many candidates were left alone."""
-        return len(self.remarks) - self.applied
-
-
-@dataclass(frozen=True)
-class Report:
+class Report(ReportRecord):
     """What a pipeline did to a model; print it, or ``rich.print`` it, or take :meth:`to_json`."""
-
-    model: str
-    passes: tuple[PassReport, ...]
-    changes: tuple[Change, ...]
-    """The nodes that differ between the graph that went in and the graph that came out."""
-    before: GraphView | None = field(default=None, compare=False, repr=False)
-    """The graph that went in; None for a report that was put together by hand."""
-    after: GraphView | None = field(default=None, compare=False, repr=False)
-    """The graph that came out."""
-    coverage: ModelCoverage | None = None
-    """Every parameter: rewritten, or left alone with a reason; None in a report of graphs alone."""
-
-    @property
-    def modified(self) -> bool:
-        """Whether any node differs."""
-        return bool(self.changes)
-
-    @property
-    def remarks(self) -> tuple[Remark, ...]:
-        """The remarks of all passes, in order."""
-        return tuple(remark for entry in self.passes for remark in entry.remarks)
-
-    @property
-    def unmet(self) -> tuple[Unmet, ...]:
-        """What was asked for and is not there, of all passes."""
-        return tuple(entry for part in self.passes for entry in part.unmet)
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -144,7 +58,7 @@ class Report:
             "schema": SCHEMA,
             "model": self.model,
             "modified": self.modified,
-            "changes": [dict(vars(change)) for change in self.changes],
+            "changes": [_change_to_dict(change) for change in self.changes],
             "unmet": [dict(vars(entry)) for entry in self.unmet],
             "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "passes": [
@@ -154,8 +68,8 @@ class Report:
                     "seconds": entry.seconds,
                     "applied": entry.applied,
                     "missed": entry.missed,
-                    "remarks": [vars(remark) | {"details": dict(remark.details)} for remark in entry.remarks],
-                    "changes": [dict(vars(change)) for change in entry.changes],
+                    "remarks": [_remark_to_dict(remark) for remark in entry.remarks],
+                    "changes": [_change_to_dict(change) for change in entry.changes],
                 }
                 for entry in self.passes
             ],
@@ -212,20 +126,6 @@ class Report:
 
         return _written(report_dot(self, graph), path)
 
-    def summary(self) -> str:
-        """Return one line: how many nodes differ, and how, and how much of what was asked is not there."""
-        missed = f"; asked for and not there: {len(self.unmet)}" if self.unmet else ""
-        return self._what_differs() + missed
-
-    def _what_differs(self) -> str:
-        if not self.passes:
-            return "no pass ran: every mechanism is off"
-        if not self.changes:
-            return "the graph is unchanged"
-        kinds = ("created", "replaced", "rewired", "erased")
-        counts = {kind: sum(change.kind == kind for change in self.changes) for kind in kinds}
-        return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) + " nodes"
-
     def _lines(self) -> Iterator[str]:
         yield f"{self.model}: {self.summary()}"
         yield from self.unmet_lines()
@@ -234,17 +134,6 @@ class Report:
             yield f"{entry.text}: {entry.applied} applied, {entry.missed} left alone"
             yield from (f"  {remark}" for remark in entry.remarks)
             yield from (f"  {_describe(change)}" for change in entry.changes)
-
-    def unmet_lines(self) -> Iterator[str]:
-        """Yield a line for each thing that was asked for and is not there, with the reason."""
-        yield from (f"asked: {entry}" for entry in self.unmet)
-
-    def kept_lines(self) -> Iterator[str]:
-        """Yield lines on the modules that are not part of a graph: why, and how much that leaves."""
-        if self.coverage is not None and self.coverage.kept:
-            yield f"in Python: {len(self.coverage.kept)} modules keep their own forward; {self.coverage}"
-            for path, reason in self.coverage.kept.items():
-                yield f"  {path or 'the model'}: {reason}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from biofx.rewriting.views.report_table import report_table
@@ -256,6 +145,16 @@ def _written(text: str, path: str | os.PathLike[str] | None) -> str:
     if path is not None:
         write_whole(os.fspath(path), text)
     return text
+
+
+def _remark_to_dict(remark: Remark) -> dict[str, Any]:
+    known = ("kind", "node", "layer", "message")
+    return {**{name: getattr(remark, name) for name in known}, "details": dict(remark.details)}
+
+
+def _change_to_dict(change: Change) -> dict[str, Any]:
+    known = ("kind", "node", "before", "after")
+    return {**{name: getattr(change, name) for name in known}, "because": change.cause}
 
 
 def _describe(change: Change) -> str:

@@ -109,17 +109,25 @@ def without_reproducers() -> Iterator[None]:
         _is_off.reset(token)
 
 
-def note_reproducer(error: Exception, make: Callable[[], BioGraphModule], pipeline: Pass) -> None:
-    """Write a reproducer of an exception inside a pass and say where, on the exception itself.
+@contextmanager
+def reproducing(make: Callable[[], BioGraphModule], pipeline: Pass) -> Iterator[None]:
+    """Write a reproducer for an exception inside this context, and say where in a note on the exception.
 
-    Nothing happens for what biofx raises on purpose, but for a pass that broke its contract; and whatever
-    goes wrong here becomes a note too: the exception that is on its way stays the one that is raised.
+    None is written for what biofx raises on purpose, except for a pass that broke its contract. What fails
+    while the reproducer is written becomes a note too, so that the exception that is raised stays the same.
 
     Args:
-        error: what a pass raised.
-        make: gives the model as it was before the pipeline.
-        pipeline: what was run.
+        make: returns the model as it was before the pipeline.
+        pipeline: what is run inside the context.
     """
+    try:
+        yield
+    except Exception as error:
+        _note_reproducer(error, make, pipeline)
+        raise
+
+
+def _note_reproducer(error: Exception, make: Callable[[], BioGraphModule], pipeline: Pass) -> None:
     wanted = os.environ.get(PLACE, "")
     if wanted == "off" or _is_off.get() or not _is_a_fault(error):
         return

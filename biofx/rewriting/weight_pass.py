@@ -1,97 +1,172 @@
-"""Passes that put an operator between a weight and the layers that use it."""
+"""Candidates of passes over layers, and passes that put an operator between a weight and its layers."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from torch.fx import Node
 
 from biofx.errors import OptionError
 from biofx.layers.lowering import Lowering
+from biofx.layers.norm_sites import NormSite, find_norms, lower_norm
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Sites, Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
-from biofx.rewriting.pass_base import Pass, Scope
-from biofx.rewriting.report import Remark, missed
+from biofx.rewriting.pass_base import Pass
+from biofx.rewriting.remarks import Remark, missed, switched_off
+from biofx.rewriting.scope import Scope
+
+WeightPassT = TypeVar("WeightPassT", bound="WeightPass")
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """A candidate of a pass over layers; subclasses add what an analysis says of the layer."""
+
+    site: WeightSite
+
+    @property
+    def node(self) -> Node:
+        """The node that computes the layer's output."""
+        return self.site.node
+
+    @property
+    def layer(self) -> str:
+        """Path of the layer."""
+        return self.site.layer
+
+
+@dataclass(frozen=True)
+class WeightUses:
+    """A candidate of a pass over weights."""
+
+    weight: Weight
+    """The weight, with those of its uses that the pass may rewrite."""
+    lowering: Lowering
+    """Makes the weight visible, and inserts operators behind it."""
+    survey: Any
+    """What :meth:`WeightPass.survey` returned."""
+
+    @property
+    def node(self) -> Node:
+        """The node of the first use."""
+        return self.weight.sites[0].node
+
+    @property
+    def layer(self) -> str:
+        """Path of the layer of the first use."""
+        return self.weight.sites[0].layer
+
+
+def unsupported(sites: Sites) -> Iterator[Remark]:
+    """Yield a remark for each layer that no pass over layers can reach, with the reason."""
+    for layer in sites.bystanders:
+        yield missed(layer.node, layer.layer, layer.reason)
+
+
+def show_parameters(
+    graph_module: BioGraphModule, scope: Scope, is_shown: Callable[[Node, str], bool]
+) -> None:
+    """Replace calls of layers and normalisations by functions, so that the graph reads all their parameters.
+
+    Args:
+        graph_module: the graph, rewritten in place.
+        scope: what the pass may touch.
+        is_shown: returns whether it is wanted for a node that calls a module, given the node and the path of
+            the layer. It is asked for what is selected and can be lowered.
+    """
+    lowering = Lowering(graph_module)
+    for site in find_sites(graph_module).found:
+        if site.barrier is None and _is_wanted(site, scope, is_shown):
+            with scope.rewriting(site.node):
+                lowering.lower(site)
+    for norm in find_norms(graph_module):
+        if norm.obstacle is None and _is_wanted(norm, scope, is_shown):
+            with scope.rewriting(norm.node):
+                lower_norm(lowering, norm)
+
+
+def _is_wanted(site: WeightSite | NormSite, scope: Scope, is_shown: Callable[[Node, str], bool]) -> bool:
+    is_selected = site.node.op == "call_module" and scope.why_not(site.node, site.layer) is None
+    return is_selected and is_shown(site.node, site.layer)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightPass(Pass):
-    """A pass over weights: a weight is wrapped once, however many of its uses are selected."""
+    """A pass over weights: a weight is rewritten once, for those of its uses that are selected.
+
+    A subclass implements :meth:`reason_against` and :meth:`rewrite_node`, which gets a :class:`WeightUses`
+    and returns a remark for each use.
+    """
 
     def survey(self, graph_module: BioGraphModule, scope: Scope) -> Any:
-        """Return what :meth:`reason_against` must know of the graph as it was before the pass."""
+        """Return what the pass must know of the graph as it is before the first weight is rewritten."""
         return None
 
-    def show(self, graph_module: BioGraphModule, scope: Scope) -> None:
-        """Make visible what the pass acts on besides weights."""
-        return
-
-    def candidates(self, sites: Sites, scope: Scope) -> list[Weight]:
-        """Return the weights that the pass may act on."""
+    def weights(self, sites: Sites, scope: Scope) -> Iterable[Weight]:
+        """Return the weights that the pass may rewrite, each with all of its uses."""
         return sites.weights()
 
     @abstractmethod
-    def reason_against(self, site: WeightSite, survey: Any) -> str | None:
-        """Return why a selected site is left alone, None if it is not."""
-
-    def asked_at(self, site: WeightSite, survey: Any) -> dict[str, Any]:
-        """Return details for a site that is left alone; ``asked_as`` is what an option calls it."""
-        return {}
-
-    def prepare(self, lowering: Lowering, weights: list[Weight], survey: Any, scope: Scope) -> None:
-        """Do what must be done before the first of the weights is wrapped."""
-
-    @abstractmethod
-    def wrap(self, lowering: Lowering, weight: Weight, survey: Any) -> Iterator[Remark]:
-        """Wrap a weight for the uses it comes with, and say so of each."""
-
-    def finish(
-        self, lowering: Lowering, weights: list[Weight], survey: Any, scope: Scope
-    ) -> Iterator[Remark]:
-        """Do what can only be done once all weights are wrapped, and say so."""
-        return iter(())
+    def reason_against(self, site: WeightSite, survey: Any) -> Remark | None:
+        """Return a remark on why a selected use is left alone, None if it is rewritten."""
 
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
-        """Wrap each selected weight.
+        """Rewrite each selected weight.
 
         Raises:
             OptionError: two uses of one weight are given different options.
         """
-        before = set(graph_module.graph.nodes)
-        self.show(graph_module, scope)
-        for node in graph_module.graph.nodes:
-            if node not in before and node.users:
-                scope.let_stand_for(node, next(iter(node.users)))
         sites = find_sites(graph_module)
         survey, lowering = self.survey(graph_module, scope), Lowering(graph_module)
-        chosen: list[tuple[WeightPass, Weight]] = []
-        for weight in self.candidates(sites, scope):
-            taken: list[WeightSite] = []
-            options_taken: WeightPass = self
+        chosen = yield from self.choose(sites, scope, survey, lowering)
+        yield from self.rewrite_chosen(chosen, scope)
+        yield from unsupported(sites)
+
+    def choose(
+        self: WeightPassT, sites: Sites, scope: Scope, survey: Any, lowering: Lowering
+    ) -> Generator[Remark, None, list[tuple[WeightPassT, WeightUses]]]:
+        """Yield a remark for each use that is left alone; return the weights, and the options for each.
+
+        Raises:
+            OptionError: two uses of one weight are given different options.
+        """
+        chosen = []
+        for weight in self.weights(sites, scope):
+            uses: list[WeightSite] = []
+            options = self
             for site in weight.sites:
-                options = scope.options(self, site.node, site.layer)
-                reason = options if isinstance(options, str) else options.reason_against(site, survey)
-                if isinstance(options, str) or reason is not None:
-                    details = {} if isinstance(options, str) else options.asked_at(site, survey)
-                    yield missed(site.node, site.layer, site.told(str(reason)), **details)
+                reason = scope.why_not(site.node, site.layer)
+                if reason is not None:
+                    yield switched_off(site.node, site.layer, site.told(reason))
                     continue
-                if taken and options != options_taken:
+                own = scope.variant(self, site.node, site.layer)
+                remark = own.reason_against(site, survey)
+                if remark is not None:
+                    yield dataclasses.replace(remark, message=site.told(remark.message))
+                    continue
+                if uses and own != options:
                     raise OptionError(
-                        f"{self.name}: the uses of {weight.path!r} are given different options, "
-                        f"{options_taken} and {options}, but a weight has one state; select them alike, or "
-                        "only one of them"
+                        f"{self.name}: the uses of {weight.path!r} are given different options, {options} "
+                        f"and {own}, but a weight has one state; select them alike, or only one of them"
                     )
-                options_taken = options
-                taken.append(site)
-            if taken:
-                chosen.append((options_taken, dataclasses.replace(weight, sites=tuple(taken))))
-        weights = [weight for _, weight in chosen]
-        self.prepare(lowering, weights, survey, scope)
-        for options, weight in chosen:
-            yield from options.wrap(lowering, weight, survey)
-        yield from self.finish(lowering, weights, survey, scope)
-        for bystander in sites.bystanders:
-            yield missed(bystander.node, bystander.layer, bystander.reason)
+                options = own
+                uses.append(site)
+            if uses:
+                taken = dataclasses.replace(weight, sites=tuple(uses))
+                chosen.append((options, WeightUses(taken, lowering, survey)))
+        return chosen
+
+    def rewrite_chosen(
+        self: WeightPassT, chosen: Iterable[tuple[WeightPassT, WeightUses]], scope: Scope
+    ) -> Iterator[Remark]:
+        """Rewrite the weights that :meth:`choose` returned, and yield a remark for each use."""
+        for options, uses in chosen:
+            with scope.rewriting(uses.node):
+                remarks = options.rewrite_node(uses, options)
+                remarks = [remarks] if isinstance(remarks, Remark) else list(remarks)
+            yield from remarks

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx.passes import SplitWeights
-from biofx.rewriting.report import Remark
+from biofx.rewriting.remarks import Remark
 
 
 def split(model: nn.Module, **options: object) -> biofx.PassResult:

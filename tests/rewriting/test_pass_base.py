@@ -31,7 +31,7 @@ from biofx import (
     available_passes,
     passes,
 )
-from biofx.rewriting.report import applied, missed
+from biofx.rewriting.remarks import applied, missed
 from biofx.select import Override
 
 

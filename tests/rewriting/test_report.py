@@ -19,7 +19,8 @@ from torch.fx import GraphModule
 import biofx
 from biofx import BioConfig, Remark, Report
 from biofx.graph.changes import Change, Snapshot, compare
-from biofx.rewriting.report import SCHEMA, PassReport, applied, missed
+from biofx.rewriting.remarks import PassReport, applied, missed
+from biofx.rewriting.report import SCHEMA
 from biofx.select import Candidate
 
 FULL = BioConfig(
@@ -113,8 +114,8 @@ def test_every_change_belongs_to_a_candidate_that_was_rewritten(model: nn.Module
     report = biofx.transform(model, FULL).report
     for entry in report.passes:
         rewritten = {remark.node for remark in entry.remarks if remark.kind == "applied"}
-        assert {change.because for change in entry.changes} == rewritten
-    assert all(change.because for change in report.changes)
+        assert {change.cause for change in entry.changes} == rewritten
+    assert all(change.cause for change in report.changes)
 
 
 class Shifted(nn.Module):
@@ -131,7 +132,7 @@ class Shifted(nn.Module):
 
 def test_a_change_behind_nodes_that_stay_belongs_to_the_rewrite_before_them() -> None:
     report = biofx.transform(Shifted(), BioConfig(weight_splitting_Gamma=2)).report
-    because = {change.node: change.because for change in report.passes[-1].changes}
+    because = {change.node: change.cause for change in report.passes[-1].changes}
     assert {"tanh_spread", "add", "first_folded"} <= set(because)
     assert "tanh" not in because
     assert because["add"] == because["tanh_spread"] == because["relu"] == "first"

@@ -6,7 +6,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import biofx
 from biofx import (
     BioConfig,
+    BioConverter,
     BioGraphModule,
     OptionError,
     Pass,
@@ -93,21 +94,15 @@ needs_notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions 
 
 
 @needs_notes
-@pytest.mark.parametrize("door", ["transform", "pass", "pipeline"])
 def test_an_exception_inside_a_pass_leaves_a_reproducer_and_says_where(
-    door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(PLACE, str(tmp_path / "here"))
     pipeline = Pipeline((SplitWeights(), Stumble(), ScaleGradients()))
     model = Net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    doors: dict[str, Callable[[], object]] = {
-        "transform": lambda: biofx.transform(model, passes=pipeline),
-        "pass": lambda: Stumble()(biofx.capture(model)),
-        "pipeline": lambda: pipeline(biofx.capture(model)),
-    }
     with pytest.raises(ZeroDivisionError, match="here") as caught:
-        doors[door]()
+        biofx.transform(model, passes=pipeline)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     script = tmp_path / "here" / "reproduce.py"
     assert noted(caught.value).count(str(script)) == 1
@@ -115,12 +110,26 @@ def test_an_exception_inside_a_pass_leaves_a_reproducer_and_says_where(
     assert "# stumble\n# raises ZeroDivisionError: here" in text
     assert f"torch {torch.__version__}" in text
     graph = biofx.format_graph(Pipeline((SplitWeights(),))(biofx.capture(model)).graph_module)
-    wanted = graph if door != "pass" else biofx.format_graph(biofx.capture(model))
-    assert "".join(f"#   {line}\n" for line in wanted.splitlines()) in text
-    if door == "transform":
-        again = ran_elsewhere(script, tmp_path)
-        assert again.returncode == 1
-        assert "ZeroDivisionError: here" in again.stderr
+    assert "".join(f"#   {line}\n" for line in graph.splitlines()) in text
+    again = ran_elsewhere(script, tmp_path)
+    assert again.returncode == 1
+    assert "ZeroDivisionError: here" in again.stderr
+
+
+@needs_notes
+def test_the_converter_leaves_one_too_and_a_pass_that_is_called_alone_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PLACE, str(tmp_path / "here"))
+    with pytest.raises(ZeroDivisionError) as alone:
+        Stumble()(biofx.capture(Net()))
+    assert "reproduce" not in noted(alone.value)
+    monkeypatch.setattr(SplitWeights, "rewrite_node", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        BioConverter(weight_splitting_Gamma=2)(Net())
+    script = tmp_path / "here" / "reproduce.py"
+    assert noted(caught.value).count(str(script)) == 1
+    assert "# raises ZeroDivisionError: division by zero" in script.read_text(encoding="utf-8")
 
 
 @needs_notes

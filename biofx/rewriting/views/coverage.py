@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from biofx.graph.graph_view import GraphView
-from biofx.rewriting.report import PassReport
+from biofx.rewriting.remarks import PassReport
 
 
 @dataclass(frozen=True)

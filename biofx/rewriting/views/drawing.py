@@ -8,7 +8,7 @@ from typing import Literal
 
 from biofx.errors import InputError, OptionError
 from biofx.graph.graph_view import GraphView
-from biofx.rewriting.report import Report
+from biofx.rewriting.remarks import ReportRecord
 from biofx.rewriting.views.layered_layout import Layout, layered_layout
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a6fdf", "#7f7f00")
@@ -41,11 +41,11 @@ class Touch:
     """Which pass, counted from 0 in the order they ran."""
     kind: TouchKind
     """How the node changed; without a change of its own, what became of it as a candidate."""
-    because: str | None = None
+    cause: str | None = None
     """The candidate whose rewrite changed the node."""
 
 
-def touches_of(report: Report) -> dict[str, tuple[Touch, ...]]:
+def touches_of(report: ReportRecord) -> dict[str, tuple[Touch, ...]]:
     """Return, for each node that a pass changed or considered, what happened to it, in order."""
     found: dict[str, dict[int, Touch]] = {}
     for number, entry in enumerate(report.passes):
@@ -53,7 +53,7 @@ def touches_of(report: Report) -> dict[str, tuple[Touch, ...]]:
             if remark.node is not None:
                 found.setdefault(remark.node, {})[number] = Touch(number, remark.kind)
         for change in entry.changes:
-            found.setdefault(change.node, {})[number] = Touch(number, change.kind, change.because)
+            found.setdefault(change.node, {})[number] = Touch(number, change.kind, change.cause)
     return {name: tuple(by_pass.values()) for name, by_pass in found.items()}
 
 
@@ -64,7 +64,7 @@ def changing(touches: Sequence[Touch]) -> Touch | None:
     return rewrites[-1] if rewrites else None
 
 
-def graphs_of(report: Report) -> tuple[GraphView, GraphView]:
+def graphs_of(report: ReportRecord) -> tuple[GraphView, GraphView]:
     """Return the graph that went in and the one that came out.
 
     Raises:
@@ -77,7 +77,7 @@ def graphs_of(report: Report) -> tuple[GraphView, GraphView]:
     return report.before, report.after
 
 
-def view_of(report: Report, side: Side) -> GraphView:
+def view_of(report: ReportRecord, side: Side) -> GraphView:
     """Return one of the graphs; for ``"both"`` the later one, with what is erased behind it.
 
     Raises:

@@ -14,7 +14,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from biofx.graph.graph_view import GraphView
-from biofx.rewriting.report import Remark, Report
+from biofx.rewriting.remarks import Remark, ReportRecord
 from biofx.rewriting.views.coverage import Coverage
 from biofx.rewriting.views.drawing import graphs_of
 
@@ -33,7 +33,7 @@ class ModelTree:
     range of each number.
     """
 
-    report: Report
+    report: ReportRecord
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         before, _ = graphs_of(self.report)
@@ -61,7 +61,7 @@ class _Branch:
     remarks: list[tuple[int, Remark]] = field(default_factory=list)
     children: list[_Branch] = field(default_factory=list)
 
-    def lines(self, report: Report, plain: bool) -> Iterator[Text]:
+    def lines(self, report: ReportRecord, plain: bool) -> Iterator[Text]:
         """Yield a line for each thing said of this module, things said of several calls once."""
         said: dict[tuple[int, str, str], int] = {}
         for number, remark in self.remarks:
@@ -89,7 +89,7 @@ class _Branch:
         return bool(self.remarks) or any(child.has_remarks() for child in self.children)
 
 
-def _branches(report: Report, graph: GraphView) -> _Branch:
+def _branches(report: ReportRecord, graph: GraphView) -> _Branch:
     branches: dict[str, _Branch] = {}
     for path, module in graph.modules.items():
         parent, _, name = path.rpartition(".")
@@ -146,7 +146,7 @@ def _folded(branches: Sequence[_Branch]) -> Iterator[_Branch]:
             yield _told_as_one(alike)
 
 
-def _grow(tree: Tree, branches: Sequence[_Branch], report: Report, plain: bool) -> None:
+def _grow(tree: Tree, branches: Sequence[_Branch], report: ReportRecord, plain: bool) -> None:
     for branch in _folded(branches):
         label = Text(branch.name, style="bold" if branch.has_remarks() else "dim")
         grown = tree.add(label.append(f"  {branch.kind}", "dim"))
@@ -156,7 +156,7 @@ def _grow(tree: Tree, branches: Sequence[_Branch], report: Report, plain: bool) 
             _grow(grown, branch.children, report, plain)
 
 
-def _passes(report: Report, graph: GraphView) -> Table:
+def _passes(report: ReportRecord, graph: GraphView) -> Table:
     """Return what each pass did in all: counts, share of the parameters, time."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("pass", overflow="fold")

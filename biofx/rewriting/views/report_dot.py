@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator
 
 from biofx.graph.graph_view import NodeView
-from biofx.rewriting.report import Report
+from biofx.rewriting.remarks import ReportRecord
 from biofx.rewriting.views.drawing import MARKS, PALETTE, Side, Touch, changing, touches_of, view_of
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def report_dot(report: Report, side: Side = "after") -> str:
+def report_dot(report: ReportRecord, side: Side = "after") -> str:
     """Return one of the report's graphs as text for ``dot``; see ``Report.to_dot``."""
     view, touches = view_of(report, side), touches_of(report)
     root = _Cluster("")
@@ -45,7 +45,9 @@ class _Cluster:
             cluster = cluster.inner.setdefault(path, _Cluster(path))
         return cluster
 
-    def lines(self, touches: dict[str, tuple[Touch, ...]], report: Report, indent: str) -> Iterator[str]:
+    def lines(
+        self, touches: dict[str, tuple[Touch, ...]], report: ReportRecord, indent: str
+    ) -> Iterator[str]:
         for node in self.nodes:
             yield f"{indent}{_node(node, touches.get(node.name, ()), report)}"
         for cluster in self.inner.values():
@@ -58,7 +60,7 @@ class _Cluster:
             yield f"{indent}}}"
 
 
-def _node(node: NodeView, touches: tuple[Touch, ...], report: Report) -> str:
+def _node(node: NodeView, touches: tuple[Touch, ...], report: ReportRecord) -> str:
     marks = "".join(MARKS[touch.kind] for touch in touches)
     label = f"{node.name} {marks}".rstrip()
     attributes = [f"label={_quoted(label, node.what)}", f"tooltip={_quoted(node.line)}"]

@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 from biofx.graph.graph_view import GraphView
-from biofx.rewriting.report import Remark, Report
+from biofx.rewriting.remarks import Remark, ReportRecord
 from biofx.rewriting.views.coverage import Coverage
 from biofx.rewriting.views.drawing import PALETTE, Touch, graphs_of, layout_of, touches_of, united_order
 from biofx.rewriting.views.report_svg import BOX_HEIGHT, BOX_WIDTH, COLUMN, ROW, draw
@@ -25,7 +25,7 @@ _SCRIPTS = ("data", "selectors", "picture", "camera", "details", "search", "tree
 _SLOT = re.compile("@([a-z]+)@")
 
 
-def report_html(report: Report) -> str:
+def report_html(report: ReportRecord) -> str:
     """Return the page; see ``Report.to_html``."""
     before, after = graphs_of(report)
     numbers = {name: place for place, name in enumerate(united_order(before, after))}
@@ -105,7 +105,7 @@ def _json_for_page(data: object) -> str:
 
 
 def _touch(touch: Touch, numbers: dict[str, int]) -> list[Any]:
-    return [touch.number, touch.kind, numbers.get(str(touch.because))]
+    return [touch.number, touch.kind, numbers.get(str(touch.cause))]
 
 
 def _remark(remark: Remark, numbers: dict[str, int]) -> list[Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from biofx.graph.graph_view import GraphView, NodeView
-from biofx.rewriting.report import Report
+from biofx.rewriting.remarks import ReportRecord
 from biofx.rewriting.views.drawing import (
     MARKS,
     PALETTE,
@@ -50,7 +50,7 @@ text { font: 11px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; 
 )
 
 
-def report_svg(report: Report, side: Side = "after") -> str:
+def report_svg(report: ReportRecord, side: Side = "after") -> str:
     """Return the picture of one of the report's graphs; see ``Report.to_svg``."""
     view = view_of(report, side)
     layout = layout_of(view, view)
@@ -182,7 +182,7 @@ def _title(node: NodeView, lines: Sequence[str]) -> str:
     return f"<title>{escaped(chr(10).join((node.line, *lines)))}</title>"
 
 
-def _titles(report: Report) -> dict[str, list[str]]:
+def _titles(report: ReportRecord) -> dict[str, list[str]]:
     said: dict[str, list[str]] = {}
     for entry in report.passes:
         for remark in entry.remarks:
@@ -191,7 +191,7 @@ def _titles(report: Report) -> dict[str, list[str]]:
     return said
 
 
-def _legend(report: Report, side: Side) -> Iterator[str]:
+def _legend(report: ReportRecord, side: Side) -> Iterator[str]:
     when = {"before": " (before)", "after": "", "both": " (with what was erased)"}[side]
     yield f'<text class="title" y="4">{escaped(report.model + when)}: {escaped(report.summary())}</text>'
     for number, entry in enumerate(report.passes):

@@ -7,10 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from biofx.graph.changes import Change
-from biofx.rewriting.report import PassReport, Report
+from biofx.rewriting.remarks import PassReport, ReportRecord
 
 
-def report_table(report: Report) -> Group:
+def report_table(report: ReportRecord) -> Group:
     """Return the summary, what stays in Python, and a table for each pass."""
     parts: list[RenderableType] = [Text(f"{report.model}: {report.summary()}", style="bold")]
     parts += [Text(line, style="bold red") for line in report.unmet_lines()]
@@ -30,7 +30,7 @@ def _pass_table(entry: PassReport) -> Table:
     table.add_column("what happened", overflow="fold")
     by_candidate: dict[str | None, list[Change]] = {}
     for change in entry.changes:
-        by_candidate.setdefault(change.because, []).append(change)
+        by_candidate.setdefault(change.cause, []).append(change)
     for remark in entry.remarks:
         done = remark.kind == "applied"
         message = Text(remark.message, style="" if done else "dim")

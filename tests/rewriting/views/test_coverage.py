@@ -5,7 +5,7 @@ from torch import nn
 import biofx
 from biofx import BioConfig
 from biofx.graph.graph_view import GraphView
-from biofx.rewriting.report import PassReport, Remark
+from biofx.rewriting.remarks import PassReport, Remark
 from biofx.rewriting.views.coverage import Coverage
 
 

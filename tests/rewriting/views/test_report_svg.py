@@ -13,7 +13,7 @@ import biofx
 from biofx import BioConfig, InputError, OptionError, Report, passes
 from biofx.graph.changes import Change
 from biofx.graph.graph_view import GraphView, NodeView
-from biofx.rewriting.report import PassReport, Remark
+from biofx.rewriting.remarks import PassReport, Remark
 from biofx.rewriting.views.drawing import PALETTE
 from biofx.rewriting.views.model_tree import STYLES
 from biofx.rewriting.views.report_svg import escaped, shortened
