@@ -22,7 +22,6 @@ from torch.fx import Node
 
 from biofx.config import FROM_SEED, check_drawn_again, option_from_config
 from biofx.graph.regions import region_of_nodes
-from biofx.layers.lowering import Lowering
 from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.layers.weight_site import Sites, Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule

@@ -35,6 +35,7 @@ from biofx.rewriting.remarks import Remark, applied, done_already, missed, switc
 from biofx.rewriting.scope import Scope
 from biofx.rewriting.weight_pass import LayerUse, unsupported
 
+
 @dataclass(frozen=True)
 class SplittableLayer(LayerUse):
     """A layer whose output channels may be summed."""
