@@ -32,8 +32,8 @@ from biofx.operators.rate_draws import PURPOSE, rate_draw, told_of_place
 from biofx.operators.rate_ops import scale_gradient_by_seed
 from biofx.options import with_documented_options
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.rate_rules import initial_factors
 from biofx.plasticity.model_states import bio_module_path, is_taken, state_of
+from biofx.plasticity.rate_rules import initial_factors
 from biofx.rewriting.remarks import Remark, applied, done_already, missed
 from biofx.rewriting.scope import Scope
 from biofx.rewriting.weight_pass import WeightPass, WeightUses, show_parameters
