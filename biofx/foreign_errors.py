@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from biofx.errors import BiofxError
-from biofx.unasked import is_a_file_of_a_library
+from biofx.static_inspection import is_a_file_of_a_library
 
 _OWN_FOLDERS = tuple({str(Path(__file__).parent), str((Path(__file__).parent / "passes").resolve())})
 BY_A_PASS = "raised by pass "

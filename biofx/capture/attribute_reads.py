@@ -1,77 +1,142 @@
-"""Noticing what a forward reads from the attributes of modules, and of objects that modules hold.
+"""What a forward reads from the attributes of modules, and of objects that modules hold.
 
-Python looks an attribute up on the class before it looks into the instance, if what the class has there says
-how to read it. So for as long as a forward is captured the classes of the modules have such an entry for each
-attribute of theirs, and the classes of the objects another way to look attributes up.
+Python looks an attribute up on the class before it looks into the instance if the class has a descriptor by
+that name. So while a forward is captured, the classes of its modules have a descriptor for each attribute,
+and the classes of objects that modules hold have a ``__getattribute__`` that notes reads. Each read ends in a
+:class:`ReadLog`, and from there in the guards of the graph module (:mod:`biofx.model.attribute_guards`): a
+number that only goes into arithmetic is read by the graph at each call, anything else must stay what it was.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
-from biofx.capture.python_names import makes_texts, operands_read
-from biofx.capture.tracked import is_tracked_value
+from biofx.capture.bytecode import CallSite, is_name_of_biofx
+from biofx.capture.mode_switches import ModeSwitches
+from biofx.capture.symbolic_scalars import ScalarGraph, Source, is_symbolic, symbolic
+from biofx.model.attribute_guards import Needed, put_guards
 from biofx.model.contents import MISSING, fields_of, is_followed
+from biofx.static_inspection import bases_outside_torch
 
 
-class Place:
-    """Where a forward reads an attribute."""
+@dataclass(frozen=True)
+class Read:
+    """One attribute that a forward has read."""
 
-    def __init__(self, frame: FrameType) -> None:
-        self._code = frame.f_code
-        self._step = frame.f_lasti
-        self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        """File and line."""
+    path: str
+    """Of the module, in the module whose graph it is."""
+    names: tuple[str, ...]
+    line: str
+    """File and line."""
+    decides: bool
+    """Whether what was read may have decided something, and not only gone into arithmetic."""
 
     @property
-    def is_operand(self) -> bool:
-        """Whether what is read goes straight into arithmetic, and nowhere else."""
-        return self._step in operands_read(self._code)
-
-    @property
-    def can_be_followed(self) -> bool:
-        """Whether what is read is asked for wherever it decides something."""
-        return not makes_texts(self._code)
+    def target(self) -> str:
+        """The target of a node that reads it."""
+        return ".".join((self.path, *self.names) if self.path else self.names)
 
 
-class Follower(Protocol):
-    """Who wants to know what a forward reads."""
+class AttributeGraph(ScalarGraph, Protocol):
+    """A graph under construction that can read attributes."""
+
+    def attribute_node(self, target: str) -> Node:
+        """Return the node that reads an attribute."""
+
+
+class ReadLog:
+    """The reads of one forward, in order."""
+
+    def __init__(self, graph: AttributeGraph) -> None:
+        self.reads: list[Read] = []
+        self._graph = graph
+
+    def take(self, path: str, names: tuple[str, ...], value: Any, site: CallSite) -> Any:
+        """Note a read; return a symbolic number where the value is an operand, else the value."""
+        is_number = type(value) is float or (type(value) is int and site.is_operand)
+        flows = is_number and not site.formats_numbers and all(name.isidentifier() for name in names)
+        read = Read(path, names, site.line, not flows)
+        self.reads.append(read)
+        if not flows:
+            return value
+        return symbolic(
+            value, self._graph, lambda: self._graph.attribute_node(read.target), frozenset({(path, names)})
+        )
+
+    def decided_by(self, sources: Iterable[Source]) -> None:
+        """Note that numbers read earlier have decided something."""
+        site = CallSite.in_model()
+        line = "its forward" if site is None else site.line
+        self.reads += [Read(path, names, line, True) for path, names in sorted(sources)]
+
+
+def guard_reads(
+    graph_module: nn.Module, graph: Graph, reads: Iterable[Read], switches: ModeSwitches, prefix: str = ""
+) -> None:
+    """Let a graph module check, at each call, the attributes that its graph takes for constant.
+
+    Args:
+        graph_module: what was made of the module.
+        graph: its graph; what a node of it reads is free to change.
+        reads: what the forward read while the graph was captured.
+        switches: what train() and eval() change.
+        prefix: path of the module in the whole model.
+    """
+    nodes = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    decides: dict[tuple[str, tuple[str, ...]], str] = {}
+    flows: dict[tuple[str, tuple[str, ...]], str] = {}
+    for read in reads:
+        kind = decides if read.decides or read.target not in nodes else flows
+        kind.setdefault((read.path, read.names), read.line)
+    put_guards(
+        graph_module,
+        [
+            Needed(path, names, line, is_read, switches.pair(prefix, path, names))
+            for kind, is_read in ((decides, False), (flows, True))
+            for (path, names), line in kind.items()
+            if not (is_read and (path, names) in decides)
+        ],
+        prefix,
+    )
+
+
+class ReadTracer(Protocol):
+    """A tracer that follows reads of attributes."""
 
     @property
     def is_following(self) -> bool:
         """Whether what happens now is part of a graph."""
 
-    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, place: Place) -> Any:
-        """Note a read of an attribute; return what to go on with in the place of its value."""
+    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, site: CallSite) -> Any:
+        """Note a read; return what the forward gets."""
 
 
 @contextmanager
-def reads_noticed(modules: Iterable[nn.Module], follower: Follower) -> Iterator[None]:
-    """Let a follower know of every attribute that is read from some modules meanwhile."""
-    reads = _Reads(follower)
+def reads_noticed(modules: Iterable[nn.Module], tracer: ReadTracer) -> Iterator[None]:
+    """Report every read of an attribute of the modules to a tracer meanwhile."""
+    patches = _ReadPatches(tracer)
     try:
-        reads.watch(modules)
+        patches.put_on(modules)
         yield
     finally:
-        reads.put_back()
+        patches.remove()
 
 
-class Observed:
-    """What a class has in the place of an attribute of its instances."""
+class ObservedAttribute:
+    """The descriptor that a class has for an attribute of its instances."""
 
-    def __init__(self, name: str, of_class: Any, reads: _Reads) -> None:
+    def __init__(self, name: str, of_class: Any, patches: _ReadPatches) -> None:
         self.of_class = of_class
         """What the class itself has under the name."""
         self._name = name
-        self._reads = reads
+        self._patches = patches
 
     def __get__(self, module: nn.Module | None, kind: type | None = None) -> Any:
         if module is None:
@@ -80,10 +145,10 @@ class Observed:
             return self.of_class
         value = vars(module).get(self._name, self.of_class)
         if value is MISSING:
-            if not _is_an_empty_place(module, self._name):
-                raise AttributeError(self._name)  # Python then asks the module
+            if not _holds_none(module, self._name):
+                raise AttributeError(self._name)  # Python then calls __getattr__
             value = None
-        return self._reads.seen(module, (self._name,), value, sys._getframe(1))
+        return self._patches.read(module, (self._name,), value, CallSite.of_caller())
 
     def __set__(self, module: nn.Module, value: Any) -> None:
         vars(module)[self._name] = value
@@ -94,47 +159,59 @@ class Observed:
         del vars(module)[self._name]
 
 
-def _is_an_empty_place(module: nn.Module, name: str) -> bool:
-    """Whether None is held in the place of a parameter, buffer or module."""
-    places: tuple[Any, ...] = (module._parameters, module._buffers, module._modules)
-    return any(name in held and held[name] is None for held in places)
+_LOOKUP = "__getattribute__"
+_OTHER = object()
+_TORCHS_OWN = frozenset(vars(nn.Module())) | {"forward", "training"}
 
 
-class _Reads:
-    def __init__(self, follower: Follower) -> None:
-        self._follower = follower
-        self._on_classes: list[tuple[type, str, Any, Any]] = []
-        self._lookups: dict[type, tuple[bool, Any]] = {}
+class _ReadPatches:
+    def __init__(self, tracer: ReadTracer) -> None:
+        self._tracer = tracer
+        self._replaced: list[tuple[type, str, Any, Any]] = []
+        self._lookups: dict[type, Any] = {}
         self._holders: dict[int, tuple[Any, nn.Module, tuple[str, ...]]] = {}
 
-    def watch(self, modules: Iterable[nn.Module]) -> None:
-        """Put an entry on the classes of some modules for each attribute that these hold."""
+    def put_on(self, modules: Iterable[nn.Module]) -> None:
+        """Put a descriptor on the classes of the modules for each attribute."""
         names: dict[type, set[str]] = {}
         for module in modules:
-            if isinstance(module, (torch.jit.ScriptModule, GraphModule)) or _is_ours(type(module)):
+            kind = type(module)
+            if isinstance(module, (torch.jit.ScriptModule, GraphModule)) or is_name_of_biofx(kind.__module__):
                 continue
-            found = names.setdefault(type(module), set())
+            found = names.setdefault(kind, set())
             found |= vars(module).keys() - _TORCHS_OWN
             for held in (module._parameters, module._buffers, module._modules):
                 found |= {name for name, value in held.items() if value is None}
         for kind, found in names.items():
-            for name in found | _names_of_class(kind):
+            found |= {name for base in bases_outside_torch(kind) for name in vars(base)}
+            for name in found:
                 of_class = _plain_on_class(kind, name)
-                if of_class is _OTHER or name.startswith("__"):
-                    continue
-                self._put(kind, name, Observed(name, of_class, self))
-            self._put(kind, "__getattr__", self._noticing_absence(kind))
+                if of_class is not _OTHER and not name.startswith("__"):
+                    self._put(kind, name, ObservedAttribute(name, of_class, self))
+            self._put(kind, "__getattr__", self._noting_absence(kind))
 
-    def _put(self, kind: type, name: str, entry: Any) -> None:
+    def _put(self, kind: type, name: str, entry: Any) -> bool:
         before = vars(kind).get(name, MISSING)
         try:
             setattr(kind, name, entry)
         except (TypeError, AttributeError):
-            return  # a class that does not let itself be changed
-        self._on_classes.append((kind, name, before, entry))
+            return False  # a class that does not let itself be changed
+        self._replaced.append((kind, name, before, entry))
+        return True
 
-    def _noticing_absence(self, kind: Any) -> Callable[[nn.Module, str], Any]:
-        """Return what a class does for an attribute that Python does not find, which is noted."""
+    def remove(self) -> None:
+        """Restore the classes, but for what was assigned to them meanwhile."""
+        for kind, name, before, entry in reversed(self._replaced):
+            if vars(kind).get(name) is not entry:
+                continue
+            if before is MISSING:
+                delattr(kind, name)
+            else:
+                setattr(kind, name, before)
+        self._holders.clear()
+
+    def _noting_absence(self, kind: Any) -> Callable[[nn.Module, str], Any]:
+        """Return a ``__getattr__`` for a class that notes attributes that are not there."""
         own = vars(kind).get("__getattr__")
 
         def found(module: Any, name: str) -> Any:
@@ -142,42 +219,27 @@ class _Reads:
             try:
                 return own(module, name) if own is not None else parent.__getattr__(name)
             except AttributeError:
-                frame = sys._getframe(1)
-                if not name.startswith("__") and not frame.f_code.co_filename.startswith(TORCH_FOLDER):
-                    self.seen(module, (name,), MISSING, frame)
+                site = CallSite.of_caller()
+                if not name.startswith("__") and not site.is_of_torch:
+                    self.read(module, (name,), MISSING, site)
                 raise
 
         return found
 
-    def put_back(self) -> None:
-        """Let classes be as they were, but for what was given to them meanwhile."""
-        for kind, name, before, entry in reversed(self._on_classes):
-            if vars(kind).get(name) is not entry:
-                continue
-            if before is MISSING:
-                delattr(kind, name)
-            else:
-                setattr(kind, name, before)
-        for kind, (was_its_own, lookup) in self._lookups.items():
-            if was_its_own:
-                setattr(kind, _LOOKUP, lookup)
-            else:
-                delattr(kind, _LOOKUP)
-        self._holders.clear()
-
-    def seen(self, owner: nn.Module, names: tuple[str, ...], value: Any, frame: FrameType) -> Any:
-        """Note a read; return what to go on with."""
-        is_ours = value is not MISSING and _is_ours(type(value))
-        if isinstance(value, (Tensor, nn.Module)) or is_tracked_value(value) or is_ours:
+    def read(self, owner: nn.Module, names: tuple[str, ...], value: Any, site: CallSite) -> Any:
+        """Note a read; return what the forward gets."""
+        if isinstance(value, (Tensor, nn.Module)) or is_symbolic(value):
             return value
-        if not self._follower.is_following or _is_machinery(frame):
+        if value is not MISSING and is_name_of_biofx(type(value).__module__):
             return value
-        if is_followed(value) and self._is_looked_into(type(value)):
+        if not self._tracer.is_following or site.is_of_capture:
+            return value
+        if is_followed(value) and self._follows(type(value)):
             self._holders[id(value)] = value, owner, names
-        return self._follower.attribute_read(owner, names, value, Place(frame))
+        return self._tracer.attribute_read(owner, names, value, site)
 
-    def _is_looked_into(self, kind: type) -> bool:
-        """Let a class of objects say what is read from them; False where it cannot be changed."""
+    def _follows(self, kind: type) -> bool:
+        """Let objects of a class report reads of their attributes; False where it cannot be changed."""
         if kind in self._lookups:
             return True
         lookup: Callable[[Any, str], Any] = getattr(kind, _LOOKUP)
@@ -186,66 +248,38 @@ class _Reads:
             known = self._holders.get(id(held))
             if known is None or known[0] is not held or name.startswith("__"):
                 return lookup(held, name)
+            _, owner, names = known
             try:
                 value = lookup(held, name)
             except AttributeError:
-                self.seen(known[1], (*known[2], name), MISSING, sys._getframe(1))
+                self.read(owner, (*names, name), MISSING, CallSite.of_caller())
                 raise
             if callable(value) and name not in fields_of(held):
                 return value  # a method
-            return self.seen(known[1], (*known[2], name), value, sys._getframe(1))
+            return self.read(owner, (*names, name), value, CallSite.of_caller())
 
-        before = vars(kind).get(_LOOKUP)
-        try:
-            setattr(kind, _LOOKUP, noticed)
-        except (TypeError, AttributeError):
+        if not self._put(kind, _LOOKUP, noticed):
             return False
-        self._lookups[kind] = before is not None, before
+        self._lookups[kind] = noticed
         return True
 
 
-TORCH_FOLDER = torch.__path__[0]
-_LOOKUP = "__getattribute__"
-_OTHER = object()
-_TORCHS_OWN = frozenset(vars(nn.Module())) | {"forward", "training"}
+def _holds_none(module: nn.Module, name: str) -> bool:
+    """Whether None is held in the place of a parameter, buffer or module."""
+    places: tuple[Any, ...] = (module._parameters, module._buffers, module._modules)
+    return any(name in held and held[name] is None for held in places)
 
 
 def _plain_on_class(kind: type, name: str) -> Any:
-    """Return the value that a class gives an attribute; MISSING if none, ``_OTHER`` if it is no value."""
+    """Return the value that a class gives an attribute; MISSING if none, ``_OTHER`` if it is a descriptor."""
     for base in kind.__mro__:
         if name in vars(base):
             found = vars(base)[name]
-            found = found.of_class if isinstance(found, Observed) else found
-            is_value = found is not MISSING and not _has_getter(type(found))
-            return found if is_value or found is MISSING else _OTHER
+            found = found.of_class if isinstance(found, ObservedAttribute) else found
+            is_value = found is MISSING or not _has_getter(type(found))
+            return found if is_value else _OTHER
     return MISSING
 
 
 def _has_getter(kind: type) -> bool:
     return any("__get__" in vars(base) for base in type.__dict__["__mro__"].__get__(kind))
-
-
-def _names_of_class(kind: type) -> set[str]:
-    """Return the names of what a class of somebody's gives its instances, and what is no method."""
-    bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
-    return {name for base in bases for name in vars(base) if not name.startswith("__")}
-
-
-def _is_ours(kind: type) -> bool:
-    return kind.__module__.startswith("biofx.") and not kind.__module__.startswith("biofx.demo")
-
-
-def _is_machinery(frame: FrameType) -> bool:
-    """Whether it is the capture that reads, and not a forward."""
-    name = str(frame.f_globals.get("__name__"))
-    return name.startswith(_MACHINERY) or name == "copy"
-
-
-_MACHINERY = (
-    "biofx.capture.",
-    "biofx.capture",
-    "biofx.graph.",
-    "biofx.layers.",
-    "biofx.model.",
-    "torch.fx.",
-)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.fx import Graph, Node, Tracer
 from torch.fx.node import map_arg
 
-from biofx.capture.frames import GraphBreak, joined_path
-from biofx.capture.read_log import Read
+from biofx.capture.attribute_reads import Read
+from biofx.capture.graph_breaks import GraphBreak, joined_path
 from biofx.errors import PassError
 from biofx.graph.branches import begin_branch, by_mode, end_branch, hoist_shared_nodes
 from biofx.graph.contexts import is_of_a_context

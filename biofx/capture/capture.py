@@ -20,16 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from biofx.capture.containers import content_of
+from biofx.capture.attribute_reads import guard_reads
+from biofx.capture.bytecode import methods_mentioned
 from biofx.capture.example_inputs import ExampleInputs
 from biofx.capture.intercepted_calls import caches_bypassed
 from biofx.capture.mode_switches import switches_of
-from biofx.capture.python_names import methods_mentioned
-from biofx.capture.read_log import guard_reads
 from biofx.capture.record_capture import capture_recorded
 from biofx.capture.region_capture import capture_regions
 from biofx.capture.side_effects import holders_of
-from biofx.capture.tracing import trace
+from biofx.capture.trace_module import trace
 from biofx.errors import CaptureError, InputError
 from biofx.foreign_errors import foreign_errors_wrapped
 from biofx.graph.contexts import preserved_modes
@@ -46,7 +45,7 @@ from biofx.model.graph_module import (
     user_class,
 )
 from biofx.plasticity.bio_state import BioState
-from biofx.unasked import is_of
+from biofx.static_inspection import content_of, is_of
 
 
 def capture(

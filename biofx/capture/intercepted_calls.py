@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from biofx.capture.python_names import globals_named, lineage_of
-from biofx.capture.sized_by_values import leaves
-from biofx.capture.tracked import plain
-from biofx.unasked import is_of, package_of
+from biofx.capture.bytecode import globals_mentioned
+from biofx.capture.symbolic_scalars import is_symbolic
+from biofx.static_inspection import bases_outside_torch, is_of, package_of
 
 Handler = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 OPTIONS = frozenset({"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"})
@@ -109,11 +109,11 @@ def caches_bypassed(modules: Iterable[nn.Module]) -> Iterator[None]:
     for kind in {type(module) for module in modules}:
         if package_of(kind) == "torch":
             continue
-        for space, name in globals_named(kind):
+        for space, name in globals_mentioned(kind, of_libraries=True):
             if type(space.get(name)) is _Cached:
                 replaced.append((space, name, space[name]))
                 space[name] = _WithoutCache(space[name])
-        for base in lineage_of(kind):
+        for base in bases_outside_torch(kind):
             for name, held in list(vars(base).items()):
                 if type(held) is _Cached:
                     replaced.append((base, name, held))
@@ -136,7 +136,7 @@ class _WithoutCache:
         functools.update_wrapper(self, cached)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(_is_of_the_capture(leaf) for leaf in leaves((args, kwargs))):
+        if any(_is_of_the_capture(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
             return self._cached.__wrapped__(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             return self._cached(*args, **kwargs)
@@ -146,4 +146,5 @@ class _WithoutCache:
 
 
 def _is_of_the_capture(value: Any) -> bool:
-    return is_of(value, (Tensor, torch.fx.Proxy, nn.Module)) or plain(value) is not value
+    sizes = value if is_of(value, torch.Size) else (value,)  # not every version of pytree looks into these
+    return is_of(value, (Tensor, torch.fx.Proxy, nn.Module)) or any(map(is_symbolic, sizes))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from biofx.unasked import is_of
+from biofx.static_inspection import is_of
 
 
 class OwnGenerator:

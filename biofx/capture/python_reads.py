@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from biofx.capture.python_names import is_a_weight, methods_mentioned, names_mentioned
+from biofx.capture.bytecode import is_a_weight, methods_mentioned, names_mentioned
 from biofx.graph.regions import is_inside
 from biofx.model.graph_module import NAMES_OF_GRAPH_MODULES, BioGraphModule, why_not_a_graph_module
 
@@ -28,7 +28,7 @@ def modules_that_read(captured: BioGraphModule) -> Iterator[str]:
     """
     kept = captured.graph_breaks
     modules = dict(captured.named_modules())
-    mentioned = {path: names_mentioned(modules[path]) for path in kept if path in modules}
+    mentioned = {path: names_mentioned(type(modules[path])) for path in kept if path in modules}
     for path in mentioned:
         module = modules[path]
         if not path or not _can_stand_before(module):

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.fx import Graph
 
+from biofx.capture.attribute_reads import Read, guard_reads
 from biofx.capture.both_modes import OneMode, unified
+from biofx.capture.eager_tracer import EagerTracer
 from biofx.capture.example_inputs import ExampleInputs, as_call
-from biofx.capture.forward_recorder import Recorder
-from biofx.capture.frames import GraphBreak, joined_path
+from biofx.capture.graph_breaks import GraphBreak, joined_path
 from biofx.capture.mode_switches import switches_of
 from biofx.capture.python_reads import modules_that_read
-from biofx.capture.read_log import Read, guard_reads
 from biofx.capture.region_capture import capture_regions, capture_uncalled, is_leaf, weights_read_by_python
 from biofx.capture.rehearsal import Rehearsal
 from biofx.capture.side_effects import Watch
@@ -166,7 +166,7 @@ class _RecordCapture:
                 raise CaptureError("the model's forward writes into its parameters")
 
     def _recorded(self) -> _Recorded:
-        runs: dict[bool, Recorder] = {}
+        runs: dict[bool, EagerTracer] = {}
         while True:
             try:
                 for training in (True, False):
@@ -199,7 +199,7 @@ class _RecordCapture:
                 if not found.all_alike:
                     self._by_class.add(path)
 
-    def _run(self, training: bool) -> Recorder:
+    def _run(self, training: bool) -> EagerTracer:
         """Record one run, on a copy, so that nothing of it stays."""
         rehearsal = self._borrowed()
         model = switch_mode(rehearsal.model, training)
@@ -207,7 +207,7 @@ class _RecordCapture:
             if not is_leaf(module):  # whose forward asks, and goes on asking, how its own flag is
                 module.training = training
         watch = Watch(model)
-        recorder = Recorder(model, dict(self._kept), self._opaque, self._switches)
+        recorder = EagerTracer(model, dict(self._kept), self._opaque, self._switches)
         args, kwargs = cloned(self._given)
         try:
             recorder.run(args, kwargs)
@@ -240,7 +240,7 @@ class _RecordCapture:
         except Exception:
             raise error from error.__cause__
 
-    def _unified(self, training: Recorder, evaluation: Recorder) -> _Recorded:
+    def _unified(self, training: EagerTracer, evaluation: EagerTracer) -> _Recorded:
         graphs: dict[str, Graph] = {}
         paths = dict.fromkeys([*training.graphs, *evaluation.graphs])
         for path in sorted(paths, key=len):  # whoever decides how to call a module, ahead of that module
@@ -294,7 +294,7 @@ class _Recorded:
     """What the forward behind each graph read from attributes."""
 
 
-def _one_mode(recorder: Recorder, path: str, kept: Iterable[str]) -> OneMode:
+def _one_mode(recorder: EagerTracer, path: str, kept: Iterable[str]) -> OneMode:
     """Return what one module did in the mode that was recorded, in its own paths."""
     inside = len(path) + bool(path)
     around = [module for module in kept if module != path and is_inside(module, path)]

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Tracer
 
-from biofx.capture.mode_switches import ModeSwitches, switches_of
-from biofx.capture.python_names import (
+from biofx.capture.attribute_reads import guard_reads
+from biofx.capture.bytecode import (
     ANYTHING,
     attributes_changed,
     names_mentioned,
     weights_mentioned,
 )
+from biofx.capture.mode_switches import ModeSwitches, switches_of
 from biofx.capture.python_reads import modules_that_read
-from biofx.capture.read_log import guard_reads
-from biofx.capture.tracing import Traced, trace
+from biofx.capture.trace_module import Traced, trace
 from biofx.errors import CaptureError
 from biofx.graph.graph_functions import eager_forward_graph
 from biofx.graph.regions import is_inside
@@ -81,7 +81,7 @@ def weights_read_by_python(captured: BioGraphModule) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for kept in captured.graph_breaks:
-        feared = weights_mentioned(captured.get_submodule(kept))
+        feared = weights_mentioned(type(captured.get_submodule(kept)))
         start = f"{kept}." if kept else ""
         for region in captured.region_paths if feared else ():
             parts = set(region[len(start) :].split(".")) if region.startswith(start) else set()
@@ -133,8 +133,8 @@ class RegionCapture:
         if path in self._switches.rebuilt:
             return
         if path in self.kept:
-            self._names = names_mentioned(self._modules[path])
-            self._changed = attributes_changed(self._modules[path])
+            self._names = names_mentioned(type(self._modules[path]))
+            self._changed = attributes_changed(type(self._modules[path]))
         names, changed = self._names, self._changed
         for child in self._modules[path].children():
             self._names, self._changed = names, changed

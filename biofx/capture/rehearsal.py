@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from biofx.unasked import is_of
+from biofx.static_inspection import is_of
 
 
 class Rehearsal:

@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from biofx.capture.attribute_reads import Observed
-from biofx.capture.python_names import globals_mentioned
-from biofx.unasked import is_of, is_of_a_library, packages_of
+from biofx.capture.attribute_reads import ObservedAttribute
+from biofx.capture.bytecode import globals_mentioned
+from biofx.static_inspection import is_of, is_of_a_library, packages_of
 
 Place = tuple[Any, str]
 """The globals of a source file, or a class, and a name there."""
@@ -28,7 +28,7 @@ def held_at(place: Place) -> Any:
     """Return what is at a place, None if nothing is any more."""
     space, name = place
     found: Any = (vars(space) if is_of(space, type) else space).get(name)
-    return found.of_class if is_of(found, Observed) else found
+    return found.of_class if is_of(found, ObservedAttribute) else found
 
 
 def named(place: Place) -> str:

@@ -12,11 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biofx.capture.containers import content_of, fill_again
 from biofx.capture.own_generators import OwnGenerator, generator_in
 from biofx.capture.shared_state import held_at, named, put_back, shared_places
 from biofx.errors import CaptureError
-from biofx.unasked import attributes_of, bytes_of, is_exactly, is_of, is_of_a_library, packages_of
+from biofx.static_inspection import (
+    attributes_of,
+    bytes_of,
+    content_of,
+    is_exactly,
+    is_of,
+    is_of_a_library,
+    packages_of,
+    restore_content,
+)
 
 
 class Watch:
@@ -181,7 +189,7 @@ class _Inside:
     def put_back(self) -> None:
         """Put it all back to where it was."""
         for container, content in self.containers:
-            fill_again(container, content)
+            restore_content(container, content)
         for generator, state in self.generators:
             generator.restore(state)
 

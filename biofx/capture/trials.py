@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
-from biofx.capture.frames import GraphBreak
+from biofx.capture.graph_breaks import GraphBreak
 from biofx.capture.region_capture import is_leaf
 from biofx.capture.variants import Axis, axes_of, is_of_samples, sizes_asked_about
 from biofx.graph.branches import by_mode

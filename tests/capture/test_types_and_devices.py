@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biofx import InputError, capture, transform
-from biofx.capture.tracked import tracked
+from biofx.capture.symbolic_scalars import symbolic
 from biofx.graph.graph_functions import limit_of
 from biofx.graph.regions import region_paths
 
@@ -378,7 +378,7 @@ class Frame:
 
 
 def test_a_type_that_is_no_longer_recorded_works_as_its_type() -> None:
-    kind: Any = tracked(torch.float64, Frame(), lambda: "n")  # type: ignore[arg-type, return-value]
+    kind: Any = symbolic(torch.float64, Frame(), lambda: "n")  # type: ignore[arg-type, return-value]
     assert isinstance(kind, torch.dtype)
     assert kind == torch.float64
     assert kind != torch.float32
@@ -396,7 +396,7 @@ def test_a_type_that_is_no_longer_recorded_works_as_its_type() -> None:
 
 
 def test_what_reads_no_stand_in_refuses_it() -> None:
-    kind: Any = tracked(torch.float64, Frame(), lambda: "n")  # type: ignore[arg-type, return-value]
+    kind: Any = symbolic(torch.float64, Frame(), lambda: "n")  # type: ignore[arg-type, return-value]
     for function in (torch.finfo, torch.iinfo):
         with pytest.raises(TypeError, match="input type"):
             function(kind)

@@ -1,10 +1,14 @@
-"""Following the contexts that a forward opens while it is captured, and noticing those that cannot be."""
+"""Contexts that a forward opens while it is captured: ``torch.no_grad``, ``torch.autocast`` and the like.
+
+Entering one becomes a node, and leaving it another (:mod:`biofx.graph.contexts`). What a graph has no node
+for breaks it: another context around an operation, a context left open, and code that asks in what context it
+runs.
+"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -13,26 +17,27 @@ from torch.autograd import grad_mode
 from torch.fx import Graph, Node, Proxy
 from torch.nn.utils import parametrize
 
-from biofx.capture.tracked import plain
-from biofx.capture.values import TORCH_FOLDER
+from biofx.capture.bytecode import CallSite
+from biofx.capture.graph_breaks import OPENS_CONTEXT
+from biofx.capture.symbolic_scalars import plain
 from biofx.graph.contexts import BEGINNINGS, autocast_nesting, begin_autocast, begin_grad_mode
 
 
-class Writer(Protocol):
-    """Who writes the nodes of a graph."""
+class ContextGraph(Protocol):
+    """A graph under construction that contexts are part of."""
 
     @property
     def graph(self) -> Graph:
-        """The graph."""
+        """The graph so far."""
 
     def write(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
-        """Write a call of a function down."""
+        """Add a call of a function."""
 
     def stop(self, what: str) -> NoReturn:
-        """Say that what a forward does cannot be part of the graph."""
+        """Break the graph."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Open:
     """A context that is open."""
 
@@ -41,15 +46,11 @@ class _Open:
     modes: tuple[Any, ...]
 
 
-class Switches:
-    """Writes down the contexts that one forward opens.
+class OpenContexts:
+    """The contexts that one forward has open."""
 
-    Args:
-        writer: of the graph.
-    """
-
-    def __init__(self, writer: Writer) -> None:
-        self._writer = writer
+    def __init__(self, graph: ContextGraph) -> None:
+        self._graph = graph
         self._before = ambient_modes()
         self._open: list[_Open] = []
         self._loose: object = None
@@ -57,22 +58,19 @@ class Switches:
         """Types of devices that the forward asked tensors for, and may now use as constants."""
 
     def check(self) -> None:
-        """Stop where something is in force that no context of the graph accounts for."""
+        """Break the graph where something is in force that none of its contexts accounts for."""
         modes = self._open[-1].modes if self._open else self._before
         if self._loose is not None or ambient_modes() != modes:
-            self._writer.stop(
-                "works under a context (torch.inference_mode, a default dtype, a seed, gradients switched "
-                "without with, …), which a graph would drop"
-            )
+            self._graph.stop(OPENS_CONTEXT)
 
     def check_end(self) -> None:
-        """Stop where a forward returns with a context open."""
+        """Break the graph of a forward that returns with a context open."""
         self.check()
         if self._open:
-            self._writer.stop("leaves a context open")
+            self._graph.stop("leaves a context open")
 
     def forget_loose(self) -> None:
-        """Let a switch outside any context no longer count: what made it was taken back."""
+        """Forget a switch outside of any context: the code that made it is not part of the graph."""
         self._loose = None
 
     @property
@@ -81,7 +79,7 @@ class Switches:
         return len(self._open)
 
     def go_back(self, depth: int) -> None:
-        """Forget the contexts opened since there were so many: what opened them is taken back."""
+        """Forget all but the first ``depth`` contexts: what opened the others is not part of the graph."""
         del self._open[depth:]
         self._loose = None
 
@@ -90,35 +88,41 @@ class Switches:
         self._loose = switch
 
     def begun(self, context: object, begin: Callable[..., Any], options: tuple[Any, ...]) -> None:
-        """Write down that a context was entered."""
+        """Add the node that begins a context."""
         if self._loose is context:
             self._loose = None
-        anchor = next((node for node in self._writer.graph.nodes if node.op == "placeholder"), None)
+        anchor = next((node for node in self._graph.graph.nodes if node.op == "placeholder"), None)
         if anchor is None:
-            self._writer.stop("opens a context in a forward without arguments")
+            self._graph.stop("opens a context in a forward without arguments")
         if begin is begin_autocast and options[0] in self.devices_asked:
-            self._writer.stop("opens torch.autocast for a device that it may have asked a tensor for")
+            self._graph.stop("opens torch.autocast for a device that it may have asked a tensor for")
+        opened = _Open(id(context), anchor, ambient_modes())
         place = len(self._open)
-        self._open.append(_Open(id(context), anchor, ambient_modes()))
+        self._open.append(opened)
         try:
-            node = self._writer.write(begin, (anchor, *options))
+            opened.begin = self._graph.write(begin, (anchor, *options))
         except BaseException:
             del self._open[place:]
             raise
-        self._open[place] = _Open(id(context), node, self._open[place].modes)
 
     def ended(self, context: object, *, failed: bool) -> None:
-        """Write down that a context was left; nothing is written of a forward that fails."""
+        """Add the node that ends a context, unless the forward fails in it."""
         innermost = self._open.pop() if self._open else None
         if failed:
             self._loose = innermost  # a forward that goes on all the same is not followed further
             return
         if innermost is None or innermost.context != id(context):
-            self._writer.stop("leaves contexts in another order than it enters them")
-        if next(iter(reversed(self._writer.graph.nodes))) is innermost.begin:
-            self._writer.graph.erase_node(innermost.begin)  # nothing happened in it
+            self._graph.stop("leaves contexts in another order than it enters them")
+        if next(iter(reversed(self._graph.graph.nodes))) is innermost.begin:
+            self._graph.graph.erase_node(innermost.begin)  # nothing happened in it
         else:
-            self._writer.write(BEGINNINGS[innermost.begin.target], (innermost.begin,))  # type: ignore[index]
+            self._graph.write(BEGINNINGS[innermost.begin.target], (innermost.begin,))  # type: ignore[index]
+
+
+_ATTENTION_KERNELS = (
+    *(torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled),
+    *(torch._C._get_math_sdp_enabled, torch._C._get_cudnn_sdp_enabled),
+)
 
 
 def ambient_modes() -> tuple[Any, ...]:
@@ -132,61 +136,68 @@ def ambient_modes() -> tuple[Any, ...]:
         torch.initial_seed(),
         parametrize._cache_enabled > 0,
         torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
-        *(asked() for asked in _ATTENTION_KERNELS),
+        *(is_enabled() for is_enabled in _ATTENTION_KERNELS),
     )
 
 
-_ATTENTION_KERNELS = (
-    *(torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled),
-    *(torch._C._get_math_sdp_enabled, torch._C._get_cudnn_sdp_enabled),
-)
+_QUERIES = {
+    "is_grad_enabled": "whether gradients are on",
+    **dict.fromkeys(("is_autocast_enabled", "is_autocast_cpu_enabled"), "whether autocast is on"),
+    **dict.fromkeys(
+        ("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"), "to what autocast casts"
+    ),
+}
+"""Functions of torch that return in what context they are called, and what a message says of that."""
 
 
-class SwitchPatches:
-    """Lets the contexts that are entered anywhere reach the switches of the forward that is captured.
+class ContextPatches:
+    """Patches torch's contexts to report to the graph of the forward that enters them.
 
     Args:
-        current: returns those switches, None where what happens is not to be written down.
-        stop: refuses what cannot be part of a graph.
-        give_up: is handed what a refusal raises, and returns if the forward is to go on all the same.
+        current: returns the contexts of that forward, None where it is not being captured. stop: breaks the
+        graph. give_up: is handed the exception of a graph break, and returns if the forward is to go on all
+        the same.
     """
 
     def __init__(
         self,
-        current: Callable[[], Switches | None],
+        current: Callable[[], OpenContexts | None],
         stop: Callable[[str], NoReturn],
         give_up: Callable[[BaseException], None] | None = None,
     ) -> None:
         self._current = current
         self._stop = stop
-        self._give_up = give_up or _raise
+        self._give_up = give_up
         self.is_switching = False
+        """Whether a context is being entered or left, which switches gradients by itself."""
         self._given: dict[int, tuple[Any, tuple[Any, ...]]] = {}
 
     @contextmanager
     def patched(self) -> Iterator[None]:
-        """Follow every context that is entered meanwhile."""
-        with (
-            self._following(grad_mode.no_grad, begin_grad_mode, lambda context: (False,)),
-            self._following(grad_mode.enable_grad, begin_grad_mode, lambda context: (True,)),
-            self._following(grad_mode.set_grad_enabled, begin_grad_mode, lambda context: (context.mode,)),
-            self._following(torch.autocast, begin_autocast, self._autocast_options),
-            self._noting_loose(grad_mode.set_grad_enabled),
-            self._noting_autocasts(),
-            self._noticing_questions(),
-        ):
+        """Report every context that is entered meanwhile."""
+        with ExitStack() as stack:
+            for patch in (
+                self._reported(grad_mode.no_grad, begin_grad_mode, lambda context: (False,)),
+                self._reported(grad_mode.enable_grad, begin_grad_mode, lambda context: (True,)),
+                self._reported(grad_mode.set_grad_enabled, begin_grad_mode, lambda context: (context.mode,)),
+                self._reported(torch.autocast, begin_autocast, self._autocast_options),
+                self._loose_switches(grad_mode.set_grad_enabled),
+                self._autocasts(),
+                _replaced(torch, **{name: self._query(name, what) for name, what in _QUERIES.items()}),
+            ):
+                stack.enter_context(patch)
             yield
 
-    def _following(self, kind: Any, begin: Callable[..., Any], options: Callable[[Any], Any]) -> Any:
+    def _reported(self, kind: Any, begin: Callable[..., Any], options: Callable[[Any], Any]) -> Any:
         enter, leave = kind.__enter__, kind.__exit__
 
         def entered(context: Any) -> Any:
-            switches = self._current()
+            open_contexts = self._current()
             with self._switching():
-                found = None if _is_open_question(context) else enter(context)
-            if switches is not None:
+                found = None if _is_symbolic(context) else enter(context)
+            if open_contexts is not None:
                 try:
-                    self._tried(switches.begun, context, begin, options(context))
+                    self._try(open_contexts.begun, context, begin, options(context))
                 except BaseException:
                     with self._switching():
                         leave(context, None, None, None)
@@ -194,16 +205,16 @@ class SwitchPatches:
             return found
 
         def left(context: Any, kind_of: Any, error: Any, trace: Any) -> Any:
-            switches = self._current()
+            open_contexts = self._current()
             with self._switching():
                 found = leave(context, kind_of, error, trace)
-            if switches is not None:
-                self._tried(switches.ended, context, failed=kind_of is not None)
+            if open_contexts is not None:
+                self._try(open_contexts.ended, context, failed=kind_of is not None)
             return found
 
         return _replaced(kind, __enter__=entered, __exit__=left)
 
-    def _noting_loose(self, kind: Any) -> Any:
+    def _loose_switches(self, kind: Any) -> Any:
         make, decorate = kind.__init__, kind.__call__
 
         def made(switch: Any, mode: Any) -> None:
@@ -212,20 +223,19 @@ class SwitchPatches:
                     switch.prev, switch.mode = torch.is_grad_enabled(), mode
                 else:
                     make(switch, mode)
-            switches = None if was_switching else self._current()
-            if switches is not None:
-                switches.made(switch)
+            if not was_switching and (open_contexts := self._current()) is not None:
+                open_contexts.made(switch)
 
         def decorated(switch: Any, function: Any) -> Any:
             with self._switching():
                 found = decorate(switch, function)
-            if (switches := self._current()) is not None:
-                switches.forget_loose()
+            if (open_contexts := self._current()) is not None:
+                open_contexts.forget_loose()
             return found
 
         return _replaced(kind, __init__=made, __call__=decorated)
 
-    def _noting_autocasts(self) -> Any:
+    def _autocasts(self) -> Any:
         make = torch.autocast.__init__
 
         def made(
@@ -241,29 +251,30 @@ class SwitchPatches:
         return _replaced(torch.autocast, __init__=made)
 
     def _autocast_options(self, context: Any) -> tuple[Any, ...]:
-        """Return what an autocast was made with: None stands for what is in force when it is entered."""
+        """Return what an autocast was made with; None means what is in force when it is entered."""
         if id(context) in self._given:
             return self._given[id(context)][1]
         return (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
 
-    def _noticing_questions(self) -> Any:
-        def noticed(name: str, what: str) -> Callable[..., Any]:
-            asked = getattr(torch, name)
+    def _query(self, name: str, what: str) -> Callable[..., Any]:
+        original = getattr(torch, name)
 
-            def question(*args: Any) -> Any:
-                if not self.is_switching and self._current() is not None and not _is_asked_by_torch():
-                    self._tried(self._stop, f"asks {what}, which is not known before the graph runs")
-                return asked(*args)
+        def query(*args: Any) -> Any:
+            site = CallSite.of_caller()
+            is_ours = self.is_switching or site.is_of_torch or site.is_of_capture
+            if not is_ours and self._current() is not None:
+                self._try(self._stop, f"asks {what}, which is not known before the graph runs")
+            return original(*args)
 
-            return question
+        return query
 
-        return _replaced(torch, **{name: noticed(name, what) for name, what in _QUESTIONS.items()})
-
-    def _tried(self, note: Callable[..., None], *args: Any, **options: Any) -> None:
+    def _try(self, note: Callable[..., None], *args: Any, **options: Any) -> None:
         try:
             note(*args, **options)
-        except BaseException as refusal:
-            self._give_up(refusal)
+        except BaseException as found:
+            if self._give_up is None:
+                raise
+            self._give_up(found)
 
     @contextmanager
     def _switching(self) -> Iterator[bool]:
@@ -274,27 +285,9 @@ class SwitchPatches:
             self.is_switching = before
 
 
-_QUESTIONS = {
-    "is_grad_enabled": "whether gradients are on",
-    **dict.fromkeys(("is_autocast_enabled", "is_autocast_cpu_enabled"), "whether autocast is on"),
-    **dict.fromkeys(
-        ("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"), "to what autocast casts"
-    ),
-}
-"""Functions of torch that ask in what context they are called, and what they ask."""
-
-
-def _raise(refusal: BaseException) -> NoReturn:
-    raise refusal
-
-
-def _is_open_question(context: Any) -> bool:
-    """Whether a context switches gradients by something that is known only when the graph runs."""
+def _is_symbolic(context: Any) -> bool:
+    """Whether a context switches gradients by a value that is known only when the graph runs."""
     return isinstance(getattr(context, "mode", None), Proxy)
-
-
-def _is_asked_by_torch() -> bool:
-    return sys._getframe(2).f_code.co_filename.startswith((TORCH_FOLDER, __file__))
 
 
 @contextmanager

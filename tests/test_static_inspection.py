@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx.unasked import attributes_of, bytes_of, is_of, is_of_a_library
+from biofx.static_inspection import attributes_of, bytes_of, is_of, is_of_a_library
 
 OFF = {"fuzzy_lr_distribution": "baseline"}
 

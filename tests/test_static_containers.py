@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from biofx.capture.containers import content_of, fill_again
+from biofx.static_inspection import content_of, restore_content
 
 
 class MakesEntries(OrderedDict[str, Any]):
@@ -23,7 +23,7 @@ def test_a_dict_that_makes_its_entries_keeps_what_they_are_made_of() -> None:
     assert content == [("number", int), ("text", str)]
     container["number"] = float
     container["other"] = list
-    fill_again(container, content)
+    restore_content(container, content)
     assert list(dict.items(container)) == [("number", int), ("text", str)]
     assert container["number"] == 0
 
@@ -32,5 +32,5 @@ def test_a_dict_that_makes_its_entries_keeps_what_they_are_made_of() -> None:
 def test_a_container_gets_back_what_was_in_it(container: Any) -> None:
     content, before = content_of(container), type(container)(container)
     container.clear()
-    fill_again(container, content)
+    restore_content(container, content)
     assert container == before

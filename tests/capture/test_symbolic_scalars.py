@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from biofx.capture.tracked import Real, Size, plain, tracked
+from biofx.capture.symbolic_scalars import SymFloat, SymInt, plain, symbolic
 
 
 class Frame:
@@ -27,7 +27,7 @@ class Frame:
 
 
 def number(value: Any, frame: Frame) -> Any:
-    return tracked(value, frame, lambda: "n")  # type: ignore[arg-type, return-value]
+    return symbolic(value, frame, lambda: "n")  # type: ignore[arg-type, return-value]
 
 
 def test_arithmetic_remembers_where_it_comes_from() -> None:
@@ -41,7 +41,7 @@ def test_arithmetic_remembers_where_it_comes_from() -> None:
         (size**-0.5, 6**-0.5, ("pow", "n", -0.5)),
     ]
     for found, value, node in cases:
-        assert isinstance(found, Size if isinstance(value, int) else Real)
+        assert isinstance(found, SymInt if isinstance(value, int) else SymFloat)
         assert plain(found) == value
         assert type(plain(found)) is type(value)
         assert found.node == node
@@ -79,4 +79,4 @@ def test_outside_its_frame_it_is_a_number_like_any_other() -> None:
     assert type(copy.deepcopy(size)) is int
     assert repr(size) == f"{size}" == "6"
     assert operator.index(plain(size)) == 6
-    assert tracked(True, frame, lambda: None) is True  # type: ignore[arg-type, return-value]
+    assert symbolic(True, frame, lambda: None) is True  # type: ignore[arg-type, return-value]

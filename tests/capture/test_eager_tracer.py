@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx import InputError, capture
-from biofx.capture.forward_recorder import Recorder
+from biofx.capture.eager_tracer import EagerTracer
 from biofx.graph.regions import region_paths
 
 
@@ -571,13 +571,13 @@ class Steps(nn.Module):
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Takes down the mode of each run that is recorded."""
     modes: list[bool] = []
-    run = Recorder.run
+    run = EagerTracer.run
 
-    def counted(self: Recorder, args: Any, kwargs: Any) -> None:
+    def counted(self: EagerTracer, args: Any, kwargs: Any) -> None:
         modes.append(self._root.training)
         run(self, args, kwargs)
 
-    monkeypatch.setattr(Recorder, "run", counted)
+    monkeypatch.setattr(EagerTracer, "run", counted)
     return modes
 
 

@@ -1,0 +1,530 @@
+"""Tracing a model without inputs, by proxies: a ``torch.fx.Tracer`` that refuses what the stock one loses.
+
+Contexts of gradients and autocast become nodes, and so does a call of an autograd function. Contexts that a
+graph has no node for, and checkpointing, are refused with the line of the model that uses them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Proxy, Tracer
+from torch.utils import _pytree as pytree
+
+from biofx.capture.attribute_reads import ReadLog, reads_noticed
+from biofx.capture.builtin_patches import IN_SYMBOLIC_TRACES, builtins_patched, type_limits_followed
+from biofx.capture.bytecode import CallSite, catches_exceptions, compares_identities, names_compared
+from biofx.capture.context_tracking import ContextPatches, OpenContexts
+from biofx.capture.graph_breaks import (
+    COMPARES_IDENTITIES,
+    OWN_APPLY,
+    READS_OUTSIDE,
+    TOUCHES_STATE,
+    Refusals,
+    RestartTracing,
+)
+from biofx.capture.intercepted_calls import applications_handled, can_be_applied, checkpoints_handled
+from biofx.capture.mode_switches import SWITCHED, ModeSwitches
+from biofx.capture.proxies import StoredTensor, TensorMode, TrainingFlag, ValueProxy
+from biofx.capture.side_effects import Watch
+from biofx.capture.symbolic_scalars import is_symbolic, plain_number, sources_in
+from biofx.errors import CaptureError
+from biofx.graph.graph_functions import AppliedFunction, limit_of
+from biofx.graph.guards import require_default, require_given, require_tensor
+from biofx.graph.node_kinds import IS_NUMBER, changed_in_place
+from biofx.layers.obstacles import hooks_of
+from biofx.layers.transformer_layers import can_be_looked_into, pads_by_nesting, transformers_as_nodes
+from biofx.progress import advance
+
+_CATCHES = "catches exceptions, and a graph does not know which way that goes"
+
+
+class SymbolicTracer(Tracer):
+    """Traces one model; its proxies are :class:`biofx.capture.proxies.ValueProxy`.
+
+    Args:
+        root: the model.
+        opaque: paths of modules that become one call each.
+        foreign: ids of tensors that must not find their way into the graph.
+        prefix: path of ``root`` itself, for messages.
+        kept: paths of modules that keep their eager forward, and why; None where none may.
+        watch: restores what a forward changes that is not part of the graph.
+        mode: the mode to trace, None for a graph that must be right in both.
+        is_state_touched: whether the forward has changed state of a module that is one call; None where such
+            state is in place.
+        mode_switches: what train() and eval() change.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        opaque: frozenset[str],
+        foreign: frozenset[int],
+        prefix: str,
+        kept: dict[str, str] | None,
+        watch: Watch,
+        mode: bool | None = None,
+        is_state_touched: Callable[[], bool] | None = None,
+        mode_switches: ModeSwitches | None = None,
+    ) -> None:
+        super().__init__()
+        self.kept = kept
+        self.prefix = prefix
+        self.log = ReadLog(self)
+        self.refusals = Refusals(root, prefix, lambda: self._innermost)
+        self.is_following = False
+        """Whether what happens now is traced."""
+        self.asks: set[tuple[str, str]] = set()
+        """Paths of modules that let ``training`` decide, and of those whose it was."""
+        self.calls: list[str] = []
+        """Paths of the modules that were called."""
+        self._opaque = opaque
+        self._foreign = foreign
+        self._watch = watch
+        self._mode = mode
+        self._is_state_touched = is_state_touched
+        self._mode_switches = mode_switches or ModeSwitches()
+        self._paths = {id(module): path for path, module in root.named_modules()}
+        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._parameters = {path for path, _ in root.named_parameters()}
+        self._stored: dict[int, tuple[str, Tensor]] = {
+            id(tensor): (path, tensor) for path, tensor in (*root.named_parameters(), *root.named_buffers())
+        }
+        self._tensors: dict[str, StoredTensor] = {}
+        self._shared: dict[Any, Node] = {}
+        """Nodes that are added once: reads of numbers, and checks of values."""
+        self._constants: set[str] = set()
+        self._contexts = OpenContexts(self)
+        self._patches = ContextPatches(lambda: self._contexts, self.stop)
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Let everything that a forward does reach this tracer."""
+        modules = self._modules.values()
+        with ExitStack() as stack:
+            for patch in (
+                self._flags_as_proxies(),
+                builtins_patched(modules, IN_SYMBOLIC_TRACES),
+                applications_handled(self._apply),
+                transformers_as_nodes(),
+                self._patches.patched(),
+                checkpoints_handled(self._refuse_checkpoint),
+                type_limits_followed(self._limit, ValueProxy),
+                reads_noticed(modules, self),
+                TensorMode(self),
+            ):
+                stack.enter_context(patch)
+            self.is_following = True
+            try:
+                yield
+            finally:
+                self.is_following = False
+
+    # refusals
+
+    def refuse(self, what: str, remedy: str | None = None) -> NoReturn:
+        """Raise a CaptureError for what the running line does; if the model catches it, again at the end."""
+        self.refusals.refuse(what, remedy)
+
+    def stop(self, what: str) -> NoReturn:
+        """Refuse what a context does."""
+        self.refuse(what, "Open it around the model instead")
+
+    def where(self) -> str:
+        """Return the module that is running, and the line."""
+        return self.refusals.where()
+
+    @property
+    def _innermost(self) -> str:
+        """Path of the module that is running."""
+        return next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
+
+    # attributes of modules
+
+    def has_parameters(self, path: str) -> bool:
+        """Whether a module has any, or is the whole model."""
+        return not path or next(self._modules[path].parameters(), None) is not None
+
+    def decide_by_mode(self, path: str) -> bool:
+        """Return whether the module at a path is in training, to Python code that decides by it.
+
+        The graph is right in one mode only then; see :class:`biofx.capture.both_modes.OneMode`. A module
+        without parameters can as well be one call.
+        """
+        self.asks.add((self._innermost, path))
+        if self._mode is None or not self.has_parameters(path):
+            self.refuse(
+                "does one thing in training and another in evaluation, and a graph would keep only one",
+                remedy="Pass self.training on to a function that takes it",
+            )
+        return self._mode
+
+    def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, site: CallSite) -> Any:
+        """Note that a forward reads an attribute; return what it gets."""
+        path = self._paths.get(id(owner))
+        if path is None:
+            self.refuse(READS_OUTSIDE.format(".".join(names)))
+        key = path, names[0]
+        if key in self._mode_switches.unclear:
+            self.refuse(SWITCHED.format(names[0]))
+        pair = self._mode_switches.values.get(key)
+        if pair is not None:
+            value = value if self._mode is None else pair[0 if self._mode else 1]
+            kinds = (float, int) if site.is_operand else (float,)
+            if any(type(of_mode) not in kinds for of_mode in pair):
+                self.decide_by_mode(path)
+        return self.log.take(path, names, value, site)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether numbers of modules are followed now."""
+        return self.is_following
+
+    @property
+    def is_switching(self) -> bool:
+        """Whether a context is being entered or left."""
+        return self._patches.is_switching
+
+    def attribute_node(self, target: str) -> Node:
+        """Return the node that reads a number of a module."""
+
+        def make() -> Node:
+            node = self.create_node("get_attr", target, (), {}, target.replace(".", "_"))
+            node.meta[IS_NUMBER] = True
+            return node
+
+        return self._once(target, make)
+
+    def auxiliary(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+        """Add what is computed from numbers of modules."""
+        return self.create_node("call_function", function, args, {})
+
+    def expect(self, function: Callable[..., Any], operands: tuple[Any, ...], found: Any) -> None:
+        """Note that numbers of modules decide something."""
+        sources = sources_in(operands)
+        for path, names in sorted(sources):
+            if (path, names[0]) in self._mode_switches.values:
+                self.decide_by_mode(path)
+        self.log.decided_by(sources)
+
+    # nodes and checks
+
+    def write(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+        """Add a call of a function."""
+        given = tuple(arg if isinstance(arg, Node) else self.create_arg(arg) for arg in args)
+        return self.create_node("call_function", function, given, {})
+
+    def returns_a_tensor(self, path: str) -> bool:
+        """Whether a module that is one call may be taken to return a tensor."""
+        return path not in (self.kept or ())
+
+    def expect_tensor(self, node: Node) -> None:
+        """Let the graph check that the value of a node is a tensor."""
+        self._once(
+            (require_tensor, node),
+            lambda: self.create_node("call_function", require_tensor, (node, self.where()), {}),
+        )
+
+    def expect_given(self, value: ValueProxy, name: str) -> None:
+        """Let the graph check that a value is not None, which Python compares it with."""
+        node = value.node
+        if not value.may_be_none or (require_given, node) in self._shared:
+            return
+        if self.prefix:  # what Python hands to a region is not known
+            self.refuse(f"asks whether {name} is None, which is not known before the graph runs")
+        self._once(
+            (require_given, node),
+            lambda: self.create_node("call_function", require_given, (node, name, self.where()), {}),
+        )
+
+    def _expect_arguments(
+        self, kind: type[nn.Module], forward: Callable[..., Any], given: Mapping[str, Any]
+    ) -> None:
+        """Let the graph check the arguments that the forward of a class compares with None."""
+        if any(isinstance(value, ValueProxy) for value in given.values()) and compares_identities(kind):
+            self.refuse(COMPARES_IDENTITIES)
+        for name in names_compared(forward.__code__) if hasattr(forward, "__code__") else ():
+            value = given.get(name)
+            if isinstance(value, ValueProxy) and not isinstance(value, TrainingFlag):
+                self.expect_given(value, f"argument {name!r}")
+
+    def _once(self, key: Any, make: Callable[[], Node]) -> Node:
+        """Return the node that is added once for a key."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def _read(self, tensor: Tensor) -> StoredTensor:
+        path, _ = self._stored[id(tensor)]
+        if path not in self._tensors:
+            self._tensors[path] = StoredTensor(self.create_node("get_attr", path, (), {}), self, tensor)
+        return self._tensors[path]
+
+    # what torch.fx.Tracer calls
+
+    def trace(self, root: Any, concrete_args: Any = None) -> Graph:
+        """Trace, and check that nothing but the model's own tensors is changed in place."""
+        graph = super().trace(root, concrete_args)
+        if _catches(root):
+            self.refuse(_CATCHES, "Do without")
+        if _uses_no_input(graph):
+            self.refuse("takes optional arguments alone, of which it is not known which ones will be given")
+        for node in graph.nodes:
+            if isinstance(node.type, str):
+                node.type = None  # an annotation as text, which torch.jit.script could not make sense of
+            for changed in changed_in_place(node):
+                if changed.op == "get_attr" and changed.target in self._constants:
+                    raise CaptureError(
+                        f"the model's forward changes in place ({node.name}) a tensor that no module holds "
+                        "and no call makes. Make it with torch.tensor, or make it a buffer"
+                    )
+        return graph
+
+    def proxy(self, node: Node) -> ValueProxy:
+        """Return the proxy of a node."""
+        return ValueProxy(node, self)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """Refuse to decide by a value."""
+        self.refuse("decides by a value, which is not known before the graph runs", "Rewrite that line")
+
+    def iter(self, obj: Proxy) -> Any:
+        """Refuse to iterate over a value."""
+        self.refuse(
+            "iterates over a value, whose length is not known before the graph runs", "Rewrite that line"
+        )
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module becomes one call."""
+        path = module_qualified_name
+        if path in self._opaque or path in (self.kept or ()) or isinstance(m, torch.jit.ScriptModule):
+            return True
+        return super().is_leaf_module(m, path) and not can_be_looked_into(m)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """Return the path of a module."""
+        if id(mod) not in self._paths:
+            self.refuse(
+                f"calls a {type(mod).__name__} that is not a submodule of the model",
+                "Make it one (nn.ModuleList and nn.ModuleDict hold several)",
+            )
+        path: str = self._paths[id(mod)]
+        return path
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call a module: one node for a leaf, its own forward otherwise."""
+        path = self.path_of_module(m)
+        advance("capture", len(self._paths))
+        if self.is_leaf_module(m, path):
+            self.calls.append(path)
+            found = super().call_module(m, forward, args, kwargs)
+            return self._expect_result(found) if path in (self.kept or ()) else found
+        mark = _Mark.of(self)
+        try:
+            return self._call_traced(path, m, forward, args, kwargs)
+        except Exception as error:
+            if self.kept is None:
+                raise
+            first = next(iter(self.refusals.errors[mark.refusals :]), None)
+            self.kept[path] = str(first or self.refusals.of(error))
+            if path in self.calls[: mark.calls] or self._is_state_touched is not None:
+                raise RestartTracing(self.kept) from error
+            self._go_back(mark, m)
+        self.calls.append(path)
+        return self._expect_result(super().call_module(m, forward, args, kwargs))
+
+    def _call_traced(
+        self, path: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        refused = len(self.refusals.errors)
+        if hooks := hooks_of(module):
+            self.refusals.refuse_call(
+                path,
+                f"has {' and '.join(hooks)}, which a graph runs once, while it is captured, and never again. "
+                "Remove them first",
+            )
+        self.calls.append(path)
+        own = inspect.unwrap(type(module).forward)
+        names = own.__code__.co_varnames[1:] if hasattr(own, "__code__") else ()
+        self._expect_arguments(type(module), own, dict(zip(names, args, strict=False)) | kwargs)
+        if pads_by_nesting(module, args, kwargs):
+            forward = functools.partial(self._call_whole, path)
+        found = super().call_module(module, forward, args, kwargs)
+        if self.kept is not None and len(self.refusals.errors) > refused:
+            raise self.refusals.errors[refused]
+        if _catches(module):
+            self.refusals.refuse_call(path, f"{_CATCHES}. Do without")
+        if self._is_state_touched is not None and self._is_state_touched():
+            self.refusals.refuse_call(path, f"{TOUCHES_STATE}. Let that module do so itself")
+        return found
+
+    def _call_whole(self, path: str, *args: Any, **kwargs: Any) -> Proxy:
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def _expect_result(self, found: Any) -> Any:
+        """Let the graph check what an eager forward returns, if the model compares that with None."""
+        site = CallSite.in_model()
+        if isinstance(found, ValueProxy) and site is not None and site.compares_identity_next:
+            self.expect_given(found, "what it returns")
+        return found
+
+    def _go_back(self, mark: _Mark, module: nn.Module) -> None:
+        """Remove what was traced since a mark."""
+        for node in reversed(self.graph.nodes):
+            if node is mark.last:
+                break
+            self.graph.erase_node(node)
+        self._tensors = {path: read for path, read in self._tensors.items() if not read.node._erased}
+        self._shared = {key: node for key, node in self._shared.items() if not node._erased}
+        del self.log.reads[mark.reads :]
+        for path in self.calls[mark.calls :]:
+            self.num_calls[path] -= 1
+        del self.refusals.errors[mark.refusals :]
+        del self.calls[mark.calls :]
+        self.module_stack.clear()
+        self.module_stack.update(mark.module_stack)
+        self._watch.restore(module)
+        self._contexts.forget_loose()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        """Return the proxy of a parameter or buffer that a module is asked for."""
+        return self._read(attr_val) if id(attr_val) in self._stored else attr_val
+
+    def create_arg(self, a: Any) -> Any:
+        """Return an argument in the form that a node can hold."""
+        if isinstance(a, ValueProxy) or is_symbolic(a):
+            return a.node
+        if isinstance(a, Tensor):
+            if id(a) in self._stored:
+                return self._read(a).node
+            if id(a) in self._foreign:
+                self.refuse("uses a tensor of the model that went in, which the result must not share")
+            if isinstance(a, nn.Parameter):
+                self.refuse(
+                    "uses a parameter that no module holds", "Register it (nn.ParameterList holds several)"
+                )
+            node: Any = super().create_arg(a)
+            if str(node.target).startswith("_tensor_constant"):
+                self._constants.add(str(node.target))
+            return node
+        a = plain_number(a)
+        if not isinstance(a, Proxy) and isinstance(a, dict) and type(a) is not dict:
+            self.refuse(
+                f"passes on or returns a {type(a).__name__}, which a graph would turn into a plain dict",
+                "Use a dict, a tuple or a list",
+            )
+        return super().create_arg(a)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Node:
+        """Add a node, unless its effect depends on a context that would be lost."""
+        if kind.startswith("call"):
+            self._contexts.check()
+        node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        if node.name == "self":  # a submodule of that name; the code of the graph means the module by it
+            node._rename("self_")
+        for changed in changed_in_place(node):
+            if changed.op == "get_attr" and changed.target in self._parameters:
+                self.refuse("writes into a parameter, which rewritten graphs read before and after")
+        return node
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, Any]:
+        """Return the proxies of the arguments, and the defaults of optional ones that Python decides by.
+
+        Forwards look at an argument that is None, a flag or a text by default before they compute; and what
+        ``**kwargs`` might hold is not known. So these count as not given.
+        """
+        parameters = inspect.signature(inspect.unwrap(root_fn)).parameters
+        plain = all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
+        if inspect.unwrap(root_fn) is not root_fn and not plain:
+            self.refuse("is decorated, and takes more than plain arguments, which a graph cannot follow")
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for place, value in enumerate(args):
+            if not isinstance(value, Proxy):
+                continue
+            name = str(value.node.target)
+            if name.startswith("**"):
+                self.graph.erase_node(value.node)
+                args[place] = {}
+            elif name in parameters and isinstance(parameters[name].default, (bool, str, type(None))):
+                default = args[place] = parameters[name].default
+                self.create_node("call_function", require_default, (value.node, default, name), {})
+        given = {str(value.node.target): value for value in args if isinstance(value, ValueProxy)}
+        self._expect_arguments(type(self.root), inspect.unwrap(root_fn), given)
+        return function, args
+
+    # what patches call
+
+    def _limit(self, dtype: ValueProxy, name: str) -> Proxy:
+        return self.create_proxy("call_function", limit_of, (dtype, name), {})
+
+    def _refuse_checkpoint(self, *call: Any) -> NoReturn:
+        self.refuse(
+            "uses torch.utils.checkpoint, which a graph would drop",
+            "Switch checkpointing off first, or give example_inputs",
+        )
+
+    def _apply(self, original: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Add an autograd.Function as one call, even one without an operation of its own."""
+        if any(isinstance(leaf, ValueProxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            if not can_be_applied(function):
+                self.refuse(OWN_APPLY.format(function.__name__))
+            return self.create_proxy("call_function", AppliedFunction(function), args, kwargs)
+        return original(*args, **kwargs)
+
+    @contextmanager
+    def _flags_as_proxies(self) -> Iterator[None]:
+        flags = {path: module.training for path, module in self._modules.items()}
+        for path, module in self._modules.items():
+            module.__dict__["training"] = TrainingFlag(self, path)
+        try:
+            yield
+        finally:
+            switched = [path for path, m in self._modules.items() if not isinstance(m.training, TrainingFlag)]
+            for path, module in self._modules.items():
+                module.__dict__["training"] = flags[path]
+        if switched:
+            raise CaptureError(
+                f"the model's forward switches module {switched[0]!r} to training or evaluation, which a "
+                "graph would do once and never again. Do it outside the forward, or name the module that "
+                "does it in opaque=[…]"
+            )
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """How far a trace was before it entered a module."""
+
+    last: Node | None
+    refusals: int
+    calls: int
+    module_stack: dict[str, Any]
+    reads: int
+
+    @classmethod
+    def of(cls, tracer: SymbolicTracer) -> _Mark:
+        last = next(iter(reversed(tracer.graph.nodes)), None)
+        stack = dict(tracer.module_stack)
+        return cls(last, len(tracer.refusals.errors), len(tracer.calls), stack, len(tracer.log.reads))
+
+
+def _catches(module: nn.Module) -> bool:
+    """Whether the forward of a module has an ``except`` clause."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and catches_exceptions(code)
+
+
+def _uses_no_input(graph: Graph) -> bool:
+    """Whether a graph has inputs, one of them None by default, and computes nothing with any."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    users = [user for node in inputs for user in node.users]
+    checks = [user for user in users if user.target is require_default]
+    return len(checks) == len(users) and any(user.args[1] is None for user in checks)
