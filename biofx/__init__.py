@@ -41,7 +41,7 @@ from biofx.errors import (
 from biofx.graph.changes import diff_graphs, print_changed
 from biofx.graph.printing import format_graph
 from biofx.model.graph_module import BioGraphModule
-from biofx.operators.distributions import Distribution
+from biofx.operators.rate_sampling import Distribution
 from biofx.plasticity import BioModule
 from biofx.plasticity.attach import attach
 from biofx.plasticity.optimizer_step import Rule

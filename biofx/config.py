@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from biofx import toml
 from biofx.callables import callable_to_text, identity
 from biofx.errors import OptionError, SelectorError, suggest
-from biofx.operators.distributions import CHANGING, GRANULARITIES, INDEPENDENT, Distribution
-from biofx.operators.synapse_ops import INITIALISATIONS, SIGN_AXES, SIGN_METHODS
+from biofx.operators.rate_sampling import CHANGING, GRANULARITIES, INDEPENDENT, Distribution
+from biofx.operators.sign_ops import INITIALISATIONS, SIGN_AXES, SIGN_METHODS
 from biofx.options import (
     COUNT,
     FRACTION,

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from biofx.config import BioConfig
 from biofx.errors import InputError
 from biofx.graph.changes import diff_graphs, render_diff
-from biofx.operators.randomness import generator_for
+from biofx.operators.sampling import generator_for
 from biofx.toml import write_whole
 from biofx.transform import transform
 

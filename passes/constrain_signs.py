@@ -28,8 +28,8 @@ from biofx.layers.lowering import Lowering, node_stem
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
-from biofx.operators import synapse_ops as ops
-from biofx.operators.randomness import generator_for
+from biofx.operators.sampling import generator_for
+from biofx.operators.sign_ops import constrain_sign
 from biofx.options import with_documented_options
 from biofx.plasticity.model_states import bio_module_path, state_of
 from biofx.plasticity.weight_rules import balanced_weight
@@ -62,7 +62,7 @@ class ConstrainSigns(WeightPass):
 
     def reason_against(self, site: WeightSite, survey: SignSurvey) -> Remark | None:
         """Leave alone what is constrained already, inputs and readouts of the model, queries and keys."""
-        if site.has(ops.constrain_sign):
+        if site.has(constrain_sign):
             return done_already(site.node, site.layer, "its signs are constrained already")
         reason = self._reason_against(site, survey)
         return (
@@ -157,7 +157,7 @@ class ConstrainSigns(WeightPass):
             layout["rows"] = lowering.read(rows, first.weight_node.next, f"{node_stem(weight.path)}_rows")
         lowering.wrap_weight(
             weight.sites,
-            ops.constrain_sign,
+            constrain_sign,
             lambda node, stem: bring_signs(lowering, kept, state, node, stem),
             "signed",
             **layout,

@@ -23,7 +23,7 @@ from biofx.analysis.dataflow import unit_output
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite, fold_behind
 from biofx.model.graph_module import BioGraphModule
-from biofx.operators import synapse_ops as ops
+from biofx.operators.rate_ops import observe_activity
 from biofx.plasticity.model_states import bio_module_at, bio_module_path
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.remarks import Remark, applied, done_already, missed
@@ -60,7 +60,7 @@ class ObserveActivity(Pass):
         site, output = candidate.site, candidate.output
         if site.why_no_channels is not None:
             return missed(site.node, site.layer, site.told(site.why_no_channels))
-        if any(user.target is ops.observe_activity for user in output.users):
+        if any(user.target is observe_activity for user in output.users):
             return done_already(site.node, site.layer, "its activity is observed already")
         if fold_behind(site.weight_node) is not None:
             return missed(site.node, site.layer, "its weight is folded already; observe it before")
@@ -82,7 +82,7 @@ def _observe(site: WeightSite, output: Node) -> None:
     stack = {key: value for key, value in site.node.meta.items() if key == "nn_module_stack"}
     path = bio_module_path(site.parameter_path)
     with graph.inserting_after(output):
-        observed = graph.create_node("call_function", ops.observe_activity, (output,), {}, f"{stem}_observed")
+        observed = graph.create_node("call_function", observe_activity, (output,), {}, f"{stem}_observed")
     with graph.inserting_before(observed):
         activity = graph.create_node("get_attr", f"{path}.activity", name=f"{stem}_activity")
         training = graph.create_node("get_attr", f"{path}.training", name=f"{stem}_training")

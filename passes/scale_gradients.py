@@ -4,8 +4,8 @@ Synapses onto one neuron differ in how fast they change; so may weights.
 
 Source: Hofmann, Becker, Tetzlaff, Mäder, "Concept transfer of synaptic diversity from biological to
 artificial neural networks", Nature Communications 16 (2025), doi 10.1038/s41467-025-60078-9 (fuzzy
-learning rates); the distributions are in :mod:`biofx.plasticity.distributions` and, those that change during
-training, in :mod:`biofx.plasticity.rate_rules`.
+learning rates); the distributions are in :mod:`biofx.operators.rate_sampling` and, for those that change
+during training, :mod:`biofx.plasticity.rate_rules`.
 
 Deviations: the factor acts inside the graph, on the gradient, so the training loop has nothing to call.
 Optimizers that are indifferent to the scale of a gradient (Adam and its family) undo a constant factor;
@@ -25,15 +25,11 @@ from biofx.graph.regions import region_of_nodes
 from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.layers.weight_site import Sites, Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
-from biofx.operators import synapse_ops as ops
-from biofx.operators.distributions import CHANGING, Distribution
-from biofx.operators.randomness import generator_for
-from biofx.operators.rate_draws import PURPOSE, rate_draw, told_of_place
-from biofx.operators.rate_ops import scale_gradient_by_seed
+from biofx.operators.rate_ops import scale_gradient, scale_gradient_by_seed
+from biofx.operators.rate_sampling import CHANGING, Distribution, rate_sampling, sampling_options
 from biofx.options import with_documented_options
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import bio_module_path, is_taken, state_of
-from biofx.plasticity.rate_rules import initial_factors
 from biofx.rewriting.remarks import Remark, applied, done_already, missed
 from biofx.rewriting.scope import Scope
 from biofx.rewriting.weight_pass import WeightPass, WeightUses, show_parameters
@@ -135,7 +131,7 @@ class ScaleGradients(WeightPass):
         state = state_of(lowering.graph_module, weight)
         if not state.has_factors:
             self._provide(state, weight)
-        if state.is_drawn and state.rate_draw != rate_draw(**self._drawn(weight)):
+        if state.is_drawn and state.rate_sampling != rate_sampling(**self._sampled_from(weight)):
             reason = "its weight has factors from another draw already"
             yield from (done_already(site.node, site.layer, site.told(reason)) for site in weight.sites)
             return
@@ -144,10 +140,11 @@ class ScaleGradients(WeightPass):
         for site in weight.sites:
             lowering.lower(site)
         if state.is_drawn:
-            lowering.wrap_weight(weight.sites, scale_gradient_by_seed, None, "scaled", **self._drawn(weight))
+            source = self._sampled_from(weight)
+            lowering.wrap_weight(weight.sites, scale_gradient_by_seed, None, "scaled", **source)
         else:
             kept = f"{bio_module_path(weight.path)}.fuzzy_learning_rate_parameters"
-            lowering.wrap_weight(weight.sites, ops.scale_gradient, (kept, "rates"), "scaled")
+            lowering.wrap_weight(weight.sites, scale_gradient, (kept, "rates"), "scaled")
         numbers = {"mean": factors.float().mean().item(), "std": factors.float().std(correction=0).item()}
         message = f"{factors.numel()} factors{self._told(state)}, {self.distribution.value}, "
         message += f"mean {numbers['mean']:.3f}, "
@@ -157,39 +154,30 @@ class ScaleGradients(WeightPass):
         for site in weight.sites:
             yield applied(site.node, site.layer, site.told(message), factors=factors.numel(), **numbers)
 
-    def _drawn(self, weight: Weight) -> dict[str, Any]:
-        """Return what the factors of a weight are drawn from, as the graph says it."""
-        depth = weight.depth if self.distribution is Distribution.LAYER_ADAPTIVE else 0.0
-        output_axis = weight.sites[0].kind.output_axis
-        return {
-            "distribution": self.distribution.value,
-            "nu": self.nu,
-            "low": self.low,
-            "high": self.high,
-            "seed": self.seed,
-            "path": weight.path,
-            **told_of_place(depth, self.granularity, output_axis),
-        }
+    def _sampled_from(self, weight: Weight) -> dict[str, Any]:
+        """Return what the factors of a weight are sampled from, as the graph says it."""
+        return sampling_options(
+            self.distribution,
+            nu=self.nu,
+            low=self.low,
+            high=self.high,
+            seed=self.seed,
+            path=weight.path,
+            depth=weight.depth,
+            granularity=self.granularity,
+            output_axis=weight.sites[0].kind.output_axis,
+        )
 
     def _provide(self, state: BioModule, weight: Weight) -> None:
         state.depth = weight.depth
         state.config = state.config.replace(
             fuzzy_lr_min=self.low, fuzzy_lr_max=self.high, fuzzy_lr_dtype=self.dtype
         )
+        sampling = rate_sampling(**self._sampled_from(weight))
         if self.dtype == FROM_SEED:
-            state.draw_factors_from(rate_draw(**self._drawn(weight)))
+            state.sample_factors_from(sampling)
             return
-        factors, noise = initial_factors(
-            self.distribution,
-            weight.parameter,
-            nu=self.nu,
-            low=self.low,
-            high=self.high,
-            generator=generator_for(self.seed, weight.path, purpose=PURPOSE),
-            depth=weight.depth,
-            granularity=self.granularity,
-            output_axis=weight.sites[0].kind.output_axis,
-        )
+        factors, noise = sampling.sample(weight.parameter)
         state.store_factors(factors, self.dtype)
         # the random part of factors that go on changing, which coarser ones do not
         state.noise = noise if self.dtype == "float32" else None

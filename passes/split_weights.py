@@ -27,7 +27,7 @@ from biofx.graph.regions import region_of_nodes
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
-from biofx.operators import synapse_ops as ops
+from biofx.operators.split_ops import pool_synapses
 from biofx.options import with_documented_options
 from biofx.rewriting.activation import insert_activation
 from biofx.rewriting.pass_base import Pass
@@ -102,7 +102,7 @@ class SplitWeights(Pass):
         with site.node.graph.inserting_after(activated):
             pooled = site.node.graph.create_node(
                 "call_function",
-                ops.pool_synapses,
+                pool_synapses,
                 (activated,),
                 {"gamma": self.gamma, "channel_axis": site.kind.channel_axis},
                 f"{site.node.name}_pooled",

@@ -14,7 +14,8 @@ import biofx
 from biofx import BioConfig
 from biofx.graph.regions import region_paths
 from biofx.layers.sites import find_sites
-from biofx.operators import synapse_ops as ops
+from biofx.operators.sign_ops import constrain_sign
+from biofx.operators.split_ops import pool_synapses
 from biofx.passes import ConstrainSigns, ExpandUnits, FoldSplits
 
 DALE = BioConfig(apply_dales_principle=True, fuzzy_learning_rate_factor_nu=0.2)
@@ -69,7 +70,7 @@ class Pooled(nn.Module):
         self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = ops.pool_synapses(self.first(x), gamma=2, channel_axis=-1)
+        pooled = pool_synapses(self.first(x), gamma=2, channel_axis=-1)
         return self.last(pooled), pooled
 
 
@@ -108,7 +109,7 @@ def test_signs_stop_at_the_ends_of_a_region(vectors: Tensor) -> None:
         "what follows it is not known: Python calls 'gate.block' (constrain_readout=False)"
     )
     assert reasons["readout"].startswith("it is a readout")
-    signed = {site.layer for site in find_sites(bio_model).found if site.has(ops.constrain_sign)}
+    signed = {site.layer for site in find_sites(bio_model).found if site.has(constrain_sign)}
     assert signed == {"gate.block.middle", "head"}
     signs = bio_model.get_buffer("gate.block.first.bio_mod.sign")
     assert set(signs.tolist()) == {-1, 1}
@@ -131,7 +132,7 @@ def test_signs_stop_at_the_ends_of_a_region(vectors: Tensor) -> None:
 def test_signs_of_what_python_hands_over_are_the_regions_own_if_asked_for() -> None:
     config = DALE.replace(dales_constrain_inputs=True, dales_constrain_readout=True)
     bio_model, report = biofx.transform(Model(PlainBlock()), config)
-    assert all(site.has(ops.constrain_sign) for site in find_sites(bio_model).found)
+    assert all(site.has(constrain_sign) for site in find_sites(bio_model).found)
     (told,) = (
         r.message for r in report.remarks if r.layer == "gate.block.first" and "presynaptic" in r.message
     )
@@ -205,7 +206,7 @@ def test_an_audit_sees_into_regions() -> None:
 def test_an_audit_finds_a_region_that_runs_another_graph() -> None:
     bio_model, _ = biofx.transform(Model(PlainBlock()), DALE)
     region: Any = bio_model.gate.block
-    (signed,) = region.graph.find_nodes(op="call_function", target=ops.constrain_sign)
+    (signed,) = region.graph.find_nodes(op="call_function", target=constrain_sign)
     signed.replace_all_uses_with(signed.args[0])
     region.graph.eliminate_dead_code()
     (fault,) = (fault for fault in biofx.check(bio_model).faults if fault.invariant == "graph")

@@ -21,7 +21,8 @@ from biofx import (
     OptionError,
     PlasticityError,
 )
-from biofx.operators.synapse_ops import pool_synapses, scale_gradient
+from biofx.operators.rate_ops import scale_gradient
+from biofx.operators.split_ops import pool_synapses
 from biofx.plasticity.model_states import bio_modules
 
 

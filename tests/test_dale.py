@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
+from biofx.operators.sign_ops import constrain_sign
 from tests.dale_models import MODELS
 
 CONFIG = biofx.BioConfig(apply_dales_principle=True, rejuvenation_parameter_dre=8.0)
@@ -50,7 +51,7 @@ class Reader(torch.fx.Interpreter):
 
     def run_node(self, n: torch.fx.Node) -> Any:
         result = super().run_node(n)
-        if n.target is biofx.operators.synapse_ops.constrain_sign:
+        if n.target is constrain_sign:
             assert isinstance(n.args[0], torch.fx.Node)
             self.seen[str(n.args[0].target)] = result.detach()
         return result

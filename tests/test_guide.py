@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BioConfig, BioConverter, BioGraphModule, Distribution
-from biofx.operators.fold_ops import fold_weight, sum_synapses
-from biofx.operators.synapse_ops import pool_synapses
+from biofx.operators.split_ops import fold_weight, pool_synapses, sum_synapses
 
 GUIDE = Path(__file__).resolve().parents[2] / "shared" / "advanced_usage.rst"
 BLOCKS = 13

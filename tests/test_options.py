@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from biofx.errors import OptionError
-from biofx.operators.distributions import Distribution
+from biofx.operators.rate_sampling import Distribution
 from biofx.options import (
     COUNT,
     FRACTION,

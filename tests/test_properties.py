@@ -13,7 +13,7 @@ from torch.fx import Interpreter
 import biofx
 from biofx import BioConfig, OptionError, passes
 from biofx.layers.sites import find_sites
-from biofx.operators import synapse_ops as ops
+from biofx.operators.sign_ops import SIGN_METHODS
 
 WIDTHS = (2, 3, 4, 6)
 OFF = {"fuzzy_lr_distribution": "baseline"}
@@ -209,7 +209,7 @@ def columns(weight: Tensor, groups: int, transposed: bool) -> list[Tensor]:
 
 
 @property_test
-@given(models(), st.sampled_from(ops.SIGN_METHODS), st.floats(0, 1))
+@given(models(), st.sampled_from(SIGN_METHODS), st.floats(0, 1))
 def test_a_unit_has_one_sign_whatever_is_written_into_the_parameters(
     given_model: tuple[nn.Module, Tensor], method: str, fraction: float
 ) -> None:

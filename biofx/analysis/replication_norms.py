@@ -13,7 +13,7 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from biofx.analysis.replication import Call, Outcome, Replication, ReplicationEnds, Rule
-from biofx.operators import fold_norm_ops
+from biofx.operators.norm_ops import affine_synapses, batch_norm_synapses
 
 _BATCH_NORM_RANKS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3),
@@ -49,7 +49,7 @@ def _batch_norm(call: Call) -> Outcome:
         names = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias", "training")
         args = (*call.node.all_input_nodes, *(read(name) for name in names))
         settings = {name: folding.setting_of(node, name) for name in _SETTINGS}
-        node.op, node.target, node.args = "call_function", fold_norm_ops.batch_norm_synapses, args
+        node.op, node.target, node.args = "call_function", batch_norm_synapses, args
         node.kwargs = {
             "gamma": source.gamma,
             "channel_axis": source.axis,
@@ -70,7 +70,7 @@ def lowered_batch_norm(call: Call) -> Outcome:
     def normalise_compact(folding: Any) -> None:
         x, weight, bias, mean, variance, count, training = node.args
         node.target, node.args = (
-            fold_norm_ops.batch_norm_synapses,
+            batch_norm_synapses,
             (x, mean, variance, count, weight, bias, training),
         )
         node.kwargs = {"gamma": source.gamma, "channel_axis": source.axis, **options}
@@ -136,7 +136,7 @@ def _statistics_then_affine(call: Call, source: Replication, normalised: Any) ->
         node.op, node.kwargs = "call_function", {}
         node.target, node.args = normalised(x, eps)
         if names:
-            affine = folding.insert_after(node, f"{node.name}_affine", fold_norm_ops.affine_synapses)
+            affine = folding.insert_after(node, f"{node.name}_affine", affine_synapses)
             values = {
                 name: given[name] if module is None else folding.read(f"{path}.{name}", affine)
                 for name in names

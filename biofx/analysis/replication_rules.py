@@ -19,8 +19,8 @@ from biofx.analysis.replication import Call, Outcome, Replication, ReplicationEn
 from biofx.analysis.replication_norms import NORM_RULES, lowered_batch_norm
 from biofx.analysis.replication_shapes import SHAPE_RULES
 from biofx.graph import guards
-from biofx.operators import norm_ops
-from biofx.operators import synapse_ops as ops
+from biofx.operators.norm_ops import batch_norm
+from biofx.operators.rate_ops import observe_activity
 
 
 def rule_for(node: Node, graph_module: GraphModule) -> tuple[str, Rule | None]:
@@ -209,7 +209,7 @@ _RULES: dict[str, Rule] = {
     **NORM_RULES,
 }
 _OWN_RULES: dict[Any, Rule] = {
-    ops.observe_activity: _observe,
+    observe_activity: _observe,
     guards.require_tensor: _same_answer,
-    norm_ops.batch_norm: lowered_batch_norm,
+    batch_norm: lowered_batch_norm,
 }

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from biofx.analysis.dataflow import short_name
 from biofx.analysis.replication import Call, Outcome, ReplicationEnds, Rule
-from biofx.operators import fold_ops
+from biofx.operators.split_ops import full_size
 
 
 def _flatten(call: Call) -> Outcome:
@@ -116,7 +116,7 @@ def _size(call: Call) -> Outcome:
     def ask_for_full_size(folding: Any) -> None:
         node = call.node
         axis = None if call.name == "getattr" else call.option("dim", 1)
-        node.op, node.target = "call_function", fold_ops.full_size
+        node.op, node.target = "call_function", full_size
         node.args = (node.args[0],) if axis is None else (node.args[0], axis)
         node.kwargs = {"gamma": source.gamma, "channel_axis": source.axis}
 

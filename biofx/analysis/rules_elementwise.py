@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from biofx.analysis.flow import RULES, Call, Flow, Rule
-from biofx.operators.rate_ops import GRADIENT_SCALINGS
-from biofx.operators.synapse_ops import constrain_sign, drop_pairs, observe_activity
+from biofx.operators.rate_ops import GRADIENT_SCALINGS, observe_activity
+from biofx.operators.sign_ops import constrain_sign, drop_pairs
 
 _MODULES = {name.lower(): cls for name, cls in vars(nn).items() if isinstance(cls, type)}
 

@@ -14,7 +14,7 @@ from biofx.analysis.layout import Layout, LayoutError
 from biofx.analysis.rules_elementwise import declare, keeps, perhaps_negative
 from biofx.analysis.rules_join import pooled
 from biofx.operators.norm_ops import batch_norm, instance_norm
-from biofx.operators.synapse_ops import pool_synapses
+from biofx.operators.split_ops import pool_synapses
 
 _SPATIAL = ("1d", "2d", "3d")
 

@@ -15,7 +15,7 @@ from biofx.analysis.groups import UnitGroups
 from biofx.errors import OptionError
 from biofx.layers.lowering import Lowering, node_stem
 from biofx.layers.weight_site import WeightSite
-from biofx.operators.randomness import generator_for
+from biofx.operators.sampling import generator_for
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import bio_module_at, bio_module_path, kept_state
 

@@ -24,9 +24,9 @@ from biofx.layers.weight_values import erase_unused_reads, evaluate_weights, is_
 from biofx.model.graph_module import BioGraphModule, follow_changes_within
 from biofx.model.modes import switch_mode
 from biofx.model.region_parts import joined
-from biofx.operators import synapse_ops as ops
-from biofx.operators.fold_ops import require_axes
-from biofx.operators.rate_ops import GRADIENT_SCALINGS
+from biofx.operators.rate_ops import GRADIENT_SCALINGS, observe_activity
+from biofx.operators.sign_ops import drop_pairs
+from biofx.operators.split_ops import require_axes
 from biofx.passes.fold_splits import FoldSplits
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import unwrapped
@@ -159,7 +159,7 @@ def _drop_what_learns(own: GraphModule) -> None:
     fixed: list[Any] = []
     regions = region_of_nodes(own.graph)
     for node in list(own.graph.nodes):
-        if node.target in GRADIENT_SCALINGS | {ops.observe_activity, ops.drop_pairs}:
+        if node.target in GRADIENT_SCALINGS | {observe_activity, drop_pairs}:
             node.replace_all_uses_with(node.args[0])
         elif node.target is require_default:
             if node.args[0].target is region_input:

@@ -11,8 +11,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from biofx.deploy.plain_masks import write_out_masks
-from biofx.operators import fold_norm_ops, fold_ops, norm_ops
-from biofx.operators import synapse_ops as ops
+from biofx.operators.norm_ops import affine_synapses, batch_norm, batch_norm_synapses
+from biofx.operators.split_ops import full_size, pool_synapses, require_axes, spread_synapses, sum_synapses
 
 Call = Callable[..., Node]
 """Inserts a call of a method (named by a text) or of a function, and returns its node."""
@@ -100,15 +100,15 @@ def _batch_norm(call: Call, node: Node) -> Node:
     full = call("repeat_interleave", x, options.pop("gamma"), options.pop("channel_axis"))
     if mean is None:
         options["track_running_stats"] = False
-    return call(norm_ops.batch_norm, full, weight, bias, mean, variance, count, training, **options)
+    return call(batch_norm, full, weight, bias, mean, variance, count, training, **options)
 
 
 _WRITERS: dict[Any, Callable[[Call, Node], Node]] = {
-    ops.pool_synapses: _pool,
-    fold_ops.sum_synapses: lambda call, node: _sum(call, node)[1],
-    fold_ops.spread_synapses: lambda call, node: _spread(call, node.args[0], **node.kwargs),
-    fold_ops.full_size: _full_size,
-    fold_ops.require_axes: _require_axes,
-    fold_norm_ops.affine_synapses: _affine,
-    fold_norm_ops.batch_norm_synapses: _batch_norm,
+    pool_synapses: _pool,
+    sum_synapses: lambda call, node: _sum(call, node)[1],
+    spread_synapses: lambda call, node: _spread(call, node.args[0], **node.kwargs),
+    full_size: _full_size,
+    require_axes: _require_axes,
+    affine_synapses: _affine,
+    batch_norm_synapses: _batch_norm,
 }

@@ -14,9 +14,8 @@ from biofx.layers.layer_kinds import EMBEDDING, EMBEDDING_BAG, KIND_OF_FUNCTION,
 from biofx.layers.lowering import OPTIONS
 from biofx.layers.sites import innermost_path
 from biofx.layers.weight_slots import slots_of_call
-from biofx.operators import norm_ops
-from biofx.operators.attention_ops import attend
-from biofx.operators.recurrent_ops import GATES, recurrent
+from biofx.operators.compound_ops import GATES, attend, recurrent
+from biofx.operators.norm_ops import batch_norm, instance_norm
 
 Held = dict[str, "Tensor | None"]
 """Parameters and buffers by their paths in the module."""
@@ -304,8 +303,8 @@ def _bilinear(reading: _Reading) -> LayerCall | None:
 
 _READERS: dict[Any, Callable[[_Reading], LayerCall | None]] = {
     **dict.fromkeys(KIND_OF_FUNCTION, _or_none(_layer)),
-    norm_ops.batch_norm: _or_none(_batch_norm),
-    norm_ops.instance_norm: _or_none(_instance_norm),
+    batch_norm: _or_none(_batch_norm),
+    instance_norm: _or_none(_instance_norm),
     F.layer_norm: _or_none(_affine_norm(nn.LayerNorm, "normalized_shape", "weight", "bias", "eps")),
     F.rms_norm: _or_none(_affine_norm(nn.RMSNorm, "normalized_shape", "weight", "eps")),
     F.group_norm: _or_none(_affine_norm(nn.GroupNorm, "num_groups", "weight", "bias", "eps")),

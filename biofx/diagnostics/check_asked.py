@@ -9,7 +9,7 @@ from typing import Any
 from biofx.diagnostics.check_report import Finding
 from biofx.diagnostics.check_subject import Subject, Uses, owner_of
 from biofx.graph.joined_graph import whole_graph
-from biofx.operators.distributions import Distribution
+from biofx.operators.rate_sampling import Distribution
 from biofx.rewriting.record import TransformStep, record_of
 
 _ASKED, _KEPT = "asked", "kept"

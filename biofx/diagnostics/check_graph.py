@@ -10,7 +10,7 @@ from biofx.diagnostics.check_report import Finding
 from biofx.diagnostics.check_subject import Subject, Uses
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite
-from biofx.operators import synapse_ops as ops
+from biofx.operators.split_ops import pool_synapses
 
 
 def fitting_graph(subject: Subject) -> Finding:
@@ -35,7 +35,7 @@ def compiled_graph(subject: Subject, uses: Uses) -> Iterator[Finding]:
 
 def splits(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Find pools of synapses that do not divide the channels of their layer, or that pool twice."""
-    pools = list(subject.graph_module.graph.find_nodes(op="call_function", target=ops.pool_synapses))
+    pools = list(subject.graph_module.graph.find_nodes(op="call_function", target=pool_synapses))
     if not pools:
         return
     sites = {site.node: site for site in find_sites(subject.graph_module).found if not site.why_no_channels}
@@ -66,5 +66,5 @@ def _pooled_layer(pool: Node, sites: dict[Node, WeightSite]) -> tuple[WeightSite
         (node,) = sources
         if node in sites:
             return sites[node], before
-        if node.target is ops.pool_synapses:
+        if node.target is pool_synapses:
             before = node

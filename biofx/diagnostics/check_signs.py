@@ -18,7 +18,7 @@ from biofx.graph.printing import function_name
 from biofx.graph.regions import RegionUse
 from biofx.layers.weight_slots import argument
 from biofx.layers.weight_uses import Treatment, WeightUse
-from biofx.operators import synapse_ops as ops
+from biofx.operators.sign_ops import constrain_sign
 
 
 def effective_signs(subject: Subject, uses: Uses) -> Iterator[Finding]:
@@ -157,7 +157,7 @@ _NORMALISATIONS = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "r
 
 def _constraints(subject: Subject) -> list[Node]:
     graph = subject.graph_module.graph
-    return list(graph.find_nodes(op="call_function", target=ops.constrain_sign))
+    return list(graph.find_nodes(op="call_function", target=constrain_sign))
 
 
 def _values(layer: str, path: str, buffer: Tensor, permitted: tuple[int, ...]) -> Finding:

@@ -14,7 +14,7 @@ from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.layers.weight_site import computed_behind
 from biofx.layers.weight_slots import argument
 from biofx.layers.weight_uses import WeightUse
-from biofx.operators.rate_ops import GRADIENT_SCALINGS, draw_of, scale_gradient_by_seed
+from biofx.operators.rate_ops import GRADIENT_SCALINGS, sampling_of, scale_gradient_by_seed
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import bio_module_path
 
@@ -102,7 +102,7 @@ def _misscaled(use: WeightUse, state: BioModule, uses: Uses) -> str:
         )
     (scaling,) = use.scalings
     if scaling.target is scale_gradient_by_seed:
-        if draw_of(scaling) == state.rate_draw:
+        if sampling_of(scaling) == state.rate_sampling:
             return ""
         return f"{scaling.name!r} draws other factors for its gradient than it has; transform the model anew"
     factors = argument(scaling, 1, "factor")

@@ -15,9 +15,9 @@ from biofx.errors import InvariantError
 from biofx.layers.constant_part import ConstantPart
 from biofx.layers.weight_slots import argument
 from biofx.layers.weight_uses import Treatment, WeightUse
-from biofx.operators import synapse_ops as ops
+from biofx.operators.sign_ops import signs_like
 
-_OPTIONS = frozenset(inspect.signature(ops.signs_like).parameters) - {"weight", "sign"}
+_OPTIONS = frozenset(inspect.signature(signs_like).parameters) - {"weight", "sign"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def laid_out_signs(constants: ConstantPart, constraint: Node, weight: Tensor) ->
         if name in _OPTIONS
     }
     try:
-        signs = ops.signs_like(weight, sign, **options)
+        signs = signs_like(weight, sign, **options)
         fits = torch.broadcast_shapes(signs.shape, weight.shape) == weight.shape
     except (RuntimeError, IndexError):
         fits = False

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from biofx.operators.attention_ops import attend
-from biofx.operators.recurrent_ops import recurrent
+from biofx.operators.compound_ops import attend, recurrent
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from torch.fx import Node
 from biofx.layers.layer_kinds import LayerKind
 from biofx.layers.other_reads import READ, ReadSlot, multiplies
 from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot
-from biofx.operators import synapse_ops as ops
-from biofx.operators.fold_ops import fold_weight
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
+from biofx.operators.sign_ops import constrain_sign
+from biofx.operators.split_ops import fold_weight
 
-WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = GRADIENT_SCALINGS | {ops.constrain_sign, fold_weight}
+WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = GRADIENT_SCALINGS | {constrain_sign, fold_weight}
 """What may stand between a parameter and the layer that uses it."""
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Node
 
 from biofx.layers.layer_kinds import ATTENTION, LayerKind
-from biofx.operators.recurrent_ops import GATES
+from biofx.operators.compound_ops import GATES
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from biofx.graph.node_kinds import queries_metadata
 from biofx.graph.printing import function_name
 from biofx.layers.constant_part import ConstantPart
 from biofx.layers.weight_slots import argument
-from biofx.operators import synapse_ops as ops
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
+from biofx.operators.sign_ops import constrain_sign
 
-_OPERATORS: frozenset[Any] = GRADIENT_SCALINGS | {ops.constrain_sign}
+_OPERATORS: frozenset[Any] = GRADIENT_SCALINGS | {constrain_sign}
 _MOVES = frozenset(
     {
         *("chunk", "contiguous", "detach", "expand", "flatten", "getattr", "getitem", "index_select"),
@@ -105,6 +105,6 @@ def _through(way: WeightUse, node: Node) -> WeightUse:
     """Return a way that goes on through a constraint or a scaling."""
     untouched = way.before == way.after == Treatment.NOTHING
     whole = node if untouched else way.whole
-    if node.target is ops.constrain_sign:
+    if node.target is constrain_sign:
         return replace(way, expression=node, whole=whole, constraints=(*way.constraints, node))
     return replace(way, expression=node, whole=whole, scalings=(*way.scalings, node))

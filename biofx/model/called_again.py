@@ -21,7 +21,7 @@ from biofx.layers.sites import innermost_path
 from biofx.layers.weight_site import WEIGHT_OPERATORS
 from biofx.model.graph_places import module_at
 from biofx.model.taken_in import STATE, Taken, own_class
-from biofx.operators.fold_ops import fold_weight, sum_synapses
+from biofx.operators.split_ops import fold_weight, sum_synapses
 
 STATE_OF_WEIGHT = "bio_mod"
 """The submodule of a layer that keeps what is there for its weight."""

@@ -24,7 +24,7 @@ from biofx.model.graph_records import pack, unpack
 from biofx.model.late_changes import follow_late_changes, following_changes, remember_modules
 from biofx.model.rollback import has_places_for, unchanged_on_failure
 from biofx.model.taken_in import SAME, STATE
-from biofx.operators.sharded_rates import outside_graphs
+from biofx.operators.rate_ops import outside_graphs
 from biofx.plasticity.model_states import apply_rule, expanded_weights, exposed_rules
 from biofx.plasticity.ranks import before_forward, is_fully_sharded
 

@@ -15,9 +15,9 @@ from biofx.graph.graph_functions import EAGER_FORWARD, OWN_MODULE, call_own_forw
 from biofx.layers.layer_kinds import kind_of_call
 from biofx.layers.sites import innermost_path
 from biofx.layers.weight_site import WEIGHT_OPERATORS
-from biofx.operators.fold_norm_ops import affine_synapses, batch_norm_synapses
-from biofx.operators.fold_ops import fold_weight, spread_synapses, sum_synapses
+from biofx.operators.norm_ops import affine_synapses, batch_norm_synapses
 from biofx.operators.rate_ops import scale_gradient_by_seed
+from biofx.operators.split_ops import fold_weight, spread_synapses, sum_synapses
 from biofx.plasticity.model_states import bio_module_path
 from biofx.plasticity.rate_forms import DRAW
 

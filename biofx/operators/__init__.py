@@ -1,2 +1,1 @@
-"""Functions that rewritten graphs call, beside those in :mod:`~biofx.operators.synapse_ops`,
-a file a family of layers."""
+"""The functions that rewritten graphs call, a file a mechanism or family of layers, and how they sample."""

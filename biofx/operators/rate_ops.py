@@ -1,24 +1,108 @@
-"""What graphs call whose learning-rate factors are drawn again at every backward.
+"""What graphs call for the learning rates of synapses: gradients times factors, stored or sampled again.
 
-See :mod:`biofx.operators.synapse_ops` for what the functions of rewritten graphs owe.
+Factors of a sharded weight (FSDP2) are spread over the ranks as the weight is. In the forward the weight is
+whole and its factors are not, so the gradient passes backwards unchanged. The ranks add their gradients up,
+each for its part of the weight; what arrives there is multiplied by that part of the factors. Gradients of
+earlier backwards are put aside meanwhile, since each is to be multiplied once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
-from torch.overrides import has_torch_function
 
-from biofx.operators import synapse_ops as ops
+from biofx.errors import PlasticityError
+from biofx.operators.dispatch import (
+    is_plain_eager,
+    is_recorded,
+    is_recorded_below_autograd,
+    overridable,
+    refuse_shard,
+)
 from biofx.operators.exclusive import is_exclusive
-from biofx.operators.rate_draws import RateDraw, rate_draw, told_of_place
-from biofx.operators.synapse_ops import is_plain_eager, is_recorded_below_autograd, redispatch, refuse_shard
+from biofx.operators.rate_sampling import RateSampling, rate_sampling
+from biofx.operators.sampling import BLOCK
+
+Result = TypeVar("Result")
+_MEMORY = 0.1
+_ATTRIBUTE = "_biofx_sharded_rates"
 
 
+@overridable
+def scale_gradient(weight: Tensor, factor: Tensor) -> Tensor:
+    """Return ``weight`` unchanged; its gradient is multiplied by ``factor`` on the way back.
+
+    The learning rate of each synapse, relative to the optimizer's. The identity is exact to the bit.
+
+    Args:
+        weight: any shape.
+        factor: broadcastable to ``weight``, dimensionless; it receives no gradient.
+    """
+    if _is_spread(factor) and not _is_spread(weight):
+        return outside_graphs(_scaled_on_arrival)(weight, factor)
+    if is_recorded():
+        held = weight.detach()
+        return held + (weight - held) * factor.to(weight.dtype)
+    refuse_shard(weight)
+    scaled: Tensor = _ScaleGradient.apply(weight, factor)  # type: ignore[no-untyped-call]
+    return scaled
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The eager form of :func:`scale_gradient`: a view forwards, one product backwards."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, factor: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        free = is_exclusive(gradient)  # asked before anything else here refers to it
+        if factor.dtype != gradient.dtype and is_plain_eager() and not torch.is_grad_enabled():
+            result = gradient if free else torch.empty_like(gradient)
+            return multiply_by_blocks(gradient, factor, out=result), None
+        factor = factor.to(gradient.dtype)
+        return gradient.mul_(factor) if free else gradient * factor, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Tensor | None) -> Tensor:
+        (factor,) = ctx.saved_tensors
+        scaled: Tensor = tangent * factor.to(tangent.dtype)
+        return scaled
+
+
+def multiply_by_blocks(values: Tensor, factors: Tensor, *, out: Tensor) -> Tensor:
+    """Write ``values`` times the factors to ``out``, which may be ``values``, and return it.
+
+    Factors of another type are converted block by block, never all at once.
+
+    Args:
+        values: of the shape of ``factors``, or one that it broadcasts to.
+        factors: dimensionless.
+        out: shaped like ``values``.
+    """
+    if factors.numel() <= BLOCK or factors.dim() != values.dim() or len(factors) != len(values):
+        return torch.mul(values, factors.to(values.dtype), out=out)
+    step = max(1, BLOCK * len(factors) // factors.numel())
+    for start in range(0, len(factors), step):
+        rows = slice(start, start + step)
+        torch.mul(values[rows], factors[rows].to(values.dtype), out=out[rows])
+    return out
+
+
+@overridable
 def scale_gradient_by_seed(
     weight: Tensor,
     *,
@@ -32,67 +116,66 @@ def scale_gradient_by_seed(
     granularity: str = "element",
     output_axis: int = 0,
 ) -> Tensor:
-    """Return ``weight`` unchanged; its gradient is multiplied by factors that are drawn on the way back.
+    """Return ``weight`` unchanged; its gradient is multiplied by factors that are sampled on the way back.
 
-    What :func:`~.synapse_ops.scale_gradient` does with factors that are stored. The draws depend on the
-    arguments alone: they are the same at every backward, and no other random state is touched.
+    What :func:`scale_gradient` does with factors that are stored. The factors depend on the arguments alone:
+    they are the same at every backward, and no other random state is touched.
 
     Args:
         weight: any shape.
-        distribution: name of one of :data:`biofx.config.INDEPENDENT`.
+        distribution: name of one of :data:`~biofx.operators.rate_sampling.INDEPENDENT`.
         nu: spread of the factors around 1, dimensionless.
         low: lower bound of a factor, dimensionless.
         high: upper bound of a factor, dimensionless.
         seed: the user's seed.
-        path: path of the parameter, which each has draws of its own for.
+        path: path of the parameter; each has factors of its own.
         depth: place of the layer in execution order, 0 for the first and 1 for the last.
-        granularity: what shares a factor, one of :data:`biofx.config.GRANULARITIES`.
+        granularity: what shares a factor, one of :data:`~biofx.operators.rate_sampling.GRANULARITIES`.
         output_axis: the axis of ``weight`` that counts the postsynaptic units.
     """
-    if has_torch_function((weight,)):
-        options: dict[str, Any] = {"distribution": distribution, "nu": nu, "low": low, "high": high}
-        options |= {"seed": seed, "path": path} | told_of_place(depth, granularity, output_axis)
-        return redispatch(scale_gradient_by_seed, (weight,), weight, **options)
-    drawn = (distribution, nu, low, high, seed, path, depth, granularity, output_axis)
+    source = (distribution, nu, low, high, seed, path, depth, granularity, output_axis)
+    scaled: Tensor
     if is_recorded_below_autograd():
-        return _tensor(_recorded_identity(weight, *drawn))
-    if not torch.compiler.is_compiling():
+        scaled = _recorded_identity(weight, *source)
+    elif torch.compiler.is_compiling():
+        scaled = _ScaleGradientBySeed.apply(weight, *source)  # type: ignore[no-untyped-call]
+    else:
         refuse_shard(weight)
-        return _tensor(_WithForwardMode.apply(weight, *drawn))  # type: ignore[no-untyped-call]
-    return _tensor(_ScaleGradientBySeed.apply(weight, *drawn))  # type: ignore[no-untyped-call]
+        scaled = _WithForwardMode.apply(weight, *source)  # type: ignore[no-untyped-call]
+    return scaled
 
 
-GRADIENT_SCALINGS: frozenset[Callable[..., Any]] = frozenset({ops.scale_gradient, scale_gradient_by_seed})
+GRADIENT_SCALINGS: frozenset[Callable[..., Any]] = frozenset({scale_gradient, scale_gradient_by_seed})
 """The functions that give each synapse a learning rate of its own."""
 
 
-def draw_of(node: Node) -> RateDraw:
-    """Return what the factors of a node that calls :func:`scale_gradient_by_seed` are drawn from."""
+def sampling_of(node: Node) -> RateSampling:
+    """Return what the factors of a node that calls :func:`scale_gradient_by_seed` are sampled from."""
     options: Any = node.kwargs
-    return rate_draw(**options)
+    return rate_sampling(**options)
 
 
 class _ScaleGradientBySeed(torch.autograd.Function):
-    """The form where autograd runs as it goes: a view forwards, draws and one product backwards."""
+    """The form where autograd runs as it goes: a view forwards, factors sampled and multiplied backwards."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, *drawn: Any) -> Tensor:
+    def forward(weight: Tensor, *source: Any) -> Tensor:
         return weight.view_as(weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.drawn = inputs[1:]
+        ctx.source = inputs[1:]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * len(ctx.drawn)
+        nothing = (None,) * len(ctx.source)
         if is_plain_eager() and type(gradient) is Tensor and not torch.is_grad_enabled():
             free = is_exclusive(gradient)  # asked before anything else here refers to it
             result = gradient if free else torch.empty_like(gradient)
-            return rate_draw(*ctx.drawn).multiply(gradient, out=result), *nothing
-        return gradient * _drawn_rates(gradient.detach(), *ctx.drawn), *nothing
+            return rate_sampling(*ctx.source).multiply(gradient, out=result), *nothing
+        return gradient * _sampled_rates(gradient.detach(), *ctx.source), *nothing
 
 
 class _WithForwardMode(_ScaleGradientBySeed):
@@ -100,11 +183,12 @@ class _WithForwardMode(_ScaleGradientBySeed):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _tensor(tangent * _drawn_rates(tangent.detach(), *ctx.drawn))
+        scaled: Tensor = tangent * _sampled_rates(tangent.detach(), *ctx.source)
+        return scaled
 
 
 @torch.library.custom_op("biofx::drawn_rates", mutates_args=())
-def _drawn_rates(
+def _sampled_rates(
     like: Tensor,
     distribution: str,
     nu: float,
@@ -116,10 +200,10 @@ def _drawn_rates(
     granularity: str,
     output_axis: int,
 ) -> Tensor:
-    """The factors, where operators are recorded, mapped or differentiated; of the type of ``like``."""
-    draw = rate_draw(distribution, nu, low, high, seed, path, depth, granularity, output_axis)
+    """Return the factors where operators are recorded, mapped or differentiated, in the type of ``like``."""
+    sampling = rate_sampling(distribution, nu, low, high, seed, path, depth, granularity, output_axis)
     ones = torch.ones_like(like)
-    return draw.multiply(ones, out=ones)
+    return sampling.multiply(ones, out=ones)
 
 
 @torch.library.custom_op("biofx::scale_gradient_by_seed", mutates_args=())
@@ -135,29 +219,164 @@ def _recorded_identity(
     granularity: str,
     output_axis: int,
 ) -> Tensor:
-    """The form where a graph is recorded below autograd: an operator that brings its backward."""
+    """The form where a graph is recorded below autograd: an operator with a backward of its own."""
     return weight.clone()
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.drawn = inputs[1:]
+    ctx.source = inputs[1:]
 
 
 def _scale_back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return gradient * _drawn_rates(gradient.detach(), *ctx.drawn), *(None for _ in ctx.drawn)
+    return gradient * _sampled_rates(gradient.detach(), *ctx.source), *(None for _ in ctx.source)
 
 
-def _drawn_for_all(info: Any, axes: tuple[Any, ...], like: Tensor, *drawn: Any) -> tuple[Tensor, None]:
-    """Draw once what all samples share."""
-    return _drawn_rates(like.select(axes[0], 0), *drawn), None
+def _sampled_for_all(info: Any, axes: tuple[Any, ...], like: Tensor, *source: Any) -> tuple[Tensor, None]:
+    """Sample once what all entries of the batch share."""
+    return _sampled_rates(like.select(axes[0], 0), *source), None
 
 
-for _operator in (_drawn_rates, _recorded_identity):
-    _operator.register_fake(lambda given, *drawn: torch.empty_like(given))
-_drawn_rates.register_vmap(_drawn_for_all)
+for _operator in (_sampled_rates, _recorded_identity):
+    _operator.register_fake(lambda given, *source: torch.empty_like(given))
+_sampled_rates.register_vmap(_sampled_for_all)
 _recorded_identity.register_autograd(_scale_back, setup_context=_remember)
 
 
-def _tensor(value: Any) -> Tensor:
-    result: Tensor = value
-    return result
+@overridable
+def observe_activity(
+    x: Tensor, activity: Tensor, training: bool, *, channel_axis: int, gamma: int = 1
+) -> Tensor:
+    """Return ``x``; in training, let ``activity`` follow the mean of ``|x|`` over everything but channels.
+
+    a ← 0.9 a + 0.1 mean|x|, beginning with the first mean. A mean that is not finite, of an empty batch or
+    of one that overflows, is not taken. Under ``torch.func`` transforms, whose inputs are not batches,
+    nothing is observed, nor when checkpointing computes a forward for the second time.
+
+    Args:
+        x: the units' output, any rank.
+        activity: ``(channels,)``, changed in place; negative before the first observation.
+        training: whether the layer is in training mode.
+        channel_axis: counted from the end.
+        gamma: how many units each channel of ``x`` stands for, a count.
+    """
+    if training and not torch._C._are_functorch_transforms_active() and not _is_recomputed():
+        with torch.no_grad():
+            axes = [axis for axis in range(-x.dim(), 0) if axis != channel_axis]
+            magnitude = x.detach().abs()
+            mean = (magnitude.mean(axes) if axes else magnitude).to(activity.dtype)
+            mean = mean if gamma == 1 else mean.repeat_interleave(gamma)
+            follows = torch.where(activity < 0, mean, torch.lerp(activity, mean, _MEMORY))
+            activity.copy_(torch.where(mean.isfinite(), follows, activity))
+    return x
+
+
+def _is_recomputed() -> bool:
+    """Whether a backward pass is running, which computes what checkpointing did not keep."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class ShardedRates:
+    """Multiplies what arrives in the gradient of one sharded weight; made once for each weight.
+
+    Args:
+        weight: sharded.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+        self._factors: Tensor | None = None
+        self._earlier: Tensor | None = None
+        self._missed = False
+        self._task = -1
+        weight.register_post_accumulate_grad_hook(self._arrived)
+
+    def belong_to(self, held: Tensor) -> None:
+        """Mark factors as this weight's, by an attribute that copies do not have."""
+        vars(held)[_ATTRIBUTE] = self
+
+    def expect(self, held: Tensor) -> None:
+        """Prepare for the gradient of the backward that is running, which is to be multiplied by factors."""
+        task = torch._C._current_graph_task_id()
+        if self._factors is not None and task == self._task:
+            return  # another use of the weight has prepared
+        # what was put aside by a backward that failed is gone, as gradients of a failed backward are
+        self._factors, self._earlier, self._missed, self._task = held, None, False, task
+        if self.weight.grad is not None:
+            self._earlier, self.weight.grad = self.weight.grad, None
+            torch.autograd.Variable._execution_engine.queue_callback(self._put_back)
+
+    def _arrived(self, weight: Tensor) -> None:
+        """Multiply the gradient that has arrived, and add it to what there was."""
+        if self._missed:
+            raise PlasticityError(
+                "the gradient of a sharded weight arrived after the backward that made it, on top of an "
+                "earlier one, so its factors cannot be applied to it alone; call zero_grad() before each "
+                "backward, or checkpoint with use_reentrant=False"
+            )
+        if self._factors is None:
+            return
+        held, gradient, earlier = self._factors, weight.grad, self._earlier
+        self._factors = self._earlier = None
+        if gradient is None:
+            weight.grad = earlier
+            return
+        part = _local(gradient)
+        multiply_by_blocks(part, _local(held), out=part)
+        if earlier is not None:
+            _local(earlier).add_(part)
+            weight.grad = earlier
+
+    def _put_back(self) -> None:
+        """At the end of a backward in which no gradient arrived (gradients are not shared yet): undo."""
+        if self._earlier is not None:
+            self.weight.grad, self._earlier = self._earlier, None
+            self._factors, self._missed = None, True
+
+
+def outside_graphs(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Return a function as it is, or one that interrupts what is being compiled, as all of FSDP does."""
+    if not torch.compiler.is_compiling():
+        return function
+    interrupting: Callable[..., Result] = torch._dynamo.disable(function)
+    return interrupting
+
+
+def _is_spread(factor: Tensor) -> bool:
+    """Whether factors are spread over ranks."""
+    return type(factor) is not Tensor and hasattr(factor, "device_mesh")
+
+
+def _scaled_on_arrival(weight: Tensor, held: Tensor) -> Tensor:
+    """Return a whole weight unchanged; its gradient is multiplied on each rank, once it has arrived there.
+
+    Raises:
+        PlasticityError: the factors are not known to belong to a sharded weight.
+    """
+    rates = vars(held).get(_ATTRIBUTE)
+    if not isinstance(rates, ShardedRates):
+        raise PlasticityError(
+            "expected factors that belong to a sharded weight, found others that are spread over ranks; call "
+            "bio_model.reshard(), so that they can be told apart, and call the model itself, not its forward"
+        )
+    marked: Tensor = _Marked.apply(weight, rates, held)  # type: ignore[no-untyped-call]
+    return marked
+
+
+class _Marked(torch.autograd.Function):
+    """A view forwards; backwards, word that a gradient is on its way."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rates: ShardedRates, held: Tensor) -> Tensor:
+        ctx.rates, ctx.held = rates, held
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.rates.expect(ctx.held)
+        return gradient, None, None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    sharded: Any = tensor
+    part: Tensor = sharded.to_local()
+    return part

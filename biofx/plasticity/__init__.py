@@ -1,6 +1,5 @@
 """The state and the rules of plasticity: what a synapse's learning rate is, and where it is kept."""
 
-from biofx.operators.distributions import draw_factors
 from biofx.plasticity.bio_module import BioModule
 
-__all__ = ["BioModule", "draw_factors"]
+__all__ = ["BioModule"]

@@ -11,26 +11,31 @@ from torch.optim import Optimizer
 
 from biofx.config import FROM_SEED, BioConfig
 from biofx.errors import PlasticityError
-from biofx.operators.blocks import multiply_by_blocks
-from biofx.operators.distributions import CHANGING, Distribution
-from biofx.operators.randomness import generator_for
-from biofx.operators.rate_draws import PURPOSE, RateDraw, rate_draw, told_of_place
-from biofx.operators.sign_kernels import write_signs
+from biofx.operators.rate_ops import multiply_by_blocks
+from biofx.operators.rate_sampling import (
+    CHANGING,
+    Distribution,
+    RateSampling,
+    following_factors,
+    most_spread,
+    pooled_magnitude,
+    rate_sampling,
+    relative_smallness,
+    sampling_options,
+)
+from biofx.operators.sampling import generator_for
+from biofx.operators.sign_ops import write_signs
 from biofx.plasticity.bio_state import BioState
 from biofx.plasticity.optimizers import forget_direction
 from biofx.plasticity.rate_forms import FACTORS
 from biofx.plasticity.rate_rules import (
     crystallize,
     evolve,
-    following_factors,
-    initial_factors,
-    most_spread,
     multiply_by_volume,
-    relative_smallness,
     volume_factors,
 )
 from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
-from biofx.plasticity.weight_layout import broadcast_units, pooled_magnitude
+from biofx.plasticity.weight_layout import broadcast_units
 from biofx.plasticity.weight_rules import (
     check_finite,
     input_strength,
@@ -137,29 +142,19 @@ class BioModule(BioState):
         Raises:
             PlasticityError: the graph draws its factors itself, and from something else.
         """
-        config = self.config
+        config, sampling = self.config, self._configured_sampling()
         if self.scaled_in_graph and self.is_drawn:
-            if config.fuzzy_lr_dtype != FROM_SEED or self._configured_draw() != self.rate_draw:
+            if config.fuzzy_lr_dtype != FROM_SEED or sampling != self.rate_sampling:
                 raise PlasticityError(
                     f"{self.path!r}: the graph draws its factors at each backward, from other options than "
                     "the config has; transform the model anew"
                 )
             return
         if self._form() == FROM_SEED:
-            self.draw_factors_from(self._configured_draw())
+            self.sample_factors_from(sampling)
             self.noise = self.diversity = None
             return
-        factors, noise = initial_factors(
-            config.fuzzy_lr_distribution,
-            self.weight,
-            nu=config.fuzzy_learning_rate_factor_nu,
-            low=config.fuzzy_lr_min,
-            high=config.fuzzy_lr_max,
-            generator=generator_for(config.seed, self.path, purpose=PURPOSE),
-            depth=self.depth,
-            granularity=config.fuzzy_lr_granularity,
-            output_axis=self.output_axis,
-        )
+        factors, noise = sampling.sample(self.weight)
         self.store_factors(factors, self._form())
         self.noise = noise if self.config.fuzzy_lr_dtype == "float32" else None
         self.diversity = None
@@ -180,18 +175,20 @@ class BioModule(BioState):
         asked = self.config.fuzzy_lr_dtype
         return "float32" if stored and asked == FROM_SEED else asked
 
-    def _configured_draw(self) -> RateDraw:
+    def _configured_sampling(self) -> RateSampling:
         config = self.config
-        adaptive = config.fuzzy_lr_distribution is Distribution.LAYER_ADAPTIVE
-        return rate_draw(
-            distribution=config.fuzzy_lr_distribution.value,
+        options = sampling_options(
+            config.fuzzy_lr_distribution,
             nu=config.fuzzy_learning_rate_factor_nu,
             low=config.fuzzy_lr_min,
             high=config.fuzzy_lr_max,
             seed=config.seed,
             path=self.path,
-            **told_of_place(self.depth if adaptive else 0.0, config.fuzzy_lr_granularity, self.output_axis),
+            depth=self.depth,
+            granularity=config.fuzzy_lr_granularity,
+            output_axis=self.output_axis,
         )
+        return rate_sampling(**options)
 
     def provide_factors(self) -> None:
         """Let every synapse have a rate of its own that can be dampened, where it has no factor."""
@@ -222,7 +219,7 @@ class BioModule(BioState):
     def fuzzy_learning_rates(self) -> int:
         """Multiply the weight's gradient by the factors; call it once, between backward and step."""
         self._require("fuzzy_learning_rates")
-        gradient, held, draw = self._gradient(), self.kept_factors, self.rate_draw
+        gradient, held, draw = self._gradient(), self.kept_factors, self.rate_sampling
         part = local(gradient)
         if self.memory.dampening is not None:
             part.mul_(local_part(cast(Tensor, self.acting_factors), gradient).to(part.dtype))

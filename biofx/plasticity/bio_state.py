@@ -12,9 +12,9 @@ from biofx.callables import identity
 from biofx.config import BioConfig
 from biofx.errors import PlasticityError
 from biofx.layers.layer_kinds import kind_of
-from biofx.operators.randomness import generator_for
-from biofx.operators.rate_draws import RateDraw
-from biofx.operators.synapse_ops import signs_like
+from biofx.operators.rate_sampling import RateSampling
+from biofx.operators.sampling import generator_for
+from biofx.operators.sign_ops import signs_like
 from biofx.plasticity.rate_forms import (
     CODES,
     DRAW,
@@ -52,7 +52,7 @@ class BioState(nn.Module):
         axes that share a factor.
     ``fuzzy_learning_rate_draw``
         What the factors are drawn from at every reading, int64 (a
-        :class:`~biofx.plasticity.rate_draws.RateDraw`); instead of them where ``fuzzy_lr_dtype`` is
+        :class:`~biofx.operators.rate_sampling.RateSampling`); instead of them where ``fuzzy_lr_dtype`` is
         ``"seed"``.
     ``sign``
         +1 for each excitatory and -1 for each inhibitory unit of the layer, that is, of its outputs; 0 where
@@ -86,7 +86,7 @@ class BioState(nn.Module):
 
     __jit_unused_properties__: ClassVar[list[str]] = [
         *("weight", "parameter", "is_linked", "is_constrained", "output_axis", "groups"),
-        *("is_drawn", "rate_draw", "has_factors", "has_rates", "kept_factors"),
+        *("is_drawn", "rate_sampling", "has_factors", "has_rates", "kept_factors"),
         *("steps", "events", "target_strength", "units"),
     ]
 
@@ -200,7 +200,7 @@ class BioState(nn.Module):
         Args:
             sources: who keeps them, and in which buffer; laid one after another, and picked from by
                 ``unit_index`` if there is one.
-            layout: ``axis`` and ``groups`` as :func:`biofx.operators.synapse_ops.constrain_sign` takes them.
+            layout: ``axis`` and ``groups`` as :func:`biofx.operators.sign_ops.constrain_sign` takes them.
         """
         self.sign_layout = dict(layout)
         self.__dict__["_sign_sources"] = tuple(sources)
@@ -238,7 +238,7 @@ class BioState(nn.Module):
         return self.__dict__["_buffers"].get(DRAW) is not None
 
     @property
-    def rate_draw(self) -> RateDraw | None:
+    def rate_sampling(self) -> RateSampling | None:
         """What the factors are drawn from at each use, None where they are stored."""
         return draw_held(self._with_values())
 
@@ -298,7 +298,7 @@ class BioState(nn.Module):
         """
         self._buffers.update(held_as(dtype, factors, self.config.fuzzy_lr_min, self.config.fuzzy_lr_max))
 
-    def draw_factors_from(self, draw: RateDraw) -> None:
+    def sample_factors_from(self, draw: RateSampling) -> None:
         """Draw factors at each use, instead of any that are stored."""
         self.__dict__["_draw"] = draw
         self._buffers.update({**dict.fromkeys(RATE_BUFFERS), DRAW: draw.to_tensor(self.weight.device)})

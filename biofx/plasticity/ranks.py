@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from biofx.errors import PlasticityError
-from biofx.operators.sharded_rates import ShardedRates
+from biofx.operators.rate_ops import ShardedRates
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.bio_state import PER_SYNAPSE
 from biofx.plasticity.model_states import bio_modules

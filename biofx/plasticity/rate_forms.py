@@ -14,7 +14,7 @@ from torch import Tensor
 
 from biofx.config import FROM_SEED
 from biofx.errors import PlasticityError
-from biofx.operators.rate_draws import RateDraw
+from biofx.operators.rate_sampling import RateSampling
 
 FACTORS = "fuzzy_learning_rate_parameters"
 DRAW = "fuzzy_learning_rate_draw"
@@ -47,14 +47,14 @@ def factors_held(held: Held, shape: torch.Size, device: torch.device) -> Tensor 
     return held.get(FACTORS) if draw is None else draw.factors(shape, device)
 
 
-def draw_held(held: Held) -> RateDraw | None:
+def draw_held(held: Held) -> RateSampling | None:
     """Return what factors are drawn from, None where they are stored or where there are none.
 
     Raises:
         PlasticityError: what is held for it is something else.
     """
     numbers = held.get(DRAW)
-    return None if numbers is None else RateDraw.from_tensor(numbers)
+    return None if numbers is None else RateSampling.from_tensor(numbers)
 
 
 def held_as(form: str, factors: Tensor, low: float, high: float) -> dict[str, Tensor | None]:
@@ -141,7 +141,7 @@ def _check_drawn(saved: Held, own: Held, shape: torch.Size, low: float, high: fl
         same = all(_equal(saved.get(name), drawn[name]) for name in RATE_BUFFERS)
     if not same:
         raise PlasticityError(
-            f"expected the factors that {expected.told()} draws, found others: drawn from another seed or "
+            f"expected the factors that {expected.describe()} draws, found others: from another seed or "
             "distribution, or changed since; make the model with the options that these were drawn with, or "
             "store them (fuzzy_lr_dtype='float32')"
         )

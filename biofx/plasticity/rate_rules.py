@@ -3,9 +3,8 @@
 Source of all: Hofmann, Becker, Tetzlaff, Mäder, Nature Communications 16 (2025),
 doi 10.1038/s41467-025-60078-9, in the parametrisation of the user guide.
 
-Dynamic factors follow time, weights or activity. Deviations: temporal factors follow a stationary
-autoregressive process, so their diversity neither dies nor grows; the random part of weight- and
-activity-dependent factors is drawn once and kept.
+Temporal factors follow a stationary autoregressive process. Deviation: so their diversity neither dies nor
+grows. (Factors that follow weights or activity are in :mod:`biofx.operators.rate_sampling`.)
 
 Crystallization (synaptic stabilization): synapses that have settled, or are shaken too hard, become less
 plastic. Deviations: a synapse that carries no gradient at all is never caught, so dead units are left alone;
@@ -24,85 +23,9 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from biofx.operators.blocks import for_each_block, mean_over
-from biofx.operators.distributions import Distribution, draw_factors, symmetric, truncated
-from biofx.operators.levels import drawn_from, normal_quantiles
-from biofx.plasticity.weight_layout import pooled_magnitude, write_flat
+from biofx.operators.sampling import for_each_block, mean_over, normal_quantiles, sampled_from
 
-FOLLOWING = (Distribution.WEIGHT_ADAPTIVE, Distribution.ACTIVITY)
-"""The distributions whose factors are 1 + ν · c · u, with a random part u and a part c that can change."""
-_LARGEST = 1.5
-
-
-# dynamic factors
-
-
-def initial_factors(
-    distribution: Distribution,
-    weight: Tensor,
-    *,
-    nu: float,
-    low: float,
-    high: float,
-    generator: Generator,
-    depth: float = 0.0,
-    granularity: str = "element",
-    output_axis: int = 0,
-) -> tuple[Tensor, Tensor | None]:
-    """Draw the factors that training starts with.
-
-    Returns:
-        The factors, float32, and for distributions that follow weights or activity their random part u.
-
-    Raises:
-        OptionError: the bounds leave no room.
-    """
-    magnitude = pooled_magnitude(weight, granularity, output_axis)
-    if distribution in FOLLOWING and nu:
-        noise = (
-            truncated(lambda _, count, own: symmetric(count, own), magnitude.numel(), -1, 1, "u", generator)
-            .reshape(magnitude.shape)
-            .to(magnitude.device, torch.float32)
-        )
-        smallness = relative_smallness(magnitude) if distribution is Distribution.WEIGHT_ADAPTIVE else 1.0
-        return following_factors(noise, smallness, nu=nu, low=low, high=high, generator=generator), noise
-    static = Distribution.NORMAL if distribution is Distribution.TEMPORAL else distribution
-    static = Distribution.BASELINE if distribution in FOLLOWING else static
-    return draw_factors(static, magnitude, nu=nu, low=low, high=high, generator=generator, depth=depth), None
-
-
-def most_spread(nu: float) -> float:
-    """Return how far factors that follow can be from 1 at the most, dimensionless."""
-    return _LARGEST * nu
-
-
-def relative_smallness(values: Tensor) -> Tensor:
-    """Return clip(2 - v / mean v, ½, 1½): small weights, and quiet units, vary more than others."""
-    mean = values.mean()
-    relative = torch.where(mean > 0, values / mean, torch.ones_like(values))
-    return (2 - relative).clamp(0.5, _LARGEST)
-
-
-def following_factors(
-    noise: Tensor, smallness: Tensor | float, *, nu: float, low: float, high: float, generator: Generator
-) -> Tensor:
-    """Return 1 + ν · c · u; where that leaves the bounds, u is drawn again, in place."""
-    spread = (nu * torch.as_tensor(smallness, device=noise.device)).expand(noise.shape)
-    factors = 1 + spread * noise
-    outside = ((factors < low) | (factors > high)).flatten().nonzero().flatten()
-    if len(outside):
-        reach = spread.flatten()[outside].cpu()
-        redrawn = truncated(
-            lambda places, count, own: symmetric(count, own).mul_(reach[places]),
-            len(outside),
-            low - 1,
-            high - 1,
-            f"factors that vary by up to {float(reach.max()):g}",
-            generator,
-        ).to(noise)
-        write_flat(noise, outside, redrawn / reach.to(noise))
-        write_flat(factors, outside, 1 + redrawn)
-    return factors
+# temporal factors
 
 
 def evolve(
@@ -267,7 +190,7 @@ def multiply_by_volume(
         magnitude = flat[block].abs()
         # a power of e costs four times what one of 2 does
         factors = magnitude.div_(magnitude + scale).mul_(-stability / math.log(2)).exp2_()
-        drawn = drawn_from(noise, len(factors), own).to(factors) if isinstance(noise, Tensor) else noise
+        drawn = sampled_from(noise, len(factors), own).to(factors) if isinstance(noise, Tensor) else noise
         product[block].mul_(factors.mul_(drawn).to(product.dtype))
 
     for_each_block(flat.numel(), multiply, generator)

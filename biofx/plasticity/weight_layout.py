@@ -45,22 +45,6 @@ def weight_of_rows(rows: Tensor, like: Tensor, *, output_axis: int = 0, groups: 
     return grouped.transpose(1, 2).reshape(like.shape)
 
 
-def pooled_magnitude(weight: Tensor, granularity: str, output_axis: int) -> Tensor:
-    """Return mean|w| over the synapses that share a factor: the weight's rank, size 1 along shared axes.
-
-    Args:
-        weight: of any rank.
-        granularity: ``"element"`` (a factor per synapse), ``"neuron"`` (per postsynaptic unit), ``"layer"``.
-        output_axis: the axis that counts the postsynaptic units.
-    """
-    magnitude = weight.detach().abs()
-    if granularity == "element":
-        return magnitude
-    kept = output_axis if granularity == "neuron" else None
-    shared = [axis for axis in range(weight.dim()) if axis != kept]
-    return magnitude.mean(shared, keepdim=True) if shared else magnitude
-
-
 def write_flat(tensor: Tensor, places: Tensor, values: Tensor) -> None:
     """Write values to flat positions of a tensor, in place, in any memory format.
 

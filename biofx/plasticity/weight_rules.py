@@ -30,8 +30,7 @@ import torch
 from torch import Generator, Tensor
 
 from biofx.errors import NonFiniteWeightError, OptionError, PlasticityError
-from biofx.operators.blocks import for_each_block, mean_over
-from biofx.operators.levels import LEVELS, random_levels
+from biofx.operators.sampling import LEVELS, for_each_block, mean_over, random_levels
 from biofx.plasticity.weight_layout import (
     broadcast_units,
     rows_of_units,

@@ -13,7 +13,7 @@ from biofx.analysis.analysis import Reading
 from biofx.analysis.groups import UnitGroups
 from biofx.layers.lowering import Lowering
 from biofx.layers.weight_site import WeightSite
-from biofx.operators.synapse_ops import drop_pairs
+from biofx.operators.sign_ops import drop_pairs
 from biofx.plasticity.model_states import bio_module_at
 from biofx.rewriting.expandable import DROPOUTS, NORMS, Circuit, run_of
 

@@ -12,7 +12,8 @@ from biofx.analysis.replication_rules import rule_for, works_by_element
 from biofx.layers.sites import innermost_path
 from biofx.layers.weight_site import Sites, WeightSite
 from biofx.model.graph_module import BioGraphModule
-from biofx.operators import synapse_ops as ops
+from biofx.operators.rate_ops import observe_activity
+from biofx.operators.split_ops import pool_synapses
 from biofx.rewriting.activation import SPLITTING_ACTIVATION
 from biofx.rewriting.folding import Fold, columns_of, consume
 from biofx.rewriting.remarks import Remark, applied, missed
@@ -50,7 +51,7 @@ class FoldPlan:
         self._left_alone = {**compound, **products, **obstacles, **left_alone}
         self.folds: dict[Node, Fold] = {}
         self.flow = Flow({}, {})
-        pools = graph_module.graph.find_nodes(op="call_function", target=ops.pool_synapses)
+        pools = graph_module.graph.find_nodes(op="call_function", target=pool_synapses)
         self._pools = {pool: self._site_behind(pool) for pool in pools}
 
     def settle(self) -> dict[Node, Node | None]:
@@ -114,7 +115,7 @@ class FoldPlan:
         node = pool.args[0]
         while isinstance(node, Node) and node not in self._sites:
             own = node.op == "call_module" and str(node.target).endswith(SPLITTING_ACTIVATION)
-            known = own or node.target is ops.observe_activity or works_by_element(node, self._graph_module)
+            known = own or node.target is observe_activity or works_by_element(node, self._graph_module)
             node = node.args[0] if known and node.args else None
         return self._sites[node] if isinstance(node, Node) else None
 
@@ -152,7 +153,7 @@ class FoldPlan:
         site = self._pools[pool]
         if site is None:
             return "it does not sum the output of a layer"
-        if isinstance(pool.args[0], Node) and pool.args[0].target is ops.observe_activity:
+        if isinstance(pool.args[0], Node) and pool.args[0].target is observe_activity:
             return f"rows of {site.layer} stay: its synapses are observed one by one"
         if pool.args[0] is not site.node:
             return f"rows of {site.layer} stay: the activation before the sum is not linear"

@@ -15,7 +15,7 @@ from biofx.errors import PassError
 from biofx.layers.lowering import Lowering
 from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
-from biofx.operators.fold_ops import fold_weight, folded_shape, require_axes, spread_synapses, sum_synapses
+from biofx.operators.split_ops import fold_weight, folded_shape, require_axes, spread_synapses, sum_synapses
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from biofx.layers.lowering import Lowering
 from biofx.layers.norm_sites import NormSite, find_norms, lower_norm
 from biofx.layers.weight_site import WeightSite
-from biofx.operators import synapse_ops as ops
+from biofx.operators.sign_ops import constrain_sign
 from biofx.rewriting.remarks import Remark, applied, done_already, missed, switched_off
 from biofx.rewriting.scope import Scope
 
@@ -89,7 +89,7 @@ def constrain_gains(
         with scope.rewriting(taken[0].node):
             for site in taken:
                 lower_norm(lowering, site)
-            lowering.wrap_weight(taken, ops.constrain_sign, _ones, "signed", method="project")
+            lowering.wrap_weight(taken, constrain_sign, _ones, "signed", method="project")
         away = folded.get(path, 0)
         for site in taken:
             yield applied(
@@ -107,7 +107,7 @@ def _reason_against(scope: Scope, site: NormSite, negative: int) -> Remark | Non
     if reason is not None:
         return switched_off(site.node, site.layer, reason)
     weight = site.weight_node
-    if weight is not None and weight.target is ops.constrain_sign:
+    if weight is not None and weight.target is constrain_sign:
         return done_already(site.node, site.layer, "its gains are constrained already")
     if site.parameter.is_meta:
         reason = "its gains are on the meta device and have no values"

@@ -11,7 +11,7 @@ from biofx.analysis.dataflow import input_facing_nodes, readout_nodes, split_nod
 from biofx.layers.lowering import Lowering
 from biofx.layers.norm_sites import find_norms, lower_norm
 from biofx.layers.sites import find_sites
-from biofx.operators.synapse_ops import pool_synapses
+from biofx.operators.split_ops import pool_synapses
 
 
 class Layers(nn.Module):

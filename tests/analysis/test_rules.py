@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
-from biofx.operators.synapse_ops import pool_synapses
+from biofx.operators.split_ops import pool_synapses
 from tests.analysis.nets import Net
 from tests.analysis.oracle import columns_of, moved_columns, told_columns
 

@@ -20,7 +20,7 @@ from biofx.diagnostics.effective import effective_weight
 from biofx.errors import CaptureError, PassError
 from biofx.graph.branches import begin_branch, has_branches, take_branches
 from biofx.model.graph_module import BioGraphModule, copy_graph
-from biofx.operators.distributions import Distribution
+from biofx.operators.rate_sampling import Distribution
 from biofx.passes import ScaleGradients
 
 

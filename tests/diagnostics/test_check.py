@@ -19,7 +19,9 @@ from torch.nn import functional as F
 import biofx
 from biofx import Audit, BioConfig, BioConverter, BioGraphModule, Distribution, InputError, InvariantError
 from biofx.diagnostics.check import INVARIANTS
-from biofx.operators.synapse_ops import constrain_sign, pool_synapses, scale_gradient
+from biofx.operators.rate_ops import scale_gradient
+from biofx.operators.sign_ops import constrain_sign
+from biofx.operators.split_ops import pool_synapses
 from biofx.plasticity.model_states import bio_module_at
 
 EVERYTHING = BioConfig(
@@ -280,7 +282,7 @@ def test_constraint_that_another_method_replaces(mlp: nn.Module, monkeypatch: py
         nn.init.normal_(parameter)
     assert faults(bio) == []
     monkeypatch.setattr(
-        "biofx.operators.synapse_ops._ProjectSign.forward", staticmethod(lambda weight, signs: weight.clone())
+        "biofx.operators.sign_ops._ProjectSign.forward", staticmethod(lambda weight, signs: weight.clone())
     )
     wrong = {
         layer: int((bio.get_parameter(f"{layer}.weight") * state_of(bio, layer).signs() < 0).sum())

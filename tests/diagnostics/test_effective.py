@@ -15,7 +15,8 @@ from biofx.diagnostics.effective import effective_weight, effective_weights
 from biofx.diagnostics.effective_signs import SignCount, count_signs
 from biofx.layers.constant_part import ConstantPart
 from biofx.layers.weight_uses import Treatment, weight_uses
-from biofx.operators import synapse_ops as ops
+from biofx.operators.rate_ops import scale_gradient
+from biofx.operators.sign_ops import constrain_sign
 from biofx.plasticity.model_states import bio_modules
 
 DALE = BioConfig(
@@ -44,7 +45,7 @@ class Weighted(nn.Module):
 
     def signed(self) -> Tensor:
         sign = torch.index_select(torch.cat([self.first, self.second]), 0, self.index)
-        return ops.constrain_sign(self.weight, sign)
+        return constrain_sign(self.weight, sign)
 
     @property
     def signs(self) -> Tensor:
@@ -68,7 +69,7 @@ def weight_node(graph_module: torch.fx.GraphModule) -> torch.fx.Node:
 
 def counted(graph_module: torch.fx.GraphModule) -> SignCount:
     constants = ConstantPart(graph_module)
-    (constraint,) = graph_module.graph.find_nodes(op="call_function", target=ops.constrain_sign)
+    (constraint,) = graph_module.graph.find_nodes(op="call_function", target=constrain_sign)
     uses = [use for use in weight_uses(constants) if constraint in use.constraints]
     return count_signs(constants, constraint, uses)
 
@@ -83,7 +84,7 @@ def number(found: Tensor) -> int:
 def test_weight_is_what_its_expression_computes() -> None:
     class Net(Weighted):
         def forward(self, x: Tensor) -> Tensor:
-            used = ops.scale_gradient(self.signed(), self.rates)
+            used = scale_gradient(self.signed(), self.rates)
             return F.linear(x, used.unflatten(0, (2, 2)).sum(1) * torch.ones(2, 1) + torch.arange(2)[:, None])
 
     model = Net()
@@ -169,7 +170,7 @@ def test_computed_weight_of_a_layer_takes_no_step() -> None:
 def test_ways_say_what_lies_between_parameter_and_reader() -> None:
     class Net(Weighted):
         def forward(self, x: Tensor) -> Tensor:
-            used = ops.scale_gradient(self.signed(), self.rates)
+            used = scale_gradient(self.signed(), self.rates)
             raw = F.linear(x, self.weight)
             half = F.linear(x, self.weight.t().chunk(2)[0].t())
             return F.linear(x, used), raw, half, self.weight.norm() * x  # type: ignore[return-value]
@@ -227,7 +228,7 @@ def test_square_weight_is_not_mistaken_for_its_transpose() -> None:
             self.register_buffer("sign", torch.tensor([1, -1, 1, -1, -1]))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x @ ops.constrain_sign(self.weight, self.sign).t()
+            return x @ constrain_sign(self.weight, self.sign).t()
 
     found = counted(traced(Net()))
     assert (found.synapses, found.wrong) == (25, 0)
@@ -252,7 +253,7 @@ def test_rows_that_are_free_do_not_count() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             sign = torch.cat([self.first, self.second, self.first[:1]])
-            return F.linear(x, ops.constrain_sign(self.weight, sign, rows=self.rows))
+            return F.linear(x, constrain_sign(self.weight, sign, rows=self.rows))
 
     model = Net()
     signs = torch.tensor([1, -1, -1, 0, 1, 1]) * torch.tensor([[1], [0], [0], [1]])
@@ -290,7 +291,7 @@ def test_weight_without_a_way_or_without_signs_is_used_as_it_is(mlp: nn.Module) 
 
 def test_weight_whose_constraint_is_gone_has_the_signs_of_its_state(mlp: nn.Module) -> None:
     bio, _ = biofx.transform(mlp, DALE)
-    for node in list(bio.graph.find_nodes(op="call_function", target=ops.constrain_sign)):
+    for node in list(bio.graph.find_nodes(op="call_function", target=constrain_sign)):
         node.replace_all_uses_with(node.args[0])
         bio.graph.erase_node(node)
     states = bio_modules(bio)

@@ -20,7 +20,7 @@ from biofx.graph.contexts import (
     end_autocast,
     end_grad_mode,
 )
-from biofx.operators import synapse_ops as ops
+from biofx.operators.rate_ops import scale_gradient
 from biofx.plasticity.bio_module import BioModule
 
 
@@ -240,7 +240,7 @@ def test_a_weight_inside_and_outside_of_a_context_is_scaled_where_it_has_a_gradi
 def test_each_context_has_its_own_scaling_of_a_weight() -> None:
     bio_model, _ = biofx.transform(Teaches(), BioConfig(fuzzy_learning_rate_factor_nu=0.3))
     names = [node.name for node in bio_model.graph.nodes if node.op == "call_function"]
-    scaled = [node.name for node in bio_model.graph.find_nodes(op="call_function", target=ops.scale_gradient)]
+    scaled = [node.name for node in bio_model.graph.find_nodes(op="call_function", target=scale_gradient)]
     assert len([name for name in scaled if name.startswith("first")]) == 2
     inside = names[names.index("begin_grad_mode") : names.index("end_grad_mode")]
     assert "first_scaled" in inside

@@ -17,7 +17,9 @@ from biofx.graph.regions import region_paths
 from biofx.layers.sites import find_sites
 from biofx.model.graph_records import pack
 from biofx.model.region_parts import joined
-from biofx.operators import synapse_ops as ops
+from biofx.operators.rate_ops import scale_gradient
+from biofx.operators.sign_ops import constrain_sign
+from biofx.operators.split_ops import pool_synapses
 
 EVERYTHING = BioConfig(
     fuzzy_learning_rate_factor_nu=0.2,
@@ -119,7 +121,7 @@ def test_every_weight_is_rewritten_in_the_region_that_uses_it(vectors: Tensor) -
         *("stem.weight", "gate.open.0.weight", "gate.open.2.weight", "gate.closed.first.weight"),
         *("gate.closed.second.weight", "head.weight"),
     ]
-    assert all(site.has(ops.scale_gradient) and site.has(ops.constrain_sign) for site in sites)
+    assert all(site.has(scale_gradient) and site.has(constrain_sign) for site in sites)
     for x in both_ways(vectors):
         plain = biofx.transform(Model(), EVERYTHING.replace(fuzzy_learning_rate_factor_nu=0.0)).graph_module
         missing, _ = plain.load_state_dict(bio_model.state_dict(), strict=False)
@@ -157,7 +159,7 @@ def test_the_factors_are_those_that_the_layer_has_in_one_graph(mlp: nn.Module) -
 
 def test_selectors_reach_into_regions() -> None:
     bio_model, _ = biofx.transform(Model(), EVERYTHING, only="gate.closed", passes="scale-gradients")
-    scaled = {site.layer for site in find_sites(bio_model).found if site.has(ops.scale_gradient)}
+    scaled = {site.layer for site in find_sites(bio_model).found if site.has(scale_gradient)}
     assert scaled == {"gate.closed.first", "gate.closed.second"}
     with pytest.raises(biofx.SelectorError, match=r"did you mean 'gate\.closed'"):
         biofx.transform(Model(), EVERYTHING, only="gate.close")
@@ -168,7 +170,7 @@ def test_an_override_reaches_into_regions() -> None:
     bio_model, _ = biofx.transform(Model(), config)
     assert bio_model.gate.open[0].bio_mod.config.fuzzy_learning_rate_factor_nu == 0.0
     assert bio_model.gate.open[2].bio_mod.config.fuzzy_learning_rate_factor_nu == 0.2
-    scaled = {site.layer for site in find_sites(bio_model).found if site.has(ops.scale_gradient)}
+    scaled = {site.layer for site in find_sites(bio_model).found if site.has(scale_gradient)}
     assert "gate.open.0" not in scaled
     assert "gate.open.2" in scaled
 
@@ -273,7 +275,7 @@ def test_a_layer_can_be_split_where_it_is_a_region_by_itself(vectors: Tensor) ->
             for site in find_sites(graph_module).found:
                 with site.node.graph.inserting_after(site.node):
                     pooled = site.node.graph.call_function(
-                        ops.pool_synapses, (site.node,), {"gamma": 2, "channel_axis": -1}
+                        pool_synapses, (site.node,), {"gamma": 2, "channel_axis": -1}
                     )
                 for user in [user for user in site.node.users if user is not pooled]:
                     user.replace_input_with(site.node, pooled)
@@ -282,12 +284,12 @@ def test_a_layer_can_be_split_where_it_is_a_region_by_itself(vectors: Tensor) ->
     model = Doubles()
     pooled, _ = Pool()(biofx.capture(model))
     y = model.fc(vectors)
-    expected = ops.pool_synapses(y, gamma=2, channel_axis=-1) * (1 if vectors.sum() > 0 else 2)
+    expected = pool_synapses(y, gamma=2, channel_axis=-1) * (1 if vectors.sum() > 0 else 2)
     torch.testing.assert_close(pooled(vectors), expected)
     (site,) = find_sites(pooled).found
     assert site.node.op == "call_module"
     twice, _ = Pool()(copy.deepcopy(pooled))
-    torch.testing.assert_close(twice(vectors), ops.pool_synapses(expected, gamma=2, channel_axis=-1))
+    torch.testing.assert_close(twice(vectors), pool_synapses(expected, gamma=2, channel_axis=-1))
 
 
 def test_a_converter_reaches_regions(vectors: Tensor) -> None:
@@ -315,7 +317,7 @@ def test_a_layer_shared_with_a_graph_has_one_state(first: bool, vectors: Tensor)
     assert [node.target for node in captured.graph.find_nodes(op="call_module")] == ["gate", name]
     bio_model, _ = biofx.transform(model, EVERYTHING.replace(apply_dales_principle=False))
     (site,) = (site for site in find_sites(bio_model).found if site.layer == name)
-    assert site.has(ops.scale_gradient)
+    assert site.has(scale_gradient)
     for x in both_ways(vectors):
         _, expected = outcome(model, x)
         _, found = outcome(bio_model, x)
@@ -380,11 +382,11 @@ def test_what_python_may_use_without_calling_it_is_not_claimed(example: Any, vec
     for x in both_ways(vectors):
         (_, found), (_, expected) = outcome(bio_model, x), outcome(model, x)
         for site in find_sites(bio_model).found:
-            if site.has(ops.scale_gradient) and expected[site.parameter_path] is not None:
+            if site.has(scale_gradient) and expected[site.parameter_path] is not None:
                 layer: Any = bio_model.get_submodule(site.layer)
                 factors = layer.bio_mod.fuzzy_learning_rate_parameters
                 gradient = expected[site.parameter_path] * factors
                 torch.testing.assert_close(found[site.parameter_path], gradient)
-    scaled = {site.layer for site in find_sites(bio_model).found if site.has(ops.scale_gradient)}
+    scaled = {site.layer for site in find_sites(bio_model).found if site.has(scale_gradient)}
     assert {"block.first", "block.second"} <= scaled
     assert "read" not in scaled

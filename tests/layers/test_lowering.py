@@ -12,7 +12,7 @@ from torch.fx import Node
 from biofx import PassError, capture
 from biofx.layers.lowering import Lowering
 from biofx.layers.sites import find_sites
-from biofx.operators import synapse_ops as ops
+from biofx.operators.rate_ops import scale_gradient
 from tests.layers.lowered import lowered
 
 SEQUENCE, IMAGE, VOLUME = (2, 4, 7), (2, 4, 7, 6), (2, 4, 5, 6, 5)
@@ -115,11 +115,9 @@ def test_a_weight_is_wrapped_once_for_all_its_uses(vectors: Tensor) -> None:
     layer = nn.Linear(4, 4)
     captured = lowered(nn.Sequential(layer, layer))
     captured.register_buffer("rates", torch.full((4, 4), 3.0))
-    Lowering(captured).wrap_weight(
-        find_sites(captured).found, ops.scale_gradient, ("rates", "rates"), "scaled"
-    )
+    Lowering(captured).wrap_weight(find_sites(captured).found, scale_gradient, ("rates", "rates"), "scaled")
     captured.recompile()
-    (wrapper,) = captured.graph.find_nodes(op="call_function", target=ops.scale_gradient)
+    (wrapper,) = captured.graph.find_nodes(op="call_function", target=scale_gradient)
     assert wrapper.name == "_0_scaled"
     assert [user.target for user in wrapper.users] == [nn.functional.linear] * 2
     layer(layer(vectors)).sum().backward()
@@ -143,9 +141,9 @@ def test_a_weight_in_two_places_of_one_call_is_wrapped_once() -> None:
     sites = [site for site in find_sites(captured).found if site.role in ("query", "key")]
     assert {site.parameter_path for site in sites} == {"attention.q_proj_weight"}
     captured.register_buffer("rates", torch.full((4, 4), 3.0))
-    Lowering(captured).wrap_weight(sites, ops.scale_gradient, ("rates", "rates"), "scaled")
+    Lowering(captured).wrap_weight(sites, scale_gradient, ("rates", "rates"), "scaled")
     captured.recompile()
-    (wrapper,) = captured.graph.find_nodes(op="call_function", target=ops.scale_gradient)
+    (wrapper,) = captured.graph.find_nodes(op="call_function", target=scale_gradient)
     assert wrapper.name == "attention_q_proj_weight_scaled"
     assert [site.weight_node for site in find_sites(captured).found[:2]] == [wrapper, wrapper]
     x, value = torch.randn(5, 2, 4), torch.randn(5, 2, 3)
@@ -160,8 +158,8 @@ def test_one_weight_of_several_is_wrapped_by_itself() -> None:
     captured = lowered(nn.Sequential(nn.GRU(4, 3, 2)))
     captured.register_buffer("rates", torch.ones(9, 3))
     hidden = [site for site in find_sites(captured).found if site.parameter_path == "0.weight_hh_l1"]
-    Lowering(captured).wrap_weight(hidden, ops.scale_gradient, ("rates", "rates"), "scaled")
-    found = {site.parameter_path: site.has(ops.scale_gradient) for site in find_sites(captured).found}
+    Lowering(captured).wrap_weight(hidden, scale_gradient, ("rates", "rates"), "scaled")
+    found = {site.parameter_path: site.has(scale_gradient) for site in find_sites(captured).found}
     assert found == {
         "0.weight_ih_l0": False,
         "0.weight_hh_l0": False,
@@ -175,7 +173,7 @@ def test_a_hidden_weight_cannot_be_wrapped(mlp: nn.Module) -> None:
     captured = capture(mlp)
     with pytest.raises(PassError, match="must be lowered"):
         Lowering(captured).wrap_weight(
-            find_sites(captured).found[:1], ops.scale_gradient, ("rates", "rates"), "scaled"
+            find_sites(captured).found[:1], scale_gradient, ("rates", "rates"), "scaled"
         )
 
 
@@ -183,7 +181,7 @@ def test_nodes_of_a_wrapped_weight_stand_in_order(mlp: nn.Module) -> None:
     captured = lowered(mlp)
     captured.register_buffer("rates", torch.ones(6, 4))
     Lowering(captured).wrap_weight(
-        find_sites(captured).found[:1], ops.scale_gradient, ("rates", "rates"), "scaled"
+        find_sites(captured).found[:1], scale_gradient, ("rates", "rates"), "scaled"
     )
     nodes: list[Node] = list(captured.graph.nodes)
     for node in nodes:

@@ -15,8 +15,8 @@ from biofx import BioGraphModule, InputError, PassError, capture
 from biofx.layers.lowering import Lowering
 from biofx.layers.norm_sites import find_norms, lower_norm
 from biofx.layers.sites import find_sites
-from biofx.operators import synapse_ops as ops
 from biofx.operators.norm_ops import batch_norm
+from biofx.operators.sign_ops import constrain_sign
 
 VECTORS, SEQUENCE, IMAGE, VOLUME = (5, 4), (5, 4, 3), (5, 4, 3, 2), (5, 4, 3, 2, 2)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -134,9 +134,9 @@ def test_the_weight_can_be_wrapped(name: str) -> None:
     found = lowered(nn.Sequential(layer))
     (site,) = find_norms(found)
     found.register_buffer("signs", torch.ones(site.parameter.shape))
-    Lowering(found).wrap_weight([site], ops.constrain_sign, ("signs", "sign"), "signed")
+    Lowering(found).wrap_weight([site], constrain_sign, ("signs", "sign"), "signed")
     found.recompile()
-    (wrapper,) = found.graph.find_nodes(op="call_function", target=ops.constrain_sign)
+    (wrapper,) = found.graph.find_nodes(op="call_function", target=constrain_sign)
     assert wrapper.name == "_0_signed"
     (site,) = find_norms(found)
     assert (site.weight_node, site.obstacle, site.layer) == (wrapper, None, "0")
@@ -150,8 +150,8 @@ def test_a_norm_called_twice_is_wrapped_once() -> None:
     layer = nn.BatchNorm1d(4)
     found = lowered(nn.Sequential(layer, nn.ReLU(), layer))
     found.register_buffer("signs", torch.ones(4))
-    Lowering(found).wrap_weight(find_norms(found), ops.constrain_sign, ("signs", "sign"), "signed")
-    (wrapper,) = found.graph.find_nodes(op="call_function", target=ops.constrain_sign)
+    Lowering(found).wrap_weight(find_norms(found), constrain_sign, ("signs", "sign"), "signed")
+    (wrapper,) = found.graph.find_nodes(op="call_function", target=constrain_sign)
     assert [user.target for user in wrapper.users] == [batch_norm] * 2
 
 

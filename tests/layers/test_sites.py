@@ -16,7 +16,8 @@ from biofx.layers.layer_kinds import kind_of
 from biofx.layers.lowering import Lowering
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Sites
-from biofx.operators import synapse_ops as ops
+from biofx.operators.rate_ops import scale_gradient
+from biofx.operators.sign_ops import constrain_sign
 
 CONFIG = biofx.BioConfig(
     apply_dales_principle=True, dales_constrain_inputs=True, dales_constrain_readout=True
@@ -161,8 +162,8 @@ def test_a_function_called_with_a_parameter_is_a_site(vectors: Tensor) -> None:
     bio_model, report = biofx.transform(model, CONFIG)
     assert {remark.kind for remark in report.remarks} == {"applied"}
     for site in find_sites(bio_model).found:
-        assert [node.target for node in site.operators] == [ops.constrain_sign, ops.scale_gradient]
-        assert site.has(ops.scale_gradient)
+        assert [node.target for node in site.operators] == [constrain_sign, scale_gradient]
+        assert site.has(scale_gradient)
     assert bio_model(vectors).shape == model(vectors).shape
     assert "bio_mod.kernel.sign" in bio_model.state_dict()
 
@@ -385,7 +386,7 @@ def test_frozen_recurrent_weights_are_left_alone() -> None:
     bio_model, report = biofx.transform(model, passes="scale-gradients")
     told = {remark.message.partition(":")[0]: remark.kind for remark in report.remarks}
     assert told == {"weight_ih_l0": "applied", "weight_hh_l0": "missed"}
-    assert len(bio_model.graph.find_nodes(op="call_function", target=ops.scale_gradient)) == 1
+    assert len(bio_model.graph.find_nodes(op="call_function", target=scale_gradient)) == 1
 
 
 @pytest.mark.parametrize("name", ["split-weights", "observe-activity"])

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from biofx.layers.layer_kinds import ATTENTION, COMPOUND_KINDS, compound_kind_of, kind_of, kind_of_call
 from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot, slots_of_call, slots_of_module
-from biofx.operators.attention_ops import attend
-from biofx.operators.recurrent_ops import recurrent
+from biofx.operators.compound_ops import attend, recurrent
 
 
 @pytest.mark.parametrize("by_name", [False, True])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import InputError, capture
-from biofx.operators.attention_ops import attend
+from biofx.operators.compound_ops import attend
 from tests.layers.lowered import lowered
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from biofx.operators import synapse_ops as ops
 from biofx.operators.exclusive import is_exclusive
+from biofx.operators.rate_ops import scale_gradient
+from biofx.operators.sign_ops import constrain_sign
 
 FACTOR = 0.5
 
@@ -64,9 +65,9 @@ def test_what_a_hook_keeps_is_not_changed_behind_its_back(operator: str) -> None
     kept: list[Tensor] = []
     weight = torch.ones(4, 4, requires_grad=True)
     if operator == "scale":
-        effective = ops.scale_gradient(weight, torch.full((4, 4), FACTOR))
+        effective = scale_gradient(weight, torch.full((4, 4), FACTOR))
     else:
-        effective = ops.constrain_sign(weight, torch.tensor([1, -1, 1, -1]))
+        effective = constrain_sign(weight, torch.tensor([1, -1, 1, -1]))
     effective.register_hook(lambda gradient: kept.append(gradient))
     F.linear(x, effective).sum().backward()
     torch.testing.assert_close(kept[0], x.sum(0).expand(4, 4))
@@ -75,7 +76,7 @@ def test_what_a_hook_keeps_is_not_changed_behind_its_back(operator: str) -> None
 def test_a_gradient_that_is_handed_in_stays_as_it_was() -> None:
     gradient = torch.ones(4, 4)
     weight = torch.ones(4, 4, requires_grad=True)
-    ops.scale_gradient(weight, torch.full((4, 4), FACTOR)).backward(gradient)
+    scale_gradient(weight, torch.full((4, 4), FACTOR)).backward(gradient)
     assert torch.equal(gradient, torch.ones(4, 4))
     assert weight.grad is not None
     assert torch.equal(weight.grad, gradient * FACTOR)
@@ -83,12 +84,12 @@ def test_a_gradient_that_is_handed_in_stays_as_it_was() -> None:
 
 def test_gradients_that_are_asked_for_on_the_way_stay_as_they_were() -> None:
     weight = torch.ones(4, 4, requires_grad=True)
-    effective = ops.scale_gradient(weight, torch.full((4, 4), FACTOR))
+    effective = scale_gradient(weight, torch.full((4, 4), FACTOR))
     output = F.linear(torch.ones(3, 4), effective).sum()
     on_the_way, at_the_end = torch.autograd.grad(output, [effective, weight])
     assert torch.equal(on_the_way, torch.full((4, 4), 3.0))
     assert torch.equal(at_the_end, torch.full((4, 4), 1.5))
-    effective = ops.scale_gradient(weight, torch.full((4, 4), FACTOR))
+    effective = scale_gradient(weight, torch.full((4, 4), FACTOR))
     effective.retain_grad()
     F.linear(torch.ones(3, 4), effective).sum().backward()
     assert effective.grad is not None
@@ -110,8 +111,8 @@ def test_operators_work_in_the_memory_of_an_exclusive_gradient(sign: bool) -> No
             return gradient
 
     weight = torch.ones(4, 4, requires_grad=True)
-    signed = ops.constrain_sign(weight, torch.tensor([1, -1, 1, -1])) if sign else weight
-    scaled: Tensor = Note.apply(ops.scale_gradient(signed, torch.ones(4, 4)))  # type: ignore[no-untyped-call]
+    signed = constrain_sign(weight, torch.tensor([1, -1, 1, -1])) if sign else weight
+    scaled: Tensor = Note.apply(scale_gradient(signed, torch.ones(4, 4)))  # type: ignore[no-untyped-call]
     F.linear(torch.ones(3, 4), scaled).sum().backward()
     assert weight.grad is not None
     assert places == [weight.grad.data_ptr()]

@@ -9,9 +9,8 @@ from torch.func import grad, jvp, vmap
 
 import biofx
 from biofx.errors import OptionError, PlasticityError
-from biofx.operators.distributions import CHANGING, INDEPENDENT
-from biofx.operators.rate_draws import rate_draw
-from biofx.operators.rate_ops import GRADIENT_SCALINGS, draw_of, scale_gradient_by_seed
+from biofx.operators.rate_ops import GRADIENT_SCALINGS, sampling_of, scale_gradient_by_seed
+from biofx.operators.rate_sampling import CHANGING, INDEPENDENT, rate_sampling
 from biofx.plasticity.bio_module import BioModule
 
 SEED = {"fuzzy_lr_dtype": "seed"}
@@ -38,7 +37,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def factors(shape: tuple[int, ...]) -> Tensor:
-    return rate_draw(**OPTIONS).factors(torch.Size(shape), torch.device("cpu"))
+    return rate_sampling(**OPTIONS).factors(torch.Size(shape), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("granularity", ["element", "neuron", "layer"])
@@ -98,14 +97,16 @@ def test_the_graph_and_the_report_name_the_draw(mlp: nn.Module) -> None:
     message = report.passes[0].remarks[1].message
     assert message.startswith("4 factors drawn from their seed at each backward, uniform, mean ")
     nodes = [node for node in bio.graph.nodes if node.target in GRADIENT_SCALINGS]
-    assert [draw_of(node) for node in nodes] == [state(bio, layer).rate_draw for layer in ("0", "2", "4")]
+    assert [sampling_of(node) for node in nodes] == [
+        state(bio, layer).rate_sampling for layer in ("0", "2", "4")
+    ]
 
 
 def test_a_model_on_the_meta_device_knows_its_draws_and_takes_them_back(mlp: nn.Module) -> None:
     bio = biofx.transform(mlp, SEED).graph_module
-    before, drawn = state(bio).fuzzy_learning_rate_parameters, state(bio).rate_draw
+    before, drawn = state(bio).fuzzy_learning_rate_parameters, state(bio).rate_sampling
     bio.to("meta")
-    assert state(bio).rate_draw == drawn
+    assert state(bio).rate_sampling == drawn
     assert state(bio).fuzzy_learning_rate_parameters.is_meta  # type: ignore[union-attr]
     bio.to_empty(device="cpu")
     assert torch.equal(state(bio).fuzzy_learning_rate_parameters, before)  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import biofx
 from biofx import InputError, capture
-from biofx.operators import synapse_ops as ops
-from biofx.operators.recurrent_ops import recurrent
+from biofx.operators.compound_ops import recurrent
+from biofx.operators.rate_ops import scale_gradient
 from tests.layers.lowered import lowered
 
 
@@ -257,7 +257,7 @@ def test_every_weight_has_learning_rates_of_its_own(twice: bool) -> None:
         assert factors.shape == plain.shape  # type: ignore[union-attr]
         assert factors.std() > 0.05
         torch.testing.assert_close(gradient, plain * factors)  # type: ignore[operator]
-    names = [node.name for node in bio_model.graph.find_nodes(op="call_function", target=ops.scale_gradient)]
+    names = [node.name for node in bio_model.graph.find_nodes(op="call_function", target=scale_gradient)]
     assert sorted(names) == sorted(
         f"{path.removesuffix('.weight').replace('.', '_')}_scaled" for path in WEIGHTS
     )

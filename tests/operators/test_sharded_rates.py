@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.fsdp import fully_shard
 
 import biofx
-from biofx.operators import synapse_ops as ops
+from biofx.operators.rate_ops import scale_gradient
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def test_factors_that_belong_to_no_weight_are_refused(mlp: nn.Module) -> None:
     loss_of(bio_model)
     factors = bio_model.get_submodule("0").bio_mod.fuzzy_learning_rate_parameters
     with pytest.raises(biofx.PlasticityError, match="expected factors that belong to a sharded weight"):
-        ops.scale_gradient(torch.zeros(6, 4), factors.clone())
+        scale_gradient(torch.zeros(6, 4), factors.clone())
 
 
 def test_shared_factors_that_a_rule_dampens_for_each_synapse(mlp: nn.Module) -> None:

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 import biofx
 from biofx.config import RATE_DTYPES, STORED_RATE_DTYPES
 from biofx.errors import OptionError
-from biofx.operators.blocks import multiply_by_blocks
-from biofx.operators.distributions import CHANGING
+from biofx.operators.rate_ops import multiply_by_blocks
+from biofx.operators.rate_sampling import CHANGING
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.rate_forms import rounded
 

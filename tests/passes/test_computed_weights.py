@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import biofx
 from biofx.capture.capture import capture
-from biofx.operators.distributions import Distribution
+from biofx.operators.rate_sampling import Distribution
 from biofx.passes import ScaleGradients
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import biofx
+from biofx.operators.sign_ops import constrain_sign
 from biofx.passes import ConstrainSigns, ScaleGradients
 
 EVERYWHERE = {"constrain_inputs": True, "constrain_readout": True}
@@ -38,7 +39,7 @@ def constrained(bio: biofx.BioGraphModule, x: Tensor) -> list[Tensor]:
     class Reader(torch.fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
             result = super().call_function(target, args, kwargs)
-            if target is biofx.operators.synapse_ops.constrain_sign:
+            if target is constrain_sign:
                 seen.append(result.detach())
             return result
 
@@ -163,7 +164,7 @@ def test_projected_gradient_lets_a_weight_return_but_not_leave() -> None:
     weight = torch.tensor([[2.0, -1.0, -1.0, 0.0, 0.0]], requires_grad=True)
     sign = torch.ones(5, dtype=torch.int8)
     output_gradient = torch.tensor([[3.0, 3.0, -3.0, 3.0, -3.0]])
-    effective = biofx.operators.synapse_ops.constrain_sign(weight, sign)
+    effective = constrain_sign(weight, sign)
     assert effective.tolist() == [[2, 0, 0, 0, 0]]
     effective.backward(output_gradient)
     assert weight.grad is not None
@@ -188,7 +189,7 @@ def test_a_silent_synapse_comes_back_when_it_is_needed() -> None:
 def test_abs_gradient_has_the_slope_of_the_mirror_and_leaves_zero() -> None:
     weight = torch.tensor([[2.0, -1.0, 0.0]], requires_grad=True)
     sign = torch.tensor([1, -1, -1], dtype=torch.int8)
-    effective = biofx.operators.synapse_ops.constrain_sign(weight, sign, method="abs")
+    effective = constrain_sign(weight, sign, method="abs")
     assert effective.tolist() == [[2, -1, 0]]
     effective.sum().backward()
     assert weight.grad is not None
@@ -198,7 +199,7 @@ def test_abs_gradient_has_the_slope_of_the_mirror_and_leaves_zero() -> None:
 def test_unit_without_a_sign_is_free() -> None:
     weight = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
     sign = torch.tensor([0, 1], dtype=torch.int8)
-    assert biofx.operators.synapse_ops.constrain_sign(weight, sign).tolist() == [[1, 0], [-1, 1]]
+    assert constrain_sign(weight, sign).tolist() == [[1, 0], [-1, 1]]
 
 
 def test_inputs_and_readout_are_free_unless_asked_for(mlp: nn.Module) -> None:

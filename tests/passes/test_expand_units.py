@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
+from biofx.operators.sign_ops import constrain_sign
 from biofx.passes import ConstrainSigns, ExpandUnits
 from biofx.plasticity import BioModule
 from tests.analysis.nets import Net
@@ -250,7 +251,7 @@ def effective_signs(bio: biofx.BioGraphModule, x: Tensor) -> list[tuple[Tensor, 
     class Reader(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
             result = super().run_node(n)
-            if n.target is biofx.operators.synapse_ops.constrain_sign:
+            if n.target is constrain_sign:
                 path = next(a for a in n.all_input_nodes if a.op == "get_attr").target
                 weights[str(path)] = result.detach()
             return result

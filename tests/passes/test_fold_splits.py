@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
-from biofx.operators.fold_ops import fold_weight, folded_shape
+from biofx.operators.split_ops import fold_weight, folded_shape, pool_synapses
 from biofx.passes import FoldSplits
 
 
@@ -225,9 +225,7 @@ def test_a_value_that_the_model_returns_is_given_in_full() -> None:
     relu = next(node for node in captured.graph.nodes if node.name == "relu")
     layer = next(node for node in captured.graph.nodes if node.name == "fc")
     with captured.graph.inserting_after(layer):
-        pool = captured.graph.call_function(
-            biofx.operators.synapse_ops.pool_synapses, (layer,), {"gamma": 2, "channel_axis": -1}
-        )
+        pool = captured.graph.call_function(pool_synapses, (layer,), {"gamma": 2, "channel_axis": -1})
     relu.replace_input_with(layer, pool)
     captured.recompile()
     folded, report = FoldSplits()(captured)

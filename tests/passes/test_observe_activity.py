@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 import biofx
-from biofx.operators.synapse_ops import observe_activity
+from biofx.operators.rate_ops import observe_activity
 from biofx.passes import ObserveActivity
 
 

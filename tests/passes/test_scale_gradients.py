@@ -13,7 +13,8 @@ from torch.func import functional_call, grad, vmap
 
 import biofx
 from biofx.config import RATE_DTYPES
-from biofx.operators.distributions import STATIC_DISTRIBUTIONS
+from biofx.operators.rate_ops import scale_gradient
+from biofx.operators.rate_sampling import Distribution
 from biofx.passes import ConstrainSigns, ScaleGradients
 from biofx.plasticity.bio_module import BioModule
 
@@ -51,7 +52,7 @@ def test_graph_and_report(residual_net: nn.Module, golden: Callable[[str, str], 
     golden("scale_gradients", f"{biofx.format_graph(bio)}\n\n{report}")
 
 
-@pytest.mark.parametrize("distribution", [d for d in STATIC_DISTRIBUTIONS if d.value != "baseline"])
+@pytest.mark.parametrize("distribution", [d for d in Distribution if d.value != "baseline"])
 def test_gradient_is_the_plain_one_times_the_factor_to_the_bit(
     distribution: biofx.Distribution, mlp: nn.Module, vectors: Tensor
 ) -> None:
@@ -202,9 +203,7 @@ class Shared(nn.Module):
 def test_weight_of_a_layer_called_twice_is_scaled_once(vectors: Tensor) -> None:
     model = Shared()
     bio, report = scale(model, nu=0.5)
-    assert (
-        len(bio.graph.find_nodes(op="call_function", target=biofx.operators.synapse_ops.scale_gradient)) == 1
-    )
+    assert len(bio.graph.find_nodes(op="call_function", target=scale_gradient)) == 1
     assert report.remarks[1].message.endswith("one set for 2 uses of the weight")
     expected = gradients(model, vectors)["fc.weight"] * factors(bio)["fc.weight"]
     torch.testing.assert_close(gradients(bio, vectors)["fc.weight"], expected)
@@ -247,10 +246,7 @@ def test_weight_that_an_embedding_shares_is_scaled_once() -> None:
     assert [remark.kind for remark in report.remarks] == ["applied"] * 3
     assert report.remarks[0].message == report.remarks[2].message
     assert report.remarks[0].message.endswith("one set for 2 uses of the weight")
-    assert (
-        len(list(bio.graph.find_nodes(op="call_function", target=biofx.operators.synapse_ops.scale_gradient)))
-        == 2
-    )
+    assert len(list(bio.graph.find_nodes(op="call_function", target=scale_gradient))) == 2
 
 
 def test_frozen_weight_is_left_alone(mlp: nn.Sequential) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
+from biofx.operators.split_ops import pool_synapses
 from biofx.passes import SplitWeights
 from biofx.rewriting.remarks import Remark
 
@@ -229,7 +230,7 @@ def test_copies_and_pickles_compute_the_same_and_are_independent(mlp: nn.Module,
 
 def test_wrong_input_at_run_time_is_a_clear_error() -> None:
     with pytest.raises(biofx.OptionError, match=r"multiple of gamma=2, found shape \(3, 5\)"):
-        biofx.operators.synapse_ops.pool_synapses(torch.zeros(3, 5), gamma=2, channel_axis=-1)
+        pool_synapses(torch.zeros(3, 5), gamma=2, channel_axis=-1)
 
 
 @pytest.mark.parametrize("options", [{"gamma": -1}, {"gamma": 2.0}, {"gamma": True}, {"activation": 3}])

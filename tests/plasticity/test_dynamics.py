@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import Distribution, OptionError
-from biofx.operators import blocks
-from biofx.operators.randomness import generator_for
-from biofx.plasticity.rate_rules import evolve, following_factors, initial_factors, relative_smallness
-from biofx.plasticity.weight_layout import pooled_magnitude
+from biofx.operators.rate_sampling import following_factors, pooled_magnitude, rate_sampling, relative_smallness
+from biofx.operators.sampling import BLOCK, generator_for
+from biofx.plasticity.rate_rules import evolve
 
 COUNT = 30_000  # below what torch splits between threads, whose waiting would cost more than the work
 
@@ -25,10 +24,8 @@ def factors_of(model: nn.Module, layer: str) -> Tensor:
 
 
 def temporal(nu: float, low: float, high: float) -> Tensor:
-    generator = generator_for(0, "w")
-    return initial_factors(
-        Distribution.TEMPORAL, torch.ones(COUNT), nu=nu, low=low, high=high, generator=generator
-    )[0]
+    sampling = rate_sampling("temporal", nu, low, high, seed=0, path="w")
+    return sampling.sample(torch.ones(COUNT))[0]
 
 
 @pytest.mark.parametrize("correlation", [0.5, 0.95, 0.9995])
@@ -318,9 +315,9 @@ def test_what_crystallization_dampened_stays_dampened_while_factors_change(
     assert (factors_of(bio, "0")[:5] == 0.01).all()
 
 
-@pytest.mark.parametrize("cut", [0, 1, 7, blocks._BLOCK, blocks._BLOCK + 3])
+@pytest.mark.parametrize("cut", [0, 1, 7, BLOCK, BLOCK + 3])
 def test_parts_evolve_as_the_whole_does(cut: int) -> None:
-    before = torch.randn(blocks._BLOCK + 10).mul(0.1).add(1)
+    before = torch.randn(BLOCK + 10).mul(0.1).add(1)
     options: dict[str, Any] = {"correlation": 0.5, "nu": 0.1, "low": 0.8, "high": 1.2}
     whole = before.clone()
     evolve(whole, generator=generator_for(0, "w", purpose="evolve"), **options)

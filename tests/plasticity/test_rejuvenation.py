@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import NonFiniteWeightError, OptionError
-from biofx.operators.randomness import generator_for
+from biofx.operators.sampling import generator_for
 from biofx.plasticity.weight_rules import check_finite, expected_turnover, protection_for, rejuvenate
 
 

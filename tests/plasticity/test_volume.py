@@ -8,7 +8,7 @@ from scipy import stats
 from torch import nn
 
 import biofx
-from biofx.operators.randomness import generator_for
+from biofx.operators.sampling import generator_for
 from biofx.plasticity.rate_rules import volume_factors
 
 WEIGHT = torch.tensor([[0.0, -1.0, 2.0], [5.0, 0.5, -3.5]])  # the mean of |w| is 2

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import biofx
 from biofx.layers.lowering import Lowering
 from biofx.layers.sites import find_sites
+from biofx.operators.sign_ops import constrain_sign
 from biofx.passes import ConstrainSigns
 from biofx.plasticity import BioModule
 from biofx.rewriting.gains import fold_negative_gains, shared_parameters
@@ -167,7 +168,7 @@ def effective_gains(bio: biofx.BioGraphModule, x: Tensor) -> list[Tensor]:
     class Reader(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
             result = super().run_node(n)
-            if n.target is biofx.operators.synapse_ops.constrain_sign and result.dim() == 1:
+            if n.target is constrain_sign and result.dim() == 1:
                 found.append(result.detach())
             return result
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biofx.errors import PipelineError
-from biofx.operators.distributions import Distribution
+from biofx.operators.rate_sampling import Distribution
 from biofx.rewriting.pass_text import ParsedItem, format_item, format_value, parse_items, parse_value
 
 VALUES: list[tuple[Any, str]] = [

@@ -27,7 +27,7 @@ from biofx import (
     Scope,
     SelectorError,
 )
-from biofx.operators.distributions import Distribution
+from biofx.operators.rate_sampling import Distribution
 from biofx.passes import ConstrainSigns, ScaleGradients, SplitWeights
 from biofx.select import Override
 

@@ -10,8 +10,8 @@ from scipy import stats
 from torch import Tensor
 
 from biofx import Distribution, OptionError
-from biofx.operators.distributions import STATIC_DISTRIBUTIONS, draw_factors
-from biofx.operators.randomness import generator_for
+from biofx.operators.rate_sampling import rate_sampling
+from biofx.operators.sampling import generator_for
 
 COUNT = 200_000
 NU = 0.2
@@ -22,9 +22,8 @@ def draw(
     name: str, weight: Tensor | None = None, *, seed: int = 0, nu: float = NU, **options: float
 ) -> Tensor:
     weight = torch.ones(COUNT) if weight is None else weight
-    bounds = {**OPEN, **options}
-    generator = generator_for(seed, "fc.weight")
-    return draw_factors(Distribution(name), weight, nu=nu, generator=generator, **bounds).double()
+    sampling = rate_sampling(name, nu, seed=seed, path="fc.weight", **{**OPEN, **options})
+    return sampling.sample(weight)[0].double()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def test_layer_adaptive_spread_shrinks_with_depth(depth: float) -> None:
     assert factors.std().item() == pytest.approx(NU * (1 - depth / 2) / math.sqrt(3), rel=0.02)
 
 
-@pytest.mark.parametrize("name", [d.value for d in STATIC_DISTRIBUTIONS])
+@pytest.mark.parametrize("name", [d.value for d in Distribution])
 def test_bounds_truncate_and_nothing_piles_up_on_them(name: str) -> None:
     factors = draw(name, low=0.9, high=1.1)
     assert factors.min() >= 0.9 - 1e-6
@@ -100,16 +99,9 @@ def test_bounds_without_room_are_refused() -> None:
         draw("normal", torch.ones(10), low=1, high=1)
 
 
-@pytest.mark.parametrize("name", ["temporal", "activity"])
-def test_dynamic_distributions_are_refused(name: str) -> None:
-    with pytest.raises(OptionError, match=f"drawn once .* found '{name}'"):
-        draw(name)
-
-
 def test_factors_are_float32_on_the_weights_device_and_shape() -> None:
     weight = torch.ones(2, 3, 4, dtype=torch.float64)
-    generator = generator_for(0, "w")
-    factors = draw_factors(Distribution.GAMMA, weight, nu=0.1, low=0, high=2, generator=generator)
+    factors, _ = rate_sampling("gamma", nu=0.1, low=0, high=2, seed=0, path="w").sample(weight)
     assert (factors.shape, factors.dtype, factors.device) == (weight.shape, torch.float32, weight.device)
 
 
@@ -192,7 +184,7 @@ def test_spread_of_the_last_layer_is_half_of_the_first(nu: float) -> None:
     assert (last.std() / first.std()).item() == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("name", [d.value for d in STATIC_DISTRIBUTIONS])
+@pytest.mark.parametrize("name", [d.value for d in Distribution])
 def test_numbers_do_not_depend_on_the_threads(name: str) -> None:
     weight = torch.randn(300_001, generator=torch.Generator().manual_seed(5))
     many, threads = draw(name, weight), torch.get_num_threads()

@@ -1,7 +1,7 @@
-"""What folded graphs call: sums over the synapses of a connection, and the way back where one is needed.
+"""What graphs call for split weights: sums over the synapses of a connection, in activations or in weights.
 
 A *compact* tensor holds one channel per connection; the *full* one gives each of the ``gamma`` neighbouring
-members the same value. See :mod:`biofx.operators.synapse_ops` for what the functions of rewritten graphs owe.
+members the same value.
 """
 
 from __future__ import annotations
@@ -11,12 +11,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 
 from biofx.errors import InputError, OptionError
-from biofx.operators.synapse_ops import is_plain_eager, redispatch
+from biofx.operators.dispatch import is_plain_eager, overridable
 
 
+@overridable
+def pool_synapses(x: Tensor, *, gamma: int, channel_axis: int) -> Tensor:
+    """Sum groups of ``gamma`` neighbouring channels and give each member the sum.
+
+    Args:
+        x: a layer's output; its size along ``channel_axis`` is a multiple of ``gamma``.
+        gamma: synapses per connection, a count.
+        channel_axis: counted from the end, so that batched and unbatched inputs agree.
+
+    Returns:
+        A tensor shaped like ``x``; samples of a batch do not mix.
+
+    >>> pool_synapses(torch.tensor([1.0, 2.0, 10.0, 20.0]), gamma=2, channel_axis=-1).tolist()
+    [3.0, 3.0, 30.0, 30.0]
+    """
+    if x.shape[channel_axis] % gamma:
+        raise OptionError(
+            f"pool_synapses expected the size of axis {channel_axis} to be a multiple of gamma={gamma}, "
+            f"found shape {tuple(x.shape)}; choose a gamma that divides the layer's output channels, "
+            "and an activation that keeps the shape"
+        )
+    grouped: Tensor = x.unflatten(channel_axis, (-1, gamma))
+    member_axis = channel_axis if channel_axis < 0 else channel_axis + 1
+    summed = grouped.sum(member_axis, keepdim=True)
+    first = channel_axis - 1 if channel_axis < 0 else channel_axis
+    # a single group would stay a view whose members share memory: not to be viewed, nor changed in place
+    return summed.expand_as(grouped).flatten(first, member_axis).contiguous()
+
+
+@overridable
 def sum_synapses(x: Tensor, *, gamma: int, channel_axis: int) -> Tensor:
     """Sum groups of ``gamma`` neighbouring channels: what :func:`pool_synapses` gives each member.
 
@@ -28,8 +57,6 @@ def sum_synapses(x: Tensor, *, gamma: int, channel_axis: int) -> Tensor:
     >>> sum_synapses(torch.tensor([1.0, 2.0, 10.0, 20.0]), gamma=2, channel_axis=-1).tolist()
     [3.0, 30.0]
     """
-    if has_torch_function((x,)):
-        return redispatch(sum_synapses, (x,), x, gamma=gamma, channel_axis=channel_axis)
     if x.shape[channel_axis] % gamma:
         raise OptionError(
             f"sum_synapses expected the size of axis {channel_axis} to be a multiple of gamma={gamma}, "
@@ -39,6 +66,7 @@ def sum_synapses(x: Tensor, *, gamma: int, channel_axis: int) -> Tensor:
     return grouped.sum(channel_axis if channel_axis < 0 else channel_axis + 1)
 
 
+@overridable
 def spread_synapses(x: Tensor, *, gamma: int, channel_axis: int, groups: int) -> Tensor:
     """Give each of the ``gamma`` members of a connection its value: a compact tensor becomes the full one.
 
@@ -51,8 +79,6 @@ def spread_synapses(x: Tensor, *, gamma: int, channel_axis: int, groups: int) ->
     >>> spread_synapses(torch.tensor([1, 2, 3, 4]), gamma=2, channel_axis=-1, groups=2).tolist()
     [1, 2, 1, 2, 3, 4, 3, 4]
     """
-    if has_torch_function((x,)):
-        return redispatch(spread_synapses, (x,), x, gamma=gamma, channel_axis=channel_axis, groups=groups)
     grouped = x.unflatten(channel_axis, (groups, 1, -1))
     shape = list(grouped.shape)
     shape[channel_axis - 1] = gamma
@@ -60,23 +86,21 @@ def spread_synapses(x: Tensor, *, gamma: int, channel_axis: int, groups: int) ->
     return spread.contiguous()
 
 
+@overridable
 def full_size(x: Tensor, axis: int | None = None, *, gamma: int, channel_axis: int) -> Any:
     """Return the size that a compact tensor has when spread, of all axes or of one."""
-    if has_torch_function((x,)):
-        return redispatch(full_size, (x,), x, axis, gamma=gamma, channel_axis=channel_axis)
     sizes = list(x.shape)
     sizes[channel_axis] *= gamma
     return torch.Size(sizes) if axis is None else sizes[axis]
 
 
+@overridable
 def require_axes(x: Tensor, count: int) -> Tensor:
     """Return ``x``, for whose number of axes the graph was folded.
 
     Raises:
         InputError: it has another number of axes.
     """
-    if has_torch_function((x,)):
-        return redispatch(require_axes, (x,), x, count)
     if x.dim() != count:
         raise InputError(
             f"expected a tensor with {count} axes (a batch), for which the channels of this graph were "
@@ -86,6 +110,7 @@ def require_axes(x: Tensor, count: int) -> Tensor:
     return x
 
 
+@overridable
 def fold_weight(
     weight: Tensor,
     *,
@@ -111,18 +136,10 @@ def fold_weight(
     >>> fold_weight(torch.arange(8.0).reshape(2, 4), rows=2, columns=2).tolist()
     [[10.0, 18.0]]
     """
-    if has_torch_function((weight,)):
-        return redispatch(
-            *(fold_weight, (weight,), weight),
-            rows=rows,
-            columns=columns,
-            inner=inner,
-            groups=groups,
-            transposed=transposed,
-        )
     dense = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous()
     if groups == 1 and not transposed and dense and is_plain_eager():
-        return _tensor(_FoldDense.apply(weight, rows, columns, inner))  # type: ignore[no-untyped-call]
+        folded: Tensor = _FoldDense.apply(weight, rows, columns, inner)  # type: ignore[no-untyped-call]
+        return folded
     if inner > 1:
         weight = weight.unflatten(1, (-1, columns, inner)).sum(2).flatten(1)
         columns = 1
@@ -207,8 +224,3 @@ def folded_shape(
         else:
             return None
     return (first, second, *kernel), groups
-
-
-def _tensor(value: Any) -> Tensor:
-    result: Tensor = value
-    return result

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from biofx import InputError
-from biofx.operators.fold_norm_ops import affine_synapses, batch_norm_synapses
+from biofx.operators.norm_ops import affine_synapses, batch_norm_synapses
 
 
 def test_each_member_has_a_scale_and_a_shift_of_its_own() -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from biofx.operators import sign_kernels
-from biofx.operators import synapse_ops as ops
+from biofx.operators import sign_ops
+from biofx.operators.sign_ops import by_rows, clamp_gradient, clamp_to_signs, constrain_sign, write_signs
 
 SHAPES = {
     "columns": ((6, 5), (1, 5)),
@@ -27,16 +27,16 @@ def drawn(shape: tuple[int, ...]) -> Tensor:
 def test_projection_and_its_gradient_are_those_of_the_definition(
     case: str, block: int, in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sign_kernels, "_BLOCK", block)
+    monkeypatch.setattr(sign_ops, "BLOCK", block)
     shape, layout = SHAPES[case]
     weight, gradient, signs = drawn(shape), drawn(shape), torch.randint(-1, 2, layout).float()
-    by_rows = sign_kernels.by_rows(signs, weight)
-    projected = sign_kernels.project(weight.flatten(1), by_rows).view(shape)
+    laid_out = by_rows(signs, weight)
+    projected = clamp_to_signs(weight.flatten(1), laid_out).view(shape)
     assert torch.equal(projected, torch.where(weight * signs < 0, 0.0, weight))
     outward = (weight * signs <= 0) & (gradient * signs > 0)
     expected = torch.where(outward, 0.0, gradient)
     given = gradient.clone()
-    found = sign_kernels.project_gradient(given.flatten(1), weight.flatten(1), by_rows, in_place=in_place)
+    found = clamp_gradient(given.flatten(1), weight.flatten(1), laid_out, in_place=in_place)
     assert torch.equal(found.view(shape), expected)
     assert in_place == (found.data_ptr() == given.data_ptr())
     assert in_place or torch.equal(given, gradient)
@@ -47,7 +47,7 @@ def test_kernels_and_masks_agree_through_the_operator() -> None:
     gradients = []
     for made in (weight.clone(), weight.t().contiguous().t()):  # the second is not contiguous: masks
         leaf = made.requires_grad_()
-        effective = ops.constrain_sign(leaf, sign)
+        effective = constrain_sign(leaf, sign)
         effective.backward(torch.arange(24.0).reshape(6, 4) - 12)
         gradients.append((effective.detach(), leaf.grad))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
@@ -59,7 +59,7 @@ def test_kernels_and_masks_agree_through_the_operator() -> None:
 def test_signs_are_written_into_a_weight_as_the_definition_says(
     case: str, block: int, flip: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sign_kernels, "_BLOCK", block)
+    monkeypatch.setattr(sign_ops, "BLOCK", block)
     shape, layout = SHAPES[case]
     weight, signs = drawn(shape), torch.randint(-1, 2, layout).float()
     weight.view(-1)[:4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
@@ -68,6 +68,6 @@ def test_signs_are_written_into_a_weight_as_the_definition_says(
     wrong = weight * signs < 0
     expected = torch.where(wrong, -weight if flip else torch.zeros_like(weight), weight)
     pointer = weight.data_ptr()
-    assert sign_kernels.write_signs(weight, signs, flip=flip) == int(wrong.sum())
+    assert write_signs(weight, signs, flip=flip) == int(wrong.sum())
     assert weight.data_ptr() == pointer
     assert torch.equal(weight.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))

@@ -7,40 +7,55 @@ import torch
 from torch import nn
 
 from biofx.errors import OptionError, PlasticityError
-from biofx.operators.distributions import GRANULARITIES, INDEPENDENT, Distribution
-from biofx.operators.randomness import generator_for
-from biofx.operators.rate_draws import RateDraw, rate_draw
+from biofx.operators.rate_sampling import (
+    GRANULARITIES,
+    INDEPENDENT,
+    Distribution,
+    RateSampling,
+    rate_sampling,
+)
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.rate_rules import initial_factors
 
 CPU = torch.device("cpu")
 
 
-def a_draw(distribution: str = "uniform", granularity: str = "element", **options: float) -> RateDraw:
+def a_draw(distribution: str = "uniform", granularity: str = "element", **options: float) -> RateSampling:
     given = {"nu": 0.3, "low": 0.8, "high": 1.25, "depth": 0.5, **options}
-    return rate_draw(distribution, seed=4, path="fc.weight", granularity=granularity, output_axis=1, **given)
+    return rate_sampling(
+        distribution, seed=4, path="fc.weight", granularity=granularity, output_axis=1, **given
+    )
+
+
+FIRST: dict[str, list[float]] = {
+    "baseline": [1.0, 1.0, 1.0],
+    "uniform": [0.965193, 0.885775, 1.195393],
+    "normal": [0.977298, 0.869162, 1.054964],
+    "lognormal": [0.934539, 0.838754, 1.010013],
+    "gamma": [0.997073, 0.846761, 1.015921],
+    "beta": [1.036009, 0.948019, 0.845075],
+    "layer_adaptive": [1.198236, 0.914331, 1.224112],
+    "weight_adaptive": [1.132157, 0.914331, 1.022424],
+    "temporal": [0.977298, 0.869162, 1.054964],
+    "activity": [1.017939, 0.885775, 1.216319],
+}
+
+
+@pytest.mark.parametrize("distribution", Distribution)
+def test_the_numbers_are_those_of_version_0_1_0(distribution: Distribution) -> None:
+    weight = torch.linspace(-1, 1, 8).reshape(2, 4)
+    factors, noise = a_draw(distribution.value).sample(weight)
+    expected = torch.tensor(FIRST[distribution.value])
+    torch.testing.assert_close(factors.flatten()[:3], expected, rtol=0, atol=1e-6)
+    assert (noise is None) == (distribution.value not in ("weight_adaptive", "activity"))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("distribution", INDEPENDENT)
-def test_the_numbers_are_those_of_a_stored_draw_to_the_bit(
-    distribution: Distribution, granularity: str
-) -> None:
-    weight = torch.empty(70, 90, 3)
-    stored, _ = initial_factors(
-        distribution,
-        weight,
-        nu=0.3,
-        low=0.8,
-        high=1.25,
-        generator=generator_for(4, "fc.weight", purpose="scale-gradients"),
-        depth=0.5,
-        granularity=granularity,
-        output_axis=1,
-    )
-    found = a_draw(distribution.value, granularity).factors(weight.shape, CPU)
-    assert found.shape == stored.shape
-    assert torch.equal(found, stored)
+def test_synapses_share_factors_as_asked(distribution: Distribution, granularity: str) -> None:
+    weight = torch.empty(7, 9, 3)
+    found, _ = a_draw(distribution.value, granularity).sample(weight)
+    assert found.shape == {"element": (7, 9, 3), "neuron": (1, 9, 1), "layer": (1, 1, 1)}[granularity]
+    assert torch.equal(found, a_draw(distribution.value, granularity).factors(weight.shape, CPU))
     assert (distribution is Distribution.BASELINE) == bool((found == 1).all())
 
 
@@ -85,13 +100,13 @@ def test_a_draw_is_written_down_whole(distribution: Distribution) -> None:
         draw = a_draw(distribution.value, granularity, high=math.inf, nu=1 / 3)
         numbers = draw.to_tensor(CPU)
         assert (numbers.shape, numbers.dtype) == ((8,), torch.int64)
-        assert RateDraw.from_tensor(numbers) == draw
+        assert RateSampling.from_tensor(numbers) == draw
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(3), torch.full((8,), 99), torch.full((8,), -1)])
 def test_other_numbers_are_refused(wrong: torch.Tensor) -> None:
-    with pytest.raises(PlasticityError, match="expected what factors are drawn from, found"):
-        RateDraw.from_tensor(wrong)
+    with pytest.raises(PlasticityError, match="expected what factors are sampled from, found"):
+        RateSampling.from_tensor(wrong)
 
 
 def test_bounds_without_room_are_refused() -> None:
@@ -112,7 +127,7 @@ def test_the_order_that_files_rely_on() -> None:
 def test_a_state_draws_when_it_is_read(inputs: int, threads: int) -> None:
     layer = nn.Linear(inputs, 3)
     state = BioModule(layer)
-    state.draw_factors_from(a_draw())
+    state.sample_factors_from(a_draw())
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -124,7 +139,7 @@ def test_a_state_draws_when_it_is_read(inputs: int, threads: int) -> None:
 def read_from(state: BioModule, layer: nn.Linear) -> None:
     assert state.is_drawn
     assert state.has_factors
-    assert state.rate_draw == a_draw()
+    assert state.rate_sampling == a_draw()
     expected = a_draw().factors(layer.weight.shape, CPU)
     assert torch.equal(state.fuzzy_learning_rate_parameters, expected)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="inference tensor"):

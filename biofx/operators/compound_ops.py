@@ -1,4 +1,4 @@
-"""Recurrent layers as a function of their weights: what ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM`` compute."""
+"""Layers with several weights as functions of them: recurrent layers and multi-head attention of torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import handle_torch_function, has_torch_function
 
 from biofx.errors import InputError
+from biofx.operators.dispatch import overridable
 
 _CELLS: dict[str, Callable[..., Any]] = {
     "RNN_TANH": torch.rnn_tanh,
@@ -22,6 +23,7 @@ GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
 """How many matrices, one for each gate, are stacked in a weight, by mode."""
 
 
+@overridable
 def recurrent(
     x: Any,
     state: Any,
@@ -53,21 +55,6 @@ def recurrent(
     Raises:
         InputError: the input or the state has a shape that does not fit the weights.
     """
-    given = (x, training, *weights, *(state if isinstance(state, (tuple, list)) else (state,)))
-    if has_torch_function(given):
-        return handle_torch_function(
-            recurrent,
-            given,
-            x,
-            state,
-            weights,
-            training,
-            mode=mode,
-            num_layers=num_layers,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            batch_first=batch_first,
-        )
     chains = num_layers * (2 if bidirectional else 1)
     options = (list(weights), len(weights) // chains > 3, num_layers, dropout, training, bidirectional)
     if isinstance(x, PackedSequence):
@@ -126,3 +113,97 @@ def _check_input(x: Tensor, ranks: tuple[int, ...], weights: Sequence[Tensor], m
             f"{mode}: expected an input of {' or '.join(map(str, ranks))} axes, the last one of "
             f"{weights[0].size(1)} features, found shape {tuple(x.shape)}"
         )
+
+
+@overridable
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Sequence[Tensor],
+    training: bool,
+    *,
+    num_heads: int,
+    in_proj_bias: Tensor | None = None,
+    out_proj_bias: Tensor | None = None,
+    bias_k: Tensor | None = None,
+    bias_v: Tensor | None = None,
+    add_zero_attn: bool = False,
+    dropout: float = 0.0,
+    batch_first: bool = False,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> Any:
+    """Return what multi-head attention of torch returns: the output, and the attention or None.
+
+    Args:
+        query: ``(targets, batch, embed)``, ``(batch, targets, embed)`` if ``batch_first``, or
+            ``(targets, embed)``.
+        key: likewise, ``(sources, batch, features)``.
+        value: likewise, ``(sources, batch, features)``.
+        weights: the joint input projection ``(3 * embed, embed)`` and the output projection, or the
+            projections of query, key and value and that of the output.
+        training: whether dropout acts.
+        num_heads: heads, a count.
+        in_proj_bias: ``(3 * embed,)``.
+        out_proj_bias: ``(embed,)``.
+        bias_k: ``(1, 1, embed)``, a key that is added to the sequence.
+        bias_v: likewise for the values.
+        add_zero_attn: whether a key and a value of zeros are added.
+        dropout: probability with which an attention weight is dropped in training.
+        batch_first: whether the batch axis is the first one.
+        key_padding_mask: ``(batch, sources)``, as ``nn.MultiheadAttention`` takes it.
+        need_weights: whether the attention is returned.
+        attn_mask: ``(targets, sources)`` or ``(batch * heads, targets, sources)``, likewise.
+        average_attn_weights: whether the attention is averaged over the heads.
+        is_causal: whether ``attn_mask`` is the causal one.
+
+    Raises:
+        InputError: an input is a nested tensor, which only torch's fused inference path takes.
+    """
+    if query.is_nested or key.is_nested or value.is_nested:
+        raise InputError(
+            "attend: expected plain tensors, found a nested one; pad the sequences and pass key_padding_mask"
+        )
+    swapped = batch_first and query.dim() == 3
+    if swapped:
+        query, key, value = _time_first(query, key, value)
+    *inputs, output_weight = weights
+    joint = len(inputs) == 1
+    q_weight, k_weight, v_weight = (None, None, None) if joint else inputs
+    output, attention = F.multi_head_attention_forward(
+        query,
+        key,
+        value,
+        output_weight.size(0),
+        num_heads,
+        inputs[0] if joint else None,
+        in_proj_bias,
+        bias_k,
+        bias_v,
+        add_zero_attn,
+        dropout,
+        output_weight,
+        out_proj_bias,
+        training=training,
+        key_padding_mask=key_padding_mask,
+        need_weights=need_weights,
+        attn_mask=attn_mask,
+        use_separate_proj_weight=not joint,
+        q_proj_weight=q_weight,
+        k_proj_weight=k_weight,
+        v_proj_weight=v_weight,
+        average_attn_weights=average_attn_weights,
+        is_causal=is_causal,
+    )
+    return (output.transpose(1, 0) if swapped else output), attention
+
+
+def _time_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Swap batch and time; what is one tensor stays one, which torch then projects in one product."""
+    keys = key.transpose(1, 0)
+    values = keys if value is key else value.transpose(1, 0)
+    return (keys if query is key else query.transpose(1, 0)), keys, values

@@ -1,0 +1,76 @@
+"""How the functions of rewritten graphs are called: recorded as one call, or run as they are.
+
+A rewritten graph outlives the process that made it: it is pickled, traced again, compiled, exported, vmapped.
+The functions keep their effect through all of these, in two ways:
+
+* they are :func:`overridable`, so that a tracer records *one* call instead of looking inside (or, worse,
+  running it once);
+* their backward is either ordinary differentiable arithmetic or, wherever a graph is recorded below autograd,
+  a registered ``torch.library`` operator. A bare ``torch.autograd.Function`` would be dropped there silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import handle_torch_function, has_torch_function
+
+from biofx.errors import PlasticityError
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def overridable(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Let a tracer or a tensor subclass among the arguments take the call whole, as torch's functions do."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def dispatched(*args: P.args, **kwargs: P.kwargs) -> Result:
+        given: tuple[Any, ...] = (*args, *kwargs.values())
+        for entry in given:
+            if type(entry) in (list, tuple):
+                given = (*given, *entry)
+        if has_torch_function(given):
+            bound = signature.bind(*args, **kwargs)
+            result: Result = handle_torch_function(dispatched, given, *bound.args, **bound.kwargs)
+            return result
+        return function(*args, **kwargs)
+
+    return dispatched
+
+
+def is_recorded() -> bool:
+    """Whether operators are recorded: compiled, exported, or traced below autograd."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
+
+
+def is_recorded_below_autograd() -> bool:
+    """Whether operators are recorded below autograd, which then never sees an autograd function of ours."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return get_proxy_mode() is not None
+
+
+def is_plain_eager() -> bool:
+    """Whether operators run as they are called, on plain tensors, so that a kernel may be chosen."""
+    return not is_recorded() and not torch._C._are_functorch_transforms_active()
+
+
+def refuse_shard(weight: Tensor) -> None:
+    """Refuse a sharded weight, where torch would say that it cannot mix two kinds of tensors.
+
+    Raises:
+        PlasticityError: the weight is sharded.
+    """
+    if hasattr(weight, "device_mesh"):
+        raise PlasticityError(
+            f"expected a whole weight, found one of shape {tuple(weight.shape)} that is sharded: the graph "
+            "reads weights without calling their layers; shard the model as a whole, fully_shard(bio_model)"
+        )
