@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import Distribution, OptionError
-from biofx.operators.rate_sampling import following_factors, pooled_magnitude, rate_sampling, relative_smallness
+from biofx.operators.rate_sampling import (
+    following_factors,
+    pooled_magnitude,
+    rate_sampling,
+    relative_smallness,
+)
 from biofx.operators.sampling import BLOCK, generator_for
 from biofx.plasticity.rate_rules import evolve
 
