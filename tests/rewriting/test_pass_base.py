@@ -43,14 +43,12 @@ class ReplaceRelu(Pass):
 
     function: Callable[..., Any] = torch.tanh
 
-    def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
-        for node in graph_module.graph.find_nodes(op="call_function", target=torch.relu):
-            options = scope.options(self, node, "")
-            if isinstance(options, str):
-                yield missed(node, "", options)
-            else:
-                node.target = options.function
-                yield applied(node, "", "replaced")
+    def candidates(self, graph_module: BioGraphModule) -> list[Node]:
+        return list(graph_module.graph.find_nodes(op="call_function", target=torch.relu))
+
+    def rewrite_node(self, candidate: Node, options: ReplaceRelu) -> Remark:
+        candidate.target = options.function
+        return applied(candidate, "", "replaced")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +226,98 @@ def test_an_error_of_the_library_gains_no_note(graph_module: BioGraphModule) -> 
     with pytest.raises(SelectorError) as caught:
         Scripted(work=nothing, only="nowhere")(graph_module)
     assert not getattr(caught.value, "__notes__", [])
+
+
+def test_a_pass_implements_candidates_and_rewrite_node_or_rewrite() -> None:
+    class Neither(Pass):
+        name: ClassVar[str] = "neither"
+
+    with pytest.raises(TypeError, match="Neither must implement candidates and rewrite_node, or rewrite"):
+        Neither()
+
+
+def test_a_rewrite_that_returns_nothing_is_told_to_yield_remarks(graph_module: BioGraphModule) -> None:
+    with pytest.raises(
+        PassError,
+        match="silent broke its contract: rewrite returned None; yield a remark for each candidate",
+    ):
+        Silent()(graph_module)
+    with pytest.raises(
+        PassError,
+        match="replace-relu broke its contract: rewrite_node returned None for 'relu'; return a remark",
+    ):
+        SilentNode()(graph_module)
+
+
+def test_what_is_no_remark_is_refused(graph_module: BioGraphModule) -> None:
+    def work(gm: BioGraphModule) -> Iterator[Any]:
+        yield "replaced"
+
+    with pytest.raises(PassError, match=r"expected a remark .* found 'replaced'"):
+        Scripted(work=work)(graph_module)
+
+
+class Silent(Pass):
+    name: ClassVar[str] = "silent"
+
+    def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> None:  # type: ignore[override]
+        return None
+
+
+class SilentNode(ReplaceRelu):
+    def rewrite_node(self, candidate: Node, options: Pass) -> None:  # type: ignore[override]
+        return None
+
+
+def test_the_options_of_a_candidate_are_the_pass_that_rewrites_it(graph_module: BioGraphModule) -> None:
+    found = []
+
+    class Seen(ReplaceRelu):
+        def rewrite_node(self, candidate: Node, options: Any) -> Remark:
+            found.append((candidate.name, self is options, options.function))
+            return super().rewrite_node(candidate, options)
+
+    Seen(overrides=(Override("relu_1", (("function", torch.sigmoid),)),))(graph_module)
+    assert found == [("relu", True, torch.tanh), ("relu_1", True, torch.sigmoid)]
+
+
+def test_candidates_are_found_before_the_first_is_rewritten_and_remarks_among_them_are_kept(
+    graph_module: BioGraphModule,
+) -> None:
+    class Lazy(ReplaceRelu):
+        def candidates(self, graph_module: BioGraphModule) -> Iterator[Any]:  # type: ignore[override]
+            for node in graph_module.graph.nodes:
+                if node.target is torch.relu:
+                    yield node
+                elif node.op == "placeholder":
+                    yield missed(node, "", "it is an input")
+
+        def rewrite_node(self, candidate: Node, options: Any) -> list[Remark]:  # type: ignore[override]
+            with candidate.graph.inserting_after(candidate):
+                made = candidate.graph.call_function(torch.relu, (candidate,))
+            candidate.replace_all_uses_with(made, lambda user: user is not made)
+            return [applied(candidate, "", "doubled"), applied(candidate, "", "and told twice")]
+
+    report = Lazy()(graph_module).report
+    assert [str(remark) for remark in report.remarks] == [
+        "missed  x: it is an input",
+        *(
+            f"applied {name}: {words}"
+            for name in ("relu", "relu_1")
+            for words in ("doubled", "and told twice")
+        ),
+    ]
+
+
+def test_each_candidate_that_is_not_selected_is_left_alone_with_the_reason(
+    graph_module: BioGraphModule,
+) -> None:
+    report = ReplaceRelu(exclude="relu_1")(graph_module).report
+    assert [str(remark) for remark in report.remarks] == [
+        "applied relu: replaced",
+        "missed  relu_1: excluded by 'relu_1'",
+    ]
+    assert [remark.reason for remark in report.remarks] == ["", "off"]
 
 
 # before and after

@@ -1,10 +1,11 @@
 """A pass of one's own: neurons cannot fire at any rate, so ``relu`` becomes ``clamp`` with a ceiling."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch.fx import Node
 
 import biofx
 
@@ -17,12 +18,11 @@ class BoundRates(biofx.Pass):
     ceiling: float = 6.0
     """Highest rate, in units of the activation."""
 
-    def rewrite(self, graph_module: biofx.BioGraphModule, scope: biofx.Scope) -> Iterator[biofx.Remark]:
-        """Rewrite every call of ``torch.relu`` that is selected."""
-        for node in graph_module.graph.find_nodes(op="call_function", target=torch.relu):
-            options = scope.options(self, node, "")
-            if isinstance(options, str):
-                yield biofx.missed(node, "", options)
-                continue
-            node.target, node.args = torch.clamp, (node.args[0], 0.0, options.ceiling)
-            yield biofx.applied(node, "", f"bounded by {options.ceiling}")
+    def candidates(self, graph_module: biofx.BioGraphModule) -> Iterable[Node]:
+        """Return every call of ``torch.relu``."""
+        return graph_module.graph.find_nodes(op="call_function", target=torch.relu)
+
+    def rewrite_node(self, candidate: Node, options: "BoundRates") -> biofx.Remark:
+        """Rewrite one of them."""
+        candidate.target, candidate.args = torch.clamp, (candidate.args[0], 0.0, options.ceiling)
+        return biofx.applied(candidate, "", f"bounded by {options.ceiling}")
