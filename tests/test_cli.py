@@ -58,7 +58,7 @@ def test_transform_prints_diff_and_report_and_writes_json(
     assert "3 groups of 2 of its 6 output channels summed" in printed
     assert all(len(line) <= 80 for line in printed.splitlines())
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert report["schema"] == "biofx.rewriting.report/1"
+    assert report["schema"] == "biofx.report/1"
     assert [entry["applied"] for entry in report["passes"]] == [1, 1, 2]
 
 

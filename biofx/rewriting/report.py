@@ -3,7 +3,7 @@
 The JSON form (:meth:`Report.to_json`) is an object with these keys; a reader should check ``schema``:
 
 ``schema``
-    ``"biofx.rewriting.report/1"``; the number goes up when a key changes its meaning or disappears.
+    ``"biofx.report/1"``; the number goes up when a key changes its meaning or disappears.
 ``model``
     Class name of the model.
 ``modified``
@@ -42,7 +42,7 @@ from biofx.toml import write_whole
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-SCHEMA = "biofx.rewriting.report/1"
+SCHEMA = "biofx.report/1"
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ def test_the_json_form_is_as_documented(model: nn.Module) -> None:
     found = json.loads(report.to_json())
     assert found == json.loads(report.to_json(indent=None)) == json.loads(json.dumps(report.to_dict()))
     assert set(found) == {"schema", "model", "modified", "changes", "unmet", "coverage", "passes"}
-    assert found["schema"] == SCHEMA == "biofx.rewriting.report/1"
+    assert found["schema"] == SCHEMA == "biofx.report/1"
     assert (found["model"], found["modified"]) == (type(model).__name__, True)
     assert len(found["changes"]) == len(report.changes)
     for change in [*found["changes"], *(change for entry in found["passes"] for change in entry["changes"])]:
