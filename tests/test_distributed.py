@@ -180,7 +180,7 @@ if DISTRIBUTED:
         counts.append({str(key): value for key, value in traffic.get_comm_counts().items()})
     found["traffic"] = counts
     states = [module for module in model.modules() if isinstance(module, biofx.BioModule)]
-    for buffers in ([state.kept_factors.to_local() for state in states], [state.sign for state in states]):
+    for buffers in ([state.stored_factors.to_local() for state in states], [state.sign for state in states]):
         found.setdefault("bytes", []).extend(
             buffer.untyped_storage().nbytes() for buffer in buffers if buffer is not None
         )

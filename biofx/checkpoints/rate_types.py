@@ -16,7 +16,7 @@ from torch import nn
 
 from biofx.errors import CheckpointError, PlasticityError
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.rate_forms import RATE_BUFFERS, Held, factors_held, form_of
+from biofx.plasticity.saved_state import RATE_BUFFERS, Held, factors_of, form_of
 from biofx.rewriting.record import TransformRecord
 
 _FIELD, _OPTION, _PASS = "fuzzy_lr_dtype", "dtype", "scale-gradients"
@@ -81,20 +81,20 @@ def convert_rates(model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(owner, BioModule) or not owner.is_linked or owner.parameter is None:
             continue
         prefix = f"{path}." if path else ""
-        given = {prefix + name: made[prefix + name] for name in owner._buffers if prefix + name in made}
-        before = {name: given.get(prefix + name) for name in RATE_BUFFERS}
+        given = {name: made[prefix + name] for name in owner._buffers if prefix + name in made}
+        before = {name: given.get(name) for name in RATE_BUFFERS}
         if owner.is_drawn and form_of(before) is None:
             raise CheckpointError(f"model: {owner.path!r}: expected learning-rate factors, found none")
         try:
-            kept = owner.with_rates_as_kept(given, prefix)
+            kept = owner.with_own_form(given)
         except PlasticityError as error:
             raise CheckpointError(f"model: {owner.path!r}: {error}") from error
-        after = {name: kept.get(prefix + name) for name in RATE_BUFFERS}
+        after = {name: kept.get(name) for name in RATE_BUFFERS}
         if form_of(before) == form_of(after):
             continue
-        for key in given:
-            del made[key]
-        made.update(kept)
+        for name in given:
+            del made[prefix + name]
+        made.update({prefix + name: value for name, value in kept.items()})
         if changed := _difference(owner, before, after):
             rounded[owner.path] = changed
     if rounded:
@@ -112,6 +112,6 @@ def convert_rates(model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
 def _difference(owner: BioModule, before: Held, after: Held) -> float:
     """Return by how much the factors in two forms differ at most."""
     weight = owner.weight
-    found = [factors_held(held, weight.shape, weight.device) for held in (before, after)]
+    found = [factors_of(held, weight.shape, weight.device) for held in (before, after)]
     first, second = (torch.ones(1) if factors is None else factors.float().cpu() for factors in found)
     return float((first - second).abs().max())

@@ -109,7 +109,7 @@ def _misscaled(use: WeightUse, state: BioModule, uses: Uses) -> str:
     if (
         factors.op == "get_attr"
         and factors in uses.constants
-        and uses.constants.value(factors) is not state.kept_factors
+        and uses.constants.value(factors) is not state.stored_factors
     ):
         return f"its gradient is scaled by {factors.target}, not by its own factors; transform the model anew"
     return ""

@@ -19,7 +19,7 @@ from biofx.operators.norm_ops import affine_synapses, batch_norm_synapses
 from biofx.operators.rate_ops import scale_gradient_by_seed
 from biofx.operators.split_ops import fold_weight, spread_synapses, sum_synapses
 from biofx.plasticity.model_states import bio_module_path
-from biofx.plasticity.rate_forms import DRAW
+from biofx.plasticity.saved_state import DRAW
 
 _OPERATORS = WEIGHT_OPERATORS | {sum_synapses}
 _ITSELF = {EAGER_FORWARD, OWN_MODULE}

@@ -27,7 +27,6 @@ from biofx.operators.sampling import generator_for
 from biofx.operators.sign_ops import write_signs
 from biofx.plasticity.bio_state import BioState
 from biofx.plasticity.optimizers import forget_direction
-from biofx.plasticity.rate_forms import FACTORS
 from biofx.plasticity.rate_rules import (
     crystallize,
     evolve,
@@ -162,7 +161,7 @@ class BioModule(BioState):
 
     def keep_diversity(self) -> None:
         """Have room for what dynamic factors would be had crystallization dampened none."""
-        held = self._buffers[FACTORS]
+        held = self.stored_factors
         needs = self.is_dynamic and held is not None and held.shape == self.weight.shape
         if not needs:
             self.diversity = None
@@ -219,7 +218,7 @@ class BioModule(BioState):
     def fuzzy_learning_rates(self) -> int:
         """Multiply the weight's gradient by the factors; call it once, between backward and step."""
         self._require("fuzzy_learning_rates")
-        gradient, held, draw = self._gradient(), self.kept_factors, self.rate_sampling
+        gradient, held, draw = self._gradient(), self.stored_factors, self.rate_sampling
         part = local(gradient)
         if self.memory.dampening is not None:
             part.mul_(local_part(cast(Tensor, self.acting_factors), gradient).to(part.dtype))
@@ -272,7 +271,7 @@ class BioModule(BioState):
     @property
     def follows_in_parts(self) -> bool:
         """Whether each rank can let its part of dynamic factors change without the parts of the others."""
-        held, config = self.kept_factors, self.config
+        held, config = self.stored_factors, self.config
         if held is None or not is_sharded(held):
             return True
         if config.fuzzy_lr_distribution is Distribution.TEMPORAL:
@@ -379,14 +378,14 @@ class BioModule(BioState):
 
     @property
     def _dampens_factors(self) -> bool:
-        held = self._buffers[FACTORS]
+        held = self.stored_factors
         own = held is not None and held.shape == self.weight.shape
         return own and self.memory.dampening is None and (not self.is_dynamic or self.diversity is not None)
 
     @property
     def crystallizes_in_parts(self) -> bool:
         """Whether each rank can dampen the factors of its part without the parts of the others."""
-        held = self.kept_factors if self._dampens_factors else self.memory.dampening
+        held = self.stored_factors if self._dampens_factors else self.memory.dampening
         return held is not None and is_sharded(held)
 
     # rules on weights
@@ -438,6 +437,26 @@ class BioModule(BioState):
             groups=self.groups,
         )
         return self.weight.numel()
+
+    def _gradient(self) -> Tensor:
+        gradient = self.weight.grad
+        if gradient is None:
+            raise PlasticityError(f"{self.path!r} has no gradient; call backward first")
+        if gradient.layout is not torch.strided:
+            raise PlasticityError(f"{self.path!r} has a sparse gradient, and factors are dense (sparse=True)")
+        return gradient
+
+    def _factors(self) -> Tensor:
+        factors = self.fuzzy_learning_rate_parameters
+        if factors is None:
+            raise PlasticityError(f"{self.path!r} has no learning-rate factors")
+        return factors
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        """Return the generator of the next random event; equal on every rank and after a resume."""
+        event = self.memory.events
+        self.memory.events += 1
+        return generator_for(self.config.seed, self.path, event, purpose=purpose)
 
     def _require(self, rule: str) -> None:
         reason = self.why_not(rule)

@@ -1,4 +1,4 @@
-"""What a layer remembers about its synapses."""
+"""What is kept for one weight: its learning-rate factors, signs and activity, and the memory of its rules."""
 
 from __future__ import annotations
 
@@ -13,71 +13,73 @@ from biofx.config import BioConfig
 from biofx.errors import PlasticityError
 from biofx.layers.layer_kinds import kind_of
 from biofx.operators.rate_sampling import RateSampling
-from biofx.operators.sampling import generator_for
 from biofx.operators.sign_ops import signs_like
-from biofx.plasticity.rate_forms import (
-    CODES,
+from biofx.plasticity.rule_memory import RuleMemory
+from biofx.plasticity.saved_state import (
+    DIVERSITY,
     DRAW,
+    EXTRA,
     FACTORS,
     RATE_BUFFERS,
+    SIGNS,
     converted,
-    draw_held,
-    factors_held,
-    held_as,
+    form_of,
     refuse_codes,
+    stored_as,
+    with_current_keys,
+    without_averages,
 )
-from biofx.plasticity.rule_memory import RuleMemory
-from biofx.plasticity.saved_state import EXTRA, SIGNS, with_current_keys, without_averages
 
-_BUFFERS = (*RATE_BUFFERS, *SIGNS, "noise", "activity", "diversity")
+_BUFFERS = (*RATE_BUFFERS, *SIGNS, "noise", "activity", DIVERSITY)
 _DERIVED = ("unit_index", "constrained_rows")
-_OF_THE_GRAPH = (*_DERIVED, DRAW)
-PER_SYNAPSE = (FACTORS, "noise", "diversity")
+PER_SYNAPSE = (FACTORS, "noise", DIVERSITY)
 """The buffers that have an entry for each synapse, or for each that shares a factor."""
 _DEFAULT = BioConfig()
 
 
 def rule_config(config: BioConfig) -> BioConfig:
-    """Return what of a config is the rules' business; it can be copied and pickled with a layer."""
+    """Return the part of a config that the rules use; it can be copied and pickled with a layer."""
     return config.replace(weight_splitting_activation_function=identity, overrides=())
 
 
 class BioState(nn.Module):
-    """What is kept for one weight, as buffers that none trains, and what its rules remember.
+    """The state of one weight, as buffers that are not trained, and the memory of its rules.
 
-    Which buffers there are, model and config decide, and no rule. Each can be averaged as parameters are.
+    Model and config decide which buffers exist; rules do not add any. Each can be averaged like parameters.
 
     ``fuzzy_learning_rate_parameters``
         One learning-rate factor per synapse, dimensionless; shaped like the weight, or of size 1 along the
         axes that share a factor.
     ``fuzzy_learning_rate_draw``
-        What the factors are drawn from at every reading, int64 (a
-        :class:`~biofx.operators.rate_sampling.RateSampling`); instead of them where ``fuzzy_lr_dtype`` is
-        ``"seed"``.
+        What the factors are sampled from at every reading, int64
+        (:meth:`RateSampling.to_tensor() <biofx.operators.rate_sampling.RateSampling.to_tensor>`); instead of
+        them where ``fuzzy_lr_dtype`` is ``"seed"``.
     ``sign``
         +1 for each excitatory and -1 for each inhibitory unit of the layer, that is, of its outputs; 0 where
-        unconstrained; float32, shape ``(units,)``. What is near them, as rounding leaves it, acts as they do.
+        unconstrained; float32, shape ``(units,)``. Values near these, as rounding leaves them, act like them.
         All layers that read the units read their signs from here.
     ``local_sign``
-        The same for units that the layer reads and no layer makes; or, for comparison only, signs of rows.
+        The same for units that the layer reads and that no layer produces; or, for comparison only, signs of
+        rows.
     ``unit_index``, ``constrained_rows``
-        No buffers, the graph tells them: which of the signs that the layer reads belongs to each of its input
-        channels, int64; and 1 for the outputs whose weights are constrained, 0 for those exempt, int8.
+        Not buffers, because they follow from the graph: which of the signs that the layer reads belongs to
+        each of its input channels, int64; and 1 for the outputs whose weights are constrained, 0 for those
+        exempt, int8.
     ``noise``
         The random part u of factors that follow weights or activity, shaped like the factors.
     ``activity``
         Running mean of |output| of each of the layer's units, shape ``(units,)``; negative before the first.
     ``diversity``
-        Dynamic factors as they would be had crystallization never dampened one; shaped like the weight, and
-        there only where each synapse has such a factor.
+        Dynamic factors as they would be without crystallization; shaped like the weight, and only where each
+        synapse has such a factor.
     ``memory``
-        No buffer: a :class:`~biofx.plasticity.rule_memory.RuleMemory`. What it holds for each unit is in the
-        state dict too, as ``_extra_state``, for a state that was made with the model.
+        Not a buffer: a :class:`~biofx.plasticity.rule_memory.RuleMemory`. Its counts and the memory of each
+        unit are in the state dict too, as ``_extra_state``, for a state that was made with the model.
 
-    A checkpoint of the original model has none of these keys; loading it leaves the state as it is.
+    A checkpoint of the original model has none of these keys; loading it leaves the state unchanged.
 
-    Of a weight that no layer of torch's tells about, ``inputs_first`` says that it is ``(in, out)``, and
-    ``why_no_synapses``, if it says anything, why its entries are no synapses between units.
+    For weights of modules that biofx does not know, ``inputs_first`` says that they are ``(in, out)``, and
+    ``why_no_synapses``, if not empty, why their entries are no synapses between units.
 
     Args:
         parent: the layer, or a function that returns it.
@@ -86,7 +88,7 @@ class BioState(nn.Module):
 
     __jit_unused_properties__: ClassVar[list[str]] = [
         *("weight", "parameter", "is_linked", "is_constrained", "output_axis", "groups"),
-        *("is_drawn", "rate_sampling", "has_factors", "has_rates", "kept_factors"),
+        *("is_drawn", "rate_sampling", "has_factors", "has_rates", "stored_factors"),
         *("steps", "events", "target_strength", "units"),
     ]
 
@@ -109,6 +111,7 @@ class BioState(nn.Module):
         # what register_buffer would do for each, in a tenth of the time: there is a state for every weight
         self._buffers.update(dict.fromkeys(_BUFFERS))
         self.__dict__.update(dict.fromkeys(_DERIVED))
+        self.__dict__.update(_sampling=None, _values_of_meta={}, _lost=[])
         self.memory = RuleMemory()
         self.saves_memory = parent is not None
         self.config = _DEFAULT if config is None else rule_config(config)
@@ -122,8 +125,10 @@ class BioState(nn.Module):
         if parent is not None:
             self.link(parent if isinstance(parent, nn.Module) else parent())
 
+    # the layer and its weight
+
     def link(self, parent: nn.Module) -> None:
-        """Make ``parent`` the layer; it is kept outside the module tree, which may have no loop."""
+        """Make ``parent`` the layer; it is stored outside the module tree, which must not contain a cycle."""
         self.__dict__["_parent"] = parent
 
     @property
@@ -191,14 +196,14 @@ class BioState(nn.Module):
 
     @property
     def target_strength(self) -> Tensor | None:
-        """Total input strength of each unit that synaptic scaling keeps up, None before it first did."""
+        """Total input strength of each unit that synaptic scaling maintains, None before its first call."""
         return self.memory.target_strength
 
     def reads_signs_of(self, sources: Sequence[tuple[BioState, str]], layout: dict[str, int]) -> None:
         """Constrain the weight to the signs of its presynaptic units.
 
         Args:
-            sources: who keeps them, and in which buffer; laid one after another, and picked from by
+            sources: the states that hold them, and in which buffer; concatenated, and indexed by
                 ``unit_index`` if there is one.
             layout: ``axis`` and ``groups`` as :func:`biofx.operators.sign_ops.constrain_sign` takes them.
         """
@@ -234,105 +239,77 @@ class BioState(nn.Module):
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the factors are not stored, but drawn again from their seed at each use."""
+        """Whether the factors are not stored, but sampled from their seed at each use."""
         return self.__dict__["_buffers"].get(DRAW) is not None
 
     @property
     def rate_sampling(self) -> RateSampling | None:
-        """What the factors are drawn from at each use, None where they are stored."""
-        return draw_held(self._with_values())
+        """What the factors are sampled from at each use, None where they are stored."""
+        return self.__dict__.get("_sampling") if self.is_drawn else None
+
+    @property
+    def stored_factors(self) -> Tensor | None:
+        """The buffer that holds the factors, None where none are stored."""
+        return self._buffers[FACTORS]
 
     @property
     def has_factors(self) -> bool:
         """Whether it has factors, in whatever form."""
-        return self.is_drawn or self.kept_factors is not None
+        return self.is_drawn or self.stored_factors is not None
 
     @property
     def has_rates(self) -> bool:
-        """Whether something multiplies its learning rate: factors, or what crystallization made of 1."""
+        """Whether its learning rate is multiplied: by factors, or by what crystallization made of 1."""
         return self.has_factors or self.memory.dampening is not None
 
-    @property
-    def kept_factors(self) -> Tensor | None:
-        """The buffer that holds the factors, None where none are stored."""
-        return self._buffers[FACTORS]
-
-    def _with_values(self) -> dict[str, Tensor | None]:
-        """Return the buffers, those on the meta device with the values that they have kept.
-
-        What factors are drawn from is what was written there, whatever an average of models made of it.
-        """
-        held = {**self.__dict__["_buffers"], **self.__dict__.get("_kept", {})}
-        draw, numbers = self.__dict__.get("_draw"), held.get(DRAW)
-        if draw is not None and numbers is not None:
-            held[DRAW] = draw.to_tensor(torch.device("cpu") if numbers.is_meta else numbers.device)
-        return held
-
     def __getattr__(self, name: str) -> Any:
-        if name == FACTORS and "_buffers" in self.__dict__ and self.is_drawn:
+        if name == FACTORS and "_buffers" in self.__dict__ and (sampling := self.rate_sampling) is not None:
             # torch refuses to write to an inference tensor: what is written to a copy would be lost
             with torch.inference_mode():
-                return factors_held(self._with_values(), self.weight.shape, self.weight.device)
+                return sampling.factors(self.weight.shape, self.weight.device)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == FACTORS and self.is_drawn:
             raise PlasticityError(
-                f"{self.path!r}: its factors are drawn from their seed at each use (fuzzy_lr_dtype='seed'), "
-                "there is nothing to assign to; transform the model with fuzzy_lr_dtype='float32'"
+                f"{self.path!r}: its factors are sampled from their seed at each use (fuzzy_lr_dtype='seed') "
+                "and cannot be assigned; transform the model with fuzzy_lr_dtype='float32'"
             )
         super().__setattr__(name, value)
-        if name == FACTORS and self._buffers.get("diversity") is not None:
-            self._buffers["diversity"] = None if value is None else value.clone()
+        if name == FACTORS and self._buffers.get(DIVERSITY) is not None:
+            self._buffers[DIVERSITY] = None if value is None else value.clone()
 
     def forget_factors(self) -> None:
-        """Have no factors, in no form, until they are drawn."""
-        self._buffers.update(dict.fromkeys((*RATE_BUFFERS, "diversity")))
+        """Remove the factors, in whatever form they are."""
+        self._buffers.update(dict.fromkeys((*RATE_BUFFERS, DIVERSITY)))
 
     def store_factors(self, factors: Tensor, dtype: str) -> None:
-        """Keep factors as ``dtype`` says, instead of any others.
+        """Store factors in place of any others.
 
         Args:
             factors: dimensionless.
             dtype: one of :data:`biofx.config.STORED_RATE_DTYPES`.
         """
-        self._buffers.update(held_as(dtype, factors, self.config.fuzzy_lr_min, self.config.fuzzy_lr_max))
+        low, high = self.config.fuzzy_lr_min, self.config.fuzzy_lr_max
+        self._buffers.update({FACTORS: stored_as(dtype, factors, low, high), DRAW: None})
 
-    def sample_factors_from(self, draw: RateSampling) -> None:
-        """Draw factors at each use, instead of any that are stored."""
-        self.__dict__["_draw"] = draw
-        self._buffers.update({**dict.fromkeys(RATE_BUFFERS), DRAW: draw.to_tensor(self.weight.device)})
+    def sample_factors_from(self, sampling: RateSampling) -> None:
+        """Sample factors at each use, in place of any that are stored."""
+        self.__dict__["_sampling"] = sampling
+        self._buffers.update({FACTORS: None, DRAW: sampling.to_tensor(self.weight.device)})
 
-    def _gradient(self) -> Tensor:
-        gradient = self.weight.grad
-        if gradient is None:
-            raise PlasticityError(f"{self.path!r} has no gradient; call backward first")
-        if gradient.layout is not torch.strided:
-            raise PlasticityError(f"{self.path!r} has a sparse gradient, and factors are dense (sparse=True)")
-        return gradient
-
-    def _factors(self) -> Tensor:
-        factors = self.fuzzy_learning_rate_parameters
-        if factors is None:
-            raise PlasticityError(f"{self.path!r} has no learning-rate factors")
-        return factors
-
-    def _generator(self, purpose: str) -> torch.Generator:
-        """Return the generator of the next random event; equal on every rank and after a resume."""
-        event = self.memory.events
-        self.memory.events += 1
-        return generator_for(self.config.seed, self.path, event, purpose=purpose)
+    # moving
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BioState:
-        """Move and convert as any module does; what the graph tells, and signs, keep their values anyhow.
+        """Move and convert like any module; signs and what follows from the graph keep their values.
 
-        Those of other buffers are gone after a way over the meta device, until a state is loaded.
+        Values of other buffers are lost on the way over the meta device, until a state is loaded.
         """
-        kept: dict[str, Tensor] = self.__dict__.setdefault("_kept", {})
-        empty = [name for name, held in self._buffers.items() if held is not None and held.is_meta]
-        tables = [(self._buffers, (DRAW, *SIGNS)), (self.__dict__, _DERIVED)]
+        values: dict[str, Tensor] = self.__dict__["_values_of_meta"]
+        empty = {name for name, held in self._buffers.items() if held is not None and held.is_meta}
+        tables = [(self._buffers, SIGNS), (self.__dict__, _DERIVED)]
         for table, names in tables:
-            kept.update({name: table[name] for name in names if _has_values(table[name])})
+            values.update({name: table[name] for name in names if _has_values(table[name])})
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.__dict__.update(
             {name: fn(self.__dict__[name]) for name in _DERIVED if self.__dict__[name] is not None}
@@ -340,29 +317,31 @@ class BioState(nn.Module):
         self.memory.apply(fn)
         for table, names in tables:
             for name in names:
-                if name in kept and _has_values(table[name]):
-                    table[name] = kept.pop(name).to(table[name])
-                    empty = [other for other in empty if other != name]
-        if not kept:
-            del self.__dict__["_kept"]
-        if lost := [name for name in empty if _has_values(self._buffers[name])]:
-            self.__dict__["_lost"] = lost
+                if name in values and _has_values(table[name]):
+                    table[name] = values.pop(name).to(table[name])
+                    empty.discard(name)
+        filled = [name for name in self._buffers if name in empty and _has_values(self._buffers[name])]
+        if DRAW in filled:
+            self._buffers[DRAW] = self._own()[DRAW]
+            filled.remove(DRAW)
+        if filled:
+            self.__dict__["_lost"] = filled
         return self
 
     # saving and loading
 
     def get_extra_state(self) -> Tensor:
-        """Return counts, and what rules remember of each unit, as one tensor that always has one size."""
+        """Return counts and the memory of each unit as one tensor that always has one size."""
         return self.memory.to_tensor(self.units)
 
     def set_extra_state(self, state: Any) -> None:
-        """Take that over, unless it has been averaged: then this state goes on as its own counts say."""
+        """Load what :meth:`get_extra_state` returned, unless it has been averaged."""
         self.memory.take(state, self.units, self.parameter if self.is_linked else None)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if _has_values(destination.get(prefix + DRAW)):
-            destination[prefix + DRAW] = self._with_values()[DRAW]
+            destination[prefix + DRAW] = self._own()[DRAW]
         if not self.saves_memory:
             destination.pop(prefix + EXTRA, None)
 
@@ -376,47 +355,59 @@ class BioState(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if not any(key.startswith(prefix) for key in state_dict):
-            missing_keys += [prefix + name for name in self.__dict__.get("_lost", ())]
+        saved = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if not saved:
+            missing_keys += [prefix + name for name in self.__dict__["_lost"]]
             return
+        weight, own = self.parameter if self.is_linked else None, self._own()
         try:
-            current = without_averages(self, with_current_keys(self, state_dict, prefix), prefix)
-            current = self.with_rates_as_kept(current, prefix)
+            refuse_codes(prefix + name for name in saved)
+            saved, dampening = with_current_keys(saved, own, weight, self.units)
+            saved = self.with_own_form(without_averages(saved, own))
         except PlasticityError as error:
             error_msgs.append(f"{self.path!r}: {error}")
             return
+        if dampening is not None:
+            self.memory.dampening = dampening
         if not self.saves_memory:
-            self.set_extra_state(current.pop(prefix + EXTRA, None))
+            self.set_extra_state(saved.pop(EXTRA, None))
+        current = {prefix + name: value for name, value in saved.items()}
         missing: list[str] = []
         super()._load_from_state_dict(
             current, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         missing_keys += [key for key in missing if key != prefix + EXTRA]
-        self.__dict__.pop("_lost", None)
+        self.__dict__["_lost"] = []
 
-    def with_rates_as_kept(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        """Return a saved state with this layer's factors in the form in which it keeps them.
+    def with_own_form(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a saved state with the factors in the form in which this layer keeps its own.
 
         Args:
-            state_dict: of a model; nothing of it is changed.
-            prefix: how the keys of this layer's state begin.
+            saved: the state's entries by their names in it; not changed.
 
         Raises:
-            PlasticityError: they cannot be kept so: the seed draws others, or they are codes of uint8.
+            PlasticityError: the layer samples its factors, and they differ from the saved ones.
         """
-        refuse_codes({prefix + CODES} & state_dict.keys())
-        kept = dict(state_dict)
+        kept = dict(saved)
         if self.config.fuzzy_lr_dtype != "float32" and self.noise is None:
-            kept.pop(f"{prefix}noise", None)  # the random part of factors that go on changing: none here do
-        config, weight = self.config, self.parameter if self.is_linked else None
-        saved = {name: kept.pop(prefix + name, None) for name in RATE_BUFFERS}
+            kept.pop("noise", None)  # the random part of dynamic factors, which are float32
+        weight = self.parameter if self.is_linked else None
         held = converted(
-            *(saved, self._with_values()),
+            {name: kept.pop(name, None) for name in RATE_BUFFERS},
+            form_of(self._own()),
+            self.rate_sampling,
             shape=torch.Size() if weight is None else weight.shape,
-            low=config.fuzzy_lr_min,
-            high=config.fuzzy_lr_max,
+            low=self.config.fuzzy_lr_min,
+            high=self.config.fuzzy_lr_max,
         )
-        return kept | {prefix + name: tensor for name, tensor in held.items() if tensor is not None}
+        return kept | {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def _own(self) -> dict[str, Tensor | None]:
+        """Return the buffers, with the true numbers that factors are sampled from, whatever was averaged."""
+        own, sampling = dict(self._buffers), self.rate_sampling
+        if sampling is not None and (numbers := own[DRAW]) is not None:
+            own[DRAW] = sampling.to_tensor(torch.device("cpu") if numbers.is_meta else numbers.device)
+        return own
 
 
 def _has_values(tensor: Tensor | None) -> bool:

@@ -43,7 +43,7 @@ def shard_state(state: BioModule) -> None:
     dampening = state.memory.dampening
     if dampening is not None and not is_sharded(dampening):
         state.memory.dampening = spread_like(dampening, weight)
-    held = state.kept_factors
+    held = state.stored_factors
     if held is None or not is_sharded(held):
         return
     rates = vars(state).get(_RATES)

@@ -1,28 +1,25 @@
-"""What the rules remember of one weight: counts, and what they compare it with or make of its factors.
+"""What the rules remember of one weight: counts, target strengths, dampening.
 
-None of it is a buffer, so that whatever averages the buffers of models leaves it alone. In a model's state
-dict, counts and what is kept for each unit are one tensor, there from the start and always of one size. What
-is kept for each synapse would be as large as the weight: it is saved with the attachment, as an optimizer's
-state is with the optimizer.
+None of it is a buffer, so averages of the buffers of models do not change it. In a model's state dict, counts
+and the memory of each unit are one tensor, which exists from the start and always has one size. The memory of
+each synapse would be as large as the weight: it is saved with the attachment, as an optimizer's state is with
+the optimizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from biofx.errors import PlasticityError
 
-if TYPE_CHECKING:
-    from biofx.plasticity.bio_state import BioState
-
 _COUNTS = 2
 _EXACT = 2**53
-"""Up to here float64 counts without gaps."""
+"""Up to here float64 represents every count."""
 
 
 @dataclass
@@ -34,20 +31,19 @@ class RuleMemory:
     events: int = 0
     """Random events so far, a count."""
     target_strength: Tensor | None = None
-    """Total input strength of each unit that synaptic scaling keeps up, shape ``(units,)``."""
+    """Total input strength of each unit that synaptic scaling maintains, shape ``(units,)``."""
     dampening: Tensor | None = None
-    """What crystallization has made of each synapse's rate, in (0, 1], shaped like the weight; only where the
-    weight has no factor for each synapse that could be dampened itself."""
+    """What crystallization multiplies each synapse's rate by, in (0, 1], shaped like the weight; only where
+    the weight has no factor for each synapse that could be dampened itself."""
 
     def to_tensor(self, units: int) -> Tensor:
-        """Return counts and target strengths as numbers that an average of several is told apart from.
+        """Return counts and target strengths as float64 numbers that show whether they were averaged.
 
-        They are float64, which clients can calculate with. Last comes the sum of the squares of all others:
-        the square of an average is less than the average of the squares, unless all are the same.
+        The last is the sum of the squares of all others: the square of an average is less than the average
+        of the squares, unless all are equal.
 
         Args:
-            units: how many units the weight has, a count; without a target strength of each, as where the
-                weight is computed now, each has 0.
+            units: of the weight, a count; where it has no target strengths, or is computed now, each is 0.
         """
         numbers = torch.zeros(_COUNTS + units, dtype=torch.float64)
         numbers[0], numbers[1] = self.steps, self.events
@@ -56,12 +52,12 @@ class RuleMemory:
         return torch.cat((numbers, numbers.square().sum().reshape(1)))
 
     def take(self, saved: Any, units: int, weight: Tensor | None) -> None:
-        """Take over what :meth:`to_tensor` returned; what is an average, or no such thing, changes nothing.
+        """Load what :meth:`to_tensor` returned; an average, or anything else, changes nothing.
 
         Args:
             saved: what was saved.
-            units: how many units the weight has, a count.
-            weight: tells the device and the type of target strengths; None without any.
+            units: of the weight, a count.
+            weight: gives device and dtype of the target strengths; None for no target strengths.
         """
         if not isinstance(saved, Tensor) or saved.shape != (_COUNTS + units + 1,) or saved.is_meta:
             return
@@ -80,10 +76,10 @@ class RuleMemory:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def check(self, saved: Any, units: int, shape: torch.Size) -> None:
-        """Check that something is what :meth:`to_plain` returned of a weight of this shape.
+        """Check that something was returned by :meth:`to_plain` for a weight of this shape.
 
         Raises:
-            PlasticityError: it is not.
+            PlasticityError: it was not.
         """
         if not isinstance(saved, Mapping) or set(saved) != set(self.__dataclass_fields__):
             raise PlasticityError(f"expected {', '.join(self.__dataclass_fields__)}, found {saved!r}")
@@ -97,39 +93,15 @@ class RuleMemory:
                 raise PlasticityError(f"{name}: expected a tensor of shape {expected}, found {found!r}")
 
     def restore(self, saved: Mapping[str, Any], device: torch.device) -> None:
-        """Take over what :meth:`check` has passed; tensors are copied."""
+        """Load what :meth:`check` has accepted; tensors are copied."""
         for name, value in saved.items():
             copied = value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
             setattr(self, name, copied)
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Move and convert the tensors as a module's buffers are, but for their values, which stay."""
+        """Move and convert the tensors as buffers of a module, except that they keep their values."""
         for name in ("target_strength", "dampening"):
             held = getattr(self, name)
             if held is not None:
                 like = fn(held)
                 setattr(self, name, None if like.is_meta else held.to(like.device, like.dtype))
-
-
-def memory_of(states: Mapping[str, BioState]) -> dict[str, dict[str, Any]]:
-    """Return what the rules of each weight remember, by its path, as plain values and tensors."""
-    return {path: state.memory.to_plain() for path, state in states.items()}
-
-
-def take_memory(states: Mapping[str, BioState], saved: Any) -> None:
-    """Let rules remember what :func:`memory_of` returned; weights that it does not name keep their own.
-
-    Raises:
-        PlasticityError: it names another weight, or does not fit one; nothing has been changed.
-    """
-    if not isinstance(saved, Mapping):
-        raise PlasticityError(f"memory: expected a dict by the paths of weights, found {saved!r}")
-    for path, entry in saved.items():
-        if path not in states:
-            raise PlasticityError(f"memory: found that of {path!r}, which the optimizer does not step here")
-        try:
-            states[path].memory.check(entry, states[path].units, states[path].weight.shape)
-        except PlasticityError as error:
-            raise PlasticityError(f"memory of {path!r}: {error}") from error
-    for path, entry in saved.items():
-        states[path].memory.restore(entry, states[path].weight.device)

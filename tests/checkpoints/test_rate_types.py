@@ -44,8 +44,8 @@ def form(model: nn.Module, layer: str = "2") -> str:
     held = state(model, layer)
     if held.is_drawn:
         return "seed"
-    assert held.kept_factors is not None
-    return str(held.kept_factors.dtype).removeprefix("torch.")
+    assert held.stored_factors is not None
+    return str(held.stored_factors.dtype).removeprefix("torch.")
 
 
 def expected(factors: Tensor, drawn: Tensor, dtype: str) -> Tensor:

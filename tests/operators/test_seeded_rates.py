@@ -144,5 +144,5 @@ def read_from(state: BioModule, layer: nn.Linear) -> None:
     assert torch.equal(state.fuzzy_learning_rate_parameters, expected)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="inference tensor"):
         state.fuzzy_learning_rate_parameters.fill_(0)  # type: ignore[union-attr]
-    with pytest.raises(PlasticityError, match="nothing to assign to"):
+    with pytest.raises(PlasticityError, match="cannot be assigned"):
         state.fuzzy_learning_rate_parameters = expected

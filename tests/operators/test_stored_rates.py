@@ -17,7 +17,7 @@ from biofx.errors import OptionError
 from biofx.operators.rate_ops import multiply_by_blocks
 from biofx.operators.rate_sampling import CHANGING
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.rate_forms import rounded
+from biofx.plasticity.saved_state import stored_as
 
 HALVES = {"fuzzy_lr_dtype": "bfloat16"}
 
@@ -57,7 +57,7 @@ def test_blocks_multiply_as_the_whole_does(shape: tuple[int, int], dtype: torch.
 
 @pytest.mark.parametrize(("low", "high"), [(0.7, 1.3), (0.999, 1.001), (1, 1), (0, 2)])
 def test_bfloat16_stays_within_the_bounds(low: float, high: float) -> None:
-    found = rounded(torch.linspace(low, high, 999), low, high).double()
+    found = stored_as("bfloat16", torch.linspace(low, high, 999), low, high).double()
     assert low <= found.min() <= found.max() <= high
     if high - low > 0.5:
         assert (found - torch.linspace(low, high, 999)).abs().max() <= 2**-7

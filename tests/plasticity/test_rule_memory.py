@@ -102,8 +102,8 @@ def test_state_dicts_of_older_versions_still_load() -> None:
     assert (state.steps, state.events) == (4, 5)
     assert torch.equal(state.target_strength, late["target_strength"])  # type: ignore[arg-type]
     assert state.sign.tolist() == [1, -1, 1]
-    assert state.kept_factors is not None
-    assert state.kept_factors.shape == (3, 1)
+    assert state.stored_factors is not None
+    assert state.stored_factors.shape == (3, 1)
     above = factors > 0.01
     torch.testing.assert_close(state.acting_factors[above], factors[above])  # type: ignore[index]
     without = BioModule(layer)

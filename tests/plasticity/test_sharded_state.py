@@ -16,4 +16,4 @@ def test_a_whole_layer_is_left_as_it_is() -> None:
         assert layer.weight is weight
     assert layer.weight is weight
     shard_state(state)
-    assert state.kept_factors is None
+    assert state.stored_factors is None
