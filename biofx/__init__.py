@@ -8,8 +8,8 @@ True
 """
 
 from biofx import passes
-from biofx.analysis.flow import add_unit_rule
-from biofx.analysis.groups import UnitGroup, UnitGroups, unit_groups
+from biofx.analysis.unit_groups import UnitGroup, UnitGroups, unit_groups
+from biofx.analysis.units import add_unit_rule
 from biofx.callables import register_activation
 from biofx.capture.capture import capture
 from biofx.checkpoints.checkpoint import Checkpoint, load, save

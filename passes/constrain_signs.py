@@ -21,8 +21,7 @@ from typing import Any, ClassVar
 import torch
 
 from biofx.analysis.sign_store import bring_signs, keep_row_signs, states_of
-from biofx.analysis.sign_survey import SignSurvey
-from biofx.analysis.unused_signs import refuse_unused_signs
+from biofx.analysis.sign_survey import SignSurvey, refuse_unused_signs
 from biofx.config import option_from_config
 from biofx.layers.lowering import Lowering, node_stem
 from biofx.layers.sites import find_sites

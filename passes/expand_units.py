@@ -18,17 +18,15 @@ from typing import ClassVar
 
 from torch.fx import Node
 
-from biofx.analysis.dataflow import synaptic_nodes
-from biofx.analysis.groups import unit_groups
-from biofx.analysis.reach import last_in_regions, last_synapses
+from biofx.analysis.synapses import last_synapses
+from biofx.analysis.unit_groups import unit_groups
 from biofx.config import option_from_config
 from biofx.layers.lowering import Lowering
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.options import with_documented_options
-from biofx.rewriting.expandable import Circuit, Expandability, circuits
-from biofx.rewriting.expansion import expand
+from biofx.rewriting.expansion import Circuit, Expandability, circuits, expand
 from biofx.rewriting.gains import fold_negative_gains, in_scope
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.remarks import Remark, applied, missed, switched_off
@@ -54,9 +52,7 @@ class ExpandUnits(Pass):
         """Expand each circuit of units that can be expanded as a whole."""
         sites = find_sites(graph_module)
         groups, lowering = unit_groups(graph_module), Lowering(graph_module)
-        synaptic = synaptic_nodes(graph_module)
-        last = last_synapses(graph_module.graph, synaptic)
-        in_regions = last_in_regions(graph_module.graph, synaptic)
+        last = last_synapses(graph_module)
         told: dict[tuple[Node, str], Remark] = {}
         chosen: list[Circuit] = []
         makers: dict[str, list[WeightSite]] = {}
@@ -64,7 +60,7 @@ class ExpandUnits(Pass):
             makers.setdefault(site.parameter_path, []).append(site)
         able = Expandability(groups, graph_module, makers)
         for circuit in circuits(groups):
-            reason = self._reason_against(circuit, last, in_regions)
+            reason = self._reason_against(circuit, last)
             off = None if reason else _why_not_selected(circuit, scope, makers)
             reason = reason or off or able.why_not(circuit)
             if reason is None:
@@ -101,19 +97,17 @@ class ExpandUnits(Pass):
             yield remark
         yield from unsupported(sites)
 
-    def _reason_against(
-        self, circuit: Circuit, last: set[Node], in_regions: Mapping[Node, str]
-    ) -> str | None:
+    def _reason_against(self, circuit: Circuit, last: Mapping[Node, str | None]) -> str | None:
         """Return why a circuit is not to be expanded, None if it is."""
         if not circuit.readings:
             return "no weight reads its units"
-        if not self.constrain_readout and all(reading.site.node in last for reading in circuit.readings):
+        regions = [last.get(reading.site.node, "") for reading in circuit.readings]
+        if not self.constrain_readout and all(region is None for region in regions):
             return "only a readout reads its units (constrain_readout=False)"
-        ends = [in_regions.get(reading.site.node) for reading in circuit.readings]
-        if not self.constrain_readout and None not in ends:
+        if not self.constrain_readout and all(regions):
             return (
                 "whether more than a readout reads its units is not known: Python calls "
-                f"{ends[0]!r} (constrain_readout=False)"
+                f"{regions[0]!r} (constrain_readout=False)"
             )
         return None
 

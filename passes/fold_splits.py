@@ -18,8 +18,7 @@ from typing import ClassVar
 
 from biofx.layers.sites import find_sites
 from biofx.model.graph_module import BioGraphModule
-from biofx.rewriting.fold_plan import FoldPlan
-from biofx.rewriting.folding import Folding
+from biofx.rewriting.folding import Folding, FoldPlan
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.remarks import Remark
 from biofx.rewriting.scope import Scope
@@ -39,6 +38,5 @@ class FoldSplits(Pass):
         sites = find_sites(graph_module)
         reasons = {site.node: scope.why_not(site.node, site.layer) for site in sites.found}
         plan = FoldPlan(graph_module, sites, {node: reason for node, reason in reasons.items() if reason})
-        pools = plan.settle()
-        yield from list(plan.remarks(pools))  # before the nodes that they are about are erased
-        Folding(graph_module, plan.flow, plan.folds, scope.rewriting).run(pools)
+        yield from list(plan.remarks())  # before the nodes that they are about are erased
+        Folding(graph_module, plan, scope.rewriting).run()

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from biofx.analysis.dataflow import unit_output
+from biofx.analysis.synapses import unit_output
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite, fold_behind
 from biofx.model.graph_module import BioGraphModule

@@ -12,13 +12,13 @@ Deviations: ``gamma`` must divide the output channels, not the input's; samples 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from biofx.analysis.dataflow import readout_nodes, split_nodes, synaptic_nodes
+from biofx.analysis.synapses import readout_nodes, split_nodes
 from biofx.callables import identity
 from biofx.config import option_from_config
 from biofx.errors import OptionError
@@ -60,8 +60,7 @@ class SplitWeights(Pass):
     def candidates(self, graph_module: BioGraphModule) -> Iterator[SplittableLayer | Remark]:
         """Yield each layer with a weight."""
         sites = find_sites(graph_module)
-        synaptic = synaptic_nodes(graph_module)
-        readout, split = readout_nodes(graph_module, synaptic), split_nodes(graph_module, synaptic)
+        readout, split = readout_nodes(graph_module), split_nodes(graph_module)
         for site in sites.found:
             yield SplittableLayer(site, site.node in split, _reason_against(site, graph_module, readout))
         yield from unsupported(sites)
@@ -120,7 +119,7 @@ class SplitWeights(Pass):
         )
 
 
-def _reason_against(site: WeightSite, graph_module: BioGraphModule, readout: set[Node]) -> str | None:
+def _reason_against(site: WeightSite, graph_module: BioGraphModule, readout: Set[Node]) -> str | None:
     if site.kind.why_no_units:
         return site.kind.why_no_units
     if not site.parameter.numel():

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 import biofx
-from biofx.analysis import analysis
+from biofx.analysis import units
 from biofx.foreign_errors import foreign_errors_wrapped
 
 
@@ -21,9 +21,9 @@ def fails_as_ours(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, file: 
 
 def test_an_exception_of_our_own_code_is_an_error_of_ours_with_the_line() -> None:
     found: dict[str, Any] = {}
-    exec(compile("\n\ndef failing(): return [][1]", analysis.__file__, "exec"), found)
+    exec(compile("\n\ndef failing(): return [][1]", units.__file__, "exec"), found)
     with (
-        pytest.raises(biofx.PassError, match=r"it failed with IndexError: .* \(analysis\.py:3\)") as caught,
+        pytest.raises(biofx.PassError, match=r"it failed with IndexError: .* \(units\.py:3\)") as caught,
         foreign_errors_wrapped(biofx.PassError, "it"),
     ):
         found["failing"]()

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-class LayoutError(Exception):
-    """What is asked of a layout cannot be said without knowing more of the value's shape."""
+from biofx.analysis.forward import CannotFollow
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Layout:
+class UnitLayout:
     """The units of a value."""
 
     labels: Tensor
@@ -39,7 +37,7 @@ class Layout:
     axes: tuple[Axis, ...]
 
     @classmethod
-    def along(cls, labels: Tensor, position: int) -> Layout:
+    def along(cls, labels: Tensor, position: int) -> UnitLayout:
         """Return the layout of a value with one unit per index of one axis."""
         return cls(labels, (Axis(position, (0,)),))
 
@@ -58,16 +56,16 @@ class Layout:
         """Return the units that are read at each index of an axis, ``(size, units per index)``.
 
         Raises:
-            LayoutError: the axis has no units, or another size.
+            CannotFollow: the axis has no units, or another size.
         """
         axis = self.axis_at(position)
         if axis is None:
-            raise LayoutError(f"its units lie along {self._where()}, and not along axis {position}")
+            raise CannotFollow(f"its units lie along {self._where()}, and not along axis {position}")
         known = math.prod(self._size(dim) for dim in axis.dims if dim is not None)
         if not size or not known:
-            raise LayoutError(f"there are no units along axis {position}")
+            raise CannotFollow(f"there are no units along axis {position}")
         if size % known or (None not in axis.dims and size != known):
-            raise LayoutError(f"{known} units were expected along axis {position}, found {size}")
+            raise CannotFollow(f"{known} units were expected along axis {position}, found {size}")
         run = size // known
         order = [dim for dim in axis.dims if dim is not None]
         others = [dim for dim in range(self.labels.dim()) if dim not in order]
@@ -78,14 +76,14 @@ class Layout:
                 table = table.expand(*table.shape[:place], run, *table.shape[place + 1 :])
         return table.reshape(size, -1)
 
-    def shifted(self, from_position: int, by: int) -> Layout:
+    def shifted(self, from_position: int, by: int) -> UnitLayout:
         """Return the layout after axes are inserted (``by`` < 0) or removed right of the axes up to a
         position."""
         return self.moved(
             {axis.position: axis.position + by for axis in self.axes if axis.position <= from_position}
         )
 
-    def moved(self, positions: dict[int, int]) -> Layout:
+    def moved(self, positions: dict[int, int]) -> UnitLayout:
         """Return the layout with axes at other positions."""
         axes = tuple(
             dataclasses.replace(axis, position=positions.get(axis.position, axis.position))
@@ -93,7 +91,7 @@ class Layout:
         )
         return dataclasses.replace(self, axes=axes)
 
-    def flattened(self, first: int, last: int) -> Layout:
+    def flattened(self, first: int, last: int) -> UnitLayout:
         """Return the layout after the axes ``first`` to ``last`` became one."""
         inside = [self.axis_at(position) for position in range(first, last + 1)]
         dims: list[int | None] = []
@@ -102,12 +100,12 @@ class Layout:
                 if dim is not None or not dims or dims[-1] is not None:
                     dims.append(dim)
         if dims.count(None) > 1:
-            raise LayoutError("axes without units surround the one with units in what is flattened")
+            raise CannotFollow("axes without units surround the one with units in what is flattened")
         outside = tuple(axis for axis in self.axes if not first <= axis.position <= last)
         merged = (Axis(last, tuple(dims)),) if any(dim is not None for dim in dims) else ()
-        return Layout(self.labels, (*outside, *merged))._joined().shifted(first - 1, last - first)
+        return UnitLayout(self.labels, (*outside, *merged))._joined().shifted(first - 1, last - first)
 
-    def unflattened(self, position: int, sizes: Sequence[int | None]) -> Layout:
+    def unflattened(self, position: int, sizes: Sequence[int | None]) -> UnitLayout:
         """Return the layout after one axis became several; of a labelled one, all sizes must be known.
 
         At most one size may be left open (None) if the axis has no run of unknown length.
@@ -118,12 +116,12 @@ class Layout:
             return self.shifted(position - 1, -added)
         total = self.size_at(position)
         if total is None:
-            raise LayoutError("the size of a flattened axis is not known, and it is taken apart")
+            raise CannotFollow("the size of a flattened axis is not known, and it is taken apart")
         given = list(sizes)
         if given.count(None) == 1:
             given[given.index(None)] = total // max(1, math.prod(size for size in sizes if size is not None))
         if None in given or math.prod(size for size in given if size is not None) != total:
-            raise LayoutError(f"an axis of {total} units is taken apart into {tuple(sizes)}")
+            raise CannotFollow(f"an axis of {total} units is taken apart into {tuple(sizes)}")
         order = [dim for dim in axis.dims if dim is not None]
         others = [dim for dim in range(self.labels.dim()) if dim not in order]
         table = self.labels.permute(*order, *others)
@@ -136,16 +134,16 @@ class Layout:
             for entry in self.axes
             if entry is not axis
         )
-        moved = Layout(labels, kept).shifted(position - 1, -added).axes
+        moved = UnitLayout(labels, kept).shifted(position - 1, -added).axes
         new = tuple(Axis(position - added + place, (dim,)) for dim, place in enumerate(telling))
-        return Layout(labels, (*moved, *new))
+        return UnitLayout(labels, (*moved, *new))
 
-    def taken(self, position: int, index: int | slice | Tensor) -> Layout:
+    def taken(self, position: int, index: int | slice | Tensor) -> UnitLayout:
         """Return the layout after indexing one axis; a number takes the axis away."""
         axis = self.axis_at(position)
         if axis is not None:
             if len(axis.dims) != 1 or axis.dims[0] is None:
-                raise LayoutError("a flattened axis is indexed")
+                raise CannotFollow("a flattened axis is indexed")
             dim = axis.dims[0]
             if isinstance(index, int):
                 places = {other: other - (other > dim) for other in range(self.labels.dim())}
@@ -154,12 +152,12 @@ class Layout:
                     for entry in self.axes
                     if entry is not axis
                 )
-                return Layout(self.labels.select(dim, index), axes).shifted(position - 1, 1)
+                return UnitLayout(self.labels.select(dim, index), axes).shifted(position - 1, 1)
             chosen = torch.arange(self._size(dim))[index]
             return dataclasses.replace(self, labels=self.labels.index_select(dim, chosen))
         return self.shifted(position - 1, 1) if isinstance(index, int) else self
 
-    def _joined(self) -> Layout:
+    def _joined(self) -> UnitLayout:
         """Return the same layout with dimensions that follow each other in an axis made one."""
         order: list[list[int]] = []
         axes = []
@@ -177,7 +175,7 @@ class Layout:
         left = [[dim] for dim in range(self.labels.dim()) if not any(dim in dims for dims in order)]
         shape = [math.prod(map(self._size, dims)) for dims in (*order, *left)]
         labels = self.labels.permute([dim for dims in (*order, *left) for dim in dims]).reshape(shape)
-        return Layout(labels, tuple(axes))
+        return UnitLayout(labels, tuple(axes))
 
     def _size(self, dim: int) -> int:
         return self.labels.shape[dim]
@@ -186,20 +184,151 @@ class Layout:
         return " and ".join(f"axis {axis.position}" for axis in self.axes) or "no axis"
 
 
-def concatenated(layouts: Sequence[Layout], position: int) -> Layout:
+def concatenated(layouts: Sequence[UnitLayout], position: int) -> UnitLayout:
     """Return the layout of a concatenation along a labelled axis.
 
     Raises:
-        LayoutError: the layouts differ in more than the labels along it.
+        CannotFollow: the layouts differ in more than the labels along it.
     """
     first = layouts[0]
     axis = first.axis_at(position)
     if axis is None or len(axis.dims) != 1 or axis.dims[0] is None:
-        raise LayoutError(f"what is concatenated has no units along axis {position}, or a flattened axis")
+        raise CannotFollow(f"what is concatenated has no units along axis {position}, or a flattened axis")
     if any(layout.axes != first.axes for layout in layouts):
-        raise LayoutError("what is concatenated has its units along different axes")
+        raise CannotFollow("what is concatenated has its units along different axes")
     try:
         labels = torch.cat([layout.labels for layout in layouts], axis.dims[0])
     except RuntimeError as error:
-        raise LayoutError("what is concatenated differs in its other axes") from error
+        raise CannotFollow("what is concatenated differs in its other axes") from error
     return dataclasses.replace(first, labels=labels)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One of the sizes that a reshape asks for."""
+
+    number: int | None = None
+    """The size itself, None where it is not known."""
+    axes: int | None = None
+    """Of a size that is not known: of how many axes of a value it is the product, None if that is not known
+    either, or if it is the one left open (-1)."""
+
+
+Block = tuple[int, int]
+"""How many axes become how many; one of the two is 1."""
+
+
+def reshaped_layout(layout: UnitLayout, rank: int | None, sizes: Sequence[Size]) -> UnitLayout:
+    """Return the layout of a reshaped value.
+
+    Raises:
+        CannotFollow: it cannot be said where the units are.
+    """
+    if rank is None:
+        return _without_rank(layout, sizes)
+    ways = list(_ways([layout.size_at(place - rank) for place in range(rank)], sizes, 0, 0))
+    if not ways:
+        raise CannotFollow("it takes apart or merges axes in a way that cannot be followed")
+    lowest = min(cost for cost, _ in ways)
+    first, *others = (_applied(layout, blocks, sizes) for cost, blocks in ways if cost == lowest)
+    if any(not _same(first, other) for other in others):
+        raise CannotFollow(
+            "it reshapes axes whose sizes are not known, and where the units are then cannot be said"
+        )
+    return first
+
+
+def _ways(
+    known: Sequence[int | None], sizes: Sequence[Size], axis: int, size: int
+) -> Iterator[tuple[int, tuple[Block, ...]]]:
+    """Yield each way to lay axes and sizes side by side from one of each on, and what it costs."""
+    rank = len(known)
+    if axis == rank and size == len(sizes):
+        yield 0, ()
+        return
+    blocks: list[Block] = []
+    if axis < rank and size < len(sizes):
+        blocks = [(1, 1)]
+        blocks += [(1, many) for many in range(2, len(sizes) - size + 1)]
+        blocks += [(many, 1) for many in range(2, rank - axis + 1)]
+    for block in blocks:
+        ends = axis + block[0], size + block[1]
+        cost = _cost(known[axis : ends[0]], sizes[size : ends[1]], is_first=size == 0)
+        if cost is not None:
+            for others, rest in _ways(known, sizes, *ends):
+                yield cost + others, (block, *rest)
+
+
+def _cost(axes: Sequence[int | None], sizes: Sequence[Size], *, is_first: bool) -> int | None:
+    """Return what it costs that axes become these sizes, None if it cannot be.
+
+    The costs rank what people write: a size read off a value is that of one axis, ``-1`` in front is the
+    batch, a number is one of channels rather than of anything else, and channels alone rather than with axes
+    of size 1.
+    """
+    if len(axes) == len(sizes) == 1:
+        return _cost_of_keeping(axes[0], sizes[0])
+    if len(sizes) == 1:
+        return _cost_of_merging(axes, sizes[0], is_first=is_first)
+    product = math.prod(size.number for size in sizes if size.number is not None)
+    all_known = all(size.number is not None for size in sizes)
+    if axes[0] is not None and (axes[0] % max(1, product) or (all_known and axes[0] != product)):
+        return None
+    return 2 + sum(size.axes is not None for size in sizes)
+
+
+def _cost_of_keeping(axis: int | None, size: Size) -> int | None:
+    if size.number is None:
+        return 0 if size.axes in (None, 1) else 1
+    if axis is None:
+        return 2
+    return 0 if axis == size.number else None
+
+
+def _cost_of_merging(axes: Sequence[int | None], size: Size, *, is_first: bool) -> int | None:
+    if size.axes is not None:
+        return 0 if size.axes == len(axes) else None
+    if size.number is None:
+        return 3 if is_first else 2
+    product = math.prod(axis for axis in axes if axis is not None)
+    if size.number % max(1, product) or (None not in axes and size.number != product):
+        return None
+    return 4 if None in axes and size.number == product else 2
+
+
+def _applied(layout: UnitLayout, blocks: Sequence[Block], sizes: Sequence[Size]) -> UnitLayout:
+    position, left = -1, len(sizes)
+    for axes, many in reversed(blocks):
+        if axes > 1:
+            layout = layout.flattened(position - axes + 1, position)
+        elif many > 1:
+            layout = layout.unflattened(position, [size.number for size in sizes[left - many : left]])
+        position, left = position - many, left - many
+    return layout
+
+
+def _without_rank(layout: UnitLayout, sizes: Sequence[Size]) -> UnitLayout:
+    """Follow a reshape of a value with any number of axes in front: what is behind must be known numbers."""
+    position, left = -1, len(sizes)
+    while any(axis.position <= position for axis in layout.axes):
+        total = layout.size_at(position)
+        if total is None:
+            raise CannotFollow("the number of axes that it reshapes is not known")
+        count, product = 0, 1
+        while product < total or not count:
+            number = sizes[left - count - 1].number if count < left else None
+            if number is None:
+                raise CannotFollow("the number of axes that it reshapes is not known")
+            count, product = count + 1, product * number
+        if product != total:
+            raise CannotFollow(
+                f"an axis of {total} units is taken apart or merged in a way that is not known"
+            )
+        if count > 1:
+            layout = layout.unflattened(position, [size.number for size in sizes[left - count : left]])
+        position, left = position - count, left - count
+    return layout
+
+
+def _same(one: UnitLayout, other: UnitLayout) -> bool:
+    return set(one.axes) == set(other.axes) and one.labels.equal(other.labels)

@@ -1,97 +1,275 @@
-"""Operations that act on each entry by itself: every unit stays where it is."""
+"""Operations that act entry by entry, on one value or several: units and repeated channels stay in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.fx import GraphModule, Node
 
-from biofx.analysis.flow import RULES, Call, Flow, Rule
+from biofx.analysis.forward import CannotFollow, declare, rule_for
+from biofx.analysis.replication import Outcome, Replication, ReplicationCall
+from biofx.analysis.units import NOTHING, UnitCall, UnitValue
+from biofx.graph.branches import by_mode
+from biofx.graph.guards import require_tensor
 from biofx.operators.rate_ops import GRADIENT_SCALINGS, observe_activity
 from biofx.operators.sign_ops import constrain_sign, drop_pairs
 
-_MODULES = {name.lower(): cls for name, cls in vars(nn).items() if isinstance(cls, type)}
+# of one value: units
 
 
-def everywhere(name: str) -> Iterator[Any]:
-    """Yield all that an operation of one name is called in torch: functions, methods, a module class."""
-    for spelled in (name, f"{name}_"):
-        yield from (getattr(place, spelled) for place in (torch, F) if hasattr(place, spelled))
-        if hasattr(torch.Tensor, spelled):
-            yield spelled
-    module = _MODULES.get(name.replace("_", ""))
-    if module is not None:
-        yield module
-
-
-def declare(names: Iterable[str], rule: Rule) -> None:
-    """Give operations of these names, however they are called, a rule."""
-    for name in names:
-        for target in everywhere(name):
-            RULES[target] = rule
-
-
-def keeps(call: Call) -> Flow:
-    """Leave every unit where it is, and what is not negative so."""
+def keeps(call: UnitCall) -> UnitValue:
+    """Leave every unit where it is; what cannot be negative cannot be negative afterwards."""
     return call.keeps()
 
 
-def never_negative(call: Call) -> Flow:
+def never_negative(call: UnitCall) -> UnitValue:
     """Leave every unit where it is; the result is not negative."""
     return call.keeps(nonnegative=True)
 
 
-def perhaps_negative(call: Call) -> Flow:
+def perhaps_negative(call: UnitCall) -> UnitValue:
     """Leave every unit where it is; the result may be negative."""
     return call.keeps(nonnegative=False)
 
 
-def bounded(call: Call) -> Flow:
+def bounded(call: UnitCall) -> UnitValue:
     """``clamp``, ``hardtanh``: not negative if the lower bound is not."""
-    low = call.argument(1, "min", call.argument(1, "min_val"))
-    if call.module is not None:
-        low = call.module.min_val
+    low = call.option(1, "min_val", call.argument(1, "min"))
     above = isinstance(low, (int, float)) and low >= 0
     return call.keeps(nonnegative=above or call.x.nonnegative)
 
 
-def turned_over(call: Call) -> Flow:
-    """``neg``: what excites would inhibit."""
+def negated(call: UnitCall) -> UnitValue:
+    """``neg``: excitation turns into inhibition."""
     return call.ends("it changes the sign of its argument, and excitation turns into inhibition")
 
 
-_NEVER_NEGATIVE = (*("relu", "relu6", "sigmoid", "hardsigmoid", "softplus", "exp", "exp2", "abs", "square"),)
-_PERHAPS_NEGATIVE = (
-    *(
-        "tanh",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "celu",
-        "softsign",
-        "logsigmoid",
-        "prelu",
-        "rrelu",
-        "gelu",
-        "silu",
-    ),
-    *("mish", "hardswish", "tanhshrink", "softshrink", "hardshrink", "log", "log1p", "expm1", "threshold"),
-    *("erf", "asinh", "atan"),
-)
-_UNCHANGED = (
-    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "identity"),
-    *("clone", "contiguous", "detach", "requires_grad", "to", "type", "type_as", "float", "double", "half"),
-    *("bfloat16", "cuda", "cpu", "nan_to_num", "sqrt", "round", "floor", "ceil", "lift_fresh"),
-)
+# of one value: replication
 
-declare(_NEVER_NEGATIVE, never_negative)
-declare(_PERHAPS_NEGATIVE, perhaps_negative)
-declare(_UNCHANGED, keeps)
-declare(("clamp", "clip", "hardtanh"), bounded)
-declare(("clamp_min",), bounded)
-declare(("neg", "negative"), turned_over)
-for _target in (*GRADIENT_SCALINGS, observe_activity, constrain_sign, drop_pairs):
-    RULES[_target] = keeps
+
+def of_one_tensor(call: ReplicationCall) -> Outcome:
+    """Entry by entry, from one tensor."""
+    if len(call.tensors) != 1:
+        raise CannotFollow("an option of it is known only when it runs")
+    return Outcome(call.source)
+
+
+def _prelu(call: ReplicationCall) -> Outcome:
+    """Its slopes may be one for each channel."""
+    if not isinstance(call.module, nn.PReLU) or call.module.weight.numel() != 1:
+        raise CannotFollow("it has a slope for each channel")
+    return Outcome(call.source)
+
+
+def _dropout(call: ReplicationCall) -> Outcome:
+    """In training each member is dropped by itself."""
+    training = call.option(2, "training", True)
+    if call.option(1, "p", 0.5) == 0 or (call.module is None and training is False):
+        return Outcome(call.source)
+    raise CannotFollow("in training mode it draws a mask for each channel")
+
+
+def _observe(call: ReplicationCall) -> Outcome:
+    """Members of a connection are equally active."""
+    source = call.source
+    if source.inner or call.node.kwargs.get("channel_axis") != source.axis:
+        raise CannotFollow("it observes along another axis")
+
+    def observe_for_members(folding: Any) -> None:
+        call.node.kwargs = {**call.node.kwargs, "gamma": source.gamma}
+
+    return Outcome(source, observe_for_members, message="observes one value for all members")
+
+
+def _same_answer(call: ReplicationCall) -> Outcome:
+    """The answer is the same for the compact tensor."""
+    return Outcome(None)
+
+
+# of several values: units
+
+
+def added(call: UnitCall) -> UnitValue:
+    """``a + b``: the units of both are one, index by index."""
+    left, right = call.operands
+    number = _computed(left, right, operator.add)
+    if number is not None:
+        return number
+    if call.node.kwargs.get("alpha", 1) != 1:
+        return call.ends("it adds a multiple of unknown sign")
+    if _is_one_for_many(left, right) or _is_one_for_many(right, left):
+        return call.ends("it adds one unit to many others, at whose synapses it would have their signs")
+    return _of_both(call, left, right)
+
+
+def subtracted(call: UnitCall) -> UnitValue:
+    """``a - b``: b would act with the opposite sign."""
+    left, right = call.operands
+    number = _computed(left, right, operator.sub)
+    if number is not None:
+        return number
+    if right.has_units:
+        return call.ends("it subtracts activity, and excitation turns into inhibition")
+    return call.keeps(left, nonnegative=False)
+
+
+def multiplied(call: UnitCall) -> UnitValue:
+    """``a * b``: one unit, as a gate and its argument are; a factor of unknown sign ends the units."""
+    left, right = call.operands
+    number = _computed(left, right, operator.mul)
+    if number is not None:
+        return number
+    if left.size_of is not None and right.size_of is not None:
+        return UnitValue(nonnegative=True, size_of=left.size_of + right.size_of)
+    if any(not value.has_units and not value.nonnegative for value in (left, right)):
+        if not (left.has_units or right.has_units):
+            ranks = [value.rank for value in (left, right) if value.rank is not None]
+            return NOTHING.replace(rank=max(ranks, default=None))
+        return call.ends("it multiplies by something that may be negative")
+    return _of_both(call, left, right)
+
+
+def divided(call: UnitCall) -> UnitValue:
+    """``a / b``: a keeps its units where b is known to be positive."""
+    left, right = call.operands
+    number = _computed(left, right, operator.floordiv) if call.node.target is operator.floordiv else None
+    if number is not None:
+        return number
+    if right.has_units or (left.has_units and not right.nonnegative):
+        return call.ends("it divides by something that may be negative")
+    return call.keeps(left)
+
+
+def chosen(call: UnitCall) -> UnitValue:
+    """``where(condition, a, b)``, ``maximum``: a unit of either is one."""
+    if call.node.target == "where":  # a.where(condition, b)
+        return _of_both(call, call.x, call.value(call.argument(2, "other")))
+    first = 1 if call.node.target is torch.where else 0
+    left, right = call.argument(first, "input"), call.argument(first + 1, "other")
+    return _of_both(call, call.value(left), call.value(right))
+
+
+def chosen_by_mode(call: UnitCall) -> UnitValue:
+    """``by_mode(training, a, b)``: a unit of either is one; units of different forms end."""
+    left, right = call.value(call.argument(1, "in_training")), call.value(call.argument(2, "in_evaluation"))
+    if left.parts or right.parts:
+        return call.ends("its form is not the same in training and in evaluation")
+    return _of_both(call, left, right) if left.has_units or right.has_units else NOTHING
+
+
+def masked(call: UnitCall) -> UnitValue:
+    """``masked_fill``: the entries that are filled in are no unit's."""
+    fill = call.value(call.argument(2, "value"))
+    return call.keeps(nonnegative=call.x.nonnegative and fill.nonnegative)
+
+
+def _of_both(call: UnitCall, left: UnitValue, right: UnitValue) -> UnitValue:
+    return call.unified((left, right)).replace(nonnegative=left.nonnegative and right.nonnegative)
+
+
+def _computed(left: UnitValue, right: UnitValue, function: Callable[[int, int], int]) -> UnitValue | None:
+    """Return the result of arithmetic on sizes, None where it is not that."""
+    if function is operator.add and right.parts is not None:  # a tuple of sizes, and more of them
+        if left.parts is not None:
+            return UnitValue(parts=left.parts + right.parts)
+        if left.tail is not None:
+            return UnitValue(nonnegative=True, tail=left.tail + right.parts)
+    if left.number is not None and right.number is not None:
+        value = function(left.number, right.number)
+        return UnitValue(number=value, nonnegative=value >= 0)
+    return None
+
+
+def _is_one_for_many(one: UnitValue, many: UnitValue) -> bool:
+    if one.layout is None or many.layout is None:
+        return False
+    return one.layout.labels.numel() == 1 < many.layout.labels.numel()
+
+
+# of several values: replication
+
+
+def of_several_tensors(call: ReplicationCall) -> Outcome:
+    """Each channel is computed alike from itself, from equal replications, and from what all share."""
+    replications = list(call.inputs.values())
+    first = replications[0]
+    if not all(first.matches(other) for other in replications):
+        raise CannotFollow("its inputs repeat their channels differently")
+    for node in call.tensors:
+        if node not in call.inputs and not _is_shared(call, node, first):
+            raise CannotFollow(f"{node.name} has an entry of its own for each channel, or may have")
+    ranks = {replication.rank for replication in replications}
+    sure = any(replication.rank_is_sure for replication in replications)
+    return Outcome(first.replace(rank=first.rank if len(ranks) == 1 else None, rank_is_sure=sure))
+
+
+def _is_shared(call: ReplicationCall, node: Node, replication: Replication) -> bool:
+    """Whether a parameter or buffer has one entry, or none, along the channels."""
+    constant = call.constant(node)
+    if constant is None or constant.dim() > (replication.rank or constant.dim()):
+        return False
+    return constant.dim() < -replication.axis or constant.shape[replication.axis] == 1
+
+
+def works_by_element(node: Node, graph_module: GraphModule) -> bool:
+    """Whether an operation is known to act on each element by itself."""
+    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return rule_for("replication", node, module) in (of_one_tensor, of_several_tensors)
+
+
+# what rules an operation has
+
+declare(
+    *("relu", "relu6", "sigmoid", "hardsigmoid", "softplus", "exp", "abs", "square"),
+    units=never_negative,
+    replication=of_one_tensor,
+)
+declare("exp2", units=never_negative)
+declare(
+    *("tanh", "leaky_relu", "elu", "selu", "celu", "softsign", "logsigmoid", "gelu", "silu", "mish"),
+    *("hardswish", "tanhshrink", "softshrink", "hardshrink", "log", "log1p", "expm1", "threshold", "erf"),
+    units=perhaps_negative,
+    replication=of_one_tensor,
+)
+declare("prelu", units=perhaps_negative, replication=_prelu)
+declare("rrelu", "asinh", "atan", units=perhaps_negative)
+declare(
+    *("identity", "clone", "contiguous", "detach", "float", "double", "half", "bfloat16", "sqrt", "round"),
+    *("floor", "ceil"),
+    units=keeps,
+    replication=of_one_tensor,
+)
+declare("requires_grad", "to", "type", "type_as", "cuda", "cpu", "nan_to_num", "lift_fresh", units=keeps)
+declare("rsqrt", "sin", "cos", "sign", "reciprocal", "clamp_max", replication=of_one_tensor)
+declare("clamp", units=bounded, replication=of_several_tensors)
+declare("clip", units=bounded)
+declare("clamp_min", "hardtanh", units=bounded, replication=of_one_tensor)
+declare("neg", "negative", operator.neg, units=negated, replication=of_one_tensor)
+declare(operator.abs, units=never_negative, replication=of_one_tensor)
+declare(
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"), units=keeps, replication=_dropout
+)
+declare("feature_alpha_dropout", units=keeps, replication=_dropout)
+declare("feature_dropout", replication=_dropout)
+declare(observe_activity, units=keeps, replication=_observe)
+declare(*GRADIENT_SCALINGS, constrain_sign, drop_pairs, units=keeps)
+declare("dim", "ndimension", "is_floating_point", require_tensor, replication=_same_answer)
+
+declare("add", operator.add, operator.iadd, units=added, replication=of_several_tensors)
+declare("sub", "subtract", operator.sub, operator.isub, units=subtracted, replication=of_several_tensors)
+declare("mul", "multiply", operator.mul, operator.imul, units=multiplied, replication=of_several_tensors)
+declare(
+    *("div", "divide", "true_divide", operator.truediv, operator.itruediv),
+    units=divided,
+    replication=of_several_tensors,
+)
+declare(operator.floordiv, operator.ifloordiv, units=divided)
+declare("maximum", "minimum", units=chosen, replication=of_several_tensors)
+declare("where", units=chosen)
+declare(by_mode, units=chosen_by_mode)
+declare("masked_fill", units=masked)
+declare("pow", operator.pow, "lerp", "addcmul", replication=of_several_tensors)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from biofx.analysis.analysis import Reading, Source
-from biofx.analysis.groups import UnitGroups
+from biofx.analysis.unit_groups import UnitGroups
+from biofx.analysis.units import Reading, Source
 from biofx.errors import OptionError
 from biofx.layers.lowering import Lowering, node_stem
 from biofx.layers.weight_site import WeightSite
@@ -72,7 +72,7 @@ class SignStore:
         self._given = self._given_signs()
         for reading in groups.readings:
             path = reading.site.parameter_path
-            for source in groups.home(reading.units).sources:
+            for source in groups.sources_of(reading.units).sources:
                 if source.kind != "layer" and source not in self._local:
                     kept = self._local_sources.setdefault(path, [])
                     self._local[source] = (path, sum(entry.count for entry in kept))
@@ -84,7 +84,7 @@ class SignStore:
         Raises:
             OptionError: signs or fractions given for layers whose units are one contradict each other.
         """
-        home = self._groups.home(reading.units)
+        home = self._groups.sources_of(reading.units)
         first = home.sources[0]
         if len(home.sources) == 1 and first.kind == "layer" and self._are_all_of(first.name, reading.units):
             self._signs(first.name, "sign")
@@ -120,20 +120,20 @@ class SignStore:
     def _are_all_of(self, path: str, units: Tensor) -> bool:
         """Whether units are all those that a layer makes, in order; members of a pool count as one."""
         made = self._groups.made_by(path)
-        home_units = self._groups.home_units
-        return len(made) == len(units) and torch.equal(home_units(made), home_units(units))
+        representatives = self._groups.representatives
+        return len(made) == len(units) and torch.equal(representatives(made), representatives(units))
 
     def knows(self, reading: Reading) -> bool:
         """Whether all the signs that a weight would read are kept already."""
         return all(
             self._kept(self._local.get(source, (source.name, 0))[0], of_layer=source.kind == "layer")
             is not None
-            for source in self._groups.home(reading.units).sources
+            for source in self._groups.sources_of(reading.units).sources
         )
 
     def has_signs(self, path: str) -> bool:
         """Whether the units that a layer makes have signs, kept with it or with whoever else makes them."""
-        sources = self._groups.home(self._groups.made_by(path)).sources
+        sources = self._groups.sources_of(self._groups.made_by(path)).sources
         places = [
             (self._local.get(source, (source.name, 0))[0], source.kind == "layer") for source in sources
         ]
@@ -147,7 +147,7 @@ class SignStore:
 
     def leave_free(self, reading: Reading) -> None:
         """Have room for the signs of the units that a weight reads, 0 where nothing has asked for them."""
-        for source in self._groups.home(reading.units).sources:
+        for source in self._groups.sources_of(reading.units).sources:
             state = bio_module_at(self._graph_module, source.name) if source.kind == "layer" else None
             if state is not None and state.sign is None:
                 units = len(self._groups.made_by(source.name))
@@ -178,7 +178,7 @@ class SignStore:
         """Return signs for the outputs of a layer; 0 for those kept elsewhere, and for those exempt."""
         options = self._options_of(path)
         units = self._groups.made_by(path)
-        own = self._groups.home_units(units)
+        own = self._groups.representatives(units)
         here = (own >= units[0]) & (own <= units[-1]) & ~self._groups.is_exempt(units)
         distinct = own[here].unique()
         drawn = _draw(len(distinct), options.excitatory_fraction, options.seed, path)
@@ -191,7 +191,7 @@ class SignStore:
         options = self._options_of(path)
         parts = []
         for number, source in enumerate(self._local_sources[path]):
-            free = source.kind == "nobody" or (source.kind == "input" and not options.constrain_inputs)
+            free = source.kind == "constant" or (source.kind == "input" and not options.constrain_inputs)
             purpose = f"{path} {number}"
             drawn = _draw(source.count, options.excitatory_fraction, options.seed, purpose)
             parts.append(torch.zeros_like(drawn) if free else drawn)
@@ -207,10 +207,10 @@ class SignStore:
             if kept is not None:
                 self._check_kept(path, kept)
             elif options.signs is not None:
-                _take(taken, path, options.signs, self._groups.home_units(units))
+                _take(taken, path, options.signs, self._groups.representatives(units))
             if options.signs is not None:
                 continue
-            for source in self._groups.home(units).sources:
+            for source in self._groups.sources_of(units).sources:
                 first = fractions.setdefault(source.name, options.excitatory_fraction)
                 if source.kind == "layer" and first != options.excitatory_fraction:
                     raise OptionError(

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from biofx.analysis.analysis import Reading
-from biofx.analysis.dataflow import synaptic_nodes
-from biofx.analysis.groups import unit_groups
-from biofx.analysis.reach import last_in_regions, last_synapses
 from biofx.analysis.sign_store import SignOptions, SignStore
+from biofx.analysis.synapses import last_synapses
+from biofx.analysis.unit_groups import unit_groups
+from biofx.analysis.units import Reading
+from biofx.errors import OptionError
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Weight, WeightSite
+from biofx.select import Match, picks, show_pattern
 
 OptionsAt = Callable[["Node | None", str], SignOptions]
 """The options that hold for a layer, selected or not, by its node and path."""
@@ -30,9 +32,7 @@ class SignSurvey:
         self.groups = unit_groups(graph_module)
         self.folded: dict[str, int] = {}
         """Negative gains that were folded away, counts by the path of the gain."""
-        synaptic = synaptic_nodes(graph_module)
-        self._last = last_synapses(graph_module.graph, synaptic)
-        self._last_in_regions = last_in_regions(graph_module.graph, synaptic)
+        self._last = last_synapses(graph_module)
         first = {site.parameter_path: site for site in reversed(self._sites)}
         self._makers = {path: first[path] for path in self.groups.producers()}
         self.store = SignStore(
@@ -47,13 +47,13 @@ class SignSurvey:
 
     def readers(self, path: str) -> list[WeightSite]:
         """Return the sites that read units which a layer makes."""
-        own = set(self.groups.home(self.groups.made_by(path)).sources)
+        own = set(self.groups.sources_of(self.groups.made_by(path)).sources)
         readings = self.groups.readings
-        return [r.site for r in readings if own & set(self.groups.home(r.units).sources)]
+        return [r.site for r in readings if own & set(self.groups.sources_of(r.units).sources)]
 
     def region_after(self, site: WeightSite) -> str | None:
         """Return the region at whose end a site stands, None if its graph goes on."""
-        return self._last_in_regions.get(site.node)
+        return self._last.get(site.node)
 
     @cached_property
     def layers(self) -> dict[Node, WeightSite]:
@@ -66,13 +66,15 @@ class SignSurvey:
 
     def reads_only_inputs(self, site: WeightSite) -> bool:
         """Whether nothing that it reads depends on a weight."""
-        sources = self.groups.home(self.reading(site).units).sources
-        return all(source.kind in ("input", "nobody") for source in sources)
+        sources = self.groups.sources_of(self.reading(site).units).sources
+        return all(source.kind in ("input", "constant") for source in sources)
 
     def is_readout(self, site: WeightSite) -> bool:
         """Whether it leads to nothing but outputs of the model; units that speak to each other do not."""
         return (
-            site.node in self._last and site.role in ("input", "attention_output") and not self._recurs(site)
+            self._last.get(site.node, "") is None
+            and site.role in ("input", "attention_output")
+            and not self._recurs(site)
         )
 
     def region_that_feeds(self, site: WeightSite) -> str | None:
@@ -82,7 +84,7 @@ class SignSurvey:
     def region_that_follows(self, site: WeightSite) -> str | None:
         """Return the region at whose end it stands, so that Python decides whether it is a readout."""
         speaks_on = site.role not in ("input", "attention_output") or self._recurs(site)
-        return None if speaks_on else self._last_in_regions.get(site.node)
+        return None if speaks_on else self._last.get(site.node)
 
     def is_exempt(self, site: WeightSite) -> bool:
         """Whether all of its outputs are only compared with each other."""
@@ -120,11 +122,11 @@ class SignSurvey:
         readings = [self.reading(site).units for weight in weights for site in weight.sites]
         spoken = torch.zeros(self.groups.count, dtype=torch.bool)
         for units in readings:
-            spoken[self.groups.home_units(units)] = True
+            spoken[self.groups.representatives(units)] = True
         return {
             node
             for node, units in self.groups.norms.items()
-            if bool(spoken[self.groups.home_units(units.flatten())].any())
+            if bool(spoken[self.groups.representatives(units.flatten())].any())
         }
 
     def what_is_not_guaranteed(self, site: WeightSite) -> str:
@@ -136,7 +138,9 @@ class SignSurvey:
                 "; the activity that it reads may be negative, so a sign is that of the weights, "
                 "not of their effect"
             )
-        opened = [source.name for source in self.groups.home(reading.units).sources if source.kind == "open"]
+        opened = [
+            source.name for source in self.groups.sources_of(reading.units).sources if source.kind == "open"
+        ]
         for name in opened:
             reason = next((why for node, why in self.groups.ends.items() if node.name == name), None)
             if reason is not None:
@@ -145,3 +149,69 @@ class SignSurvey:
 
     def _recurs(self, site: WeightSite) -> bool:
         return site.kind.is_compound and site.role == "input"
+
+
+WhyNot = Callable[[WeightSite, SignSurvey], str | None]
+"""Why a weight has no signs, None if it has."""
+
+
+def refuse_unused_signs(
+    survey: SignSurvey,
+    overrides: Iterable[tuple[Iterable[Match], Mapping[str, Any]]],
+    everywhere: tuple[int, ...] | None,
+    *,
+    axis: str,
+    why_not: WhyNot,
+) -> None:
+    """Check that all the signs that were given are those of units which some weight reads.
+
+    Args:
+        survey: the model, its signs constrained.
+        overrides: what the pass's overrides pick, and the options they give.
+        everywhere: signs that are given for all layers, None if there are none.
+        axis: whose signs there are.
+        why_not: asked of the weights that read a layer's units.
+
+    Raises:
+        OptionError: nothing uses some of them; the message names selector, layer and reason.
+    """
+    makers = survey.makers()
+    given = [([*matches], options["signs"]) for matches, options in overrides if options.get("signs")]
+    for matches, _ in given:
+        for match in matches:
+            picked = [path for path, site in makers.items() if picks(match, site.node, site.layer)]
+            named = f"signs: those given for {show_pattern(match.pattern)}"
+            _check(survey, picked or sorted(match.paths)[:1], named, axis, why_not)
+    if everywhere is not None:
+        _check(survey, list(makers), "signs: those given for every layer", axis, why_not)
+
+
+def _check(survey: SignSurvey, paths: list[str], named: str, axis: str, why_not: WhyNot) -> None:
+    if axis != "presynaptic":
+        raise OptionError(
+            f"{named} would not be used: with axis={axis!r} rows have signs, which are drawn, and units have "
+            "none; give axis='presynaptic', or leave the signs out"
+        )
+    makers = survey.makers()
+    if any(path in makers and survey.store.has_signs(path) for path in paths):
+        return
+    told = "; ".join(f"{path}: {', '.join(_reasons(survey, path, why_not))}" for path in paths[:3])
+    raise OptionError(
+        f"{named} are not used: no constrained weight reads those units ({told or 'it picks no layer'}); "
+        "give signs to a layer whose units a constrained weight reads, or leave them out"
+    )
+
+
+def _reasons(survey: SignSurvey, path: str, why_not: WhyNot) -> Iterator[str]:
+    """Yield why the units of a layer have no signs."""
+    site = survey.makers().get(path)
+    if site is None:
+        yield "no units of it are known"
+        return
+    readers = survey.readers(path)
+    for reader in readers:
+        yield f"{reader.layer!r}, which reads them, has none: {why_not(reader, survey)}"
+    if not readers:
+        region = survey.region_after(site)
+        known = "" if region is None else f", as Python calls {region!r} and what follows it"
+        yield f"which weights read them is not known{known}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from biofx.analysis.dataflow import input_facing_nodes, readout_nodes, synaptic_nodes
+from biofx.analysis.synapses import input_facing_nodes, readout_nodes
 from biofx.diagnostics.check_report import Finding
 from biofx.diagnostics.check_subject import Subject, Uses, owner_of
 from biofx.diagnostics.effective_signs import count_signs, laid_out_signs
@@ -223,5 +223,4 @@ def _callers(subject: Subject, wanted: Iterable[int]) -> dict[int, list[Node]]:
 
 
 def _free_ends(subject: Subject) -> set[Node]:
-    synaptic = synaptic_nodes(subject.graph_module)
-    return readout_nodes(subject.graph_module, synaptic) | input_facing_nodes(subject.graph_module, synaptic)
+    return {*readout_nodes(subject.graph_module), *input_facing_nodes(subject.graph_module)}

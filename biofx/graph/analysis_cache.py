@@ -68,6 +68,12 @@ def analyses_kept() -> Iterator[None]:
             results.forget()
 
 
+def forget_analyses() -> None:
+    """Drop all results that are kept, since an analysis now works in another way."""
+    for results in _kept.get() or ():
+        results.forget()
+
+
 def cached_on_graph(analysis: Callable[[ModuleT], ResultT]) -> Callable[[ModuleT], ResultT]:
     """Let a function of a graph module run once for each state of the module, while analyses are kept.
 

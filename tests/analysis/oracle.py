@@ -51,7 +51,7 @@ def moved_columns(model: torch.nn.Module, x: Tensor) -> tuple[biofx.UnitGroups, 
         site.parameter_path: [set() for _ in range(site.input_channels)] for site in sites.values()
     }
     for node, site in sites.items():
-        units = groups.home_units(groups.made_by(site.parameter_path)).tolist()
+        units = groups.representatives(groups.made_by(site.parameter_path)).tolist()
         for row, unit in enumerate(units):
             told = dict(base.made)
             pushed = told[node].clone()
@@ -69,9 +69,11 @@ def moved_columns(model: torch.nn.Module, x: Tensor) -> tuple[biofx.UnitGroups, 
 
 def told_columns(groups: biofx.UnitGroups) -> dict[str, list[set[int]]]:
     """Return for each weight and column the unit of a layer that the analysis says it reads, if any."""
-    made = {int(unit) for path in groups.producers() for unit in groups.home_units(groups.made_by(path))}
+    made = {int(unit) for path in groups.producers() for unit in groups.representatives(groups.made_by(path))}
     return {
-        reading.site.parameter_path: [{unit} & made for unit in groups.home_units(reading.units).tolist()]
+        reading.site.parameter_path: [
+            {unit} & made for unit in groups.representatives(reading.units).tolist()
+        ]
         for reading in groups.readings
     }
 
@@ -84,7 +86,7 @@ def columns_of(model: torch.nn.Module) -> dict[str, list[str]]:
 
 def _names(groups: biofx.UnitGroups, units: Tensor) -> list[str]:
     names = []
-    for unit in groups.home_units(units).tolist():
+    for unit in groups.representatives(units).tolist():
         source = next(s for s in groups.sources if s.first <= unit < s.first + s.count)
         name = source.name.removesuffix(".weight") if source.kind == "layer" else source.kind
         names.append(f"{name}[{unit - source.first}]")

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from biofx.analysis.layout import Axis, Layout, LayoutError, concatenated
-from biofx.analysis.reshaping import Size, reshaped_layout
+from biofx.analysis.forward import CannotFollow
+from biofx.analysis.layout import Axis, Size, UnitLayout, concatenated, reshaped_layout
 
-Pair = tuple[Tensor, Layout]
-Step = Callable[[Any, Tensor, Layout], Pair]
+Pair = tuple[Tensor, UnitLayout]
+Step = Callable[[Any, Tensor, UnitLayout], Pair]
 
 
 def units_along(value: Tensor, position: int) -> list[set[int]]:
@@ -26,13 +26,13 @@ def units_along(value: Tensor, position: int) -> list[set[int]]:
     return [set(part.flatten().tolist()) for part in value.unbind(position)]
 
 
-def check(value: Tensor, layout: Layout) -> int:
+def check(value: Tensor, layout: UnitLayout) -> int:
     """Compare a layout with the tensor at each axis, and return at how many it said anything."""
     answers = 0
     for position in range(-value.dim(), 0):
         try:
             columns = layout.columns(position, value.shape[position])
-        except LayoutError:
+        except CannotFollow:
             continue
         assert [set(row.tolist()) for row in columns] == units_along(value, position)
         answers += 1
@@ -52,16 +52,16 @@ def starts(draw: st.DrawFn) -> Pair:
     for place in range(len(shape)):
         if place - len(shape) not in positions:
             value = value.unsqueeze(place)
-    return value.expand(shape).contiguous(), Layout(labels, axes)
+    return value.expand(shape).contiguous(), UnitLayout(labels, axes)
 
 
-def flatten(draw: Any, value: Tensor, layout: Layout) -> Pair:
+def flatten(draw: Any, value: Tensor, layout: UnitLayout) -> Pair:
     first = draw(st.integers(-value.dim(), -1))
     last = draw(st.integers(first, -1))
     return value.flatten(first, last), layout.flattened(first, last)
 
 
-def unflatten(draw: Any, value: Tensor, layout: Layout) -> Pair:
+def unflatten(draw: Any, value: Tensor, layout: UnitLayout) -> Pair:
     position = draw(st.integers(-value.dim(), -1))
     size = value.shape[position]
     factor = draw(st.sampled_from([part for part in range(1, size + 1) if size % part == 0]))
@@ -71,22 +71,22 @@ def unflatten(draw: Any, value: Tensor, layout: Layout) -> Pair:
     return value.unflatten(position, (factor, size // factor)), layout.unflattened(position, sizes)
 
 
-def transpose(draw: Any, value: Tensor, layout: Layout) -> Pair:
+def transpose(draw: Any, value: Tensor, layout: UnitLayout) -> Pair:
     first, second = (draw(st.integers(-value.dim(), -1)) for _ in range(2))
     return value.transpose(first, second), layout.moved({first: second, second: first})
 
 
-def permute(draw: Any, value: Tensor, layout: Layout) -> Pair:
+def permute(draw: Any, value: Tensor, layout: UnitLayout) -> Pair:
     order = draw(st.permutations(range(-value.dim(), 0)))
     return value.permute(*order), layout.moved({old: new - len(order) for new, old in enumerate(order)})
 
 
-def unsqueeze(draw: Any, value: Tensor, layout: Layout) -> Pair:
+def unsqueeze(draw: Any, value: Tensor, layout: UnitLayout) -> Pair:
     position = draw(st.integers(-value.dim() - 1, -1))
     return value.unsqueeze(position), layout.shifted(position, -1)
 
 
-def squeeze(draw: Any, value: Tensor, layout: Layout) -> Pair:
+def squeeze(draw: Any, value: Tensor, layout: UnitLayout) -> Pair:
     ones = [p for p in range(-value.dim(), 0) if value.shape[p] == 1 and layout.axis_at(p) is None]
     if not ones:
         return value, layout
@@ -94,13 +94,13 @@ def squeeze(draw: Any, value: Tensor, layout: Layout) -> Pair:
     return value.squeeze(position), layout.shifted(position - 1, 1)
 
 
-def number(draw: Any, value: Tensor, layout: Layout) -> Pair:
+def number(draw: Any, value: Tensor, layout: UnitLayout) -> Pair:
     position = draw(st.integers(-value.dim(), -1))
     index = draw(st.integers(0, value.shape[position] - 1))
     return value.select(position, index), layout.taken(position, index)
 
 
-def part(draw: Any, value: Tensor, layout: Layout) -> Pair:
+def part(draw: Any, value: Tensor, layout: UnitLayout) -> Pair:
     position = draw(st.integers(-value.dim(), -1))
     start = draw(st.integers(0, value.shape[position] - 1))
     stop = draw(st.integers(start + 1, value.shape[position]))
@@ -110,7 +110,7 @@ def part(draw: Any, value: Tensor, layout: Layout) -> Pair:
     return value[tuple(index)], layout.taken(position, entry)
 
 
-def chunk_and_swap(draw: Any, value: Tensor, layout: Layout) -> Pair:
+def chunk_and_swap(draw: Any, value: Tensor, layout: UnitLayout) -> Pair:
     position = draw(st.integers(-value.dim(), -1))
     size = value.shape[position]
     cut = draw(st.integers(0, size))
@@ -119,7 +119,7 @@ def chunk_and_swap(draw: Any, value: Tensor, layout: Layout) -> Pair:
     return torch.cat(pieces[::-1], position), concatenated(parts, position)
 
 
-def index_list(draw: Any, value: Tensor, layout: Layout) -> Pair:
+def index_list(draw: Any, value: Tensor, layout: UnitLayout) -> Pair:
     position = draw(st.integers(-value.dim(), -1))
     size = value.shape[position]
     numbers: list[int] = draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5))
@@ -127,12 +127,12 @@ def index_list(draw: Any, value: Tensor, layout: Layout) -> Pair:
     return value.index_select(position, chosen), layout.taken(position, chosen)
 
 
-def stack(draw: Any, value: Tensor, layout: Layout) -> Pair:
+def stack(draw: Any, value: Tensor, layout: UnitLayout) -> Pair:
     position = draw(st.integers(-value.dim() - 1, -1))
     return torch.stack([value, value], position), layout.shifted(position, -1)
 
 
-def reshape(draw: Any, value: Tensor, layout: Layout) -> Pair:
+def reshape(draw: Any, value: Tensor, layout: UnitLayout) -> Pair:
     """Merge, keep and take apart; a size is given as a number, as sizes of axes, or left open once."""
     asked: list[Size] = []
     shape: list[int] = []
@@ -178,7 +178,7 @@ def test_a_layout_says_what_a_tensor_of_units_holds(
             break
         try:
             value, layout = step(data.draw, value, layout)
-        except LayoutError:
+        except CannotFollow:
             break
         if value.dim():
             check(value, layout)
@@ -193,13 +193,13 @@ def test_a_reshape_of_axes_is_followed_or_refused(
     for step in steps:
         try:
             value, layout = step(data.draw, value, layout)
-        except LayoutError:
+        except CannotFollow:
             break
         check(value, layout)
 
 
 def test_a_flattened_map_knows_its_runs_without_knowing_the_map() -> None:
-    flat = Layout.along(torch.arange(3), -3).flattened(-3, -1)
+    flat = UnitLayout.along(torch.arange(3), -3).flattened(-3, -1)
     assert flat.axes == (Axis(-1, (0, None)),)
     assert flat.size_at(-1) is None
     assert flat.columns(-1, 12).flatten().tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -207,7 +207,7 @@ def test_a_flattened_map_knows_its_runs_without_knowing_the_map() -> None:
 
 
 def test_channels_last_flattened_repeats_the_units() -> None:
-    flat = Layout.along(torch.arange(3), -1).flattened(-3, -1)
+    flat = UnitLayout.along(torch.arange(3), -1).flattened(-3, -1)
     assert flat.columns(-1, 6).flatten().tolist() == [0, 1, 2, 0, 1, 2]
 
 
@@ -228,6 +228,6 @@ def test_channels_last_flattened_repeats_the_units() -> None:
         (lambda layout: concatenated([layout, layout.flattened(-3, -2)], -3), "along different axes"),
     ],
 )
-def test_what_is_not_known_is_not_said(ask: Callable[[Layout], Any], words: str) -> None:
-    with pytest.raises(LayoutError, match=words):
-        ask(Layout.along(torch.arange(4), -3))
+def test_what_is_not_known_is_not_said(ask: Callable[[UnitLayout], Any], words: str) -> None:
+    with pytest.raises(CannotFollow, match=words):
+        ask(UnitLayout.along(torch.arange(4), -3))

@@ -80,7 +80,7 @@ BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
     "padding of space": (lambda x: F.pad(x, (1, 1, 2, 0)), SAME),
     "padding of channels": (
         lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)),
-        ["nobody[0]", *SAME, "nobody[0]", "nobody[1]"],
+        ["constant[0]", *SAME, "constant[0]", "constant[1]"],
     ),
     "interpolate": (lambda x: F.interpolate(x, scale_factor=2.0), SAME),
     "chunk and cat": (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), a(2, 3, 0, 1)),
@@ -283,14 +283,17 @@ def test_attention_written_by_hand() -> None:
     fused = Net(_fused, joint=nn.Linear(5, 18), out=nn.Linear(6, 2))
     groups = biofx.unit_groups(biofx.capture(apart))
     by_path = {reading.site.parameter_path: reading for reading in groups.readings}
-    assert groups.home_units(by_path["out.weight"].units).tolist() == groups.made_by("value.weight").tolist()
+    assert (
+        groups.representatives(by_path["out.weight"].units).tolist()
+        == groups.made_by("value.weight").tolist()
+    )
     exempt = {path: groups.exempt_rows(reading.site).tolist() for path, reading in by_path.items()}
     assert exempt["query.weight"] == exempt["key.weight"] == [True] * 6
     assert exempt["value.weight"] == [False] * 6
     groups = biofx.unit_groups(biofx.capture(fused))
     by_path = {reading.site.parameter_path: reading for reading in groups.readings}
     assert (
-        groups.home_units(by_path["out.weight"].units).tolist()
+        groups.representatives(by_path["out.weight"].units).tolist()
         == groups.made_by("joint.weight")[12:].tolist()
     )
     assert groups.exempt_rows(by_path["joint.weight"].site).tolist() == [True] * 12 + [False] * 6
@@ -299,11 +302,11 @@ def test_attention_written_by_hand() -> None:
 def test_a_rule_of_ones_own_takes_the_place_of_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from biofx.analysis.flow import RULES
+    from biofx.analysis.forward import TABLE, Entry
 
     model = between(lambda x: torch.cumsum(x, 2), 4)
     assert columns_of(model)["b.weight"][0] == "open[0]"
-    monkeypatch.setitem(RULES, torch.cumsum, RULES.get(torch.cumsum))
+    monkeypatch.setitem(TABLE, torch.cumsum, Entry())
     biofx.add_unit_rule(torch.cumsum, lambda call: call.keeps())
     assert columns_of(model)["b.weight"] == SAME
 
@@ -354,5 +357,5 @@ def test_columns_are_those_that_move(names: list[str], is_flat: bool) -> None:
         return
     if not (is_flat and "pad" in names):
         assert moved == told
-    for path, found in moved.items():  # the border of a padded map is constant, and so moves with nobody
+    for path, found in moved.items():  # the border of a padded map is constant, and so no unit moves it
         assert all(units <= claimed for units, claimed in zip(found, told[path], strict=True))

@@ -163,7 +163,7 @@ def test_every_drive_moves_with_the_sign_of_the_unit(name: str, method: str, ini
     for reading in groups.readings:
         columns = signs_by_column(bio).get(reading.site.parameter_path)
         for unit, sign in zip(
-            groups.home_units(reading.units).tolist(), columns or (), strict=columns is not None
+            groups.representatives(reading.units).tolist(), columns or (), strict=columns is not None
         ):
             assert sign_of.setdefault(unit, sign) == sign
     run = _Drives(bio)
@@ -180,7 +180,7 @@ def test_every_drive_moves_with_the_sign_of_the_unit(name: str, method: str, ini
                 if slope is None:
                     continue
                 site = run.sites[maker]
-                units = groups.home_units(groups.made_by(site.parameter_path)).tolist()
+                units = groups.representatives(groups.made_by(site.parameter_path)).tolist()
                 for unit, entries in zip(units, slope.movedim(site.kind.channel_axis, 0), strict=True):
                     assert bool((entries * sign_of[unit] >= 0).all())
                     moved += int((entries != 0).sum())

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 import biofx
 from biofx import capture
-from biofx.analysis.dataflow import is_synaptic
+from biofx.analysis.synapses import is_synaptic
 from biofx.layers.layer_kinds import kind_of
 from biofx.layers.lowering import Lowering
 from biofx.layers.sites import find_sites

@@ -1,18 +1,20 @@
-"""Questions about who feeds whom, answered in one walk over the graph."""
+"""Which nodes have weights between units, and how they follow each other: inputs, readouts, comparisons."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional as F
 
+from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.graph_functions import checkpointed_path
 from biofx.graph.node_kinds import changed_in_place, queries_metadata
-from biofx.graph.regions import region_output
+from biofx.graph.regions import region_of_nodes, region_output
 from biofx.layers.layer_kinds import kind_of_call
 from biofx.operators.split_ops import fold_weight, pool_synapses, sum_synapses
 
@@ -23,9 +25,13 @@ _PRODUCTS: frozenset[Any] = frozenset(
     }
 )
 _PRODUCT_METHODS = frozenset({"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__"})
+_MATRIX_FUNCTIONS: frozenset[Any] = frozenset(
+    {F.embedding, F.embedding_bag, F.bilinear, F.multi_head_attention_forward, torch.bilinear}
+)
 
 
-def synaptic_nodes(graph_module: GraphModule) -> set[Node]:
+@cached_on_graph
+def synaptic_nodes(graph_module: GraphModule) -> Set[Node]:
     """Return the nodes with weights between units: layers, opaque modules, products with a parameter."""
     constant: set[Node] = set()  # computed from parameters alone, whatever the input
     synaptic: set[Node] = set()
@@ -42,11 +48,26 @@ def synaptic_nodes(graph_module: GraphModule) -> set[Node]:
     return synaptic
 
 
-def readout_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
+def is_synaptic(node: Node, graph_module: GraphModule) -> bool:
+    """Whether a node carries weights between units: a layer, or an opaque module with a matrix inside."""
+    path = str(node.target) if node.op == "call_module" else checkpointed_path(node)
+    if path is not None:
+        module = graph_module.get_submodule(path)
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            return False
+        return any(parameter.dim() >= 2 for parameter in module.parameters())
+    kind = kind_of_call(node)
+    is_layer = kind is not None and not kind.is_product  # a product may be of data alone
+    return node.op == "call_function" and (is_layer or node.target in _MATRIX_FUNCTIONS)
+
+
+@cached_on_graph
+def readout_nodes(graph_module: GraphModule) -> Set[Node]:
     """Return the synaptic nodes with no other synaptic node between them and an output of the model.
 
     What follows a region is not known, so its output counts as one.
     """
+    synaptic = synaptic_nodes(graph_module)
     readout: set[Node] = set()
     open_nodes: set[Node] = set()
     for node in reversed(graph_module.graph.nodes):
@@ -62,11 +83,12 @@ def readout_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
     return readout
 
 
-def input_facing_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
+def input_facing_nodes(graph_module: GraphModule) -> Set[Node]:
     """Return the synaptic nodes that no other synaptic node feeds: their presynaptic units are inputs.
 
     What goes into a region is not known, so its inputs count as the model's.
     """
+    synaptic = synaptic_nodes(graph_module)
     fed: set[Node] = set()
     for node in graph_module.graph.nodes:
         if any(source in synaptic or source in fed for source in node.all_input_nodes):
@@ -75,7 +97,40 @@ def input_facing_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[No
     return synaptic - fed
 
 
-def split_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
+@cached_on_graph
+def last_synapses(graph_module: GraphModule) -> Mapping[Node, str | None]:
+    """Return the synaptic nodes that lead to no other, and the region each lies in.
+
+    Inside a region what follows is not known; None is outside of all regions.
+    """
+    synaptic, regions = synaptic_nodes(graph_module), region_of_nodes(graph_module.graph)
+    leads_on: set[Node] = set()
+    for node in reversed(graph_module.graph.nodes):
+        followers = [user for user in node.users if not queries_metadata(user)]
+        if any(user in synaptic or user in leads_on for user in followers):
+            leads_on.add(node)
+    return {node: regions.get(node) for node in synaptic - leads_on}
+
+
+def only_compared(graph: Graph, comparisons: Mapping[Node, Set[Node]], synaptic: Set[Node]) -> set[Node]:
+    """Return the nodes whose every way on leads into a comparison before it meets another weight.
+
+    Args:
+        graph: the graph.
+        comparisons: operations that compare values, and the values they compare.
+        synaptic: the nodes with weights.
+    """
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        users = [user for user in node.users if not queries_metadata(user)]
+        if users and all(
+            node in comparisons.get(user, ()) or (user in found and user not in synaptic) for user in users
+        ):
+            found.add(node)
+    return found
+
+
+def split_nodes(graph_module: GraphModule) -> set[Node]:
     """Return the synaptic nodes whose output already runs into a pool of synapses, or is folded into one."""
     split: set[Node] = set()
     graph = graph_module.graph
@@ -84,18 +139,18 @@ def split_nodes(graph_module: GraphModule, synaptic: set[Node]) -> set[Node]:
             split.update(fold.users)
     for kind in (pool_synapses, sum_synapses):
         for pool in graph.find_nodes(op="call_function", target=kind):
-            split |= _sources(pool, synaptic)
+            split |= _nearest_sources(pool, synaptic_nodes(graph_module))
     return split
 
 
-def _sources(node: Node, synaptic: set[Node]) -> set[Node]:
-    """Return the nearest synaptic nodes that feed a node."""
+def _nearest_sources(node: Node, wanted: Set[Node]) -> set[Node]:
+    """Return those of some nodes that feed a node, the nearest on each way."""
     found: set[Node] = set()
     seen: set[Node] = set()
     open_nodes = [node]
     while open_nodes:
         for source in open_nodes.pop().all_input_nodes:
-            if source in synaptic:
+            if source in wanted:
                 found.add(source)
             elif source not in seen:
                 seen.add(source)
@@ -104,10 +159,10 @@ def _sources(node: Node, synaptic: set[Node]) -> set[Node]:
 
 
 def unit_output(layer: Node, graph_module: GraphModule) -> tuple[Node, str]:
-    """Return where a layer's units speak: behind their nonlinearity, and what that is called.
+    """Return the node with the activity of a layer's units: their nonlinearity, and its name.
 
-    Looked for along the way that the output takes alone: through normalisation, pools of synapses, dropout,
-    and additions, up to the first nonlinearity. Without one, the layer's own output and an empty name.
+    It is looked for where the output has one user alone: behind normalisation, pools of synapses, dropout and
+    additions, up to the first nonlinearity. Without one, it is the layer itself, and the name is empty.
     """
     node = layer
     while len(node.users) == 1:
@@ -155,21 +210,3 @@ def _attribute(graph_module: GraphModule, node: Node) -> Any:
     for part in str(node.target).split("."):
         value = getattr(value, part, None)
     return value
-
-
-def is_synaptic(node: Node, graph_module: GraphModule) -> bool:
-    """Whether a node carries weights between units: a layer, or an opaque module with a matrix inside."""
-    path = str(node.target) if node.op == "call_module" else checkpointed_path(node)
-    if path is not None:
-        module = graph_module.get_submodule(path)
-        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            return False
-        return any(parameter.dim() >= 2 for parameter in module.parameters())
-    kind = kind_of_call(node)
-    is_layer = kind is not None and not kind.is_product  # a product may be of data alone
-    return node.op == "call_function" and (is_layer or node.target in _MATRIX_FUNCTIONS)
-
-
-_MATRIX_FUNCTIONS: frozenset[Any] = frozenset(
-    {F.embedding, F.embedding_bag, F.bilinear, F.multi_head_attention_forward, torch.bilinear}
-)

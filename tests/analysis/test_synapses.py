@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx import capture
-from biofx.analysis.dataflow import input_facing_nodes, readout_nodes, split_nodes, synaptic_nodes
+from biofx.analysis.synapses import input_facing_nodes, readout_nodes, split_nodes, synaptic_nodes
 from biofx.layers.lowering import Lowering
 from biofx.layers.norm_sites import find_norms, lower_norm
 from biofx.layers.sites import find_sites
@@ -107,9 +107,8 @@ WIRINGS: list[tuple[type[Layers], set[str], set[str]]] = [
 @pytest.mark.parametrize(("model_class", "inputs", "readout"), WIRINGS)
 def test_the_two_ends_of_a_model(model_class: type[Layers], inputs: set[str], readout: set[str]) -> None:
     captured = capture(model_class())
-    synaptic = synaptic_nodes(captured)
-    assert {node.name for node in input_facing_nodes(captured, synaptic)} == inputs
-    assert {node.name for node in readout_nodes(captured, synaptic)} == readout
+    assert {node.name for node in input_facing_nodes(captured)} == inputs
+    assert {node.name for node in readout_nodes(captured)} == readout
 
 
 def test_an_opaque_module_with_weights_counts_as_layers_and_one_without_does_not() -> None:
@@ -119,7 +118,7 @@ def test_an_opaque_module_with_weights_counts_as_layers_and_one_without_does_not
     captured = capture(model, opaque=["1", "2"])
     synaptic = synaptic_nodes(captured)
     assert {node.target for node in synaptic} == {"0", "1"}
-    assert {node.target for node in readout_nodes(captured, synaptic)} == {"1"}
+    assert {node.target for node in readout_nodes(captured)} == {"1"}
 
 
 def test_recurrent_layers_and_attention_carry_weights_lowered_or_not() -> None:
@@ -136,8 +135,8 @@ def test_recurrent_layers_and_attention_carry_weights_lowered_or_not() -> None:
     for _ in range(2):
         synaptic = synaptic_nodes(captured)
         assert {node.name for node in synaptic} == {"cell", "attention"}
-        assert {node.name for node in input_facing_nodes(captured, synaptic)} == {"cell"}
-        assert {node.name for node in readout_nodes(captured, synaptic)} == {"attention"}
+        assert {node.name for node in input_facing_nodes(captured)} == {"cell"}
+        assert {node.name for node in readout_nodes(captured)} == {"attention"}
         lowering = Lowering(captured)
         for site in find_sites(captured).found:
             lowering.lower(site)
@@ -152,4 +151,4 @@ def test_a_pool_marks_the_layers_that_run_into_it() -> None:
             return self.c(pool_synapses(torch.relu(self.b(self.a(x))), gamma=2, channel_axis=-1))
 
     captured = capture(Pooled())
-    assert {node.name for node in split_nodes(captured, synaptic_nodes(captured))} == {"b"}
+    assert {node.name for node in split_nodes(captured)} == {"b"}

@@ -1,0 +1,276 @@
+"""What the analysis of units found, in the terms of a user: groups of units, who makes and who reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import networkx as nx
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from biofx.analysis.synapses import only_compared, synaptic_nodes
+from biofx.analysis.units import Reading, Source, UnitAnalysis, UnitValue
+from biofx.errors import InputError
+from biofx.graph.analysis_cache import cached_on_graph
+from biofx.graph.joined_graph import whole_view
+from biofx.layers.weight_site import WeightSite
+
+_PREFERRED = ("layer", "open", "input", "constant")
+"""By which kind of source a unit is represented, of those that are one in it."""
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units that some layers make together, and the weights that read them."""
+
+    producers: tuple[str, ...]
+    """Paths of the weights whose outputs they are, and names of nodes where no layer makes them."""
+    readers: tuple[str, ...]
+    """Paths of the weights that read them."""
+    units: int
+    """How many there are, a count."""
+    nonnegative: bool
+    """Whether every weight reads activity that cannot be negative, so that a sign is that of an effect."""
+
+    def __str__(self) -> str:
+        activity = "" if self.nonnegative else " (activity may be negative)"
+        return f"{self.units} units of {', '.join(self.producers)} -> {', '.join(self.readers)}{activity}"
+
+
+@dataclass(frozen=True)
+class UnitSources:
+    """The sources of some units, and the place of each unit in them."""
+
+    sources: list[Source]
+    """In execution order, each once."""
+    index: Tensor
+    """For each unit its place in the sources laid one after another, int64."""
+
+
+class UnitGroups:
+    """The presynaptic units of every weight of a graph; iterating gives the groups."""
+
+    def __init__(self, analysis: UnitAnalysis) -> None:
+        self._analysis = analysis
+        self._representatives = self._find_representatives()
+        self._starts = torch.tensor([source.first for source in analysis.sources])
+        graph_module = analysis.graph_module
+        self._compared_only = only_compared(
+            graph_module.graph, analysis.comparisons, synaptic_nodes(graph_module)
+        )
+
+    def __iter__(self) -> Iterator[UnitGroup]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __str__(self) -> str:
+        lines = [str(group) for group in self._groups]
+        lines += [f"ends at {node.name}: {reason}" for node, reason in self.ends.items()]
+        return "\n".join(lines)
+
+    # units
+
+    @property
+    def count(self) -> int:
+        """How many numbers of units there are; units that are one have several."""
+        return self._analysis.count
+
+    @property
+    def sources(self) -> list[Source]:
+        """Where units begin, in execution order."""
+        return self._analysis.sources
+
+    @property
+    def values(self) -> dict[Node, UnitValue]:
+        """What is known of each node's value."""
+        return self._analysis.values
+
+    @property
+    def ends(self) -> dict[Node, str]:
+        """Where groups end, and why."""
+        return self._analysis.ended
+
+    @property
+    def norms(self) -> dict[Node, Tensor]:
+        """The units that each normalisation acts on; those that act on none that are known are left out."""
+        norms = self._analysis.norms.items()
+        return {node: value.layout.labels for node, value in norms if value.layout is not None}
+
+    def representatives(self, units: Tensor) -> Tensor:
+        """Return for each unit the one that represents all that are one with it."""
+        return self._representatives[units]
+
+    def sources_of(self, units: Tensor) -> UnitSources:
+        """Return where the representatives of units begin."""
+        representatives = self._representatives[units]
+        sources = torch.bucketize(representatives, self._starts, right=True) - 1
+        order = sorted(set(sources.tolist()))
+        found = [self.sources[number] for number in order]
+        offsets = torch.zeros(len(self._starts), dtype=torch.int64)
+        before = 0
+        for number, source in zip(order, found, strict=True):
+            offsets[number] = before - source.first
+            before += source.count
+        return UnitSources(found, representatives + offsets[sources])
+
+    # who makes them
+
+    def producers(self) -> list[str]:
+        """Return the paths of the weights that make units, in execution order."""
+        return list(self._analysis.produced)
+
+    def made_by(self, path: str) -> Tensor:
+        """Return the units that a weight makes, one for each output, int64."""
+        return self._analysis.produced[path].labels
+
+    @cached_property
+    def regions(self) -> dict[str, str]:
+        """Names of nodes that depend on no weight but on what Python passes to a region, and that region."""
+        return {node.name: region for node, region in self._analysis.handed.items()}
+
+    def region_that_feeds(self, reading: Reading) -> str | None:
+        """Return the region by whose inputs alone a weight is fed as far as is known, None if others do."""
+        sources = self.sources_of(reading.units).sources
+        regions = [self.regions.get(source.name) for source in sources if source.kind == "open"]
+        known = any(source.kind == "layer" for source in sources)
+        return None if known or None in regions else next(iter(regions), None)
+
+    # who reads them
+
+    @property
+    def readings(self) -> list[Reading]:
+        """What each weight reads, in execution order."""
+        return self._analysis.readings
+
+    def reading(self, site: WeightSite) -> Reading:
+        """Return what a site reads."""
+        return self._by_use[site.node, site.parameter_path]
+
+    @cached_property
+    def _by_use(self) -> dict[tuple[Node, str], Reading]:
+        return {(entry.site.node, entry.site.parameter_path): entry for entry in self.readings}
+
+    # what is only compared
+
+    def is_exempt(self, units: Tensor) -> Tensor:
+        """Return whether units are only compared with each other, bool."""
+        return self._is_exempt[self._representatives[units]]
+
+    def exempt_rows(self, site: WeightSite) -> Tensor:
+        """Return which outputs of a site are only compared with each other, bool, ``(output channels,)``.
+
+        Queries and keys decide where attention goes; nothing of theirs is passed on to another unit.
+        """
+        rows = site.parameter.shape[1 if site.kind.transposed else 0]
+        if site.role in ("query", "key") or (site.node in self._compared_only and not site.kind.is_compound):
+            return torch.ones(rows, dtype=torch.bool)
+        made = self._analysis.produced.get(site.parameter_path)
+        if made is None or len(made.labels) != rows:
+            return torch.zeros(rows, dtype=torch.bool)
+        return self.is_exempt(made.labels)
+
+    @cached_property
+    def _is_exempt(self) -> Tensor:
+        exempt = torch.zeros(self.count, dtype=torch.bool)
+        for units in self._analysis.compared:
+            exempt[self._representatives[units]] = True
+        for reading in self.readings:
+            exempt[self._representatives[reading.units]] = False
+        return exempt
+
+    def _find_representatives(self) -> Tensor:
+        """Return for each unit the first that a layer makes, of those that are one with it, if any does."""
+        count, pairs = self.count, self._analysis.pairs
+        joined = torch.cat(pairs, 1) if pairs else torch.empty(2, 0, dtype=torch.int64)
+        smallest = smallest_connected(count, joined)
+        ranks = [_PREFERRED.index(source.kind) for source in self.sources]
+        counts = torch.tensor([source.count for source in self.sources], dtype=torch.int64)
+        rank = torch.tensor(ranks, dtype=torch.int64).repeat_interleave(counts)
+        numbers = rank * count + torch.arange(count)
+        best = numbers.clone().scatter_reduce(0, smallest, numbers, "amin")
+        return (best % max(1, count))[smallest]
+
+    # groups
+
+    @cached_property
+    def _groups(self) -> list[UnitGroup]:
+        read = [(entry.site.parameter_path, entry.units) for entry in self.readings]
+        found = [self._group(members) for members in self.connected(read)]
+        return [group for group in found if group.readers]
+
+    def connected(self, others: Iterable[tuple[object, Tensor]]) -> list[list[object]]:
+        """Return what hangs together of the sources and of some other things, by the units of these."""
+        graph: nx.Graph = nx.Graph()
+        for member, units in (*((source, source.units) for source in self.sources), *others):
+            graph.add_edges_from((source, member) for source in self.sources_of(units).sources)
+        return [list(members) for members in nx.connected_components(graph)]
+
+    def _group(self, members: list[object]) -> UnitGroup:
+        sources = sorted((m for m in members if isinstance(m, Source)), key=lambda source: source.first)
+        units = self._representatives[torch.cat([source.units for source in sources])].unique().numel()
+        readings = [entry for entry in self.readings if entry.site.parameter_path in members]
+        return UnitGroup(
+            tuple(dict.fromkeys(source.name for source in sources if source.kind != "constant")),
+            tuple(dict.fromkeys(entry.site.parameter_path for entry in readings)),
+            int(units),
+            all(entry.nonnegative for entry in readings),
+        )
+
+
+def unit_groups(graph_module: GraphModule) -> UnitGroups:
+    """Find out whose activity each weight of a graph reads at each of its input channels.
+
+    Args:
+        graph_module: a captured or transformed model.
+
+    Returns:
+        The groups; printing them shows who makes the units of each and who reads them, and where groups end
+        because an operation is not known (see :func:`add_unit_rule`).
+
+    Raises:
+        InputError: it is not a graph module.
+
+    >>> import biofx
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    >>> print(biofx.unit_groups(biofx.capture(model)))
+    1 units of input_1 -> 0.weight (activity may be negative)
+    4 units of 0.weight -> 3.weight
+    """
+    if not isinstance(graph_module, GraphModule):
+        raise InputError(
+            f"expected a torch.fx.GraphModule, found {type(graph_module).__name__}; capture the model first: "
+            "biofx.unit_groups(biofx.capture(model))"
+        )
+    return _unit_groups(graph_module)
+
+
+@cached_on_graph
+def _unit_groups(graph_module: GraphModule) -> UnitGroups:
+    return UnitGroups(UnitAnalysis(whole_view(graph_module)))
+
+
+def smallest_connected(count: int, pairs: Tensor) -> Tensor:
+    """Return for each of ``count`` numbers the smallest one that pairs connect it with, directly or not.
+
+    Args:
+        count: how many numbers there are.
+        pairs: ``(2, pairs)``, int64.
+
+    >>> smallest_connected(5, torch.tensor([[3, 4], [1, 3]])).tolist()
+    [0, 1, 2, 1, 1]
+    """
+    smallest = torch.arange(count)
+    while True:
+        ends = smallest[pairs]
+        low, high = ends.amin(0), ends.amax(0)
+        if torch.equal(low, high):
+            return smallest
+        smallest = smallest.scatter_reduce(0, high, low, "amin")
+        while not torch.equal(shorter := smallest[smallest], smallest):
+            smallest = shorter
