@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from biofx.static_inspection import content_of, is_of
+
 ResultT = TypeVar("ResultT")
 ModuleT = TypeVar("ModuleT", bound=GraphModule)
 
@@ -133,10 +135,11 @@ class _State:
             if name in _GENERATED:
                 continue
             objects += (name, value)
-            if isinstance(value, dict):
-                objects += (len(value), *value.keys(), *value.values())
-            elif isinstance(value, (list, set)):
-                objects += (len(value), *value)
+            if is_of(value, (dict, list, set)):  # whose own methods are not to run
+                content = content_of(value)
+                objects.append(len(content))
+                for entry in content:
+                    objects += entry if is_of(value, dict) else (entry,)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if isinstance(tensor, Tensor):
                 self._tensors.append((tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad))
