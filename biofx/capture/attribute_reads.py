@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from biofx.capture.bytecode import CallSite, is_name_of_biofx
 from biofx.capture.mode_switches import ModeSwitches
-from biofx.capture.symbolic_scalars import ScalarGraph, Source, is_symbolic, symbolic
+from biofx.capture.symbolic_scalars import Builder, Source, is_symbolic, symbolic
 from biofx.model.attribute_guards import Needed, put_guards
 from biofx.model.contents import MISSING, fields_of, is_followed
 from biofx.static_inspection import bases_outside_torch
@@ -44,19 +44,12 @@ class Read:
         return ".".join((self.path, *self.names) if self.path else self.names)
 
 
-class AttributeGraph(ScalarGraph, Protocol):
-    """A graph under construction that can read attributes."""
-
-    def attribute_node(self, target: str) -> Node:
-        """Return the node that reads an attribute."""
-
-
 class ReadLog:
     """The reads of one forward, in order."""
 
-    def __init__(self, graph: AttributeGraph) -> None:
+    def __init__(self, builder: Builder) -> None:
         self.reads: list[Read] = []
-        self._graph = graph
+        self._builder = builder
 
     def take(self, path: str, names: tuple[str, ...], value: Any, site: CallSite) -> Any:
         """Note a read; return a symbolic number where the value is an operand, else the value."""
@@ -67,7 +60,10 @@ class ReadLog:
         if not flows:
             return value
         return symbolic(
-            value, self._graph, lambda: self._graph.attribute_node(read.target), frozenset({(path, names)})
+            value,
+            self._builder,
+            lambda: self._builder.attribute_node(read.target),
+            frozenset({(path, names)}),
         )
 
     def decided_by(self, sources: Iterable[Source]) -> None:

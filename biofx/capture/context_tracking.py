@@ -10,31 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd import grad_mode
-from torch.fx import Graph, Node, Proxy
+from torch.fx import Node, Proxy
 from torch.nn.utils import parametrize
 
 from biofx.capture.bytecode import CallSite
 from biofx.capture.graph_breaks import OPENS_CONTEXT
-from biofx.capture.symbolic_scalars import plain
+from biofx.capture.intercepted_calls import replaced
+from biofx.capture.symbolic_scalars import Builder, plain
 from biofx.graph.contexts import BEGINNINGS, autocast_nesting, begin_autocast, begin_grad_mode
-
-
-class ContextGraph(Protocol):
-    """A graph under construction that contexts are part of."""
-
-    @property
-    def graph(self) -> Graph:
-        """The graph so far."""
-
-    def write(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
-        """Add a call of a function."""
-
-    def stop(self, what: str) -> NoReturn:
-        """Break the graph."""
 
 
 @dataclass
@@ -49,8 +36,8 @@ class _Open:
 class OpenContexts:
     """The contexts that one forward has open."""
 
-    def __init__(self, graph: ContextGraph) -> None:
-        self._graph = graph
+    def __init__(self, builder: Builder) -> None:
+        self._builder = builder
         self._before = ambient_modes()
         self._open: list[_Open] = []
         self._loose: object = None
@@ -61,13 +48,13 @@ class OpenContexts:
         """Break the graph where something is in force that none of its contexts accounts for."""
         modes = self._open[-1].modes if self._open else self._before
         if self._loose is not None or ambient_modes() != modes:
-            self._graph.stop(OPENS_CONTEXT)
+            self._builder.stop(OPENS_CONTEXT)
 
     def check_end(self) -> None:
         """Break the graph of a forward that returns with a context open."""
         self.check()
         if self._open:
-            self._graph.stop("leaves a context open")
+            self._builder.stop("leaves a context open")
 
     def forget_loose(self) -> None:
         """Forget a switch outside of any context: the code that made it is not part of the graph."""
@@ -91,16 +78,16 @@ class OpenContexts:
         """Add the node that begins a context."""
         if self._loose is context:
             self._loose = None
-        anchor = next((node for node in self._graph.graph.nodes if node.op == "placeholder"), None)
+        anchor = next((node for node in self._builder.graph.nodes if node.op == "placeholder"), None)
         if anchor is None:
-            self._graph.stop("opens a context in a forward without arguments")
+            self._builder.stop("opens a context in a forward without arguments")
         if begin is begin_autocast and options[0] in self.devices_asked:
-            self._graph.stop("opens torch.autocast for a device that it may have asked a tensor for")
+            self._builder.stop("opens torch.autocast for a device that it may have asked a tensor for")
         opened = _Open(id(context), anchor, ambient_modes())
         place = len(self._open)
         self._open.append(opened)
         try:
-            opened.begin = self._graph.write(begin, (anchor, *options))
+            opened.begin = self._builder.write(begin, (anchor, *options))
         except BaseException:
             del self._open[place:]
             raise
@@ -112,11 +99,11 @@ class OpenContexts:
             self._loose = innermost  # a forward that goes on all the same is not followed further
             return
         if innermost is None or innermost.context != id(context):
-            self._graph.stop("leaves contexts in another order than it enters them")
-        if next(iter(reversed(self._graph.graph.nodes))) is innermost.begin:
-            self._graph.graph.erase_node(innermost.begin)  # nothing happened in it
+            self._builder.stop("leaves contexts in another order than it enters them")
+        if next(iter(reversed(self._builder.graph.nodes))) is innermost.begin:
+            self._builder.graph.erase_node(innermost.begin)  # nothing happened in it
         else:
-            self._graph.write(BEGINNINGS[innermost.begin.target], (innermost.begin,))  # type: ignore[index]
+            self._builder.write(BEGINNINGS[innermost.begin.target], (innermost.begin,))  # type: ignore[index]
 
 
 _ATTENTION_KERNELS = (
@@ -183,7 +170,7 @@ class ContextPatches:
                 self._reported(torch.autocast, begin_autocast, self._autocast_options),
                 self._loose_switches(grad_mode.set_grad_enabled),
                 self._autocasts(),
-                _replaced(torch, **{name: self._query(name, what) for name, what in _QUERIES.items()}),
+                replaced((torch, name, self._query(name, what)) for name, what in _QUERIES.items()),
             ):
                 stack.enter_context(patch)
             yield
@@ -212,7 +199,7 @@ class ContextPatches:
                 self._try(open_contexts.ended, context, failed=kind_of is not None)
             return found
 
-        return _replaced(kind, __enter__=entered, __exit__=left)
+        return replaced([(kind, "__enter__", entered), (kind, "__exit__", left)])
 
     def _loose_switches(self, kind: Any) -> Any:
         make, decorate = kind.__init__, kind.__call__
@@ -233,7 +220,7 @@ class ContextPatches:
                 open_contexts.forget_loose()
             return found
 
-        return _replaced(kind, __init__=made, __call__=decorated)
+        return replaced([(kind, "__init__", made), (kind, "__call__", decorated)])
 
     def _autocasts(self) -> Any:
         make = torch.autocast.__init__
@@ -248,7 +235,7 @@ class ContextPatches:
             make(context, device_type, plain(dtype), enabled, cache_enabled)
             self._given[id(context)] = context, (device_type, dtype, enabled, cache_enabled)
 
-        return _replaced(torch.autocast, __init__=made)
+        return replaced([(torch.autocast, "__init__", made)])
 
     def _autocast_options(self, context: Any) -> tuple[Any, ...]:
         """Return what an autocast was made with; None means what is in force when it is entered."""
@@ -288,18 +275,3 @@ class ContextPatches:
 def _is_symbolic(context: Any) -> bool:
     """Whether a context switches gradients by a value that is known only when the graph runs."""
     return isinstance(getattr(context, "mode", None), Proxy)
-
-
-@contextmanager
-def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    before = {name: (name in vars(owner), getattr(owner, name)) for name in attributes}
-    for name, value in attributes.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, (was_its_own, value) in before.items():
-            if was_its_own:
-                setattr(owner, name, value)
-            else:
-                delattr(owner, name)

@@ -19,18 +19,21 @@ from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 
 from biofx.capture.attribute_reads import Read, reads_noticed
-from biofx.capture.builtin_patches import IN_EAGER_TRACES, builtins_patched, type_limits_followed
 from biofx.capture.bytecode import CallSite, compares_identities
 from biofx.capture.context_tracking import ContextPatches, OpenContexts
 from biofx.capture.graph_breaks import COMPARES_IDENTITIES, OWN_APPLY, GraphBreak, describe
 from biofx.capture.graph_builder import GraphBuilder
 from biofx.capture.graph_signature import GraphSignature
 from biofx.capture.intercepted_calls import (
+    IN_EAGER_TRACES,
     OPTIONS,
     applications_handled,
+    builtins_patched,
     can_be_applied,
     checkpointed_module,
     checkpoints_handled,
+    replaced,
+    type_limits_followed,
 )
 from biofx.capture.mode_switches import ModeSwitches
 from biofx.capture.region_capture import is_leaf, is_plain_layer
@@ -99,7 +102,7 @@ class EagerTracer(TorchFunctionMode):
             InputError: the model itself fails on these inputs.
         """
         with (
-            self._patched(),
+            self._module_patched(),
             self._contexts.patched(),
             checkpoints_handled(self._checkpoint),
             applications_handled(self._apply),
@@ -402,8 +405,7 @@ class EagerTracer(TorchFunctionMode):
             if path in self.mode_switches.stuck and is_leaf(module):
                 builder.flag_read(module)
 
-    @contextmanager
-    def _patched(self) -> Iterator[None]:
+    def _module_patched(self) -> Any:
         """Let ``nn.Module`` report calls, assignments and reads of ``training``."""
         original_call, original_set = nn.Module.__call__, nn.Module.__setattr__
 
@@ -422,11 +424,10 @@ class EagerTracer(TorchFunctionMode):
         def set_training(module: nn.Module, flag: bool) -> None:
             vars(module)["training"] = flag
 
-        module_class: Any = nn.Module
-        module_class.training = property(training, set_training)
-        module_class.__call__, module_class.__setattr__ = call, set_attribute
-        try:
-            yield
-        finally:
-            del module_class.training
-            module_class.__call__, module_class.__setattr__ = original_call, original_set
+        return replaced(
+            [
+                (nn.Module, "training", property(training, set_training)),
+                (nn.Module, "__call__", call),
+                (nn.Module, "__setattr__", set_attribute),
+            ]
+        )

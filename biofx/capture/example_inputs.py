@@ -1,4 +1,4 @@
-"""What somebody means who gives ``x``, ``(x,)``, ``{"x": x}`` or ``((x,), {})`` as example inputs."""
+"""The call that a user means by ``x``, ``(x,)``, ``{"x": x}`` or ``((x,), {})`` as example inputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import nn
 from biofx.errors import InputError
 
 ExampleInputs: TypeAlias = Any
-"""One input, a tuple or list of those by position, a mapping of those by name, or ``(args, kwargs)``."""
+"""One input, a tuple or list of inputs by position, a mapping of inputs by name, or ``(args, kwargs)``."""
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+_EXPECTED = "expected x, (x, y), {'x': x} or (args, kwargs), e.g. ((x,), {'mask': mask})"
 
 
 def as_call(model: nn.Module, given: ExampleInputs) -> Call:
-    """Return the positional and keyword arguments that example inputs stand for.
+    """Return example inputs as positional and keyword arguments.
 
     ``(args, kwargs)`` are taken as they are. Else a tuple or list is taken for the arguments by position, a
     mapping for those by name, unless the model's forward takes it only as one argument.
@@ -26,18 +27,19 @@ def as_call(model: nn.Module, given: ExampleInputs) -> Call:
         given: the example inputs.
 
     Raises:
-        InputError: they are nothing that the forward takes, or could be two calls.
+        InputError: the forward does not take them, or they could be two calls.
     """
     if isinstance(given, (str, bytes, bool, int, float, complex, type, nn.Module)):
         shown = type(given).__name__ if isinstance(given, nn.Module) else repr(given)
         raise InputError(f"example_inputs: {_EXPECTED}; found {shown}")
-    found = [reading for reading in _readings(given) if _takes(model, reading)]
-    if not found and _may_be_one_input(model, given) and _takes(model, ((given,), {})):
+    signature = _signature(model)
+    found = [call for call in _calls(given) if _takes(signature, call)]
+    if not found and _may_be_one_input(signature, given) and _takes(signature, ((given,), {})):
         return (given,), {}
     if not found:
         raise InputError(
-            f"example_inputs: {_EXPECTED}, for forward{_signature(model)}; found {_described(given)}, which "
-            "it does not take"
+            f"example_inputs: {_EXPECTED}, for forward{signature}; found {_described(given)}, which it does "
+            "not take"
         )
     if len(found) == 1 or _is_a_call(given):
         return found[0]
@@ -47,41 +49,38 @@ def as_call(model: nn.Module, given: ExampleInputs) -> Call:
     )
 
 
-_EXPECTED = "expected x, (x, y), {'x': x} or (args, kwargs), e.g. ((x,), {'mask': mask})"
-
-
-def _readings(given: Any) -> Iterator[Call]:
-    """Yield what example inputs may stand for, what is meant most plainly first."""
+def _calls(given: Any) -> Iterator[Call]:
+    """Yield the calls that example inputs may mean, the most obvious first."""
     if _is_a_call(given):
         yield tuple(given[0]), dict(given[1])
-    if _is_of_names(given):
+    if _has_names(given):
         yield (), dict(given)
     if type(given) in (tuple, list):
         yield tuple(given), {}
-        if len(given) == 2 and _is_of_names(given[1]):
+        if len(given) == 2 and _has_names(given[1]):
             yield (given[0],), dict(given[1])
-
-
-def _may_be_one_input(model: nn.Module, given: Any) -> bool:
-    """Whether example inputs may be one input: not if nothing is in them, or names of arguments are."""
-    if isinstance(given, Mapping) and any(name in _signature(model).parameters for name in given):
-        return False
-    return not isinstance(given, (tuple, list, Mapping)) or len(given) > 0
-
-
-def _is_of_names(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
 
 
 def _is_a_call(given: Any) -> bool:
     is_pair = isinstance(given, tuple) and len(given) == 2
-    return is_pair and isinstance(given[0], (tuple, list)) and _is_of_names(given[1])
+    return is_pair and isinstance(given[0], (tuple, list)) and _has_names(given[1])
 
 
-def _takes(model: nn.Module, call: Call) -> bool:
+def _has_names(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+
+def _may_be_one_input(signature: inspect.Signature, given: Any) -> bool:
+    """Whether a container may be one input: not if it is empty, or has names of arguments."""
+    if isinstance(given, Mapping) and any(name in signature.parameters for name in given):
+        return False
+    return not isinstance(given, (tuple, list, Mapping)) or len(given) > 0
+
+
+def _takes(signature: inspect.Signature, call: Call) -> bool:
     args, kwargs = call
     try:
-        _signature(model).bind(*args, **kwargs)
+        signature.bind(*args, **kwargs)
     except TypeError:
         return False
     return True

@@ -1,16 +1,20 @@
-"""Functions whose calls a capture intercepts, by whatever name a model has imported them.
+"""Functions that a capture replaces, by whatever name a model has imported them.
 
-These are ``torch.utils.checkpoint.checkpoint``, ``apply`` of autograd functions, and functions that cache
-what they return (``functools.lru_cache``).
+Builtins and ``math`` read a number or a class out of whatever they are handed; their replacements return what
+a proxy is traced for, and numbers that remember their nodes. ``torch.utils.checkpoint`` and ``apply`` of
+autograd functions become nodes. Functions that cache what they return (``functools.lru_cache``) must not
+cache a proxy.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -19,10 +23,156 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from biofx.capture.bytecode import globals_mentioned
-from biofx.capture.symbolic_scalars import is_symbolic
-from biofx.static_inspection import bases_outside_torch, is_of, package_of
+from biofx.capture.proxies import ValueProxy
+from biofx.capture.symbolic_scalars import AttributeFloat, SymDtype, computed, is_symbolic
+from biofx.static_inspection import attributes_of, bases_outside_torch, is_of, package_of
 
 Handler = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+"""Is handed an original function, the object that it was called on or with, and the other arguments."""
+_MISSING = object()
+
+
+@contextmanager
+def replaced(places: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Let attributes of modules and classes, or entries of dicts, have other values meanwhile.
+
+    Args:
+        places: module, class or dict; name there; and the value to replace what it has.
+    """
+    before: list[tuple[Any, str, Any]] = []
+    try:
+        for place, name, value in places:
+            before.append((place, name, (place if is_of(place, dict) else vars(place)).get(name, _MISSING)))
+            _set(place, name, value)
+        yield
+    finally:
+        for entry in reversed(before):
+            _set(*entry)
+
+
+def _set(place: Any, name: str, value: Any) -> None:
+    if is_of(place, dict) and value is _MISSING:
+        place.pop(name, None)
+    elif is_of(place, dict):
+        place[name] = value
+    elif value is _MISSING:
+        delattr(place, name)
+    else:
+        setattr(place, name, value)
+
+
+# builtins and math, in the source files of a model
+
+
+class _TypeMeta(type):
+    """Makes a class that is called, and used in ``isinstance``, as ``type`` is."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and issubclass(type(args[0]), ValueProxy):
+            return args[0].traced_type()
+        return type(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, type)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, type)
+
+
+class _Type(metaclass=_TypeMeta):
+    """``type``, which returns for a proxy the class that it is traced for."""
+
+
+def _symbolic_len(value: Any) -> Any:
+    return value.length() if issubclass(type(value), ValueProxy) else len(value)
+
+
+def _eager_len(value: Any) -> Any:
+    return value.size(0) if isinstance(value, Tensor) and value.dim() else len(value)
+
+
+def _eager_range(*bounds: Any) -> range:
+    """Return a range; how long it is decides what Python does, so each bound is a decision."""
+    return range(*(int(bound) if isinstance(bound, int) else bound for bound in bounds))
+
+
+IN_SYMBOLIC_TRACES: Mapping[str, Any] = {"type": _Type, "len": _symbolic_len}
+IN_EAGER_TRACES: Mapping[str, Any] = {"len": _eager_len, "range": _eager_range}
+_FUNCTIONS = dict(vars(math))
+"""The functions of ``math``, whatever else replaces them meanwhile."""
+
+
+class _Math:
+    """The module ``math`` with functions that follow symbolic numbers."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _following_numbers(name) if callable(getattr(math, name)) else getattr(math, name)
+
+
+def _following_numbers(name: str) -> Callable[..., Any]:
+    original = _FUNCTIONS[name]
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        number = next((value for value in args if isinstance(value, AttributeFloat)), None)
+        if number is None or kwargs:
+            return getattr(math, name)(*args, **kwargs)  # the present one: torch.fx replaces it too
+        return computed(original, args, number.builder)
+
+    return function
+
+
+def builtins_patched(modules: Iterable[nn.Module], builtins: Mapping[str, Any]) -> Any:
+    """Let the source files of the classes of some modules find other builtins, and another ``math``."""
+    names = {str(kind.__module__) for kind in {type(module) for module in modules} for kind in kind.__mro__}
+    own = [name for name in names if name.partition(".")[0] not in ("torch", "builtins", "biofx")]
+    files = [file for file in map(sys.modules.get, own) if is_of(file, ModuleType)]
+    places: list[tuple[Any, str, Any]] = []
+    for space in map(attributes_of, files):
+        for name, value in space.items():
+            if value is math:
+                places.append((space, name, _Math()))
+            elif type(value) is BuiltinFunctionType and value.__module__ == "math":
+                places.append((space, name, _following_numbers(value.__name__)))
+        places += [(space, name, value) for name, value in builtins.items() if name not in space]
+    return replaced(places)
+
+
+# torch.finfo and torch.iinfo
+
+
+def type_limits_followed(limit: Callable[[Any, str], Any], kind: type = SymDtype) -> Any:
+    """Let ``torch.finfo`` and ``torch.iinfo`` of a proxy for a type have other attributes.
+
+    Args:
+        limit: returns an attribute (``min``, ``eps``, …) for a proxy.
+        kind: the class of the proxies.
+    """
+
+    def followed(original: Any) -> Callable[..., Any]:
+        def limits(*args: Any, **kwargs: Any) -> Any:
+            dtype = next(iter([*args, *kwargs.values()]), None)
+            return _Limits(dtype, limit) if isinstance(dtype, kind) else original(*args, **kwargs)
+
+        return limits
+
+    return replaced([(torch, "finfo", followed(torch.finfo)), (torch, "iinfo", followed(torch.iinfo))])
+
+
+class _Limits:
+    """The limits of a type, as ``torch.finfo`` returns them."""
+
+    def __init__(self, dtype: Any, limit: Callable[[Any, str], Any]) -> None:
+        self._dtype = dtype
+        self._limit = limit
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._limit(self._dtype, name)
+
+
+# torch.utils.checkpoint
+
 OPTIONS = frozenset({"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"})
 """Options of ``checkpoint`` that a graph can hold."""
 _FUNCTION: Any = inspect.unwrap(checkpoint)
@@ -70,8 +220,10 @@ def checkpointed_module(function: Any) -> nn.Module | None:
     return module if isinstance(module, nn.Module) and calls_plainly else None
 
 
-@contextmanager
-def applications_handled(handler: Callable[..., Any]) -> Iterator[None]:
+# autograd functions
+
+
+def applications_handled(handler: Handler) -> Any:
     """Let ``handler(original, function, args, kwargs)`` apply every autograd function.
 
     A model may have kept ``apply`` under a name of its own, as in ``relu = MyRelu.apply``. That is the method
@@ -82,11 +234,7 @@ def applications_handled(handler: Callable[..., Any]) -> Iterator[None]:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return handler(super(base, cls).apply, cls, args, kwargs)
 
-    base.apply = classmethod(apply)
-    try:
-        yield
-    finally:
-        del base.apply
+    return replaced([(base, "apply", classmethod(apply))])
 
 
 def can_be_applied(function: type[torch.autograd.Function]) -> bool:
@@ -94,38 +242,27 @@ def can_be_applied(function: type[torch.autograd.Function]) -> bool:
     return next(kind for kind in function.__mro__ if "apply" in vars(kind)) is torch.autograd.Function
 
 
+# cached functions
+
 _Cached: Any = functools._lru_cache_wrapper
 
 
-@contextmanager
-def caches_bypassed(modules: Iterable[nn.Module]) -> Iterator[None]:
+def caches_bypassed(modules: Iterable[nn.Module]) -> Any:
     """Let the forwards of some modules find cached functions that do not cache what belongs to the capture.
 
     A cached proxy or tensor of the capture would be returned after it, in the original model. With arguments
     that are known, a function is called as usual and returns what every call of the model gets; with others
     it is computed again.
     """
-    replaced: list[tuple[Any, str, Any]] = []
-    for kind in {type(module) for module in modules}:
-        if package_of(kind) == "torch":
-            continue
-        for space, name in globals_mentioned(kind, of_libraries=True):
-            if type(space.get(name)) is _Cached:
-                replaced.append((space, name, space[name]))
-                space[name] = _WithoutCache(space[name])
-        for base in bases_outside_torch(kind):
-            for name, held in list(vars(base).items()):
-                if type(held) is _Cached:
-                    replaced.append((base, name, held))
-                    setattr(base, name, _WithoutCache(held))
-    try:
-        yield
-    finally:
-        for place, name, held in replaced:
-            if is_of(place, type):
-                setattr(place, name, held)
-            else:
-                place[name] = held
+    places: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+    for kind in {type(module) for module in modules if package_of(type(module)) != "torch"}:
+        found: list[tuple[Any, str]] = [*globals_mentioned(kind, of_libraries=True)]
+        found += [(base, name) for base in bases_outside_torch(kind) for name in vars(base)]
+        for place, name in found:
+            held = (place if is_of(place, dict) else vars(place)).get(name)
+            if type(held) is _Cached:
+                places[id(place), name] = place, name, _WithoutCache(held)
+    return replaced(places.values())
 
 
 class _WithoutCache:

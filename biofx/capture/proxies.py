@@ -175,19 +175,12 @@ class StoredTensor(ValueProxy):
         super().__init__(node, tracer)
         self.tensor = tensor
 
-    @property
-    def shape(self) -> torch.Size:
-        """Its shape."""
-        return self.tensor.shape
+    shape = property(lambda self: self.tensor.shape)
+    ndim = property(lambda self: self.tensor.ndim)
 
-    @property
-    def ndim(self) -> int:
-        """Its number of axes."""
-        return self.tensor.ndim
-
-    def size(self, dim: int | None = None) -> Any:
+    def size(self, *dim: Any, **named: Any) -> Any:
         """Return its shape, or one of its sizes."""
-        return self.tensor.shape if dim is None else self.tensor.shape[dim]
+        return self.tensor.size(*dim, **named)
 
     def dim(self) -> int:
         """Return its number of axes."""

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from biofx.graph.graph_functions import limit_of, type_from
@@ -25,22 +25,35 @@ Source = tuple[str, tuple[str, ...]]
 """Path of a module, and names of attributes, the first one the module's: where a number was read."""
 
 
-class ScalarGraph(Protocol):
-    """A graph under construction that symbolic scalars are part of."""
+class Builder(Protocol):
+    """What both tracers do to the graph under construction."""
+
+    @property
+    def graph(self) -> Graph:
+        """The graph so far."""
 
     @property
     def is_current(self) -> bool:
         """Whether what happens now belongs to this graph."""
 
+    def write(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+        """Add a call of a function."""
+
     def auxiliary(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Node:
-        """Add a node that is removed if nothing uses it."""
+        """Add a call of a function that is removed if nothing uses it."""
+
+    def attribute_node(self, target: str) -> Node:
+        """Return the node that reads an attribute."""
 
     def expect(self, function: Callable[..., Any], operands: tuple[Any, ...], found: Any) -> None:
         """Let the graph check that a function of some values returns what it has returned now."""
 
+    def stop(self, what: str) -> NoReturn:
+        """Break the graph at the running line."""
+
 
 class _Symbolic:
-    graph: ScalarGraph
+    builder: Builder
     make: Callable[[], Node]
     sources: frozenset[Source] = frozenset()
     """The attributes of modules that the value is computed from."""
@@ -105,8 +118,8 @@ class _OfAttributes(_Symbolic):
 
     def _decided(self) -> Any:
         """Return the number, which is used in a way that is not known to be arithmetic."""
-        if self.graph.is_current:
-            self.graph.expect(float, (self,), self.plain)
+        if self.builder.is_current:
+            self.builder.expect(float, (self,), self.plain)
         return self.plain
 
 
@@ -147,39 +160,39 @@ class SymDtype(_Symbolic, bytearray):
         return self.dtype
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("dtype", "graph", "make"):
+        if name.startswith("_") or name in ("dtype", "builder", "make"):
             raise AttributeError(name)
         found = getattr(self.dtype, name)
-        graph = self.graph
-        if not graph.is_current:
+        builder = self.builder
+        if not builder.is_current:
             return found
         if callable(found):  # to_real, to_complex
-            return lambda: symbolic(found(), graph, lambda: graph.auxiliary(type_from, (self.node, name)))
+            return lambda: symbolic(found(), builder, lambda: builder.auxiliary(type_from, (self.node, name)))
         if type(found) is int:
-            return symbolic(found, graph, lambda: graph.auxiliary(getattr, (self.node, name)))
-        graph.expect(getattr, (self, name), found)
+            return symbolic(found, builder, lambda: builder.auxiliary(getattr, (self.node, name)))
+        builder.expect(getattr, (self, name), found)
         return found
 
     def limit(self, name: str) -> Any:
         """Return an attribute of the type's ``torch.finfo`` or ``torch.iinfo``."""
         found = limit_of(self.dtype, name)
-        if not self.graph.is_current:
+        if not self.builder.is_current:
             return found
         if isinstance(found, (int, float)):
-            return symbolic(found, self.graph, lambda: self.graph.auxiliary(limit_of, (self.node, name)))
+            return symbolic(found, self.builder, lambda: self.builder.auxiliary(limit_of, (self.node, name)))
         self._decided()
         return found
 
     def _decided(self) -> torch.dtype:
         """Return the type, which is used in a way that only this type is known to be right for."""
-        if self.graph.is_current:
-            self.graph.expect(operator.eq, (self, self.dtype), True)
+        if self.builder.is_current:
+            self.builder.expect(operator.eq, (self, self.dtype), True)
         return self.dtype
 
     def __eq__(self, other: object) -> bool:
         found = bool(self.dtype == plain(other))
-        if self.graph.is_current and isinstance(other, torch.dtype):
-            self.graph.expect(operator.eq, (self, other), found)
+        if self.builder.is_current and isinstance(other, torch.dtype):
+            self.builder.expect(operator.eq, (self, other), found)
         return found
 
     def __ne__(self, other: object) -> bool:
@@ -210,13 +223,13 @@ class SymDtype(_Symbolic, bytearray):
 
 
 def symbolic(
-    value: Any, graph: ScalarGraph, make: Callable[[], Node], sources: frozenset[Source] = frozenset()
+    value: Any, builder: Builder, make: Callable[[], Node], sources: frozenset[Source] = frozenset()
 ) -> Any:
     """Return a number or type that remembers its node; anything else as it is.
 
     Args:
         value: the number or type.
-        graph: the graph of the node.
+        builder: of the graph that the node is in.
         make: adds the node, when it is first needed.
         sources: the attributes of modules that the value is computed from.
     """
@@ -230,7 +243,7 @@ def symbolic(
         made = AttributeFloat(value) if sources else SymFloat(value)
     else:
         return value
-    made.graph, made.make = graph, make
+    made.builder, made.make = builder, make
     if sources:
         made.sources = sources
     return made
@@ -257,30 +270,30 @@ def sources_in(values: Iterable[Any]) -> frozenset[Source]:
     return frozenset().union(*(value.sources for value in values if isinstance(value, _Symbolic)))
 
 
-def is_symbolic(value: object, graph: ScalarGraph | None = None) -> bool:
+def is_symbolic(value: object, builder: Builder | None = None) -> bool:
     """Whether a value is a symbolic number or type, of one graph or of any."""
-    return isinstance(value, _Symbolic) and (graph is None or value.graph is graph)
+    return isinstance(value, _Symbolic) and (builder is None or value.builder is builder)
 
 
-def computed(function: Callable[..., Any], operands: tuple[Any, ...], graph: ScalarGraph) -> Any:
+def computed(function: Callable[..., Any], operands: tuple[Any, ...], builder: Builder) -> Any:
     """Return what a function computes from numbers, symbolic itself where it can be."""
     found = function(*map(plain, operands))
-    if not graph.is_current:
+    if not builder.is_current:
         return found
     sources = sources_in(operands)
     if sources and type(found) is not float:  # a whole number, which counts or names something
-        graph.expect(function, tuple(operand for operand in operands if sources_in((operand,))), found)
+        builder.expect(function, tuple(operand for operand in operands if sources_in((operand,))), found)
         operands = tuple(plain(operand) if sources_in((operand,)) else operand for operand in operands)
         if not any(map(is_symbolic, operands)):
             return found
         sources = frozenset()
 
     def make() -> Node:
-        return graph.auxiliary(
-            function, tuple(o.node if is_symbolic(o, graph) else plain(o) for o in operands)
+        return builder.auxiliary(
+            function, tuple(o.node if is_symbolic(o, builder) else plain(o) for o in operands)
         )
 
-    return symbolic(found, graph, make, sources)
+    return symbolic(found, builder, make, sources)
 
 
 # the methods of the numbers, by what they do with the node
@@ -292,7 +305,7 @@ def _computes(function: Callable[..., Any], *, swapped: bool = False) -> Callabl
             if isinstance(self, AttributeInt) and isinstance(others[0], (list, tuple, str, bytes)):
                 self._decided()  # how often something is repeated
             return NotImplemented
-        return computed(function, (*others[::-1], self) if swapped else (self, *others), self.graph)
+        return computed(function, (*others[::-1], self) if swapped else (self, *others), self.builder)
 
     return method
 
@@ -302,8 +315,8 @@ def _decides(function: Callable[..., Any]) -> Callable[..., Any]:
         if any(not isinstance(other, (int, float)) for other in others):
             return NotImplemented
         found = function(self.plain, *map(plain, others))
-        if self.graph.is_current:
-            self.graph.expect(function, (self, *others), found)
+        if self.builder.is_current:
+            self.builder.expect(function, (self, *others), found)
         return found
 
     return method

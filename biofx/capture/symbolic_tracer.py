@@ -19,7 +19,6 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.utils import _pytree as pytree
 
 from biofx.capture.attribute_reads import ReadLog, reads_noticed
-from biofx.capture.builtin_patches import IN_SYMBOLIC_TRACES, builtins_patched, type_limits_followed
 from biofx.capture.bytecode import CallSite, catches_exceptions, compares_identities, names_compared
 from biofx.capture.context_tracking import ContextPatches, OpenContexts
 from biofx.capture.graph_breaks import (
@@ -30,7 +29,14 @@ from biofx.capture.graph_breaks import (
     Refusals,
     RestartTracing,
 )
-from biofx.capture.intercepted_calls import applications_handled, can_be_applied, checkpoints_handled
+from biofx.capture.intercepted_calls import (
+    IN_SYMBOLIC_TRACES,
+    applications_handled,
+    builtins_patched,
+    can_be_applied,
+    checkpoints_handled,
+    type_limits_followed,
+)
 from biofx.capture.mode_switches import SWITCHED, ModeSwitches
 from biofx.capture.proxies import StoredTensor, TensorMode, TrainingFlag, ValueProxy
 from biofx.capture.side_effects import Watch
@@ -57,8 +63,8 @@ class SymbolicTracer(Tracer):
         kept: paths of modules that keep their eager forward, and why; None where none may.
         watch: restores what a forward changes that is not part of the graph.
         mode: the mode to trace, None for a graph that must be right in both.
-        is_state_touched: whether the forward has changed state of a module that is one call; None where such
-            state is in place.
+        touches_state: whether the forward has changed state of a module that is one call; None if that is not
+            hidden.
         mode_switches: what train() and eval() change.
     """
 
@@ -71,7 +77,7 @@ class SymbolicTracer(Tracer):
         kept: dict[str, str] | None,
         watch: Watch,
         mode: bool | None = None,
-        is_state_touched: Callable[[], bool] | None = None,
+        touches_state: Callable[[], bool] | None = None,
         mode_switches: ModeSwitches | None = None,
     ) -> None:
         super().__init__()
@@ -89,7 +95,7 @@ class SymbolicTracer(Tracer):
         self._foreign = foreign
         self._watch = watch
         self._mode = mode
-        self._is_state_touched = is_state_touched
+        self._touches_state = touches_state
         self._mode_switches = mode_switches or ModeSwitches()
         self._paths = {id(module): path for path, module in root.named_modules()}
         self._modules = dict(root.named_modules(remove_duplicate=False))
@@ -334,7 +340,7 @@ class SymbolicTracer(Tracer):
                 raise
             first = next(iter(self.refusals.errors[mark.refusals :]), None)
             self.kept[path] = str(first or self.refusals.of(error))
-            if path in self.calls[: mark.calls] or self._is_state_touched is not None:
+            if path in self.calls[: mark.calls] or self._touches_state is not None:
                 raise RestartTracing(self.kept) from error
             self._go_back(mark, m)
         self.calls.append(path)
@@ -361,7 +367,7 @@ class SymbolicTracer(Tracer):
             raise self.refusals.errors[refused]
         if _catches(module):
             self.refusals.refuse_call(path, f"{_CATCHES}. Do without")
-        if self._is_state_touched is not None and self._is_state_touched():
+        if self._touches_state is not None and self._touches_state():
             self.refusals.refuse_call(path, f"{TOUCHES_STATE}. Let that module do so itself")
         return found
 

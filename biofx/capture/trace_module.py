@@ -9,9 +9,8 @@ last trace runs with such state hidden.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from torch import nn
@@ -21,6 +20,7 @@ from biofx.capture.attribute_reads import Read
 from biofx.capture.both_modes import OneMode, unified
 from biofx.capture.bytecode import attributes_changed
 from biofx.capture.graph_breaks import TOUCHES_STATE, GraphBreak, RestartTracing, joined_path
+from biofx.capture.intercepted_calls import replaced
 from biofx.capture.mode_switches import REBUILT, ModeSwitches
 from biofx.capture.side_effects import Watch
 from biofx.capture.symbolic_tracer import SymbolicTracer
@@ -78,27 +78,21 @@ def trace(
     return found
 
 
+@dataclass
 class _Tracing:
     """Traces one module as often as it takes."""
 
-    def __init__(
-        self,
-        root: nn.Module,
-        opaque: frozenset[str],
-        foreign: frozenset[int],
-        prefix: str,
-        keep: bool,
-        mode_switches: ModeSwitches,
-    ) -> None:
-        self._mode_switches = mode_switches
-        self._root = root
-        self._opaque = opaque
-        self._foreign = foreign
-        self._prefix = prefix
-        self._keep = keep
-        self._watch = Watch(root, prefix)
-        self.kept: dict[str, str] = {}
-        self.decides_by_mode = False
+    root: nn.Module
+    opaque: frozenset[str]
+    foreign: frozenset[int]
+    prefix: str
+    keep: bool
+    mode_switches: ModeSwitches
+    kept: dict[str, str] = field(default_factory=dict)
+    decides_by_mode: bool = False
+
+    def __post_init__(self) -> None:
+        self._watch = Watch(self.root, self.prefix)
 
     def in_both_modes(self) -> Traced | None:
         """Return one graph for training and evaluation, None where they cannot be one."""
@@ -109,13 +103,13 @@ class _Tracing:
                 kept_in_training = set(self.kept)
                 evaluation = self.in_mode(False)
                 if kept_in_training == set(self.kept):
-                    graph = unified(self._prefix, self._root, training, evaluation)
+                    graph = unified(self.prefix, self.root, training, evaluation)
                     return Traced(graph, self.kept, training.reads + evaluation.reads)
             except CaptureError:
                 return None
             except GraphBreak as found:
-                local = found.path[len(self._prefix) :].lstrip(".")
-                if not self._keep or local in ("", *self.kept):
+                local = found.path[len(self.prefix) :].lstrip(".")
+                if not self.keep or local in ("", *self.kept):
                     return None
                 self.kept[local] = found.reason
 
@@ -128,10 +122,10 @@ class _Tracing:
         while True:
             tracer = self._tracer(mode)
             try:
-                graph = _traced(tracer, self._root)
+                graph = _traced(tracer, self.root)
                 found = self.kept | (tracer.kept or {})
                 left_in = self._watch.changed_modules()
-                if self._keep:
+                if self.keep:
                     changed = [path for path in left_in if path and path not in found]
                     reason = "changes its attributes in the forward"
                     found |= {path: f"{tracer.refusals.describe(path)} {reason}" for path in changed}
@@ -150,17 +144,17 @@ class _Tracing:
                 self.decides_by_mode |= any(tracer.has_parameters(path) for _, path in tracer.asks)
             self._watch.restore()
 
-    def _tracer(self, mode: bool | None, hidden: _HiddenStates | None = None) -> SymbolicTracer:
+    def _tracer(self, mode: bool | None, touches_state: Callable[[], bool] | None = None) -> SymbolicTracer:
         return SymbolicTracer(
-            self._root,
-            self._opaque,
-            self._foreign,
-            self._prefix,
-            dict(self.kept) if self._keep else None,
+            self.root,
+            self.opaque,
+            self.foreign,
+            self.prefix,
+            dict(self.kept) if self.keep else None,
             self._watch,
             mode,
-            None if hidden is None else hidden.are_touched,
-            self._mode_switches,
+            touches_state,
+            self.mode_switches,
         )
 
     def _kept_with_hidden_states(self, mode: bool | None, graph: Graph) -> dict[str, str]:
@@ -169,16 +163,20 @@ class _Tracing:
         Raises:
             CaptureError: the forward itself touches such state.
         """
-        hidden = _HiddenStates(self._root, (*self.kept, *self._opaque))
-        with hidden.in_place() as are_some:
-            if not are_some:
-                return self.kept
-            tracer = self._tracer(mode, hidden)
+        hidden = _states_to_hide(self.root, (*self.kept, *self.opaque))
+        if not hidden:
+            return self.kept
+
+        def touches_state() -> bool:
+            return any(holder.get(name) is not state for holder, name, state in hidden)
+
+        with replaced(hidden):
+            tracer = self._tracer(mode, touches_state)
             try:
-                found = _traced(tracer, self._root)
+                found = _traced(tracer, self.root)
             except RestartTracing as restart:
                 return restart.kept
-            if hidden.are_touched() or str(found) != str(graph):
+            if touches_state() or str(found) != str(graph):
                 raise CaptureError(f"{tracer.refusals.describe('')} {TOUCHES_STATE}")
         return self.kept
 
@@ -236,48 +234,23 @@ for _name in str.split(
 _HiddenState.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
-class _HiddenStates:
-    """The attributes that modules which become one call each may change in themselves.
+def _states_to_hide(root: nn.Module, whole: Iterable[str]) -> list[tuple[dict[str, Any], str, _HiddenState]]:
+    """Return the attributes that modules may change in themselves: where each is, and what to put there.
 
     Args:
         root: the model.
-        whole: paths of those modules.
+        whole: paths of modules that become one call each.
     """
-
-    def __init__(self, root: nn.Module, whole: Iterable[str]) -> None:
-        self._replaced: list[tuple[dict[str, Any], str, Any, _HiddenState]] = []
-        self._root = root
-        self._whole = whole
-
-    @contextmanager
-    def in_place(self) -> Iterator[bool]:
-        """Put a :class:`_HiddenState` in the place of each; yields whether there are any."""
-        seen: set[int] = set()
-        for path in self._whole:
-            for inner, module in self._root.get_submodule(path).named_modules():
-                if id(module) not in seen:
-                    seen.add(id(module))
-                    self._replace(joined_path(path, inner), module)
-        try:
-            yield bool(self._replaced)
-        finally:
-            for holder, name, value, hidden in self._replaced:
-                if holder.get(name) is hidden:
-                    holder[name] = value
-            self._replaced.clear()
-
-    def are_touched(self) -> bool:
-        """Whether a forward has given one of them another value."""
-        return any(holder.get(name) is not hidden for holder, name, _, hidden in self._replaced)
-
-    def _replace(self, path: str, module: nn.Module) -> None:
-        changed = attributes_changed(type(module))
-        own = {name: value for name, value in vars(module).items() if name not in _TORCHS_OWN}
-        for holder in (vars(module), *(value for value in own.values() if type(value) is dict)):
-            for name in changed & holder.keys() - _TORCHS_OWN:
-                hidden = _HiddenState(path, name)
-                self._replaced.append((holder, name, holder[name], hidden))
-                holder[name] = hidden
+    found: dict[tuple[int, str], tuple[dict[str, Any], str, _HiddenState]] = {}
+    for path in whole:
+        for inner, module in root.get_submodule(path).named_modules():
+            changed = attributes_changed(type(module)) - _TORCHS_OWN
+            own = (value for name, value in vars(module).items() if name not in _TORCHS_OWN)
+            for holder in (vars(module), *(value for value in own if type(value) is dict)):
+                for name in changed & holder.keys():
+                    hidden = _HiddenState(joined_path(path, inner), name)
+                    found.setdefault((id(holder), name), (holder, name, hidden))
+    return list(found.values())
 
 
 _TORCHS_OWN = frozenset(vars(nn.Module()))
