@@ -160,7 +160,7 @@ def _transform(options: argparse.Namespace) -> None:
     from biofx.graph.changes import diff_graphs, print_changed, render_diff
     from biofx.graph.printing import format_graph
     from biofx.progress import shown
-    from biofx.rewriting.views.model_tree import ModelTree
+    from biofx.rewriting.views.terminal import ModelTree
     from biofx.targets import load_target
     from biofx.toml import write_whole
     from biofx.transform import transform

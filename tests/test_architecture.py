@@ -6,11 +6,13 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import networkx as nx
 
 ROOT = Path(__file__).parent.parent
-_BACK_INSIDE_FUNCTIONS = set()  # type: set[tuple[str, str]]
+Where: TypeAlias = Literal["top", "function", "types"]
+"""Where a file imports another: at its top, inside a function, or for type checkers alone."""
 
 
 def _files() -> dict[str, Path]:
@@ -26,8 +28,8 @@ def _place(module: str) -> str:
     return module.partition(".")[0]
 
 
-def _imports(path: Path, modules: set[str]) -> Iterator[tuple[str, bool]]:
-    """Yield what a file imports of the library, and whether it does so where the file begins."""
+def _imports(path: Path, modules: set[str]) -> Iterator[tuple[str, Where]]:
+    """Yield the modules of the library that a file imports, and where it does so."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for_types = {
         id(inner)
@@ -36,34 +38,48 @@ def _imports(path: Path, modules: set[str]) -> Iterator[tuple[str, bool]]:
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and id(node) not in for_types:
+        if isinstance(node, ast.ImportFrom):
             package, _, inside = str(node.module).partition(".")
             for alias in node.names if package == "biofx" else ():
                 longest = ".".join(part for part in (inside, alias.name) if part)
                 target = longest if longest in modules else inside
                 if target in modules:
-                    yield target, node in tree.body
+                    yield (
+                        target,
+                        "types" if id(node) in for_types else "top" if node in tree.body else "function",
+                    )
 
 
-def _arrows() -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
-    """Return who imports whom, module by module at their beginning, and folder by folder inside functions."""
+def _arrows(*places: Where) -> set[tuple[str, str]]:
+    """Return which module imports which, in some places of a file."""
     files = _files()
-    first, inside = set(), set()
-    for module, path in files.items():
-        for target, at_once in _imports(path, set(files)):
-            if at_once:
-                first.add((module, target))
-            else:
-                inside.add((_place(module), _place(target)))
-    return first, inside
+    return {
+        (module, target)
+        for module, path in files.items()
+        for target, where in _imports(path, set(files))
+        if where in places
+    }
 
 
-def test_there_is_no_circle_of_modules_and_none_of_folders() -> None:
-    arrows, _ = _arrows()
+def _circles(arrows: set[tuple[str, str]]) -> list[list[str]]:
+    groups = nx.strongly_connected_components(nx.DiGraph(arrows))
+    return [sorted(group) for group in groups if len(group) > 1]
+
+
+def test_there_is_no_circle_of_files_not_even_through_imports_inside_functions() -> None:
+    arrows = _arrows("top", "function")
     assert len(arrows) > 300
-    assert nx.is_directed_acyclic_graph(nx.DiGraph(arrows))
-    folders = {(_place(a), _place(b)) for a, b in arrows if _place(a) != _place(b)}
-    assert not list(nx.simple_cycles(nx.DiGraph(folders)))
+    assert _circles(arrows) == []
+
+
+def test_files_that_know_each_other_for_types_alone_are_in_one_folder() -> None:
+    circles = _circles(_arrows("top", "function", "types"))
+    assert [names for names in circles if len(set(map(_place, names))) > 1] == []
+
+
+def test_there_is_no_circle_of_folders() -> None:
+    arrows = _arrows("top", "function", "types")
+    assert _circles({(_place(a), _place(b)) for a, b in arrows if _place(a) != _place(b)}) == []
 
 
 def test_the_map_in_the_readme_is_in_the_order_of_the_arrows() -> None:
@@ -79,9 +95,6 @@ def test_the_map_in_the_readme_is_in_the_order_of_the_arrows() -> None:
     assert folders <= set(row_of)
     known = {_place(module) for module in _files()}
     assert set(row_of) <= known
-    arrows, inside = _arrows()
-    between = {(_place(a), _place(b)) for a, b in arrows}
+    between = {(_place(a), _place(b)) for a, b in _arrows("top", "function", "types")}
     back = {(a, b) for a, b in between if a in row_of and b in row_of and row_of[a] > row_of[b]}
     assert back == set()
-    late = {(a, b) for a, b in inside if a in row_of and b in row_of and row_of[a] > row_of[b]}
-    assert late <= _BACK_INSIDE_FUNCTIONS

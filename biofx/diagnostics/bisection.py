@@ -18,10 +18,9 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.progress import advance
 from biofx.rewriting.compile_config import PassChoice, choose_passes
 from biofx.rewriting.pass_base import Pass, PassResult
-from biofx.rewriting.pipeline import Pipeline
+from biofx.rewriting.pipeline import Pipeline, stages_of
 from biofx.rewriting.remarks import PassReport
 from biofx.rewriting.reproducer import without_reproducers, write_reproducer
-from biofx.rewriting.stages import stages_of
 from biofx.select import Candidate, Selector
 from biofx.transform import as_config, transform
 

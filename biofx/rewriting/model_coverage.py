@@ -1,4 +1,4 @@
-"""How much of a model a pipeline has rewritten, and why it left the rest."""
+"""How much of a model was rewritten, by all passes or by one, and why the rest was left alone."""
 
 from __future__ import annotations
 
@@ -59,6 +59,27 @@ class ModelCoverage:
             "left": [dict(vars(entry)) for entry in self.left],
             "kept": dict(self.kept),
         }
+
+
+@dataclass(frozen=True)
+class PassCoverage:
+    """How much of a model one pass reached."""
+
+    layers: int
+    """Layers with at least one candidate that it rewrote, a count."""
+    candidate_layers: int
+    """Layers with at least one candidate, a count."""
+    parameters: int
+    """Elements of the parameters in the layers that it rewrote, a count."""
+    all_parameters: int
+    """Elements of all the model's parameters, a count."""
+    reasons: Mapping[str, int]
+    """Why candidates were left alone, and how many for each reason, the most frequent first."""
+
+    @property
+    def fraction(self) -> float:
+        """Share of the model's parameters that lie in rewritten layers, in [0, 1]."""
+        return self.parameters / self.all_parameters if self.all_parameters else 0.0
 
 
 def coverage_of(

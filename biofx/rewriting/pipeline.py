@@ -107,6 +107,26 @@ class Pipeline(Pass):
             yield from report.remarks
 
 
+def stages_of(entry: Pass) -> tuple[Pass, ...]:
+    """Return the innermost passes of a pipeline in the order they run, each with the selections around it.
+
+    >>> pipeline = Pipeline.parse("(split-weights,(scale-gradients){exclude=fc}){only=fc*}")
+    >>> [str(stage) for stage in stages_of(pipeline)]
+    ['(split-weights){only=fc*}', '((scale-gradients){exclude=fc}){only=fc*}']
+    """
+    return tuple(_stages(entry))
+
+
+def _stages(entry: Pass) -> Iterator[Pass]:
+    if not isinstance(entry, Pipeline):
+        yield entry
+    elif entry.enabled:
+        for member in entry.passes:
+            for stage in _stages(member):
+                selects = entry.only is not None or entry.exclude is not None
+                yield dataclasses.replace(entry, passes=(stage,), observe=None) if selects else stage
+
+
 def _is_bare_pipeline(entry: Pass) -> bool:
     return isinstance(entry, Pipeline) and not entry._given()
 

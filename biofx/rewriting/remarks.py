@@ -13,7 +13,7 @@ from torch.fx import Node
 from biofx.errors import InputError
 from biofx.graph.changes import Change
 from biofx.graph.graph_view import GraphView
-from biofx.rewriting.model_coverage import ModelCoverage
+from biofx.rewriting.model_coverage import ModelCoverage, PassCoverage
 from biofx.select import Match
 
 
@@ -123,16 +123,21 @@ class PassReport:
         """How many candidates were left alone."""
         return len(self.remarks) - self.applied
 
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Why candidates were left alone, and how many for each reason, the most frequent first."""
-        counts = Counter(remark.message for remark in self.remarks if remark.kind == "missed")
-        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    def coverage(self, graph: GraphView) -> PassCoverage:
+        """Return how much of the model the pass reached.
 
-    @property
-    def layers(self) -> set[str]:
-        """Paths of the layers with at least one candidate that was rewritten."""
-        return {remark.layer for remark in self.remarks if remark.kind == "applied"}
+        Args:
+            graph: the graph that went in.
+        """
+        rewritten = {remark.layer for remark in self.remarks if remark.kind == "applied"}
+        reasons = Counter(remark.message for remark in self.remarks if remark.kind == "missed")
+        return PassCoverage(
+            layers=len(rewritten),
+            candidate_layers=len({remark.layer for remark in self.remarks}),
+            parameters=sum(graph.modules[path].parameters for path in rewritten if path in graph.modules),
+            all_parameters=sum(module.parameters for module in graph.modules.values()),
+            reasons=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+        )
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class Report(ReportRecord):
             InputError: the report was put together by hand, and holds no graphs.
             OptionError: there is no such graph, or the file cannot be written.
         """
-        from biofx.rewriting.views.report_svg import report_svg
+        from biofx.rewriting.views.pictures import report_svg
 
         return _written(report_svg(self, graph), path)
 
@@ -122,7 +122,7 @@ class Report(ReportRecord):
         graph: Literal["before", "after", "both"] = "after",
     ) -> str:
         """Return a graph in the language of Graphviz, modules as clusters; else as :meth:`to_svg`."""
-        from biofx.rewriting.views.report_dot import report_dot
+        from biofx.rewriting.views.pictures import report_dot
 
         return _written(report_dot(self, graph), path)
 
@@ -136,7 +136,7 @@ class Report(ReportRecord):
             yield from (f"  {_describe(change)}" for change in entry.changes)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from biofx.rewriting.views.report_table import report_table
+        from biofx.rewriting.views.terminal import report_table
 
         yield report_table(self)
 

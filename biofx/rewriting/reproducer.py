@@ -38,9 +38,8 @@ from biofx.model.attribute_guards import GUARDS
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.taken_in import STATE
 from biofx.rewriting.pass_base import BROKE_ITS_CONTRACT, Pass
-from biofx.rewriting.pipeline import Pipeline
+from biofx.rewriting.pipeline import Pipeline, stages_of
 from biofx.rewriting.source_bundle import Carrier
-from biofx.rewriting.stages import stages_of
 
 PLACE = "BIOFX_REPRODUCER"
 """The environment variable that says where reproducers of exceptions go: a folder, or ``off``."""

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import biofx
+from biofx import BioConfig
+from biofx.graph.graph_view import GraphView
 from biofx.graph.regions import region_paths
 from biofx.layers.sites import find_sites
 from biofx.rewriting.model_coverage import coverage_of
+from biofx.rewriting.remarks import PassReport, Remark
 
 
 class Mixed(nn.Module):
@@ -116,3 +119,25 @@ def test_what_python_calls_is_visible_with_or_without_a_matrix() -> None:
         assert (coverage.total, coverage.visible) == (12, 12)
         for x in (torch.randn(3, 4).abs(), -torch.randn(3, 4).abs()):
             torch.testing.assert_close(captured(x), copy.deepcopy(model)(x), rtol=0, atol=0)
+
+
+# one pass
+
+
+def test_coverage_counts_layers_parameters_and_reasons(mlp: nn.Module) -> None:
+    report = biofx.transform(mlp, BioConfig(weight_splitting_Gamma=2), only=["0", "2"]).report
+    assert report.before is not None
+    split = report.passes[0].coverage(report.before)
+    assert (split.layers, split.candidate_layers) == (2, 3)
+    assert split.parameters == (4 * 6 + 6) + 6 * 4  # the second layer has no bias
+    assert split.all_parameters == sum(p.numel() for p in mlp.parameters()) == 54 + 4 * 2 + 2
+    assert split.fraction == 54 / 64
+    assert split.reasons == {"not selected by only=['0', '2']": 1}
+
+
+def test_reasons_come_with_the_most_frequent_first_and_a_layer_counts_once() -> None:
+    remarks = [Remark("missed", n, "fc", why) for n, why in (("a", "x"), ("b", "y"), ("c", "y"))]
+    remarks += [Remark("applied", "d", "fc", "done"), Remark("applied", "e", "fc", "done")]
+    found = PassReport("p", "p", tuple(remarks), ()).coverage(GraphView((), {}))
+    assert list(found.reasons.items()) == [("y", 2), ("x", 1)]
+    assert (found.layers, found.candidate_layers, found.fraction) == (1, 1, 0.0)

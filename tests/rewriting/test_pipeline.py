@@ -29,6 +29,7 @@ from biofx import (
 )
 from biofx.operators.rate_sampling import Distribution
 from biofx.passes import ConstrainSigns, ScaleGradients, SplitWeights
+from biofx.rewriting.pipeline import stages_of
 from biofx.select import Override
 
 
@@ -421,3 +422,30 @@ def test_print_changed_prints_the_diff_of_each_pass(
     assert "after split-weights" in printed
     assert "+ _0_pooled = pool_synapses(_0, gamma=2, channel_axis=-1)" in printed
     assert "constrain-signs" not in printed
+
+
+# its stages
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "scale-gradients{nu=0.1}",
+        "split-weights,constrain-signs,scale-gradients",
+        '((split-weights){only="0"},(constrain-signs,scale-gradients){exclude="4"}){exclude="1"}',
+    ],
+)
+def test_stages_do_one_after_the_other_what_the_pipeline_does(text: str, mlp: nn.Module) -> None:
+    pipeline = Pipeline.parse(text)
+    whole = pipeline(biofx.capture(mlp))
+    graph_module = biofx.capture(mlp)
+    remarks: list[Remark] = []
+    for stage in stages_of(pipeline):
+        graph_module, report = stage(graph_module)
+        remarks += report.remarks
+    assert biofx.format_graph(graph_module) == biofx.format_graph(whole.graph_module)
+    assert tuple(remarks) == whole.report.remarks
+
+
+def test_a_pipeline_that_is_switched_off_has_no_stage() -> None:
+    assert stages_of(Pipeline.parse("(split-weights){enabled=false}")) == ()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from biofx.errors import InputError, OptionError
+from biofx.errors import OptionError
 from biofx.graph.graph_view import GraphView
 from biofx.rewriting.remarks import ReportRecord
 from biofx.rewriting.views.layered_layout import Layout, layered_layout
@@ -64,19 +64,6 @@ def changing(touches: Sequence[Touch]) -> Touch | None:
     return rewrites[-1] if rewrites else None
 
 
-def graphs_of(report: ReportRecord) -> tuple[GraphView, GraphView]:
-    """Return the graph that went in and the one that came out.
-
-    Raises:
-        InputError: the report was put together by hand, and holds none.
-    """
-    if report.before is None or report.after is None:
-        raise InputError(
-            "expected a report with its graphs, as biofx.transform and passes return it; this one holds none"
-        )
-    return report.before, report.after
-
-
 def view_of(report: ReportRecord, side: Side) -> GraphView:
     """Return one of the graphs; for ``"both"`` the later one, with what is erased behind it.
 
@@ -84,7 +71,7 @@ def view_of(report: ReportRecord, side: Side) -> GraphView:
         InputError: the report holds no graphs.
         OptionError: there is no such side.
     """
-    before, after = graphs_of(report)
+    before, after = report.graphs()
     if side not in SIDES:
         raise OptionError(f"graph: expected one of {', '.join(map(repr, SIDES))}, found {side!r}")
     if side != "both":

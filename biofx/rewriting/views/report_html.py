@@ -16,10 +16,10 @@ from importlib.resources import files
 from typing import Any
 
 from biofx.graph.graph_view import GraphView
+from biofx.rewriting.model_coverage import PassCoverage
 from biofx.rewriting.remarks import Remark, ReportRecord
-from biofx.rewriting.views.coverage import Coverage
-from biofx.rewriting.views.drawing import PALETTE, Touch, graphs_of, layout_of, touches_of, united_order
-from biofx.rewriting.views.report_svg import BOX_HEIGHT, BOX_WIDTH, COLUMN, ROW, draw
+from biofx.rewriting.views.drawing import PALETTE, Touch, layout_of, touches_of, united_order
+from biofx.rewriting.views.pictures import BOX_HEIGHT, BOX_WIDTH, COLUMN, ROW, draw
 
 _SCRIPTS = ("data", "selectors", "picture", "camera", "details", "search", "tree", "start")
 _SLOT = re.compile("@([a-z]+)@")
@@ -27,7 +27,7 @@ _SLOT = re.compile("@([a-z]+)@")
 
 def report_html(report: ReportRecord) -> str:
     """Return the page; see ``Report.to_html``."""
-    before, after = graphs_of(report)
+    before, after = report.graphs()
     numbers = {name: place for place, name in enumerate(united_order(before, after))}
     layout, touches = layout_of(before, after), touches_of(report)
     colors = "".join(
@@ -55,7 +55,7 @@ def report_html(report: ReportRecord) -> str:
                 "seconds": entry.seconds,
                 "applied": entry.applied,
                 "missed": entry.missed,
-                "coverage": _coverage(Coverage.of(entry, before)),
+                "coverage": _coverage(entry.coverage(before)),
                 "remarks": [_remark(remark, numbers) for remark in entry.remarks],
             }
             for entry in report.passes
@@ -118,7 +118,7 @@ def _plain(value: object) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def _coverage(coverage: Coverage) -> dict[str, Any]:
+def _coverage(coverage: PassCoverage) -> dict[str, Any]:
     return {**vars(coverage), "fraction": coverage.fraction, "reasons": list(coverage.reasons.items())}
 
 

@@ -15,8 +15,8 @@ from biofx.graph.changes import Change
 from biofx.graph.graph_view import GraphView, NodeView
 from biofx.rewriting.remarks import PassReport, Remark
 from biofx.rewriting.views.drawing import PALETTE
-from biofx.rewriting.views.model_tree import STYLES
-from biofx.rewriting.views.report_svg import escaped, shortened
+from biofx.rewriting.views.pictures import escaped, shortened
+from biofx.rewriting.views.terminal import STYLES
 
 FULL = BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True)
 SVG = "{http://www.w3.org/2000/svg}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BioConfig, InputError, Report
-from biofx.rewriting.views.model_tree import ModelTree
+from biofx.rewriting.views.terminal import ModelTree
 
 FULL = BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True)
 

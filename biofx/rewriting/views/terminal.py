@@ -1,4 +1,4 @@
-"""A model as a tree for the terminal, with what passes did where."""
+"""A report in the terminal: a table for each pass, or the tree of the model's modules with remarks."""
 
 from __future__ import annotations
 
@@ -8,21 +8,64 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from biofx.graph.changes import Change
 from biofx.graph.graph_view import GraphView
-from biofx.rewriting.remarks import Remark, ReportRecord
-from biofx.rewriting.views.coverage import Coverage
-from biofx.rewriting.views.drawing import graphs_of
+from biofx.rewriting.remarks import PassReport, Remark, ReportRecord
 
 STYLES = ("blue", "yellow", "green", "magenta", "cyan", "red")
 """Styles of the passes, in the order they ran, again from the start when there are more."""
 
 _FEWEST_ALIKE = 4  # fewer take little room, and their own numbers say more than a range
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:–\d+(?:\.\d+)?)?")  # or a range of them
+
+
+def report_table(report: ReportRecord) -> Group:
+    """Return the summary, what stays in Python, and a table for each pass."""
+    parts: list[RenderableType] = [Text(f"{report.model}: {report.summary()}", style="bold")]
+    parts += [Text(line, style="bold red") for line in report.unmet_lines()]
+    parts += [Text(line, style="yellow") for line in report.kept_lines()]
+    return Group(*parts, *(_pass_table(entry) for entry in report.passes))
+
+
+def _pass_table(entry: PassReport) -> Table:
+    title = Text(
+        f"{entry.text}  {entry.applied} applied, {entry.missed} left alone, {entry.seconds * 1e3:.1f} ms"
+    )
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), expand=False
+    )
+    table.add_column("", width=1)
+    table.add_column("node", overflow="fold")
+    table.add_column("what happened", overflow="fold")
+    by_candidate: dict[str | None, list[Change]] = {}
+    for change in entry.changes:
+        by_candidate.setdefault(change.cause, []).append(change)
+    for remark in entry.remarks:
+        done = remark.kind == "applied"
+        message = Text(remark.message, style="" if done else "dim")
+        if done:
+            message.append_text(_changed_nodes(by_candidate.pop(remark.node, [])))
+        table.add_row(
+            Text("✓" if done else "·", style="green" if done else "dim"), Text(remark.subject), message
+        )
+    for changes in by_candidate.values():
+        table.add_row("", "", _changed_nodes(changes))
+    return table
+
+
+def _changed_nodes(changes: list[Change]) -> Text:
+    """Name the nodes that differ, one line for each kind of difference."""
+    kinds: dict[str, list[str]] = {}
+    for change in changes:
+        kinds.setdefault(change.kind, []).append(change.node)
+    return Text("").join(
+        Text(f"\n{kind}: {', '.join(names)}", style="green") for kind, names in kinds.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -36,7 +79,7 @@ class ModelTree:
     report: ReportRecord
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        before, _ = graphs_of(self.report)
+        before, _ = self.report.graphs()
         plain = options.ascii_only
         root = _branches(self.report, before)
         title = Text(f"{self.report.model}: {self.report.summary()}", style="bold")
@@ -167,7 +210,7 @@ def _passes(report: ReportRecord, graph: GraphView) -> Table:
             Text(entry.text, style=STYLES[number % len(STYLES)]),
             str(entry.applied),
             str(entry.missed),
-            f"{Coverage.of(entry, graph).fraction:.1%}",
+            f"{entry.coverage(graph).fraction:.1%}",
             f"{entry.seconds * 1e3:.1f} ms",
         )
     return table
