@@ -9,9 +9,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from biofx.deploy.plain_modules import make_plain, plain_graph_module
-from biofx.deploy.plain_operators import write_out
+from biofx.deploy.plain_operators import computed_on_load, replace_settings, replace_with, write_out
 from biofx.deploy.raising import raise_layers
-from biofx.deploy.settling import settle, settle_settings
 from biofx.errors import InputError, PassError
 from biofx.graph.branches import take_branches
 from biofx.graph.contexts import begin_autocast, begin_grad_mode
@@ -38,27 +37,28 @@ _RANDOM = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoull
 def deploy(bio_model: nn.Module) -> nn.Module:
     """Return a plain model for inference that computes what a transformed one computes in eval mode.
 
-    What the graph does to weights is done once and for all, what it does to gradients is left out, layers
-    are ordinary ``torch.nn`` modules again, under their old names. The result is a ``torch.fx.GraphModule``:
-    it can be saved with ``torch.save`` and loaded where biofx is not installed, scripted, exported with
-    ``torch.export`` and to ONNX. It is in eval mode; what the model's own code asked of ``self.training``
-    is settled as False, and numbers that it read from its attributes are what they are now. Contexts that
-    say where gradients flow (``torch.no_grad``, …) are taken out: values do not depend on them.
+    The weights are those that the graph computes, gradients are no longer scaled, and layers are ordinary
+    ``torch.nn`` modules again, under their old names. The result is a ``torch.fx.GraphModule``: it can be
+    saved with ``torch.save`` and loaded where biofx is not installed, scripted, exported with
+    ``torch.export`` and to ONNX. It is in eval mode: the value of ``self.training`` in the model's code is
+    False, and numbers that the code reads from attributes are constants. Contexts that control gradients
+    (``torch.no_grad``, …) are removed: values do not depend on them.
 
-    A module that Python runs around its graphs stays of its own class, with its own forward, and so does the
-    whole model if it is one; what it calls are graph modules and layers. Its class must be importable where
-    the result is loaded, and exporting it is between the class and the exporter.
+    A module whose forward stays in Python keeps its class and its forward, and calls graph modules and
+    layers; the whole model may be such a module. Its class must be importable where the result is loaded, and
+    whether it can be exported depends on its forward.
 
     Args:
         bio_model: a transformed or converted model, wrapped (DDP, ``torch.compile``) or not; it is not
             changed.
 
     Raises:
-        InputError: it is no graph module, or it is sharded; or a module has a forward on the instance.
+        InputError: the model is no graph module, is sharded, or calls modules under
+            ``torch.utils.checkpoint``; or a module has a forward on the instance.
         CaptureError: a module was changed since the capture in a way that the graph does not follow.
-        PassError: an argument that must have its default is not the last; the graph draws random numbers from
-            nothing or writes to a buffer, which a plain graph module forgets when it is saved; or it holds
-            something of biofx's that has no plain form.
+        PassError: an argument that must have its default is not the last; the graph draws random numbers or
+            writes to a buffer, which a plain graph module does no longer once it is loaded; or something of
+            biofx in it has no plain form.
 
     >>> import biofx
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -80,7 +80,7 @@ def deploy(bio_model: nn.Module) -> nn.Module:
         )
     if any(has_checkpoints(module.graph) for module in model.modules() if isinstance(module, GraphModule)):
         raise InputError(
-            "expected a model that computes as it goes, found one that calls modules under "
+            "expected a model without checkpointing, found one that calls modules under "
             "torch.utils.checkpoint; switch checkpointing off before the model is transformed"
         )
     sharded = next((name for name, p in model.named_parameters() if hasattr(p, "device_mesh")), None)
@@ -98,14 +98,14 @@ def deploy(bio_model: nn.Module) -> nn.Module:
     for path, module in own.named_modules():
         if (isinstance(module, BioGraphModule) and "forward" in vars(module)) or id(module) in of_instances:
             raise InputError(
-                f"expected modules with the forward of their class, found {path or 'the model'!r} with one "
-                "of its own on the instance, which a plain model would not have; make it a method of a class"
+                f"expected modules with the forward of their class, found {path or 'the model'!r} with a "
+                "forward on the instance, which a plain model would not have; make it a method of the class"
             )
     with joined(own):
-        _drop_what_learns(own)
+        _drop_learning(own)
     own = _folded(own)
     with joined(own):
-        settle_settings(own)
+        replace_settings(own)
         evaluate_weights(own)
         write_out(own)
         raise_layers(own)
@@ -115,7 +115,7 @@ def deploy(bio_model: nn.Module) -> nn.Module:
     regions = [module for module in own.modules() if isinstance(module, BioGraphModule) and module is not own]
     for region in (*regions, own):
         erase_unused_reads(region)
-        _refuse_what_saving_forgets(region)
+        _refuse_effects(region)
     for region in reversed(regions):  # the inner ones first
         make_plain(region)
     deployed: nn.Module = own
@@ -123,12 +123,12 @@ def deploy(bio_model: nn.Module) -> nn.Module:
         make_plain(own)
     else:
         deployed = plain_graph_module(own, type(model).__name__)
-    _refuse_traces(deployed)
+    _refuse_biofx(deployed)
     return switch_mode(deployed, training=False)
 
 
 def _drop_gradient_modes(own: GraphModule) -> None:
-    """Take out contexts that say where gradients flow; refuse what has an effect besides.
+    """Remove contexts that control gradients.
 
     Raises:
         PassError: the graph opens an autocast, or assigns to a buffer.
@@ -149,13 +149,13 @@ def _drop_gradient_modes(own: GraphModule) -> None:
         )
 
 
-def _drop_what_learns(own: GraphModule) -> None:
-    """Take out gradient factors, observers, checks of arguments, training flags, and reads of numbers."""
+def _drop_learning(own: GraphModule) -> None:
+    """Remove gradient factors, observers, checks of arguments, training flags, and reads of numbers."""
     take_branches(own.graph, training=False)
     _drop_gradient_modes(own)
     for node, value in number_nodes(own, own.graph).items():
-        settle(node, value)
-    settle_settings(own)
+        replace_with(node, value)
+    replace_settings(own)
     fixed: list[Any] = []
     regions = region_of_nodes(own.graph)
     for node in list(own.graph.nodes):
@@ -163,7 +163,7 @@ def _drop_what_learns(own: GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
         elif node.target is require_default:
             if node.args[0].target is region_input:
-                continue  # Python may hand it on, so the region goes on checking it
+                continue  # Python may pass it, so the region keeps the check
             fixed.append(node.args[0])
         elif node.target is require_tensor:
             pass
@@ -186,10 +186,10 @@ def _drop_what_learns(own: GraphModule) -> None:
 
 
 def _drop_fixed_arguments(own: GraphModule, fixed: list[Node]) -> None:
-    """Take arguments out of the signature that must have their default, now that nothing checks that.
+    """Remove arguments that must have their default from the signature, since nothing checks them any more.
 
     Raises:
-        PassError: one stands before others, which would move up to its place.
+        PassError: another argument follows, which would move to its place.
     """
     arguments = list(own.graph.find_nodes(op="placeholder"))
     while arguments and arguments[-1] in fixed and not arguments[-1].users:
@@ -203,7 +203,7 @@ def _drop_fixed_arguments(own: GraphModule, fixed: list[Node]) -> None:
 
 
 def _folded(own: BioGraphModule) -> BioGraphModule:
-    """Return the model with its sums over synapses in its weights, where it takes the same inputs then."""
+    """Return the model with sums over synapses folded into weights, if it then takes the same inputs."""
     folded = FoldSplits().on_own(BioGraphModule.copy_of(own)).graph_module
 
     def checks(graph_module: GraphModule) -> int:
@@ -212,27 +212,25 @@ def _folded(own: BioGraphModule) -> BioGraphModule:
     return folded if checks(folded) == checks(own) else own
 
 
-def _refuse_what_saving_forgets(own: GraphModule) -> None:
-    """Refuse what loading a graph module, which traces it anew, would turn into a constant."""
-    floating: set[Node] = set()  # independent of the model's inputs
-    for node in own.graph.nodes:
-        if node.op == "get_attr" or (
-            node.op in ("call_function", "call_method")
-            and all(source in floating for source in node.all_input_nodes)
-        ):
-            floating.add(node)
-            name = str(getattr(node.target, "__name__", node.target))
-            writes = any(changed.op == "get_attr" for changed in changed_in_place(node))
-            if node.op != "get_attr" and (writes or name.rstrip("_") in _RANDOM):
-                what = "writes to a tensor of the model" if writes else "draws random numbers"
-                raise PassError(
-                    f"{node.name!r} ({name}) {what} at every call, which a plain graph module forgets when "
-                    "it is loaded; deploy a model whose forward does not do so in eval mode"
-                )
+def _refuse_effects(own: GraphModule) -> None:
+    """Refuse what happens at every call, and would happen only once when torch loads the graph module.
+
+    Raises:
+        PassError: a node draws random numbers, or changes a tensor of the model.
+    """
+    for node in computed_on_load(own):
+        name = str(getattr(node.target, "__name__", node.target))
+        writes = any(changed.op == "get_attr" for changed in changed_in_place(node))
+        if node.op != "get_attr" and (writes or name.rstrip("_") in _RANDOM):
+            what = "writes to a tensor of the model" if writes else "draws random numbers"
+            raise PassError(
+                f"{node.name!r} ({name}) {what} at every call, which a plain graph module forgets when "
+                "it is loaded; deploy a model whose forward does not do so in eval mode"
+            )
 
 
-def _refuse_traces(deployed: nn.Module) -> None:
-    """Refuse to hand out a model that needs biofx.
+def _refuse_biofx(deployed: nn.Module) -> None:
+    """Refuse to return a model that needs biofx.
 
     Raises:
         PassError: a node calls a function of biofx, or a module is of a class of biofx.
@@ -252,4 +250,4 @@ def _refuse_traces(deployed: nn.Module) -> None:
         )
     )
     for name in (*found, *modules):
-        raise PassError(f"{name!r} is biofx's and has no plain form; leave the pass out that made it")
+        raise PassError(f"{name!r} belongs to biofx and has no plain form; leave out the pass that made it")

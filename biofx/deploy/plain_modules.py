@@ -1,4 +1,4 @@
-"""Graph modules of biofx as torch's own, or as what they were before; in place, for all who hold them."""
+"""Graph modules of biofx become graph modules of torch, or modules of their own class again, in place."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def plain_graph_module(own: GraphModule, name: str) -> GraphModule:
 
 
 def take_hooks(made: nn.Module, before: nn.Module) -> None:
-    """Give a module the hooks of the one whose place it takes."""
+    """Give a module the hooks of the module that it replaces."""
     vars(made).update({hooks: vars(before)[hooks] for hooks in _HOOKS if hooks in vars(before)})
 
 
 def make_plain(module: BioGraphModule) -> None:
-    """Make a region, or a model that runs its own forward, plain in its place."""
+    """Make a region, or a model that runs its own forward, a module without biofx in place."""
     calls = module.graph.find_nodes(op="call_function", target=call_own_forward)
     reads = module.graph.find_nodes(op="call_function", target=call_with_parameters)
-    if module.keeps_forward or reads or (calls and _is_all_there_is(calls[0])):
-        _take_over(module, _as_it_was(module))
+    if module.keeps_forward or reads or (calls and _is_only_call(calls[0])):
+        _take_over(module, _in_own_class(module))
         return
-    for call in calls:  # a layer with something behind it
-        module.add_module(_LAYER, _as_it_was(module))
+    for call in calls:  # the graph goes on after the layer
+        module.add_module(_LAYER, _in_own_class(module))
         own = call.args[0]
         call.op, call.target, call.args, call.kwargs = "call_module", _LAYER, call.args[1], call.args[2]
         if not own.users:
@@ -62,12 +62,13 @@ def make_plain(module: BioGraphModule) -> None:
     _take_over(module, plain_graph_module(module, type(module).__name__))
 
 
-def _is_all_there_is(call: Node) -> bool:
+def _is_only_call(call: Node) -> bool:
+    """Whether a graph does nothing but call a module's own forward."""
     beside = [node for node in call.graph.nodes if node.op not in ("placeholder", "output")]
     return {node for node in beside if node.target is not require_default} == {call, call.args[0]}
 
 
-def _as_it_was(module: BioGraphModule) -> nn.Module:
+def _in_own_class(module: BioGraphModule) -> nn.Module:
     """Return a module of the class that a graph module had, which holds the same."""
     made: nn.Module = object.__new__(user_class(module) or nn.Module)
     held = {name: value for name, value in vars(module).items() if name not in _OF_GRAPH_MODULES}
@@ -85,11 +86,11 @@ def _take_over(module: nn.Module, other: nn.Module) -> None:
 
 
 def _write_out_defaults(graph: Graph) -> None:
-    """Let a region that Python calls check by itself that arguments have their default."""
+    """Check with operations of torch that arguments of a region have their default."""
     for node in graph.find_nodes(op="call_function", target=require_default):
         found, default, name = node.args
         with graph.inserting_before(node):
             same: Any = graph.call_function(operator.eq, (found, default))
-            told = f"argument {name!r}: expected {default!r}, with which the graph was captured"
-            graph.call_function(torch._assert, (same, told))
+            message = f"argument {name!r}: expected {default!r}, with which the graph was captured"
+            graph.call_function(torch._assert, (same, message))
         graph.erase_node(node)

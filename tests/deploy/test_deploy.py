@@ -235,7 +235,7 @@ def test_what_has_no_plain_form_is_refused() -> None:
         node = bio_model.graph.call_module("stranger", (next(iter(bio_model.graph.nodes)),))
     output = bio_model.graph.output_node()
     output.args = ((output.args[0], node),)
-    with pytest.raises(PassError, match="'stranger' is biofx's and has no plain form"):
+    with pytest.raises(PassError, match="'stranger' belongs to biofx and has no plain form"):
         biofx.deploy(bio_model)
     with pytest.raises(InputError, match=r"found a Net; use biofx\.transform"):
         biofx.deploy(Net())

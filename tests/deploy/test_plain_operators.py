@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx.deploy.plain_masks import write_out_masks
+from biofx.deploy.plain_operators import write_out
 from biofx.layers.transformer_layers import detects_causal_mask
 
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(5)
@@ -66,9 +67,49 @@ def test_masked_encoders_deploy_whatever_the_mask(mask: Tensor, said: dict[str, 
     assert "biofx" not in str(program)
 
 
+class Sliced(nn.Module):
+    """Reads parts of a buffer that the size of an input decides; ``(batch, steps)``."""
+
+    table: Tensor
+    parts: tuple[Callable[[Any, int], Any], ...] = (
+        *(lambda t, n: t[:n], lambda t, n: t[:, -n:], lambda t, n: t[..., n], lambda t, n: t[..., :n, None]),
+        *(lambda t, n: t[None, 1, :n:2], lambda t, n: t[n - 9 :, 1:], lambda t, n: t[..., :n, 1:-1]),
+        *(lambda t, n: (t == 0)[: n + 7, ::n], lambda t, n: t[[0, 2], :n], lambda t, n: t.shape[:n]),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(24.0).view(4, 6))
+        self.places = nn.Embedding(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        steps = x.shape[1]
+        return [self.fc(x) + self.places.weight[:steps], *(part(self.table, steps) for part in self.parts)]
+
+
+def test_parts_of_a_buffer_follow_sizes_after_loading() -> None:
+    bio_model = biofx.transform(Sliced(), {"apply_dales_principle": True}).graph_module
+    deployed = biofx.deploy(bio_model)
+    file = io.BytesIO()
+    torch.save(deployed, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    program = torch.export.export(
+        deployed, (torch.randn(3, 2, 4),), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)
+    )
+    for steps in (2, 3, 5):
+        x = torch.randn(3, steps, 4)
+        expected = bio_model.eval()(x)
+        torch.testing.assert_close(deployed(x), expected)
+        torch.testing.assert_close(loaded(x), expected)
+    x = torch.randn(7, 2, 4)
+    torch.testing.assert_close(program.module()(x), deployed(x))
+
+
 def test_what_is_known_only_when_it_runs_is_refused() -> None:
     traced = torch.fx.GraphModule(nn.Module(), torch.fx.Graph())
     mask, said = traced.graph.placeholder("mask"), traced.graph.placeholder("said")
     traced.graph.output(traced.graph.call_function(detects_causal_mask, (mask, said, 5)))
     with pytest.raises(biofx.PassError, match="whether the mask is causal is known only when the model runs"):
-        write_out_masks(traced)
+        write_out(traced)
