@@ -262,8 +262,10 @@ def batch_norm_synapses(
     elif training:
         mean, variance = torch.zeros_like(running_mean[::gamma]), torch.zeros_like(running_var[::gamma])
         normalised = F.batch_norm(x, mean, variance, training=True, momentum=1.0, eps=eps)
-        running_mean.unflatten(0, (-1, gamma)).lerp_(mean.unsqueeze(1), share)
-        running_var.unflatten(0, (-1, gamma)).lerp_(variance.unsqueeze(1), share)
+        for running, of_batch in ((running_mean, mean), (running_var, variance)):
+            # not seen by autograd, as in F.batch_norm: an earlier call of the layer may need them to go back
+            values = running.data if is_plain_eager() else running
+            values.unflatten(0, (-1, gamma)).lerp_(of_batch.unsqueeze(1), share)
         scale, shift = weight, bias
     else:
         normalised = x

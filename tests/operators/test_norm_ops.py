@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import biofx
 from biofx import InputError
 from biofx.operators.norm_ops import affine_synapses, batch_norm_synapses
 
@@ -65,3 +66,28 @@ def test_batch_norm_refuses_what_the_layer_refuses() -> None:
             torch.ones(2, 3), None, None, None, None, None, True,
             gamma=2, channel_axis=-3, momentum=0.1, eps=1e-5, ranks=(4,),
         )  # fmt: skip
+
+
+def test_layer_that_is_called_beside_its_folded_call_can_be_trained() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm, self.out = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.norm(self.fc(x)))
+            result: torch.Tensor = self.out(x + torch.relu(self.norm(self.fc(x))))
+            return result
+
+    model = Twice()
+    config: dict[str, Any] = {"weight_splitting_Gamma": 2, "apply_dales_principle": True}
+    whole, _ = biofx.transform(model, {**config, "weight_splitting_fold": False}, only="fc#1")
+    folded, _ = biofx.transform(model, config, only="fc#1")
+    assert any(node.target is batch_norm_synapses for node in folded.graph.nodes)
+    assert any(node.op == "call_module" and node.target == "norm" for node in folded.graph.nodes)
+    x = torch.randn(5, 4)
+    results = []
+    for made in (whole, folded):
+        made(x).square().sum().backward()
+        results.append(([p.grad for p in made.parameters()], list(made.buffers())))
+    torch.testing.assert_close(results[0], results[1])
