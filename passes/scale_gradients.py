@@ -173,14 +173,7 @@ class ScaleGradients(WeightPass):
         state.config = state.config.replace(
             fuzzy_lr_min=self.low, fuzzy_lr_max=self.high, fuzzy_lr_dtype=self.dtype
         )
-        sampling = rate_sampling(**self._sampled_from(weight))
-        if self.dtype == FROM_SEED:
-            state.sample_factors_from(sampling)
-            return
-        factors, noise = sampling.sample(weight.parameter)
-        state.store_factors(factors, self.dtype)
-        # the random part of factors that go on changing, which coarser ones do not
-        state.noise = noise if self.dtype == "float32" else None
+        state.start_factors(rate_sampling(**self._sampled_from(weight)), self.dtype, weight.parameter)
 
     def _told(self, state: BioModule) -> str:
         if state.is_drawn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from biofx.operators.rate_ops import multiply_by_blocks
 from biofx.operators.rate_sampling import (
     CHANGING,
     Distribution,
-    RateSampling,
     following_factors,
     most_spread,
     pooled_magnitude,
@@ -58,7 +57,7 @@ class BioModule(BioState):
 
     Args:
         parent: the layer, or a function that returns it.
-        config: options of the rules. With one, factors are drawn at once; without, a pass brings them.
+        config: options of the rules. With one, factors are sampled at once; without, a pass adds them.
     """
 
     __jit_unused_properties__: ClassVar[list[str]] = [
@@ -103,9 +102,7 @@ class BioModule(BioState):
         if rule in _NEED_FACTORS and not (self.has_factors if rule == _UPDATE else self.has_rates):
             return "it has no learning-rate factors"
         if rule in _CHANGE_FACTORS and self.is_drawn:
-            return (
-                "its factors are drawn from their seed at each use; to change them, fuzzy_lr_dtype='float32'"
-            )
+            return "its factors are sampled from their seed at each use; use fuzzy_lr_dtype='float32'"
         if rule == "enforce_dales_principle" and not self.is_constrained:
             return "its presynaptic units have no signs"
         if rule == "update_fuzzy_learning_rates" and not self.is_dynamic:
@@ -115,10 +112,10 @@ class BioModule(BioState):
         return None
 
     def check(self, rule: str) -> None:
-        """Check what a rule needs of the values, before any layer is changed.
+        """Check the values that a rule uses, before any layer is changed.
 
         Raises:
-            NonFiniteWeightError: the weight is NaN or infinite and the rule would build on it.
+            NonFiniteWeightError: the weight is NaN or infinite and the rule is ``"rejuvenate_weights"``.
         """
         if rule == "rejuvenate_weights":
             check_finite(self.weight, self.path)
@@ -127,7 +124,7 @@ class BioModule(BioState):
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether the factors go on changing."""
+        """Whether the factors change during training."""
         return self.config.fuzzy_lr_dynamic and self.config.fuzzy_lr_distribution in CHANGING
 
     @property
@@ -136,45 +133,11 @@ class BioModule(BioState):
         return self.is_dynamic and self.config.fuzzy_lr_distribution is Distribution.ACTIVITY
 
     def draw(self) -> None:
-        """Draw the factors that the config asks for, replacing those there are.
+        """Sample the factors that the config asks for, in place of any others.
 
         Raises:
-            PlasticityError: the graph draws its factors itself, and from something else.
+            PlasticityError: the graph samples the factors itself, and from something else.
         """
-        config, sampling = self.config, self._configured_sampling()
-        if self.scaled_in_graph and self.is_drawn:
-            if config.fuzzy_lr_dtype != FROM_SEED or sampling != self.rate_sampling:
-                raise PlasticityError(
-                    f"{self.path!r}: the graph draws its factors at each backward, from other options than "
-                    "the config has; transform the model anew"
-                )
-            return
-        if self._form() == FROM_SEED:
-            self.sample_factors_from(sampling)
-            self.noise = self.diversity = None
-            return
-        factors, noise = sampling.sample(self.weight)
-        self.store_factors(factors, self._form())
-        self.noise = noise if self.config.fuzzy_lr_dtype == "float32" else None
-        self.diversity = None
-        self.keep_diversity()
-
-    def keep_diversity(self) -> None:
-        """Have room for what dynamic factors would be had crystallization dampened none."""
-        held = self.stored_factors
-        needs = self.is_dynamic and held is not None and held.shape == self.weight.shape
-        if not needs:
-            self.diversity = None
-        elif self.diversity is None and held is not None:
-            self.diversity = held.clone()
-
-    def _form(self) -> str:
-        """Return what factors are to be stored as; a graph that reads stored factors goes on reading them."""
-        stored = self.scaled_in_graph and self.has_factors
-        asked = self.config.fuzzy_lr_dtype
-        return "float32" if stored and asked == FROM_SEED else asked
-
-    def _configured_sampling(self) -> RateSampling:
         config = self.config
         options = sampling_options(
             config.fuzzy_lr_distribution,
@@ -187,24 +150,42 @@ class BioModule(BioState):
             granularity=config.fuzzy_lr_granularity,
             output_axis=self.output_axis,
         )
-        return rate_sampling(**options)
+        sampling, form = rate_sampling(**options), config.fuzzy_lr_dtype
+        if self.scaled_in_graph and self.is_drawn:
+            if form != FROM_SEED or sampling != self.rate_sampling:
+                raise PlasticityError(
+                    f"{self.path!r}: the graph samples its factors at each backward, with other options than "
+                    "those of the config; transform the model again"
+                )
+            return
+        if form == FROM_SEED and self.scaled_in_graph and self.has_factors:
+            form = "float32"  # a graph that reads stored factors cannot sample them
+        self.start_factors(sampling, form, self.weight)
+        self.keep_diversity()
+
+    def keep_diversity(self) -> None:
+        """Add or remove the buffer of dynamic factors as they would be without crystallization."""
+        held = self.stored_factors
+        if not self.is_dynamic or held is None or held.shape != self.weight.shape:
+            self.diversity = None
+        elif self.diversity is None:
+            self.diversity = held.clone()
 
     def provide_factors(self) -> None:
-        """Let every synapse have a rate of its own that can be dampened, where it has no factor."""
+        """Give every synapse a rate that can be dampened, where it has no factor."""
         if not self.has_rates:
             self._start_dampening()
 
     def _start_dampening(self) -> Tensor:
-        weight = self.weight
-        ones = torch.ones(weight.shape, dtype=torch.float32, device=weight.device)
+        ones = torch.ones(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         self.memory.dampening = ones
         return ones
 
     @property
     def acting_factors(self) -> Tensor | None:
-        """What multiplies the learning rates: the factors, dampened for each synapse where need be.
+        """What multiplies the learning rates: the factors, dampened by crystallization; None for nothing.
 
-        Of a sharded weight it may be this rank's part. None where nothing multiplies them.
+        Of a sharded weight it may be this rank's part.
         """
         factors, dampening = self.fuzzy_learning_rate_parameters, self.memory.dampening
         if dampening is None:
@@ -218,12 +199,12 @@ class BioModule(BioState):
     def fuzzy_learning_rates(self) -> int:
         """Multiply the weight's gradient by the factors; call it once, between backward and step."""
         self._require("fuzzy_learning_rates")
-        gradient, held, draw = self._gradient(), self.stored_factors, self.rate_sampling
+        gradient, held, sampling = self._gradient(), self.stored_factors, self.rate_sampling
         part = local(gradient)
         if self.memory.dampening is not None:
             part.mul_(local_part(cast(Tensor, self.acting_factors), gradient).to(part.dtype))
-        elif draw is not None and part is gradient:
-            draw.multiply(part, out=part)
+        elif sampling is not None and part is gradient:
+            sampling.multiply(part, out=part)
         else:
             factors = self._factors() if held is None else held
             multiply_by_blocks(part, local_part(factors, gradient), out=part)
@@ -231,56 +212,57 @@ class BioModule(BioState):
 
     @torch.no_grad()
     def update_fuzzy_learning_rates(self, x: Tensor | None = None) -> int:
-        """Let dynamic factors change; call it once per training step.
+        """Change dynamic factors; call it once per training step.
 
         Args:
             x: not needed: activity is observed in the graph, during the forward.
         """
         self._require("update_fuzzy_learning_rates")
-        config = self.config
         self.memory.steps += 1
-        bounds: dict[str, float] = {
-            "nu": config.fuzzy_learning_rate_factor_nu,
-            "low": config.fuzzy_lr_min,
-            "high": config.fuzzy_lr_max,
-        }
+        config = self.config
+        nu, low, high = config.fuzzy_learning_rate_factor_nu, config.fuzzy_lr_min, config.fuzzy_lr_max
         if config.fuzzy_lr_distribution is Distribution.TEMPORAL:
             if self.steps % config.fuzzy_lr_update_freq:
                 return 0
             before = self._factors() if self.diversity is None else self.diversity
-            changed, correlation = local(before).clone(), config.fuzzy_lr_decay
-            generator, place = self._generator("evolve"), flat_span(before)
+            changed = local(before).clone()
             evolve(
                 changed,
-                correlation=correlation,
-                generator=generator,
-                place=place,
+                correlation=config.fuzzy_lr_decay,
+                nu=nu,
+                low=low,
+                high=high,
+                generator=self._generator("evolve"),
+                place=flat_span(before),
                 total=before.numel(),
-                **bounds,
             )
         elif self.noise is not None:
             generator = generator_for(config.seed, self.path, self.steps, purpose="follow")
             smallness = self._smallness()
             if isinstance(smallness, Tensor):
                 smallness = local_part(smallness, self.noise)
-            changed = following_factors(local(self.noise), smallness, generator=generator, **bounds)
+            changed = following_factors(
+                local(self.noise), smallness, nu=nu, low=low, high=high, generator=generator
+            )
         else:
             return 0
         return self._change_factors(changed)
 
     @property
     def follows_in_parts(self) -> bool:
-        """Whether each rank can let its part of dynamic factors change without the parts of the others."""
+        """Whether each rank can change its part of dynamic factors without the parts of the others."""
         held, config = self.stored_factors, self.config
         if held is None or not is_sharded(held):
             return True
         if config.fuzzy_lr_distribution is Distribution.TEMPORAL:
             return flat_span(held) is not None
         reach = most_spread(config.fuzzy_learning_rate_factor_nu)
-        return 1 - reach >= config.fuzzy_lr_min and 1 + reach <= config.fuzzy_lr_max  # nothing is redrawn
+        return (
+            1 - reach >= config.fuzzy_lr_min and 1 + reach <= config.fuzzy_lr_max
+        )  # nothing is sampled again
 
     def _change_factors(self, changed: Tensor) -> int:
-        """Let dynamic factors take new values; what crystallization dampened stays dampened as much."""
+        """Write new values to dynamic factors; those that crystallization dampened stay dampened as much."""
         factors, before = local(self._factors()), self.diversity
         if before is None:
             factors.copy_(changed)
@@ -293,12 +275,10 @@ class BioModule(BioState):
         return self._factors().numel()
 
     def _smallness(self) -> Tensor | float:
-        """Return the part of following factors that follows."""
-        if self.config.fuzzy_lr_distribution is Distribution.WEIGHT_ADAPTIVE:
-            return relative_smallness(
-                pooled_magnitude(self.weight, self.config.fuzzy_lr_granularity, self.output_axis).float()
-            )
+        """Return what weights, or activity, make of the spread of each factor."""
         granularity, groups = self.config.fuzzy_lr_granularity, self.groups
+        if self.config.fuzzy_lr_distribution is Distribution.WEIGHT_ADAPTIVE:
+            return relative_smallness(pooled_magnitude(self.weight, granularity, self.output_axis).float())
         if self.activity is None or self.activity.min() < 0 or granularity == "layer":
             return 1.0
         smallness = relative_smallness(self.activity)
@@ -312,33 +292,26 @@ class BioModule(BioState):
     def volume_dependent_lr(self) -> int:
         """Multiply the weight's gradient by volume-dependent factors; call it between backward and step."""
         self._require("volume_dependent_lr")
-        gradient, config = self._gradient(), self.config
-        if config.base_lr is None:
-            gradient.mul_(self.volume_factors().to(gradient.dtype))
-        else:
-            multiply_by_volume(
-                gradient,
-                self.weight,
-                base=config.base_lr,
-                stability=config.stability_factor,
-                variability=config.lr_variability,
-                generator=self._generator("volume"),
-            )
+        gradient = self._gradient()
+        multiply_by_volume(gradient, self.weight, **self._volume_options())
         return gradient.numel()
 
     def volume_factors(self) -> Tensor:
-        """Draw volume-dependent factors for the weight as it is, shaped like it, dimensionless."""
-        return volume_factors(
-            self.weight,
-            base=self.config.base_lr,
-            stability=self.config.stability_factor,
-            variability=self.config.lr_variability,
-            generator=self._generator("volume"),
-        )
+        """Sample volume-dependent factors for the current weight, shaped like it, dimensionless."""
+        return volume_factors(self.weight, **self._volume_options())
+
+    def _volume_options(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "base": config.base_lr,
+            "stability": config.stability_factor,
+            "variability": config.lr_variability,
+            "generator": self._generator("volume"),
+        }
 
     @torch.no_grad()
     def unscale_gradient(self, factors: Tensor) -> None:
-        """Take out of the gradient the factors that the graph applied to it (but for those of 0).
+        """Divide the gradient by the factors that the graph has applied to it, except for those of 0.
 
         Args:
             factors: as they were during backward.
@@ -355,7 +328,11 @@ class BioModule(BioState):
         gradient, strength, mean = local(self._gradient()), local(weight), None
         if self.scaled_in_graph and factors is not None:
             gradient = _divided(gradient, local_part(factors, weight))
-        rates, floor = self._rates_to_dampen(factors), self.config.crystal_min
+        rates, floor = self.memory.dampening, self.config.crystal_min
+        if factors is not None and self._dampens_factors:
+            rates = factors
+        elif rates is None:
+            rates = self._start_dampening()
         if is_sharded(weight):
             mean = float(sum_over_ranks(strength.norm(1), weight)) / max(1, weight.numel())
         caught = crystallize(
@@ -369,15 +346,9 @@ class BioModule(BioState):
         )
         return int(sum_over_ranks(torch.tensor(caught, device=strength.device), weight))
 
-    def _rates_to_dampen(self, factors: Tensor | None) -> Tensor:
-        """Return what crystallization writes to: the factors, where each synapse has one to itself."""
-        if factors is not None and self._dampens_factors:
-            return factors
-        dampening = self.memory.dampening
-        return self._start_dampening() if dampening is None else dampening
-
     @property
     def _dampens_factors(self) -> bool:
+        """Whether crystallization writes to the factors, of which each synapse has one to itself."""
         held = self.stored_factors
         own = held is not None and held.shape == self.weight.shape
         return own and self.memory.dampening is None and (not self.is_dynamic or self.diversity is not None)
@@ -395,7 +366,7 @@ class BioModule(BioState):
         """Replace weak synapses by new ones; returns how many.
 
         Args:
-            optimizer: forgets the direction in which replaced synapses were moving, and keeps how far.
+            optimizer: its first moments of the replaced synapses become 0, its second moments stay.
 
         Raises:
             NonFiniteWeightError: a weight is NaN or infinite; nothing has been changed.
@@ -423,19 +394,13 @@ class BioModule(BioState):
 
     @torch.no_grad()
     def synaptic_scaling(self) -> int:
-        """Move each unit's total input strength back towards what it was at the first call."""
+        """Move each unit's total input strength back towards its value at the first call."""
         self._require("synaptic_scaling")
+        layout: dict[str, int] = {"output_axis": self.output_axis, "groups": self.groups}
         target = self.memory.target_strength
         if target is None or target.shape != (self.units,):
-            target = input_strength(self.weight, output_axis=self.output_axis, groups=self.groups)
-            self.memory.target_strength = target
-        synaptic_scaling(
-            self.weight.data,
-            target,
-            rate=self.config.synaptic_scaling_rate,
-            output_axis=self.output_axis,
-            groups=self.groups,
-        )
+            target = self.memory.target_strength = input_strength(self.weight, **layout)
+        synaptic_scaling(self.weight.data, target, rate=self.config.synaptic_scaling_rate, **layout)
         return self.weight.numel()
 
     def _gradient(self) -> Tensor:

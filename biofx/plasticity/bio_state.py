@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.callables import identity
-from biofx.config import BioConfig
+from biofx.config import FROM_SEED, BioConfig
 from biofx.errors import PlasticityError
 from biofx.layers.layer_kinds import kind_of
 from biofx.operators.rate_sampling import RateSampling
@@ -283,20 +283,28 @@ class BioState(nn.Module):
         """Remove the factors, in whatever form they are."""
         self._buffers.update(dict.fromkeys((*RATE_BUFFERS, DIVERSITY)))
 
-    def store_factors(self, factors: Tensor, dtype: str) -> None:
-        """Store factors in place of any others.
+    def start_factors(self, sampling: RateSampling, form: str, weight: Tensor) -> None:
+        """Sample factors, in place of any others.
 
         Args:
-            factors: dimensionless.
-            dtype: one of :data:`biofx.config.STORED_RATE_DTYPES`.
-        """
-        low, high = self.config.fuzzy_lr_min, self.config.fuzzy_lr_max
-        self._buffers.update({FACTORS: stored_as(dtype, factors, low, high), DRAW: None})
+            sampling: what they are sampled from.
+            form: one of :data:`biofx.config.RATE_DTYPES`: ``"seed"`` samples them at each use, instead of
+                storing them.
+            weight: of this state, also where it is computed.
 
-    def sample_factors_from(self, sampling: RateSampling) -> None:
-        """Sample factors at each use, in place of any that are stored."""
-        self.__dict__["_sampling"] = sampling
-        self._buffers.update({FACTORS: None, DRAW: sampling.to_tensor(self.weight.device)})
+        Raises:
+            OptionError: next to nothing of the distribution lies in the bounds.
+        """
+        self.noise = self.diversity = None
+        if form == FROM_SEED:
+            self.__dict__["_sampling"] = sampling
+            self._buffers.update({FACTORS: None, DRAW: sampling.to_tensor(weight.device)})
+            return
+        factors, noise = sampling.sample(weight)
+        stored = stored_as(form, factors, self.config.fuzzy_lr_min, self.config.fuzzy_lr_max)
+        self._buffers.update({FACTORS: stored, DRAW: None})
+        if form == "float32":  # dynamic factors have no other form
+            self.noise = noise
 
     # moving
 

@@ -3,8 +3,8 @@
 Source of all: Hofmann, Becker, Tetzlaff, Mäder, Nature Communications 16 (2025),
 doi 10.1038/s41467-025-60078-9, in the parametrisation of the user guide.
 
-Temporal factors follow a stationary autoregressive process. Deviation: so their diversity neither dies nor
-grows. (Factors that follow weights or activity are in :mod:`biofx.operators.rate_sampling`.)
+Temporal factors. Deviation: they follow a stationary autoregressive process, so that their diversity neither
+dies nor grows. (Factors that follow weights or activity are in :mod:`biofx.operators.rate_sampling`.)
 
 Crystallization (synaptic stabilization): synapses that have settled, or are shaken too hard, become less
 plastic. Deviations: a synapse that carries no gradient at all is never caught, so dead units are left alone;
@@ -39,11 +39,11 @@ def evolve(
     place: slice | None = None,
     total: int | None = None,
 ) -> None:
-    """Let temporal factors take one step, in place: f ← 1 + ρ(f - 1) + √(1 - ρ²) ξ, ξ ~ N(0, ν²).
+    """Take one step of temporal factors, in place: f ← 1 + ρ(f - 1) + √(1 - ρ²) ξ, ξ ~ N(0, ν²).
 
     The spread of f stays ν: an AR(1) process with a stationary start. A step that would leave the bounds is
     not taken: the process then is a Metropolis chain, whose stationary law is the normal one truncated to the
-    bounds, just as it starts. (To draw such a step again would push factors away from the bounds.)
+    bounds, just as at the start. (Sampling such a step again would push factors away from the bounds.)
 
     Args:
         factors: any shape, dimensionless.
@@ -52,15 +52,14 @@ def evolve(
         low: lower bound.
         high: upper bound.
         generator: a CPU generator, the only source of randomness.
-        place: where the factors lie in a larger tensor, flattened, of which they are to take the step that
-            they would take as its part; None if they are all there is.
-        total: how many elements that tensor has, a count.
+        place: flat positions of the factors in a larger tensor, for the step that they would take as its
+            part; None if they are the whole tensor.
+        total: number of elements of that tensor, a count.
     """
     step = nu * math.sqrt(1 - correlation**2)
     if step == 0:
         return
     moved = factors.flatten().cpu().float()
-
     place = slice(0, len(moved)) if place is None else place
     total = len(moved) if total is None else total
 
@@ -151,14 +150,9 @@ def volume_factors(
     """
     factors = torch.ones_like(weight.detach(), memory_format=torch.contiguous_format)
     multiply_by_volume(
-        factors,
-        weight,
-        base=1.0 if base is None else base,
-        stability=stability,
-        variability=variability,
-        generator=generator,
+        factors, weight, base=base, stability=stability, variability=variability, generator=generator
     )
-    return factors if base is not None else factors.div_(factors.mean())
+    return factors
 
 
 @torch.no_grad()
@@ -166,21 +160,27 @@ def multiply_by_volume(
     target: Tensor,
     weight: Tensor,
     *,
-    base: float,
+    base: float | None,
     stability: float,
     variability: float,
     generator: Generator,
 ) -> None:
-    """Multiply ``target`` by what :func:`volume_factors` draws, in place, without ever holding all of it.
+    """Multiply ``target`` by the factors of :func:`volume_factors`, in place, block by block.
 
     Args:
         target: shaped like ``weight``, e.g. its gradient.
-        weight: any shape.
-        base: factor at zero weight, dimensionless.
-        stability: how fast the factor falls with the weight, dimensionless.
-        variability: standard deviation of the noise, dimensionless.
-        generator: a CPU generator, the only source of randomness.
+        weight: as for :func:`volume_factors`, and so all that follows.
+        base: see there.
+        stability: see there.
+        variability: see there.
+        generator: see there.
     """
+    if base is None:
+        factors = volume_factors(
+            weight, base=1.0, stability=stability, variability=variability, generator=generator
+        )
+        target.mul_(factors.div_(factors.mean()).to(target.dtype))
+        return
     flat, product = weight.detach().reshape(-1), target.reshape(-1)
     mean = mean_over(flat.numel(), lambda block: flat[block].abs().sum(dtype=torch.float32))
     scale = max(mean, torch.finfo(weight.dtype).tiny)

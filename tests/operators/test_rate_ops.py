@@ -133,7 +133,7 @@ def test_factors_that_depend_on_more_than_the_seed_are_refused(distribution: bio
 def test_rules_that_would_change_them_are_refused(mlp: nn.Module, vectors: Tensor) -> None:
     converted = biofx.BioConverter(SEED)(mlp)
     gradients(converted, vectors)
-    with pytest.raises(PlasticityError, match="drawn from their seed"):
+    with pytest.raises(PlasticityError, match="sampled from their seed"):
         converted.crystallize()
     bio = biofx.transform(mlp, SEED).graph_module
     with pytest.raises(PlasticityError, match=r"crystallize has nothing to act on .*'float32'"):
@@ -144,7 +144,7 @@ def test_a_graph_goes_on_drawing_what_it_says(mlp: nn.Module) -> None:
     bio = biofx.transform(mlp, SEED).graph_module
     state(bio).draw()
     state(bio).config = state(bio).config.replace(seed=1)
-    with pytest.raises(PlasticityError, match="transform the model anew"):
+    with pytest.raises(PlasticityError, match="transform the model again"):
         state(bio).draw()
 
 

@@ -127,7 +127,7 @@ def test_the_order_that_files_rely_on() -> None:
 def test_a_state_draws_when_it_is_read(inputs: int, threads: int) -> None:
     layer = nn.Linear(inputs, 3)
     state = BioModule(layer)
-    state.sample_factors_from(a_draw())
+    state.start_factors(a_draw(), "seed", state.weight)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
