@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from biofx.capture.capture import capture, preserved_random_state
+from biofx.capture.capture import capture
+from biofx.capture.random_state import preserved_random_state
 from biofx.config import BioConfig
 from biofx.errors import InputError
 from biofx.layers.layer_kinds import kind_of

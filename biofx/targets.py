@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from biofx.capture.capture import preserved_random_state
+from biofx.capture.random_state import preserved_random_state
 from biofx.errors import InputError, suggest
 
 

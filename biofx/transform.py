@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from biofx.capture.capture import capture, preserved_random_state
+from biofx.capture.capture import capture
 from biofx.capture.example_inputs import ExampleInputs
+from biofx.capture.random_state import preserved_random_state
 from biofx.config import BioConfig
 from biofx.errors import OptionError, PassError
 from biofx.foreign_errors import foreign_errors_wrapped

@@ -25,7 +25,7 @@ class OneMode:
 
     graph: Graph
     asked: frozenset[str] | None
-    """Of the modules whose ``training`` was asked for; None where one asked for another's, and not alone."""
+    """Modules whose ``training`` was read; None if a module read that of another, and of others too."""
     calls: Mapping[str, int]
     """How often each module was called."""
     reads: tuple[Read, ...] = ()
@@ -35,16 +35,16 @@ class OneMode:
 def unified(path: str, module: nn.Module, training: OneMode, evaluation: OneMode) -> Graph:
     """Return one graph of a module for both modes.
 
-    Where only a constant differs (a rate of dropout, a flag), the graph takes the one of the mode that the
-    module is in when it runs. Where operations differ, they stand in branches (:mod:`biofx.graph.branches`).
-    Each follows the ``training`` of the module that decided, so a part of a model may be in another mode than
-    the rest.
+    Where only a constant differs (a rate of dropout, a flag), the graph selects that of the mode in which the
+    module is when it runs. Where operations differ, they are in branches (:mod:`biofx.graph.branches`). Each
+    follows the ``training`` of the module that decided, so a part of a model may be in another mode than the
+    rest.
 
     Args:
-        path: of the module, in the whole model.
-        module: the module itself.
+        path: path of the module in the whole model.
+        module: the module.
         training: what it did in training.
-        evaluation: likewise in evaluation.
+        evaluation: what it did in evaluation.
 
     Raises:
         GraphBreak: the graphs do not show which module decided, or it has no parameters, so that its call
@@ -58,7 +58,7 @@ class _Union:
         self._path = path
         self._module = module
         self._modes = training, evaluation
-        self._asked = _settled(training, evaluation)
+        self._asked = _deciders(training, evaluation)
         self._to_union: tuple[dict[Node, Node], dict[Node, Node]] = ({}, {})
         self._decided_by: dict[Node, str] = {}
         self._flags: dict[str, Node] = {}
@@ -90,8 +90,6 @@ class _Union:
             else:
                 yield False, [*((node, None) for node in ours[a:b]), *((None, node) for node in theirs[c:d])]
 
-    # what both do
-
     def _write_both(self, ours: Node, theirs: Node) -> None:
         if ours.meta.get(IS_NUMBER):
             self._write_number(0, ours)
@@ -103,7 +101,7 @@ class _Union:
         self._to_union[0][ours] = self._to_union[1][theirs] = made
 
     def _chosen(self, ours: Node, theirs: Node, a: Any, b: Any) -> Any:
-        """Return what stands for an argument of a node that both modes have."""
+        """Return the argument, in the united graph, of a node that both modes have."""
         if isinstance(a, Node) and isinstance(b, Node):
             mapped = self._to_union[0][a], self._to_union[1][b]
             return mapped[0] if mapped[0] is mapped[1] else self._by_mode(ours, theirs, *mapped)
@@ -120,7 +118,7 @@ class _Union:
         return self._by_mode(ours, theirs, *(self._mapped(side, x) for side, x in enumerate((a, b))))
 
     def _by_mode(self, ours: Node, theirs: Node, in_training: Any, in_evaluation: Any) -> Any:
-        """Write down the choice between two values."""
+        """Write the selection of one of two values."""
         if ours.op not in ("call_function", "call_method", "call_module", "output"):
             raise self._differ(ours, theirs)
         chosen = _nodes_in((in_training, in_evaluation))
@@ -138,20 +136,18 @@ class _Union:
         return made
 
     def _deciders_for(self, reader: Node, *, only_constants: bool) -> set[str]:
-        """Return which modules may have decided what a node is handed, where both modes know either value."""
+        """Return the modules that may have decided on an argument whose two values both modes know."""
         asked = self._asked or frozenset()
         inside = only_constants and reader.op in ("call_function", "call_method")
         nearest = _nearest(_places(reader), asked) if inside else None
         return set(asked) if nearest is None else {nearest}
 
-    # what one does
-
     def _write_branches(self, side: int, nodes: list[Node]) -> None:
-        """Write nodes down that only one mode has, a branch for each stretch that one module decided on."""
+        """Write nodes that only one mode has, with a branch for each stretch on which one module decided."""
         branch: Node | None = None
         current: str | None = None
         for node in nodes:
-            if node.meta.get(IS_NUMBER):  # which may as well be read in both modes
+            if node.meta.get(IS_NUMBER):  # which can be read in both modes
                 self._write_number(side, node, before=branch)
                 continue
             decider = self._decider_of_branch(node)
@@ -169,7 +165,7 @@ class _Union:
         self._end(branch)
 
     def _decider_of_branch(self, node: Node) -> str:
-        """Return whose forward decided that an operation is to be."""
+        """Return the module whose forward decided on an operation."""
         asked = [path for path in self._asked or () if self._is_called_alike(path)]
         decider = _nearest(_places(node), asked)
         if decider is None or node.op in ("placeholder", "output") or is_of_a_context(node):
@@ -188,10 +184,8 @@ class _Union:
             end = self.graph.call_function(end_branch, (branch,))
             end.meta["nn_module_stack"] = branch.meta["nn_module_stack"]
 
-    # nodes
-
     def _write_number(self, side: int, node: Node, before: Node | None = None) -> None:
-        """Write down that an attribute is read, once."""
+        """Write the read of a number, once for each attribute."""
         target = str(node.target)
         if target not in self._numbers:
             self._numbers[target] = made = self._copied(node, (), {})
@@ -225,10 +219,10 @@ class _Union:
         return GraphBreak(inside, f"module {inside!r} {what} ({found})")
 
 
-def _settled(training: OneMode, evaluation: OneMode) -> frozenset[str] | None:
-    """Return who asked, None where a branch would hold a call that asks for itself.
+def _deciders(training: OneMode, evaluation: OneMode) -> frozenset[str] | None:
+    """Return the modules that may have decided, None if one of them is called in one mode only.
 
-    Such a module was seen in one mode only, and may be in the other when it is called.
+    Such a call would be in a branch, and the module may be in the other mode when it is called.
     """
     if training.asked is None or evaluation.asked is None:
         return None
@@ -239,7 +233,7 @@ def _settled(training: OneMode, evaluation: OneMode) -> frozenset[str] | None:
 
 
 def _key(node: Node) -> tuple[Any, ...]:
-    """Return what two nodes must have in common to be one operation, whatever values they are handed."""
+    """Return what two nodes must have in common to be one operation, except for their arguments."""
     return node.op, node.target, tuple(_places(node)), len(node.args), tuple(node.kwargs)
 
 
@@ -250,7 +244,7 @@ def _places(node: Node) -> list[str]:
 
 
 def _nearest(places: Sequence[str], among: Collection[str]) -> str | None:
-    """Return the innermost of the modules around a node that is among some."""
+    """Return the innermost of some modules that is around a node."""
     return next((place for place in reversed(["", *places]) if place in among), None)
 
 

@@ -35,7 +35,6 @@ from biofx.capture.intercepted_calls import (
     replaced,
     type_limits_followed,
 )
-from biofx.capture.mode_switches import ModeSwitches
 from biofx.capture.region_capture import is_leaf, is_plain_layer
 from biofx.capture.symbolic_scalars import SymDtype, plain_inside
 from biofx.capture.tensor_queries import TorchCall
@@ -45,6 +44,7 @@ from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS
 from biofx.layers.obstacles import hooks_of
 from biofx.layers.transformer_layers import pads_by_nesting, transformers_as_nodes
 from biofx.model.graph_module import why_not_a_graph_module
+from biofx.model.modes import ModeSwitches
 
 
 class EagerTracer(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Capture from example inputs: record, unify the modes, and try the result before trusting it."""
+"""Capture from example inputs: record both modes, unify them, and check the result before it is returned."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ from biofx.capture.both_modes import OneMode, unified
 from biofx.capture.eager_tracer import EagerTracer
 from biofx.capture.example_inputs import ExampleInputs, as_call
 from biofx.capture.graph_breaks import GraphBreak, joined_path
-from biofx.capture.mode_switches import switches_of
 from biofx.capture.python_reads import modules_that_read
 from biofx.capture.region_capture import capture_regions, capture_uncalled, is_leaf, weights_read_by_python
-from biofx.capture.rehearsal import Rehearsal
 from biofx.capture.side_effects import Watch
-from biofx.capture.trials import Trials, cloned
+from biofx.capture.trials import DifferentialCheck, TrialModel, cloned
 from biofx.errors import CaptureError, InputError
 from biofx.graph.graph_functions import eager_forward_graph
 from biofx.graph.regions import innermost_around, is_inside
 from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.model.copies import deep_copy
 from biofx.model.graph_module import BioGraphModule, become_graph_module
-from biofx.model.modes import switch_mode
+from biofx.model.modes import switch_mode, switches_of
 
 
 def capture_recorded(
@@ -37,202 +35,201 @@ def capture_recorded(
     """Turn a model, in place, into a graph module by recording what it does on example inputs.
 
     Args:
-        root: the model, made for this.
-        example_inputs: of one call (see :func:`biofx.capture.example_inputs.as_call`).
+        root: the model, a copy made for this.
+        example_inputs: inputs of one call (see :func:`biofx.capture.example_inputs.as_call`).
         opaque: paths of modules not to look into.
-        foreign: ids of tensors that must not find their way into a graph.
+        foreign: ids of tensors of the original, which must not be in a graph.
 
     Raises:
         InputError: the example inputs are not of that form, or the model fails on them.
         CaptureError: not even regions can be captured.
     """
-    args, kwargs = as_call(root, example_inputs)
-    front_end = _RecordCapture(root, args, kwargs, opaque, foreign)
-    return front_end.captured()
+    return _RecordCapture(root, as_call(root, example_inputs), opaque, foreign).captured()
 
 
 class _RecordCapture:
     def __init__(
         self,
         root: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        given: tuple[tuple[Any, ...], dict[str, Any]],
         opaque: frozenset[str],
         foreign: frozenset[int],
     ) -> None:
         self._root = root
-        self._given = args, kwargs
+        self._given = given
         self._switches = switches_of(root)
         self._opaque = opaque | self._switches.rebuilt
         self._foreign = foreign
         self._modules = dict(root.named_modules())
-        self._kept: dict[str, str] = {}
+        self._breaks: dict[str, str] = {}
+        """Paths of the modules at which the graph breaks, and why."""
         self._by_class: set[str] = set()
+        """Those of them that are there only because it breaks at another module of the class."""
         self._most = len(self._modules)
-        self._is_hasty = True
-        self._spare: Rehearsal | None = None
+        self._breaks_at_classes = True
+        self._queries_sizes = True
+        self._spare: TrialModel | None = None
         self._has_scripts = any(isinstance(m, torch.jit.ScriptModule) for m in self._modules.values())
-        self._asks_sizes = True
         self._own = {id(p): p for p in root.parameters()}
-        # for all trial runs: a forward may write into its parameters
+        # all trial runs share them: a forward may write into its parameters
         self._scratch = {id(p): copy.deepcopy(p) for p in root.parameters()}
-        self._trials = Trials(root, self._given, self._copy, lambda: self._borrowed().model)
+        self._check = DifferentialCheck(root, given, self._copy, lambda: self._borrowed().model)
         self._on_meta = any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers()))
 
     def captured(self) -> BioGraphModule:
-        """Record until it holds."""
-        made: BioGraphModule | None
-        if "" in self._opaque:  # nothing in it is to be looked into
+        """Record until the result does what the model does; trace symbolically if that fails."""
+        if "" in self._opaque:
             return self._traced()
         try:
-            made = self._held()
+            made = self._checked()
         except InputError:
-            if not self._on_meta and not self._trials.works_in_a_mode():
+            if not self._on_meta and not self._check.works_in_a_mode():
                 raise
-            made = None  # it asks for values, and has none; or wants labels in training, none in evaluation
-        except CaptureError:  # it cannot be recorded at all
-            made = None
-        if made is None:
+            return self._traced()  # it needs values on meta, or works in one mode only, as one with labels
+        except CaptureError:
             return self._traced()
-        may_show_more = any(
-            next(self._modules[path].parameters(), None) is not None for path in self._by_class
-        )
-        return (self._with_less_kept() if may_show_more else None) or made
+        with_parameters = [p for p in self._by_class if next(self._modules[p].parameters(), None) is not None]
+        return (self._with_fewer_breaks() if with_parameters else None) or made
 
-    def _held(self) -> BioGraphModule:
-        """Record until it does what the model does."""
+    def _checked(self) -> BioGraphModule:
+        """Record, with a further graph break each time the result does not do what the model does."""
         while True:
             recorded = self._recorded()
             made = self._assembled(deep_copy(self._root, dict(self._own)), recorded)
-            doubt = None if self._on_meta else self._trials.doubt(made, asks_sizes=self._asks_sizes)
+            found = self._graph_break(made)
             self._check_parameters()
-            if doubt is None:
+            if found is None:
                 return made
-            self._keep(doubt if doubt.path not in self._kept else GraphBreak("", doubt.reason))
+            self._break_at(found if found.path not in self._breaks else GraphBreak("", found.reason))
 
-    def _with_less_kept(self) -> BioGraphModule | None:
-        """Try without what is kept only because another of its class is; None if that fails."""
-        self._is_hasty = False
+    def _graph_break(self, made: nn.Module) -> GraphBreak | None:
+        if self._on_meta:
+            return None
+        return self._check.graph_break(made, queries_sizes=self._queries_sizes)
+
+    def _with_fewer_breaks(self) -> BioGraphModule | None:
+        """Record without the breaks that are there only because of a class; None if that fails."""
+        self._breaks_at_classes = False
         for path in self._by_class:
-            del self._kept[path]
-        self._most = len(self._kept)
+            del self._breaks[path]
+        self._most = len(self._breaks)
         try:
-            return self._held()
+            return self._checked()
         except (InputError, CaptureError):
             return None
 
     def _traced(self) -> BioGraphModule:
-        """Capture without the example, and try the result on it.
+        """Trace the model symbolically, and check the result on the example.
 
         Raises:
-            CaptureError: it does something else than the model, which does the same every time.
+            CaptureError: it does not do what the model does, which does the same at every call.
         """
         copied = deep_copy(self._root, dict(self._own))
         made = capture_regions(copied, self._opaque, self._foreign)
-        doubt = None if self._on_meta else self._trials.doubt(made, asks_sizes=self._asks_sizes)
-        if doubt is not None and self._trials.doubt(self._root, asks_sizes=self._asks_sizes) is None:
+        found = self._graph_break(made)
+        if found is not None and self._graph_break(self._root) is None:
             raise CaptureError(
-                f"{doubt.reason}. A part of the model may be reached past its call, by hooks that the first "
+                f"{found.reason}. A part of the model may be reached past its call, by hooks that the first "
                 "call installs, say: name the modules that have them in opaque=[…]"
             )
         return made
 
     def _copy(self, model: nn.Module) -> Any:
-        """Return a copy to try something on; one that is switched by code of its own has all to itself."""
+        """Return a copy for a trial run; a model that is switched by code of its own shares no parameter."""
         return deep_copy(model, {} if self._switches.are_some else dict(self._scratch))
 
-    def _borrowed(self) -> Rehearsal:
-        """Return a copy to run, as the model is."""
-        rehearsal, self._spare = self._spare, None
-        if rehearsal is None:
-            return Rehearsal(self._copy(self._root))
-        rehearsal.put_back()
-        return rehearsal
+    def _borrowed(self) -> TrialModel:
+        """Return a copy of the model for one run."""
+        trial, self._spare = self._spare, None
+        if trial is None:
+            return TrialModel(self._copy(self._root))
+        trial.restore()
+        return trial
 
-    def _give_back(self, rehearsal: Rehearsal) -> None:
-        """Keep a copy for the next run, where all that the last one changed is known to be tensors."""
+    def _give_back(self, trial: TrialModel) -> None:
+        """Keep a copy for the next run, if the last one can have changed nothing but tensors."""
         alone = self._switches.are_some
-        if not self._kept and not self._opaque and not self._has_scripts and not alone:
-            self._spare = rehearsal
+        if not self._breaks and not self._opaque and not self._has_scripts and not alone:
+            self._spare = trial
 
     def _check_parameters(self) -> None:
         for key, parameter in self._own.items() if not self._switches.are_some else ():
             tried = self._scratch[key]
             if parameter.is_meta or obstacle_to_values(parameter) is not None:
-                continue  # it has no values, or such as cannot be compared
+                continue  # it has no values, or values that cannot be compared
             if torch.equal(tried, parameter):
                 continue
             if not torch.allclose(tried, parameter, rtol=0, atol=0, equal_nan=True):
                 raise CaptureError("the model's forward writes into its parameters")
 
     def _recorded(self) -> _Recorded:
+        """Record both modes with the same graph breaks."""
         runs: dict[bool, EagerTracer] = {}
         while True:
             try:
                 for training in (True, False):
                     if training not in runs:
-                        recorder = self._run(training)
-                        # what both hold must be recorded with the same modules kept
-                        runs = {} if recorder.found else runs
-                        if recorder.is_stale:
+                        tracer = self._run(training)
+                        runs = {} if tracer.found else runs
+                        if tracer.is_stale:
                             break
-                        runs[training] = recorder
+                        runs[training] = tracer
                 if len(runs) == 2:
-                    asked = any(recorder.asks_sizes for recorder in runs.values())
-                    self._asks_sizes = asked or bool(self._kept)  # in Python it is not noticed
+                    # what a forward queries in Python is not noticed
+                    self._queries_sizes = bool(self._breaks) or any(run.asks_sizes for run in runs.values())
                     return self._unified(runs[True], runs[False])
             except GraphBreak as found:
-                self._keep(found)
+                self._break_at(found)
                 runs.clear()
 
-    def _keep(self, found: GraphBreak) -> None:
-        if found.path in self._kept:
+    def _break_at(self, found: GraphBreak) -> None:
+        if found.path in self._breaks:
             raise CaptureError(found.reason)
-        self._kept[found.path] = found.reason
-        if len(self._kept) > self._most:
+        self._breaks[found.path] = found.reason
+        if len(self._breaks) > self._most:
             raise CaptureError(found.reason)
-        alike = type(self._modules[found.path])
-        for path, module in self._modules.items() if self._is_hasty or found.all_alike else ():
-            # modules of one class mostly differ in one way: that saves recording anew for each
-            if path and found.path and type(module) is alike and path not in self._kept:
-                self._kept[path] = f"as {found.path!r}, which is a {alike.__name__} too: {found.reason}"
+        kind = type(self._modules[found.path])
+        # modules of one class mostly break in one way, which saves recording again for each
+        for path, module in self._modules.items() if self._breaks_at_classes or found.all_alike else ():
+            if path and found.path and type(module) is kind and path not in self._breaks:
+                self._breaks[path] = f"as {found.path!r}, which is a {kind.__name__} too: {found.reason}"
                 if not found.all_alike:
                     self._by_class.add(path)
 
     def _run(self, training: bool) -> EagerTracer:
-        """Record one run, on a copy, so that nothing of it stays."""
-        rehearsal = self._borrowed()
-        model = switch_mode(rehearsal.model, training)
+        """Record one run of a copy."""
+        trial = self._borrowed()
+        model = switch_mode(trial.model, training)
         for module in model.modules() if self._switches.are_some else ():
-            if not is_leaf(module):  # whose forward asks, and goes on asking, how its own flag is
+            if not is_leaf(module):  # which reads its own flag, and does so in the graph too
                 module.training = training
         watch = Watch(model)
-        recorder = EagerTracer(model, dict(self._kept), self._opaque, self._switches)
+        tracer = EagerTracer(model, dict(self._breaks), self._opaque, self._switches)
         args, kwargs = cloned(self._given)
         try:
-            recorder.run(args, kwargs)
+            tracer.run(args, kwargs)
         except InputError as error:
             self._refuse_inputs(training, error)
-            raise GraphBreak(recorder.failed_in, f"cannot be recorded: {error.__cause__}") from None
-        self._kept |= recorder.found
-        watch.allowed = recorder.assigned
+            raise GraphBreak(tracer.failed_in, f"cannot be recorded: {error.__cause__}") from None
+        self._breaks |= tracer.found
+        watch.allowed = tracer.assigned
         left_in = watch.changed_modules()
-        changed = [path for path in left_in if path not in self._kept]
+        changed = [path for path in left_in if path not in self._breaks]
         if changed:
             for path in changed[1:] if changed[0] else ():
-                self._kept[path] = f"module {path!r} changes its attributes in the forward"
+                self._breaks[path] = f"module {path!r} changes its attributes in the forward"
             raise GraphBreak(changed[0], f"module {changed[0]!r} changes its attributes in the forward")
-        if "" not in self._kept:
+        if "" not in self._breaks:
             try:
                 watch.refuse_side_effects(torch_draws=True, attributes=bool(left_in))
             except CaptureError as error:
                 raise GraphBreak("", str(error)) from None
         if not left_in:
-            self._give_back(rehearsal)
-        return recorder
+            self._give_back(trial)
+        return tracer
 
     def _refuse_inputs(self, training: bool, error: InputError) -> None:
-        """Raise the error if it is the model's own, and not one of being recorded."""
+        """Raise an error of a recorded run if the model fails without being recorded too."""
         model = self._copy(self._root)
         args, kwargs = cloned(self._given)
         try:
@@ -243,14 +240,14 @@ class _RecordCapture:
     def _unified(self, training: EagerTracer, evaluation: EagerTracer) -> _Recorded:
         graphs: dict[str, Graph] = {}
         paths = dict.fromkeys([*training.graphs, *evaluation.graphs])
-        for path in sorted(paths, key=len):  # whoever decides how to call a module, ahead of that module
-            found = [recorder.graphs.get(path, []) for recorder in (training, evaluation)]
+        for path in sorted(paths, key=len):  # a module that decides on a call comes before the one it calls
+            found = [tracer.graphs.get(path, []) for tracer in (training, evaluation)]
             if not all(found):
                 raise GraphBreak(path, f"module {path!r} is called in one mode only")
             for calls in found:
-                if any(_text(call) != _text(calls[0]) for call in calls):
+                if any(str(call) != str(calls[0]) for call in calls):
                     raise GraphBreak(path, f"module {path!r} does not do the same at every call")
-            modes = [_one_mode(recorder, path, self._kept) for recorder in (training, evaluation)]
+            modes = [_one_mode(tracer, path, self._breaks) for tracer in (training, evaluation)]
             graphs[path] = unified(path, self._modules[path], *modes)
         layers = list(dict.fromkeys([*training.layers, *evaluation.layers]))
         graphs = {path: graphs[path] for path in paths}
@@ -258,32 +255,33 @@ class _RecordCapture:
         return _Recorded(graphs, layers, {*training.calls, *evaluation.calls}, reads)
 
     def _assembled(self, root: nn.Module, recorded: _Recorded) -> BioGraphModule:
-        graphs, layers, called = recorded.graphs, recorded.layers, recorded.called
+        """Turn a copy of the model, in place, into a graph module with the graphs that were recorded."""
+        graphs, called = recorded.graphs, recorded.called
         modules = dict(root.named_modules())
-        kept = {path: reason for path, reason in self._kept.items() if path in called or not path}
+        breaks = {path: reason for path, reason in self._breaks.items() if path in called or not path}
         regions = [path for path in graphs if path]
         for path in regions:
             region = become_graph_module(modules[path], graphs[path])
             guard_reads(region, graphs[path], recorded.reads[path], self._switches, path)
-        settled = [
+        done = [
             inner
             for path in regions
             for name, inner in modules[path].named_modules()
-            if not any(_is_between(path, around, joined_path(path, name)) for around in kept)
+            if not any(_is_between(path, around, joined_path(path, name)) for around in breaks)
         ]
-        settled += [modules[path] for path in called | set(kept)]
-        rest = capture_uncalled(root, self._opaque, self._foreign, kept, settled, self._switches)
+        done += [modules[path] for path in called | set(breaks)]
+        rest = capture_uncalled(root, self._opaque, self._foreign, breaks, done, self._switches)
         made = become_graph_module(root, graphs.get("") or eager_forward_graph())
         guard_reads(made, made.graph, recorded.reads.get("", ()), self._switches)
-        made.graph_breaks = kept | rest.kept
-        made.region_paths = (*regions, *layers, *rest.regions, *modules_that_read(made))
+        made.graph_breaks = breaks | rest.graph_breaks
+        made.region_paths = (*regions, *recorded.layers, *rest.regions, *modules_that_read(made))
         made.read_by_python = weights_read_by_python(made)
         return made
 
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What runs in both modes have come to."""
+    """What was recorded in both modes."""
 
     graphs: dict[str, Graph]
     layers: list[str]
@@ -294,26 +292,22 @@ class _Recorded:
     """What the forward behind each graph read from attributes."""
 
 
-def _one_mode(recorder: EagerTracer, path: str, kept: Iterable[str]) -> OneMode:
-    """Return what one module did in the mode that was recorded, in its own paths."""
-    inside = len(path) + bool(path)
-    around = [module for module in kept if module != path and is_inside(module, path)]
+def _one_mode(tracer: EagerTracer, path: str, breaks: Iterable[str]) -> OneMode:
+    """Return what one module did in the mode that was recorded, with paths in the module."""
+    start = len(path) + bool(path)
+    around = [module for module in breaks if module != path and is_inside(module, path)]
     asks = [
-        (running[inside:], asked[inside:])
-        for running, asked in recorder.asks
+        (running[start:], asked[start:])
+        for running, asked in tracer.asks
         if is_inside(running, path) and innermost_around(running, around) is None
     ]
     paths = frozenset(asked for _, asked in asks)
-    calls = {called[inside:]: times for called, times in recorder.calls.items() if is_inside(called, path)}
-    is_alone = len(paths) == 1 and all(is_inside(asked, path) for _, asked in recorder.asks)
+    calls = {called[start:]: times for called, times in tracer.calls.items() if is_inside(called, path)}
+    is_alone = len(paths) == 1 and all(is_inside(asked, path) for _, asked in tracer.asks)
     is_known = all(running == asked for running, asked in asks) or is_alone
-    return OneMode(recorder.graphs[path][0], paths if is_known else None, calls)
+    return OneMode(tracer.graphs[path][0], paths if is_known else None, calls)
 
 
-def _is_between(region: str, kept: str, path: str) -> bool:
-    """Whether a module of a region is inside one that keeps its own forward, which is in the region."""
-    return is_inside(kept, region) and is_inside(path, kept)
-
-
-def _text(graph: Graph) -> str:
-    return str(graph)
+def _is_between(region: str, module: str, path: str) -> bool:
+    """Whether a module of a region is inside another of its modules, at which the graph breaks."""
+    return is_inside(module, region) and is_inside(path, module)

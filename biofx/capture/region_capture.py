@@ -1,4 +1,4 @@
-"""Capture of a model that cannot be one graph: as much of it as can be in graphs, the rest as it is."""
+"""Capture of a model with graph breaks: modules that can be traced become regions, the rest runs eagerly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from biofx.capture.bytecode import (
     names_mentioned,
     weights_mentioned,
 )
-from biofx.capture.mode_switches import ModeSwitches, switches_of
 from biofx.capture.python_reads import modules_that_read
 from biofx.capture.trace_module import Traced, trace
 from biofx.errors import CaptureError
@@ -25,25 +24,26 @@ from biofx.graph.regions import is_inside
 from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS, kind_of
 from biofx.layers.transformer_layers import can_be_looked_into
 from biofx.model.graph_module import BioGraphModule, become_graph_module, why_not_a_graph_module
+from biofx.model.modes import ModeSwitches, switches_of
 
 
 def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[int]) -> BioGraphModule:
-    """Turn a model, in place, into a graph module with as many regions as it takes.
+    """Turn a model, in place, into a graph module with as many regions as needed.
 
     Args:
-        root: the model, made for this.
+        root: the model, a copy made for this.
         opaque: paths of modules not to look into.
-        foreign: ids of tensors that must not find their way into a graph.
+        foreign: ids of tensors of the original, which must not be in a graph.
 
     Raises:
-        CaptureError: not even that can be done.
+        CaptureError: not even regions can be captured.
     """
     switches = switches_of(root)
     capture = RegionCapture(root, opaque | switches.rebuilt, foreign, switches)
     traced = capture.traced_root()
     captured = become_graph_module(root, traced.graph)
     guard_reads(captured, traced.graph, traced.reads, switches)
-    captured.graph_breaks = dict(capture.kept)
+    captured.graph_breaks = dict(capture.graph_breaks)
     captured.region_paths = (*capture.regions, *modules_that_read(captured))
     captured.read_by_python = weights_read_by_python(captured)
     return captured
@@ -53,46 +53,46 @@ def capture_uncalled(
     root: nn.Module,
     opaque: frozenset[str],
     foreign: frozenset[int],
-    kept: Iterable[str],
-    settled: Iterable[nn.Module],
+    graph_breaks: Iterable[str],
+    done: Iterable[nn.Module],
     switches: ModeSwitches,
 ) -> RegionCapture:
-    """Capture below modules that keep their own forward what the example inputs did not lead to.
+    """Capture the modules that a run with example inputs has not called.
 
     Args:
-        root: the model, made for this; modules in it become graph modules.
+        root: the model, a copy made for this; modules in it become graph modules.
         opaque: paths of modules not to look into.
-        foreign: ids of tensors that must not find their way into a graph.
-        kept: paths of the modules that keep their own forward.
-        settled: modules to leave as they are.
+        foreign: ids of tensors of the original, which must not be in a graph.
+        graph_breaks: paths of the modules that run their eager forward.
+        done: modules to leave unchanged.
         switches: what train() and eval() change.
     """
     capture = RegionCapture(root, opaque, foreign, switches)
-    capture.seen |= set(map(id, settled))
-    for path in kept:
+    capture.seen |= set(map(id, done))
+    for path in graph_breaks:
         capture.capture_children(path)
     return capture
 
 
 def weights_read_by_python(captured: BioGraphModule) -> dict[str, str]:
-    """Return the regions whose weights a forward that stays in Python may read without calling them.
+    """Return the regions whose weights an eager forward may read without calling them, and why.
 
     It may if its code mentions the ``weight`` of the layer, or of something that has no name in it.
     """
     found: dict[str, str] = {}
-    for kept in captured.graph_breaks:
-        feared = weights_mentioned(type(captured.get_submodule(kept)))
-        start = f"{kept}." if kept else ""
-        for region in captured.region_paths if feared else ():
+    for path in captured.graph_breaks:
+        mentioned = weights_mentioned(type(captured.get_submodule(path)))
+        start = f"{path}." if path else ""
+        for region in captured.region_paths if mentioned else ():
             parts = set(region[len(start) :].split(".")) if region.startswith(start) else set()
-            if parts and (ANYTHING in feared or parts & feared):
-                owner = f"module {kept!r}" if kept else "the model"
+            if parts and (ANYTHING in mentioned or parts & mentioned):
+                owner = f"module {path!r}" if path else "the model"
                 found[region] = f"the forward of {owner}, in Python, may use its weight without calling it"
     return found
 
 
 class RegionCapture:
-    """Captures regions of a model one by one."""
+    """Captures the regions of a model one by one; the arguments are those of :func:`capture_uncalled`."""
 
     def __init__(
         self, root: nn.Module, opaque: frozenset[str], foreign: frozenset[int], switches: ModeSwitches
@@ -104,35 +104,36 @@ class RegionCapture:
         self._modules = dict(root.named_modules(remove_duplicate=False))
         self._first_paths = {id(module): path for path, module in root.named_modules()}
         self.seen: set[int] = {id(self._modules[path]) for path in opaque}
-        self._names: frozenset[str] = frozenset()  # what the forward mentions that has the children called
-        self._changed: frozenset[str] = frozenset()  # the attributes to which it may give other values
+        # names that the eager forward around a module mentions, and attributes to which it may assign
+        self._names: frozenset[str] = frozenset()
+        self._changed: frozenset[str] = frozenset()
         self.regions: list[str] = []
-        self.kept: dict[str, str] = {}
+        self.graph_breaks: dict[str, str] = {}
 
     def traced_root(self) -> Traced:
-        """Return the graph of the model itself, once its regions are captured."""
+        """Return the graph of the model itself, after its regions are captured."""
         try:
             traced = trace(self._root, self._opaque, self._foreign, keep=True, mode_switches=self._switches)
         except CaptureError as error:
-            self._keep("", str(error))
+            self._break_at("", str(error))
             return Traced(eager_forward_graph(), {})
-        self._keep_inside("", traced.kept)
+        self._break_inside("", traced.kept)
         return traced
 
-    def _keep_inside(self, path: str, kept: Mapping[str, str]) -> None:
+    def _break_inside(self, path: str, kept: Mapping[str, str]) -> None:
         for inner, reason in kept.items():
-            self._keep(f"{path}.{inner}" if path else inner, reason)
+            self._break_at(f"{path}.{inner}" if path else inner, reason)
 
-    def _keep(self, path: str, reason: str) -> None:
-        """Let a module keep its own forward, and capture what it may call."""
-        self.kept[path] = reason
+    def _break_at(self, path: str, reason: str) -> None:
+        """Let a module run its eager forward, and capture what it may call."""
+        self.graph_breaks[path] = reason
         self.capture_children(path)
 
     def capture_children(self, path: str) -> None:
         """Capture what the module at a path may call."""
         if path in self._switches.rebuilt:
             return
-        if path in self.kept:
+        if path in self.graph_breaks:
             self._names = names_mentioned(type(self._modules[path]))
             self._changed = attributes_changed(type(self._modules[path]))
         names, changed = self._names, self._changed
@@ -147,19 +148,19 @@ class RegionCapture:
         if is_plain_layer(module):
             self.regions.append(path)
         elif next(module.parameters(), None) is None:
-            return  # nothing in it that a pass could act on
+            return  # it holds nothing that a pass could act on
         elif _only_holds_others(module):
             self.capture_children(path)
         elif is_leaf(module):
             return
         elif (reason := _why_calls_are_unknown(module)) is not None:
-            self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
+            self._break_at(path, f"module {path!r} ({type(module).__name__}) {reason}")
         elif parts := sorted(self._names & module._modules.keys()):
             reason = f"has parts ({', '.join(parts)}) that the forward around it may use by itself"
-            self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
+            self._break_at(path, f"module {path!r} ({type(module).__name__}) {reason}")
         elif steered := _attributes_of(module) & self._changed:
             reason = f"has attributes ({', '.join(sorted(steered))}) that the forward around it may change"
-            self._keep(path, f"module {path!r} ({type(module).__name__}) {reason}")
+            self._break_at(path, f"module {path!r} ({type(module).__name__}) {reason}")
         else:
             self._trace(path, module)
 
@@ -174,10 +175,10 @@ class RegionCapture:
                 become_graph_module(module, traced.graph), traced.graph, traced.reads, self._switches, path
             )
         except CaptureError as error:
-            self._keep(path, str(error))
+            self._break_at(path, str(error))
             return
         self.regions.append(path)
-        self._keep_inside(path, traced.kept)
+        self._break_inside(path, traced.kept)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -187,7 +188,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def is_plain_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch's with weights, forward and all."""
+    """Whether a module is a layer of torch with weights, and with the forward of torch."""
     kind = kind_of(module)
     if why_not_a_graph_module(module) is not None:
         return False
@@ -203,17 +204,17 @@ _PLAIN: tuple[type[nn.Module], ...] = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     *LAYERS_OF_SEVERAL_INPUTS,
 )
-"""Layers of torch's besides those between units."""
+"""Layers of torch in addition to those of :mod:`biofx.layers.layer_kinds`."""
 
 
 def _only_holds_others(module: nn.Module) -> bool:
-    """Whether a module is there to hold others, which its owner calls one by one, or may."""
+    """Whether a module only holds others, which its owner may call one by one."""
     no_forward = getattr(nn.Module, "forward", None)
     return type(module).forward in (no_forward, nn.Sequential.forward)
 
 
 def _attributes_of(module: nn.Module) -> frozenset[str]:
-    """Return the names of what a module and those inside it hold besides tensors and modules."""
+    """Return the names of the attributes of a module and of those inside it, without tensors and modules."""
     return frozenset(name for inner in module.modules() for name in vars(inner).keys() - _TORCHS_OWN)
 
 
@@ -221,10 +222,10 @@ _TORCHS_OWN = frozenset(vars(nn.Module()))
 
 
 def _why_calls_are_unknown(module: nn.Module) -> str | None:
-    """Return why a module that Python calls is not captured whole, None if it can be.
+    """Return why a module that Python calls cannot be captured as a whole, None if it can.
 
-    What Python will hand to it is not known. Arguments without defaults are all given, and tracing refuses
-    whatever a forward decides by them; others may be left out, or be flags that steer the forward.
+    Its arguments are not known. Those without defaults are always passed, and tracing refuses a forward that
+    decides by them; others may be left out, or be flags by which the forward decides.
     """
     if "forward" in vars(module):
         return "has had its forward replaced on the instance"

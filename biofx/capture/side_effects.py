@@ -1,22 +1,23 @@
-"""What a forward leaves behind: random numbers drawn, attributes of modules changed."""
+"""What a forward leaves behind: random numbers drawn, attributes of modules and of their classes changed."""
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
-from biofx.capture.own_generators import OwnGenerator, generator_in
-from biofx.capture.shared_state import held_at, named, put_back, shared_places
+from biofx.capture.attribute_reads import ObservedAttribute
+from biofx.capture.bytecode import globals_mentioned
+from biofx.capture.random_state import RandomGenerator, generator_in, global_generators
 from biofx.errors import CaptureError
 from biofx.static_inspection import (
     attributes_of,
+    bases_outside_torch,
     bytes_of,
     content_of,
     is_exactly,
@@ -28,62 +29,54 @@ from biofx.static_inspection import (
 
 
 class Watch:
-    """Notices what a forward does besides computing: each would happen once, while it is captured."""
+    """Notices the side effects of a forward, which would happen once, while it is captured.
+
+    Args:
+        root: the module whose forward runs.
+        prefix: path of ``root`` in the whole model, for messages.
+    """
 
     def __init__(self, root: nn.Module, prefix: str = "") -> None:
         self.allowed: set[tuple[str, str]] = set()
-        """Paths of modules and names of their attributes whose change does not count."""
+        """Paths of modules and names of attributes whose change does not count."""
         self._root = root
         self._prefix = prefix
-        self._kept: list[Any] = []
-        self._around: list[Any] = []
+        self._random = {name: (each, each.state()) for name, each in global_generators().items()}
         kinds = {type(module) for module in root.modules()}
-        self._packages = packages_of(kinds) - {"torch"}
-        self._inside: dict[int, _Inside] = {}
-        self._random = _random_states()
-        self._inside_shared = {kind: _Inside() for kind in kinds}
-        self._shared = {
-            kind: [
-                (place, held_at(place), self._contents(held_at(place), set(), self._inside_shared[kind]))
-                for place in shared_places(kind)
-            ]
-            for kind in kinds
-        }
+        packages = packages_of(kinds) - {"torch"}
+        self._shared = {kind: _Shared(kind, packages) for kind in kinds}
         seen: set[int] = set()
-        self._paths: dict[str, nn.Module] = {}
-        self._held: dict[int, list[_Held]] = {}
-        for path, module in root.named_modules():
-            self._held[id(module)] = [
-                _Held(held, dict(held), self._all_contents(module, held, seen)) for held in holders_of(module)
-            ]
-            if not isinstance(module, torch.jit.ScriptModule):
-                self._paths[path] = module
+        self._attributes = {
+            id(module): [_Attributes(held, packages, seen) for held in holders_of(module)]
+            for module in root.modules()
+        }
+        self._paths = {
+            path: module for path, module in root.named_modules() if not isinstance(module, ScriptModule)
+        }
 
     def restore(self, within: nn.Module | None = None) -> None:
-        """Put everything that modules hold back to where it was; those within one, or all."""
+        """Restore everything that modules hold: that of the modules in one of them, or of all."""
         for module in (self._root if within is None else within).modules():
-            for held in self._held.get(id(module), ()):
-                held.restore()
-            self._inside.get(id(module), _Inside()).put_back()
-            self._inside_shared.get(type(module), _Inside()).put_back()
-            for place, value, _ in self._shared.get(type(module), ()):
-                put_back(place, value)
+            for attributes in self._attributes.get(id(module), ()):
+                attributes.restore()
+            if type(module) in self._shared:
+                self._shared[type(module)].restore()
 
     def changed_modules(self) -> list[str]:
-        """Return the paths of the modules in which the forward left something."""
+        """Return the paths of the modules in which the forward changed an attribute."""
         return list(dict.fromkeys(path for path, _ in self._changes()))
 
     def refuse_side_effects(self, *, torch_draws: bool = False, attributes: bool = True) -> None:
-        """Raise a CaptureError if the forward drew random numbers or left something in a module.
+        """Raise a CaptureError if the forward drew random numbers or changed an attribute of a module.
 
         Args:
-            torch_draws: let torch's random numbers not count: where a forward runs, they are drawn.
-            attributes: whether to look for what was left in modules.
+            torch_draws: whether random numbers of torch are allowed.
+            attributes: whether to look for changed attributes.
         """
         drawn = [
             name
-            for name, state in _random_states().items()
-            if state != self._random[name] and not (torch_draws and name == "torch")
+            for name, (generator, before) in self._random.items()
+            if generator.state() != before and not (torch_draws and name == "torch")
         ]
         if drawn:
             raise CaptureError(
@@ -100,157 +93,219 @@ class Watch:
             )
 
     def _changes(self) -> Iterator[tuple[str, str]]:
-        """Yield the paths of modules, and the attributes of them that are not what they were."""
-        seen: set[int] = set()
-        shared = {kind: list(self._shared_changes(kind)) for kind in self._shared}
+        """Yield the paths of modules and the names of their attributes that have changed."""
+        shared = {kind: places.changed() for kind, places in self._shared.items()}
         for path, module in self._paths.items():
-            for held in self._held[id(module)]:
-                for name in held.names_changed(lambda value: self._contents(value, seen)):
-                    if self._is_watched(path, name):
-                        yield path, name
-            for name in shared.get(type(module), ()):
-                yield path, name
-
-    def _shared_changes(self, kind: type) -> Iterator[str]:
-        """Yield the names of what modules of a class share, and what is not what it was."""
-        for place, value, contents in self._shared[kind]:
-            found = held_at(place)
-            if found is not value or self._contents(found, set()) != contents:
-                yield named(place)
-
-    def _all_contents(self, module: nn.Module, held: dict[str, Any], seen: set[int]) -> dict[str, Any]:
-        """Return what the attributes hold that something can be put into."""
-        inside = self._inside.setdefault(id(module), _Inside())
-        return {
-            name: self._contents(value, seen, inside)
-            for name, value in held.items()
-            if not is_exactly(value, _INDIVISIBLE) and not is_of(value, nn.Module)
-        }
+            for attributes in self._attributes[id(module)]:
+                yield from ((path, name) for name in attributes.changed() if self._is_watched(path, name))
+            yield from ((path, name) for name in shared[type(module)])
 
     def _is_watched(self, path: str, name: str) -> bool:
-        kept_apart = name in _KEPT_APART or name.startswith("_tensor_constant")
-        return not kept_apart and (path, name) not in self.allowed
-
-    def _contents(self, value: Any, seen: set[int], inside: _Inside | None = None) -> Any:
-        """Return what something holds, comparable; what can be put back goes into ``inside``."""
-        if is_exactly(value, _CONTAINERS) and not value:  # as most are
-            if inside is not None:
-                inside.containers.append((value, []))
-            return ()
-        if is_exactly(value, _INDIVISIBLE):
-            self._kept.append(value)  # alive, so that no id is used twice
-            return id(value)
-        self._kept.append(value)
-        if id(value) in seen or is_of(value, (nn.Module, Tensor, type, str, bytes)):
-            return id(value)
-        if is_of(value, (dict, list, set, deque)):
-            content = content_of(value)
-            if inside is not None:
-                inside.containers.append((value, content))
-            if not content:
-                return ()
-        seen.add(id(value))
-        if is_of(value, dict):
-            inner = [(id(key), entry) for key, entry in content_of(value)]
-        elif is_of(value, (list, tuple, deque)):
-            inner = list(enumerate(content_of(value)))
-        elif is_of(value, (set, frozenset)):
-            return (id(value), frozenset(map(id, content_of(value))))
-        elif (generator := generator_in(value)) is not None:
-            if inside is not None:
-                inside.generators.append((generator, generator.state()))
-            return (id(value), generator.state())
-        elif (held := bytes_of(value)) is not None:
-            return (id(value), hash(held))
-        elif callable(value) or is_of_a_library(value, self._packages):
-            return id(value)
-        else:
-            attributes = attributes_of(value)
-            if inside is not None and attributes:
-                inside.containers.append((attributes, content_of(attributes)))
-            inner = [(id(name), entry) for name, entry in content_of(attributes)]
-        if len(self._around) >= _DEEPEST:
-            return id(value)
-        self._around.append(value)
-        found = tuple((key, self._contents(entry, seen, inside)) for key, entry in inner)
-        self._around.pop()
-        return (id(value), found) if inner else id(value)
-
-
-@dataclass(frozen=True)
-class _Inside:
-    """What the attributes of a module lead to that can be put back."""
-
-    containers: list[tuple[Any, list[Any]]] = field(default_factory=list)
-    """Dicts, lists, sets and deques, and what was in them."""
-    generators: list[tuple[OwnGenerator, bytes]] = field(default_factory=list)
-    """Generators of random numbers, and their states."""
-
-    def put_back(self) -> None:
-        """Put it all back to where it was."""
-        for container, content in self.containers:
-            restore_content(container, content)
-        for generator, state in self.generators:
-            generator.restore(state)
-
-
-@dataclass(frozen=True)
-class _Held:
-    """One of the dictionaries in which a module has its attributes, as it was."""
-
-    live: dict[str, Any]
-    before: dict[str, Any]
-    contents: dict[str, Any]
-    """Of the attributes that something can be put into, what they held."""
-
-    def names_changed(self, contents_of: Callable[[Any], Any]) -> Iterator[str]:
-        """Yield the names of the attributes that are others now, are new or gone, or hold something else."""
-        live, before = self.live, self.before
-        for name, value in live.items():
-            if name not in before or value is not before[name]:
-                yield name
-        if len(before) != len(live) or before.keys() != live.keys():
-            yield from (name for name in before if name not in live)
-        for name, content in self.contents.items():
-            value = live.get(name)
-            if value is not before[name] or (is_exactly(value, _CONTAINERS) and not (value or content)):
-                continue
-            if contents_of(value) != content:
-                yield name
-
-    def restore(self) -> None:
-        """Put every attribute back."""
-        held, before = self.live, self.before
-        if held.keys() != before.keys() or any(held[name] is not before[name] for name in before):
-            flag = held.get("training")
-            held.clear()
-            held.update(before)
-            if flag is not None:  # whoever follows the flags puts them back
-                held["training"] = flag
-
-
-_INDIVISIBLE: frozenset[type] = frozenset(
-    {int, float, complex, bool, str, bytes, type(None), nn.Parameter, Tensor}
-)
-_DEEPEST = 100
-"""How deep to look into what lies in one another, a count."""
-_CONTAINERS: frozenset[type] = frozenset({dict, OrderedDict, list, set, deque})
-_KEPT_APART = frozenset({"training", "_parameters", "_buffers", "_modules"})
+        is_torchs = name in _TORCHS_OWN or name.startswith("_tensor_constant")
+        return not is_torchs and (path, name) not in self.allowed
 
 
 def holders_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    """Return the dicts in which a module holds what it has: attributes, parameters, buffers, modules."""
+    """Return the dicts in which a module holds attributes, parameters, buffers and modules."""
     parameters: dict[str, Any] = module._parameters
     buffers: dict[str, Any] = module._buffers
     modules: dict[str, Any] = module._modules
     return vars(module), parameters, buffers, modules
 
 
-def _random_states() -> dict[str, Any]:
-    """Return the states of the global random number generators, comparable."""
-    states: dict[str, Any] = {"Python": random.getstate(), "torch": torch.get_rng_state().numpy().tobytes()}
-    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    if numpy_random is not None:
-        kind, keys, *rest = numpy_random.get_state()
-        states["NumPy"] = (kind, keys.tobytes(), *rest)
-    return states
+class _Attributes:
+    """One of the dicts in which a module holds its attributes, and what it held at first."""
+
+    def __init__(self, held: dict[str, Any], packages: frozenset[str], seen: set[int]) -> None:
+        self._held = held
+        self._before = dict(held)
+        self._inside = _Contents(packages)
+        for name, value in held.items():
+            self._inside.note(name, value, seen)
+
+    def changed(self) -> Iterator[str]:
+        """Yield the names of attributes that were assigned, deleted, or changed in place."""
+        held, before = self._held, self._before
+        yield from (name for name in held if name not in before or held[name] is not before[name])
+        yield from (name for name in before if name not in held)
+        yield from (name for name in self._inside.changed() if held.get(name) is before[name])
+
+    def restore(self) -> None:
+        """Restore the attributes and what is in them."""
+        held, before = self._held, self._before
+        if held.keys() != before.keys() or any(held[name] is not before[name] for name in before):
+            flag = held.get("training")
+            held.clear()
+            held.update(before)
+            if flag is not None:  # a tracer that follows the flags restores them
+                held["training"] = flag
+        self._inside.restore()
+
+
+class _Shared:
+    """The places outside of modules that forwards of a class can change, and what they held at first."""
+
+    def __init__(self, kind: type[nn.Module], packages: frozenset[str]) -> None:
+        self._places = [(place, place.value) for place in shared_places(kind)]
+        self._inside = _Contents(packages)
+        for place, value in self._places:
+            self._inside.note(place.label, value, set())
+
+    def changed(self) -> list[str]:
+        """Return the places that were assigned or changed in place, as messages name them."""
+        assigned = [place.label for place, value in self._places if place.value is not value]
+        return list(dict.fromkeys([*assigned, *self._inside.changed()]))
+
+    def restore(self) -> None:
+        """Restore the places and what is in them."""
+        self._inside.restore()
+        for place, value in self._places:
+            place.restore(value)
+
+
+class _Contents:
+    """What can change in values in place: the containers, objects, generators and arrays that they lead to.
+
+    Args:
+        packages: packages whose classes are the user's; objects of other libraries are not looked into.
+    """
+
+    def __init__(self, packages: frozenset[str]) -> None:
+        self._found: list[tuple[str, Any, Any]] = []
+        """Names of values, what they lead to, and its entries, state or bytes."""
+        self._packages = packages
+
+    def note(self, name: str, value: Any, seen: set[int], depth: int = 0) -> None:
+        """Note what a value leads to, except for what is in ``seen``: ids of containers and objects."""
+        if is_exactly(value, _INDIVISIBLE) or id(value) in seen:
+            return
+        if is_of(value, (nn.Module, Tensor, type, str, bytes)):
+            return
+        if is_of(value, (dict, list, set, deque)):
+            self._note_container(name, value, seen, depth)
+        elif is_of(value, tuple):
+            seen.add(id(value))
+            self._note_entries(name, content_of(value), seen, depth)
+        elif (generator := generator_in(value)) is not None:
+            self._found.append((name, generator, generator.state()))
+        elif (held := bytes_of(value)) is not None:
+            self._found.append((name, value, held))
+        elif not (is_of(value, frozenset) or callable(value) or is_of_a_library(value, self._packages)):
+            seen.add(id(value))
+            self._note_container(name, attributes_of(value), seen, depth)
+
+    def _note_container(self, name: str, container: Any, seen: set[int], depth: int) -> None:
+        content = content_of(container)
+        self._found.append((name, container, content))
+        if not content:
+            return
+        seen.add(id(container))
+        if is_of(container, dict):
+            self._note_entries(name, [entry for _, entry in content], seen, depth)
+        elif not is_of(container, set):
+            self._note_entries(name, content, seen, depth)
+
+    def _note_entries(self, name: str, entries: list[Any], seen: set[int], depth: int) -> None:
+        for entry in entries if depth < _DEEPEST else ():
+            self.note(name, entry, seen, depth + 1)
+
+    def changed(self) -> list[str]:
+        """Return the names of the values in which something has changed."""
+        return list(
+            dict.fromkeys(name for name, found, before in self._found if not _is_still(found, before))
+        )
+
+    def restore(self) -> None:
+        """Restore containers, objects and generators; arrays stay as they are."""
+        for _, found, before in self._found:
+            if type(found) is RandomGenerator:
+                found.restore(before)
+            elif type(before) is list:
+                restore_content(found, before)
+
+
+def _is_still(found: Any, before: Any) -> bool:
+    """Whether a container holds the same objects, or a generator or an array the same state, as before."""
+    if is_exactly(found, _CONTAINERS) and not before:  # as most are
+        return not found
+    if type(found) is RandomGenerator:
+        return bool(found.state() == before)
+    if type(before) is not list:
+        return bool(bytes_of(found) == before)
+    now = content_of(found)
+    if is_of(found, set):
+        return set(map(id, now)) == set(map(id, before))
+    if is_of(found, dict):
+        now, before = ([part for pair in pairs for part in pair] for pairs in (now, before))
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+
+
+_INDIVISIBLE: frozenset[type] = frozenset(
+    {int, float, complex, bool, str, bytes, type(None), nn.Parameter, Tensor}
+)
+_DEEPEST = 100
+"""How deep containers and objects inside one another are looked into, a count."""
+_CONTAINERS: frozenset[type] = frozenset({dict, OrderedDict, list, set, deque})
+_TORCHS_OWN = frozenset({"training", "_parameters", "_buffers", "_modules"})
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPlace:
+    """A place outside of the modules that forwards can change: a global, or an attribute of a class."""
+
+    space: Any
+    """The globals of a source file, or a class."""
+    name: str
+
+    @property
+    def value(self) -> Any:
+        """What is there now, None if nothing is."""
+        space = vars(self.space) if is_of(self.space, type) else self.space
+        found = space.get(self.name)
+        return found.of_class if is_of(found, ObservedAttribute) else found
+
+    @property
+    def label(self) -> str:
+        """The place as messages name it."""
+        space = self.space
+        return f"{self.name} of {space.__name__ if is_of(space, type) else space.get('__name__')}"
+
+    def restore(self, value: Any) -> None:
+        """Let the place hold a value, unless it does."""
+        if self.value is value:
+            return
+        if is_of(self.space, type):
+            setattr(self.space, self.name, value)
+        else:
+            self.space[self.name] = value
+
+
+def shared_places(kind: type[nn.Module]) -> tuple[SharedPlace, ...]:
+    """Return the globals and class attributes that forwards of a class use and may change."""
+    if kind not in _shared_places:
+        own = packages_of([kind]) - {"torch"}
+        places: dict[tuple[int, str], SharedPlace] = {}
+        for space, name in () if _is_torchs(kind) else (*globals_mentioned(kind), *_attributes_of(kind)):
+            places.setdefault((id(space), name), SharedPlace(space, name))
+        found = (place for place in places.values() if _may_change(place.value, own))
+        _shared_places[kind] = tuple(found)
+    return _shared_places[kind]
+
+
+_shared_places: WeakKeyDictionary[type[nn.Module], tuple[SharedPlace, ...]] = WeakKeyDictionary()
+
+
+def _attributes_of(kind: type[nn.Module]) -> Iterator[tuple[type, str]]:
+    for base in bases_outside_torch(kind):
+        yield from ((base, name) for name in vars(base) if not name.startswith("__"))
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("torch", "builtins")
+
+
+def _may_change(value: Any, packages: frozenset[str]) -> bool:
+    """Whether forwards may assign another value in its place, or change it in place."""
+    if is_of(value, Tensor):
+        return True
+    return not (callable(value) or is_of(value, nn.Module) or is_of_a_library(value, packages))

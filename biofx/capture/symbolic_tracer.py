@@ -25,6 +25,7 @@ from biofx.capture.graph_breaks import (
     COMPARES_IDENTITIES,
     OWN_APPLY,
     READS_OUTSIDE,
+    SWITCHED,
     TOUCHES_STATE,
     Refusals,
     RestartTracing,
@@ -37,7 +38,6 @@ from biofx.capture.intercepted_calls import (
     checkpoints_handled,
     type_limits_followed,
 )
-from biofx.capture.mode_switches import SWITCHED, ModeSwitches
 from biofx.capture.proxies import StoredTensor, TensorMode, TrainingFlag, ValueProxy
 from biofx.capture.side_effects import Watch
 from biofx.capture.symbolic_scalars import is_symbolic, plain_number, sources_in
@@ -47,6 +47,7 @@ from biofx.graph.guards import require_default, require_given, require_tensor
 from biofx.graph.node_kinds import IS_NUMBER, changed_in_place
 from biofx.layers.obstacles import hooks_of
 from biofx.layers.transformer_layers import can_be_looked_into, pads_by_nesting, transformers_as_nodes
+from biofx.model.modes import ModeSwitches
 from biofx.progress import advance
 
 _CATCHES = "catches exceptions, and a graph does not know which way that goes"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import GraphModule
 
-from biofx.capture.capture import preserved_random_state
+from biofx.capture.random_state import preserved_random_state
 from biofx.diagnostics import check_asked, check_graph, check_signs, check_states
 from biofx.diagnostics.check_report import Audit, Finding
 from biofx.diagnostics.check_subject import Subject, Uses

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.fx import Graph, GraphModule, Node
 
+from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.printing import format_graph, format_node
 
 if TYPE_CHECKING:  # which takes long to import
@@ -35,16 +36,18 @@ class Snapshot:
     operations: Mapping[str, tuple[str, str]]
     lines: Mapping[str, str]
 
-    @classmethod
-    def of(cls, graph: Graph) -> Snapshot:
-        """Return the snapshot of a graph."""
-        operations = {node.name: (node.op, _identity(node)) for node in graph.nodes}
-        return cls(operations, {node.name: format_node(node) for node in graph.nodes})
-
     @property
     def text(self) -> str:
         """The graph as :func:`biofx.format_graph` prints it."""
         return "\n".join(self.lines.values())
+
+
+@cached_on_graph
+def snapshot_of(graph_module: GraphModule) -> Snapshot:
+    """Return the snapshot of a graph module's graph, made once for each state of the graph."""
+    nodes = graph_module.graph.nodes
+    operations = {node.name: (node.op, _identity(node)) for node in nodes}
+    return Snapshot(operations, {node.name: format_node(node) for node in nodes})
 
 
 def compare(before: Snapshot, after: Snapshot) -> list[Change]:

@@ -6,7 +6,7 @@ import copy
 import functools
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,6 @@ from biofx.errors import CaptureError, CheckpointError, InputError
 from biofx.graph.branches import BranchCodeGen, has_branches, hoist_shared_nodes
 from biofx.graph.contexts import restoring_modes
 from biofx.graph.graph_functions import call_own_forward
-from biofx.graph.names import taken_name
 from biofx.model.attribute_guards import GUARDS
 from biofx.model.copies import prepared
 from biofx.model.graph_records import pack, unpack
@@ -223,6 +222,12 @@ def become_graph_module(module: nn.Module, graph: Graph) -> BioGraphModule:
     if made.keeps_forward and user_class(made) is None:
         raise CaptureError(f"{type(module).__name__} cannot be subclassed, and its forward cannot be traced")
     return made  # type: ignore[no-any-return]
+
+
+def taken_name(module: nn.Module, taken: Collection[str]) -> str | None:
+    """Return the first of some names under which a module holds anything, None if it holds nothing."""
+    held = (module._modules, module._parameters, module._buffers, vars(module))
+    return next((name for entries in held for name in entries if name in taken), None)
 
 
 def why_not_a_graph_module(module: nn.Module) -> str | None:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.foreign_errors import BY_A_PASS, foreign_errors_wrapped
 from biofx.graph.analysis_cache import analyses_kept
-from biofx.graph.changes import Snapshot, compare
+from biofx.graph.changes import Snapshot, compare, snapshot_of
 from biofx.graph.graph_view import GraphView
 from biofx.graph.node_kinds import changes_in_place
 from biofx.layers.sites import find_sites, innermost_path
@@ -246,7 +246,7 @@ class Pass(ABC):
         ``finish`` is called last, with the weight sites of the rewritten graph.
         """
         with joined(graph_module), analyses_kept():
-            run = Run(graph_module, Snapshot.of(graph_module.graph))
+            run = Run(graph_module, snapshot_of(graph_module))
             first = run.snapshot
             view = GraphView.of(graph_module, first.lines)
             reports = tuple(self.run(run, ()))
@@ -285,7 +285,7 @@ class Pass(ABC):
                     raise
             add_note(error, f"{BY_A_PASS}{self}, which was given this graph:\n{before.text}")
             raise
-        run.snapshot = Snapshot.of(graph_module.graph)
+        run.snapshot = snapshot_of(graph_module)
         place = {name: number for number, name in enumerate(before.lines)}
         remarks.sort(key=lambda remark: place.get(remark.node or "", len(place)))
         changes = scope.changes.with_causes(compare(before, run.snapshot), remarks)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import networkx
 
 from biofx.errors import OptionError, PipelineError
-from biofx.graph.changes import Snapshot
+from biofx.graph.changes import snapshot_of
 from biofx.model.graph_module import BioGraphModule
 from biofx.rewriting.pass_base import Pass, Run
 from biofx.rewriting.pass_text import ParsedItem, format_item, parse_items
@@ -103,7 +103,7 @@ class Pipeline(Pass):
 
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
         """Yield the remarks of all passes."""
-        for report in self.run(Run(graph_module, Snapshot.of(graph_module.graph)), ()):
+        for report in self.run(Run(graph_module, snapshot_of(graph_module)), ()):
             yield from report.remarks
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import biofx
 from biofx.capture.capture import capture
-from biofx.capture.mode_switches import switches_of
 from biofx.errors import CaptureError
+from biofx.model.modes import switches_of
 
 OFF = {"fuzzy_lr_distribution": "baseline"}
 

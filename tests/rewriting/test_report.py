@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 import biofx
 from biofx import BioConfig, Remark, Report
-from biofx.graph.changes import Change, Snapshot, compare
+from biofx.graph.changes import Change, Snapshot, compare, snapshot_of
 from biofx.rewriting.remarks import PassReport, applied, missed
 from biofx.rewriting.report import SCHEMA
 from biofx.select import Candidate
@@ -102,7 +102,7 @@ def test_each_pass_accounts_for_the_nodes_it_changed(model: nn.Module) -> None:
 
 
 def test_an_erased_node_is_accounted_for(mlp: nn.Module) -> None:
-    whole = Snapshot.of(biofx.capture(mlp).graph)
+    whole = snapshot_of(biofx.capture(mlp))
     shorter = Snapshot(
         {name: value for name, value in whole.operations.items() if name != "_1"},
         {name: value for name, value in whole.lines.items() if name != "_1"},

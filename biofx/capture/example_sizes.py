@@ -1,4 +1,4 @@
-"""The example at other sizes, at which a captured model is tried."""
+"""The example inputs at other sizes, for trial runs of a captured model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from biofx.graph.guards import require_same
 
 _MOST_SAMPLES = 64
-"""How many samples a question may lead to, at most; a count. Or twice as many as the example has."""
+"""The largest number of samples to try because of a query, a count; or twice as many as the example has."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +25,23 @@ class Axis:
     is_first: bool
     size: int
     is_second: bool = False
-    """Whether it is one at second axes alone, where other axes happen to have the same size."""
+    """Whether it is the size at second axes alone, where other axes happen to have the same size."""
 
     def resized(self, given: Any, size: int) -> Any:
-        """Return the example with another size here: its entries from the start, over and over."""
+        """Return the example with another size here: its entries from the start, repeated as needed."""
         return pytree.tree_map_only(Tensor, lambda tensor: self._resized(tensor, size), given)
 
     def _resized(self, tensor: Tensor, size: int) -> Tensor:
-        places = torch.arange(size) % self.size
+        entries = torch.arange(size) % self.size
         for axis, found in enumerate(tensor.shape):
             is_here = axis == 1 if self.is_second else (axis == 0) == self.is_first
             if found == self.size and is_here:
-                tensor = tensor.index_select(axis, places.to(tensor.device))
+                tensor = tensor.index_select(axis, entries.to(tensor.device))
         return tensor
 
 
 def axes_of(given: Any) -> list[Axis]:
-    """Return the axes of an example, those first at whose sizes a model is likeliest to work.
+    """Return the axes of an example, those first at other sizes of which a model is likeliest to work.
 
     That of the first axes comes first, then those that occur most and furthest to the front.
     """
@@ -54,12 +54,12 @@ def axes_of(given: Any) -> list[Axis]:
 
 
 def is_of_samples(axis: Axis, found: Any, with_first_again: Any) -> bool:
-    """Whether what a model returns for each entry of an axis is the same whatever other entries there are.
+    """Whether what a model returns for an entry of an axis does not depend on the other entries.
 
     Args:
-        axis: the axis in question.
+        axis: the axis.
         found: the output for the example.
-        with_first_again: the output where the first entry comes once more, at the end.
+        with_first_again: the output for the example with its first entry once more, at the end.
     """
     pairs = list(zip(pytree.tree_leaves(found), pytree.tree_leaves(with_first_again), strict=False))
     tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)]
@@ -77,39 +77,39 @@ def _has_first_again(size: int, found: Tensor, with_first_again: Tensor) -> bool
     return alike and torch.allclose(expected, with_first_again, equal_nan=True)
 
 
-def sizes_asked_about(graphs: Iterable[Graph], axis: Axis) -> list[int]:
-    """Return numbers of samples at which a question of the model has another answer, or may have.
+def sizes_queried(graphs: Iterable[Graph], axis: Axis) -> list[int]:
+    """Return numbers of samples at which a size check of some graphs has another result, or may have.
 
-    Where a question is one about a size and numbers, its answer is worked out; else it may have another
-    around the numbers in it, and at sizes that divide otherwise.
+    The result of a check of one size and numbers is computed. That of another may change around the numbers
+    in it, and at sizes with other divisors.
     """
     most = max(2 * axis.size, _MOST_SAMPLES)
     wanted: set[int] = set()
     for check in (c for g in graphs for c in g.find_nodes(op="call_function", target=require_same)):
-        asked = check.args[0]
-        if not isinstance(asked, Node) or not _reads_a_size(asked, first=axis.is_first):
+        query = check.args[0]
+        if not isinstance(query, Node) or not _reads_a_size(query, first=axis.is_first):
             continue
-        answers = [_answer(asked, size) for size in range(1, most + 1)]
-        if None in answers:
+        results = [_result(query, size) for size in range(1, most + 1)]
+        if None in results:
             wanted |= {3, axis.size - 1, axis.size + 1}
-            wanted |= {number + step for number in _numbers_in(asked) for step in (-1, 0, 1)}
+            wanted |= {number + step for number in _numbers_in(query) for step in (-1, 0, 1)}
         else:
-            others = [size for size, answer in enumerate(answers, 1) if answer != check.args[1]]
+            others = [size for size, result in enumerate(results, 1) if result != check.args[1]]
             wanted |= {*others[:1], *others[-1:]}
     return sorted(size for size in wanted - {1, axis.size, 2 * axis.size} if 1 < size <= most)
 
 
-def _answer(asked: Any, size: int) -> Any:
-    """Return what a question about one size and numbers gives at a size; None if it is another question."""
-    if not isinstance(asked, Node):
-        return asked
-    if asked.target in ("size", len) or asked.op != "call_function":
-        return size if asked.target in ("size", len) else None
-    operands = [_answer(operand, size) for operand in asked.args]
-    if asked.kwargs or not all(type(operand) in (int, float, bool) for operand in operands):
+def _result(query: Any, size: int) -> Any:
+    """Return the value of an expression of one size and numbers, None if it holds anything else."""
+    if not isinstance(query, Node):
+        return query
+    if query.target in ("size", len) or query.op != "call_function":
+        return size if query.target in ("size", len) else None
+    operands = [_result(operand, size) for operand in query.args]
+    if query.kwargs or not all(type(operand) in (int, float, bool) for operand in operands):
         return None
     try:
-        return asked.target(*operands)  # type: ignore[operator]
+        return query.target(*operands)  # type: ignore[operator]
     except Exception:
         return None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx.capture.variants import Axis, axes_of, is_of_samples
+from biofx.capture.example_sizes import Axis, axes_of, is_of_samples
 
 OFF = {"fuzzy_lr_distribution": "baseline"}
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biofx.capture.rehearsal import Rehearsal
+from biofx.capture.trials import TrialModel
 
 
 class Counts(nn.Module):
@@ -28,12 +28,12 @@ class Counts(nn.Module):
 
 def test_every_run_starts_where_the_first_did() -> None:
     counts = Counts()
-    rehearsal = Rehearsal(counts)
+    trial = TrialModel(counts)
     x = torch.randn(4, 2)
     calls, mean = counts.calls, counts.mean
-    first = rehearsal.model(x)
-    assert not torch.equal(rehearsal.model(x), first)
-    assert rehearsal.put_back() is counts
+    first = trial.model(x)
+    assert not torch.equal(trial.model(x), first)
+    assert trial.restore() is counts
     assert counts.calls is calls
     assert counts.mean is mean
     assert calls.eq(0).all()
