@@ -6,9 +6,8 @@ be known: a flattened feature map knows that each unit takes up a run of equal l
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +23,22 @@ class Axis:
     position: int
     """Counted from the end, so negative."""
     dims: tuple[int | None, ...]
-    """What the axis is made of, outermost first: dimensions of the labels, and None for one of unknown size
+    """The dimensions of the labels that the axis is made of, outermost first; None is one of unknown size,
     along which the unit stays the same."""
+
+    @property
+    def known_dims(self) -> list[int]:
+        """The dimensions of the labels."""
+        return [dim for dim in self.dims if dim is not None]
+
+    def renumbered(self, places: Mapping[int, int]) -> Axis:
+        """Return the axis with other numbers for the dimensions of the labels."""
+        return Axis(self.position, tuple(None if dim is None else places[dim] for dim in self.dims))
 
 
 @dataclass(frozen=True)
 class UnitLayout:
-    """The units of a value."""
+    """Where the units of a value are."""
 
     labels: Tensor
     """Number of the unit at each index, int64; one dimension for each that the axes name."""
@@ -48,9 +56,7 @@ class UnitLayout:
     def size_at(self, position: int) -> int | None:
         """Return the size of a labelled axis, None where it is not known."""
         axis = self.axis_at(position)
-        if axis is None or None in axis.dims:
-            return None
-        return math.prod(self._size(dim) for dim in axis.dims if dim is not None)
+        return None if axis is None or None in axis.dims else self._known_size(axis)
 
     def columns(self, position: int, size: int) -> Tensor:
         """Return the units that are read at each index of an axis, ``(size, units per index)``.
@@ -60,50 +66,46 @@ class UnitLayout:
         """
         axis = self.axis_at(position)
         if axis is None:
-            raise CannotFollow(f"its units lie along {self._where()}, and not along axis {position}")
-        known = math.prod(self._size(dim) for dim in axis.dims if dim is not None)
+            where = " and ".join(f"axis {axis.position}" for axis in self.axes) or "no axis"
+            raise CannotFollow(f"its units lie along {where}, and not along axis {position}")
+        known = self._known_size(axis)
         if not size or not known:
             raise CannotFollow(f"there are no units along axis {position}")
         if size % known or (None not in axis.dims and size != known):
             raise CannotFollow(f"{known} units were expected along axis {position}, found {size}")
-        run = size // known
-        order = [dim for dim in axis.dims if dim is not None]
-        others = [dim for dim in range(self.labels.dim()) if dim not in order]
-        table = self.labels.permute(*order, *others)
+        table, _ = self._in_front(axis)
         for place, dim in enumerate(axis.dims):
             if dim is None:
                 table = table.unsqueeze(place)
-                table = table.expand(*table.shape[:place], run, *table.shape[place + 1 :])
+                table = table.expand(*table.shape[:place], size // known, *table.shape[place + 1 :])
         return table.reshape(size, -1)
 
     def shifted(self, from_position: int, by: int) -> UnitLayout:
-        """Return the layout after axes are inserted (``by`` < 0) or removed right of the axes up to a
+        """Return the layout after axes were inserted (``by`` < 0) or removed right of the axes up to a
         position."""
         return self.moved(
             {axis.position: axis.position + by for axis in self.axes if axis.position <= from_position}
         )
 
-    def moved(self, positions: dict[int, int]) -> UnitLayout:
+    def moved(self, positions: Mapping[int, int]) -> UnitLayout:
         """Return the layout with axes at other positions."""
-        axes = tuple(
-            dataclasses.replace(axis, position=positions.get(axis.position, axis.position))
-            for axis in self.axes
-        )
-        return dataclasses.replace(self, axes=axes)
+        axes = (Axis(positions.get(axis.position, axis.position), axis.dims) for axis in self.axes)
+        return UnitLayout(self.labels, tuple(axes))
 
     def flattened(self, first: int, last: int) -> UnitLayout:
         """Return the layout after the axes ``first`` to ``last`` became one."""
-        inside = [self.axis_at(position) for position in range(first, last + 1)]
         dims: list[int | None] = []
-        for axis in inside:
+        for position in range(first, last + 1):
+            axis = self.axis_at(position)
             for dim in (None,) if axis is None else axis.dims:
                 if dim is not None or not dims or dims[-1] is not None:
                     dims.append(dim)
         if dims.count(None) > 1:
             raise CannotFollow("axes without units surround the one with units in what is flattened")
-        outside = tuple(axis for axis in self.axes if not first <= axis.position <= last)
-        merged = (Axis(last, tuple(dims)),) if any(dim is not None for dim in dims) else ()
-        return UnitLayout(self.labels, (*outside, *merged))._joined().shifted(first - 1, last - first)
+        axes = [axis for axis in self.axes if not first <= axis.position <= last]
+        if any(dim is not None for dim in dims):
+            axes.append(Axis(last, tuple(dims)))
+        return UnitLayout(self.labels, tuple(axes))._joined().shifted(first - 1, last - first)
 
     def unflattened(self, position: int, sizes: Sequence[int | None]) -> UnitLayout:
         """Return the layout after one axis became several; of a labelled one, all sizes must be known.
@@ -117,45 +119,36 @@ class UnitLayout:
         total = self.size_at(position)
         if total is None:
             raise CannotFollow("the size of a flattened axis is not known, and it is taken apart")
-        given = list(sizes)
-        if given.count(None) == 1:
-            given[given.index(None)] = total // max(1, math.prod(size for size in sizes if size is not None))
-        if None in given or math.prod(size for size in given if size is not None) != total:
+        product = math.prod(size for size in sizes if size is not None)
+        open_size = total // max(1, product) if sizes.count(None) == 1 else 0
+        given = [open_size if size is None else size for size in sizes]
+        if sizes.count(None) > 1 or math.prod(given) != total:
             raise CannotFollow(f"an axis of {total} units is taken apart into {tuple(sizes)}")
-        order = [dim for dim in axis.dims if dim is not None]
-        others = [dim for dim in range(self.labels.dim()) if dim not in order]
-        table = self.labels.permute(*order, *others)
-        # an axis of size 1 tells no units apart, and so is none of those that do
-        telling = [place for place, size in enumerate(given) if size != 1] or [0]
-        labels = table.reshape(*(given[place] or 0 for place in telling), *table.shape[len(order) :])
-        places = {dim: len(telling) + place for place, dim in enumerate(others)}
-        kept = tuple(
-            Axis(entry.position, tuple(None if dim is None else places[dim] for dim in entry.dims))
-            for entry in self.axes
-            if entry is not axis
-        )
-        moved = UnitLayout(labels, kept).shifted(position - 1, -added).axes
-        new = tuple(Axis(position - added + place, (dim,)) for dim, place in enumerate(telling))
+        table, others = self._in_front(axis)
+        # units do not differ along an axis of size 1
+        differing = [place for place, size in enumerate(given) if size != 1] or [0]
+        labels = table.reshape(*(given[place] for place in differing), *table.shape[len(axis.dims) :])
+        places = {dim: len(differing) + place for place, dim in enumerate(others)}
+        axes = tuple(entry.renumbered(places) for entry in self.axes if entry is not axis)
+        moved = UnitLayout(labels, axes).shifted(position - 1, -added).axes
+        new = tuple(Axis(position - added + place, (dim,)) for dim, place in enumerate(differing))
         return UnitLayout(labels, (*moved, *new))
 
     def taken(self, position: int, index: int | slice | Tensor) -> UnitLayout:
         """Return the layout after indexing one axis; a number takes the axis away."""
         axis = self.axis_at(position)
+        layout = self
         if axis is not None:
-            if len(axis.dims) != 1 or axis.dims[0] is None:
-                raise CannotFollow("a flattened axis is indexed")
             dim = axis.dims[0]
-            if isinstance(index, int):
-                places = {other: other - (other > dim) for other in range(self.labels.dim())}
-                axes = tuple(
-                    Axis(entry.position, tuple(None if d is None else places[d] for d in entry.dims))
-                    for entry in self.axes
-                    if entry is not axis
-                )
-                return UnitLayout(self.labels.select(dim, index), axes).shifted(position - 1, 1)
-            chosen = torch.arange(self._size(dim))[index]
-            return dataclasses.replace(self, labels=self.labels.index_select(dim, chosen))
-        return self.shifted(position - 1, 1) if isinstance(index, int) else self
+            if len(axis.dims) != 1 or dim is None:
+                raise CannotFollow("a flattened axis is indexed")
+            if not isinstance(index, int):
+                chosen = torch.arange(self.labels.shape[dim])[index]
+                return UnitLayout(self.labels.index_select(dim, chosen), self.axes)
+            places = {other: other - (other > dim) for other in range(self.labels.dim())}
+            axes = tuple(entry.renumbered(places) for entry in self.axes if entry is not axis)
+            layout = UnitLayout(self.labels.select(dim, index), axes)
+        return layout.shifted(position - 1, 1) if isinstance(index, int) else layout
 
     def _joined(self) -> UnitLayout:
         """Return the same layout with dimensions that follow each other in an axis made one."""
@@ -172,16 +165,19 @@ class UnitLayout:
                     dims.append(len(order))
                     order.append([dim])
             axes.append(Axis(axis.position, tuple(dims)))
-        left = [[dim] for dim in range(self.labels.dim()) if not any(dim in dims for dims in order)]
-        shape = [math.prod(map(self._size, dims)) for dims in (*order, *left)]
-        labels = self.labels.permute([dim for dims in (*order, *left) for dim in dims]).reshape(shape)
+        named = {dim for dims in order for dim in dims}
+        order += [[dim] for dim in range(self.labels.dim()) if dim not in named]
+        shape = [math.prod(self.labels.shape[dim] for dim in dims) for dims in order]
+        labels = self.labels.permute([dim for dims in order for dim in dims]).reshape(shape)
         return UnitLayout(labels, tuple(axes))
 
-    def _size(self, dim: int) -> int:
-        return self.labels.shape[dim]
+    def _in_front(self, axis: Axis) -> tuple[Tensor, list[int]]:
+        """Return the labels with the dimensions of an axis first, and the other dimensions in order."""
+        others = [dim for dim in range(self.labels.dim()) if dim not in axis.dims]
+        return self.labels.permute(*axis.known_dims, *others), others
 
-    def _where(self) -> str:
-        return " and ".join(f"axis {axis.position}" for axis in self.axes) or "no axis"
+    def _known_size(self, axis: Axis) -> int:
+        return math.prod(self.labels.shape[dim] for dim in axis.known_dims)
 
 
 def concatenated(layouts: Sequence[UnitLayout], position: int) -> UnitLayout:
@@ -200,12 +196,18 @@ def concatenated(layouts: Sequence[UnitLayout], position: int) -> UnitLayout:
         labels = torch.cat([layout.labels for layout in layouts], axis.dims[0])
     except RuntimeError as error:
         raise CannotFollow("what is concatenated differs in its other axes") from error
-    return dataclasses.replace(first, labels=labels)
+    return UnitLayout(labels, first.axes)
+
+
+# Where units are after a reshape, whose sizes are mostly not known. A reshape keeps axes, merges neighbours
+# or takes one apart. Which of these it does is found by laying the axes and the given sizes side by side in
+# all ways that the known numbers allow, and taking the one with the fewest merges and splits. Where two of
+# those leave the units in different places, the reshape is not followed.
 
 
 @dataclass(frozen=True)
 class Size:
-    """One of the sizes that a reshape asks for."""
+    """One of the sizes that are given to a reshape."""
 
     number: int | None = None
     """The size itself, None where it is not known."""

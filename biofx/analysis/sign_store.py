@@ -1,10 +1,10 @@
-"""Where the sign of each unit is kept, once, and how the weights that read the unit get at it."""
+"""Where the sign of each unit is kept, once, and how the weights that read the unit read it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,26 +39,32 @@ class SignOptions(Protocol):
 
     @property
     def seed(self) -> int:
-        """Seed of the draw."""
+        """Seed from which the signs are sampled."""
+
+
+Place: TypeAlias = tuple[str, str]
+"""Path of the weight whose state keeps signs, and name of the buffer there."""
 
 
 @dataclass(frozen=True)
 class KeptSigns:
     """Where the signs of the units that a weight reads are kept."""
 
-    places: list[tuple[str, str]]
-    """Paths of the weights whose states keep them, and names of the buffers there."""
+    places: list[Place]
     index: Tensor | None
-    """Which of them, laid one after another, belongs to each input channel; None for all, in order."""
+    """Which of the signs, laid one after another, belongs to each input channel; None for all, in order."""
 
 
 class SignStore:
-    """Draws signs when they are first asked for; what a state keeps already stays.
+    """Samples signs when they are first needed; those that a state keeps already stay.
+
+    The signs of a layer's units are kept with the layer, those of other units with the first weight that
+    reads them.
 
     Args:
         graph_module: the model, whose plasticity states keep the signs.
         groups: its units.
-        options_of: the options that hold for a layer, by the path of its weight.
+        options_of: returns the options that hold for a layer, by the path of its weight.
     """
 
     def __init__(
@@ -79,83 +85,72 @@ class SignStore:
                     kept.append(source)
 
     def keep(self, reading: Reading) -> KeptSigns:
-        """Return where the signs that a weight reads are kept, drawn now if they were not before.
+        """Return where the signs that a weight reads are kept, sampled now if they were not before.
 
         Raises:
             OptionError: signs or fractions given for layers whose units are one contradict each other.
         """
-        home = self._groups.sources_of(reading.units)
-        first = home.sources[0]
-        if len(home.sources) == 1 and first.kind == "layer" and self._are_all_of(first.name, reading.units):
-            self._signs(first.name, "sign")
+        found = self._groups.sources_of(reading.units)
+        first = found.sources[0]
+        if len(found.sources) == 1 and first.kind == "layer" and self._are_all_of(first.name, reading.units):
+            self._signs((first.name, "sign"))
             return KeptSigns([(first.name, "sign")], None)
-        places: list[tuple[str, str]] = []
-        start: dict[tuple[str, str], int] = {}
-        offsets = []
-        for source in home.sources:
-            path, before = self._local.get(source, (source.name, 0))
-            place = (path, "sign" if source.kind == "layer" else "local_sign")
+        start: dict[Place, int] = {}
+        total, indices = 0, []
+        for source in found.sources:
+            place, before = self._place_of(source)
+            signs = self._signs(place)
             if place not in start:
-                start[place] = sum(self._signs(*known).numel() for known in places)
-                places.append(place)
+                start[place] = total
+                total += signs.numel()
             if source.kind == "input" and self._options_of(reading.site.parameter_path).constrain_inputs:
-                self._refuse_free(path, self._signs(*place)[before : before + source.count])
-            offsets.append(start[place] + before)
-        counts = [source.count for source in home.sources]
-        begins = torch.tensor([sum(counts[:number]) for number in range(len(counts))])
-        which = torch.bucketize(home.index, begins, right=True) - 1
-        index = home.index - begins[which] + torch.tensor(offsets)[which]
-        total = sum(self._signs(*place).numel() for place in places)
-        whole = torch.equal(index, torch.arange(total))
-        return KeptSigns(places, None if whole else index)
-
-    def _refuse_free(self, path: str, kept: Tensor) -> None:
-        """Refuse to constrain inputs that another weight reads as free."""
-        if bool((kept == 0).any()):
-            raise OptionError(
-                f"constrain_inputs: inputs of the model were left free where {path!r} reads them, and a unit "
-                "has one sign everywhere; transform the original once, with constrain_inputs=True for all"
-            )
-
-    def _are_all_of(self, path: str, units: Tensor) -> bool:
-        """Whether units are all those that a layer makes, in order; members of a pool count as one."""
-        made = self._groups.made_by(path)
-        representatives = self._groups.representatives
-        return len(made) == len(units) and torch.equal(representatives(made), representatives(units))
+                _refuse_free(place[0], signs[before : before + source.count])
+            indices.append(start[place] + before + torch.arange(source.count))
+        index = torch.cat(indices)[found.index]
+        return KeptSigns([*start], None if torch.equal(index, torch.arange(total)) else index)
 
     def knows(self, reading: Reading) -> bool:
         """Whether all the signs that a weight would read are kept already."""
-        return all(
-            self._kept(self._local.get(source, (source.name, 0))[0], of_layer=source.kind == "layer")
-            is not None
-            for source in self._groups.sources_of(reading.units).sources
-        )
+        return all(self._kept(source) is not None for source in self._sources_of(reading.units))
 
     def has_signs(self, path: str) -> bool:
-        """Whether the units that a layer makes have signs, kept with it or with whoever else makes them."""
-        sources = self._groups.sources_of(self._groups.made_by(path)).sources
-        places = [
-            (self._local.get(source, (source.name, 0))[0], source.kind == "layer") for source in sources
-        ]
-        return any(self._kept(place, of_layer=of_layer) is not None for place, of_layer in places)
-
-    def _kept(self, path: str, *, of_layer: bool) -> Tensor | None:
-        """Return the signs that the state of a weight keeps already, None if it keeps none."""
-        state = kept_state(self._graph_module, path)
-        kept: Tensor | None = None if state is None else getattr(state, "sign" if of_layer else "local_sign")
-        return None if of_layer and _is_free(kept) else kept
+        """Whether the units that a layer makes have signs, kept with it or with another maker of them."""
+        return any(self._kept(source) is not None for source in self._sources_of(self._groups.made_by(path)))
 
     def leave_free(self, reading: Reading) -> None:
-        """Have room for the signs of the units that a weight reads, 0 where nothing has asked for them."""
-        for source in self._groups.sources_of(reading.units).sources:
+        """Make buffers for the signs of the units that a weight reads, 0 where they are not constrained."""
+        for source in self._sources_of(reading.units):
             state = bio_module_at(self._graph_module, source.name) if source.kind == "layer" else None
             if state is not None and state.sign is None:
                 units = len(self._groups.made_by(source.name))
                 device = "cpu" if state.parameter is None else state.parameter.device
                 state.sign = torch.zeros(units, device=device)
 
-    def _signs(self, path: str, buffer: str) -> Tensor:
-        """Return what a state keeps."""
+    def _sources_of(self, units: Tensor) -> list[Source]:
+        return self._groups.sources_of(units).sources
+
+    def _are_all_of(self, path: str, units: Tensor) -> bool:
+        """Whether units are all those that a layer makes, in order; members of a pool count as one."""
+        made, representatives = self._groups.made_by(path), self._groups.representatives
+        return len(made) == len(units) and torch.equal(representatives(made), representatives(units))
+
+    def _place_of(self, source: Source) -> tuple[Place, int]:
+        """Return where the signs of some units are kept, and how many there are before them."""
+        if source.kind == "layer":
+            return (source.name, "sign"), 0
+        path, before = self._local[source]
+        return (path, "local_sign"), before
+
+    def _kept(self, source: Source) -> Tensor | None:
+        """Return the signs that are kept where those of some units belong, None if there are none."""
+        (path, buffer), _ = self._place_of(source)
+        state = kept_state(self._graph_module, path)
+        kept: Tensor | None = None if state is None else getattr(state, buffer)
+        return None if buffer == "sign" and _is_free(kept) else kept
+
+    def _signs(self, place: Place) -> Tensor:
+        """Return the signs that are kept at a place, sampled now if there are none."""
+        path, buffer = place
         state = bio_module_at(self._graph_module, path)
         kept: Tensor | None = getattr(state, buffer)
         if kept is None or (buffer == "sign" and _is_free(kept)):
@@ -165,25 +160,16 @@ class SignStore:
             setattr(state, buffer, kept)
         return kept
 
-    def _check_kept(self, path: str, kept: Tensor) -> None:
-        """Refuse signs that a user gives for units that have others."""
-        given = self._options_of(path).signs
-        if given is not None and kept.sign().tolist() != list(given):
-            raise OptionError(
-                f"signs: those given for {path!r} are not the ones that its {len(kept)} units have already, "
-                "from expand-units or an earlier transform, and other weights hold to those; leave them out"
-            )
-
     def _layer_signs(self, path: str) -> Tensor:
-        """Return signs for the outputs of a layer; 0 for those kept elsewhere, and for those exempt."""
+        """Return signs for the outputs of a layer; 0 for those kept elsewhere and for those only compared."""
         options = self._options_of(path)
         units = self._groups.made_by(path)
         own = self._groups.representatives(units)
         here = (own >= units[0]) & (own <= units[-1]) & ~self._groups.is_exempt(units)
         distinct = own[here].unique()
-        drawn = _draw(len(distinct), options.excitatory_fraction, options.seed, path)
+        sampled = _sample(len(distinct), options.excitatory_fraction, options.seed, path)
         signs = torch.zeros(len(units), dtype=torch.int8)
-        signs[here] = drawn[torch.bucketize(own[here], distinct)]
+        signs[here] = sampled[torch.bucketize(own[here], distinct)]
         given = self._given[own]
         return torch.where(given != 0, given, signs)
 
@@ -193,22 +179,31 @@ class SignStore:
         for number, source in enumerate(self._local_sources[path]):
             free = source.kind == "constant" or (source.kind == "input" and not options.constrain_inputs)
             purpose = f"{path} {number}"
-            drawn = _draw(source.count, options.excitatory_fraction, options.seed, purpose)
-            parts.append(torch.zeros_like(drawn) if free else drawn)
+            sampled = _sample(source.count, options.excitatory_fraction, options.seed, purpose)
+            parts.append(torch.zeros_like(sampled) if free else sampled)
         return torch.cat(parts)
 
     def _given_signs(self) -> Tensor:
-        """Return the signs that a user gave, by unit, 0 where none; contradictions are found here."""
+        """Return the signs that are given in options, by unit, 0 for none.
+
+        Raises:
+            OptionError: they contradict each other, or those that are kept.
+        """
         taken = torch.zeros(self._groups.count, dtype=torch.int8)
         fractions: dict[str, float] = {}
         for path in self._groups.producers():
             options, units = self._options_of(path), self._groups.made_by(path)
-            kept = self._kept(path, of_layer=True)
-            if kept is not None:
-                self._check_kept(path, kept)
-            elif options.signs is not None:
-                _take(taken, path, options.signs, self._groups.representatives(units))
             if options.signs is not None:
+                state = kept_state(self._graph_module, path)
+                kept = None if state is None or _is_free(state.sign) else state.sign
+                if kept is None:
+                    _enter(taken, path, options.signs, self._groups.representatives(units))
+                elif kept.sign().tolist() != list(options.signs):
+                    raise OptionError(
+                        f"signs: those given for {path!r} are not the ones that its {len(kept)} units have "
+                        "already, from expand-units or an earlier transform, and other weights follow those; "
+                        "leave them out"
+                    )
                 continue
             for source in self._groups.sources_of(units).sources:
                 first = fractions.setdefault(source.name, options.excitatory_fraction)
@@ -221,13 +216,22 @@ class SignStore:
         return taken
 
 
+def _refuse_free(path: str, kept: Tensor) -> None:
+    """Refuse to constrain inputs that another weight reads as free."""
+    if bool((kept == 0).any()):
+        raise OptionError(
+            f"constrain_inputs: inputs of the model were left free where {path!r} reads them, and a unit "
+            "has one sign everywhere; transform the original once, with constrain_inputs=True for all"
+        )
+
+
 def _is_free(kept: Tensor | None) -> bool:
-    """Whether units have no signs so far, and only room for them."""
+    """Whether a buffer holds no signs, or only zeros."""
     return kept is None or not (kept.is_meta or bool(kept.any()))
 
 
-def _take(taken: Tensor, path: str, signs: tuple[int, ...], home: Tensor) -> None:
-    """Enter the signs that a user gives for a layer's units."""
+def _enter(taken: Tensor, path: str, signs: tuple[int, ...], home: Tensor) -> None:
+    """Enter the signs that are given for a layer's units."""
     if len(signs) != len(home):
         raise OptionError(
             f"signs: expected one for each of the {len(home)} outputs of {path!r}, found {len(signs)}"
@@ -242,18 +246,18 @@ def _take(taken: Tensor, path: str, signs: tuple[int, ...], home: Tensor) -> Non
 
 
 def keep_row_signs(site: WeightSite, state: BioModule, fraction: float, seed: int) -> KeptSigns:
-    """Draw a sign for each output of a weight, and for each kernel of a convolution, unless it has them."""
+    """Sample a sign for each output of a weight, or for each kernel of a convolution, unless it has them."""
     if state.local_sign is None:
         shape = site.parameter.shape
         laid_out = (*shape[:2], *(1,) * (len(shape) - 2)) if len(shape) > 2 else (shape[0], 1)
         if site.kind.is_product:
             laid_out = (1, shape[1])
-        drawn = _draw(int(torch.Size(laid_out).numel()), fraction, seed, site.parameter_path)
-        state.local_sign = drawn.reshape(laid_out).to(site.parameter.device, torch.float32)
+        sampled = _sample(int(torch.Size(laid_out).numel()), fraction, seed, site.parameter_path)
+        state.local_sign = sampled.reshape(laid_out).to(site.parameter.device, torch.float32)
     return KeptSigns([(site.parameter_path, "local_sign")], None)
 
 
-def _draw(count: int, fraction: float, seed: int, path: str) -> Tensor:
+def _sample(count: int, fraction: float, seed: int, path: str) -> Tensor:
     """Return ``count`` signs of which a fraction is excitatory, rounded to whole units."""
     signs = torch.full((count,), -1, dtype=torch.int8)
     generator = generator_for(seed, path, purpose=_PURPOSE)
@@ -262,7 +266,7 @@ def _draw(count: int, fraction: float, seed: int, path: str) -> Tensor:
 
 
 def bring_signs(lowering: Lowering, kept: KeptSigns, state: BioModule, weight: Node, stem: str) -> Node:
-    """Put into the graph, ahead of a weight, what reads the signs of its presynaptic units."""
+    """Insert nodes ahead of a weight that read the signs of its presynaptic units; return the last."""
     nodes = [
         lowering.read(f"{bio_module_path(path)}.{buffer}", weight.next, f"{node_stem(path)}_{buffer}")
         for path, buffer in kept.places

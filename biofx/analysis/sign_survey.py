@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from torch.fx import GraphModule, Node
 from biofx.analysis.sign_store import SignOptions, SignStore
 from biofx.analysis.synapses import last_synapses
 from biofx.analysis.unit_groups import unit_groups
-from biofx.analysis.units import Reading
+from biofx.analysis.units import Reading, Source
 from biofx.errors import OptionError
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Weight, WeightSite
@@ -25,7 +23,7 @@ OptionsAt = Callable[["Node | None", str], SignOptions]
 
 
 class SignSurvey:
-    """A model as it is before its signs are constrained."""
+    """What must be known of a model before its signs are constrained."""
 
     def __init__(self, graph_module: GraphModule, options_at: OptionsAt) -> None:
         self._sites = find_sites(graph_module).found
@@ -34,57 +32,44 @@ class SignSurvey:
         """Negative gains that were folded away, counts by the path of the gain."""
         self._last = last_synapses(graph_module)
         first = {site.parameter_path: site for site in reversed(self._sites)}
-        self._makers = {path: first[path] for path in self.groups.producers()}
+        self.makers = {path: first[path] for path in self.groups.producers()}
+        """The layers that make units, by the paths of their weights."""
+        self.layers = {s.node: s for s in self._sites if s.why_no_channels is None and not s.kind.is_product}
+        """The layers with one weight that are modules, by their nodes."""
         self.store = SignStore(
             graph_module,
             self.groups,
             lambda path: options_at(first[path].node, first[path].layer),
         )
 
-    def makers(self) -> dict[str, WeightSite]:
-        """Return the layers that make units, by the paths of their weights."""
-        return self._makers
-
-    def readers(self, path: str) -> list[WeightSite]:
-        """Return the sites that read units which a layer makes."""
-        own = set(self.groups.sources_of(self.groups.made_by(path)).sources)
-        readings = self.groups.readings
-        return [r.site for r in readings if own & set(self.groups.sources_of(r.units).sources)]
-
-    def region_after(self, site: WeightSite) -> str | None:
-        """Return the region at whose end a site stands, None if its graph goes on."""
-        return self._last.get(site.node)
-
-    @cached_property
-    def layers(self) -> dict[Node, WeightSite]:
-        """The layers with one weight that are modules, by their nodes."""
-        return {s.node: s for s in self._sites if s.why_no_channels is None and not s.kind.is_product}
-
     def reading(self, site: WeightSite) -> Reading:
         """Return what a site reads."""
         return self.groups.reading(site)
 
+    def readers(self, path: str) -> list[WeightSite]:
+        """Return the sites that read units which a layer makes."""
+        own = set(self.groups.sources_of(self.groups.made_by(path)).sources)
+        return [r.site for r in self.groups.readings if own & set(self._sources(r))]
+
     def reads_only_inputs(self, site: WeightSite) -> bool:
         """Whether nothing that it reads depends on a weight."""
-        sources = self.groups.sources_of(self.reading(site).units).sources
-        return all(source.kind in ("input", "constant") for source in sources)
+        return all(source.kind in ("input", "constant") for source in self._sources(self.reading(site)))
 
     def is_readout(self, site: WeightSite) -> bool:
-        """Whether it leads to nothing but outputs of the model; units that speak to each other do not."""
-        return (
-            self._last.get(site.node, "") is None
-            and site.role in ("input", "attention_output")
-            and not self._recurs(site)
-        )
+        """Whether it leads to nothing but outputs of the model; a recurrent layer leads to itself."""
+        return self._last.get(site.node, "") is None and _leads_outwards(site)
 
     def region_that_feeds(self, site: WeightSite) -> str | None:
-        """Return the region to which Python hands all that it reads, None if something known feeds it."""
+        """Return the region to which Python passes all that a site reads, None if known units feed it."""
         return self.groups.region_that_feeds(self.reading(site))
 
     def region_that_follows(self, site: WeightSite) -> str | None:
-        """Return the region at whose end it stands, so that Python decides whether it is a readout."""
-        speaks_on = site.role not in ("input", "attention_output") or self._recurs(site)
-        return None if speaks_on else self._last.get(site.node)
+        """Return the region that a site ends, so that Python decides whether it is a readout."""
+        return self._last.get(site.node) if _leads_outwards(site) else None
+
+    def region_after(self, site: WeightSite) -> str | None:
+        """Return the region whose last weight is that of a site, None if its graph goes further."""
+        return self._last.get(site.node)
 
     def is_exempt(self, site: WeightSite) -> bool:
         """Whether all of its outputs are only compared with each other."""
@@ -98,20 +83,14 @@ class SignSurvey:
         """Return why a weight has no presynaptic units, at this use or at another, None if it has."""
         if site.kind.why_no_units:
             return f"{site.kind.why_no_units}, which could have a sign"
-        other = self._without_units.get(id(site.parameter))
-        return None if other is None else f"its weight is also read by {other!r}, where signs mean nothing"
-
-    @cached_property
-    def _without_units(self) -> dict[int, str]:
-        return {id(site.parameter): site.node.name for site in self._sites if site.kind.why_no_units}
+        for other in reversed(self._sites):
+            if other.kind.why_no_units and other.parameter is site.parameter:
+                return f"its weight is also read by {other.node.name!r}, where signs mean nothing"
+        return None
 
     def is_used_elsewhere(self, weight: Weight) -> bool:
         """Whether there are uses of the parameter besides the weight's sites, which are left as they are."""
-        return self._uses[weight.path] > len(weight.sites)
-
-    @cached_property
-    def _uses(self) -> Counter[str]:
-        return Counter(site.parameter_path for site in self._sites)
+        return sum(site.parameter_path == weight.path for site in self._sites) > len(weight.sites)
 
     def has_known_signs(self, site: WeightSite) -> bool:
         """Whether every unit that it reads has a sign already."""
@@ -119,40 +98,42 @@ class SignSurvey:
 
     def norms_read_by(self, weights: list[Weight]) -> set[Node]:
         """Return the normalisations that act on units which some of the weights read."""
-        readings = [self.reading(site).units for weight in weights for site in weight.sites]
-        spoken = torch.zeros(self.groups.count, dtype=torch.bool)
-        for units in readings:
-            spoken[self.groups.representatives(units)] = True
+        is_read = torch.zeros(self.groups.count, dtype=torch.bool)
+        for site in (site for weight in weights for site in weight.sites):
+            is_read[self.groups.representatives(self.reading(site).units)] = True
         return {
             node
             for node, units in self.groups.norms.items()
-            if bool(spoken[self.groups.representatives(units.flatten())].any())
+            if bool(is_read[self.groups.representatives(units.flatten())].any())
         }
 
     def what_is_not_guaranteed(self, site: WeightSite) -> str:
         """Return words on what a sign does not say here, empty where it says it all."""
         reading = self.reading(site)
-        told = ""
+        words = ""
         if not reading.nonnegative:
-            told += (
+            words += (
                 "; the activity that it reads may be negative, so a sign is that of the weights, "
                 "not of their effect"
             )
-        opened = [
-            source.name for source in self.groups.sources_of(reading.units).sources if source.kind == "open"
-        ]
-        for name in opened:
-            reason = next((why for node, why in self.groups.ends.items() if node.name == name), None)
-            if reason is not None:
-                told += f"; its units begin at {name!r}, because {reason}"
-        return told
+        reasons = {node.name: reason for node, reason in self.groups.ends.items()}
+        for source in self._sources(reading):
+            if source.kind == "open" and source.name in reasons:
+                words += f"; its units begin at {source.name!r}, because {reasons[source.name]}"
+        return words
 
-    def _recurs(self, site: WeightSite) -> bool:
-        return site.kind.is_compound and site.role == "input"
+    def _sources(self, reading: Reading) -> list[Source]:
+        return self.groups.sources_of(reading.units).sources
+
+
+def _leads_outwards(site: WeightSite) -> bool:
+    """Whether the units that a weight makes are outputs of its layer and not read inside it."""
+    recurs = site.kind.is_compound and site.role == "input"
+    return site.role in ("input", "attention_output") and not recurs
 
 
 WhyNot = Callable[[WeightSite, SignSurvey], str | None]
-"""Why a weight has no signs, None if it has."""
+"""Returns why a weight has no signs, None if it has."""
 
 
 def refuse_unused_signs(
@@ -167,15 +148,15 @@ def refuse_unused_signs(
 
     Args:
         survey: the model, its signs constrained.
-        overrides: what the pass's overrides pick, and the options they give.
+        overrides: what each override of the pass selects, and its options.
         everywhere: signs that are given for all layers, None if there are none.
-        axis: whose signs there are.
-        why_not: asked of the weights that read a layer's units.
+        axis: which axis of a weight has signs, an option of the pass.
+        why_not: called with the weights that read a layer's units.
 
     Raises:
         OptionError: nothing uses some of them; the message names selector, layer and reason.
     """
-    makers = survey.makers()
+    makers = survey.makers
     given = [([*matches], options["signs"]) for matches, options in overrides if options.get("signs")]
     for matches, _ in given:
         for match in matches:
@@ -192,19 +173,19 @@ def _check(survey: SignSurvey, paths: list[str], named: str, axis: str, why_not:
             f"{named} would not be used: with axis={axis!r} rows have signs, which are drawn, and units have "
             "none; give axis='presynaptic', or leave the signs out"
         )
-    makers = survey.makers()
+    makers = survey.makers
     if any(path in makers and survey.store.has_signs(path) for path in paths):
         return
-    told = "; ".join(f"{path}: {', '.join(_reasons(survey, path, why_not))}" for path in paths[:3])
+    known = "; ".join(f"{path}: {', '.join(_reasons(survey, path, why_not))}" for path in paths[:3])
     raise OptionError(
-        f"{named} are not used: no constrained weight reads those units ({told or 'it picks no layer'}); "
+        f"{named} are not used: no constrained weight reads those units ({known or 'it picks no layer'}); "
         "give signs to a layer whose units a constrained weight reads, or leave them out"
     )
 
 
 def _reasons(survey: SignSurvey, path: str, why_not: WhyNot) -> Iterator[str]:
     """Yield why the units of a layer have no signs."""
-    site = survey.makers().get(path)
+    site = survey.makers.get(path)
     if site is None:
         yield "no units of it are known"
         return

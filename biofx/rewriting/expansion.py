@@ -89,7 +89,7 @@ def _tensors(value: UnitValue) -> Iterator[UnitValue]:
 
 
 class Expandability:
-    """Says of circuits whether they can be expanded; what it must know of the model is gathered once.
+    """Decides which circuits can be expanded.
 
     Args:
         groups: the units of the graph.
@@ -124,7 +124,7 @@ class Expandability:
             reason = self._used_without_units(path) or _obstacle(reading.site) or _unreadable(reading)
             reason = reason or self._is_plastic(path)
             if reason is not None:
-                return f"its units are read by {reading.site.parameter_path!r}: {reason}"
+                return f"its units are read by {path!r}: {reason}"
         inside = set(circuit.nodes)
         readers = {reading.site.node for reading in circuit.readings}
         for node in circuit.nodes:
@@ -175,8 +175,8 @@ class Expandability:
             return "which has a slope for each"
         if module is not None and _has_state(module) and not isinstance(module, nn.PReLU):
             return f"a {type(module).__name__}, which has parameters for a number of channels"
-        if _draws_for_each(node, module):
-            return "whose noise is drawn for each channel by itself; use nn.Dropout"
+        if _samples_for_each(node, module):
+            return "whose noise is sampled for each channel by itself; use nn.Dropout"
         if isinstance(module, DROPOUTS) and layout.axes[0].dims not in ((0,), (0, None)):
             return "which drops entries of them in another order"
         if rule is shapes.reshaped and _is_named(node, layout.axes[0].position):
@@ -211,7 +211,7 @@ def _unnormalisable(module: nn.Module | None, axis: Axis) -> str | None:
     return None
 
 
-def _draws_for_each(node: Node, module: nn.Module | None) -> bool:
+def _samples_for_each(node: Node, module: nn.Module | None) -> bool:
     name = str(getattr(node.target, "__name__", node.target))
     noisy = isinstance(module, nn.AlphaDropout | nn.FeatureAlphaDropout | nn.RReLU)
     return noisy or "rrelu" in name or ("dropout" in name and module is None)
@@ -223,7 +223,7 @@ def _has_state(module: nn.Module) -> bool:
 
 def _obstacle(site: WeightSite) -> str | None:
     if site.kind.is_compound:
-        return f"a {site.kind.name} has several weights, whose sizes hang together"
+        return f"a {site.kind.name} has several weights, whose sizes depend on each other"
     if site.kind.is_product:
         return f"it is a factor of {site.kind.name}, not the weight of a layer"
     if site.operators:
@@ -306,54 +306,41 @@ def expand(
 
 def _split_columns(lowering: Lowering, reading: Reading) -> None:
     """Give a weight two input channels for each that it has, one per sign."""
-    site, axis = reading.site, run_of(reading)
+    site, axis, layout = reading.site, run_of(reading), reading.layout
     parameter = lowering.graph_module.get_parameter(site.parameter_path)
-    weight, position = parameter.detach(), site.kind.input_axis
-    units = 1 if axis is None or reading.layout is None else reading.layout.labels.numel()
-    channels = weight.shape[position]
-    run = 1 if axis is None else site.input_channels // units
-    inner = run if axis is not None and axis.dims == (0, None) else 1
-    apart = weight.unflatten(position, (channels // inner, inner))
+    position, inner = site.kind.input_axis, 1
+    if axis is not None and layout is not None and axis.dims == (0, None):
+        inner = site.input_channels // layout.labels.numel()
+    apart = parameter.detach().unflatten(position, (-1, inner))
     paired = torch.stack((apart.clamp(min=0), apart.clamp(max=0)), position + 1)
     lowering.parameters.replace(parameter, paired.flatten(position, position + 2))
-    owner: Any = lowering.graph_module.get_submodule(site.layer)
-    name = "in_features" if site.kind.kernel_axes == 0 else "in_channels"
-    if hasattr(owner, name):
-        setattr(owner, name, 2 * getattr(owner, name))
+    _double_sizes(lowering.graph_module.get_submodule(site.layer), "in_features", "in_channels")
 
 
 def _double_rows(lowering: Lowering, site: WeightSite) -> None:
     """Give a layer each of its outputs twice, side by side."""
-    parameter = lowering.graph_module.get_parameter(site.parameter_path)
-    rows = site.kind.output_axis
-    lowering.parameters.replace(parameter, _twice(parameter.detach(), rows))
-    owner: Any = lowering.graph_module.get_submodule(site.layer)
-    bias = owner._parameters.get("bias")
-    if bias is not None:
-        lowering.parameters.replace(bias, _twice(bias.detach(), 0))
-    name = "out_features" if site.kind.kernel_axes == 0 else "out_channels"
-    if hasattr(owner, name):
-        setattr(owner, name, 2 * getattr(owner, name))
+    layer = lowering.graph_module.get_submodule(site.layer)
+    _double_parameter(
+        lowering, lowering.graph_module.get_parameter(site.parameter_path), site.kind.output_axis
+    )
+    _double_parameter(lowering, layer._parameters.get("bias"))
+    _double_sizes(layer, "out_features", "out_channels")
 
 
 def _double_norm(lowering: Lowering, module: Any) -> None:
-    """Let a normalisation have twice the channels."""
+    """Give a normalisation twice the channels."""
     for name in ("weight", "bias"):
-        parameter = module._parameters.get(name)
-        if parameter is not None:
-            lowering.parameters.replace(parameter, _twice(parameter.detach(), 0))
+        _double_parameter(lowering, module._parameters.get(name))
     for name in ("running_mean", "running_var"):
         if module._buffers.get(name) is not None:
-            module._buffers[name] = _twice(module._buffers[name], 0)
-    for name in ("num_features", "num_channels"):
-        if hasattr(module, name):
-            setattr(module, name, 2 * getattr(module, name))
+            module._buffers[name] = module._buffers[name].repeat_interleave(2)
+    _double_sizes(module, "num_features", "num_channels")
     if isinstance(module, nn.LayerNorm):
         module.normalized_shape = tuple(2 * size for size in module.normalized_shape)
 
 
 def _pair_dropout(lowering: Lowering, node: Node, module: Any, groups: UnitGroups) -> None:
-    """Let both copies of a unit be dropped together, by the numbers that the unit would have drawn."""
+    """Drop both copies of a unit together, by the random numbers that the unit itself would have had."""
     layout = groups.values[node].layout
     if layout is None:
         return
@@ -368,5 +355,12 @@ def _pair_dropout(lowering: Lowering, node: Node, module: Any, groups: UnitGroup
     }
 
 
-def _twice(values: Tensor, axis: int) -> Tensor:
-    return values.repeat_interleave(2, axis)
+def _double_parameter(lowering: Lowering, parameter: nn.Parameter | None, axis: int = 0) -> None:
+    if parameter is not None:
+        lowering.parameters.replace(parameter, parameter.detach().repeat_interleave(2, axis))
+
+
+def _double_sizes(module: nn.Module, *names: str) -> None:
+    for name in names:
+        if hasattr(module, name):
+            setattr(module, name, 2 * getattr(module, name))

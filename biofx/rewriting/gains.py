@@ -1,8 +1,8 @@
-"""Normalisation between a unit and those it speaks to: a gain below 0 would turn its sign over.
+"""Normalisation between a unit and the weights that read it: a gain below 0 would turn its sign over.
 
 A gain of a batch normalisation that is negative is folded into the layer before it, exactly: with the layer's
-output y turned into -y, its running mean m into -m and the gain g into -g, g (y - m) / s + b stays what it
-is. Then the graph keeps the gain at or above 0.
+output y turned into -y, its running mean m into -m and the gain g into -g, g (y - m) / s + b stays the
+same. Then the graph keeps the gain at or above 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def fold_negative_gains(
     lowering: Lowering, norms: set[Node], layers: dict[Node, WeightSite]
 ) -> dict[str, int]:
-    """Fold what can be folded of the negative gains of normalisations; the model's function stays.
+    """Fold those negative gains of normalisations that can be folded; the model's function stays the same.
 
     Args:
         lowering: of the graph.
@@ -37,17 +37,21 @@ def fold_negative_gains(
     Returns:
         How many were folded, counts by the path of the gain.
     """
-    uses: dict[str, list[NormSite]] = {}
-    for site in find_norms(lowering.graph_module):
-        uses.setdefault(site.parameter_path, []).append(site)
     uses_of = Counter(id(layer.parameter) for layer in layers.values())
     alone = {node: layer for node, layer in layers.items() if uses_of[id(layer.parameter)] == 1}
     shared = shared_parameters(lowering.graph_module)
     return {
         path: _fold(lowering, sites[0], alone, shared)
-        for path, sites in uses.items()
+        for path, sites in _norms_by_gain(lowering).items()
         if len(sites) == 1 and sites[0].node in norms and sites[0].obstacle is None
     }
+
+
+def _norms_by_gain(lowering: Lowering) -> dict[str, list[NormSite]]:
+    uses: dict[str, list[NormSite]] = {}
+    for site in find_norms(lowering.graph_module):
+        uses.setdefault(site.parameter_path, []).append(site)
+    return uses
 
 
 def in_scope(scope: Scope, graph_module: GraphModule, norms: set[Node]) -> set[Node]:
@@ -62,7 +66,7 @@ def in_scope(scope: Scope, graph_module: GraphModule, norms: set[Node]) -> set[N
 def constrain_gains(
     scope: Scope, lowering: Lowering, norms: set[Node], folded: dict[str, int], *, exact: bool
 ) -> Iterator[Remark]:
-    """Keep the gains of normalisations from below 0, and say so of each.
+    """Keep the gains of normalisations at or above 0, and yield a remark for each.
 
     Args:
         scope: what the pass may touch.
@@ -71,10 +75,7 @@ def constrain_gains(
         folded: how many negative gains were folded away, by the path of the gain.
         exact: leave alone those that still have a negative gain, so that the model's function stays.
     """
-    uses: dict[str, list[NormSite]] = {}
-    for site in find_norms(lowering.graph_module):
-        uses.setdefault(site.parameter_path, []).append(site)
-    for path, sites in uses.items():
+    for path, sites in _norms_by_gain(lowering).items():
         gains = sites[0].parameter.detach()
         left = 0 if gains.is_meta else int((gains < 0).sum())
         taken = []
@@ -187,13 +188,9 @@ def has_own_bias(graph_module: nn.Module, layer: WeightSite, shared: Set[int]) -
 
 
 def shared_parameters(graph_module: GraphModule) -> set[int]:
-    """Return the identities of the parameters that several modules have, or several places in the graph
-    read."""
-    reads: dict[int, int] = {}
+    """Return the identities of the parameters that several modules have, or several nodes read."""
+    reads = Counter(id(value) for module in graph_module.modules() for value in module._parameters.values())
     paths = {path: id(value) for path, value in graph_module.named_parameters(remove_duplicate=False)}
-    for module in graph_module.modules():
-        for value in module._parameters.values():
-            reads[id(value)] = reads.get(id(value), 0) + 1
     called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         known = paths.get(str(node.target))
