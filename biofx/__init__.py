@@ -5,121 +5,99 @@
 >>> bio_model, report = biofx.transform(model, biofx.BioConfig(weight_splitting_Gamma=2))
 >>> report.modified
 True
+
+What most programs need is here. The rest is in packages:
+
+- :mod:`biofx.passes`: the rewrites;
+- :mod:`biofx.rewriting`: what pipelines, remarks and reports consist of;
+- :mod:`biofx.checkpoints`: files of several ranks, and the states of model and optimizer as plain values;
+- :mod:`biofx.diagnostics`: what checks, monitors and bisection return;
+- :mod:`biofx.select`: how nodes are selected;
+- :mod:`biofx.analysis`, :mod:`biofx.plasticity`, :mod:`biofx.graph`: what those who write passes use;
+- :mod:`biofx.errors`: every exception.
 """
 
-from biofx import passes
-from biofx.analysis.unit_groups import UnitGroup, UnitGroups, unit_groups
-from biofx.analysis.units import add_unit_rule
+from biofx import (
+    analysis,
+    checkpoints,
+    diagnostics,
+    errors,
+    graph,
+    passes,
+    plasticity,
+    rewriting,
+    select,
+)
+from biofx._version import __version__ as __version__
+from biofx.analysis import add_unit_rule, unit_groups
 from biofx.callables import register_activation
 from biofx.capture.capture import capture
-from biofx.checkpoints.checkpoint import Checkpoint, load, save
-from biofx.checkpoints.model_state import plain_state
-from biofx.checkpoints.optimizer_state import load_optimizer_state, optimizer_state
-from biofx.checkpoints.sharded_checkpoint import load_sharded, save_sharded
+from biofx.checkpoints import load, save
 from biofx.config import BioConfig
 from biofx.converter import BioConverter
 from biofx.deploy.deploy import deploy
-from biofx.diagnostics.bisection import Culprit, bisect
-from biofx.diagnostics.check import check
-from biofx.diagnostics.check_report import Audit, Finding
-from biofx.diagnostics.monitor import Monitor
-from biofx.diagnostics.monitor_records import LayerRecord, StepRecord
-from biofx.errors import (
-    BiofxError,
-    BisectError,
-    CaptureError,
-    CheckpointError,
-    InputError,
-    InvariantError,
-    NonFiniteWeightError,
-    OptionError,
-    PassError,
-    PipelineError,
-    PlasticityError,
-    SelectorError,
-)
-from biofx.graph.changes import diff_graphs, print_changed
-from biofx.graph.printing import format_graph
+from biofx.diagnostics import Monitor, bisect, check
+from biofx.errors import BiofxError, CaptureError, OptionError
+from biofx.graph import format_graph
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.rate_sampling import Distribution
 from biofx.plasticity import BioModule
 from biofx.plasticity.attach import attach
 from biofx.plasticity.optimizer_step import Rule
-from biofx.rewriting.compile_config import compile_config
-from biofx.rewriting.pass_base import Pass, PassResult
-from biofx.rewriting.pipeline import Pipeline
-from biofx.rewriting.record import TransformRecord
-from biofx.rewriting.registry import available_passes
-from biofx.rewriting.remarks import Remark, applied, missed
-from biofx.rewriting.report import Report
-from biofx.rewriting.scope import Scope
+from biofx.rewriting import Pass, PassResult, Pipeline, Remark, Report, Scope, applied, missed
 from biofx.transform import transform
 
-__version__ = "0.1.0"
-
 __all__ = [
-    # the front door
+    # make a model
     "transform",
-    "capture",
     "BioConverter",
     "BioConfig",
     "Distribution",
+    "capture",
+    # train it
     "attach",
     "Rule",
     "Monitor",
-    "StepRecord",
-    "LayerRecord",
     "check",
-    # save, load, go on
+    # keep it
     "save",
     "load",
-    "Checkpoint",
-    "save_sharded",
-    "load_sharded",
-    "TransformRecord",
     "deploy",
-    "plain_state",
-    "optimizer_state",
-    "load_optimizer_state",
-    # passes
+    # what it consists of
+    "BioGraphModule",
+    "BioModule",
+    "format_graph",
+    "Report",
+    "Remark",
+    "bisect",
+    # extend it
+    "passes",
     "Pass",
     "PassResult",
     "Pipeline",
     "Scope",
     "applied",
     "missed",
-    "passes",
-    "available_passes",
-    "compile_config",
-    "register_activation",
-    # who is one unit
     "unit_groups",
     "add_unit_rule",
-    "UnitGroups",
-    "UnitGroup",
-    # what comes out
-    "BioGraphModule",
-    "BioModule",
-    "Remark",
-    "Report",
-    "Audit",
-    "Finding",
-    "format_graph",
-    "diff_graphs",
-    "print_changed",
-    "bisect",
-    "Culprit",
-    # what can go wrong
+    "register_activation",
+    # errors that programs catch; the others are in biofx.errors
     "BiofxError",
-    "InputError",
     "CaptureError",
     "OptionError",
-    "SelectorError",
-    "PipelineError",
-    "PassError",
-    "BisectError",
-    "CheckpointError",
-    "PlasticityError",
-    "NonFiniteWeightError",
-    "InvariantError",
 ]
+
+_PUBLIC = (analysis, checkpoints, diagnostics, errors, graph, plasticity, rewriting, select)
+_RENAMED = {"BisectResult": "diagnostics.BisectResult"}
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__", *(module.__name__.partition(".")[2] for module in _PUBLIC)])
+
+
+def __getattr__(name: str) -> object:
+    places = [module.__name__ for module in _PUBLIC if name in module.__all__]
+    if name in _RENAMED or places:
+        place = f"biofx.{_RENAMED[name]}" if name in _RENAMED else f"{places[0]}.{name}"
+        raise AttributeError(f"biofx.{name} moved to {place}")
+    raise AttributeError(f"module 'biofx' has no attribute {name!r}{errors.suggest(name, __dir__())}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from biofx import __version__
+from biofx._version import __version__
 from biofx.config import BioConfig
 from biofx.errors import BiofxError, InputError, OptionError
 from biofx.rewriting.pass_text import parse_value
@@ -223,7 +223,7 @@ def _bisect(options: argparse.Namespace) -> None:
     if predicate is not None and not callable(predicate):
         raise InputError(f"{options.script}: expected a function called predicate, found {predicate!r}")
     with shown():
-        culprit = bisect(
+        result = bisect(
             model_in(script, "model", str(options.script)),
             getattr(script, "config", None),
             predicate,
@@ -232,7 +232,7 @@ def _bisect(options: argparse.Namespace) -> None:
             exclude=options.exclude,
             reproducer=options.out,
         )
-    Console().print(str(culprit), markup=False, highlight=False, soft_wrap=True)
+    Console().print(str(result), markup=False, highlight=False, soft_wrap=True)
 
 
 def _passes(options: argparse.Namespace) -> None:

@@ -20,6 +20,21 @@ import difflib
 import re
 from collections.abc import Iterable
 
+__all__ = [
+    "BiofxError",
+    "BisectError",
+    "CaptureError",
+    "CheckpointError",
+    "InputError",
+    "InvariantError",
+    "NonFiniteWeightError",
+    "OptionError",
+    "PassError",
+    "PipelineError",
+    "PlasticityError",
+    "SelectorError",
+]
+
 
 class BiofxError(Exception):
     """The root of the tree: ``except BiofxError`` catches everything biofx raises on purpose."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
 Listener: TypeAlias = Callable[[str, int | None], object]
 """Called with what is being done and, where it is known, how many steps it has in all, once a step."""
@@ -49,6 +50,9 @@ def shown(console: Console | None = None) -> Iterator[None]:
     Args:
         console: where to show it, by default standard error, so that what is printed stays clean.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     console = console or Console(stderr=True)
     if not console.is_interactive:
         yield

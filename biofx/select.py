@@ -29,6 +29,8 @@ from torch.fx import GraphModule, Node
 
 from biofx.errors import SelectorError, suggest
 
+__all__ = ["Candidate", "Override", "Pattern", "Selector"]
+
 
 @dataclass(frozen=True)
 class Candidate:

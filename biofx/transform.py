@@ -55,7 +55,7 @@ def transform(
         example_inputs: of one call; optional, see :func:`biofx.capture`.
         share_parameters: let the result hold the model's own parameters instead of copies, but for those that
             a pass gives other values (``constrain-signs`` and ``expand-units`` do, and say so).
-        observe: called after each pass that changed the graph, e.g. :func:`biofx.print_changed`.
+        observe: called after each pass that changed the graph, e.g. :func:`biofx.graph.print_changed`.
 
     Returns:
         The rewritten model and the report; unpacks as ``bio_model, report``.

@@ -227,7 +227,7 @@ def test_a_model_with_regions_is_saved_and_made_again(tmp_path: Path, vectors: T
     for x in (vectors, -vectors):
         assert torch.equal(again(x), bio_model(x))
     other = Model(Block())
-    with pytest.raises(biofx.CheckpointError):
+    with pytest.raises(biofx.errors.CheckpointError):
         biofx.load(tmp_path / "model.pt", other)
 
 
@@ -236,7 +236,7 @@ def test_a_recorded_model_is_loaded_into_one_that_was_recorded(tmp_path: Path, v
     inputs: tuple[tuple[Tensor], dict[str, Any]] = ((vectors,), {})
     bio_model, _ = biofx.transform(model, DALE, example_inputs=inputs)
     biofx.save(bio_model, tmp_path / "model.pt")
-    with pytest.raises(biofx.CheckpointError, match="example_inputs"):
+    with pytest.raises(biofx.errors.CheckpointError, match="example_inputs"):
         biofx.load(tmp_path / "model.pt", model)
     other = biofx.transform(Model(PlainBlock()), DALE, example_inputs=inputs).graph_module
     biofx.load(tmp_path / "model.pt", other)

@@ -232,7 +232,7 @@ def test_what_is_registered_can_be_named_everywhere(
     assert torch.equal(loaded(x), model(x))
     monkeypatch.setattr("biofx.callables._registered", {})
     with pytest.raises(
-        biofx.CheckpointError, match=r"found 'my-twice'; a text can name .*register_activation"
+        biofx.errors.CheckpointError, match=r"found 'my-twice'; a text can name .*register_activation"
     ):
         biofx.load(tmp_path / "a.pt", net())
     with pytest.raises(OptionError, match=r"c.toml: .*found 'my-twice'"):
@@ -347,14 +347,14 @@ def test_a_checkpoint_that_named_what_no_text_names_any_more_loads_into_a_model_
     assert named != content["record"]  # as older versions wrote it
     torch.save({**content, "record": named}, tmp_path / "a.pt")
     with pytest.raises(
-        biofx.CheckpointError, match=r"found 'torch.nn.functional.normalize'.*load into the result"
+        biofx.errors.CheckpointError, match=r"found 'torch.nn.functional.normalize'.*load into the result"
     ):
         biofx.load(tmp_path / "a.pt", net())
     again, _ = biofx.transform(net(), options)
     biofx.load(tmp_path / "a.pt", again)
     assert torch.equal(again.get_parameter("0.weight"), model.get_parameter("0.weight"))
     other, _ = biofx.transform(net(), {**options, ACTIVATION: F.softmax})
-    with pytest.raises(biofx.CheckpointError, match="Transform it with the same options"):
+    with pytest.raises(biofx.errors.CheckpointError, match="Transform it with the same options"):
         biofx.load(tmp_path / "a.pt", other)
 
 

@@ -149,7 +149,7 @@ def test_diff_of_an_unchanged_graph_says_so(target: str, capsys: pytest.CaptureF
 def test_passes_lists_every_pass_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["passes"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for name, cls in biofx.available_passes().items():
+    for name, cls in biofx.rewriting.available_passes().items():
         assert name in printed
         assert all(f"{option}=" in printed for option in cls.option_names())
     nu = "Spread of the learning-rate factors around 1, dimensionless. Expected: a number in [0, 1]."

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from biofx import BioConfig, Distribution, OptionError, SelectorError
+from biofx import BioConfig, Distribution, OptionError
 from biofx.callables import identity
+from biofx.errors import SelectorError
 from biofx.select import Candidate, Override
 
 DEFAULTS: dict[str, Any] = {

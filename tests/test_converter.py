@@ -11,16 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import (
-    BioConfig,
-    BioConverter,
-    BioGraphModule,
-    BioModule,
-    Distribution,
-    InputError,
-    OptionError,
-    PlasticityError,
-)
+from biofx import BioConfig, BioConverter, BioGraphModule, BioModule, Distribution, OptionError
+from biofx.errors import InputError, PlasticityError
 from biofx.operators.rate_ops import scale_gradient
 from biofx.operators.split_ops import pool_synapses
 from biofx.plasticity.model_states import bio_modules
@@ -118,7 +110,7 @@ def test_what_is_no_model_is_refused(given: Any, found: str) -> None:
 def test_same_passes_as_transform_but_for_the_scaling() -> None:
     config = BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True)
     converted = BioConverter(config)(mlp())
-    pipeline = biofx.compile_config(config)
+    pipeline = biofx.rewriting.compile_config(config)
     without = biofx.Pipeline(tuple(p for p in pipeline.passes if p.name != "scale-gradients"))
     expected, _ = biofx.transform(mlp(), passes=without)
     assert biofx.format_graph(converted) == biofx.format_graph(expected)

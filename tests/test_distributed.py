@@ -134,7 +134,9 @@ def trained():
         train(model, optimizer, range(4))
         folder = FOLDER / name
         if DISTRIBUTED:
-            biofx.save_sharded(model, folder, optimizer=optimizer, plasticity=attachment, extra={"step": 4})
+            extra = {"step": 4}
+            save = biofx.checkpoints.save_sharded
+            save(model, folder, optimizer=optimizer, plasticity=attachment, extra=extra)
         saved = state_of(model)
         train(model, optimizer, range(4, 8))
         found[name] = {"saved": saved, "after": state_of(model)}
@@ -153,7 +155,8 @@ def resumed(sharded):
         wrapped = nn.parallel.DistributedDataParallel(model) if DISTRIBUTED and not sharded else model
         optimizer = optimizer_of(wrapped, name)
         attachment = biofx.attach(wrapped, optimizer, RULES)
-        extra = biofx.load_sharded(FOLDER / name, wrapped, optimizer=optimizer, plasticity=attachment)
+        folder = FOLDER / name
+        extra = biofx.checkpoints.load_sharded(folder, wrapped, optimizer=optimizer, plasticity=attachment)
         saved = state_of(model)
         train(wrapped, optimizer, range(extra["step"], 8))
         found[name] = {"saved": saved, "after": state_of(model)}
@@ -192,7 +195,7 @@ if DISTRIBUTED:
     }.items():
         try:
             call()
-        except biofx.PlasticityError as error:
+        except biofx.errors.PlasticityError as error:
             found["errors"][what] = str(error)
     sharded = net()
     fully_shard(sharded)
@@ -200,7 +203,7 @@ if DISTRIBUTED:
     for what, model in {"FSDP2": sharded, "DDP": wrapped}.items():
         try:
             biofx.transform(model)
-        except biofx.InputError as error:
+        except biofx.errors.InputError as error:
             found["errors"][f"transform of {what}"] = str(error)
     model = transformed()
     fully_shard(model)
@@ -283,7 +286,7 @@ def test_two_ranks_train_as_one_process_does_and_what_they_save_any_number_resum
     assert "found only parts of it sharded, as '2'" in errors["attach to a part"]
     assert "shard the result instead: fully_shard(bio_model)" in errors["transform of FSDP2"]
     assert "wrap the result instead" in errors["transform of DDP"]
-    assert "biofx.save_sharded" in errors["save"]
+    assert "biofx.checkpoints.save_sharded" in errors["save"]
     assert "load before fully_shard" in errors["load"]
     assert "expected whole parameters" in errors["deploy"]
 
@@ -307,25 +310,25 @@ def test_a_folder_of_one_process_and_what_does_not_fit(tmp_path: Path) -> None:
 
     bio_model, optimizer, plasticity = run()
     train(bio_model, optimizer, torch.randn(8, 8))
-    biofx.save_sharded(
+    biofx.checkpoints.save_sharded(
         bio_model, tmp_path, optimizer=optimizer, plasticity=plasticity, extra={"a": [1, (2, "b")]}
     )
     other, other_optimizer, other_plasticity = run()
     options = {"optimizer": other_optimizer, "plasticity": other_plasticity}
-    assert biofx.load_sharded(tmp_path, other, **options) == {"a": [1, (2, "b")]}
+    assert biofx.checkpoints.load_sharded(tmp_path, other, **options) == {"a": [1, (2, "b")]}
     x = torch.randn(8, 8)
     train(bio_model, optimizer, x)
     train(other, other_optimizer, x)
     for key, value in bio_model.state_dict().items():
         assert torch.equal(other.state_dict()[key], value), key
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    with pytest.raises(biofx.CheckpointError, match=r"expected a folder that biofx\.save_sharded"):
-        biofx.load_sharded(tmp_path / "missing", other, **options)
+    with pytest.raises(biofx.errors.CheckpointError, match=r"expected a folder that biofx\.save_sharded"):
+        biofx.checkpoints.load_sharded(tmp_path / "missing", other, **options)
     narrow, _ = biofx.transform(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4)), config)
-    with pytest.raises(biofx.CheckpointError, match="the checkpoint is of a Sequential"):
-        biofx.load_sharded(tmp_path, narrow)
+    with pytest.raises(biofx.errors.CheckpointError, match="the checkpoint is of a Sequential"):
+        biofx.checkpoints.load_sharded(tmp_path, narrow)
     next(tmp_path.glob("*.distcp")).write_bytes(b"")
-    with pytest.raises(biofx.CheckpointError, match=r"expected a folder that biofx\.save_sharded"):
-        biofx.load_sharded(tmp_path, other, **options)
+    with pytest.raises(biofx.errors.CheckpointError, match=r"expected a folder that biofx\.save_sharded"):
+        biofx.checkpoints.load_sharded(tmp_path, other, **options)
     for key, value in other.state_dict().items():
         assert torch.equal(before[key], value), key

@@ -23,16 +23,18 @@ def test_an_exception_of_our_own_code_is_an_error_of_ours_with_the_line() -> Non
     found: dict[str, Any] = {}
     exec(compile("\n\ndef failing(): return [][1]", units.__file__, "exec"), found)
     with (
-        pytest.raises(biofx.PassError, match=r"it failed with IndexError: .* \(units\.py:3\)") as caught,
-        foreign_errors_wrapped(biofx.PassError, "it"),
+        pytest.raises(
+            biofx.errors.PassError, match=r"it failed with IndexError: .* \(units\.py:3\)"
+        ) as caught,
+        foreign_errors_wrapped(biofx.errors.PassError, "it"),
     ):
         found["failing"]()
     assert isinstance(caught.value.__cause__, IndexError)
 
 
-@pytest.mark.parametrize("error", [KeyError("mine"), biofx.InputError("ours"), MemoryError()])
+@pytest.mark.parametrize("error", [KeyError("mine"), biofx.errors.InputError("ours"), MemoryError()])
 def test_an_exception_of_the_users_and_an_error_of_ours_are_left_as_they_are(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, foreign_errors_wrapped(biofx.PassError, "it"):
+    with pytest.raises(type(error)) as caught, foreign_errors_wrapped(biofx.errors.PassError, "it"):
         raise error
     assert caught.value is error
 
@@ -42,7 +44,9 @@ def test_a_fault_in_a_pass_of_ours_names_the_pass(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setenv("BIOFX_REPRODUCER", "off")
     fails_as_ours(monkeypatch, file.ScaleGradients, "_provide", file)
-    with pytest.raises(biofx.PassError, match=r"scale-gradients broke its contract: it failed with IndexErr"):
+    with pytest.raises(
+        biofx.errors.PassError, match=r"scale-gradients broke its contract: it failed with IndexErr"
+    ):
         biofx.transform(nn.Sequential(nn.Linear(4, 4)), {"fuzzy_learning_rate_factor_nu": 0.2})
 
 

@@ -148,10 +148,10 @@ def test_a_random_model_goes_through_everything(
     assert not [key for key in deployed.state_dict() if "bio_mod" in key]
     plain = copy.deepcopy(model)
     if any(isinstance(state, biofx.BioModule) and state.is_expanded for state in bio_model.modules()):
-        with pytest.raises(biofx.CheckpointError, match="whose units became"):
-            biofx.plain_state(bio_model)
+        with pytest.raises(biofx.errors.CheckpointError, match="whose units became"):
+            biofx.checkpoints.plain_state(bio_model)
     else:
-        plain.load_state_dict(biofx.plain_state(bio_model))
+        plain.load_state_dict(biofx.checkpoints.plain_state(bio_model))
 
 
 @fuzz
@@ -168,7 +168,7 @@ def test_no_damaged_file_is_taken_for_a_checkpoint(junk: bytes, place: int, inse
         before = copy.deepcopy(bio_model.state_dict())
         try:
             biofx.load(path, bio_model)
-        except biofx.CheckpointError as error:
+        except biofx.errors.CheckpointError as error:
             if str(path) not in str(error):
                 raise
         for key, value in bio_model.state_dict().items():

@@ -155,10 +155,12 @@ def test_a_result_that_is_damaged_or_of_another_version_is_refused(tmp_path: Pat
     path = tmp_path / job.file_name
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "versions": {"biofx": "0.0.1", "torch": "1.0"}}))
-    with pytest.raises(biofx.InputError, match=r"expected a result of .* found one of .*'torch': '1.0'"):
+    with pytest.raises(
+        biofx.errors.InputError, match=r"expected a result of .* found one of .*'torch': '1.0'"
+    ):
         results.find(job)
     path.write_text(json.dumps(content)[:-20])
-    with pytest.raises(biofx.InputError, match="delete it, and it will be run again"):
+    with pytest.raises(biofx.errors.InputError, match="delete it, and it will be run again"):
         results.find(job)
 
 
@@ -238,7 +240,7 @@ def test_mnist_is_read_from_a_folder(tmp_path: Path) -> None:
     job = Job("mnist", "residual", "plain", 0.05, 0, 1)
     assert execute(job, loader("mnist", tmp_path)) == execute(job, loader("mnist", tmp_path))
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(labels)[:-1])
-    with pytest.raises(biofx.InputError, match="expected an idx file of bytes in 1 dimensions"):
+    with pytest.raises(biofx.errors.InputError, match="expected an idx file of bytes in 1 dimensions"):
         loader("mnist", tmp_path)
 
 
@@ -278,7 +280,7 @@ def test_a_pickle_of_something_else_runs_no_code(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     write_cifar(tmp_path / "cifar-10-batches-py")
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps({b"data": Stranger()}))
-    with pytest.raises(biofx.InputError, match="no part of an array"):
+    with pytest.raises(biofx.errors.InputError, match="no part of an array"):
         loader("cifar10", tmp_path)
     assert not (tmp_path / "ran").exists()
 

@@ -57,7 +57,7 @@ rules = ["crystallize", "volume_dependent_lr", "synaptic_scaling", biofx.Rule("r
 plasticity = biofx.attach(bio_model, optimizer, rules)
 first = 0
 if checkpoint.exists():
-    saved = biofx.Checkpoint.read(checkpoint)
+    saved = biofx.checkpoints.Checkpoint.read(checkpoint)
     biofx.load(saved, bio_model, optimizer=optimizer, plasticity=plasticity)
     schedule.load_state_dict(saved.extra["schedule"])
     torch.set_rng_state(saved.extra["random"])
@@ -101,7 +101,7 @@ def test_the_loss_curve_of_a_killed_run_is_that_of_an_undisturbed_one(tmp_path: 
     time.sleep(chance.random() * 0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert place - 2 <= biofx.Checkpoint.read(killed / "run.pt").extra["step"] < STEPS
+    assert place - 2 <= biofx.checkpoints.Checkpoint.read(killed / "run.pt").extra["step"] < STEPS
     subprocess.run([*command, str(killed), str(STEPS)], check=True)
     assert reference.wait() == 0
     expected = dict(losses_in(undisturbed))
@@ -110,6 +110,6 @@ def test_the_loss_curve_of_a_killed_run_is_that_of_an_undisturbed_one(tmp_path: 
     found = losses_in(killed)
     assert {step for step, _ in found} == set(range(STEPS))
     assert [(step, loss) for step, loss in found if loss != expected[step]] == []
-    final, other = (biofx.Checkpoint.read(folder / "run.pt") for folder in (undisturbed, killed))
+    final, other = (biofx.checkpoints.Checkpoint.read(folder / "run.pt") for folder in (undisturbed, killed))
     assert final.model.keys() == other.model.keys()
     assert all((other.model[key] == value).all() for key, value in final.model.items())

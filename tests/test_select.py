@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 import biofx
-from biofx import BioConfig, Pipeline, Report, SelectorError
+from biofx import BioConfig, Pipeline, Report
+from biofx.errors import SelectorError
 from biofx.passes import ScaleGradients, SplitWeights
 from biofx.select import Candidate, NodeIndex, Override, Selection, Selector, check_selector
 

@@ -148,7 +148,7 @@ def test_what_a_module_holds_is_not_asked(name: str) -> None:
 
 
 def test_what_cannot_be_copied_is_named() -> None:
-    with pytest.raises(biofx.InputError, match=r"attribute '1\.held' \(lock\) makes it fail"):
+    with pytest.raises(biofx.errors.InputError, match=r"attribute '1\.held' \(lock\) makes it fail"):
         biofx.transform(nn.Sequential(nn.Linear(4, 4), Holds(threading.Lock())))
 
 

@@ -72,7 +72,7 @@ def test_the_readme_s_run_on_two_ranks_equals_one_process(
     optimizer = torch.optim.AdamW(fresh.parameters())
     plasticity = biofx.attach(fresh, optimizer, alone["rules"])
     before = {key: value.clone() for key, value in fresh.state_dict().items()}
-    biofx.load_sharded(checkpoint, fresh, optimizer=optimizer, plasticity=plasticity)
+    biofx.checkpoints.load_sharded(checkpoint, fresh, optimizer=optimizer, plasticity=plasticity)
     assert plasticity.steps == 10
     found, expected = fresh.state_dict(), alone["bio_model"].state_dict()
     assert found.keys() == expected.keys()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
-from biofx import BioConfig, CaptureError, InputError, OptionError, PipelineError, SelectorError, passes
+from biofx import BioConfig, CaptureError, OptionError, passes
+from biofx.errors import InputError, PipelineError, SelectorError
 
 Unchanged = Callable[[nn.Module], Any]
 EVERYTHING = BioConfig(

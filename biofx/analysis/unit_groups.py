@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import networkx as nx
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -205,10 +204,12 @@ class UnitGroups:
 
     def connected(self, others: Iterable[tuple[object, Tensor]]) -> list[list[object]]:
         """Return what hangs together of the sources and of some other things, by the units of these."""
-        graph: nx.Graph = nx.Graph()
+        import networkx
+
+        graph = networkx.Graph()
         for member, units in (*((source, source.units) for source in self.sources), *others):
             graph.add_edges_from((source, member) for source in self.sources_of(units).sources)
-        return [list(members) for members in nx.connected_components(graph)]
+        return [list(members) for members in networkx.connected_components(graph)]
 
     def _group(self, members: list[object]) -> UnitGroup:
         sources = sorted((m for m in members if isinstance(m, Source)), key=lambda source: source.first)

@@ -240,7 +240,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 def _hint(value: Any) -> str:
     if is_sharded(value):
-        return "; a sharded model is saved by all ranks together, with biofx.save_sharded"
+        return "; a sharded model is saved by all ranks together, with biofx.checkpoints.save_sharded"
     return ""
 
 

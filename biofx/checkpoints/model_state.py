@@ -20,9 +20,9 @@ from biofx.plasticity.shards import is_sharded
 def plain_state(bio_model: nn.Module) -> dict[str, Tensor]:
     """Return the part of a transformed model's state dict that the original has too.
 
-    ``original.load_state_dict(biofx.plain_state(bio_model))`` works as it is, and so does loading a
-    checkpoint of the original into ``bio_model``. The weights are the raw parameters; a model with those that
-    the transformed one computes with is what :func:`biofx.deploy` gives.
+    ``original.load_state_dict(plain_state(bio_model))`` works, and so does loading a checkpoint of the
+    original into ``bio_model``. The weights are the raw parameters; :func:`biofx.deploy` returns a model with
+    those that the transformed one computes with.
 
     Raises:
         CheckpointError: ``expand-units`` has made layers wider than the original's.
@@ -128,7 +128,7 @@ def check_layout(model: nn.Module, saved: Mapping[str, Any]) -> None:
         if is_sharded(own) and not is_sharded(saved.get(key)):
             raise CheckpointError(
                 f"model: expected a whole model, found {key!r} sharded; load before fully_shard, or use "
-                "biofx.save_sharded and biofx.load_sharded"
+                "biofx.checkpoints.save_sharded and biofx.checkpoints.load_sharded"
             )
 
 

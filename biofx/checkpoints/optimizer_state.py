@@ -186,8 +186,8 @@ def _check_form(state: Mapping[str, Any]) -> None:
         wrong = [str(name) for name in (*stray, *missing, *malformed)]
     if wrong:
         raise CheckpointError(
-            f"expected an optimizer's state as biofx.optimizer_state gives it, found one in which "
-            f"{wrong[0]!r} is missing or malformed{suggest(wrong[0], state)}"
+            "expected an optimizer's state as biofx.checkpoints.optimizer_state returns it, found one in "
+            f"which {wrong[0]!r} is missing or malformed{suggest(wrong[0], state)}"
         )
 
 

@@ -74,7 +74,8 @@ def _check_tensor(where: str, parameter: Tensor, saved: Tensor, now: Any, like_i
         found, other = ("sharded", "whole") if is_sharded(saved) else ("whole", "sharded")
         raise CheckpointError(
             f"{where}: expected a {other} tensor, as the parameter is, found a {found} one; use "
-            "biofx.save_sharded and biofx.load_sharded, which fit a state to any number of ranks"
+            "biofx.checkpoints.save_sharded and biofx.checkpoints.load_sharded, which fit a state to any "
+            "number of ranks"
         )
 
 

@@ -86,7 +86,7 @@ class TensorFolder:
             load(tensors, storage_reader=_Reader(Path(self._folder), self._metadata))
 
     def _reading(self) -> Any:
-        return _explained(f"{self._folder}: expected a folder that biofx.save_sharded wrote")
+        return _explained(f"{self._folder}: expected a folder that biofx.checkpoints.save_sharded wrote")
 
 
 class _Writer(FileSystemWriter):

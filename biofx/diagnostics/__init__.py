@@ -1,1 +1,18 @@
-"""What one asks of a rewritten model: checks, monitors, bisection, explanations."""
+"""What is asked of a rewritten model: checks, monitors, bisection, explanations."""
+
+from biofx.diagnostics.bisection import BisectResult, bisect
+from biofx.diagnostics.check import check
+from biofx.diagnostics.check_report import Audit, Finding
+from biofx.diagnostics.monitor import Monitor
+from biofx.diagnostics.monitor_records import LayerRecord, StepRecord
+
+__all__ = [
+    "Audit",
+    "BisectResult",
+    "Finding",
+    "LayerRecord",
+    "Monitor",
+    "StepRecord",
+    "bisect",
+    "check",
+]

@@ -26,7 +26,7 @@ from biofx.transform import as_config, transform
 
 
 @dataclass(frozen=True)
-class Culprit:
+class BisectResult:
     """What :func:`bisect` found; print it."""
 
     stage: Pass
@@ -79,7 +79,7 @@ def bisect(
     exclude: Selector | None = None,
     opaque: Sequence[str] = (),
     reproducer: str | os.PathLike[str] | None = None,
-) -> Culprit:
+) -> BisectResult:
     """Find the rewrite that makes a predicate true, by halving: the first pass, then the first node.
 
     The predicate gets a rewritten model, a new one at each try, and returns something true where it goes
@@ -109,9 +109,9 @@ def bisect(
     >>> def is_not_finite(bio_model):
     ...     return not bio_model(torch.ones(1, 2)).isfinite().all()
     >>> layers = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> culprit = bisect(layers, passes="scale-gradients,split-weights{activation=torch.acosh}",
+    >>> result = bisect(layers, passes="scale-gradients,split-weights{activation=torch.acosh}",
     ...                  predicate=is_not_finite)
-    >>> culprit.stage.name, culprit.node, culprit.alone
+    >>> result.stage.name, result.node, result.alone
     ('split-weights', '_0', True)
     """
     checked = as_config(config)
@@ -119,8 +119,8 @@ def bisect(
     if only is not None or exclude is not None:
         pipeline = Pipeline((pipeline,), only=only, exclude=exclude)
     search = _Search(capture(model, opaque=opaque), checked, predicate)
-    culprit = search.run(stages_of(pipeline))
-    return culprit if reproducer is None else search.reproduced(culprit, reproducer)
+    result = search.run(stages_of(pipeline))
+    return result if reproducer is None else search.reproduced(result, reproducer)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class _Search:
     tries: int = 0
     last: PassResult | None = field(default=None, repr=False)
 
-    def run(self, stages: tuple[Pass, ...]) -> Culprit:
+    def run(self, stages: tuple[Pass, ...]) -> BisectResult:
         self._look_at_both_ends(stages)
         good, bad = 0, len(stages)
         while bad - good > 1:
@@ -161,7 +161,7 @@ class _Search:
         names = self._candidates(earlier, stage)
         if not names or self._is_bad((*earlier, Pipeline((stage,), exclude=_everything))):
             fewest = self._without_earlier(earlier, stage)
-            return Culprit(stage, None, self.told, None, False, fewest, self.tries)
+            return BisectResult(stage, None, self.told, None, False, fewest, self.tries)
         good, bad = 0, len(names)
         while bad - good > 1:
             middle = (good + bad) // 2
@@ -172,9 +172,9 @@ class _Search:
         last = _limited(stage, [node] if alone else names[:bad])
         fewest = self._without_earlier(earlier, last)
         report = self.last.report.passes[-1] if self.last is not None else None
-        return Culprit(stage, node, self.told, report, alone, self._named(fewest), self.tries)
+        return BisectResult(stage, node, self.told, report, alone, self._named(fewest), self.tries)
 
-    def reproduced(self, culprit: Culprit, folder: str | os.PathLike[str]) -> Culprit:
+    def reproduced(self, result: BisectResult, folder: str | os.PathLike[str]) -> BisectResult:
         """Write the reproducer; without the predicate where that cannot come along."""
         without = ""
         for predicate in (self.predicate, None):
@@ -182,18 +182,18 @@ class _Search:
                 path = write_reproducer(
                     folder,
                     self.captured,
-                    culprit.passes,
-                    str(culprit),
+                    result.passes,
+                    str(result),
                     config=self.config,
                     predicate=predicate,
                 )
             except InputError as error:
                 without = without or f"the predicate is not in the reproducer: {error}"
                 if predicate is None:
-                    return replace(culprit, without=f"no reproducer was written: {error}")
+                    return replace(result, without=f"no reproducer was written: {error}")
             else:
-                return replace(culprit, reproducer=path, without=without)
-        return culprit
+                return replace(result, reproducer=path, without=without)
+        return result
 
     def _look_at_both_ends(self, stages: tuple[Pass, ...]) -> None:
         """Make sure that there is something to find.

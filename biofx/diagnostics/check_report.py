@@ -18,13 +18,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from biofx.errors import InvariantError
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 SCHEMA = "biofx.audit/1"
 
@@ -122,6 +121,10 @@ class Audit:
             yield f"  {layer}: {', '.join(words for words, _ in counts)}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
         shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
         shown.add_column("layer", overflow="fold", style="bold")
         shown.add_column("checked", overflow="fold")

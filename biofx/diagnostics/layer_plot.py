@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from biofx.diagnostics.monitor_plot import plain_text, save_figure, series_of
-from biofx.diagnostics.monitor_records import HISTOGRAM_EDGES, LayerRecord, StepRecord
-from biofx.diagnostics.monitor_table import short_name
+from biofx.diagnostics.monitor_records import HISTOGRAM_EDGES, LayerRecord, StepRecord, short_name
 from biofx.errors import InputError
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -18,7 +17,6 @@ from biofx.diagnostics.effective import Effective, effective_weights
 from biofx.diagnostics.monitor_json import JsonLines, read_json_lines
 from biofx.diagnostics.monitor_plot import plot_records
 from biofx.diagnostics.monitor_records import LayerRecord, Sink, StepRecord, measure
-from biofx.diagnostics.monitor_table import LiveTable
 from biofx.diagnostics.monitor_tensorboard import TensorBoard
 from biofx.errors import OptionError
 from biofx.options import POSITIVE, Range
@@ -29,6 +27,7 @@ from biofx.plasticity.ranks import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
 
 
 class Monitor:
@@ -46,7 +45,7 @@ class Monitor:
     A record has, of each layer's weight: mean, standard deviation and histogram of its learning-rate factors;
     how many of them are crystallized; synapses touched by each rule; signs that Dale's principle forbids;
     sums of the excitatory and of the inhibitory weights; norms of gradient and update
-    (:class:`biofx.LayerRecord` has their units). In a distributed run every
+    (:class:`biofx.diagnostics.LayerRecord` has their units). In a distributed run every
     rank keeps records, and the first alone writes files and shows a table.
 
     What counts as crystallized is a factor below ``crystallized_below``. At the user guide's 0.9 that also
@@ -219,6 +218,10 @@ class Monitor:
         Args:
             console: where to show it, by default the standard output.
         """
+        from rich.console import Console
+
+        from biofx.diagnostics.monitor_table import LiveTable
+
         shown = console or Console()
         if not shown.is_interactive:
             yield

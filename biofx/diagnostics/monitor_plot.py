@@ -8,8 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from biofx.diagnostics.monitor_records import LayerRecord, StepRecord
-from biofx.diagnostics.monitor_table import short_name
+from biofx.diagnostics.monitor_records import LayerRecord, StepRecord, short_name
 from biofx.errors import InputError, OptionError
 
 if TYPE_CHECKING:

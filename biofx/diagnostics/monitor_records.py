@@ -78,6 +78,25 @@ class StepRecord:
     """The weights that took part in the step, by path, in the model's order."""
 
 
+def short_name(path: str, width: int) -> str:
+    """Return a weight's path without ``.weight``, its leading parts cut to a letter until it fits.
+
+    Numbers stay, since they tell one block from the next.
+
+    >>> short_name("encoder.layers.11.attention.query.weight", 24)
+    'e.l.11.attention.query'
+    >>> short_name("encoder.layers.11.attention.query.weight", 16)
+    'e.l.11.a.query'
+    """
+    parts = path.removesuffix(".weight").split(".")
+    for place, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) <= width:
+            break
+        parts[place] = part if part.isdigit() else part[:1]
+    name = ".".join(parts)
+    return name if len(name) <= width else f"…{name[1 - width :]}"
+
+
 class Sink(Protocol):
     """Takes records as they are made."""
 

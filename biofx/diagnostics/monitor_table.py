@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from biofx.diagnostics.monitor_records import LayerRecord, StepRecord
+from biofx.diagnostics.monitor_records import LayerRecord, StepRecord, short_name
 
 _SECONDS_BETWEEN = 0.25
 _LINES_AROUND = 4  # title, heading, the cursor's line, and one for what is printed above
@@ -120,25 +120,6 @@ class LiveTable:
             Text(_or_dash(layer.gradient_norm, ".1e")),
             Text(_or_dash(layer.update_norm, ".1e")),
         ]
-
-
-def short_name(path: str, width: int) -> str:
-    """Return a weight's path without ``.weight``, its leading parts cut to a letter until it fits.
-
-    Numbers stay, since they tell one block from the next.
-
-    >>> short_name("encoder.layers.11.attention.query.weight", 24)
-    'e.l.11.attention.query'
-    >>> short_name("encoder.layers.11.attention.query.weight", 16)
-    'e.l.11.a.query'
-    """
-    parts = path.removesuffix(".weight").split(".")
-    for place, part in enumerate(parts[:-1]):
-        if len(".".join(parts)) <= width:
-            break
-        parts[place] = part if part.isdigit() else part[:1]
-    name = ".".join(parts)
-    return name if len(name) <= width else f"…{name[1 - width :]}"
 
 
 def _or_dash(value: float | None, form: str) -> str:

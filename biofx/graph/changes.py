@@ -108,7 +108,7 @@ def render_diff(diff: str) -> Text:
 
 
 def print_changed(name: str, before: str, after: str, *, console: Console | None = None) -> None:
-    """Print the diff of one pass; an observer for ``Pipeline(..., observe=biofx.print_changed)``."""
+    """Print the diff of one pass; an observer for ``Pipeline(..., observe=biofx.graph.print_changed)``."""
     from rich.console import Console
     from rich.text import Text
 

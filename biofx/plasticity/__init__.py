@@ -1,5 +1,7 @@
 """The state and the rules of plasticity: what a synapse's learning rate is, and where it is kept."""
 
+from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.optimizer_step import LayerStep, Rule
 
-__all__ = ["BioModule"]
+__all__ = ["Attachment", "BioModule", "LayerStep", "Rule"]

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import networkx
-
 from biofx.errors import OptionError, PipelineError
 from biofx.graph.changes import snapshot_of
 from biofx.model.graph_module import BioGraphModule
@@ -42,7 +40,7 @@ class Pipeline(Pass):
     """The passes; after construction in the order in which they run."""
     observe: Observer | None = field(default=None, compare=False)
     """Called after each pass that changed the graph, those of inner pipelines too, e.g.
-    :func:`biofx.print_changed`."""
+    :func:`biofx.graph.print_changed`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,6 +131,8 @@ def _is_bare_pipeline(entry: Pass) -> bool:
 
 def _ordered(passes: Iterable[Pass]) -> tuple[Pass, ...]:
     """Sort by the declared dependencies; ties keep their order."""
+    import networkx
+
     given = tuple(passes)
     order = networkx.DiGraph()
     order.add_nodes_from(range(len(given)))

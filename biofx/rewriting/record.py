@@ -183,7 +183,7 @@ def add_step(
     unmet: Iterable[Unmet] = (),
 ) -> None:
     """Write down in a model how it has just been made, behind what was done to it before."""
-    from biofx import __version__
+    from biofx._version import __version__
 
     before = record_of(made)
     options = None if config is None else config_to_plain(config)

@@ -35,7 +35,9 @@ def _channels_first(value: Tensor, axis: int) -> Tensor:
     return value.movedim(axis, 0).flatten(1)
 
 
-def moved_columns(model: torch.nn.Module, x: Tensor) -> tuple[biofx.UnitGroups, dict[str, list[set[int]]]]:
+def moved_columns(
+    model: torch.nn.Module, x: Tensor
+) -> tuple[biofx.analysis.UnitGroups, dict[str, list[set[int]]]]:
     """Return the analysis, and for each weight and column the units (by the analysis) that move it.
 
     Args:
@@ -67,7 +69,7 @@ def moved_columns(model: torch.nn.Module, x: Tensor) -> tuple[biofx.UnitGroups, 
     return groups, moved
 
 
-def told_columns(groups: biofx.UnitGroups) -> dict[str, list[set[int]]]:
+def told_columns(groups: biofx.analysis.UnitGroups) -> dict[str, list[set[int]]]:
     """Return for each weight and column the unit of a layer that the analysis says it reads, if any."""
     made = {int(unit) for path in groups.producers() for unit in groups.representatives(groups.made_by(path))}
     return {
@@ -84,7 +86,7 @@ def columns_of(model: torch.nn.Module) -> dict[str, list[str]]:
     return {reading.site.parameter_path: _names(groups, reading.units) for reading in groups.readings}
 
 
-def _names(groups: biofx.UnitGroups, units: Tensor) -> list[str]:
+def _names(groups: biofx.analysis.UnitGroups, units: Tensor) -> list[str]:
     names = []
     for unit in groups.representatives(units).tolist():
         source = next(s for s in groups.sources if s.first <= unit < s.first + s.count)

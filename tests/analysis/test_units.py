@@ -80,7 +80,7 @@ def test_units_of_a_residual_chain_are_one() -> None:
 
 
 def test_a_model_that_is_no_graph_is_refused() -> None:
-    with pytest.raises(biofx.InputError, match="capture the model first"):
+    with pytest.raises(biofx.errors.InputError, match="capture the model first"):
         biofx.unit_groups(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 

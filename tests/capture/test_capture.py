@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils import checkpoint
 
 import biofx
-from biofx import CaptureError, InputError, capture
+from biofx import CaptureError, capture
+from biofx.errors import InputError
 
 
 def run(model: nn.Module, x: Tensor) -> tuple[Any, ...]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
-from biofx import InputError, capture
+from biofx import capture
 from biofx.capture.eager_tracer import EagerTracer
+from biofx.errors import InputError
 from biofx.graph.regions import region_paths
 
 

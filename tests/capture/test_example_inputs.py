@@ -73,12 +73,14 @@ def test_what_is_plainly_meant_is_called(
 @pytest.mark.parametrize("given", ["x", 3, True, (), [], {}, nn.Linear(2, 2), Tensor, {"x": X, "y": Y}])
 def test_what_is_no_call_is_refused_with_what_to_write(given: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 2)) if not isinstance(given, dict) or not given else Masked()
-    with pytest.raises(biofx.InputError, match=r"example_inputs: (expected x, \(x, y\)|the model fails)"):
+    with pytest.raises(
+        biofx.errors.InputError, match=r"example_inputs: (expected x, \(x, y\)|the model fails)"
+    ):
         biofx.capture(model, example_inputs=given)
 
 
 def test_what_could_be_two_calls_is_refused() -> None:
-    with pytest.raises(biofx.InputError, match=r"write \(\(x,\), \{...\}\) for the former"):
+    with pytest.raises(biofx.errors.InputError, match=r"write \(\(x,\), \{...\}\) for the former"):
         as_call(Masked(), (X, {"mask": Y}))
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biofx import InputError, capture, transform
+from biofx import capture, transform
 from biofx.capture.symbolic_scalars import symbolic
+from biofx.errors import InputError
 from biofx.graph.graph_functions import limit_of
 from biofx.graph.regions import region_paths
 

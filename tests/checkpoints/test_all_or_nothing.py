@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import CheckpointError
+from biofx.errors import CheckpointError
 
 RULES = ["crystallize", "rejuvenate_weights", "synaptic_scaling"]
 CONFIG = {"fuzzy_lr_distribution": "activity", "fuzzy_lr_dynamic": True}
@@ -120,9 +120,9 @@ def test_an_optimizer_that_fails_midway_takes_nothing_along(kind: Any, told: str
     target = run(1, kind)
     with refused(target, rf"found a {kind.__name__} that raises: {told}"):
         biofx.load(tmp_path / "a.pt", target[0], optimizer=target[1], plasticity=target[2])
-    state = biofx.optimizer_state(model, optimizer)
+    state = biofx.checkpoints.optimizer_state(model, optimizer)
     with refused(target, told):
-        biofx.load_optimizer_state(target[0], target[1], state)
+        biofx.checkpoints.load_optimizer_state(target[0], target[1], state)
 
 
 def test_an_interrupt_midway_is_no_error_of_ours_and_changes_nothing(tmp_path: Path) -> None:
@@ -354,10 +354,12 @@ def test_what_an_optimizer_remembers_of_all_parameters_comes_back(kind: str, tmp
         biofx.save(model, tmp_path / "a.pt", optimizer=optimizer)
         biofx.load(tmp_path / "a.pt", target, optimizer=own)
     elif kind == "folder":
-        biofx.save_sharded(model, tmp_path / "a", optimizer=optimizer)
-        biofx.load_sharded(tmp_path / "a", target, optimizer=own)
+        biofx.checkpoints.save_sharded(model, tmp_path / "a", optimizer=optimizer)
+        biofx.checkpoints.load_sharded(tmp_path / "a", target, optimizer=own)
     else:
-        biofx.load_optimizer_state(target, own, biofx.optimizer_state(model, optimizer))
+        biofx.checkpoints.load_optimizer_state(
+            target, own, biofx.checkpoints.optimizer_state(model, optimizer)
+        )
     assert dict(own.state)["count"] == 3
     assert len(own.state) == 3
 
@@ -406,7 +408,7 @@ def freed() -> Tensor:
         (lambda model: {"optimizer": Odd(model.parameters(), lr=1)}, "a Odd that raises: KeyError"),
     ],
 )
-@pytest.mark.parametrize("save", [biofx.save, biofx.save_sharded])
+@pytest.mark.parametrize("save", [biofx.save, biofx.checkpoints.save_sharded])
 def test_what_cannot_be_saved_is_said_and_the_old_one_stays(
     options: Callable[[Any], dict[str, Any]], match: str, save: Any, tmp_path: Path
 ) -> None:
@@ -419,11 +421,11 @@ def test_what_cannot_be_saved_is_said_and_the_old_one_stays(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("save", [biofx.save, biofx.save_sharded])
+@pytest.mark.parametrize("save", [biofx.save, biofx.checkpoints.save_sharded])
 def test_a_model_without_values_is_not_saved_and_takes_none(save: Any, tmp_path: Path) -> None:
     model = biofx.transform(Net(), CONFIG).graph_module
     biofx.save(model, tmp_path / "a.pt")
-    biofx.save_sharded(model, tmp_path / "a")
+    biofx.checkpoints.save_sharded(model, tmp_path / "a")
     empty = copy.deepcopy(model).to("meta")
     with pytest.raises(
         CheckpointError, match=r"expected a tensor with values, found one without.*meta device"
@@ -435,7 +437,7 @@ def test_a_model_without_values_is_not_saved_and_takes_none(save: Any, tmp_path:
         with pytest.raises(CheckpointError, match="on the meta device; call to_empty"):
             biofx.load(tmp_path / "a.pt", empty)
         with pytest.raises(CheckpointError, match="on the meta device; call to_empty"):
-            biofx.load_sharded(tmp_path / "a", empty)
+            biofx.checkpoints.load_sharded(tmp_path / "a", empty)
         with torch.device("meta"):
             plain = Net()
         with pytest.raises(CheckpointError, match="on the meta device; call to_empty"):
@@ -456,7 +458,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [0, 1000, 60_000])
-@pytest.mark.parametrize("save", [biofx.save, biofx.save_sharded])
+@pytest.mark.parametrize("save", [biofx.save, biofx.checkpoints.save_sharded])
 def test_a_full_disk_is_said_and_leaves_the_old_one(size: int, save: Any, tmp_path: Path) -> None:
     wide = biofx.transform(nn.Sequential(nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 2))).graph_module
     place = tmp_path / "kept"
@@ -467,7 +469,7 @@ def test_a_full_disk_is_said_and_leaves_the_old_one(size: int, save: Any, tmp_pa
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("save", [biofx.save, biofx.save_sharded])
+@pytest.mark.parametrize("save", [biofx.save, biofx.checkpoints.save_sharded])
 def test_a_path_that_is_none_is_one_clear_error(save: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     model = biofx.transform(Net(), CONFIG).graph_module
@@ -480,7 +482,7 @@ def test_a_path_that_is_none_is_one_clear_error(save: Any, tmp_path: Path) -> No
         with pytest.raises(CheckpointError):
             biofx.load(path, Net())
         with pytest.raises(CheckpointError):
-            biofx.load_sharded(path, model)
+            biofx.checkpoints.load_sharded(path, model)
 
 
 @pytest.mark.parametrize(

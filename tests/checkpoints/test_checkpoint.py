@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioConfig, BioConverter, CheckpointError, Rule
+from biofx import BioConfig, BioConverter, Rule
+from biofx.errors import CheckpointError
 from biofx.passes import ScaleGradients, SplitWeights
 from biofx.plasticity.model_states import bio_modules
 
@@ -107,7 +108,7 @@ def test_a_run_goes_on_from_a_file_as_if_it_had_never_stopped(
     after = train(bio_model, optimizer, data[5:])
     assert len({*before, *after}) == 12
     torch.manual_seed(99)
-    checkpoint = biofx.Checkpoint.read(path)
+    checkpoint = biofx.checkpoints.Checkpoint.read(path)
     resumed = biofx.load(checkpoint, Net())
     own_optimizer = optimizer_class(resumed.parameters(), **options)
     own_plasticity = biofx.attach(resumed, own_optimizer, RULES)
@@ -171,8 +172,8 @@ def test_what_was_made_is_made_again_from_the_plain_model(name: str, tmp_path: P
     assert torch.equal(loaded.eval()(x), bio_model.eval()(x))
     biofx.save(loaded, tmp_path / "again.pt")
     assert (
-        biofx.Checkpoint.read(tmp_path / "again.pt").record
-        == biofx.Checkpoint.read(tmp_path / "model.pt").record
+        biofx.checkpoints.Checkpoint.read(tmp_path / "again.pt").record
+        == biofx.checkpoints.Checkpoint.read(tmp_path / "model.pt").record
     )
 
 
@@ -180,7 +181,7 @@ def test_what_was_made_is_made_again_from_the_plain_model(name: str, tmp_path: P
 def test_a_copy_knows_how_it_was_made(copied: Callable[[Any], Any], tmp_path: Path) -> None:
     bio_model, _ = biofx.transform(Net(), EVERYTHING)
     biofx.save(copied(bio_model), tmp_path / "copy.pt")
-    record = biofx.Checkpoint.read(tmp_path / "copy.pt").record
+    record = biofx.checkpoints.Checkpoint.read(tmp_path / "copy.pt").record
     assert record.model == "Net"
     assert record.steps[0].pipeline.startswith("split-weights,constrain-signs,scale-gradients{")
     assert (record.seed, record.biofx, record.torch) == (0, biofx.__version__, torch.__version__)
@@ -233,13 +234,13 @@ def test_a_truncated_or_damaged_file_is_one_clear_error(tmp_path: Path) -> None:
         place, bit = (int(torch.randint(high, (), generator=generator)) for high in (len(whole), 8))
         path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
         try:
-            found = biofx.Checkpoint.read(path)
+            found = biofx.checkpoints.Checkpoint.read(path)
         except CheckpointError:
             turned += 1
             continue
         # a bit that nothing reads, such as padding between the records
         path.write_bytes(whole)
-        expected = biofx.Checkpoint.read(path)
+        expected = biofx.checkpoints.Checkpoint.read(path)
         assert all(torch.equal(found.model[key], value) for key, value in expected.model.items())
     assert turned > 30
     path.write_bytes(b"")
@@ -350,7 +351,7 @@ def test_another_model_is_refused_with_what_differs(tmp_path: Path) -> None:
         CheckpointError, match=r"expected dampening_factor=0\.5, as the model has it, found 0\.6"
     ):
         biofx.load(path, other)
-    with pytest.raises(biofx.InputError, match="expected a model"):
+    with pytest.raises(biofx.errors.InputError, match="expected a model"):
         biofx.load(path, "model")  # type: ignore[arg-type]
 
 
@@ -439,7 +440,7 @@ def test_what_cannot_be_saved_leaves_the_older_file(tmp_path: Path) -> None:
     for options, match in cases:
         with pytest.raises(CheckpointError, match=match):
             biofx.save(bio_model, path, **options)
-    with pytest.raises(biofx.InputError, match="expected a Optimizer"):
+    with pytest.raises(biofx.errors.InputError, match="expected a Optimizer"):
         biofx.save(bio_model, path, optimizer="adam")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="does not say how it was made"):
         biofx.save(Net(), path)
@@ -473,7 +474,7 @@ def test_plain_checkpoints_go_in_and_come_out_with_the_optimizer() -> None:
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     train(plain, plain_optimizer, data[:3])
     weights = copy.deepcopy(plain.state_dict())
-    state = copy.deepcopy(biofx.optimizer_state(plain, plain_optimizer))
+    state = copy.deepcopy(biofx.checkpoints.optimizer_state(plain, plain_optimizer))
     expected = train(plain, plain_optimizer, data[3:])
 
     torch.manual_seed(1)
@@ -481,20 +482,22 @@ def test_plain_checkpoints_go_in_and_come_out_with_the_optimizer() -> None:
     bio_model.load_state_dict(weights)
     groups = [{"params": list(reversed([*bio_model.parameters()]))}]  # the order does not matter, names do
     optimizer = torch.optim.AdamW(groups, lr=0.5)
-    biofx.load_optimizer_state(bio_model, optimizer, state)
+    biofx.checkpoints.load_optimizer_state(bio_model, optimizer, state)
     assert optimizer.param_groups[0]["lr"] == 1e-2
     assert train(bio_model, optimizer, data[3:6]) == expected[:3]
 
     back = Net().eval()
-    back.load_state_dict(biofx.plain_state(bio_model))
+    back.load_state_dict(biofx.checkpoints.plain_state(bio_model))
     back_optimizer = torch.optim.AdamW(back.parameters(), lr=1e-2)
-    biofx.load_optimizer_state(back, back_optimizer, biofx.optimizer_state(bio_model, optimizer))
+    biofx.checkpoints.load_optimizer_state(
+        back, back_optimizer, biofx.checkpoints.optimizer_state(bio_model, optimizer)
+    )
     assert train(back, back_optimizer, data[6:]) == expected[3:]
 
 
 def test_plain_state_leaves_out_what_only_the_transformed_model_has() -> None:
     bio_model, _ = biofx.transform(Net(), EVERYTHING)
-    assert set(biofx.plain_state(bio_model)) == set(Net().state_dict())
+    assert set(biofx.checkpoints.plain_state(bio_model)) == set(Net().state_dict())
     assert set(bio_model.state_dict()) > set(Net().state_dict())
 
 
@@ -503,20 +506,24 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     bio_model, _ = biofx.transform(model, EVERYTHING)
     stale = torch.optim.AdamW(model.parameters(), lr=0.1)
     with pytest.raises(CheckpointError, match=r"group 0 steps a parameter \(number 0, shape \(4, 2, 3\)\)"):
-        biofx.optimizer_state(bio_model, stale)
+        biofx.checkpoints.optimizer_state(bio_model, stale)
     good = torch.optim.AdamW(bio_model.parameters(), lr=0.1)
-    state = biofx.optimizer_state(bio_model, good)
+    state = biofx.checkpoints.optimizer_state(bio_model, good)
     with pytest.raises(CheckpointError, match="none of them"):
-        biofx.load_optimizer_state(bio_model, stale, state)
+        biofx.checkpoints.load_optimizer_state(bio_model, stale, state)
     part = torch.optim.AdamW(bio_model.get_submodule("mix").parameters(), lr=0.1)
     with pytest.raises(CheckpointError, match="Build the optimizer with the same groups"):
-        biofx.load_optimizer_state(bio_model, part, state)
+        biofx.checkpoints.load_optimizer_state(bio_model, part, state)
     with pytest.raises(
-        CheckpointError, match=r"as biofx.optimizer_state gives it, found one in which 'class'"
+        CheckpointError, match=r"as biofx.checkpoints.optimizer_state returns it, found one in which 'class'"
     ):
-        biofx.load_optimizer_state(bio_model, good, good.state_dict())
+        biofx.checkpoints.load_optimizer_state(bio_model, good, good.state_dict())
     with pytest.raises(CheckpointError, match="transformed model with its optimizer, found a plain model"):
-        biofx.load(biofx.Checkpoint(bio_model.transform_record, {}, {}, (), (), {}), model, optimizer=stale)
+        biofx.load(
+            biofx.checkpoints.Checkpoint(bio_model.transform_record, {}, {}, (), (), {}),
+            model,
+            optimizer=stale,
+        )
 
 
 def test_a_state_of_other_widths_than_those_of_expanded_layers_is_refused(tmp_path: Path) -> None:
@@ -530,7 +537,7 @@ def test_a_state_of_other_widths_than_those_of_expanded_layers_is_refused(tmp_pa
     for key, value in bio_model.state_dict().items():
         assert torch.equal(value, before[key])
     with pytest.raises(CheckpointError, match=r"'conv.weight', whose units became"):
-        biofx.plain_state(bio_model)
+        biofx.checkpoints.plain_state(bio_model)
     biofx.save(bio_model, tmp_path / "run.pt")
     again = biofx.load(tmp_path / "run.pt", Net())
     x = next(batches())

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import biofx
-from biofx import CheckpointError
 from biofx.checkpoints.checkpoint_file import plain
+from biofx.errors import CheckpointError
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_compressed_archive_is_refused_before_it_is_read(method: int, saved: P
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError, match=r"is compressed, which torch\.save never does"):
-            biofx.Checkpoint.read(saved)
+            biofx.checkpoints.Checkpoint.read(saved)
         assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
     finally:
         tracemalloc.stop()
@@ -91,19 +91,19 @@ def test_an_archive_that_says_more_than_it_holds_is_refused(
     change: Callable[[bytearray], None], match: str, saved: Path
 ) -> None:
     packed_again(saved, zipfile.ZIP_STORED)
-    biofx.Checkpoint.read(saved)
+    biofx.checkpoints.Checkpoint.read(saved)
     content = bytearray(saved.read_bytes())
     change(content)
     saved.write_bytes(content)
     with pytest.raises(CheckpointError, match=match):
-        biofx.Checkpoint.read(saved)
+        biofx.checkpoints.Checkpoint.read(saved)
 
 
 def test_a_name_that_is_there_twice_is_refused(saved: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(saved, "a") as archive:
         archive.writestr(archive.namelist()[0], b"other")
     with pytest.raises(CheckpointError, match="is there twice"):
-        biofx.Checkpoint.read(saved)
+        biofx.checkpoints.Checkpoint.read(saved)
 
 
 def test_values_within_each_other_are_gone_through_once() -> None:
@@ -132,5 +132,5 @@ def test_numbers_and_texts_of_other_classes_become_plain(saved: Path) -> None:
     assert type(plain(values, "extra")["n"]) is float
     model = biofx.transform(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))).graph_module
     biofx.save(model, saved, extra=values)
-    found = biofx.Checkpoint.read(saved).extra
+    found = biofx.checkpoints.Checkpoint.read(saved).extra
     assert found == {"n": 0.5, "s": "text", "size": (2, 3), "odd": "\ud800", "big": 2**200}

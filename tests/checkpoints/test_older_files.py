@@ -71,9 +71,11 @@ def test_a_run_of_an_older_version_goes_on(kind: str, stored: Path) -> None:
         model, _ = biofx.transform(net(), CONFIG)
     optimizer, plasticity = attached(model)
     if kind == "folder":
-        extra: Any = biofx.load_sharded(stored / "folder", model, optimizer=optimizer, plasticity=plasticity)
+        extra: Any = biofx.checkpoints.load_sharded(
+            stored / "folder", model, optimizer=optimizer, plasticity=plasticity
+        )
     else:
-        saved = biofx.Checkpoint.read(stored / "run.pt")
+        saved = biofx.checkpoints.Checkpoint.read(stored / "run.pt")
         biofx.load(saved, model, optimizer=optimizer, plasticity=plasticity)
         extra = saved.extra
     assert extra == {"epoch": 3}
@@ -84,11 +86,11 @@ def test_a_run_of_an_older_version_goes_on(kind: str, stored: Path) -> None:
 
 def test_its_folder_is_written_anew_without_what_it_held(stored: Path) -> None:
     model, _ = biofx.transform(net(), CONFIG)
-    biofx.load_sharded(stored / "folder", model)
-    biofx.save_sharded(model, stored / "folder")
+    biofx.checkpoints.load_sharded(stored / "folder", model)
+    biofx.checkpoints.save_sharded(model, stored / "folder")
     assert not (stored / "folder" / "__0_0.distcp").exists()
     assert len(list((stored / "folder").iterdir())) == 2
-    biofx.load_sharded(stored / "folder", model)
+    biofx.checkpoints.load_sharded(stored / "folder", model)
 
 
 def test_rates_in_a_byte_each_are_refused_with_the_way_out(tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_rates_in_a_byte_each_are_refused_with_the_way_out(tmp_path: Path) -> No
     message = r"codes.pt: expected .* found '0.bio_mod.fuzzy_learning_rate_codes' .* biofx 0.1.0 reads them"
     plain = nn.Sequential(nn.Linear(3, 2))
     for model in (plain, biofx.transform(plain).graph_module):
-        with pytest.raises(biofx.CheckpointError, match=message):
+        with pytest.raises(biofx.errors.CheckpointError, match=message):
             biofx.load(path, model)
     state = torch.load(path, weights_only=True)["model"]
     with pytest.raises(RuntimeError, match="which was removed"):

@@ -48,7 +48,7 @@ def values(model):
 def told(call):
     try:
         call()
-    except biofx.CheckpointError as error:
+    except biofx.errors.CheckpointError as error:
         return str(error)
     return "nothing was raised"
 
@@ -58,20 +58,20 @@ def work(rank):
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
     found = {}
     model, optimizer = made(0)
-    biofx.save_sharded(model, folder / "kept", optimizer=optimizer)
+    biofx.checkpoints.save_sharded(model, folder / "kept", optimizer=optimizer)
     target, own = made(1)
     before = values(target)
-    found["load"] = told(lambda: biofx.load_sharded(folder / "kept", target, optimizer=own))
+    found["load"] = told(lambda: biofx.checkpoints.load_sharded(folder / "kept", target, optimizer=own))
     found["unchanged"] = values(target) == before and own.param_groups[0]["lr"] == 0.2
     own.hides = rank == 1
-    found["save"] = told(lambda: biofx.save_sharded(target, folder / "kept", optimizer=own))
+    found["save"] = told(lambda: biofx.checkpoints.save_sharded(target, folder / "kept", optimizer=own))
     if rank == 1:
         torch.save = lambda *args, **options: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     own.hides = False
-    found["full"] = told(lambda: biofx.save_sharded(target, folder / "kept", optimizer=own))
-    found["folder"] = told(lambda: biofx.load_sharded(folder / "missing", target))
+    found["full"] = told(lambda: biofx.checkpoints.save_sharded(target, folder / "kept", optimizer=own))
+    found["folder"] = told(lambda: biofx.checkpoints.load_sharded(folder / "missing", target))
     fresh, _ = made(2)
-    biofx.load_sharded(folder / "kept", fresh)
+    biofx.checkpoints.load_sharded(folder / "kept", fresh)
     found["kept"] = values(fresh) == values(model)
     found["files"] = len(list((folder / "kept").iterdir()))
     (folder / f"{rank}.json").write_text(json.dumps(found))
@@ -106,7 +106,7 @@ def test_what_fails_on_one_rank_fails_on_both(tmp_path: Path) -> None:
         assert "ValueError: not here" in found["load"]
         assert "ValueError: no state here" in found["save"]
         assert "No space left on device" in found["full"]
-        assert "expected a folder that biofx.save_sharded wrote" in found["folder"]
+        assert "expected a folder that biofx.checkpoints.save_sharded wrote" in found["folder"]
         assert found["unchanged"]
         assert found["kept"]
         assert found["files"] == 3  # an index and a part of each rank

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioConfig, BioConverter, BioGraphModule, CheckpointError
+from biofx import BioConfig, BioConverter, BioGraphModule
 from biofx.config import RATE_DTYPES, STORED_RATE_DTYPES
-from biofx.errors import OptionError
+from biofx.errors import CheckpointError, OptionError
 from biofx.plasticity.bio_module import BioModule
 
 CONFIG = BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True).override(
@@ -83,7 +83,7 @@ def test_every_type_loads_into_every_other(
     )
     # what was converted is a model of its own right: its gradients, its next checkpoint
     plain = made(mlp, then, fuzzy_lr_distribution="baseline")
-    plain.load_state_dict(biofx.plain_state(saved), strict=False)
+    plain.load_state_dict(biofx.checkpoints.plain_state(saved), strict=False)
     for model in (loaded, plain):
         model(vectors).square().sum().backward()
     gradient, unscaled = (model.get_parameter("2.weight").grad for model in (loaded, plain))

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import biofx
-from biofx import CheckpointError
 from biofx.checkpoints.tensor_folder import TensorFolder, write_tensors
+from biofx.errors import CheckpointError
 
 KILLED = """
 import json, os, signal, sys
@@ -46,7 +46,7 @@ held = net(2)
 
 
 def what_loads():
-    extra = biofx.load_sharded(folder / "kept", held)
+    extra = biofx.checkpoints.load_sharded(folder / "kept", held)
     number = extra["number"]
     assert {key: value.tolist() for key, value in held.state_dict().items()} == values[number]
     return number
@@ -63,8 +63,8 @@ def save(number, rank, die):
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     die()
     try:
-        biofx.save_sharded(MODELS[number], folder / "kept", extra={"number": number})
-    except biofx.CheckpointError:
+        biofx.checkpoints.save_sharded(MODELS[number], folder / "kept", extra={"number": number})
+    except biofx.errors.CheckpointError:
         os._exit(7)
     os._exit(0)
 
@@ -182,13 +182,13 @@ def test_what_others_have_put_into_the_folder_stays(tmp_path: Path) -> None:
     (tmp_path / "__0_0123abcd_0").mkdir()
     first, second = made(0), made(1)
     for model in (first, second, first):
-        biofx.save_sharded(model, tmp_path)
+        biofx.checkpoints.save_sharded(model, tmp_path)
     for name in OTHERS:
         assert (tmp_path / name).read_text(encoding="utf-8") == name
     own = set(names(tmp_path)) - {*OTHERS, "__0_0123abcd_0"}
     assert len(own) == 2
     assert ".metadata" in own
-    biofx.load_sharded(tmp_path, second)
+    biofx.checkpoints.load_sharded(tmp_path, second)
     assert equal(values(first), values(second))
 
 
@@ -197,14 +197,14 @@ def test_a_checkpoint_of_somebody_else_loses_its_index_alone(tmp_path: Path) -> 
     with pytest.warns(UserWarning, match="torch.distributed is disabled"):
         save(tensors, checkpoint_id=str(tmp_path))
     before = (tmp_path / "__0_0.distcp").read_bytes()
-    biofx.save_sharded(made(0), tmp_path)
+    biofx.checkpoints.save_sharded(made(0), tmp_path)
     assert (tmp_path / "__0_0.distcp").read_bytes() == before
-    biofx.load_sharded(tmp_path, made(1))
+    biofx.checkpoints.load_sharded(tmp_path, made(1))
 
 
 def test_the_folder_stays_one_that_torch_reads(tmp_path: Path) -> None:
     model = made(0)
-    biofx.save_sharded(model, tmp_path)
+    biofx.checkpoints.save_sharded(model, tmp_path)
     read = {"/model/0.weight": torch.zeros(6, 4)}
     with pytest.warns(UserWarning, match="torch.distributed is disabled"):
         load(read, storage_reader=FileSystemReader(tmp_path))
@@ -214,7 +214,7 @@ def test_the_folder_stays_one_that_torch_reads(tmp_path: Path) -> None:
 def test_what_was_left_by_a_save_that_is_gone_is_removed_and_what_goes_on_is_not(tmp_path: Path) -> None:
     from biofx.whole_file import create_locked
 
-    biofx.save_sharded(made(0), tmp_path)
+    biofx.checkpoints.save_sharded(made(0), tmp_path)
     dead, file = create_locked(tmp_path, "biofx-save")
     file.close()
     alive, held = create_locked(tmp_path, "biofx-save")
@@ -222,17 +222,17 @@ def test_what_was_left_by_a_save_that_is_gone_is_removed_and_what_goes_on_is_not
     (tmp_path / "__3_0123abcd_0.distcp").write_bytes(b"whose claim is gone")
     going_on = tmp_path / f"__0_{alive.name.split('.')[2]}_0.distcp"
     going_on.write_bytes(b"half")
-    biofx.save_sharded(made(1), tmp_path)
+    biofx.checkpoints.save_sharded(made(1), tmp_path)
     assert len(names(tmp_path)) == 4
     assert alive.exists()
     assert going_on.exists()
     held.close()
-    biofx.save_sharded(made(1), tmp_path)
+    biofx.checkpoints.save_sharded(made(1), tmp_path)
     assert len(names(tmp_path)) == 2
 
 
 def test_the_files_of_an_older_version_go_once_they_are_replaced(tmp_path: Path) -> None:
-    biofx.save_sharded(made(0), tmp_path)
+    biofx.checkpoints.save_sharded(made(0), tmp_path)
     (data,) = tmp_path.glob("*.distcp")
     index = (tmp_path / ".metadata").read_bytes()
     older = b"__0_0.distcp"
@@ -243,9 +243,9 @@ def test_the_files_of_an_older_version_go_once_they_are_replaced(tmp_path: Path)
     (tmp_path / ".metadata").write_bytes(index)
     data.rename(tmp_path / older.decode())
     target = made(3)
-    biofx.load_sharded(tmp_path, target)
+    biofx.checkpoints.load_sharded(tmp_path, target)
     assert equal(values(target), values(made(0)))
-    biofx.save_sharded(made(1), tmp_path)
+    biofx.checkpoints.save_sharded(made(1), tmp_path)
     assert older.decode() not in names(tmp_path)
     assert len(names(tmp_path)) == 2
 
@@ -254,11 +254,11 @@ def test_a_symlink_to_a_folder_is_followed_and_one_that_leads_to_nothing_yet(tmp
     (tmp_path / "latest").symlink_to(tmp_path / "run" / "7")
     (tmp_path / "run").mkdir()
     for seed in range(2):
-        biofx.save_sharded(made(seed), tmp_path / "latest")
+        biofx.checkpoints.save_sharded(made(seed), tmp_path / "latest")
         assert (tmp_path / "latest").is_symlink()
         assert len(names(tmp_path / "run" / "7")) == 2
         target = made(5)
-        biofx.load_sharded(tmp_path / "latest", target)
+        biofx.checkpoints.load_sharded(tmp_path / "latest", target)
         assert equal(values(target), values(made(seed)))
 
 
@@ -272,18 +272,18 @@ def test_a_save_that_fails_leaves_the_old_one_and_nothing_else(
 ) -> None:
     folder = tmp_path / "kept"
     if place != "os.mkdir":
-        biofx.save_sharded(made(0), folder)
+        biofx.checkpoints.save_sharded(made(0), folder)
     before = names(tmp_path)
     inside = names(folder) if folder.exists() else []
     with monkeypatch.context() as patched:
         patched.setattr(place, full_disk)
         with pytest.raises(CheckpointError, match="No space left on device"):
-            biofx.save_sharded(made(1), folder)
+            biofx.checkpoints.save_sharded(made(1), folder)
     assert names(tmp_path) == before
     if inside:
         assert names(folder) == inside
         target = made(5)
-        biofx.load_sharded(folder, target)
+        biofx.checkpoints.load_sharded(folder, target)
         assert equal(values(target), values(made(0)))
 
 
@@ -292,9 +292,9 @@ def test_what_is_no_folder_is_one_clear_error(tmp_path: Path) -> None:
     wrong: list[Any] = [tmp_path / "file", tmp_path / "file" / "below", "\0", 3]
     for folder in wrong:
         with pytest.raises(CheckpointError, match="expected a folder to write to"):
-            biofx.save_sharded(made(0), folder)
+            biofx.checkpoints.save_sharded(made(0), folder)
         with pytest.raises(CheckpointError, match=r"expected a folder that biofx\.save_sharded wrote"):
-            biofx.load_sharded(folder, made(0))
+            biofx.checkpoints.load_sharded(folder, made(0))
 
 
 def test_a_load_sees_one_checkpoint_whatever_is_saved_meanwhile(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_no_bit_that_is_turned_over_changes_what_loads(tmp_path: Path) -> None:
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        biofx.save_sharded(model, tmp_path)
+        biofx.checkpoints.save_sharded(model, tmp_path)
     finally:
         torch.serialization.set_crc32_options(checksums)
     (data,) = tmp_path.glob("*.distcp")
@@ -325,7 +325,7 @@ def test_no_bit_that_is_turned_over_changes_what_loads(tmp_path: Path) -> None:
         data.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
         before = values(target)
         try:
-            biofx.load_sharded(tmp_path, target)
+            biofx.checkpoints.load_sharded(tmp_path, target)
         except CheckpointError:
             found += 1
             assert equal(values(target), before)
@@ -337,8 +337,8 @@ def test_no_bit_that_is_turned_over_changes_what_loads(tmp_path: Path) -> None:
 
 def test_keys_that_are_numbers_come_back_as_numbers(tmp_path: Path) -> None:
     extra = {"seen": {3: [1, (2, "b")], "3": None}, "nested": {"a": {0: torch.arange(3)}}, "empty": {}}
-    biofx.save_sharded(made(0), tmp_path, extra=extra)
-    found = biofx.load_sharded(tmp_path, made(1))
+    biofx.checkpoints.save_sharded(made(0), tmp_path, extra=extra)
+    found = biofx.checkpoints.load_sharded(tmp_path, made(1))
     assert torch.equal(found["nested"]["a"].pop(0), torch.arange(3))
     assert found == {"seen": extra["seen"], "nested": {"a": {}}, "empty": {}}
 
@@ -355,8 +355,8 @@ def test_what_an_optimizer_remembers_by_numbers_comes_back(tmp_path: Path) -> No
     model, target = made(0), made(1)
     optimizer, own = (Numbered(each.parameters(), lr=0.1) for each in (model, target))
     optimizer.step()
-    biofx.save_sharded(model, tmp_path, optimizer=optimizer)
-    biofx.load_sharded(tmp_path, target, optimizer=own)
+    biofx.checkpoints.save_sharded(model, tmp_path, optimizer=optimizer)
+    biofx.checkpoints.load_sharded(tmp_path, target, optimizer=own)
     assert [set(entry) for entry in own.state.values()] == [{0, 1}] * 4
     assert all(entry[1] == {2: 4.5} for entry in own.state.values())
 
@@ -378,11 +378,11 @@ def test_a_load_that_fails_at_its_end_changes_nothing(tmp_path: Path) -> None:
         return model, optimizer
 
     model, optimizer = stepped(0, Refusing)
-    biofx.save_sharded(model, tmp_path, optimizer=optimizer)
+    biofx.checkpoints.save_sharded(model, tmp_path, optimizer=optimizer)
     target, own = stepped(1, Refusing)
     before, remembered = values(target), [value["momentum_buffer"].clone() for value in own.state.values()]
     with pytest.raises(CheckpointError, match="Refusing that raises: KeyError: 'not this state'"):
-        biofx.load_sharded(tmp_path, target, optimizer=own)
+        biofx.checkpoints.load_sharded(tmp_path, target, optimizer=own)
     assert equal(before, values(target))
     assert own.param_groups[0]["lr"] == 1.1
     for value, entry in zip(remembered, own.state.values(), strict=True):
@@ -396,7 +396,8 @@ def test_random_kills_of_a_process_that_saves_all_the_time(tmp_path: Path) -> No
         "def made(seed):\n    torch.manual_seed(seed)\n"
         "    return biofx.transform(Chain(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))).graph_module\n"
         "models = made(0), made(1)\n"
-        "while True:\n    for model in models: biofx.save_sharded(model, sys.argv[1]); print(flush=True)\n"
+        "while True:\n    for model in models:\n"
+        "        biofx.checkpoints.save_sharded(model, sys.argv[1]); print(flush=True)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
@@ -407,11 +408,11 @@ def test_random_kills_of_a_process_that_saves_all_the_time(tmp_path: Path) -> No
                 running.stdout.readline()
             running.send_signal(signal.SIGSTOP)
             target = made(5)
-            biofx.load_sharded(tmp_path, target)
+            biofx.checkpoints.load_sharded(tmp_path, target)
             assert any(equal(values(target), values(made(seed))) for seed in (0, 1))
             running.send_signal(signal.SIGCONT)
         running.kill()
     target = made(5)
-    biofx.load_sharded(tmp_path, target)
-    biofx.save_sharded(target, tmp_path)
+    biofx.checkpoints.load_sharded(tmp_path, target)
+    biofx.checkpoints.save_sharded(target, tmp_path)
     assert len(names(tmp_path)) == 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from biofx import PlasticityError
+from biofx.errors import PlasticityError
 from tests.plasticity.displacements import Layers, errors
 
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer")

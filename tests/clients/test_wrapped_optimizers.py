@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import biofx
-from biofx import PlasticityError
+from biofx.errors import PlasticityError
 from tests.plasticity.runs import assert_scaled, batches, factors_of, fresh, train
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import biofx
-from biofx import BioConfig, InputError, PassError, passes
+from biofx import BioConfig, passes
+from biofx.errors import InputError, PassError
 
 EVERYTHING = BioConfig(
     weight_splitting_Gamma=2,
@@ -329,7 +330,7 @@ def test_a_hook_that_a_layer_was_given_after_the_transform_acts_in_what_is_deplo
 def test_a_hook_that_no_call_would_run_is_not_deployed(config: dict[str, Any]) -> None:
     bio_model = biofx.transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), config).graph_module
     bio_model.get_submodule("0").register_full_backward_hook(doubled_gradient)
-    with pytest.raises(biofx.InputError, match=r"'0'.*has backward hooks, which would never run"):
+    with pytest.raises(biofx.errors.InputError, match=r"'0'.*has backward hooks, which would never run"):
         biofx.deploy(bio_model)
 
 
@@ -493,5 +494,5 @@ def test_contexts_of_gradients_are_left_out_and_autocast_is_refused() -> None:
     x = torch.randn(3, 4)
     assert not any("grad_mode" in node.name for node in deployed.graph.nodes)
     torch.testing.assert_close(deployed(x), bio_model.eval()(x))
-    with pytest.raises(biofx.PassError, match=r"opens torch\.autocast in the forward"):
+    with pytest.raises(biofx.errors.PassError, match=r"opens torch\.autocast in the forward"):
         biofx.deploy(biofx.transform(Casts(), {}).graph_module)

@@ -203,7 +203,7 @@ def test_what_a_layer_s_graph_does_not_know_is_known_to_the_layer_or_refused(kin
     region, plain = bio_model.routed.up, biofx.deploy(bio_model).get_submodule("routed.up")
     x = torch.randn(3, 6, 4)
     torch.testing.assert_close(plain(x), region(x))
-    with pytest.raises(biofx.InputError, match="argument 'output_size'"):
+    with pytest.raises(biofx.errors.InputError, match="argument 'output_size'"):
         region(x, [4])
     if isinstance(plain, GraphModule):
         torch.testing.assert_close(plain(x, None), region(x))

@@ -111,5 +111,7 @@ def test_what_is_known_only_when_it_runs_is_refused() -> None:
     traced = torch.fx.GraphModule(nn.Module(), torch.fx.Graph())
     mask, said = traced.graph.placeholder("mask"), traced.graph.placeholder("said")
     traced.graph.output(traced.graph.call_function(detects_causal_mask, (mask, said, 5)))
-    with pytest.raises(biofx.PassError, match="whether the mask is causal is known only when the model runs"):
+    with pytest.raises(
+        biofx.errors.PassError, match="whether the mask is causal is known only when the model runs"
+    ):
         write_out(traced)

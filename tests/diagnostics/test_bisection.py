@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioConfig, BioGraphModule, BisectError, Pass, Pipeline, Remark, Scope
+from biofx import BioConfig, BioGraphModule, Pass, Pipeline, Remark, Scope
 from biofx.cli import main
+from biofx.errors import BisectError
 from biofx.passes import ConstrainSigns, ScaleGradients, SplitWeights
 
 

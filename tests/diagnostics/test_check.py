@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
-from biofx import Audit, BioConfig, BioConverter, BioGraphModule, Distribution, InputError, InvariantError
+from biofx import BioConfig, BioConverter, BioGraphModule, Distribution
+from biofx.diagnostics import Audit
 from biofx.diagnostics.check import INVARIANTS
+from biofx.errors import InputError, InvariantError
 from biofx.operators.rate_ops import scale_gradient
 from biofx.operators.sign_ops import constrain_sign
 from biofx.operators.split_ops import pool_synapses

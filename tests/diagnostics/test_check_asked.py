@@ -48,7 +48,7 @@ def test_signs_that_reach_no_layer_are_a_finding_and_counted_in_the_report() -> 
     assert "asked for and not there: 1" in report.summary()
     assert str(report).splitlines()[1].startswith("asked: signs - 0 of 3 layers (3 times: what feeds it")
     assert report.to_dict()["unmet"][0]["considered"] == 3
-    with pytest.raises(biofx.InvariantError, match="asked for and not there: signs"):
+    with pytest.raises(biofx.errors.InvariantError, match="asked for and not there: signs"):
         biofx.check(bio).raise_if_broken()
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
-from biofx import BioConfig, Distribution, InvariantError
+from biofx import BioConfig, Distribution
 from biofx.diagnostics.effective import effective_weight, effective_weights
 from biofx.diagnostics.effective_signs import SignCount, count_signs
+from biofx.errors import InvariantError
 from biofx.layers.constant_part import ConstantPart
 from biofx.layers.weight_uses import Treatment, weight_uses
 from biofx.operators.rate_ops import scale_gradient

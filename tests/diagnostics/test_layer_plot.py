@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from biofx import InputError, LayerRecord, OptionError, StepRecord
+from biofx import OptionError
+from biofx.diagnostics import LayerRecord, StepRecord
 from biofx.diagnostics.layer_plot import plot_layers
 from biofx.diagnostics.monitor_records import BINS
+from biofx.errors import InputError
 
 
 def layer(**changes: Any) -> LayerRecord:

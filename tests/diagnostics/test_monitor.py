@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import biofx
-from biofx import BioConfig, InputError, LayerRecord, Monitor, OptionError, PlasticityError, Rule, StepRecord
+from biofx import BioConfig, Monitor, OptionError, Rule
+from biofx.diagnostics import LayerRecord, StepRecord
 from biofx.diagnostics.monitor_plot import series_of
-from biofx.diagnostics.monitor_records import HISTOGRAM_EDGES, Sink
-from biofx.diagnostics.monitor_table import short_name
+from biofx.diagnostics.monitor_records import HISTOGRAM_EDGES, Sink, short_name
+from biofx.errors import InputError, PlasticityError
 from biofx.passes import ConstrainSigns
 from biofx.plasticity.optimizer_step import LayerStep
 

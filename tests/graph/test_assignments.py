@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioConfig, CaptureError, PassError, capture
+from biofx import BioConfig, CaptureError, capture
+from biofx.errors import PassError
 from biofx.graph.graph_functions import assign_buffer
 from biofx.plasticity.bio_module import BioModule
 
@@ -179,7 +180,9 @@ def test_what_would_change_more_than_values_stays_in_python(
 def test_another_shape_than_before_is_an_error_and_nothing_is_assigned() -> None:
     captured = recorded_of(Follows())
     captured.mean = torch.zeros(1)
-    with pytest.raises(biofx.InputError, match=r"expected \(1,\) of torch\.float32 as before, found \(8,\)"):
+    with pytest.raises(
+        biofx.errors.InputError, match=r"expected \(1,\) of torch\.float32 as before, found \(8,\)"
+    ):
         captured(inputs())
     assert captured.mean.shape == (1,)
 

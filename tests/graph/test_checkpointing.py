@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import biofx
-from biofx import BioConfig, CaptureError, InputError, capture
+from biofx import BioConfig, CaptureError, capture
+from biofx.errors import InputError
 from biofx.graph.graph_functions import call_checkpointed
 from biofx.graph.regions import region_paths
 

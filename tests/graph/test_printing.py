@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 import biofx
-from biofx import diff_graphs, format_graph
+from biofx import format_graph
+from biofx.graph import diff_graphs
 from biofx.graph.changes import print_changed, render_diff
 from biofx.graph.printing import function_name
 

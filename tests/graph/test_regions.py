@@ -163,7 +163,7 @@ def test_selectors_reach_into_regions() -> None:
     bio_model, _ = biofx.transform(Model(), EVERYTHING, only="gate.closed", passes="scale-gradients")
     scaled = {site.layer for site in find_sites(bio_model).found if site.has(scale_gradient)}
     assert scaled == {"gate.closed.first", "gate.closed.second"}
-    with pytest.raises(biofx.SelectorError, match=r"did you mean 'gate\.closed'"):
+    with pytest.raises(biofx.errors.SelectorError, match=r"did you mean 'gate\.closed'"):
         biofx.transform(Model(), EVERYTHING, only="gate.close")
 
 

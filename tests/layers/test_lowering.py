@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from biofx import PassError, capture
+from biofx import capture
+from biofx.errors import PassError
 from biofx.layers.lowering import Lowering
 from biofx.layers.sites import find_sites
 from biofx.operators.rate_ops import scale_gradient

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from biofx import BioGraphModule, InputError, PassError, capture
+from biofx import BioGraphModule, capture
+from biofx.errors import InputError, PassError
 from biofx.layers.lowering import Lowering
 from biofx.layers.norm_sites import find_norms, lower_norm
 from biofx.layers.sites import find_sites

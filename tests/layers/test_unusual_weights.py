@@ -67,7 +67,7 @@ def test_complex_weights_have_rates_and_no_signs() -> None:
         layer: Any = bio_model.get_submodule(str(place))
         factors = layer.bio_mod.fuzzy_learning_rate_parameters
         torch.testing.assert_close(layer.weight.grad, model[place].weight.grad * factors)
-    with pytest.raises(biofx.PlasticityError, match="expected real weights"):
+    with pytest.raises(biofx.errors.PlasticityError, match="expected real weights"):
         bio_model.rejuvenate_weights()
 
 
@@ -104,5 +104,5 @@ def test_a_rule_on_a_sparse_gradient_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
     bio_model, _ = biofx.transform(model, CONFIGS["rates"])
     bio_model(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(biofx.PlasticityError, match=r"'0\.weight' has a sparse gradient"):
+    with pytest.raises(biofx.errors.PlasticityError, match=r"'0\.weight' has a sparse gradient"):
         bio_model.volume_dependent_lr()

@@ -158,7 +158,7 @@ def test_slices_and_named_tuples_survive_pickling(vectors: Tensor) -> None:
 def test_what_cannot_be_copied_is_an_input_error(mlp: nn.Module) -> None:
     captured = biofx.capture(mlp)
     vars(captured)["late"] = [captured.get_parameter("0.weight") * 2]
-    with pytest.raises(biofx.InputError, match="can be copied"):
+    with pytest.raises(biofx.errors.InputError, match="can be copied"):
         copy.deepcopy(captured)
 
 

@@ -43,7 +43,7 @@ def test_a_hook_on_what_a_graph_has_inline_is_an_error(kind: str, path: str) -> 
         before = model(x)
         ran = noting(model.get_submodule(path), kind)
         with pytest.raises(
-            biofx.InputError, match=rf"module '{path}' .* would never run.*opaque=\['{path}'\]"
+            biofx.errors.InputError, match=rf"module '{path}' .* would never run.*opaque=\['{path}'\]"
         ):
             model(x)
         for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):

@@ -437,7 +437,7 @@ def test_deploying_and_transforming_again_look_before_any_call() -> None:
         with pytest.raises(biofx.CaptureError, match="'conv' was changed"):
             use(changed)
     vars(bio_model.get_submodule("head"))["forward"] = lambda x: x
-    with pytest.raises(biofx.InputError, match="'head' with one of its own"):
+    with pytest.raises(biofx.errors.InputError, match="'head' with one of its own"):
         biofx.deploy(bio_model)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import InputError, capture
+from biofx import capture
+from biofx.errors import InputError
 from biofx.operators.compound_ops import attend
 from tests.layers.lowered import lowered
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import biofx
-from biofx import InputError
+from biofx.errors import InputError
 from biofx.operators.norm_ops import affine_synapses, batch_norm_synapses
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import biofx
-from biofx import InputError, capture
+from biofx import capture
+from biofx.errors import InputError
 from biofx.operators.compound_ops import recurrent
 from biofx.operators.rate_ops import scale_gradient
 from tests.layers.lowered import lowered

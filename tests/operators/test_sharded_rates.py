@@ -71,7 +71,7 @@ def test_a_gradient_that_comes_on_top_of_another_unannounced_is_refused(mlp: nn.
     loss_of(bio_model).backward()
     weight = bio_model.get_parameter("0.weight")
     (hook,) = weight._post_accumulate_grad_hooks.values()
-    with pytest.raises(biofx.PlasticityError, match="call zero_grad"):
+    with pytest.raises(biofx.errors.PlasticityError, match="call zero_grad"):
         hook(weight)
 
 
@@ -91,7 +91,9 @@ def test_factors_that_belong_to_no_weight_are_refused(mlp: nn.Module) -> None:
     bio_model, _, _ = sharded(mlp)
     loss_of(bio_model)
     factors = bio_model.get_submodule("0").bio_mod.fuzzy_learning_rate_parameters
-    with pytest.raises(biofx.PlasticityError, match="expected factors that belong to a sharded weight"):
+    with pytest.raises(
+        biofx.errors.PlasticityError, match="expected factors that belong to a sharded weight"
+    ):
         scale_gradient(torch.zeros(6, 4), factors.clone())
 
 

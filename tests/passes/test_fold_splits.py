@@ -86,11 +86,13 @@ def values(bio: biofx.BioGraphModule, x: Tensor) -> dict[torch.fx.Node, Any]:
 
 def test_it_is_on_by_default_and_off_by_its_field(mlp: nn.Module) -> None:
     config = biofx.BioConfig(weight_splitting_Gamma=2)
-    assert [entry.name for entry in biofx.compile_config(config).passes][-1] == "fold-splits"
+    assert [entry.name for entry in biofx.rewriting.compile_config(config).passes][-1] == "fold-splits"
     off = config.replace(weight_splitting_fold=False)
-    assert "fold-splits" not in [entry.name for entry in biofx.compile_config(off).passes]
+    assert "fold-splits" not in [entry.name for entry in biofx.rewriting.compile_config(off).passes]
     assert "pool_synapses" in targets(biofx.transform(mlp, off).graph_module)
-    assert "fold-splits" not in [entry.name for entry in biofx.compile_config(biofx.BioConfig()).passes]
+    assert "fold-splits" not in [
+        entry.name for entry in biofx.rewriting.compile_config(biofx.BioConfig()).passes
+    ]
 
 
 def test_parameters_states_and_keys_stay(mlp: nn.Module) -> None:
@@ -281,7 +283,7 @@ def test_input_without_a_batch() -> None:
     x = torch.randn(IMAGES)[0].repeat(1, 2, 2)
     torch.testing.assert_close(bio(x), plain(x))
     counted = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 49, 2))
-    with pytest.raises(biofx.InputError, match=r"expected a tensor with 4 axes \(a batch\)"):
+    with pytest.raises(biofx.errors.InputError, match=r"expected a tensor with 4 axes \(a batch\)"):
         fold(counted).graph_module(torch.randn(3, 9, 9))
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioConfig, BioModule, Distribution, OptionError, PlasticityError, Rule, attach
+from biofx import BioConfig, BioModule, Distribution, OptionError, Rule, attach
+from biofx.errors import PlasticityError
 from biofx.plasticity.optimizer_step import LayerStep
 
 FRONT_DOORS: dict[str, Callable[[nn.Module, BioConfig], nn.Module]] = {
@@ -780,7 +781,7 @@ def test_weight_that_is_no_number_stops_the_run_before_any_layer_is_replaced() -
     before = parameters_of(bio)["0.weight"]
     bio.get_parameter("0.weight").grad = torch.zeros(16, 6)
     bio.get_parameter("2.weight").grad = torch.zeros(1, 16)
-    with pytest.raises(biofx.NonFiniteWeightError, match=r"2\.weight"):
+    with pytest.raises(biofx.errors.NonFiniteWeightError, match=r"2\.weight"):
         optimizer.step()
     assert torch.equal(bio.get_parameter("0.weight"), before)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import biofx
-from biofx import PlasticityError
+from biofx.errors import PlasticityError
 from tests.plasticity.runs import factors_of, train
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import biofx
-from biofx import PlasticityError
+from biofx.errors import PlasticityError
 from biofx.plasticity.scale_survival import find_way
 from tests.plasticity.runs import assert_scaled, factors_of, fresh, train
 

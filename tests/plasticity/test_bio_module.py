@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import biofx
-from biofx import BioConfig, Distribution, PlasticityError
+from biofx import BioConfig, Distribution
+from biofx.errors import PlasticityError
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import bio_module_at, bio_module_path
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import PlasticityError
+from biofx.errors import PlasticityError
 from biofx.plasticity.rate_rules import crystallize
 
 OPTIONS = {"threshold": 0.1, "dampening": 0.5, "floor": 0.01}

@@ -82,10 +82,12 @@ def test_factors_scale_the_exponent(mlp: nn.Module, vectors: Tensor) -> None:
 
 def test_what_it_has_no_meaning_for_is_refused(mlp: nn.Module) -> None:
     plain, _ = biofx.transform(mlp)
-    with pytest.raises(biofx.PlasticityError, match=r"expected a model whose units have signs"):
+    with pytest.raises(biofx.errors.PlasticityError, match=r"expected a model whose units have signs"):
         biofx.attach(plain, torch.optim.SGD(plain.parameters(), lr=0.1), updates="exponentiated")
     bio = dale(mlp)
-    with pytest.raises(biofx.PlasticityError, match=r"expected weight_decay=0 for '2.weight', found 0.1"):
+    with pytest.raises(
+        biofx.errors.PlasticityError, match=r"expected weight_decay=0 for '2.weight', found 0.1"
+    ):
         biofx.attach(
             bio, torch.optim.SGD(bio.parameters(), lr=0.1, weight_decay=0.1), updates="exponentiated"
         )

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import biofx
-from biofx import BioModule, NonFiniteWeightError, PlasticityError
+from biofx import BioModule
+from biofx.errors import NonFiniteWeightError, PlasticityError
 from biofx.plasticity.model_states import apply_rule, bio_modules, exposed_rules, prepare_states
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from biofx import PlasticityError
+from biofx.errors import PlasticityError
 from biofx.plasticity.optimizers import decoupled_decay, has_decay, signature, without_decay
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import PlasticityError
+from biofx.errors import PlasticityError
 from tests.plasticity.runs import batches, factors_of, fresh, train
 
 

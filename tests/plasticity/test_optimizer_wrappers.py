@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import biofx
-from biofx import PlasticityError
+from biofx.errors import PlasticityError
 from tests.plasticity.runs import fresh
 
 

@@ -49,7 +49,7 @@ optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
 rules = ["crystallize", biofx.Rule("rejuvenate_weights", every=5), "volume_dependent_lr", "synaptic_scaling"]
 try:
     biofx.attach(bio_model, optimizer, rules)
-except biofx.PlasticityError:
+except biofx.errors.PlasticityError:
     pass
 else:
     say("the bare model was not refused")

@@ -9,7 +9,8 @@ from scipy import special, stats
 from torch import Tensor, nn
 
 import biofx
-from biofx import NonFiniteWeightError, OptionError
+from biofx import OptionError
+from biofx.errors import NonFiniteWeightError
 from biofx.operators.sampling import generator_for
 from biofx.plasticity.weight_rules import check_finite, expected_turnover, protection_for, rejuvenate
 

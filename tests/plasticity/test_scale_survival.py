@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from biofx import PlasticityError
+from biofx.errors import PlasticityError
 from biofx.plasticity.optimizer_trial import kinds_of
 from biofx.plasticity.optimizers import refuse_closures
 from biofx.plasticity.scale_survival import find_way

@@ -36,7 +36,7 @@ def test_parts_that_a_graph_has_taken_apart_are_not_called() -> None:
         shard_by_itself(bio_model.get_submodule(path))
     # the graph reads the layers of 0 and 2, and calls 1 and 3; Python calls what is in 3
     assert [path for path, _ in parts_not_called(bio_model)] == ["0", "0.1", "2"]
-    with pytest.raises(biofx.PlasticityError, match=r"found only parts of it sharded, as '0'"):
+    with pytest.raises(biofx.errors.PlasticityError, match=r"found only parts of it sharded, as '0'"):
         refuse_parts_alone(bio_model)
     shard_by_itself(bio_model)
     refuse_parts_alone(bio_model)

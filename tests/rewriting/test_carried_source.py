@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from biofx import BioConfig, InputError
+from biofx import BioConfig
+from biofx.errors import InputError
 from biofx.rewriting.source_bundle import Carrier
 
 SCALE = torch.tensor([2.0, 3.0])

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 import biofx
-from biofx import BioConfig, Distribution, Pass, Pipeline, PipelineError, compile_config
+from biofx import BioConfig, Distribution, Pass, Pipeline
 from biofx.config import config_options
+from biofx.errors import PipelineError
 from biofx.options import declared_options
 from biofx.passes import ConstrainSigns, FoldSplits, ObserveActivity, ScaleGradients, SplitWeights
+from biofx.rewriting import compile_config
 from biofx.rewriting.compile_config import choose_passes
 from biofx.select import Override
 
@@ -227,11 +229,11 @@ def test_each_option_of_a_pass_is_declared_by_the_field_of_the_config_that_feeds
     }
     declared = {
         (name, option): found.field
-        for name, cls in biofx.available_passes().items()
+        for name, cls in biofx.rewriting.available_passes().items()
         for option, found in declared_options(cls).items()
     }
     assert declared == fed
-    known = biofx.available_passes()
+    known = biofx.rewriting.available_passes()
     assert all(name in known for found in config_options().values() for name in {*found.feeds, *found.off})
 
 

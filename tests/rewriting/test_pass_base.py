@@ -17,20 +17,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 import biofx
-from biofx import (
-    BioGraphModule,
-    InputError,
-    OptionError,
-    Pass,
-    PassError,
-    PassResult,
-    Pipeline,
-    Remark,
-    Scope,
-    SelectorError,
-    available_passes,
-    passes,
-)
+from biofx import BioGraphModule, OptionError, Pass, PassResult, Pipeline, Remark, Scope, passes
+from biofx.errors import InputError, PassError, SelectorError
+from biofx.rewriting import available_passes
 from biofx.rewriting.remarks import applied, missed
 from biofx.select import Override
 

@@ -15,18 +15,8 @@ from torch import Tensor, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import biofx
-from biofx import (
-    BioConfig,
-    BioGraphModule,
-    InputError,
-    OptionError,
-    Pass,
-    Pipeline,
-    PipelineError,
-    Remark,
-    Scope,
-    SelectorError,
-)
+from biofx import BioConfig, BioGraphModule, OptionError, Pass, Pipeline, Remark, Scope
+from biofx.errors import InputError, PipelineError, SelectorError
 from biofx.operators.rate_sampling import Distribution
 from biofx.passes import ConstrainSigns, ScaleGradients, SplitWeights
 from biofx.rewriting.pipeline import stages_of
@@ -409,7 +399,7 @@ def test_transform_lets_the_observer_see_each_pass_whatever_is_selected(
 
 def test_an_observer_is_no_part_of_what_a_pipeline_is() -> None:
     plain = Pipeline((SplitWeights(),))
-    watched = dataclasses.replace(plain, observe=biofx.print_changed)
+    watched = dataclasses.replace(plain, observe=biofx.graph.print_changed)
     assert watched == plain
     assert str(watched) == str(plain)
 
@@ -417,7 +407,7 @@ def test_an_observer_is_no_part_of_what_a_pipeline_is() -> None:
 def test_print_changed_prints_the_diff_of_each_pass(
     mlp: nn.Module, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    biofx.transform(mlp, passes="split-weights,constrain-signs{only=[]}", observe=biofx.print_changed)
+    biofx.transform(mlp, passes="split-weights,constrain-signs{only=[]}", observe=biofx.graph.print_changed)
     printed = capsys.readouterr().out
     assert "after split-weights" in printed
     assert "+ _0_pooled = pool_synapses(_0, gamma=2, channel_axis=-1)" in printed

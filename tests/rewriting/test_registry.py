@@ -11,7 +11,8 @@ import pytest
 from torch import nn
 
 import biofx
-from biofx import BioConfig, BioGraphModule, Pass, Pipeline, PipelineError, Remark, Scope, passes
+from biofx import BioConfig, BioGraphModule, Pass, Pipeline, Remark, Scope, passes
+from biofx.errors import PipelineError
 from biofx.rewriting.registry import GROUP, available_passes, find_pass
 
 

@@ -92,7 +92,7 @@ def test_a_report_accounts_for_every_node_that_differs(model: nn.Module, config:
 
 
 def test_each_pass_accounts_for_the_nodes_it_changed(model: nn.Module) -> None:
-    pipeline = biofx.compile_config(FULL)
+    pipeline = biofx.rewriting.compile_config(FULL)
     graph_module = biofx.capture(model)
     report = pipeline(graph_module).report
     for entry, told in zip(pipeline.passes, report.passes, strict=True):

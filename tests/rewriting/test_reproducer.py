@@ -16,18 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import (
-    BioConfig,
-    BioConverter,
-    BioGraphModule,
-    OptionError,
-    Pass,
-    PassError,
-    Pipeline,
-    Remark,
-    Scope,
-    SelectorError,
-)
+from biofx import BioConfig, BioConverter, BioGraphModule, OptionError, Pass, Pipeline, Remark, Scope
+from biofx.errors import PassError, SelectorError
 from biofx.passes import ScaleGradients, SplitWeights
 from biofx.rewriting import reproducer as module
 from biofx.rewriting.reproducer import PLACE, write_reproducer

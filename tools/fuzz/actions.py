@@ -82,11 +82,11 @@ def checkpointed(model: nn.Module, *, sharded: bool = False) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "saved")
-        (biofx.save_sharded if sharded else biofx.save)(model, path)
+        (biofx.checkpoints.save_sharded if sharded else biofx.save)(model, path)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
-        (biofx.load_sharded if sharded else biofx.load)(path, model)
+        (biofx.checkpoints.load_sharded if sharded else biofx.load)(path, model)
 
 
 def deployed(model: nn.Module) -> Any:

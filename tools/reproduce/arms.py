@@ -78,7 +78,7 @@ def build(arm: Arm, make: Callable[[], nn.Module], seed: int) -> tuple[nn.Module
         return plain, []
     bio_model, _ = biofx.transform(plain, arm.config.replace(seed=seed))
     if arm.freed:
-        plain.load_state_dict(biofx.plain_state(bio_model))
+        plain.load_state_dict(biofx.checkpoints.plain_state(bio_model))
         return plain, []
     if not arm.levelled:
         return bio_model, []

@@ -36,7 +36,7 @@ def train(
     if rules or observers:
         biofx.attach(model, optimizer, rules, observers=observers)
     model.train()
-    with contextlib.suppress(biofx.NonFiniteWeightError):
+    with contextlib.suppress(biofx.errors.NonFiniteWeightError):
         _descend(model, optimizer, data.train, epochs, seed)
     return accuracy(model, data.validation), accuracy(model, data.test)
 

@@ -9,7 +9,8 @@ import pytest
 from torch import nn
 
 import biofx
-from biofx import BioConfig, InputError, Report
+from biofx import BioConfig, Report
+from biofx.errors import InputError
 from biofx.graph.graph_view import GraphView, NodeView
 
 FULL = BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True)

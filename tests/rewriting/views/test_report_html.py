@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioConfig, InputError, OptionError, Report
+from biofx import BioConfig, OptionError, Report
+from biofx.errors import InputError
 from biofx.graph.graph_view import GraphView, ModuleView, NodeView
 from biofx.select import NodeIndex
 
@@ -362,7 +363,7 @@ def test_the_pages_selectors_pick_what_those_of_the_library_pick(browser: Any, t
             found = page.run("return biofx.select(arguments[0], arguments[1])", pattern, side)
             try:
                 match = index.match(pattern)
-            except biofx.SelectorError:
+            except biofx.errors.SelectorError:
                 wanted: tuple[set[str], set[str]] = (set(), set())
             else:
                 wanted = ({node.name for node in match.nodes}, set(match.paths))

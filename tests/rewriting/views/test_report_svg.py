@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioConfig, InputError, OptionError, Report, passes
+from biofx import BioConfig, OptionError, Report, passes
+from biofx.errors import InputError
 from biofx.graph.changes import Change
 from biofx.graph.graph_view import GraphView, NodeView
 from biofx.rewriting.remarks import PassReport, Remark

@@ -9,7 +9,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import biofx
-from biofx import BioConfig, InputError, Report
+from biofx import BioConfig, Report
+from biofx.errors import InputError
 from biofx.rewriting.views.terminal import ModelTree
 
 FULL = BioConfig(weight_splitting_Gamma=2, apply_dales_principle=True)
