@@ -22,17 +22,15 @@ from torch.fx import Node
 
 from biofx.config import FROM_SEED, check_drawn_again, option_from_config
 from biofx.graph.regions import region_of_nodes
-from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.layers.weight_site import Sites, Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.rate_ops import scale_gradient, scale_gradient_by_seed
 from biofx.operators.rate_sampling import CHANGING, Distribution, rate_sampling, sampling_options
 from biofx.options import with_documented_options
-from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import bio_module_path, is_taken, state_of
 from biofx.rewriting.remarks import Remark, applied, done_already, missed
 from biofx.rewriting.scope import Scope
-from biofx.rewriting.weight_pass import WeightPass, WeightUses, show_parameters
+from biofx.rewriting.weight_pass import WeightPass, WeightUses, show_parameters, weights_and_parameters
 
 
 @with_documented_options
@@ -64,22 +62,8 @@ class ScaleGradients(WeightPass):
 
     def weights(self, sites: Sites, scope: Scope) -> list[Weight]:
         """Return the weights with whatever else reads them, and where all are meant the other parameters."""
-        weights = sites.weights_and_reads(directly=False)
-        if not self._means_all:
-            return weights
-        known = {id(weight.parameter) for weight in weights}
-        return [
-            weight
-            for weight in sites.weights_and_reads(directly=True)
-            if id(weight.parameter) in known
-            or any(scope.variant(self, site.node, site.layer).parameters == "all" for site in weight.sites)
-        ]
-
-    @property
-    def _means_all(self) -> bool:
-        return "all" in (
-            self.parameters,
-            *(dict(entry.options).get("parameters") for entry in self.overrides),
+        return weights_and_parameters(
+            sites, lambda node, layer: scope.variant(self, node, layer).parameters == "all"
         )
 
     def reason_against(self, site: WeightSite, survey: Mapping[Node, str]) -> Remark | None:
@@ -113,25 +97,25 @@ class ScaleGradients(WeightPass):
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
         """Scale the gradient of each selected weight, and where all parameters are meant, theirs."""
 
-        def is_shown(node: Node, layer: str) -> bool:
+        def is_meant(node: Node, layer: str) -> bool:
             options = scope.variant(self, node, layer)
-            if options.parameters != "all" or not options._scales:
-                return False
-            held = graph_module.get_submodule(str(node.target)).parameters()
-            scaled = (entry for entry in held if entry.requires_grad and not entry.is_meta)
-            return any(obstacle_to_values(entry) is None for entry in scaled)
+            return options.parameters == "all" and options._scales
 
-        if self._means_all:
-            show_parameters(graph_module, scope, is_shown)
+        if "all" in (self.parameters, *(dict(entry.options).get("parameters") for entry in self.overrides)):
+            show_parameters(graph_module, scope, is_meant)
         yield from super().rewrite(graph_module, scope)
 
     def rewrite_node(self, candidate: WeightUses, options: WeightPass) -> Iterator[Remark]:
         """Draw the factors of a weight, unless another use of it has them already, and insert them."""
         weight, lowering = candidate.weight, candidate.lowering
-        state = state_of(lowering.graph_module, weight)
+        state, source = state_of(lowering.graph_module, weight), self._sampled_from(weight)
+        sampling = rate_sampling(**source)
         if not state.has_factors:
-            self._provide(state, weight)
-        if state.is_drawn and state.rate_sampling != rate_sampling(**self._sampled_from(weight)):
+            state.depth = weight.depth
+            bounds = {"fuzzy_lr_min": self.low, "fuzzy_lr_max": self.high}
+            state.config = state.config.replace(**bounds, fuzzy_lr_dtype=self.dtype)
+            state.start_factors(sampling, self.dtype, weight.parameter)
+        if state.is_drawn and state.rate_sampling != sampling:
             reason = "its weight has factors from another draw already"
             yield from (done_already(site.node, site.layer, site.told(reason)) for site in weight.sites)
             return
@@ -140,42 +124,27 @@ class ScaleGradients(WeightPass):
         for site in weight.sites:
             lowering.lower(site)
         if state.is_drawn:
-            source = self._sampled_from(weight)
             lowering.wrap_weight(weight.sites, scale_gradient_by_seed, None, "scaled", **source)
         else:
             kept = f"{bio_module_path(weight.path)}.fuzzy_learning_rate_parameters"
             lowering.wrap_weight(weight.sites, scale_gradient, (kept, "rates"), "scaled")
-        numbers = {"mean": factors.float().mean().item(), "std": factors.float().std(correction=0).item()}
-        message = f"{factors.numel()} factors{self._told(state)}, {self.distribution.value}, "
-        message += f"mean {numbers['mean']:.3f}, "
-        message += f"std {numbers['std']:.3f}"
+        mean, std = factors.float().mean().item(), factors.float().std(correction=0).item()
+        form = "" if self.dtype == "float32" else f" in {self.dtype}"
+        form = " drawn from their seed at each backward" if state.is_drawn else form
+        message = f"{factors.numel()} factors{form}, {self.distribution.value}, "
+        message += f"mean {mean:.3f}, std {std:.3f}"
         if len(weight.sites) > 1:
             message += f"; one set for {len(weight.sites)} uses of the weight"
-        for site in weight.sites:
-            yield applied(site.node, site.layer, site.told(message), factors=factors.numel(), **numbers)
+        numbers = {"factors": factors.numel(), "mean": mean, "std": std}
+        yield from (applied(site.node, site.layer, site.told(message), **numbers) for site in weight.sites)
 
     def _sampled_from(self, weight: Weight) -> dict[str, Any]:
         """Return what the factors of a weight are sampled from, as the graph says it."""
+        names = ("nu", "low", "high", "seed", "granularity")
         return sampling_options(
             self.distribution,
-            nu=self.nu,
-            low=self.low,
-            high=self.high,
-            seed=self.seed,
             path=weight.path,
             depth=weight.depth,
-            granularity=self.granularity,
             output_axis=weight.sites[0].kind.output_axis,
+            **{name: getattr(self, name) for name in names},
         )
-
-    def _provide(self, state: BioModule, weight: Weight) -> None:
-        state.depth = weight.depth
-        state.config = state.config.replace(
-            fuzzy_lr_min=self.low, fuzzy_lr_max=self.high, fuzzy_lr_dtype=self.dtype
-        )
-        state.start_factors(rate_sampling(**self._sampled_from(weight)), self.dtype, weight.parameter)
-
-    def _told(self, state: BioModule) -> str:
-        if state.is_drawn:
-            return " drawn from their seed at each backward"
-        return "" if self.dtype == "float32" else f" in {self.dtype}"

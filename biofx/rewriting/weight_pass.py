@@ -14,6 +14,7 @@ from biofx.errors import OptionError
 from biofx.layers.lowering import Lowering
 from biofx.layers.norm_sites import NormSite, find_norms, lower_norm
 from biofx.layers.sites import find_sites
+from biofx.layers.unusual_weights import obstacle_to_values
 from biofx.layers.weight_site import Sites, Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.rewriting.pass_base import Pass
@@ -68,31 +69,47 @@ def unsupported(sites: Sites) -> Iterator[Remark]:
         yield missed(layer.node, layer.layer, layer.reason)
 
 
-def show_parameters(
-    graph_module: BioGraphModule, scope: Scope, is_shown: Callable[[Node, str], bool]
-) -> None:
+IsMeant = Callable[[Node, str], bool]
+"""Whether a pass is meant for all parameters that a node reads; called with it and the path of its layer."""
+
+
+def show_parameters(graph_module: BioGraphModule, scope: Scope, is_meant: IsMeant) -> None:
     """Replace calls of layers and normalisations by functions, so that the graph reads all their parameters.
+
+    Done for what is selected, meant and can be lowered, where a parameter is trainable and has values.
 
     Args:
         graph_module: the graph, rewritten in place.
         scope: what the pass may touch.
-        is_shown: returns whether it is wanted for a node that calls a module, given the node and the path of
-            the layer. It is asked for what is selected and can be lowered.
+        is_meant: asked of nodes that call a module.
     """
     lowering = Lowering(graph_module)
+
+    def is_shown(site: WeightSite | NormSite) -> bool:
+        if site.node.op != "call_module" or scope.why_not(site.node, site.layer) is not None:
+            return False
+        held = graph_module.get_submodule(str(site.node.target)).parameters()
+        trained = (entry for entry in held if entry.requires_grad and not entry.is_meta)
+        return is_meant(site.node, site.layer) and any(obstacle_to_values(entry) is None for entry in trained)
+
     for site in find_sites(graph_module).found:
-        if site.barrier is None and _is_wanted(site, scope, is_shown):
+        if site.barrier is None and is_shown(site):
             with scope.rewriting(site.node):
                 lowering.lower(site)
     for norm in find_norms(graph_module):
-        if norm.obstacle is None and _is_wanted(norm, scope, is_shown):
+        if norm.obstacle is None and is_shown(norm):
             with scope.rewriting(norm.node):
                 lower_norm(lowering, norm)
 
 
-def _is_wanted(site: WeightSite | NormSite, scope: Scope, is_shown: Callable[[Node, str], bool]) -> bool:
-    is_selected = site.node.op == "call_module" and scope.why_not(site.node, site.layer) is None
-    return is_selected and is_shown(site.node, site.layer)
+def weights_and_parameters(sites: Sites, is_meant: IsMeant) -> list[Weight]:
+    """Return the weights with whatever else reads them, and the other parameters that a pass is meant for."""
+    known = {id(weight.parameter) for weight in sites.weights_and_reads(directly=False)}
+    return [
+        weight
+        for weight in sites.weights_and_reads(directly=True)
+        if id(weight.parameter) in known or any(is_meant(site.node, site.layer) for site in weight.sites)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,15 +157,11 @@ class WeightPass(Pass):
             uses: list[WeightSite] = []
             options = self
             for site in weight.sites:
-                reason = scope.why_not(site.node, site.layer)
-                if reason is not None:
-                    yield switched_off(site.node, site.layer, site.told(reason))
-                    continue
-                own = scope.variant(self, site.node, site.layer)
-                remark = own.reason_against(site, survey)
+                remark = self.remark_against(site, scope, survey)
                 if remark is not None:
                     yield dataclasses.replace(remark, message=site.told(remark.message))
                     continue
+                own = scope.variant(self, site.node, site.layer)
                 if uses and own != options:
                     raise OptionError(
                         f"{self.name}: the uses of {weight.path!r} are given different options, {options} "
@@ -160,6 +173,13 @@ class WeightPass(Pass):
                 taken = dataclasses.replace(weight, sites=tuple(uses))
                 chosen.append((options, WeightUses(taken, lowering, survey)))
         return chosen
+
+    def remark_against(self, site: WeightSite, scope: Scope, survey: Any) -> Remark | None:
+        """Return a remark on why a use is left alone, selected or not; None if it is rewritten."""
+        reason = scope.why_not(site.node, site.layer)
+        if reason is not None:
+            return switched_off(site.node, site.layer, reason)
+        return scope.variant(self, site.node, site.layer).reason_against(site, survey)
 
     def rewrite_chosen(
         self: WeightPassT, chosen: Iterable[tuple[WeightPassT, WeightUses]], scope: Scope

@@ -531,3 +531,10 @@ def test_a_pass_without_options_says_so_and_runs_only_after_passes_that_exist(cl
     assert str(cls()) == cls.name
     assert set(cls.after) <= set(available_passes())
     assert isinstance(Pipeline((cls(),)).passes[0], cls)
+
+
+def test_a_pass_file_is_short_and_leaves_selection_to_the_base() -> None:
+    for path in Path(str(passes.__file__)).parent.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 150, path.name
+        assert "isinstance(options, str)" not in text, path.name
