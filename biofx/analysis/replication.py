@@ -42,7 +42,7 @@ class Replication:
     """Whether each channel is more than one value along the axis, as behind a flatten."""
 
     @property
-    def spread(self) -> dict[str, int]:
+    def spread(self) -> dict[str, Any]:
         """The arguments of ``spread_synapses`` that make the full value of the compact one."""
         return {"gamma": self.gamma, "channel_axis": self.axis, "groups": self.groups}
 

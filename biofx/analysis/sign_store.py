@@ -230,15 +230,15 @@ def _is_free(kept: Tensor | None) -> bool:
     return kept is None or not (kept.is_meta or bool(kept.any()))
 
 
-def _enter(taken: Tensor, path: str, signs: tuple[int, ...], home: Tensor) -> None:
-    """Enter the signs that are given for a layer's units."""
-    if len(signs) != len(home):
+def _enter(taken: Tensor, path: str, signs: tuple[int, ...], units: Tensor) -> None:
+    """Enter the signs that are given for a layer's outputs, by the representatives of its units."""
+    if len(signs) != len(units):
         raise OptionError(
-            f"signs: expected one for each of the {len(home)} outputs of {path!r}, found {len(signs)}"
+            f"signs: expected one for each of the {len(units)} outputs of {path!r}, found {len(signs)}"
         )
-    wanted, known = torch.tensor(signs, dtype=torch.int8), taken[home]
-    taken[home] = wanted
-    if bool(((known != 0) & (known != wanted)).any()) or not torch.equal(taken[home], wanted):
+    wanted, known = torch.tensor(signs, dtype=torch.int8), taken[units]
+    taken[units] = wanted
+    if bool(((known != 0) & (known != wanted)).any()) or not torch.equal(taken[units], wanted):
         raise OptionError(
             f"signs: those given for {path!r} contradict those of a layer whose outputs are added to its "
             "own, and so are the same units; give them the same"

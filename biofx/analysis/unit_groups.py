@@ -130,7 +130,7 @@ class UnitGroups:
     @cached_property
     def regions(self) -> dict[str, str]:
         """Names of nodes that depend on no weight but on what Python passes to a region, and that region."""
-        return {node.name: region for node, region in self._analysis.handed.items()}
+        return {node.name: region for node, region in self._analysis.fed_by_region.items()}
 
     def region_that_feeds(self, reading: Reading) -> str | None:
         """Return the region by whose inputs alone a weight is fed as far as is known, None if others do."""

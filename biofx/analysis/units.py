@@ -264,7 +264,7 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
         """Operations that compare values, and the values they compare."""
         self.compared: list[Tensor] = []
         """The units that comparisons read."""
-        self.handed: dict[Node, str] = {}
+        self.fed_by_region: dict[Node, str] = {}
         """What depends on no weight but on what Python passes to a region, and the path of the region."""
         self.count = 0
         """How many units there are."""
@@ -330,10 +330,10 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
         sources = [source for source in node.all_input_nodes if source in self._fed]
         is_synaptic = node in self._synaptic
         if node.target is region_input:
-            self.handed[node] = str(node.args[0])
-        elif sources and not is_synaptic and all(source in self.handed for source in sources):
-            self.handed[node] = self.handed[sources[0]]
-        if is_synaptic or sources or node in self.handed:
+            self.fed_by_region[node] = str(node.args[0])
+        elif sources and not is_synaptic and all(source in self.fed_by_region for source in sources):
+            self.fed_by_region[node] = self.fed_by_region[sources[0]]
+        if is_synaptic or sources or node in self.fed_by_region:
             self._fed.add(node)
 
     # layers with weights, through their rules

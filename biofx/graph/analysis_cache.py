@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from operator import is_
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -51,29 +52,44 @@ class _Results:
         self.found.clear()
 
 
-_kept: ContextVar[weakref.WeakSet[_Results] | None] = ContextVar("_kept", default=None)
+class _Scope:
+    """A time in which results are kept."""
+
+    def __init__(self, *, may_change: bool) -> None:
+        self.may_change = may_change
+        self.results: weakref.WeakSet[_Results] = weakref.WeakSet()
+
+    def forget(self) -> None:
+        for results in self.results:
+            results.forget()
+
+
+_scope: ContextVar[_Scope | None] = ContextVar("_scope", default=None)
 
 
 @contextmanager
-def analyses_kept() -> Iterator[None]:
-    """Keep the results of analyses until the end of the block; within another such block, until its end."""
-    if _kept.get() is not None:
+def analyses_kept(*, may_change: bool = True) -> Iterator[None]:
+    """Keep the results of analyses until the end of the block; within another such block, until its end.
+
+    Args:
+        may_change: whether models may change within the block; if not, queries do not look for changes.
+    """
+    if _scope.get() is not None:
         yield
         return
-    kept: weakref.WeakSet[_Results] = weakref.WeakSet()
-    token = _kept.set(kept)
+    scope = _Scope(may_change=may_change)
+    token = _scope.set(scope)
     try:
         yield
     finally:
-        _kept.reset(token)
-        for results in kept:
-            results.forget()
+        _scope.reset(token)
+        scope.forget()
 
 
 def forget_analyses() -> None:
     """Drop all results that are kept, since an analysis now works in another way."""
-    for results in _kept.get() or ():
-        results.forget()
+    if (scope := _scope.get()) is not None:
+        scope.forget()
 
 
 def cached_on_graph(analysis: Callable[[ModuleT], ResultT]) -> Callable[[ModuleT], ResultT]:
@@ -84,13 +100,13 @@ def cached_on_graph(analysis: Callable[[ModuleT], ResultT]) -> Callable[[ModuleT
 
     @functools.wraps(analysis)
     def cached(graph_module: ModuleT) -> ResultT:
-        kept = _kept.get()
-        if kept is None:
-            with analyses_kept():
+        scope = _scope.get()
+        if scope is None:
+            with analyses_kept(may_change=False):
                 return cached(graph_module)
         results: _Results = vars(graph_module.graph).setdefault(_PLACE, _Results())
-        kept.add(results)
-        if not results.is_trusted:
+        scope.results.add(results)
+        if scope.may_change and not results.is_trusted:
             state = _State(graph_module)
             if results.state is None or not results.state.is_same(state):
                 results.forget()
@@ -135,6 +151,8 @@ class _State:
             if name in _GENERATED:
                 continue
             objects += (name, value)
+            if type(value) is SimpleNamespace:
+                value = vars(value)
             if is_of(value, (dict, list, set)):  # whose own methods are not to run
                 content = content_of(value)
                 objects.append(len(content))

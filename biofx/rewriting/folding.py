@@ -281,13 +281,6 @@ class Folding:
         made.meta = {key: value for key, value in place.meta.items() if key == "nn_module_stack"}
         return made
 
-    def _insert_for(self, reader: Node, source: Node, name: str, target: Callable[..., Any]) -> Node:
-        """Insert what is computed from a weight or a bias in the context of the node that reads it."""
-        ahead = self._lowering.contexts.place_for(reader, (source,))
-        made = self.insert_after(ahead.prev, name, target)
-        made.meta = {key: value for key, value in source.meta.items() if key == "nn_module_stack"}
-        return made
-
     def _begun(self, pool: Node, layer: Node | None) -> Node:
         """Return the node whose value is compact from now on: the layer itself, or a sum."""
         if layer is None:
@@ -298,42 +291,48 @@ class Folding:
         return layer
 
     def _spread(self, source: Node) -> Node:
-        key = ("spread", source)
-        if key not in self._made:
-            made = self.insert_after(source, f"{source.name}_spread", spread_synapses)
-            made.args, made.kwargs = (source,), dict(self._compact[source].spread)
-            self._made[key] = made
-        return self._made[key]
+        return self._once(spread_synapses, source, f"{source.name}_spread", **self._compact[source].spread)
 
     def _checked(self, source: Node, count: int) -> Node:
-        key = ("checked", source, count)
+        return self._once(require_axes, source, f"{source.name}_checked", count)
+
+    def _once(
+        self,
+        target: Callable[..., Any],
+        source: Node,
+        name: str,
+        *args: Any,
+        reader: Node | None = None,
+        **kwargs: Any,
+    ) -> Node:
+        """Return a call of ``target`` on a node's value, one for all that need it.
+
+        It stands behind ``source``, or ahead of ``reader`` in the context of that.
+        """
+        contexts = self._lowering.contexts
+        context = None if reader is None else contexts.around(reader)
+        key = (target, source, context, *args, *kwargs.items())
         if key not in self._made:
-            made = self.insert_after(source, f"{source.name}_checked", require_axes)
-            made.args = (source, count)
-            self._made[key] = made
+            place = source if reader is None else contexts.place_for(reader, (source,)).prev
+            made = self._made[key] = self.insert_after(place, name, target)
+            made.args, made.kwargs = (source, *args), kwargs
+            made.meta = {key: value for key, value in source.meta.items() if key == "nn_module_stack"}
         return self._made[key]
 
     def _fold(self, fold: Fold) -> None:
         """Let a layer compute with the folded weight and bias."""
         site, node = fold.site, fold.site.node
         self._lowering.lower(site)
-        weight = site.weight_node
-        stem = site.parameter_path.removesuffix(".weight").replace(".", "_")
-        context = self._lowering.contexts.around(node)
-        key: tuple[Any, ...] = ("weight", weight, context, *fold.options.items())
-        if weight is not None and key not in self._made:
-            folded = self._insert_for(node, weight, f"{stem}_folded", fold_weight)
-            folded.args, folded.kwargs = (weight,), fold.options
-            self._made[key] = folded
-        self._replace_argument(node, "weight", 1, self._made[key])
+        if (weight := site.weight_node) is not None:
+            stem = site.parameter_path.removesuffix(".weight").replace(".", "_")
+            folded = self._once(fold_weight, weight, f"{stem}_folded", reader=node, **fold.options)
+            self._replace_argument(node, "weight", 1, folded)
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         if fold.rows > 1 and isinstance(bias, Node):
-            key = ("bias", bias, context, fold.rows)
-            if key not in self._made:
-                summed = self._insert_for(node, bias, f"{bias.name}_folded", sum_synapses)
-                summed.args, summed.kwargs = (bias,), {"gamma": fold.rows, "channel_axis": -1}
-                self._made[key] = summed
-            self._replace_argument(node, "bias", 2, self._made[key])
+            summed = self._once(
+                sum_synapses, bias, f"{bias.name}_folded", reader=node, gamma=fold.rows, channel_axis=-1
+            )
+            self._replace_argument(node, "bias", 2, summed)
         _, groups = fold.folded or ((), site.groups)
         if groups != site.groups:
             self._replace_argument(node, "groups", 6, groups)

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ class Net(nn.Module):
         self.act = nn.ReLU()
         self.register_buffer("shift", torch.zeros(3))
         self.sizes = [1, 2]
+        self.others = SimpleNamespace(a=1)
 
     def forward(self, x: Tensor) -> Any:
         return self.act(self.b(self.a(x)) + self.shift) * 2.0
@@ -115,6 +117,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "a module, another class": lambda m: setattr(m.act, "__class__", nn.Tanh),
     "an option of a module": lambda m: setattr(m.act, "inplace", True),
     "a list of a module": lambda m: m.sizes.append(3),
+    "a namespace of a module": lambda m: setattr(m.others, "a", 2),
     "a hook": lambda m: m.a.register_forward_hook(lambda *_: None),
     "a module more": lambda m: m.add_module("more", nn.Identity()),
     "the graph": lambda m: setattr(m, "graph", copy.deepcopy(m.graph)),
