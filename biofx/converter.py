@@ -12,7 +12,7 @@ from biofx.capture.capture import capture
 from biofx.capture.random_state import preserved_random_state
 from biofx.config import BioConfig
 from biofx.errors import InputError
-from biofx.layers.layer_kinds import kind_of
+from biofx.layers import dense_kind_of
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
@@ -107,7 +107,7 @@ class BioConverter:
 
     def _bio_modulize(self, module: nn.Module) -> None:
         """Give a module its state and rules, if it is a layer; override it to use a class of your own."""
-        if kind_of(module) is not None:
+        if dense_kind_of(module) is not None:
             module.add_module("bio_mod", BioModule(module, config=self.config))
 
     def _convert_instance(self, model: nn.Module) -> BioGraphModule:

@@ -73,7 +73,7 @@ class ConstrainSigns(WeightPass):
         )
         if reason is None and self.method == EXPAND and not survey.has_known_signs(site):
             reason = "its presynaptic units were not expanded, and have no sign"
-        return reason or site.obstacle
+        return reason or site.value_blocker
 
     def _asked_at(self, site: WeightSite, survey: SignSurvey) -> dict[str, Any]:
         """Return details that say that an input or a readout of the model was asked for."""
@@ -128,7 +128,7 @@ class ConstrainSigns(WeightPass):
         message = self._describe(weight, numbers, balances=balances)
         for site in weight.sites:
             unsure = survey.what_is_not_guaranteed(site) if self.axis == "presynaptic" else ""
-            yield applied(site.node, site.layer, site.told(message + unsure), **numbers)
+            yield applied(site.node, site.layer, site.describe(message + unsure), **numbers)
 
     @property
     def _keeps_a_function(self) -> bool:

@@ -68,7 +68,9 @@ class ExpandUnits(Pass):
             for reading in circuit.readings:
                 site = reading.site
                 kind = applied if reason is None else switched_off if off else missed
-                message = site.told(reason or f"reads {len(reading.units)} channels as pairs of both signs")
+                message = site.describe(
+                    reason or f"reads {len(reading.units)} channels as pairs of both signs"
+                )
                 told[site.node, site.parameter_path] = kind(site.node, site.layer, message)
         made = {source.name: circuit for circuit in chosen for source in circuit.sources}
         norms = {node for circuit in chosen for node in circuit.nodes if node in groups.norms}
@@ -85,8 +87,8 @@ class ExpandUnits(Pass):
                     lowering.lower(site)
         for site in sites.found:
             if site.kind.why_no_units or (site.node, site.parameter_path) not in told:
-                reason = site.kind.why_no_units or site.barrier or "it reads no units"
-                yield missed(site.node, site.layer, site.told(reason))
+                reason = site.kind.why_no_units or site.lowering_blocker or "it reads no units"
+                yield missed(site.node, site.layer, site.describe(reason))
                 continue
             remark = told[site.node, site.parameter_path]
             if site.parameter_path in made:

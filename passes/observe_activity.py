@@ -59,7 +59,7 @@ class ObserveActivity(Pass):
         """Observe the units of a layer behind its nonlinearity."""
         site, output = candidate.site, candidate.output
         if site.why_no_channels is not None:
-            return missed(site.node, site.layer, site.told(site.why_no_channels))
+            return missed(site.node, site.layer, site.describe(site.why_no_channels))
         if any(user.target is observe_activity for user in output.users):
             return done_already(site.node, site.layer, "its activity is observed already")
         if fold_behind(site.weight_node) is not None:

@@ -82,13 +82,13 @@ class ScaleGradients(WeightPass):
             return "its weight is frozen (requires_grad is False)"
         if site.parameter.is_meta:
             return "its weight is on the meta device and has no values"
-        if site.barrier is None and is_taken(site.parameter_path):
+        if site.lowering_blocker is None and is_taken(site.parameter_path):
             return f"plasticity states use its name, {site.parameter_path!r}, for something else"
         if site.is_computed and self.distribution in CHANGING:
             return f"a parametrization computes it, and {self.distribution.value} factors follow a parameter"
         if site.is_computed and self.dtype == FROM_SEED:
             return "a parametrization computes it, and 'seed' factors take a parameter; use 'float32'"
-        return site.barrier
+        return site.lowering_blocker
 
     @property
     def _scales(self) -> bool:
@@ -117,7 +117,7 @@ class ScaleGradients(WeightPass):
             state.start_factors(sampling, self.dtype, weight.parameter)
         if state.is_drawn and state.rate_sampling != sampling:
             reason = "its weight has factors from another draw already"
-            yield from (done_already(site.node, site.layer, site.told(reason)) for site in weight.sites)
+            yield from (done_already(site.node, site.layer, site.describe(reason)) for site in weight.sites)
             return
         factors: Any = state.fuzzy_learning_rate_parameters
         state.scaled_in_graph = True
@@ -136,7 +136,9 @@ class ScaleGradients(WeightPass):
         if len(weight.sites) > 1:
             message += f"; one set for {len(weight.sites)} uses of the weight"
         numbers = {"factors": factors.numel(), "mean": mean, "std": std}
-        yield from (applied(site.node, site.layer, site.told(message), **numbers) for site in weight.sites)
+        yield from (
+            applied(site.node, site.layer, site.describe(message), **numbers) for site in weight.sites
+        )
 
     def _sampled_from(self, weight: Weight) -> dict[str, Any]:
         """Return what the factors of a weight are sampled from, as the graph says it."""

@@ -69,11 +69,11 @@ class SplitWeights(Pass):
         """Sum the groups of a layer's output channels."""
         site = candidate.site
         if candidate.is_split:
-            return done_already(site.node, site.layer, site.told("its output is split already"))
+            return done_already(site.node, site.layer, site.describe("its output is split already"))
         if self.gamma < 2:
-            return switched_off(site.node, site.layer, site.told(f"gamma={self.gamma} is off"))
+            return switched_off(site.node, site.layer, site.describe(f"gamma={self.gamma} is off"))
         if candidate.reason is not None:
-            return missed(site.node, site.layer, site.told(candidate.reason))
+            return missed(site.node, site.layer, site.describe(candidate.reason))
         if site.output_channels % self.gamma:
             reason = f"gamma={self.gamma} does not divide its {site.output_channels} output channels"
             return missed(site.node, site.layer, reason, gamma=self.gamma, channels=site.output_channels)
@@ -123,7 +123,7 @@ def _reason_against(site: WeightSite, graph_module: BioGraphModule, readout: Set
     if site.kind.why_no_units:
         return site.kind.why_no_units
     if not site.parameter.numel():
-        return site.barrier or "it has no weights"
+        return site.lowering_blocker or "it has no weights"
     if site.why_no_channels is not None:
         return f"{site.why_no_channels}; only those of a Linear or a convolution are split"
     if getattr(graph_module.get_submodule(site.layer), "last_module_token", False):

@@ -19,8 +19,7 @@ from biofx.analysis.forward import TABLE, Call, CannotFollow, ForwardAnalysis, r
 from biofx.analysis.synapses import short_name
 from biofx.graph.node_kinds import changes_in_place, is_number
 from biofx.graph.regions import region_output
-from biofx.layers.layer_kinds import LayerKind
-from biofx.layers.obstacles import hooks_of
+from biofx.layers.layer_kind import LayerKind, hooks_of
 from biofx.layers.weight_site import WeightSite
 
 

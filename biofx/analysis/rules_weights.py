@@ -12,7 +12,10 @@ from biofx.analysis.forward import CannotFollow, declare
 from biofx.analysis.layout import Axis, UnitLayout
 from biofx.analysis.replication import Outcome, Replication, ReplicationCall
 from biofx.analysis.units import NOTHING, UnitCall, UnitValue
-from biofx.layers.layer_kinds import ATTENTION, EMBEDDING, EMBEDDING_BAG, GRU, LSTM, RNN, LayerKind
+from biofx.layers.attention import ATTENTION
+from biofx.layers.layer_kind import LayerKind
+from biofx.layers.recurrent import GRU, LSTM, RNN
+from biofx.layers.single_weight import EMBEDDING, EMBEDDING_BAG
 from biofx.layers.weight_site import WeightSite
 from biofx.operators.split_ops import folded_shape
 

@@ -15,7 +15,7 @@ from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.graph_functions import checkpointed_path
 from biofx.graph.node_kinds import changed_in_place, queries_metadata
 from biofx.graph.regions import region_of_nodes, region_output
-from biofx.layers.layer_kinds import kind_of_call
+from biofx.layers import kind_of_call
 from biofx.operators.split_ops import fold_weight, pool_synapses, sum_synapses
 
 _PRODUCTS: frozenset[Any] = frozenset(

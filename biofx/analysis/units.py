@@ -23,7 +23,7 @@ from biofx.analysis.synapses import synaptic_nodes
 from biofx.graph.analysis_cache import forget_analyses
 from biofx.graph.node_kinds import changed_in_place, number_nodes
 from biofx.graph.regions import RegionUse, region_input, region_output
-from biofx.layers.layer_kinds import LayerKind
+from biofx.layers.layer_kind import LayerKind
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite
 

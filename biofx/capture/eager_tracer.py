@@ -40,9 +40,9 @@ from biofx.capture.symbolic_scalars import SymDtype, plain_inside
 from biofx.capture.tensor_queries import TorchCall
 from biofx.errors import InputError
 from biofx.graph.graph_functions import AppliedFunction, call_checkpointed
-from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS
-from biofx.layers.obstacles import hooks_of
-from biofx.layers.transformer_layers import pads_by_nesting, transformers_as_nodes
+from biofx.layers import LAYERS_OF_SEVERAL_INPUTS
+from biofx.layers.attention import pads_by_nesting, transformers_as_nodes
+from biofx.layers.layer_kind import hooks_of
 from biofx.model.graph_module import why_not_a_graph_module
 from biofx.model.modes import ModeSwitches
 

@@ -23,7 +23,7 @@ from biofx.capture.trials import DifferentialCheck, TrialModel, cloned
 from biofx.errors import CaptureError, InputError
 from biofx.graph.graph_functions import eager_forward_graph
 from biofx.graph.regions import innermost_around, is_inside
-from biofx.layers.unusual_weights import obstacle_to_values
+from biofx.layers.weight_site import weight_blocker
 from biofx.model.copies import deep_copy
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 from biofx.model.modes import switch_mode, switches_of
@@ -155,7 +155,7 @@ class _RecordCapture:
     def _check_parameters(self) -> None:
         for key, parameter in self._own.items() if not self._switches.are_some else ():
             tried = self._scratch[key]
-            if parameter.is_meta or obstacle_to_values(parameter) is not None:
+            if parameter.is_meta or weight_blocker(parameter) is not None:
                 continue  # it has no values, or values that cannot be compared
             if torch.equal(tried, parameter):
                 continue

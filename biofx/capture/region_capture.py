@@ -21,8 +21,8 @@ from biofx.capture.trace_module import Traced, trace
 from biofx.errors import CaptureError
 from biofx.graph.graph_functions import eager_forward_graph
 from biofx.graph.regions import is_inside
-from biofx.layers.layer_kinds import LAYERS_OF_SEVERAL_INPUTS, kind_of
-from biofx.layers.transformer_layers import can_be_looked_into
+from biofx.layers import LAYERS_OF_SEVERAL_INPUTS, dense_kind_of
+from biofx.layers.attention import can_be_looked_into
 from biofx.model.graph_module import BioGraphModule, become_graph_module, why_not_a_graph_module
 from biofx.model.modes import ModeSwitches, switches_of
 
@@ -189,7 +189,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 def is_plain_layer(module: nn.Module) -> bool:
     """Whether a module is a layer of torch with weights, and with the forward of torch."""
-    kind = kind_of(module)
+    kind = dense_kind_of(module)
     if why_not_a_graph_module(module) is not None:
         return False
     if kind is not None:
@@ -204,7 +204,7 @@ _PLAIN: tuple[type[nn.Module], ...] = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     *LAYERS_OF_SEVERAL_INPUTS,
 )
-"""Layers of torch in addition to those of :mod:`biofx.layers.layer_kinds`."""
+"""Layers of torch in addition to those of :mod:`biofx.layers`."""
 
 
 def _only_holds_others(module: nn.Module) -> bool:

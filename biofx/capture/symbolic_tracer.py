@@ -45,8 +45,8 @@ from biofx.errors import CaptureError
 from biofx.graph.graph_functions import AppliedFunction, limit_of
 from biofx.graph.guards import require_default, require_given, require_tensor
 from biofx.graph.node_kinds import IS_NUMBER, changed_in_place
-from biofx.layers.obstacles import hooks_of
-from biofx.layers.transformer_layers import can_be_looked_into, pads_by_nesting, transformers_as_nodes
+from biofx.layers.attention import can_be_looked_into, pads_by_nesting, transformers_as_nodes
+from biofx.layers.layer_kind import hooks_of
 from biofx.model.modes import ModeSwitches
 from biofx.progress import advance
 

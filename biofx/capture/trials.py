@@ -23,7 +23,7 @@ from biofx.graph.branches import by_mode
 from biofx.graph.contexts import steers_gradients
 from biofx.graph.graph_functions import AppliedFunction, has_checkpoints
 from biofx.graph.guards import RecordingError, require_same
-from biofx.layers.transformer_layers import plain_paths
+from biofx.layers.attention import plain_paths
 from biofx.model.copies import deep_copy
 from biofx.model.modes import switch_mode
 from biofx.static_inspection import is_of

@@ -19,7 +19,7 @@ from biofx.graph.guards import require_default, require_tensor
 from biofx.graph.joined_graph import whole_graph
 from biofx.graph.node_kinds import changed_in_place, number_nodes
 from biofx.graph.regions import region_input, region_of_nodes
-from biofx.layers.weight_values import erase_unused_reads, evaluate_weights, is_of_biofx
+from biofx.layers.constant_part import erase_unused_reads, evaluate_weights, is_of_biofx
 from biofx.model.graph_module import BioGraphModule, follow_changes_within
 from biofx.model.modes import switch_mode
 from biofx.model.region_parts import joined

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from biofx.errors import PassError
-from biofx.layers.transformer_layers import canonical_mask, detects_causal_mask, sequence_length
+from biofx.layers.attention import canonical_mask, detects_causal_mask, sequence_length
 from biofx.model.graph_places import module_at
 from biofx.operators.norm_ops import affine_synapses, batch_norm, batch_norm_synapses
 from biofx.operators.split_ops import full_size, pool_synapses, require_axes, spread_synapses, sum_synapses

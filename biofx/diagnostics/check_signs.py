@@ -16,8 +16,8 @@ from biofx.errors import InvariantError
 from biofx.graph.node_kinds import is_number
 from biofx.graph.printing import function_name
 from biofx.graph.regions import RegionUse
-from biofx.layers.weight_slots import argument
-from biofx.layers.weight_uses import Treatment, WeightUse
+from biofx.layers.constant_part import Treatment, WeightUse
+from biofx.layers.layer_kind import argument
 from biofx.operators.sign_ops import constrain_sign
 
 

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from biofx.diagnostics.check_report import Finding
 from biofx.diagnostics.check_subject import Placed, Subject, Uses, owner_of
 from biofx.graph.regions import ELSEWHERE
-from biofx.layers.unusual_weights import obstacle_to_values
-from biofx.layers.weight_site import computed_behind
-from biofx.layers.weight_slots import argument
-from biofx.layers.weight_uses import WeightUse
+from biofx.layers.constant_part import WeightUse
+from biofx.layers.layer_kind import argument
+from biofx.layers.weight_site import computed_behind, weight_blocker
 from biofx.operators.rate_ops import GRADIENT_SCALINGS, sampling_of, scale_gradient_by_seed
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import bio_module_path
@@ -131,7 +130,7 @@ def _finite(layer: str, path: str, tensor: Tensor) -> Finding:
     lazy = (nn.UninitializedParameter, nn.UninitializedBuffer)
     if isinstance(tensor, lazy) or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
         return Finding(layer, "finite", path, 0)
-    if obstacle_to_values(tensor) is not None and tensor.numel():
+    if weight_blocker(tensor) is not None and tensor.numel():
         return Finding(layer, "finite", path, 0)
     held = tensor.detach()
     wrong, message = 0, ""

@@ -10,9 +10,8 @@ from torch.fx import GraphModule, Node
 
 from biofx.graph.joined_graph import whole_view
 from biofx.graph.regions import region_paths
-from biofx.layers.constant_part import ConstantPart
-from biofx.layers.layer_kinds import kind_of
-from biofx.layers.weight_uses import WeightUse, weight_uses
+from biofx.layers import dense_kind_of
+from biofx.layers.constant_part import ConstantPart, WeightUse, weight_uses
 from biofx.plasticity.bio_module import BioModule
 
 
@@ -53,7 +52,7 @@ class Subject:
         for path, module in graph_module.named_modules(remove_duplicate=False):
             if isinstance(module, BioModule):
                 placed.append(Placed(path, layer_around(path), module))
-            elif module._parameters or kind_of(module) is not None or "bio_mod" in module._modules:
+            elif module._parameters or dense_kind_of(module) is not None or "bio_mod" in module._modules:
                 layers.setdefault(path)
         regions = ((path, graph_module.get_submodule(path)) for path in region_paths(graph_module))
         graphs = {"": graph_module, **{path: m for path, m in regions if isinstance(m, GraphModule)}}

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from biofx.diagnostics.effective_signs import SignCount, count_signs, laid_out_signs, wrong_signs
-from biofx.layers.constant_part import ConstantPart
-from biofx.layers.weight_uses import Treatment, WeightUse, weight_uses
+from biofx.layers.constant_part import ConstantPart, Treatment, WeightUse, weight_uses
 from biofx.plasticity.bio_module import BioModule
 
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from biofx.errors import InvariantError
-from biofx.layers.constant_part import ConstantPart
-from biofx.layers.weight_slots import argument
-from biofx.layers.weight_uses import Treatment, WeightUse
+from biofx.layers.constant_part import ConstantPart, Treatment, WeightUse
+from biofx.layers.layer_kind import argument
 from biofx.operators.sign_ops import signs_like
 
 _OPTIONS = frozenset(inspect.signature(signs_like).parameters) - {"weight", "sign"}

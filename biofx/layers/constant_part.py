@@ -1,12 +1,14 @@
-"""The part of a graph that computes with parameters and buffers alone, and what it computes.
+"""The part of a graph that computes with parameters and buffers alone: its values, and the ways of weights.
 
-Weights, signs and rates reach their layer as expressions in the graph. What such an expression is worth at
-this moment can be told without an input, and without running the model.
+Weights, signs and rates reach their layer as expressions in the graph. The value of such an expression can be
+computed without an input, and without running the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -16,8 +18,11 @@ from torch.fx.node import map_arg
 
 from biofx.errors import InvariantError
 from biofx.graph.joined_graph import whole_graph
-from biofx.graph.node_kinds import changed_in_place, changes_in_place
+from biofx.graph.node_kinds import changed_in_place, changes_in_place, queries_metadata
 from biofx.graph.printing import format_node, function_name
+from biofx.layers.layer_kind import argument
+from biofx.operators.rate_ops import GRADIENT_SCALINGS
+from biofx.operators.sign_ops import constrain_sign
 
 _MISSING = object()
 
@@ -133,3 +138,157 @@ _RANDOM_NAMES = frozenset(
         *("multinomial", "normal", "poisson", "rrelu", "uniform"),
     }
 )
+
+
+# the ways of weights
+
+_OPERATORS: frozenset[Any] = GRADIENT_SCALINGS | {constrain_sign}
+_MOVES = frozenset(
+    {
+        *("chunk", "contiguous", "detach", "expand", "flatten", "getattr", "getitem", "index_select"),
+        *("movedim", "narrow", "permute", "reshape", "select", "split", "squeeze", "swapaxes", "t"),
+        *("tensor_split", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
+    }
+)
+
+
+class Treatment(IntEnum):
+    """What the graph does to a weight besides constraining and scaling it."""
+
+    NOTHING = 0
+    MOVED = 1
+    """Its entries are sliced, transposed or reshaped."""
+    COMPUTED = 2
+    """New entries are computed from them."""
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One way that a parameter takes to something that works on the model's data."""
+
+    parameter: nn.Parameter
+    path: str
+    """Path by which the graph reads the parameter."""
+    expression: Node
+    """The last node that follows from parameters and buffers alone."""
+    whole: Node
+    """The last node on the way at which the weight is still laid out as the parameter is."""
+    reader: Node | None
+    """The node that works on data."""
+    constraints: tuple[Node, ...] = ()
+    """Sign constraints on the way, innermost first."""
+    scalings: tuple[Node, ...] = ()
+    """Gradient scalings on the way, innermost first."""
+    before: Treatment = Treatment.NOTHING
+    """What happens to the parameter up to the first constraint; all of it where there is none."""
+    after: Treatment = Treatment.NOTHING
+    """What happens to it from there on."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from other ways to the same place."""
+        return (id(self.parameter), self.whole, self.constraints, self.scalings, self.before, self.after)
+
+
+def weight_uses(constants: ConstantPart) -> list[WeightUse]:
+    """Return every way from a parameter to something that works on data, in the graph's order."""
+    ways: dict[Node, dict[tuple[Any, ...], WeightUse]] = {}
+    uses: list[WeightUse] = []
+    for node in constants.graph.nodes:
+        if node not in constants:
+            continue
+        arriving = _arriving(node, constants, ways)
+        if arriving:
+            ways[node] = {way.key: way for way in arriving}
+            readers = [user for user in node.users if user not in constants]
+            uses += [replace(way, reader=user) for way in ways[node].values() for user in readers]
+    return uses
+
+
+def _arriving(
+    node: Node, constants: ConstantPart, ways: Mapping[Node, Mapping[tuple[Any, ...], WeightUse]]
+) -> list[WeightUse]:
+    """Return the ways that lead to a node, those that end in its signs or rates left out."""
+    if (parameter := constants.parameter(node)) is not None:
+        return [WeightUse(parameter, str(node.target), node, node, None)]
+    if node.target in _OPERATORS:
+        weight = argument(node, 0, "weight")
+        return [_through(way, node) for way in ways.get(weight, {}).values()]
+    if queries_metadata(node):
+        return []
+    moves = function_name(node.target) in _MOVES
+    kind = Treatment.MOVED if moves else Treatment.COMPUTED
+    found = []
+    for source in node.all_input_nodes:
+        for way in ways.get(source, {}).values():
+            side = "after" if way.constraints else "before"
+            found.append(replace(way, expression=node, **{side: max(kind, getattr(way, side))}))
+    return found
+
+
+def _through(way: WeightUse, node: Node) -> WeightUse:
+    """Return a way that goes on through a constraint or a scaling."""
+    untouched = way.before == way.after == Treatment.NOTHING
+    whole = node if untouched else way.whole
+    if node.target is constrain_sign:
+        return replace(way, expression=node, whole=whole, constraints=(*way.constraints, node))
+    return replace(way, expression=node, whole=whole, scalings=(*way.scalings, node))
+
+
+# weights replaced by their values
+
+
+@torch.no_grad()
+def evaluate_weights(own: GraphModule) -> None:
+    """Replace what biofx computes from parameters and buffers alone by its value, a parameter."""
+    constants = ConstantPart(own)
+    values: dict[Node, Any] = {}
+    for node in own.graph.nodes:
+        if node.op == "get_attr" or node not in constants:
+            continue
+        if is_of_biofx(node.target) or any(source in values for source in node.all_input_nodes):
+            values[node] = constants.value(node, values)
+    unread = {node for node in own.graph.nodes if not node.users}
+    for node in list(own.graph.nodes):
+        if node in values and any(user not in values for user in node.users):
+            path = _root_path(node)
+            owner, _, name = path.rpartition(".")
+            trained = getattr(own.get_submodule(owner), name).requires_grad
+            _replace(own, node, nn.Parameter(values[node].clone(), requires_grad=trained), path)
+    for node in reversed(own.graph.nodes):
+        if not node.users and node in constants and node not in unread:
+            own.graph.erase_node(node)
+    erase_unused_reads(own)
+
+
+def erase_unused_reads(own: GraphModule) -> None:
+    """Erase reads of attributes that nothing uses; other nodes without a user may be there for an effect."""
+    for node in own.graph.find_nodes(op="get_attr"):
+        if not node.users:
+            own.graph.erase_node(node)
+
+
+def _root_path(node: Node) -> str:
+    """Return the path of the parameter that a weight expression starts from."""
+    while node.op != "get_attr":
+        node = node.all_input_nodes[0]
+    return str(node.target)
+
+
+def _replace(own: GraphModule, node: Node, value: nn.Parameter, path: str) -> None:
+    """Let a node read a parameter, kept beside the one that it was computed from."""
+    owner_path, _, name = path.rpartition(".")
+    owner = own.get_submodule(owner_path)
+    number = 1
+    while hasattr(owner, f"{name}_{number}"):
+        number += 1
+    owner.register_parameter(f"{name}_{number}", value)
+    with node.graph.inserting_before(node):
+        read = node.graph.create_node("get_attr", f"{path}_{number}", name=f"{node.name}_value")
+    read.meta = dict(node.meta)
+    node.replace_all_uses_with(read)
+
+
+def is_of_biofx(thing: Any) -> bool:
+    """Whether a function or a class is one of biofx's own."""
+    return str(getattr(thing, "__module__", "")).partition(".")[0] == "biofx"

@@ -9,14 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.nn import functional as F
 
 from biofx.errors import PassError
 from biofx.graph.contexts import ContextMap
-from biofx.layers.compound_layers import lower_compound
-from biofx.layers.unitless_layers import lower_unitless
-from biofx.layers.weight_site import WeightSite
-from biofx.layers.weight_slots import WeightSlot
+from biofx.layers.layer_kind import WeightSlot
+from biofx.layers.weight_site import WeightSite, named_parameters
 
 
 class Wrappable(Protocol):
@@ -39,20 +36,12 @@ class Wrappable(Protocol):
         """The expression it reads, None while a module still hides it."""
 
 
-OPTIONS = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-"""What a layer's function takes besides tensors, and the values that say nothing new."""
-
-
 class Lowering:
     """Lowers the layers of one graph; while it is used, no one else may add or remove ``get_attr`` nodes."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         self.graph_module = graph_module
-        first_path: dict[int, str] = {}
-        self._first_path = {
-            path: first_path.setdefault(id(parameter), path)
-            for path, parameter in graph_module.named_parameters(remove_duplicate=False)
-        }
+        self._first_path = {path: first for path, (first, _) in named_parameters(graph_module).items()}
         # by path, so that looking one up does not go through the graph, which would make it all quadratic
         self._reads = {
             str(node.target): node for node in reversed(graph_module.graph.find_nodes(op="get_attr"))
@@ -73,30 +62,22 @@ class Lowering:
         all at once. A site that is lowered already is left alone.
 
         Raises:
-            PassError: the site has an obstacle; a pass reports those as missed instead of asking.
+            PassError: the layer cannot be lowered; a pass reports such a site as missed.
         """
         if site.node.op != "call_module":
             return
-        if site.barrier is not None:
-            raise PassError(f"{site.node.name!r} cannot be lowered: {site.barrier}")
-        node, module = site.node, self.graph_module.get_submodule(str(site.node.target))
-        if site.kind.is_compound:
-            lower_compound(node, module, site.kind, functools.partial(self.read_of, node))
-            return
-        if site.kind.why_no_units:
-            lower_unitless(node, module, site.kind, functools.partial(self.read_of, node))
-            return
-        (source,) = (*node.args, *node.kwargs.values())
-        weight = self._computed(site) if site.is_computed else self.read(site.parameter_path, node)
-        bias = None if module.bias is None else self.read(f"{node.target}.bias", node)
-        options = _options(module, site)
-        if getattr(module, "padding_mode", "zeros") != "zeros":
-            source = _padded(node, source, module)
-            options.pop("padding", None)
-        node.op = "call_function"
-        node.target = site.kind.function
-        node.args = (source, weight) if bias is None else (source, weight, bias)
-        node.kwargs = options
+        if site.lowering_blocker is not None:
+            raise PassError(f"{site.node.name!r} cannot be lowered: {site.lowering_blocker}")
+        module = self.graph_module.get_submodule(str(site.node.target))
+        site.kind.lower(site.node, module, functools.partial(self._read_for, site))
+
+    def _read_for(self, site: WeightSite, name: str) -> Node:
+        """Return the node that reads what the called module holds under a name."""
+        if not site.kind.takes_a_parametrization:
+            return self.read_of(site.node, name)
+        if name != "weight":
+            return self.read(f"{site.node.target}.{name}", site.node)
+        return self._computed(site) if site.is_computed else self.read(site.parameter_path, site.node)
 
     def _computed(self, site: WeightSite) -> Node:
         """Write down that a layer is asked for its weight, which its parametrization then computes."""
@@ -236,28 +217,3 @@ class Parameters:
 def node_stem(parameter_path: str) -> str:
     """Return how the names of nodes begin that are made for a weight."""
     return parameter_path.removesuffix(".weight").replace(".", "_")
-
-
-def _padded(node: Node, source: Any, module: nn.Module) -> Node:
-    """Insert the padding that a convolution with a padding mode of its own does by itself."""
-    pad: Any = module._reversed_padding_repeated_twice
-    mode: dict[str, Any] = {"mode": str(module.padding_mode)}
-    with node.graph.inserting_before(node):
-        padded = node.graph.create_node(
-            "call_function", F.pad, (source, tuple(pad)), mode, f"{node.name}_padded"
-        )
-    padded.meta = dict(node.meta)
-    return padded
-
-
-def _options(module: nn.Module, site: WeightSite) -> dict[str, Any]:
-    """Return the function's keyword arguments, those that say nothing new left out."""
-    if site.kind.kernel_axes == 0:
-        return {}
-    names = [name for name in OPTIONS if name != "output_padding" or site.kind.transposed]
-    given = {name: getattr(module, name) for name in names}
-    return {name: value for name, value in given.items() if _differs(value, OPTIONS[name])}
-
-
-def _differs(value: Any, neutral: int) -> bool:
-    return any(entry != neutral for entry in value) if isinstance(value, tuple) else value != neutral

@@ -20,36 +20,31 @@ from torch.nn.utils.parametrize import is_parametrized
 from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.joined_graph import whole_graph
 from biofx.graph.regions import RegionUse, graph_breaks_of, innermost_around
-from biofx.layers.layer_kinds import (
-    LAYER_TYPES,
-    LayerKind,
-    compound_kind_of,
-    kind_of,
-    kind_of_call,
-    unitless_kind_of,
-)
-from biofx.layers.obstacles import computed, obstacle_to_lowering
-from biofx.layers.other_reads import READ, obstacle_to_reads, slot_of_reads
-from biofx.layers.unitless_layers import obstacle_to_lookup
-from biofx.layers.unusual_weights import obstacle_to_signs, obstacle_to_values
+from biofx.layers import COMPOUND_KINDS, kind_of, kind_of_call
+from biofx.layers.layer_kind import LayerKind, WeightSlot, argument, computed, lowering_blocker
 from biofx.layers.weight_site import (
+    READ,
     WEIGHT_OPERATORS,
-    Bystander,
     Sites,
+    UnsupportedLayer,
     WeightSite,
     computed_behind,
     fold_behind,
+    named_parameters,
     parameter_behind,
+    read_blocker,
+    sign_blocker,
+    slot_of_reads,
+    weight_blocker,
 )
-from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot, argument, slots_of_call, slots_of_module
 
 
 @cached_on_graph
 def find_sites(graph_module: GraphModule) -> Sites:
     """Return every weight site of a graph, and every layer that has none with the reason."""
     found: list[WeightSite] = []
-    bystanders: list[Bystander] = []
-    hidden: list[Bystander] = []
+    unsupported: list[UnsupportedLayer] = []
+    hidden: list[UnsupportedLayer] = []
     survey = _Survey(graph_module)
     for node in survey.graph.nodes:
         if survey.use.is_call_of_a_region(node):
@@ -60,18 +55,18 @@ def find_sites(graph_module: GraphModule) -> Sites:
             if isinstance(entry, WeightSite):
                 found.append(entry)
             else:
-                bystanders.append(entry)
+                unsupported.append(entry)
     visible = {site.layer for site in found}
-    bystanders += [entry for entry in hidden if entry.layer not in visible]
-    seen = visible | {bystander.layer for bystander in bystanders}
+    unsupported += [entry for entry in hidden if entry.layer not in visible]
+    seen = visible | {layer.layer for layer in unsupported}
     seen |= {str(node.target) for node in survey.graph.nodes if node.op == "call_module"}
     seen |= {innermost_path(site.node) for site in found}  # of a tied weight, the layer that is called
-    bystanders += [
-        Bystander(path, None, _why_not_seen(path, graph_breaks_of(graph_module)))
+    unsupported += [
+        UnsupportedLayer(path, None, _why_not_seen(path, graph_breaks_of(graph_module)))
         for path in _layers_of(graph_module)
         if path not in seen and not survey.is_used(path)
     ]
-    return Sites(found, bystanders, survey.reads())
+    return Sites(found, unsupported, survey.reads())
 
 
 def _why_not_seen(path: str, kept: Mapping[str, str]) -> str:
@@ -86,39 +81,20 @@ def _layers_of(root: nn.Module) -> Iterator[str]:
     """Yield the paths of all layers, each module once; the output projection is part of its attention."""
     parts: set[int] = set()
     for path, module in root.named_modules():
-        if compound_kind_of(module) is not None:
+        if kind_of(module) in COMPOUND_KINDS:
             yield path
             parts.update(map(id, module.children()))
-        elif _kind_of_module(module) is not None and id(module) not in parts:
+        elif kind_of(module) is not None and id(module) not in parts:
             yield path
-
-
-def _kind_of_module(module: nn.Module) -> LayerKind | None:
-    if not isinstance(module, LAYER_TYPES):
-        return None
-    return kind_of(module) or compound_kind_of(module) or unitless_kind_of(module)
 
 
 def _computed_weight(module: Any, kind: LayerKind) -> nn.Parameter:
     """Return something of a weight's shape and type; to compute it would be a step of spectral norm."""
-    if kind.why_no_units:
-        shape = _shape_without_units(module)
-    elif kind.kernel_axes == 0:
-        shape = (module.out_features, module.in_features)
-    else:
-        ends = (module.out_channels, module.in_channels)
-        first, second = ends[::-1] if kind.transposed else ends
-        shape = (first, second // module.groups, *module.kernel_size)
+    shape = kind.computed_shape(module)
     held = list(module.parametrizations.parameters()) if is_parametrized(module) else []
     like = held[0] if held else torch.zeros(())
     empty = torch.zeros((), dtype=like.dtype, device=like.device).expand(shape)
     return nn.Parameter(empty, requires_grad=not held or any(entry.requires_grad for entry in held))
-
-
-def _shape_without_units(module: Any) -> tuple[int, ...]:
-    if isinstance(module, nn.Bilinear):
-        return (module.out_features, module.in1_features, module.in2_features)
-    return (module.num_embeddings, module.embedding_dim)
 
 
 class _Survey:
@@ -128,82 +104,74 @@ class _Survey:
         self.graph = whole_graph(graph_module)
         self.use = RegionUse(graph_module, self.graph)
         self._modules = dict(graph_module.named_modules(remove_duplicate=False))
-        self._stand_ins: dict[str, nn.Parameter] = {}
-        first_path: dict[int, str] = {}
-        self._parameters: dict[str, tuple[str, nn.Parameter]] = {}
-        for path, parameter in graph_module.named_parameters(remove_duplicate=False):
-            first_path.setdefault(id(parameter), path)
-            self._parameters[path] = (first_path[id(parameter)], parameter)
+        self._computed: dict[str, nn.Parameter] = {}
+        self._parameters = named_parameters(graph_module)
         self._outside = self._uses_outside_sites()
 
-    def sites_at(self, node: Node) -> Iterator[WeightSite | Bystander]:
+    def sites_at(self, node: Node) -> Iterator[WeightSite | UnsupportedLayer]:
         """Yield the site of each weight that a node reads as a layer."""
         if node.op == "call_module":
             module = self._modules[str(node.target)]
-            kind = _kind_of_module(module)
+            kind = kind_of(module)
             if kind is not None:
-                yield from self._module_sites(node, module, kind)
+                yield from self._sites_of_module(node, module, kind)
         elif (kind := self._kind_of_call(node)) is not None:
-            for slot in slots_of_call(node, kind):
-                yield self._function_site(node, kind, slot)
+            for slot in kind.slots_of_call(node):
+                yield self._site_of_call(node, kind, slot)
 
-    def _module_sites(
+    def _sites_of_module(
         self, node: Node, module: nn.Module, kind: LayerKind
-    ) -> Iterator[WeightSite | Bystander]:
-        slots = slots_of_module(module, kind)
-        obstacle = obstacle_to_lowering(node, module, kind, slots)
-        if kind.why_no_units:
-            obstacle = obstacle or obstacle_to_lookup(node, module, kind)
+    ) -> Iterator[WeightSite | UnsupportedLayer]:
+        slots = kind.slots_of_module(module)
+        blocker = lowering_blocker(node, module, kind, slots)
         groups: Any = getattr(module, "groups", 1)
         for slot in slots:
             path = f"{node.target}.{slot.name}"
-            named = self._parameters.get(path)
-            if named is None and kind.is_compound:
-                yield Bystander(path.rpartition(".")[0], node, f"{slot.name}: {computed(slot.name)}")
-                continue
-            if named is None:
-                weight = self._computed(path, module, kind)
-                barrier = obstacle or self._barrier(node, weight)
-                why = barrier or computed(slot.name)
-                yield WeightSite(node, kind, path, weight, groups, why, slot, barrier, is_computed=True)
-                continue
-            named = (self.use.path_for(node, path, named[0]), named[1])
-            barrier = obstacle or self._barrier(node, named[1])
-            against = barrier or self._against(named[1])
-            yield WeightSite(node, kind, *named, groups, against, slot, barrier)
+            if kind.is_compound and path not in self._parameters:
+                yield UnsupportedLayer(path.rpartition(".")[0], node, f"{slot.name}: {computed(slot.name)}")
+            else:
+                yield self._site(node, kind, slot, path, groups, blocker)
 
-    def _computed(self, path: str, module: nn.Module, kind: LayerKind) -> nn.Parameter:
-        """Return what stands for a weight that is computed, the same for all its uses."""
-        return self._stand_ins.setdefault(path, _computed_weight(module, kind))
-
-    def _function_site(self, node: Node, kind: LayerKind, slot: WeightSlot) -> WeightSite | Bystander:
+    def _site_of_call(self, node: Node, kind: LayerKind, slot: WeightSlot) -> WeightSite | UnsupportedLayer:
         weight = slot.read(node)
-        root = parameter_behind(weight)
-        named = self._parameters.get(str(root.target)) if root is not None else None
-        if (place := computed_behind(weight)) is not None:
-            stand_in = self._computed(place, self._modules[place.rpartition(".")[0]], kind)
-            groups, barrier = _groups_of(node, kind), self._barrier(node, stand_in)
-            against = barrier or computed(slot.name)
-            return WeightSite(node, kind, place, stand_in, groups, against, slot, barrier, is_computed=True)
-        if root is None or named is None:
+        root, folded = parameter_behind(weight), fold_behind(weight)
+        path = computed_behind(weight)
+        if path is None and root is not None and root.target in self._parameters:
+            path = str(root.target)
+        if path is None:
             reason = f"its weight is {weight}, computed in the graph, not a parameter"
-            return Bystander(innermost_path(node), node, reason)
-        named = (self.use.path_for(node, str(root.target), named[0]), named[1])
-        barrier = self._barrier(node, named[1])
-        if kind.why_no_units:
-            barrier = barrier or obstacle_to_lookup(node, None, kind)
-        folded = fold_behind(weight)
+            return UnsupportedLayer(innermost_path(node), node, reason)
+        blocker = None
         if folded is not None:
-            barrier = f"its weight is folded already ({folded.name}); what acts on weights goes before folds"
-        obstacle = barrier or self._against(named[1])
-        return WeightSite(node, kind, *named, _groups_of(node, kind), obstacle, slot, barrier)
+            blocker = f"its weight is folded already ({folded.name}); what acts on weights goes before folds"
+        return self._site(node, kind, slot, path, _groups_of(node, kind), blocker)
+
+    def _site(
+        self, node: Node, kind: LayerKind, slot: WeightSlot, path: str, groups: int, blocker: str | None
+    ) -> WeightSite:
+        """Return the site of the weight under a path: a parameter, or computed by a parametrization."""
+        is_computed = path not in self._parameters
+        if is_computed:
+            owner = self._modules[path.rpartition(".")[0]]
+            weight = self._computed.setdefault(path, _computed_weight(owner, kind))
+            against: str | None = computed(slot.name)
+        else:
+            first, weight = self._parameters[path]
+            path = self.use.path_for(node, path, first)
+            against = self._outside.get(id(weight)) or sign_blocker(weight)
+        blocker = blocker or self._lowering_blocker(node, weight)
+        if node.op != "call_module":
+            blocker = blocker or kind.blocker(node, None)
+        return WeightSite(
+            *(node, kind, path, weight, groups, blocker or against, slot, blocker), is_computed=is_computed
+        )
 
     def _kind_of_call(self, node: Node) -> LayerKind | None:
         """Return the kind of a call; a product is a layer where a matrix of parameters is its factor."""
         kind = kind_of_call(node)
         if kind is None or not kind.is_product:
             return kind
-        root = parameter_behind(slots_of_call(node, kind)[0].read(node))
+        root = parameter_behind(kind.slots_of_call(node)[0].read(node))
         named = None if root is None else self._parameters.get(str(root.target))
         bias = argument(node, 0, "input") if kind.source[0] > 0 else None
         added_to_data = isinstance(bias, Node) and parameter_behind(bias) is None
@@ -212,14 +180,11 @@ class _Survey:
     def is_opaque(self, node: Node) -> bool:
         """Whether a called module is no layer, so that layers may be hidden inside."""
         module = self._modules[str(node.target)]
-        return _kind_of_module(module) is None
+        return kind_of(module) is None
 
-    def _barrier(self, node: Node, parameter: nn.Parameter) -> str | None:
+    def _lowering_blocker(self, node: Node, parameter: nn.Parameter) -> str | None:
         hidden = self._hidden.get(id(parameter)) or self.use.obstacle(node, parameter)
-        return hidden or obstacle_to_values(parameter)
-
-    def _against(self, parameter: nn.Parameter) -> str | None:
-        return self._outside.get(id(parameter)) or obstacle_to_signs(parameter)
+        return hidden or weight_blocker(parameter)
 
     def reads(self) -> list[WeightSite]:
         """Return what reads parameters besides layers."""
@@ -229,15 +194,15 @@ class _Survey:
             path = self.use.path_for(root, str(root.target), path)
             slot = slot_of_reads(path.rpartition(".")[2], source, readers)
             if slot is not None:
-                against = obstacle_to_reads(parameter, slot) or self._barrier(root, parameter)
+                against = read_blocker(parameter, slot) or self._lowering_blocker(root, parameter)
                 found.append(WeightSite(root, READ, path, parameter, 1, against, slot, against))
         return found
 
-    def layers_inside(self, node: Node) -> list[Bystander]:
+    def layers_inside(self, node: Node) -> list[UnsupportedLayer]:
         path = str(node.target)
         opaque = self._modules[path]
         reason = f"inside {path!r} ({type(opaque).__name__}), which the graph calls as a whole"
-        return [Bystander(f"{path}.{inner}", node, reason) for inner in _layers_of(opaque) if inner]
+        return [UnsupportedLayer(f"{path}.{inner}", node, reason) for inner in _layers_of(opaque) if inner]
 
     def is_used(self, path: str) -> bool:
         return any(
@@ -273,7 +238,7 @@ class _Survey:
                 yield from self._readers_besides_sites(user)
                 continue
             kind = self._kind_of_call(user)
-            slots = () if kind is None else slots_of_call(user, kind)
+            slots = () if kind is None else kind.slots_of_call(user)
             if times_read(node, user) > sum(slot.read(user) is node for slot in slots):
                 found.append(user)
         if found:
@@ -302,7 +267,7 @@ def _groups_of(node: Node, kind: LayerKind) -> int:
     """Return ``groups`` of a functional convolution: its seventh argument, transposed or not."""
     if kind.kernel_axes == 0:
         return 1
-    folded = fold_behind(ONE_WEIGHT[0].read(node))
+    folded = fold_behind(kind.slots_of_call(node)[0].read(node))
     if folded is not None:
         return int(folded.kwargs.get("groups", 1))  # type: ignore[arg-type]
     groups: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)

@@ -1,23 +1,53 @@
-"""A use of a weight in a graph, and what is asked of it."""
+"""A use of a weight in a graph: by a layer, or by something else."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import Node
+from torch.nn import functional as F
 
-from biofx.layers.layer_kinds import LayerKind
-from biofx.layers.other_reads import READ, ReadSlot, multiplies
-from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot
+from biofx.graph.graph_functions import call_with_parameters
+from biofx.graph.node_kinds import changed_in_place, queries_metadata
+from biofx.graph.printing import function_name
+from biofx.layers import kind_of_call
+from biofx.layers.layer_kind import ONE_WEIGHT, LayerKind, WeightSlot
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.operators.sign_ops import constrain_sign
 from biofx.operators.split_ops import fold_weight
 
 WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = GRADIENT_SCALINGS | {constrain_sign, fold_weight}
 """What may stand between a parameter and the layer that uses it."""
+
+
+READ = LayerKind(
+    *(nn.Module, getattr), why_no_units="it is used directly, and not as the weight of a layer with units"
+)
+"""The kind of a read that is no layer's."""
+
+
+@dataclass(frozen=True)
+class ReadSlot(WeightSlot):
+    """All the places where one expression is read that are no layer's."""
+
+    source: Node | None = None
+    """The expression: the node that reads the parameter, or an operator on it."""
+    readers: tuple[Node, ...] = ()
+
+    def read(self, node: Node) -> Any:
+        """Return the expression."""
+        return self.source
+
+    def write(self, node: Node, weight: Node) -> None:
+        """Let all of the readers read another expression."""
+        if self.source is not None:
+            for reader in self.readers:
+                reader.replace_input_with(self.source, weight)
 
 
 @dataclass(frozen=True)
@@ -31,11 +61,11 @@ class WeightSite:
     """Path of the weight; of a tied weight, the first path it goes by."""
     parameter: nn.Parameter = field(repr=False)
     groups: int
-    obstacle: str | None
+    value_blocker: str | None
     """Why nothing may be done with the weight's values, or None."""
-    slot: WeightSlot = ONE_WEIGHT[0]
+    slot: WeightSlot = ONE_WEIGHT
     """Which of the layer's weights it is."""
-    barrier: str | None = None
+    lowering_blocker: str | None = None
     """Why the weight cannot even be made visible, so that its gradient could be scaled, or None."""
     is_computed: bool = False
     """Whether a parametrization computes the weight; ``parameter`` has its shape then, and no values."""
@@ -96,14 +126,14 @@ class WeightSite:
         """Whether the weight's gradient is scaled on the way back from here, by factors kept or drawn."""
         return any(node.target in GRADIENT_SCALINGS for node in self.operators)
 
-    def told(self, message: str) -> str:
-        """Return words about the weight; they begin with its name where the layer has several."""
+    def describe(self, message: str) -> str:
+        """Return a message about the weight; it begins with its name where the layer has several."""
         return f"{self.slot.name}: {message}" if self.kind.is_compound or self.kind is READ else message
 
 
 @dataclass(frozen=True)
-class Bystander:
-    """A layer that a pass would like to rewrite and cannot reach."""
+class UnsupportedLayer:
+    """A layer whose weights cannot be reached, so that no pass can rewrite it."""
 
     layer: str
     node: Node | None
@@ -116,7 +146,7 @@ class Sites:
 
     found: list[WeightSite]
     """In execution order."""
-    bystanders: list[Bystander]
+    unsupported: list[UnsupportedLayer]
     reads: list[WeightSite] = field(default_factory=list)
     """What else reads parameters, of kind ``READ``; in execution order."""
 
@@ -193,3 +223,97 @@ def computed_behind(node: Any) -> str | None:
 def fold_behind(weight: Any) -> Node | None:
     """Return the node that folds a weight that a layer reads, None where it is not folded."""
     return weight if isinstance(weight, Node) and weight.target is fold_weight else None
+
+
+def named_parameters(root: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+    """Return the parameters of a model by every path, each with the first path that it goes by."""
+    first_path: dict[int, str] = {}
+    return {
+        path: (first_path.setdefault(id(parameter), path), parameter)
+        for path, parameter in root.named_parameters(remove_duplicate=False)
+    }
+
+
+# what keeps passes from a weight
+
+_ORDINARY_SUBCLASSES = ("torch.distributed", "torch._subclasses")
+
+
+def weight_blocker(weight: Tensor) -> str | None:
+    """Return why nothing computes with a weight's values, None if they are numbers that can be trained."""
+    kind = type(weight)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith(
+        _ORDINARY_SUBCLASSES
+    ):
+        return f"its weight is a {kind.__name__}, which only the library that it comes from computes with"
+    if weight.layout is not torch.strided:
+        return f"its weight is sparse ({weight.layout})"
+    if weight.numel() == 0:
+        return f"it has no weights: their shape is {tuple(weight.shape)}"
+    is_tiny = weight.is_floating_point() and weight.element_size() == 1
+    if is_tiny or not (weight.is_floating_point() or weight.is_complex()):
+        return f"its weight is of type {weight.dtype}, in which nothing is trained"
+    return None
+
+
+def sign_blocker(weight: Tensor) -> str | None:
+    """Return why a weight can have no sign, None if it can."""
+    return "its weight is complex, and only real numbers have a sign" if weight.is_complex() else None
+
+
+# reads that are no layer's
+
+
+def slot_of_reads(name: str, source: Node, readers: list[Node]) -> ReadSlot | None:
+    """Return the place of those reads that take more than a parameter's size or type, None if none do."""
+    taken = tuple(reader for reader in readers if not queries_metadata(reader))
+    return ReadSlot(name, "direct", source=source, readers=taken) if taken else None
+
+
+def read_blocker(parameter: nn.Parameter, slot: ReadSlot) -> str | None:
+    """Return why the gradient cannot be scaled, None if it can."""
+    if not parameter.is_floating_point():
+        return f"its values are {str(parameter.dtype).removeprefix('torch.')}, no real numbers"
+    for reader in slot.readers:
+        if slot.source in changed_in_place(reader):
+            return f"{reader.name!r} changes it in place"
+    return None
+
+
+def multiplies(slot: ReadSlot, parameter: nn.Parameter) -> bool:
+    """Whether what is read, moved about or not, is a factor of a product or the weight of a layer.
+
+    What Python does with it is not known; there a matrix, or a stack of them, counts as a factor.
+    """
+    if parameter.dim() < 2 or slot.source is None:
+        return False
+    pending = [(slot.source, reader) for reader in slot.readers]
+    while pending:
+        source, reader = pending.pop()
+        kind = kind_of_call(reader)
+        if kind is not None and any(place.read(reader) is source for place in kind.slots_of_call(reader)):
+            return True
+        if reader.target in _PRODUCTS and reader.op != "call_module":
+            return True
+        if reader.target is call_with_parameters and min(parameter.shape) > 1:
+            return True
+        if function_name(reader.target) in _MOVES and reader.args and reader.args[0] is source:
+            pending += [(reader, user) for user in reader.users]
+    return False
+
+
+_PRODUCTS: frozenset[Any] = frozenset(
+    {
+        *(torch.matmul, torch.mm, torch.bmm, torch.einsum, torch.tensordot, torch.addmm, torch.baddbmm),
+        *(torch.mv, torch.bilinear, F.bilinear, operator.matmul),
+        *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm, Tensor.mv),
+        *("matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "__matmul__", "__rmatmul__"),
+    }
+)
+_MOVES = frozenset(
+    {
+        *("t", "transpose", "permute", "swapaxes", "movedim", "view", "reshape", "flatten", "unflatten"),
+        *("squeeze", "unsqueeze", "expand", "contiguous", "getitem", "select", "narrow", "chunk", "split"),
+        *("unbind", "index_select", "to", "float", "type_as", "getattr"),
+    }
+)

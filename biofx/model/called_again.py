@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from biofx.graph.graph_functions import call_with_weights
 from biofx.graph.regions import ELSEWHERE
-from biofx.layers.layer_kinds import EMBEDDING, LAYER_KINDS, LayerKind, kind_of_call
+from biofx.layers import kind_of_call
+from biofx.layers.layer_kind import LayerKind
+from biofx.layers.single_weight import DENSE_KINDS, EMBEDDING
 from biofx.layers.sites import innermost_path
 from biofx.layers.weight_site import WEIGHT_OPERATORS
 from biofx.model.graph_places import module_at
@@ -44,7 +46,7 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
     """
     found = module_at(graph_module, path) if path else None  # a layer that is called again has no layer in it
     calls = [n for n in graph_module.graph.nodes if innermost_path(n) == path and kind_of_call(n) is not None]
-    kinds = [kind for call in calls if (kind := kind_of_call(call)) in (*LAYER_KINDS, EMBEDDING)]
+    kinds = [kind for call in calls if (kind := kind_of_call(call)) in (*DENSE_KINDS, EMBEDDING)]
     is_called = any(n.op == "call_module" and n.target == path for n in graph_module.graph.nodes)
     if (
         found is None

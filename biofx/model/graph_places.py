@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from biofx.graph.graph_functions import EAGER_FORWARD, OWN_MODULE, call_own_forward, call_with_parameters
-from biofx.layers.layer_kinds import kind_of_call
+from biofx.layers import kind_of_call
 from biofx.layers.sites import innermost_path
 from biofx.layers.weight_site import WEIGHT_OPERATORS
 from biofx.operators.norm_ops import affine_synapses, batch_norm_synapses

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.nn.utils.parametrize import is_parametrized
 
 from biofx.errors import BiofxError, CaptureError, InputError
-from biofx.layers.obstacles import hooks_of
+from biofx.layers.layer_kind import hooks_of
 from biofx.model.attribute_guards import refuse_changed_attributes
 from biofx.model.called_again import STATE_OF_WEIGHT, Become, call_again, find_again
 from biofx.model.graph_places import Places, held_at, module_at

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from biofx.callables import identity
 from biofx.config import FROM_SEED, BioConfig
 from biofx.errors import PlasticityError
-from biofx.layers.layer_kinds import kind_of
+from biofx.layers import dense_kind_of
 from biofx.operators.rate_sampling import RateSampling
 from biofx.operators.sign_ops import signs_like
 from biofx.plasticity.rule_memory import RuleMemory
@@ -168,7 +168,7 @@ class BioState(nn.Module):
     @property
     def output_axis(self) -> int:
         """The axis of the weight that counts the postsynaptic units."""
-        kind = kind_of(self.get_parent())
+        kind = dense_kind_of(self.get_parent())
         return int(self.inputs_first) if kind is None else kind.output_axis
 
     @property

@@ -8,9 +8,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from biofx.errors import PlasticityError
-from biofx.layers.other_reads import READ
 from biofx.layers.sites import find_sites
-from biofx.layers.weight_site import Weight
+from biofx.layers.weight_site import READ, Weight
 from biofx.plasticity.bio_module import BioModule
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel")

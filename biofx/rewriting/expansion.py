@@ -121,7 +121,7 @@ class Expandability:
                 return f"its units are made by {source.name!r}: {reason}"
         for reading in circuit.readings:
             path = reading.site.parameter_path
-            reason = self._used_without_units(path) or _obstacle(reading.site) or _unreadable(reading)
+            reason = self._used_without_units(path) or _blocker(reading.site) or _unreadable(reading)
             reason = reason or self._is_plastic(path)
             if reason is not None:
                 return f"its units are read by {path!r}: {reason}"
@@ -146,7 +146,7 @@ class Expandability:
         return next((f"{site.node.name!r} reads it too: {site.kind.why_no_units}" for site in uses), None)
 
     def _unmakeable(self, site: WeightSite) -> str | None:
-        reason = _obstacle(site)
+        reason = _blocker(site)
         if reason is None and not has_own_bias(self._graph_module, site, self._shared):
             return "its bias is not the layer's alone"
         return reason
@@ -221,14 +221,14 @@ def _has_state(module: nn.Module) -> bool:
     return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
-def _obstacle(site: WeightSite) -> str | None:
+def _blocker(site: WeightSite) -> str | None:
     if site.kind.is_compound:
         return f"a {site.kind.name} has several weights, whose sizes depend on each other"
     if site.kind.is_product:
         return f"it is a factor of {site.kind.name}, not the weight of a layer"
     if site.operators:
         return "its weight is constrained or scaled already"
-    return site.obstacle
+    return site.value_blocker
 
 
 def _unreadable(reading: Reading) -> str | None:

@@ -82,7 +82,7 @@ class FoldPlan:
     def __init__(self, graph_module: BioGraphModule, sites: Sites, left_alone: Mapping[Node, str]) -> None:
         self._graph_module = graph_module
         self._sites = {site.node: site for site in sites.found if not site.kind.why_no_units}
-        self._bystanders = sites.bystanders
+        self._unsupported = sites.unsupported
         reasons = {site.node: why for site in sites.found if (why := _why_not(site)) is not None}
         self._left_alone = {**reasons, **left_alone}
         pools = graph_module.graph.find_nodes(op="call_function", target=pool_synapses)
@@ -132,8 +132,8 @@ class FoldPlan:
         for node, site in self._sites.items():
             if node not in self.folds and node not in self.reached.ended:
                 yield missed(node, site.layer, self._left_alone.get(node, _NOT_INVOLVED))
-        for bystander in self._bystanders:
-            yield missed(bystander.node, bystander.layer, bystander.reason)
+        for entry in self._unsupported:
+            yield missed(entry.node, entry.layer, entry.reason)
 
     def _replication(self, pool: Node) -> Replication | None:
         """Return what a pool makes, None where its number of connections cannot be known."""
@@ -203,8 +203,8 @@ class FoldPlan:
 
 def _why_not(site: WeightSite) -> str | None:
     """Return why a weight cannot be folded, None if it can."""
-    if site.obstacle is not None:
-        return site.obstacle
+    if site.value_blocker is not None:
+        return site.value_blocker
     if site.kind.is_product:
         return f"its weight is a factor of {site.kind.name}, and is not folded"
     if site.kind.is_compound:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from biofx.layers.lowering import Lowering
-from biofx.layers.norm_sites import NormSite, find_norms, lower_norm
+from biofx.layers.norms import NormSite, find_norms, lower_norm
 from biofx.layers.weight_site import WeightSite
 from biofx.operators.sign_ops import constrain_sign
 from biofx.rewriting.remarks import Remark, applied, done_already, missed, switched_off
@@ -43,7 +43,7 @@ def fold_negative_gains(
     return {
         path: _fold(lowering, sites[0], alone, shared)
         for path, sites in _norms_by_gain(lowering).items()
-        if len(sites) == 1 and sites[0].node in norms and sites[0].obstacle is None
+        if len(sites) == 1 and sites[0].node in norms and sites[0].lowering_blocker is None
     }
 
 
@@ -115,7 +115,7 @@ def _reason_against(scope: Scope, site: NormSite, negative: int) -> Remark | Non
     elif negative:
         reason = f"{negative} of its gains are negative and cannot be folded into the layer before exactly"
     else:
-        reason = site.obstacle
+        reason = site.lowering_blocker
     return None if reason is None else missed(site.node, site.layer, reason)
 
 
@@ -138,7 +138,7 @@ def _fold(lowering: Lowering, norm: NormSite, layers: dict[Node, WeightSite], sh
     negative = norm.parameter.detach() < 0
     if not negative.any():
         return 0
-    if len(layer.node.users) > 1 or layer.operators or layer.obstacle is not None:
+    if len(layer.node.users) > 1 or layer.operators or layer.value_blocker is not None:
         return 0
     if not has_own_bias(graph_module, layer, shared):
         return 0

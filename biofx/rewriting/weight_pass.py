@@ -12,10 +12,9 @@ from torch.fx import Node
 
 from biofx.errors import OptionError
 from biofx.layers.lowering import Lowering
-from biofx.layers.norm_sites import NormSite, find_norms, lower_norm
+from biofx.layers.norms import NormSite, find_norms, lower_norm
 from biofx.layers.sites import find_sites
-from biofx.layers.unusual_weights import obstacle_to_values
-from biofx.layers.weight_site import Sites, Weight, WeightSite
+from biofx.layers.weight_site import Sites, Weight, WeightSite, weight_blocker
 from biofx.model.graph_module import BioGraphModule
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.remarks import Remark, missed, switched_off
@@ -65,7 +64,7 @@ class WeightUses:
 
 def unsupported(sites: Sites) -> Iterator[Remark]:
     """Yield a remark for each layer that no pass over layers can reach, with the reason."""
-    for layer in sites.bystanders:
+    for layer in sites.unsupported:
         yield missed(layer.node, layer.layer, layer.reason)
 
 
@@ -90,14 +89,14 @@ def show_parameters(graph_module: BioGraphModule, scope: Scope, is_meant: IsMean
             return False
         held = graph_module.get_submodule(str(site.node.target)).parameters()
         trained = (entry for entry in held if entry.requires_grad and not entry.is_meta)
-        return is_meant(site.node, site.layer) and any(obstacle_to_values(entry) is None for entry in trained)
+        return is_meant(site.node, site.layer) and any(weight_blocker(entry) is None for entry in trained)
 
     for site in find_sites(graph_module).found:
-        if site.barrier is None and is_shown(site):
+        if site.lowering_blocker is None and is_shown(site):
             with scope.rewriting(site.node):
                 lowering.lower(site)
     for norm in find_norms(graph_module):
-        if norm.obstacle is None and is_shown(norm):
+        if norm.lowering_blocker is None and is_shown(norm):
             with scope.rewriting(norm.node):
                 lower_norm(lowering, norm)
 
@@ -159,7 +158,7 @@ class WeightPass(Pass):
             for site in weight.sites:
                 remark = self.remark_against(site, scope, survey)
                 if remark is not None:
-                    yield dataclasses.replace(remark, message=site.told(remark.message))
+                    yield dataclasses.replace(remark, message=site.describe(remark.message))
                     continue
                 own = scope.variant(self, site.node, site.layer)
                 if uses and own != options:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from biofx import capture
 from biofx.analysis.synapses import input_facing_nodes, readout_nodes, split_nodes, synaptic_nodes
 from biofx.layers.lowering import Lowering
-from biofx.layers.norm_sites import find_norms, lower_norm
+from biofx.layers.norms import find_norms, lower_norm
 from biofx.layers.sites import find_sites
 from biofx.operators.split_ops import pool_synapses
 

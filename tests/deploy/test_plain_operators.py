@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import biofx
 from biofx.deploy.plain_operators import write_out
-from biofx.layers.transformer_layers import detects_causal_mask
+from biofx.layers.attention import detects_causal_mask
 
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(5)
 

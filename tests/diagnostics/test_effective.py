@@ -14,8 +14,7 @@ from biofx import BioConfig, Distribution
 from biofx.diagnostics.effective import effective_weight, effective_weights
 from biofx.diagnostics.effective_signs import SignCount, count_signs
 from biofx.errors import InvariantError
-from biofx.layers.constant_part import ConstantPart
-from biofx.layers.weight_uses import Treatment, weight_uses
+from biofx.layers.constant_part import ConstantPart, Treatment, weight_uses
 from biofx.operators.rate_ops import scale_gradient
 from biofx.operators.sign_ops import constrain_sign
 from biofx.plasticity.model_states import bio_modules

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from biofx import BioGraphModule, capture
 from biofx.errors import InputError, PassError
 from biofx.layers.lowering import Lowering
-from biofx.layers.norm_sites import find_norms, lower_norm
+from biofx.layers.norms import find_norms, lower_norm
 from biofx.layers.sites import find_sites
 from biofx.operators.norm_ops import batch_norm
 from biofx.operators.sign_ops import constrain_sign
@@ -140,7 +140,7 @@ def test_the_weight_can_be_wrapped(name: str) -> None:
     (wrapper,) = found.graph.find_nodes(op="call_function", target=constrain_sign)
     assert wrapper.name == "_0_signed"
     (site,) = find_norms(found)
-    assert (site.weight_node, site.obstacle, site.layer) == (wrapper, None, "0")
+    assert (site.weight_node, site.lowering_blocker, site.layer) == (wrapper, None, "0")
     x = torch.randn(shape)
     with torch.no_grad():
         layer.weight.clamp_(min=0)  # type: ignore[operator]
@@ -170,7 +170,7 @@ def test_functions_called_with_a_parameter_are_found() -> None:
             return F.group_norm(x, 2)
 
     found = find_norms(capture(Functional()))
-    assert [(site.node.name, site.parameter_path, site.obstacle) for site in found] == [
+    assert [(site.node.name, site.parameter_path, site.lowering_blocker) for site in found] == [
         ("layer_norm", "gain", None),
         ("batch_norm", "gain", None),
     ]
@@ -215,7 +215,7 @@ def test_what_cannot_be_lowered_is_left_alone_with_the_reason(
     if reason is None:  # it has no weight to show
         assert found == []
         return
-    assert reason in str(found[0].obstacle)
+    assert reason in str(found[0].lowering_blocker)
     with pytest.raises(PassError, match="cannot be lowered"):
         lower_norm(Lowering(captured), found[0])
 
@@ -230,4 +230,4 @@ def test_a_weight_that_something_else_reads_is_an_obstacle() -> None:
             return self.norm(x), self.norm.weight.norm()
 
     (site,) = find_norms(capture(Penalised()))
-    assert site.obstacle == "its weight is also read by 'norm_1', which would not follow"
+    assert site.lowering_blocker == "its weight is also read by 'norm_1', which would not follow"

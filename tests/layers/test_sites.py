@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 import biofx
 from biofx import capture
 from biofx.analysis.synapses import is_synaptic
-from biofx.layers.layer_kinds import kind_of
+from biofx.layers import dense_kind_of
 from biofx.layers.lowering import Lowering
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Sites
@@ -24,8 +24,8 @@ CONFIG = biofx.BioConfig(
 )
 
 
-def obstacles(sites: Sites) -> dict[str, str | None]:
-    return {site.layer: site.obstacle for site in sites.found}
+def blockers(sites: Sites) -> dict[str, str | None]:
+    return {site.layer: site.value_blocker for site in sites.found}
 
 
 class OwnForward(nn.Linear):
@@ -78,7 +78,7 @@ def test_a_layer_that_cannot_be_lowered_is_left_alone_with_the_reason(name: str)
 
 def test_a_subclass_that_changes_nothing_is_a_layer_like_any_other() -> None:
     sites = find_sites(capture(nn.Sequential(SubclassWithoutForward(4, 4))))
-    assert obstacles(sites) == {"0": None}
+    assert blockers(sites) == {"0": None}
 
 
 def test_a_computed_weight_still_has_channels() -> None:
@@ -100,7 +100,7 @@ def test_an_output_size_is_an_obstacle() -> None:
         def forward(self, x: Tensor) -> Any:
             return self.up(x, output_size=[8])
 
-    found = obstacles(find_sites(capture(Upsamples())))
+    found = blockers(find_sites(capture(Upsamples())))
     assert (
         found["up"] == "it is called with more than its input (output_size), which its function does not take"
     )
@@ -128,8 +128,8 @@ def test_a_weight_that_something_else_reads_is_an_obstacle_but_to_its_gradient()
 
     sites = find_sites(capture(Regularised()))
     (site,) = sites.found
-    assert site.obstacle == "its weight is also read by 'norm', which would not follow"
-    assert site.barrier is None
+    assert site.value_blocker == "its weight is also read by 'norm', which would not follow"
+    assert site.lowering_blocker is None
     assert [read.parameter_path for read in sites.reads] == ["fc.weight"]
 
 
@@ -137,7 +137,7 @@ def test_a_tied_embedding_is_another_use_of_the_weight() -> None:
     (weight,) = find_sites(capture(TiedEmbedding())).weights()
     assert weight.path == "embedding.weight"
     assert [site.kind.name for site in weight.sites] == ["Embedding", "Linear"]
-    assert [site.obstacle for site in weight.sites] == [None, None]
+    assert [site.value_blocker for site in weight.sites] == [None, None]
 
 
 class Functional(nn.Module):
@@ -179,8 +179,8 @@ def test_a_weight_computed_in_the_graph_is_reported() -> None:
 
     sites = find_sites(capture(Computes()))
     assert not sites.found
-    (bystander,) = sites.bystanders
-    assert bystander.reason == "its weight is tril, computed in the graph, not a parameter"
+    (layer,) = sites.unsupported
+    assert layer.reason == "its weight is tril, computed in the graph, not a parameter"
 
 
 def test_a_weight_read_by_an_operation_is_an_obstacle() -> None:
@@ -193,14 +193,14 @@ def test_a_weight_read_by_an_operation_is_an_obstacle() -> None:
             return self.fc(x), self.fc.weight.norm()
 
     (site,) = find_sites(capture(Penalised())).found
-    assert site.obstacle == "its weight is also read by 'norm', which would not follow"
+    assert site.value_blocker == "its weight is also read by 'norm', which would not follow"
 
 
 def test_layers_inside_what_is_called_whole_are_reported() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8), nn.GRU(4, 2))
     sites = find_sites(capture(model, opaque=["0"]))
     assert [site.layer for site in sites.found] == ["1", "1"]
-    assert {bystander.layer for bystander in sites.bystanders} == {"0.self_attn", "0.linear1", "0.linear2"}
+    assert {entry.layer for entry in sites.unsupported} == {"0.self_attn", "0.linear1", "0.linear2"}
 
 
 def test_a_layer_whose_weight_is_used_directly_is_not_called_unused() -> None:
@@ -214,7 +214,7 @@ def test_a_layer_whose_weight_is_used_directly_is_not_called_unused() -> None:
 
     sites = find_sites(capture(Direct()))
     assert [site.layer for site in sites.found] == ["used"]
-    assert [(entry.layer, entry.reason) for entry in sites.bystanders] == [
+    assert [(entry.layer, entry.reason) for entry in sites.unsupported] == [
         ("unused", "never called in the forward")
     ]
 
@@ -259,7 +259,7 @@ def test_each_weight_of_a_recurrent_layer_is_a_site_with_a_role(name: str) -> No
     hidden = find_sites(captured)
     Lowering(captured).lower(hidden.found[0])
     for sites in (hidden, find_sites(captured)):
-        assert not sites.bystanders
+        assert not sites.unsupported
         found = [
             (slot.name, site.role, slot.layer, slot.direction, site.input_channels, site.output_channels)
             for site in sites.found
@@ -284,7 +284,7 @@ def test_each_weight_of_an_attention_is_a_site_with_a_role(joint: bool) -> None:
         found = [(site.role, site.input_channels, site.output_channels) for site in sites.found]
         assert found == [*inputs, ("attention_output", 6, 6)]
         assert sites.found[-1].layer == "attention.out_proj"
-        assert not sites.bystanders
+        assert not sites.unsupported
 
 
 class Attends(nn.Module):
@@ -322,7 +322,7 @@ def test_a_layer_with_several_weights_that_cannot_be_lowered(
     path = "attention" if isinstance(layer, nn.MultiheadAttention) else "0"
     sites = find_sites(capture(model, opaque=[path])).found
     assert len(sites) == 2
-    assert {site.obstacle for site in sites} == {reason}
+    assert {site.value_blocker for site in sites} == {reason}
     _, report = biofx.transform(model, passes="scale-gradients", opaque=[path])
     told = {remark.message for remark in report.remarks}
     assert told == {f"{site.slot.name}: {reason}" for site in sites}
@@ -332,8 +332,8 @@ def test_a_computed_weight_keeps_the_others_of_its_layer_from_being_lowered() ->
     layer = parametrizations.weight_norm(nn.GRU(4, 3), "weight_hh_l0")
     sites = find_sites(capture(nn.Sequential(layer), opaque=["0"]))
     reason = "its weight_hh_l0 is computed by a parametrization, not a parameter"
-    assert [(site.slot.name, site.obstacle) for site in sites.found] == [("weight_ih_l0", reason)]
-    assert [entry.reason for entry in sites.bystanders] == [f"weight_hh_l0: {reason}"]
+    assert [(site.slot.name, site.value_blocker) for site in sites.found] == [("weight_ih_l0", reason)]
+    assert [entry.reason for entry in sites.unsupported] == [f"weight_hh_l0: {reason}"]
 
 
 def test_a_recurrent_weight_that_something_else_reads_is_an_obstacle_for_it_alone() -> None:
@@ -346,8 +346,8 @@ def test_a_recurrent_weight_that_something_else_reads_is_an_obstacle_for_it_alon
             return self.cell(x)[0], self.cell.weight_hh_l0.norm()  # type: ignore[operator]
 
     first, second = find_sites(capture(Penalised())).found
-    assert first.obstacle is None
-    assert second.obstacle == "its weight is also read by 'norm', which would not follow"
+    assert first.value_blocker is None
+    assert second.value_blocker == "its weight is also read by 'norm', which would not follow"
 
 
 def test_a_weight_that_is_its_own_input_is_an_obstacle() -> None:
@@ -360,7 +360,7 @@ def test_a_weight_that_is_its_own_input_is_an_obstacle() -> None:
             return x + F.linear(self.matrix, self.matrix)
 
     (site,) = find_sites(capture(Squares())).found
-    assert site.obstacle == "its weight is also read by 'linear', which would not follow"
+    assert site.value_blocker == "its weight is also read by 'linear', which would not follow"
 
 
 def test_layers_with_several_weights_that_are_never_called_are_reported_once() -> None:
@@ -374,7 +374,7 @@ def test_layers_with_several_weights_that_are_never_called_are_reported_once() -
 
     sites = find_sites(capture(Spare()))
     assert not sites.found
-    assert [(entry.layer, entry.reason) for entry in sites.bystanders] == [
+    assert [(entry.layer, entry.reason) for entry in sites.unsupported] == [
         ("cell", "never called in the forward"),
         ("attention", "never called in the forward"),
     ]
@@ -439,7 +439,7 @@ def test_what_carries_weights_between_units_is_synaptic(module: nn.Module, synap
 
 
 def test_a_layer_is_known_by_its_class() -> None:
-    kind = kind_of(SubclassWithoutForward(2, 2))
+    kind = dense_kind_of(SubclassWithoutForward(2, 2))
     assert kind is not None
     assert kind.name == "Linear"
-    assert kind_of(nn.Bilinear(2, 2, 2)) is None
+    assert dense_kind_of(nn.Bilinear(2, 2, 2)) is None

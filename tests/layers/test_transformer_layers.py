@@ -97,7 +97,7 @@ def test_its_layers_are_seen_and_compute_the_same(name: str, training: bool) -> 
     model = make().train(training)
     captured = capture(model).train(training)
     sites = find_sites(captured)
-    assert (len(sites.found), sites.bystanders) == (weights, [])
+    assert (len(sites.found), sites.unsupported) == (weights, [])
     torch.testing.assert_close(results(captured), results(model), rtol=0, atol=0)
     shown = lowered(captured)
     torch.testing.assert_close(results(shown), results(model), rtol=0, atol=0)

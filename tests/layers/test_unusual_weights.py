@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import biofx
-from biofx.layers.unusual_weights import obstacle_to_signs, obstacle_to_values
+from biofx.layers.weight_site import sign_blocker, weight_blocker
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "rates": {"fuzzy_learning_rate_factor_nu": 0.2},
@@ -85,9 +85,9 @@ def test_whole_and_tiny_numbers_are_left_alone(config: str) -> None:
 
 
 def test_why_a_weight_is_left_alone() -> None:
-    assert obstacle_to_values(torch.ones(2, 2)) is None
-    assert obstacle_to_values(nn.Parameter(torch.ones(2, 2).bfloat16())) is None
-    assert obstacle_to_values(torch.ones(2, dtype=torch.complex64)) is None
+    assert weight_blocker(torch.ones(2, 2)) is None
+    assert weight_blocker(nn.Parameter(torch.ones(2, 2).bfloat16())) is None
+    assert weight_blocker(torch.ones(2, dtype=torch.complex64)) is None
     told = {
         "no weights: their shape is (0, 3)": torch.ones(0, 3),
         "sparse (torch.sparse_coo)": torch.eye(2).to_sparse(),
@@ -95,9 +95,9 @@ def test_why_a_weight_is_left_alone() -> None:
         "torch.float8_e4m3fn": torch.ones(2).to(torch.float8_e4m3fn),
     }
     for words, weight in told.items():
-        assert words in str(obstacle_to_values(weight))
-    assert obstacle_to_signs(torch.ones(2)) is None
-    assert "complex" in str(obstacle_to_signs(torch.ones(2, dtype=torch.complex64)))
+        assert words in str(weight_blocker(weight))
+    assert sign_blocker(torch.ones(2)) is None
+    assert "complex" in str(sign_blocker(torch.ones(2, dtype=torch.complex64)))
 
 
 def test_a_rule_on_a_sparse_gradient_is_refused_by_name() -> None:

@@ -7,8 +7,9 @@ from torch.fx import Graph
 from torch.fx.node import Argument
 from torch.nn import functional as F
 
-from biofx.layers.layer_kinds import ATTENTION, COMPOUND_KINDS, compound_kind_of, kind_of, kind_of_call
-from biofx.layers.weight_slots import ONE_WEIGHT, WeightSlot, slots_of_call, slots_of_module
+from biofx.layers import COMPOUND_KINDS, dense_kind_of, kind_of, kind_of_call
+from biofx.layers.attention import ATTENTION
+from biofx.layers.layer_kind import ONE_WEIGHT, WeightSlot
 from biofx.operators.compound_ops import attend, recurrent
 
 
@@ -33,7 +34,7 @@ def test_one_weight_is_written_where_the_input_is_the_same_node() -> None:
     graph = Graph()
     x, other = graph.placeholder("x"), graph.placeholder("other")
     node = graph.call_function(F.linear, (x, x))
-    ONE_WEIGHT[0].write(node, other)
+    ONE_WEIGHT.write(node, other)
     assert node.args == (x, other)
 
 
@@ -47,9 +48,9 @@ def test_one_weight_is_written_where_the_input_is_the_same_node() -> None:
     ],
 )
 def test_slots_name_the_matrices_among_the_weights_that_torch_lists(module: nn.RNNBase) -> None:
-    kind = compound_kind_of(module)
+    kind = kind_of(module)
     assert kind is not None
-    slots = slots_of_module(module, kind)
+    slots = kind.slots_of_module(module)
     for slot in slots:
         assert slot.index is not None
         assert module._flat_weights_names[slot.index] == slot.name
@@ -65,20 +66,20 @@ def test_a_call_has_the_slots_of_the_module_it_stands_for() -> None:
     options: dict[str, Argument] = {"mode": "LSTM", "num_layers": 2, "bidirectional": True}
     call = graph.call_function(recurrent, (x, None, [x] * len(module._flat_weights_names), True), options)
     kind = kind_of_call(call)
-    assert kind is compound_kind_of(module)
+    assert kind is kind_of(module)
     assert kind is not None
-    assert slots_of_call(call, kind) == slots_of_module(module, kind)
+    assert kind.slots_of_call(call) == kind.slots_of_module(module)
     attention = graph.call_function(attend, (x, x, x, [x, x], True), {"num_heads": 1})
     assert kind_of_call(attention) is ATTENTION
-    assert slots_of_call(attention, ATTENTION) == slots_of_module(nn.MultiheadAttention(2, 1), ATTENTION)
+    assert ATTENTION.slots_of_call(attention) == ATTENTION.slots_of_module(nn.MultiheadAttention(2, 1))
 
 
 def test_kinds_with_one_weight_and_with_several_are_told_apart() -> None:
     assert all(kind.is_compound for kind in COMPOUND_KINDS)
     for module in (nn.RNN(2, 2), nn.GRU(2, 2), nn.LSTM(2, 2), nn.MultiheadAttention(2, 1)):
-        found = compound_kind_of(module)
+        found = kind_of(module)
         assert found is not None
         assert found.name == type(module).__name__
-        assert kind_of(module) is None
-    assert compound_kind_of(nn.Linear(2, 2)) is None
+        assert dense_kind_of(module) is None
+    assert kind_of(nn.Linear(2, 2)) not in COMPOUND_KINDS
     assert kind_of_call(Graph().call_function(torch.relu)) is None

@@ -1,8 +1,8 @@
-"""What of torch's Transformer can be looked into while it is captured, and how.
+"""Attention, and torch's Transformer layers around it.
 
-Their layers are modules of torch, which a tracer takes for one call each. Their forwards are plain Python
-but for three things: a fused path for inference, switched off here, and two questions about masks, which
-become calls.
+A tracer takes layers of torch for one call each. The forwards of Transformer layers are plain Python, and can
+be traced, but for three things: a fused path for inference, which is switched off here, and two questions
+about masks, which become calls.
 """
 
 from __future__ import annotations
@@ -14,12 +14,106 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
+from torch.fx import Node, Proxy
 from torch.nn import functional as F
 from torch.nn.modules import transformer
 from torch.overrides import handle_torch_function, has_torch_function
 
-from biofx.layers.obstacles import hooks_of
+from biofx.layers.layer_kind import (
+    LayerCall,
+    LayerKind,
+    LoweredCall,
+    Reads,
+    WeightSlot,
+    argument,
+    become_call,
+    hooks_of,
+    without_neutral,
+)
+from biofx.operators.compound_ops import attend
+
+_WEIGHTS = (3, "weights")
+_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_BIASES = {
+    "in_proj_bias": "in_proj_bias",
+    "out_proj_bias": "out_proj.bias",
+    "bias_k": "bias_k",
+    "bias_v": "bias_v",
+}
+"""Where the module holds them, by the function's argument."""
+_INPUTS = {
+    "key_padding_mask": None,
+    "need_weights": True,
+    "attn_mask": None,
+    "average_attn_weights": True,
+    "is_causal": False,
+}
+"""What the module is called with besides query, key and value."""
+_NEUTRAL = {**dict.fromkeys(_BIASES), **_INPUTS, "dropout": 0.0, "batch_first": False, "add_zero_attn": False}
+
+
+class AttentionKind(LayerKind):
+    """Multi-head attention of torch, with one projection of its inputs or with three."""
+
+    def slots_of_module(self, module: Any) -> tuple[WeightSlot, ...]:
+        """Return the slots of the projections."""
+        return _slots(joint=bool(module._qkv_same_embed_dim))
+
+    def slots_of_call(self, node: Node) -> tuple[WeightSlot, ...]:
+        """Return the slots of the projections among the weights."""
+        return _slots(joint=len(argument(node, *_WEIGHTS)) == 2)
+
+    def lower(self, node: Node, module: Any, reads: Reads) -> None:
+        """Rewrite ``attention(q, k, v)`` as ``attend(q, k, v, weights, training, …)``."""
+        bound = inspect.signature(self.module_type.forward).bind(module, *node.args, **node.kwargs)
+        given = bound.arguments
+        given.pop("self")
+        inputs = [given.pop(name) for name in ("query", "key", "value")]
+        weights = [reads(slot.name) for slot in self.slots_of_module(module)]
+        options = {name: getattr(module, name) for name in ("num_heads", "add_zero_attn", "batch_first")}
+        options["dropout"] = reads("dropout")  # which may be changed at any time
+        biases = (module.in_proj_bias, module.out_proj.bias, module.bias_k, module.bias_v)
+        for (name, path), bias in zip(_BIASES.items(), biases, strict=True):
+            options[name] = None if bias is None else reads(path)
+        args = (*inputs, weights, reads("training"))
+        become_call(node, self.function, args, without_neutral(options | given, _NEUTRAL))
+
+    def raised(self, call: LoweredCall) -> LayerCall | None:
+        """Return the call of a module with the same projections and biases."""
+        arguments: tuple[Any, ...] = call.node.args
+        query, key, value, (*projections, output), _ = arguments
+        options: dict[str, Any] = dict(call.node.kwargs)
+        inputs = {name: options.pop(name) for name in _INPUTS if name in options}
+        biases = {path: options.pop(name, None) for name, path in _BIASES.items()}
+        joint = len(projections) == 1
+        paths = ("in_proj_weight",) if joint else _PROJECTIONS
+        held = call.parameters(
+            {**dict(zip(paths, projections, strict=True)), "out_proj.weight": output, **biases}
+        )
+        size: Any = held["out_proj.weight"]
+        sizes = (size.shape[0], options.pop("num_heads"))
+        if not joint:
+            key_weight, value_weight = (held[path] for path in _PROJECTIONS[1:])
+            options |= {"kdim": key_weight.shape[1], "vdim": value_weight.shape[1]}  # type: ignore[union-attr]
+        options |= {"bias": biases["in_proj_bias"] is not None, "add_bias_kv": biases["bias_k"] is not None}
+        return call.call(self.module_type, sizes, held, (query, key, value), inputs, **options)
+
+
+def _slots(*, joint: bool) -> tuple[WeightSlot, ...]:
+    if joint:
+        names = [("in_proj_weight", "query_key_value", 3)]
+    else:
+        names = [(name, role, 1) for name, role in zip(_PROJECTIONS, ("query", "key", "value"), strict=True)]
+    names.append(("out_proj.weight", "attention_output", 1))
+    return tuple(
+        WeightSlot(name, role, _WEIGHTS, index, blocks) for index, (name, role, blocks) in enumerate(names)
+    )
+
+
+ATTENTION = AttentionKind(nn.MultiheadAttention, attend, is_compound=True)
+
+
+# Transformer layers
 
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)

@@ -1,0 +1,113 @@
+"""Recurrent layers: ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+
+from biofx.layers.layer_kind import (
+    Held,
+    LayerCall,
+    LayerKind,
+    LoweredCall,
+    Reads,
+    WeightSlot,
+    argument,
+    become_call,
+    without_neutral,
+)
+from biofx.operators.compound_ops import GATES, recurrent
+
+_WEIGHTS = (2, "weights")
+_NEUTRAL = {"num_layers": 1, "dropout": 0.0, "bidirectional": False, "batch_first": False}
+
+
+class RecurrentKind(LayerKind):
+    """A recurrent layer, of several layers and in two directions if it is."""
+
+    def slots_of_module(self, module: Any) -> tuple[WeightSlot, ...]:
+        """Return the slots of the matrices, in torch's order."""
+        options = {"bias": module.bias, "projects": module.proj_size > 0}
+        return tuple(_slots(module.mode, module.num_layers, module.bidirectional, **options))
+
+    def slots_of_call(self, node: Node) -> tuple[WeightSlot, ...]:
+        """Return the slots of the matrices among the weights."""
+        mode, layers, bidirectional, each = _shape(node)
+        return tuple(_slots(mode, layers, bidirectional, bias=each > 3, projects=each in (3, 5)))
+
+    def lower(self, node: Node, module: Any, reads: Reads) -> None:
+        """Rewrite ``rnn(x, h)`` as ``recurrent(x, h, weights, training, …)``."""
+        bound = inspect.signature(self.module_type.forward).bind(module, *node.args, **node.kwargs)
+        given = bound.arguments
+        weights = [reads(name) for name in module._flat_weights_names]
+        options = {
+            name: getattr(module, name) for name in ("mode", "num_layers", "bidirectional", "batch_first")
+        }
+        options["dropout"] = reads("dropout")  # which may be changed at any time
+        args = (given["input"], given.get("hx"), weights, reads("training"))
+        become_call(node, self.function, args, without_neutral(options, _NEUTRAL))
+
+    def raised(self, call: LoweredCall) -> LayerCall | None:
+        """Return the call of a module with the same weights and biases."""
+        node = call.node
+        x, state, weights, _ = node.args
+        options: dict[str, Any] = dict(node.kwargs)
+        mode = options.pop("mode")
+        first: Any = call.hold(weights[0])  # type: ignore[index]
+        *_, each = _shape(node)
+        held: Held = {}
+        for slot in self.slots_of_call(node):
+            held |= call.parameters({slot.name: slot.read(node)})
+            if each > 3 and slot.role == "hidden":
+                for offset, name in ((1, "bias_ih"), (2, "bias_hh")):
+                    source = weights[slot.index + offset]  # type: ignore[index, operator]
+                    held |= call.parameters({slot.name.replace("weight_hh", name): source})
+        projected = next((value for name, value in held.items() if name.startswith("weight_hr")), None)
+        if mode.startswith("RNN_"):
+            options["nonlinearity"] = mode.removeprefix("RNN_").lower()
+        if projected is not None:
+            options["proj_size"] = projected.shape[0]
+        sizes = (first.shape[1], first.shape[0] // GATES[mode])
+        inputs = (x,) if state is None else (x, state)
+        return call.call(self.module_type, sizes, held, inputs, bias=each > 3, **options)
+
+
+def _shape(node: Node) -> tuple[str, int, bool, int]:
+    """Return the mode, the layers, whether there are two directions, and the weights of each chain."""
+    layers: Any = node.kwargs.get("num_layers", 1)
+    bidirectional = bool(node.kwargs.get("bidirectional", False))
+    each = len(argument(node, *_WEIGHTS)) // (layers * (1 + bidirectional))
+    return str(node.kwargs["mode"]), layers, bidirectional, each
+
+
+def _slots(
+    mode: str, num_layers: int, bidirectional: bool, *, bias: bool, projects: bool
+) -> Iterator[WeightSlot]:
+    start = 0
+    for layer in range(num_layers):
+        for direction in range(1 + bidirectional):
+            end = f"l{layer}{'_reverse' if direction else ''}"
+            roles = [("weight_ih", "stacked" if layer else "input"), ("weight_hh", "hidden")]
+            places = [start, start + 1]
+            start += 4 if bias else 2
+            if projects:
+                roles.append(("weight_hr", "projection"))
+                places.append(start)
+                start += 1
+            for (name, role), place in zip(roles, places, strict=True):
+                blocks = 1 if role == "projection" else GATES[mode]
+                yield WeightSlot(f"{name}_{end}", role, _WEIGHTS, place, blocks, layer, direction)
+
+
+RNN, GRU, LSTM = RECURRENT_KINDS = tuple(
+    RecurrentKind(kind, recurrent, is_compound=True) for kind in (nn.RNN, nn.GRU, nn.LSTM)
+)
+
+
+def recurrent_kind(node: Node) -> LayerKind:
+    """Return the kind that a call of :func:`~biofx.operators.compound_ops.recurrent` is of."""
+    return {"GRU": GRU, "LSTM": LSTM}.get(str(node.kwargs["mode"]), RNN)
