@@ -50,7 +50,7 @@ def transform(
         only: rewrite only what this selects (see :mod:`biofx.select`).
         exclude: leave alone what this selects.
         opaque: paths of modules not to look into.
-        regions: where something cannot be captured, let the module in which it is keep its own forward and
+        regions: where something cannot be captured, let the module in which it is keep its eager forward and
             rewrite what that calls; if False, refuse.
         example_inputs: of one call; optional, see :func:`biofx.capture`.
         share_parameters: let the result hold the model's own parameters instead of copies, but for those that

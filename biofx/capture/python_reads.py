@@ -1,8 +1,8 @@
-"""Which modules that stay in Python read parameters of their own in a way that a graph can stand before.
+"""The parameters that eager forwards read: their own, and those of regions below them.
 
-The experts of a mixture are the case in point: where a token goes is decided by values, and what the experts
-weigh is most of the model. Such a module becomes a region of another kind: its graph reads the parameters and
-hands them to the module's own forward, so that passes find an expression to act on.
+A module whose parameters are read by its eager forward alone becomes a region of another kind: its graph
+reads the parameters and passes them to the forward, so that passes find expressions to rewrite. The experts
+of a mixture are an example: values decide which of them is called, and they hold most of the weights.
 """
 
 from __future__ import annotations
@@ -15,32 +15,55 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from biofx.capture.bytecode import is_a_weight, methods_mentioned, names_mentioned
+from biofx.capture.bytecode import (
+    ANYTHING,
+    is_a_weight,
+    methods_mentioned,
+    names_mentioned,
+    weights_mentioned,
+)
 from biofx.graph.regions import is_inside
 from biofx.model.graph_module import NAMES_OF_GRAPH_MODULES, BioGraphModule, why_not_a_graph_module
 
 
 def modules_that_read(captured: BioGraphModule) -> Iterator[str]:
-    """Yield the paths of the modules with parameters that their own forward alone reads, in Python.
+    """Yield the paths of the modules whose parameters are read by their eager forward alone.
 
-    Others might read them too: a forward around it that mentions the parameter or calls another method than
-    the forward. Then nothing is known.
+    An eager forward around such a module that mentions a parameter of it, or a method other than the forward,
+    may read them too.
     """
-    kept = captured.graph_breaks
     modules = dict(captured.named_modules())
-    mentioned = {path: names_mentioned(type(modules[path])) for path in kept if path in modules}
+    breaks = [path for path in captured.graph_breaks if path in modules]
+    mentioned = {path: names_mentioned(type(modules[path])) for path in breaks}
     for path in mentioned:
         module = modules[path]
-        if not path or not _can_stand_before(module):
+        if not path or not _can_have_expressions(module):
             continue
         names = {name for name, parameter in module._parameters.items() if parameter is not None}
-        told = {name for name in names if not is_a_weight(name)} | _other_methods(module)
+        telling = {name for name in names if not is_a_weight(name)} | _other_methods(module)
         around = [outer for outer in mentioned if outer != path and is_inside(path, outer)]
-        if names <= mentioned[path] and not any(told & mentioned[outer] for outer in around):
+        if names <= mentioned[path] and not any(telling & mentioned[outer] for outer in around):
             yield path
 
 
-def _can_stand_before(module: nn.Module) -> bool:
+def weights_read_by_python(captured: BioGraphModule) -> dict[str, str]:
+    """Return the regions whose weights an eager forward may read without calling them, and why.
+
+    It may if its code mentions the ``weight`` of the layer, or of something that has no name in it.
+    """
+    found: dict[str, str] = {}
+    for path in captured.graph_breaks:
+        mentioned = weights_mentioned(type(captured.get_submodule(path)))
+        start = f"{path}." if path else ""
+        for region in captured.region_paths if mentioned else ():
+            parts = set(region[len(start) :].split(".")) if region.startswith(start) else set()
+            if parts and (ANYTHING in mentioned or parts & mentioned):
+                owner = f"module {path!r}" if path else "the model"
+                found[region] = f"the forward of {owner}, in Python, may use its weight without calling it"
+    return found
+
+
+def _can_have_expressions(module: nn.Module) -> bool:
     held = [parameter for parameter in module._parameters.values() if parameter is not None]
     plain_call: Any = nn.Module.__call__
     ordinary = type(module).__call__ is plain_call and "forward" not in vars(module)
@@ -50,13 +73,13 @@ def _can_stand_before(module: nn.Module) -> bool:
         and not methods_mentioned(type(module)) & NAMES_OF_GRAPH_MODULES
         and ordinary
         and len(set(map(id, held))) == len(held)
-        and not module._forward_pre_hooks  # which may compute a weight from parameters, ahead of the forward
+        and not module._forward_pre_hooks  # which may compute a weight from parameters before the forward
         and not isinstance(module, (GraphModule, torch.jit.ScriptModule))
     )
 
 
 def _other_methods(module: nn.Module) -> set[str]:
-    """Return the names of the methods that a class of the user's has besides its forward."""
+    """Return the names of the methods other than the forward that a class of the user has."""
     return {
         name
         for kind in type(module).__mro__

@@ -16,8 +16,8 @@ from biofx.capture.both_modes import OneMode, unified
 from biofx.capture.eager_tracer import EagerTracer
 from biofx.capture.example_inputs import ExampleInputs, as_call
 from biofx.capture.graph_breaks import GraphBreak, joined_path
-from biofx.capture.python_reads import modules_that_read
-from biofx.capture.region_capture import capture_regions, capture_uncalled, is_leaf, weights_read_by_python
+from biofx.capture.python_reads import modules_that_read, weights_read_by_python
+from biofx.capture.region_capture import capture_regions, capture_uncalled, is_leaf
 from biofx.capture.side_effects import Watch
 from biofx.capture.trials import DifferentialCheck, TrialModel, cloned
 from biofx.errors import CaptureError, InputError

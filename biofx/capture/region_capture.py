@@ -11,12 +11,10 @@ from torch.fx import GraphModule, Tracer
 
 from biofx.capture.attribute_reads import guard_reads
 from biofx.capture.bytecode import (
-    ANYTHING,
     attributes_changed,
     names_mentioned,
-    weights_mentioned,
 )
-from biofx.capture.python_reads import modules_that_read
+from biofx.capture.python_reads import modules_that_read, weights_read_by_python
 from biofx.capture.trace_module import Traced, trace
 from biofx.errors import CaptureError
 from biofx.graph.graph_functions import eager_forward_graph
@@ -72,23 +70,6 @@ def capture_uncalled(
     for path in graph_breaks:
         capture.capture_children(path)
     return capture
-
-
-def weights_read_by_python(captured: BioGraphModule) -> dict[str, str]:
-    """Return the regions whose weights an eager forward may read without calling them, and why.
-
-    It may if its code mentions the ``weight`` of the layer, or of something that has no name in it.
-    """
-    found: dict[str, str] = {}
-    for path in captured.graph_breaks:
-        mentioned = weights_mentioned(type(captured.get_submodule(path)))
-        start = f"{path}." if path else ""
-        for region in captured.region_paths if mentioned else ():
-            parts = set(region[len(start) :].split(".")) if region.startswith(start) else set()
-            if parts and (ANYTHING in mentioned or parts & mentioned):
-                owner = f"module {path!r}" if path else "the model"
-                found[region] = f"the forward of {owner}, in Python, may use its weight without calling it"
-    return found
 
 
 class RegionCapture:

@@ -107,10 +107,7 @@ class Watch:
 
 def holders_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
     """Return the dicts in which a module holds attributes, parameters, buffers and modules."""
-    parameters: dict[str, Any] = module._parameters
-    buffers: dict[str, Any] = module._buffers
-    modules: dict[str, Any] = module._modules
-    return vars(module), parameters, buffers, modules
+    return vars(module), module._parameters, module._buffers, module._modules
 
 
 class _Attributes:
@@ -284,28 +281,19 @@ def shared_places(kind: type[nn.Module]) -> tuple[SharedPlace, ...]:
     """Return the globals and class attributes that forwards of a class use and may change."""
     if kind not in _shared_places:
         own = packages_of([kind]) - {"torch"}
+        bases = bases_outside_torch(kind)
+        attributes = ((base, name) for base in bases for name in vars(base) if not name.startswith("__"))
         places: dict[tuple[int, str], SharedPlace] = {}
-        for space, name in () if _is_torchs(kind) else (*globals_mentioned(kind), *_attributes_of(kind)):
+        for space, name in (*globals_mentioned(kind), *attributes) if kind in bases else ():
             places.setdefault((id(space), name), SharedPlace(space, name))
-        found = (place for place in places.values() if _may_change(place.value, own))
-        _shared_places[kind] = tuple(found)
+        _shared_places[kind] = tuple(place for place in places.values() if _may_change(place.value, own))
     return _shared_places[kind]
 
 
 _shared_places: WeakKeyDictionary[type[nn.Module], tuple[SharedPlace, ...]] = WeakKeyDictionary()
 
 
-def _attributes_of(kind: type[nn.Module]) -> Iterator[tuple[type, str]]:
-    for base in bases_outside_torch(kind):
-        yield from ((base, name) for name in vars(base) if not name.startswith("__"))
-
-
-def _is_torchs(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("torch", "builtins")
-
-
 def _may_change(value: Any, packages: frozenset[str]) -> bool:
     """Whether forwards may assign another value in its place, or change it in place."""
-    if is_of(value, Tensor):
-        return True
-    return not (callable(value) or is_of(value, nn.Module) or is_of_a_library(value, packages))
+    is_fixed = callable(value) or is_of(value, nn.Module) or is_of_a_library(value, packages)
+    return is_of(value, Tensor) or not is_fixed

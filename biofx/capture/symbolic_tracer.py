@@ -326,7 +326,7 @@ class SymbolicTracer(Tracer):
         return path
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call a module: one node for a leaf, its own forward otherwise."""
+        """Call a module: one node for a leaf, its eager forward otherwise."""
         path = self.path_of_module(m)
         advance("capture", len(self._paths))
         if self.is_leaf_module(m, path):

@@ -208,7 +208,7 @@ class _HiddenState:
 
     def __init__(self, owner: str, name: str) -> None:
         vars(self)["_refusal"] = (
-            f"uses attribute {name!r} of module {owner!r}, which keeps its own forward and changes that "
+            f"uses attribute {name!r} of module {owner!r}, which keeps its eager forward and changes that "
             "whenever it is called; a graph would keep one value. Let the module return it"
         )
 
@@ -217,7 +217,7 @@ class _HiddenState:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        raise CaptureError("uses an attribute of a module that keeps its own forward and changes it")
+        raise CaptureError("uses an attribute of a module that keeps its eager forward and changes it")
 
     def __getattr__(self, name: str) -> Any:
         self._refuse()

@@ -46,7 +46,7 @@ def take_hooks(made: nn.Module, before: nn.Module) -> None:
 
 
 def make_plain(module: BioGraphModule) -> None:
-    """Make a region, or a model that runs its own forward, a module without biofx in place."""
+    """Make a region, or a model that runs its eager forward, a module without biofx in place."""
     calls = module.graph.find_nodes(op="call_function", target=call_own_forward)
     reads = module.graph.find_nodes(op="call_function", target=call_with_parameters)
     if module.keeps_forward or reads or (calls and _is_only_call(calls[0])):
@@ -63,7 +63,7 @@ def make_plain(module: BioGraphModule) -> None:
 
 
 def _is_only_call(call: Node) -> bool:
-    """Whether a graph does nothing but call a module's own forward."""
+    """Whether a graph does nothing but call a module's eager forward."""
     beside = [node for node in call.graph.nodes if node.op not in ("placeholder", "output")]
     return {node for node in beside if node.target is not require_default} == {call, call.args[0]}
 

@@ -74,12 +74,12 @@ def _identity(node: Node) -> str:
 def diff_graphs(
     before: GraphModule | Graph | str, after: GraphModule | Graph | str, *, context: int = 1
 ) -> str:
-    """Return what differs between two graphs, line by line, with unchanged stretches folded.
+    """Return what differs between two graphs, line by line, with runs of unchanged lines folded.
 
     Args:
         before: a graph, or its text.
-        after: likewise.
-        context: unchanged lines kept on each side of a change, a count.
+        after: a graph, or its text.
+        context: unchanged lines shown on each side of a change, a count.
 
     Returns:
         Lines that start with ``-`` (gone), ``+`` (new) or a space; empty if nothing differs.
@@ -118,7 +118,7 @@ def print_changed(name: str, before: str, after: str, *, console: Console | None
 
 
 def _fold(lines: list[str], head: int, tail: int) -> Iterable[str]:
-    """Keep ``head`` lines after the last change and ``tail`` before the next; fold what lies between."""
+    """Show ``head`` lines after the last change and ``tail`` before the next; fold the lines between."""
     hidden = len(lines) - head - tail
     if hidden <= 1:
         return [f"  {line}" for line in lines]

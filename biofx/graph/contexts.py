@@ -1,9 +1,9 @@
 """Contexts that a forward opens (``torch.no_grad``, ``torch.autocast``, …) as pairs of nodes in its graph.
 
-A node begins the context and gives what was in force before to the node that ends it. Whatever mode a caller
-has chosen is so what a graph starts from and goes back to, as in the Python code. Every node that begins one
-is handed an input of the graph, which it does not use: tracing the graph again follows its inputs, and would
-otherwise run the switch once instead of writing it down.
+A node begins the context and passes the previous mode to the node that ends it, which restores it. So a
+graph starts in the mode of its caller and returns to it, as the Python code does. A node that begins a
+context takes an input of the graph, which it does not use: tracing the graph again follows its inputs, and
+would otherwise run the switch once instead of recording it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from biofx.errors import CaptureError
 
 @has_side_effect
 def begin_grad_mode(anchor: Any, enabled: bool) -> bool:
-    """Switch the recording of gradients on or off; return whether it was on.
+    """Switch gradients on or off; return whether they were on.
 
     Args:
         anchor: any input of the graph; not used.
-        enabled: whether it is to be on.
+        enabled: whether gradients are computed from here on.
     """
     if isinstance(anchor, Proxy):
         recorded: bool = _written(anchor, begin_grad_mode, (anchor, enabled))
@@ -39,7 +39,7 @@ def begin_grad_mode(anchor: Any, enabled: bool) -> bool:
 
 @has_side_effect
 def end_grad_mode(before: Any) -> None:
-    """Go back to what :func:`begin_grad_mode` found."""
+    """Restore what :func:`begin_grad_mode` has returned."""
     if isinstance(before, Proxy):
         _written(before, end_grad_mode, (before,))
     else:
@@ -58,13 +58,13 @@ def begin_autocast(
 
     Args:
         anchor: any input of the graph; not used.
-        device_type: whose operations are cast, as ``torch.autocast`` takes it.
-        dtype: to which type; None for the one in force.
-        enabled: whether anything is cast.
-        cache_enabled: whether casts of weights are kept; None for what is in force.
+        device_type: type of the device whose operations are cast, e.g. ``"cuda"``.
+        dtype: the dtype to cast to; None for the present one of the device.
+        enabled: whether operations are cast.
+        cache_enabled: whether casts of weights are cached; None for the present setting.
 
     Raises:
-        CaptureError: it is exported in strict mode, which does not keep autocast.
+        CaptureError: the graph is exported in strict mode, which loses autocast.
     """
     if isinstance(anchor, Proxy):
         return _written(anchor, begin_autocast, (anchor, device_type, dtype, enabled, cache_enabled))
@@ -80,7 +80,7 @@ def begin_autocast(
 
 @has_side_effect
 def end_autocast(context: Any) -> None:
-    """Leave what :func:`begin_autocast` entered."""
+    """Leave the ``torch.autocast`` that :func:`begin_autocast` has entered."""
     leave: Any = torch.amp._exit_autocast  # type: ignore[attr-defined]
     if isinstance(context, Proxy):
         _written(context, end_autocast, (context,))
@@ -94,7 +94,7 @@ BEGINNINGS: dict[Callable[..., Any], Callable[..., Any]] = {
     begin_grad_mode: end_grad_mode,
     begin_autocast: end_autocast,
 }
-"""The function of each node that begins a context, and of the one that ends it."""
+"""Functions that begin a context, and those that end it."""
 _ENDS = frozenset(BEGINNINGS.values())
 
 
@@ -108,12 +108,12 @@ def _written(proxy: Proxy, function: Callable[..., Any], args: tuple[Any, ...]) 
 
 
 def steers_gradients(graph: Graph) -> bool:
-    """Whether a graph says where gradients flow, besides what its operations say."""
+    """Whether contexts in a graph decide where gradients flow."""
     return any(graph.find_nodes(op="call_function", target=begin) for begin in BEGINNINGS)
 
 
 class ContextMap:
-    """Says in which context the nodes of a graph are, those written later included."""
+    """The contexts around the nodes of a graph, also around those that are added later."""
 
     def __init__(self, graph: Graph) -> None:
         self._around: dict[Node, Node | None] = {}
@@ -140,21 +140,21 @@ class ContextMap:
         return None
 
     def place_for(self, reader: Node, inputs: tuple[Node, ...]) -> Node:
-        """Return ahead of which node to write what is computed from some nodes for one that reads it.
+        """Return the node before which to insert an expression of some nodes that another node reads.
 
-        Behind the last of its inputs where that is in the reader's context, else right ahead of the reader:
-        under other modes it would be another value, or one without a gradient.
+        It comes after the last of its inputs if that is in the context of the reader, else directly before
+        the reader: in another mode it would have another value, or no gradient.
         """
         last = max(inputs)
         return last.next if self.around(last) is self.around(reader) else reader
 
 
 def restoring_modes(graph: Graph, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that goes back to the modes it found when the graph fails inside a context.
+    """Return a forward that restores the modes of its caller if the graph raises inside a context.
 
     Args:
-        graph: whose code the forward is.
-        forward: of a graph module, with the module as its first argument.
+        graph: the graph from which the code of the forward is generated.
+        forward: the forward of a graph module, with the module as its first argument.
     """
     autocasts = graph.find_nodes(op="call_function", target=begin_autocast)
     if not autocasts and not graph.find_nodes(op="call_function", target=begin_grad_mode):
@@ -177,7 +177,7 @@ def restoring_modes(graph: Graph, forward: Callable[..., Any]) -> Callable[..., 
 
 @contextmanager
 def preserved_modes() -> Iterator[None]:
-    """Leave gradient mode and autocast as they were, whatever a forward that runs meanwhile does to them."""
+    """Restore gradient mode and autocast at the end of the block."""
     before = _Modes.now(("cpu", "cuda"))
     try:
         yield
@@ -187,7 +187,7 @@ def preserved_modes() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Modes:
-    """What contexts change."""
+    """The state that contexts change."""
 
     gradients: bool
     nesting: int
@@ -211,7 +211,7 @@ class _Modes:
 
 
 def autocast_nesting() -> int:
-    """Return how many autocasts are open, a count."""
+    """Return the number of open autocasts."""
     depth = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
     return int(depth)

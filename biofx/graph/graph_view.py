@@ -1,4 +1,4 @@
-"""A graph as plain values: what a picture or a page needs to know of it, long after the graph has changed."""
+"""A graph as plain values, for pictures and pages that are made after the graph has changed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from biofx.select import module_calls
 
 @dataclass(frozen=True)
 class NodeView:
-    """One node as it stood."""
+    """One node at the time of the view."""
 
     name: str
     op: str
     """Its ``torch.fx`` operation, e.g. ``"call_module"``."""
     what: str
-    """Its operation in a word: a function's or method's name, a layer's class, a parameter's own name."""
+    """Its operation in a word: name of the function or method, class of the layer, name of the parameter."""
     line: str
     """The node as a line of text."""
     inputs: tuple[str, ...]
     """Names of the nodes whose values it takes, in order, each once."""
     calls: tuple[tuple[str, int], ...]
-    """The module calls it lies in, outermost first: module path and index of the call, from 0."""
+    """The calls of modules around it, outermost first: path of the module and index of the call, from 0."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class ModuleView:
     """One module of the tree, called in the graph or not."""
 
     classes: tuple[str, ...]
-    """Names that ``type:`` selectors know it by: of its class and of every base, short and in full."""
+    """Names for ``type:`` selectors: those of its class and of every base, short and in full."""
     parameters: int
-    """Elements of its own parameters, a count; one that several modules hold counts at the first."""
+    """Elements of its own parameters, a count; a shared parameter counts at its first module only."""
 
     @property
     def kind(self) -> str:
@@ -57,7 +57,7 @@ class GraphView:
 
     @classmethod
     def of(cls, graph_module: GraphModule, lines: Mapping[str, str] | None = None) -> GraphView:
-        """Take down a graph module as it is now; ``lines`` may have the text of its nodes already."""
+        """Return the view of a graph module; ``lines`` is the text of its nodes, if it is known already."""
         counted: set[int] = set()
         names: dict[type, tuple[str, ...]] = {}
         modules = {

@@ -17,7 +17,7 @@ from biofx.errors import InputError
 
 @has_side_effect
 def require_default(found: Any, default: object, name: str) -> None:
-    """Check that an optional argument has the value that the graph was captured with.
+    """Check that an optional argument has the value with which the graph was captured.
 
     Raises:
         InputError: it has another.

@@ -47,10 +47,9 @@ def whole_graph(graph_module: GraphModule) -> Graph:
 
 
 def whole_view(graph_module: GraphModule) -> GraphModule:
-    """Return a model that shows the graphs of its regions as one, to be looked at; the model itself if it has
-    none.
+    """Return a view of a model in which the graphs of its regions are one; the model itself if it has none.
 
-    It holds the model's own modules and tensors, and the model stays as it is.
+    The view shares the modules and tensors of the model, which is not changed.
     """
     if not region_paths(graph_module) or is_joined(graph_module):
         return graph_module
@@ -61,7 +60,7 @@ def whole_view(graph_module: GraphModule) -> GraphModule:
 
 
 class _Join:
-    """Writes a model's graph and those of its regions into one; each region ahead of what calls it."""
+    """Writes a model's graph and those of its regions into one; each region comes before its call."""
 
     def __init__(self, root: GraphModule, paths: tuple[str, ...]) -> None:
         self._modules = dict(root.named_modules(remove_duplicate=False))
@@ -72,7 +71,7 @@ class _Join:
         self.graph._codegen = copy.deepcopy(root.graph._codegen)
         mapping: dict[Node, Node] = {}
         for node in root.graph.nodes:
-            if node.op in ("call_module", "get_attr"):  # the latter where it is called under checkpointing
+            if node.op in ("call_module", "get_attr"):  # get_attr where it is called under checkpointing
                 self._write_regions_in(str(node.target))
             elif node.op == "output":
                 self._write_regions_in("")
@@ -113,11 +112,11 @@ class _Join:
         if node.op == "output":
             value: Any = map_arg(node.args[0], mapping.__getitem__)
             return self.graph.create_node("call_function", region_output, (path, value), name=f"{name}_end")
-        if node.target is call_own_forward:  # a layer that is a region by itself, with something behind it
+        if node.target is call_own_forward:  # a layer that is a region by itself, with nodes after its call
             args: Any = map_arg(node.args[1], mapping.__getitem__)
             kwargs: Any = map_arg(node.args[2], mapping.__getitem__)
             return self.graph.create_node("call_module", path, args, kwargs, node.name)
-        if node.target is call_with_parameters:  # a module that Python runs, by its path
+        if node.target is call_with_parameters:  # a module that runs in Python, by its path
             given: Any = map_arg(node.args[1:], mapping.__getitem__)
             return self.graph.create_node(
                 "call_function", call_with_parameters, (path, *given), {}, node.name
@@ -128,7 +127,7 @@ class _Join:
         return copied
 
     def _path_of(self, target: str, region: str) -> str:
-        """Return the path in the whole model of what a region's graph calls or reads."""
+        """Return the path, in the whole model, of what a region's graph calls or reads."""
         if target in ("", OWN_MODULE):
             return region
         mark, _, rest = target.partition(".")
@@ -144,7 +143,7 @@ class _Join:
         )
 
     def _node_copy(self, node: Node, stem: str, mapping: dict[Node, Node]) -> Node:
-        """Copy a node; a module that is called names its node by its whole path."""
+        """Copy a node; the name of a call of a module begins with the path of the region."""
         args: Any = map_arg(node.args, mapping.__getitem__)
         kwargs: Any = map_arg(node.kwargs, mapping.__getitem__)
         plain = node.name.lstrip("_")
@@ -176,7 +175,7 @@ class _Join:
 
 
 def layer_graph(module: nn.Module, path: str) -> Graph:
-    """Return the graph of a layer that is a region by itself: one call of itself, written with no path."""
+    """Return the graph of a layer that is a region by itself: one call of it, with an empty path."""
     graph = Graph(tracer_cls=Tracer)
     inputs = []
     for name, parameter in list(inspect.signature(type(module).forward).parameters.items())[1:]:

@@ -79,7 +79,7 @@ def _expression(node: Node) -> str:
 
 
 def function_name(target: Callable[..., Any] | str) -> str:
-    """Return a function's short name, the same on every torch version."""
+    """Return a function's short name, the same on every version of torch."""
     return target if isinstance(target, str) else str(getattr(target, "__name__", type(target).__name__))
 
 

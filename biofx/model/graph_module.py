@@ -51,7 +51,7 @@ class BioGraphModule(GraphModule):
         region_paths: tuple[str, ...]
         """Paths of the modules with graphs of their own, empty where one graph is all there is."""
         graph_breaks: Mapping[str, str]
-        """Paths of the modules that keep their own forward in Python, and why."""
+        """Paths of the modules that keep their eager forward in Python, and why."""
         read_by_python: Mapping[str, str]
         """Paths of regions whose weights Python may use besides, and why that is to be feared."""
 
@@ -115,7 +115,7 @@ class BioGraphModule(GraphModule):
         self.graph = unpack(graph)
         if self.keeps_forward and user_class(self) is None:
             raise CaptureError(
-                f"a {type(self).__name__} that runs its own forward was saved, whose class cannot be "
+                f"a {type(self).__name__} that runs its eager forward was saved, whose class cannot be "
                 "imported here; make the class importable under the name it had"
             )
 
@@ -154,7 +154,7 @@ class BioGraphModule(GraphModule):
             raise
 
     def recompile(self) -> Any:
-        """Make the graph's code anew; a module that keeps its own forward goes on running that."""
+        """Make the graph's code anew; a module that keeps its eager forward goes on running that."""
         if isinstance(self._graph, _NotYet):
             return None
         if has_branches(self._graph):

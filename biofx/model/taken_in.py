@@ -91,7 +91,7 @@ class Taken:
         Args:
             module: what stands in the place now.
             is_run: whether the graph does what the module's forward does.
-            is_root: whether the module has the graph, and is called by its own forward.
+            is_root: whether the module has the graph, and is called by its eager forward.
             is_compact: whether it is called, with one value for each connection.
         """
         if not is_run:

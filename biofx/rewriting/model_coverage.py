@@ -36,7 +36,7 @@ class ModelCoverage:
     """Elements of those whose layer some pass rewrote, a count."""
     left: tuple[LeftAlone, ...]
     kept: Mapping[str, str]
-    """Paths of the modules that keep their own forward in Python, and why."""
+    """Paths of the modules that keep their eager forward in Python, and why."""
 
     @property
     def visible(self) -> int:

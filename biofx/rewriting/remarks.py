@@ -192,7 +192,7 @@ class ReportRecord:
     def kept_lines(self) -> Iterator[str]:
         """Yield lines on the modules that are not part of a graph: why, and how much that leaves."""
         if self.coverage is not None and self.coverage.kept:
-            yield f"in Python: {len(self.coverage.kept)} modules keep their own forward; {self.coverage}"
+            yield f"in Python: {len(self.coverage.kept)} modules keep their eager forward; {self.coverage}"
             for path, reason in self.coverage.kept.items():
                 yield f"  {path or 'the model'}: {reason}"
 

@@ -16,7 +16,7 @@ The JSON form (:meth:`Report.to_json`) is an object with these keys; a reader sh
 ``coverage``
     Every parameter, or null: an object with ``total``, ``rewritten`` and ``visible`` (elements, counts),
     ``left`` (objects with ``path``, ``elements``, ``reason`` and ``is_visible``) and ``kept`` (modules that
-    keep their own forward in Python: path to reason).
+    keep their eager forward in Python: path to reason).
 ``unmet``
     What was asked for and is not there: objects with ``mechanism``, ``layer`` (the one named for it, or
     empty), ``considered`` (layers, a count) and ``message``.

@@ -264,7 +264,7 @@ def test_passes_keep_what_is_read_and_checked() -> None:
 
 
 class DecidesByValue(nn.Module):
-    """Keeps its own forward; what it calls has a graph of its own."""
+    """Keeps its eager forward; what it calls has a graph of its own."""
 
     def __init__(self) -> None:
         super().__init__()
