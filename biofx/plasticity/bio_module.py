@@ -32,15 +32,9 @@ from biofx.plasticity.rate_rules import (
     multiply_by_volume,
     volume_factors,
 )
+from biofx.plasticity.rejuvenation import check_finite, protection_for, rejuvenate
 from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
-from biofx.plasticity.weight_layout import broadcast_units
-from biofx.plasticity.weight_rules import (
-    check_finite,
-    input_strength,
-    protection_for,
-    rejuvenate,
-    synaptic_scaling,
-)
+from biofx.plasticity.unit_inputs import broadcast_units, input_strength, synaptic_scaling
 
 _UPDATE = "update_fuzzy_learning_rates"
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from biofx.errors import PlasticityError
-from biofx.plasticity.weight_layout import write_flat
 
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 """State that holds a direction: momentum of SGD and RMSprop, the first moment of Adam's family."""
@@ -124,7 +123,7 @@ def forget_direction(optimizer: Optimizer, parameter: nn.Parameter, places: Tens
     for name in FIRST_MOMENTS:
         moment = state.get(name)
         if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-            write_flat(moment, places, moment.new_zeros(()))
+            moment.put_(places, moment.new_zeros(len(places)))
 
 
 def may_move_without_gradient(optimizer: Optimizer, weight: Tensor) -> bool:

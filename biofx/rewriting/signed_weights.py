@@ -13,7 +13,7 @@ from biofx.layers.weight_site import Weight, WeightSite
 from biofx.operators.sampling import generator_for
 from biofx.operators.sign_ops import constrain_sign
 from biofx.plasticity.model_states import bio_module_path, state_of
-from biofx.plasticity.weight_rules import balanced_weight
+from biofx.plasticity.unit_inputs import balanced_weight
 
 
 def why_free(

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx.plasticity.weight_layout import rows_of_units, weight_of_rows
-from biofx.plasticity.weight_rules import DENSITY, FEWEST, balanced
+from biofx.plasticity.unit_inputs import DENSITY, FEWEST, balanced, rows_of_units, weight_of_rows
 
 
 def drawn(rows: int = 40, synapses: int = 400) -> tuple[Tensor, Tensor]:

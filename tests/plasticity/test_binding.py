@@ -8,7 +8,7 @@ from torch import nn
 
 import biofx
 from biofx.errors import PlasticityError
-from biofx.plasticity.scale_survival import find_way
+from biofx.plasticity.binding import find_way
 from tests.plasticity.runs import assert_scaled, factors_of, fresh, train
 
 

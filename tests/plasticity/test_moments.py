@@ -9,7 +9,6 @@ from torch import nn
 import biofx
 from biofx.plasticity.optimizer_step import LayerStep
 from biofx.plasticity.optimizers import FIRST_MOMENTS, forget_direction
-from biofx.plasticity.weight_layout import write_flat
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "momentum": (torch.optim.SGD, {"momentum": 0.9}),
@@ -53,13 +52,6 @@ def test_optimizer_without_state_has_nothing_to_forget() -> None:
     optimizer = torch.optim.Adam([weight])
     forget_direction(optimizer, weight, torch.tensor([1]))
     assert not optimizer.state
-
-
-def test_values_are_put_where_they_belong() -> None:
-    for tensor in (torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2).to(memory_format=torch.channels_last)):
-        write_flat(tensor, torch.tensor([1, 23, 4]), torch.tensor([1.0, 2.0, 3.0]))
-        found = [round(value) for value in tensor.contiguous().flatten().tolist()]
-        assert found == [0, 1, 0, 0, 3, *[0] * 18, 2]
 
 
 def average_step(forget: str) -> float:

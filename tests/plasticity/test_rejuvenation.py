@@ -12,7 +12,7 @@ import biofx
 from biofx import OptionError
 from biofx.errors import NonFiniteWeightError
 from biofx.operators.sampling import generator_for
-from biofx.plasticity.weight_rules import check_finite, expected_turnover, protection_for, rejuvenate
+from biofx.plasticity.rejuvenation import check_finite, expected_turnover, protection_for, rejuvenate
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from biofx.errors import PlasticityError
+from biofx.plasticity.binding import find_way
 from biofx.plasticity.optimizer_trial import kinds_of
 from biofx.plasticity.optimizers import refuse_closures
-from biofx.plasticity.scale_survival import find_way
 from tests.plasticity.displacements import Make, errors
 
 

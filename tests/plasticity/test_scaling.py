@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx.plasticity.weight_rules import input_strength, synaptic_scaling
+from biofx.plasticity.unit_inputs import input_strength, synaptic_scaling
 
 
 def test_formula_by_hand() -> None:
@@ -74,6 +74,6 @@ def test_strength_of_the_postsynaptic_units() -> None:
 
 
 def test_source_is_named() -> None:
-    from biofx.plasticity import weight_rules
+    from biofx.plasticity import unit_inputs
 
-    assert "Turrigiano" in str(weight_rules.__doc__)
+    assert "Turrigiano" in str(unit_inputs.__doc__)
