@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,10 +11,12 @@ from torch.optim import Optimizer
 from biofx.errors import OptionError, PlasticityError, suggest
 from biofx.options import Choice
 from biofx.plasticity.attachment import Attachment, attachments_of, watch
-from biofx.plasticity.model_states import exposed_rules, prepare_states, unwrapped
+from biofx.plasticity.binding import Binding
+from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.model_states import describe_reasons, exposed_rules, prepare_states, unwrapped
 from biofx.plasticity.optimizer_step import Observer, Rule
 from biofx.plasticity.optimizers import stepping_optimizer
-from biofx.plasticity.ranks import group_to_agree_with, refuse_parts_alone, shard_states
+from biofx.plasticity.ranks import group_to_agree_with, refuse_parts_alone, shard_state, shard_states
 from biofx.plasticity.updates import UPDATES
 
 
@@ -96,6 +98,35 @@ def attach(
         if earlier.is_copy:  # which came with the optimizer, unasked
             earlier.detach()
     group = group_to_agree_with(model, states.values())
-    return Attachment(
-        plain, states, stepping, rules, decay, tuple(present), group, exponentiated=updates == "exponentiated"
+    names = list(dict.fromkeys(rule.name for rule in rules))
+    binding = Binding(
+        states,
+        free_decay=decay == "free",
+        exponentiated=updates == "exponentiated",
+        always_scales=not {"crystallize", "volume_dependent_lr"}.isdisjoint(names),
     )
+    bound = binding.bind(stepping)
+    if not bound:
+        raise PlasticityError(
+            f"expected an optimizer of this model's weights, found a {type(stepping).__name__} that holds "
+            "none of them; build it from bio_model.parameters()"
+        )
+    try:
+        _check_rules(names, {path: weight.state for path, weight in bound.items()})
+    except PlasticityError:
+        binding.release()
+        raise
+    return Attachment(plain, stepping, binding, rules, present, group)
+
+
+def _check_rules(names: list[str], states: Mapping[str, BioModule]) -> None:
+    """Refuse a rule that no bound layer can ever follow."""
+    for name in names:
+        if name == "crystallize":  # it dampens factors; where all are 1, there may be none yet
+            for state in states.values():
+                state.provide_factors()
+                shard_state(state)
+        thawed = {path: state for path, state in states.items() if state.weight.requires_grad}
+        reasons = {path: state.why_never(name) for path, state in thawed.items()}
+        if reasons and all(reason is not None for reason in reasons.values()):
+            raise PlasticityError(f"schedule: {name} has nothing to act on ({describe_reasons(reasons)})")

@@ -17,10 +17,8 @@ from torch.optim import Optimizer
 from biofx.errors import PlasticityError
 from biofx.plasticity.binding import Binding
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.model_states import describe_reasons
 from biofx.plasticity.optimizer_step import Observer, OptimizerStep, Rule
 from biofx.plasticity.optimizers import unscale_or_skip
-from biofx.plasticity.ranks import shard_state
 
 
 class Attachment:
@@ -33,44 +31,22 @@ class Attachment:
     def __init__(
         self,
         model: nn.Module,
-        states: Mapping[str, BioModule],
         optimizer: Optimizer,
+        binding: Binding,
         rules: tuple[Rule, ...],
-        decay: str,
-        observers: tuple[Observer, ...],
+        observers: list[Observer],
         group: Any = None,
-        *,
-        exponentiated: bool = False,
     ) -> None:
         self.steps = 0
         """Optimizer steps so far, a count."""
         self.rules = rules
-        self._group = group
-        self._exponentiated = exponentiated
-        self._observers = list(observers)
-        self._binding = Binding(
-            states,
-            free_decay=decay == "free",
-            exponentiated=exponentiated,
-            always_scales=any(rule.name in ("crystallize", "volume_dependent_lr") for rule in rules),
-        )
-        self._are_watching = True
-        self._hooks: list[Any] = []
         self.is_copy = False
         """Whether it was copied with its model and optimizer."""
+        self._binding, self._observers, self._group = binding, observers, group
+        self._are_watching = True
         self._refer_to(model, optimizer)
         self._kept: tuple[Any, ...] = (model, optimizer)
-        bound = self._binding.bind(optimizer)
-        if not bound:
-            raise PlasticityError(
-                f"expected an optimizer of this model's weights, found a {type(optimizer).__name__} that "
-                "holds none of them; build it from bio_model.parameters()"
-            )
-        try:
-            self._check_rules({path: weight.state for path, weight in bound.items()})
-        except PlasticityError:
-            self._binding.release()
-            raise
+        self._hooks: list[Any] = []
         self._listen(optimizer)
         _carry(optimizer, self)
 
@@ -202,18 +178,6 @@ class Attachment:
             optimizer.register_step_post_hook(self._after_step),
         ]
 
-    def _check_rules(self, states: Mapping[str, BioModule]) -> None:
-        """Refuse a rule that no bound layer can ever follow."""
-        for name in dict.fromkeys(rule.name for rule in self.rules):
-            if name == "crystallize":  # it dampens factors; where all are 1, there may be none yet
-                for state in states.values():
-                    state.provide_factors()
-                    shard_state(state)
-            thawed = {path: state for path, state in states.items() if state.weight.requires_grad}
-            reasons = {path: state.why_never(name) for path, state in thawed.items()}
-            if reasons and all(reason is not None for reason in reasons.values()):
-                raise PlasticityError(f"schedule: {name} has nothing to act on ({describe_reasons(reasons)})")
-
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prepare the weights, at once or when the closure has computed the gradients."""
         frame = sys._getframe(1)
@@ -251,9 +215,7 @@ class Attachment:
         watched = any(
             not hasattr(observer, "is_due") or observer.is_due(self.steps) for observer in self._observers
         )
-        step = OptimizerStep(
-            self.steps, self.rules, self._group, watched=watched, exponentiated=self._exponentiated
-        )
+        step = OptimizerStep(self.steps, self.rules, self._group, watched=watched)
         step.prepare(optimizer, bound)
         self._step = step
 

@@ -47,6 +47,8 @@ class Bound:
     way: Way
     decay: float
     """The fraction of the weight that decays whatever its factors."""
+    is_exponentiated: bool
+    """Whether its update is multiplicative."""
 
 
 class Binding:
@@ -65,7 +67,7 @@ class Binding:
         *,
         free_decay: bool,
         exponentiated: bool,
-        always_scales: bool = False,
+        always_scales: bool,
     ) -> None:
         self.states = dict(states)
         self.free_decay = free_decay
@@ -93,9 +95,10 @@ class Binding:
                 way = self._way(optimizer, group, of_group[id(group)])
                 found[id(group)] = way, decoupled_decay(optimizer, group) if self.free_decay else 0.0
             state = self.states[path]
-            if self.exponentiated and state.is_constrained:
+            is_exponentiated = self.exponentiated and state.is_constrained
+            if is_exponentiated:
                 refuse_decay(path, group)
-            bound[path] = Bound(state, weight, group, *found[id(group)])
+            bound[path] = Bound(state, weight, group, *found[id(group)], is_exponentiated)
         for path, (weight, _) in held.items():
             if path not in self._weights:
                 self._weights[path] = weight

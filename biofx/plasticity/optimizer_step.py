@@ -100,15 +100,12 @@ class OptimizerStep:
         rules: of the schedule.
         group: ranks that agree on activity, None for this one alone.
         watched: whether norms are requested.
-        exponentiated: whether updates of constrained weights are multiplicative.
     """
 
-    def __init__(
-        self, number: int, rules: tuple[Rule, ...], group: Any, *, watched: bool, exponentiated: bool
-    ) -> None:
+    def __init__(self, number: int, rules: tuple[Rule, ...], group: Any, *, watched: bool) -> None:
         self._scheduled = {rule.name for rule in rules}
         self._due = [rule.name for rule in rules if rule.is_due(number)]
-        self._group, self._watched, self._exponentiated = group, watched, exponentiated
+        self._group, self._watched = group, watched
         self._weights: dict[str, _Weight] = {}
         self._gradients: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -160,8 +157,7 @@ class OptimizerStep:
             if bound.way is Way.GRADIENT and may_move_without_gradient(optimizer, weight):
                 stepped.frozen = _frozen(state, weight)
         scales_update = multiplier is not None and bound.way is Way.UPDATE
-        exponential = self._exponentiated and state.is_constrained
-        if scales_update or self._watched or exponential or stepped.frozen is not None:
+        if scales_update or self._watched or bound.is_exponentiated or stepped.frozen is not None:
             stepped.before = remember(optimizer, bound.group, weight)
         if scales_update:
             stepped.multiplier = multiplier
@@ -227,7 +223,7 @@ class OptimizerStep:
             rescale(before, optimizer, bound.weight, stepped.multiplier, decay=bound.decay)
         if before is not None and stepped.frozen is not None:
             weight.copy_(torch.where(stepped.frozen, before.weight, weight))
-        if self._exponentiated and layer.state.is_constrained and before is not None:
+        if before is not None and bound.is_exponentiated:
             signs = layer.state.signs().expand(bound.weight.shape)
             exponentiate(weight, before.weight, local_part(signs, bound.weight))
         if self._watched and before is not None:

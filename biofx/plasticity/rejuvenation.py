@@ -11,7 +11,6 @@ and is not repaired; a new weight's sign is random unless its unit has one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -94,7 +93,9 @@ def rejuvenate(
     replaced, moments = _choose_weak(weight.detach().reshape(-1), spread / protection, generator)
     if not len(replaced):
         return replaced
-    mean, deviation = moments.mean_and_deviation()
+    count, total, squares = moments.tolist()
+    mean = total / max(1, count)
+    deviation = math.sqrt(max(0.0, squares / max(1, count) - mean**2))
     new = torch.randn(len(replaced), generator=generator).mul_(deviation).add_(mean).exp_().to(weight)
     signs = torch.randint(0, 2, (len(replaced),), generator=generator).mul_(2).sub_(1).to(weight)
     if sign is not None:
@@ -125,26 +126,10 @@ def check_finite(weight: Tensor, name: str) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _LogMoments:
-    """Count, sum and sum of squares of log|w|."""
-
-    count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-
-    @classmethod
-    def of(cls, magnitude: Tensor) -> _LogMoments:
-        logs = magnitude[magnitude > 0].log().double()
-        return cls(len(logs), logs.sum().item(), logs.square().sum().item())
-
-    def __add__(self, other: _LogMoments) -> _LogMoments:
-        return _LogMoments(self.count + other.count, self.total + other.total, self.squares + other.squares)
-
-    def mean_and_deviation(self) -> tuple[float, float]:
-        count = max(1, self.count)
-        mean = self.total / count
-        return mean, math.sqrt(max(0.0, self.squares / count - mean**2))
+def _log_moments(magnitude: Tensor) -> Tensor:
+    """Return count, sum and sum of squares of log|w|, without weights of 0; float64 on the CPU."""
+    logs = magnitude[magnitude > 0].log().double()
+    return torch.tensor([len(logs), logs.sum().item(), logs.square().sum().item()], dtype=torch.float64)
 
 
 def _spread(weight: Tensor) -> float:
@@ -158,16 +143,16 @@ def _spread(weight: Tensor) -> float:
     return math.sqrt(mean_over(len(weight), squares))
 
 
-def _choose_weak(weight: Tensor, scale: float, generator: Generator) -> tuple[Tensor, _LogMoments]:
-    """Choose each weight with P = exp(-|w| / scale); return the places, and moments of those that stay.
+def _choose_weak(weight: Tensor, scale: float, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Choose each weight with P = exp(-|w| / scale); return flat positions, and moments of those that stay.
 
-    A weight is chosen if its level k, drawn from 0 to 65535, and an offset in [0, 1) that its block draws
-    add up to less than 65536 P: over both draws that is exactly P. Of a large weight, a part of each block
-    is enough to know how the ones that stay are distributed; where none stays, all of them count.
+    A weight is chosen if its level k, sampled from 0 to 65535, and an offset in [0, 1) that its block samples
+    add up to less than 65536 P: over both that is exactly P. Of a large weight, a part of each block suffices
+    for the moments of those that stay; if none stays, all weights count.
     """
     share = max(1, weight.numel() // _ENOUGH)
 
-    def choose(block: slice, own: Generator) -> tuple[Tensor, _LogMoments, _LogMoments]:
+    def choose(block: slice, own: Generator) -> tuple[Tensor, Tensor, Tensor]:
         magnitude = weight[block].abs().float()
         level = random_levels(len(magnitude), own).to(magnitude.device).float()
         offset = torch.rand((), generator=own).item()
@@ -176,11 +161,12 @@ def _choose_weak(weight: Tensor, scale: float, generator: Generator) -> tuple[Te
         chosen = margin.clamp_(min=0).bool()
         places = chosen.nonzero().flatten()
         part = magnitude[: -(-len(magnitude) // share)]
-        kept = _LogMoments.of(part[~chosen[: len(part)]])
-        everything = _LogMoments() if len(places) < len(magnitude) else _LogMoments.of(part)
+        kept = _log_moments(part[~chosen[: len(part)]])
+        everything = _log_moments(part if len(places) == len(magnitude) else part[:0])
         return places.add_(block.start), kept, everything
 
-    found = for_each_block(weight.numel(), choose, generator)
-    places = torch.cat([part for part, _, _ in found])
-    kept = sum((moments for _, moments, _ in found), _LogMoments())
-    return places, kept if kept.count else sum((moments for _, _, moments in found), _LogMoments())
+    places, kept, everything = zip(*for_each_block(weight.numel(), choose, generator), strict=True)
+    moments = sum(kept, torch.zeros(3, dtype=torch.float64))
+    if not moments[0]:
+        moments = sum(everything, moments)
+    return torch.cat(places), moments

@@ -1,7 +1,7 @@
-"""Tensors that are spread over the ranks of a run (FSDP2), and the parts of them that are here.
+"""Tensors that are sharded over the ranks of a run (FSDP2), and this rank's part of them.
 
-A sharded weight is a ``DTensor``. What is kept for each of its synapses is spread as the weight is; what is
-kept for each unit, signs among it, is small and whole on every rank.
+A sharded weight is a ``DTensor``. Tensors with an entry for each of its synapses are sharded like the weight;
+those with an entry for each unit, as signs, are small and whole on every rank.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is spread over ranks."""
+    """Whether a tensor is sharded over ranks."""
     return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that is on this rank; it shares memory with the tensor."""
+    """Return this rank's part of a tensor, which shares memory with it; all of it if it is not sharded."""
     shard: Any = tensor
     part: Tensor = shard.to_local() if is_sharded(tensor) else tensor
     return part
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return all of a tensor, without its history; all ranks must ask together."""
+    """Return all of a tensor, detached; all ranks must call it together."""
     sharded: Any = tensor.detach()
     full: Tensor = sharded.full_tensor() if is_sharded(tensor) else sharded
     return full
 
 
 def local_part(values: Tensor, like: Tensor) -> Tensor:
-    """Return the part of a tensor that belongs to the part of ``like`` on this rank, as a view if it can.
+    """Return the part of a tensor for this rank's part of another, as a view where possible.
 
     Args:
-        values: of the shape of ``like``, or of size 1 along some of its axes; any tensor of fewer axes than
-            ``like`` is returned as it is. Whole, or spread as ``like`` is.
-        like: sharded, or whole, which makes it all of ``values``.
+        values: of the shape of ``like``, or of size 1 along some of its axes, whole or sharded like it; a
+            tensor of another rank is returned unchanged.
+        like: sharded, or whole: then all of ``values`` is returned.
     """
     if is_sharded(values):
         return local(values) if is_sharded(like) else gathered(values)
@@ -50,9 +50,9 @@ def local_part(values: Tensor, like: Tensor) -> Tensor:
 
 
 def spread_like(full: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor spread over the ranks as ``like`` is, this rank's part in memory of its own.
+    """Shard a whole tensor like another; the part of this rank does not share memory with it.
 
-    What is of another size along an axis that is spread (factors that many synapses share) stays whole.
+    A tensor of another size along a sharded axis (factors that many synapses share) stays whole.
     """
     sharded: Any = like
     axes = [placement.dim for placement in sharded.placements if placement.is_shard()]
@@ -69,7 +69,7 @@ def spread_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def flat_span(tensor: Tensor) -> slice | None:
-    """Return where this rank's part of a tensor lies in all of it, flattened; None if not in one piece."""
+    """Return the flat positions of this rank's part of a tensor; None if they are not contiguous."""
     if not is_sharded(tensor):
         return slice(0, tensor.numel())
     shape, offset = _layout(tensor)
@@ -81,11 +81,11 @@ def flat_span(tensor: Tensor) -> slice | None:
 
 
 def norm_of_part(part: Tensor, like: Tensor) -> float:
-    """Return the L2 norm of all of a tensor from this rank's part of it; all ranks must ask together.
+    """Return the L2 norm of all of a tensor from this rank's part of it; all ranks must call it together.
 
     Args:
-        part: on this rank.
-        like: sharded as the tensor is, or whole.
+        part: this rank's.
+        like: sharded like the tensor, or whole.
     """
     if not is_sharded(like):
         return float(part.norm())
@@ -93,11 +93,11 @@ def norm_of_part(part: Tensor, like: Tensor) -> float:
 
 
 def sum_over_ranks(value: Tensor, like: Tensor) -> Tensor:
-    """Return the sum of what each rank has found in its part of a tensor; all ranks must ask together.
+    """Return the sum over the ranks of a value of each part of a tensor; all ranks must call it together.
 
     Args:
-        value: found in the part; changed in place.
-        like: the tensor; a whole one has no other parts.
+        value: of this rank's part; changed in place.
+        like: the tensor; if it is whole, the value is returned unchanged.
     """
     if is_sharded(like):
         sharded: Any = like
@@ -108,7 +108,7 @@ def sum_over_ranks(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _layout(like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shape of this rank's part, and where it begins along each axis."""
+    """Return the shape of this rank's part, and its offset along each axis."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     sharded: Any = like
