@@ -54,12 +54,6 @@ class BioModule(BioState):
         config: options of the rules. With one, factors are sampled at once; without, a pass adds them.
     """
 
-    __jit_unused_properties__: ClassVar[list[str]] = [
-        *BioState.__jit_unused_properties__,
-        *("is_dynamic", "follows_activity", "follows_in_parts", "crystallizes_in_parts"),
-        *("acting_factors", "_dampens_factors"),
-    ]
-
     exposed_functions: ClassVar[tuple[str, ...]] = (
         "fuzzy_learning_rates",
         "update_fuzzy_learning_rates",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -86,12 +87,7 @@ class BioState(nn.Module):
         config: options of the rules; the default config if None.
     """
 
-    __jit_unused_properties__: ClassVar[list[str]] = [
-        *("weight", "parameter", "is_linked", "is_constrained", "output_axis", "groups"),
-        *("is_drawn", "rate_sampling", "has_factors", "has_rates", "stored_factors"),
-        *("steps", "events", "target_strength", "units"),
-    ]
-
+    __jit_unused_properties__: ClassVar[list[str]] = []
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         fuzzy_learning_rate_parameters: Tensor | None
         fuzzy_learning_rate_draw: Tensor | None
@@ -124,6 +120,13 @@ class BioState(nn.Module):
         self.sign_layout = {}
         if parent is not None:
             self.link(parent if isinstance(parent, nn.Module) else parent())
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        properties = inspect.getmembers(cls, lambda member: isinstance(member, property))
+        cls.__jit_unused_properties__ = [
+            name for name, _ in properties
+        ]  # which torch.jit.script would compile
 
     # the layer and its weight
 
@@ -402,7 +405,7 @@ class BioState(nn.Module):
         weight = self.parameter if self.is_linked else None
         held = converted(
             {name: kept.pop(name, None) for name in RATE_BUFFERS},
-            form_of(self._own()),
+            form_of(self._buffers),
             self.rate_sampling,
             shape=torch.Size() if weight is None else weight.shape,
             low=self.config.fuzzy_lr_min,

@@ -94,7 +94,7 @@ def balanced(weight: Tensor, signs: Tensor, generator: Generator, *, rectified: 
 def balanced_weight(
     weight: Tensor, signs: Tensor, generator: Generator, *, output_axis: int, groups: int, rectified: bool
 ) -> Tensor:
-    """Do the same with a layer's weight.
+    """Return :func:`balanced` weights in the layout of a layer.
 
     Args:
         weight: ``(out, in / groups, *)``, or ``(in, out / groups, *)`` where ``output_axis`` is 1.

@@ -7,8 +7,17 @@ import torch
 from torch import nn
 
 import biofx
+from biofx.errors import PlasticityError
 from biofx.plasticity.optimizer_step import LayerStep
-from biofx.plasticity.optimizers import FIRST_MOMENTS, forget_direction
+from biofx.plasticity.optimizers import (
+    FIRST_MOMENTS,
+    decoupled_decay,
+    forget_direction,
+    has_decay,
+    signature,
+    without_decay,
+)
+from tests.plasticity.runs import fresh
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "momentum": (torch.optim.SGD, {"momentum": 0.9}),
@@ -118,3 +127,74 @@ def test_rejuvenation_tells_the_optimizer(front_door: str) -> None:
     assert moved.median() > 0.01  # new weights, and not steps of 0.001
     bias = next(parameter for name, parameter in bio.named_parameters() if name == "0.bias")
     assert (optimizer.state[bias]["exp_avg"] != 0).all()
+
+
+def test_schedules_do_not_change_the_signature_and_switches_do() -> None:
+    group = {"lr": 0.1, "initial_lr": 0.1, "momentum": 0.85, "nesterov": False, "betas": (0.9, 0.999)}
+    same: list[dict[str, Any]] = [
+        {"lr": 1e-6},
+        {"initial_lr": 3.0},
+        {"momentum": 0.95},
+        {"params": [1]},
+        {"betas": (0.95, 0.99)},
+    ]
+    other: list[dict[str, Any]] = [
+        {"momentum": 0.0},
+        {"nesterov": True},
+        {"betas": (0.0, 0.999)},
+        {"eps": 1.0},
+        {"momentum": -0.85},
+    ]
+    assert {signature({**group, **change}) for change in same} == {signature(group)}
+    assert len({signature({**group, **change}) for change in other}) == len(other)
+    assert signature({**group, "step": 7}, ["step"]) == signature(group)
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "lambd", "wd", "adamw_wd", "fixed_weight_decay"])
+def test_decays_are_found_by_their_names(name: str) -> None:
+    assert has_decay({"lr": 0.1, name: 0.1})
+    assert not has_decay({"lr": 0.1, name: 0.0, "lr_decay": 0.1, "momentum_decay": 4e-3})
+    assert without_decay({"params": [1], "lr": 0.1, name: 0.1}) == {"lr": 0.1, name: 0.0}
+
+
+def test_decay_that_is_not_decoupled_cannot_act_freely() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    adamw = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5)
+    assert decoupled_decay(adamw, adamw.param_groups[0]) == 0.1 * 0.5
+    asgd = torch.optim.ASGD([weight], lambd=0.1)
+    with pytest.raises(PlasticityError, match="ASGD mixes weight decay into the gradient"):
+        decoupled_decay(asgd, asgd.param_groups[0])
+
+
+class Outer:
+    """What some libraries put around an optimizer."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+def test_unknown_wrapper_is_refused_with_what_to_attach_to() -> None:
+    bio = fresh()
+    optimizer = torch.optim.AdamW(bio.parameters())
+    with pytest.raises(
+        PlasticityError, match=r"found a Outer around it; attach to optimizer.optimizer, the AdamW"
+    ):
+        biofx.attach(bio, Outer(optimizer))  # type: ignore[arg-type]
+    assert biofx.attach(bio, optimizer).modes["0.weight"] == "update"
+
+
+def test_wrapper_that_trains_copies_is_refused() -> None:
+    bio = fresh()
+    copies = [parameter.detach().clone().requires_grad_() for parameter in bio.parameters()]
+    with pytest.raises(PlasticityError, match="it trains copies, which factors cannot reach"):
+        biofx.attach(bio, Outer(torch.optim.SGD(copies, lr=0.1)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [None, 3, torch.optim.AdamW, []])
+def test_what_is_no_optimizer_is_refused(wrong: Any) -> None:
+    with pytest.raises(PlasticityError, match=r"expected an optimizer of torch\.optim's kind, found"):
+        biofx.attach(fresh(), wrong)
