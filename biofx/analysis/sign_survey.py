@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from biofx.analysis.sign_store import SignOptions, SignStore
 from biofx.analysis.synapses import last_synapses
 from biofx.analysis.unit_groups import unit_groups
-from biofx.analysis.units import Reading, Source
+from biofx.analysis.units import Source
 from biofx.errors import OptionError
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Weight, WeightSite
@@ -42,26 +41,18 @@ class SignSurvey:
             lambda path: options_at(first[path].node, first[path].layer),
         )
 
-    def reading(self, site: WeightSite) -> Reading:
-        """Return what a site reads."""
-        return self.groups.reading(site)
-
     def readers(self, path: str) -> list[WeightSite]:
         """Return the sites that read units which a layer makes."""
         own = set(self.groups.sources_of(self.groups.made_by(path)).sources)
-        return [r.site for r in self.groups.readings if own & set(self._sources(r))]
+        return [r.site for r in self.groups.readings if own & set(self._sources(r.site))]
 
     def reads_only_inputs(self, site: WeightSite) -> bool:
         """Whether nothing that it reads depends on a weight."""
-        return all(source.kind in ("input", "constant") for source in self._sources(self.reading(site)))
+        return all(source.kind in ("input", "constant") for source in self._sources(site))
 
     def is_readout(self, site: WeightSite) -> bool:
         """Whether it leads to nothing but outputs of the model; a recurrent layer leads to itself."""
         return self._last.get(site.node, "") is None and _leads_outwards(site)
-
-    def region_that_feeds(self, site: WeightSite) -> str | None:
-        """Return the region to which Python passes all that a site reads, None if known units feed it."""
-        return self.groups.region_that_feeds(self.reading(site))
 
     def region_that_follows(self, site: WeightSite) -> str | None:
         """Return the region that a site ends, so that Python decides whether it is a readout."""
@@ -73,11 +64,7 @@ class SignSurvey:
 
     def is_exempt(self, site: WeightSite) -> bool:
         """Whether all of its outputs are only compared with each other."""
-        return bool(self.exempt_rows(site).all())
-
-    def exempt_rows(self, site: WeightSite) -> Tensor:
-        """Return which rows of the weight make outputs that are only compared, bool, ``(rows,)``."""
-        return self.groups.exempt_rows(site)
+        return bool(self.groups.exempt_rows(site).all())
 
     def why_no_signs(self, site: WeightSite) -> str | None:
         """Return why a weight has no presynaptic units, at this use or at another, None if it has."""
@@ -94,13 +81,13 @@ class SignSurvey:
 
     def has_known_signs(self, site: WeightSite) -> bool:
         """Whether every unit that it reads has a sign already."""
-        return self.store.knows(self.reading(site))
+        return self.store.knows(self.groups.reading(site))
 
     def norms_read_by(self, weights: list[Weight]) -> set[Node]:
         """Return the normalisations that act on units which some of the weights read."""
         is_read = torch.zeros(self.groups.count, dtype=torch.bool)
         for site in (site for weight in weights for site in weight.sites):
-            is_read[self.groups.representatives(self.reading(site).units)] = True
+            is_read[self.groups.representatives(self.groups.reading(site).units)] = True
         return {
             node
             for node, units in self.groups.norms.items()
@@ -109,21 +96,20 @@ class SignSurvey:
 
     def what_is_not_guaranteed(self, site: WeightSite) -> str:
         """Return words on what a sign does not say here, empty where it says it all."""
-        reading = self.reading(site)
         words = ""
-        if not reading.nonnegative:
-            words += (
+        if not self.groups.reading(site).nonnegative:
+            words = (
                 "; the activity that it reads may be negative, so a sign is that of the weights, "
                 "not of their effect"
             )
         reasons = {node.name: reason for node, reason in self.groups.ends.items()}
-        for source in self._sources(reading):
+        for source in self._sources(site):
             if source.kind == "open" and source.name in reasons:
                 words += f"; its units begin at {source.name!r}, because {reasons[source.name]}"
         return words
 
-    def _sources(self, reading: Reading) -> list[Source]:
-        return self.groups.sources_of(reading.units).sources
+    def _sources(self, site: WeightSite) -> list[Source]:
+        return self.groups.sources_of(self.groups.reading(site).units).sources
 
 
 def _leads_outwards(site: WeightSite) -> bool:

@@ -8,10 +8,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from biofx.analysis.synapses import only_compared, synaptic_nodes
-from biofx.analysis.units import Reading, Source, UnitAnalysis, UnitValue
+from biofx.analysis.units import Reading, Source, UnitAnalysis
 from biofx.errors import InputError
 from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.joined_graph import whole_view
@@ -53,13 +53,34 @@ class UnitGroups:
     """The presynaptic units of every weight of a graph; iterating gives the groups."""
 
     def __init__(self, analysis: UnitAnalysis) -> None:
-        self._analysis = analysis
-        self._representatives = self._find_representatives()
+        self.count = analysis.count
+        """How many numbers of units there are; units that are one have several."""
+        self.sources = analysis.sources
+        """Where units begin, in execution order."""
+        self.readings = analysis.readings
+        """What each weight reads, in execution order."""
+        self.values = analysis.values
+        """What is known of each node's value."""
+        self.ends = analysis.ended
+        """Where groups end, and why."""
+        self.regions = {node.name: region for node, region in analysis.fed_by_region.items()}
+        """Names of nodes that depend on no weight but on what Python passes to a region, and that region."""
+        norms = analysis.norms.items()
+        self.norms = {node: value.layout.labels for node, value in norms if value.layout is not None}
+        """The units that each normalisation acts on; those that act on none that are known are left out."""
+        self._produced = analysis.produced
+        self._representatives = _representatives(analysis)
         self._starts = torch.tensor([source.first for source in analysis.sources])
+        self._by_use = {(entry.site.node, entry.site.parameter_path): entry for entry in self.readings}
         graph_module = analysis.graph_module
         self._compared_only = only_compared(
             graph_module.graph, analysis.comparisons, synaptic_nodes(graph_module)
         )
+        self._is_exempt = torch.zeros(self.count, dtype=torch.bool)
+        for units in analysis.compared:
+            self._is_exempt[self._representatives[units]] = True
+        for reading in self.readings:
+            self._is_exempt[self._representatives[reading.units]] = False
 
     def __iter__(self) -> Iterator[UnitGroup]:
         return iter(self._groups)
@@ -71,34 +92,6 @@ class UnitGroups:
         lines = [str(group) for group in self._groups]
         lines += [f"ends at {node.name}: {reason}" for node, reason in self.ends.items()]
         return "\n".join(lines)
-
-    # units
-
-    @property
-    def count(self) -> int:
-        """How many numbers of units there are; units that are one have several."""
-        return self._analysis.count
-
-    @property
-    def sources(self) -> list[Source]:
-        """Where units begin, in execution order."""
-        return self._analysis.sources
-
-    @property
-    def values(self) -> dict[Node, UnitValue]:
-        """What is known of each node's value."""
-        return self._analysis.values
-
-    @property
-    def ends(self) -> dict[Node, str]:
-        """Where groups end, and why."""
-        return self._analysis.ended
-
-    @property
-    def norms(self) -> dict[Node, Tensor]:
-        """The units that each normalisation acts on; those that act on none that are known are left out."""
-        norms = self._analysis.norms.items()
-        return {node: value.layout.labels for node, value in norms if value.layout is not None}
 
     def representatives(self, units: Tensor) -> Tensor:
         """Return for each unit the one that represents all that are one with it."""
@@ -117,44 +110,24 @@ class UnitGroups:
             before += source.count
         return UnitSources(found, representatives + offsets[sources])
 
-    # who makes them
-
     def producers(self) -> list[str]:
         """Return the paths of the weights that make units, in execution order."""
-        return list(self._analysis.produced)
+        return list(self._produced)
 
     def made_by(self, path: str) -> Tensor:
         """Return the units that a weight makes, one for each output, int64."""
-        return self._analysis.produced[path].labels
+        return self._produced[path].labels
 
-    @cached_property
-    def regions(self) -> dict[str, str]:
-        """Names of nodes that depend on no weight but on what Python passes to a region, and that region."""
-        return {node.name: region for node, region in self._analysis.fed_by_region.items()}
-
-    def region_that_feeds(self, reading: Reading) -> str | None:
-        """Return the region by whose inputs alone a weight is fed as far as is known, None if others do."""
-        sources = self.sources_of(reading.units).sources
+    def region_that_feeds(self, site: WeightSite) -> str | None:
+        """Return the region to which Python passes all that a site reads, None if known units feed it."""
+        sources = self.sources_of(self.reading(site).units).sources
         regions = [self.regions.get(source.name) for source in sources if source.kind == "open"]
         known = any(source.kind == "layer" for source in sources)
         return None if known or None in regions else next(iter(regions), None)
 
-    # who reads them
-
-    @property
-    def readings(self) -> list[Reading]:
-        """What each weight reads, in execution order."""
-        return self._analysis.readings
-
     def reading(self, site: WeightSite) -> Reading:
         """Return what a site reads."""
         return self._by_use[site.node, site.parameter_path]
-
-    @cached_property
-    def _by_use(self) -> dict[tuple[Node, str], Reading]:
-        return {(entry.site.node, entry.site.parameter_path): entry for entry in self.readings}
-
-    # what is only compared
 
     def is_exempt(self, units: Tensor) -> Tensor:
         """Return whether units are only compared with each other, bool."""
@@ -168,33 +141,10 @@ class UnitGroups:
         rows = site.parameter.shape[1 if site.kind.transposed else 0]
         if site.role in ("query", "key") or (site.node in self._compared_only and not site.kind.is_compound):
             return torch.ones(rows, dtype=torch.bool)
-        made = self._analysis.produced.get(site.parameter_path)
+        made = self._produced.get(site.parameter_path)
         if made is None or len(made.labels) != rows:
             return torch.zeros(rows, dtype=torch.bool)
         return self.is_exempt(made.labels)
-
-    @cached_property
-    def _is_exempt(self) -> Tensor:
-        exempt = torch.zeros(self.count, dtype=torch.bool)
-        for units in self._analysis.compared:
-            exempt[self._representatives[units]] = True
-        for reading in self.readings:
-            exempt[self._representatives[reading.units]] = False
-        return exempt
-
-    def _find_representatives(self) -> Tensor:
-        """Return for each unit the first that a layer makes, of those that are one with it, if any does."""
-        count, pairs = self.count, self._analysis.pairs
-        joined = torch.cat(pairs, 1) if pairs else torch.empty(2, 0, dtype=torch.int64)
-        smallest = smallest_connected(count, joined)
-        ranks = [_PREFERRED.index(source.kind) for source in self.sources]
-        counts = torch.tensor([source.count for source in self.sources], dtype=torch.int64)
-        rank = torch.tensor(ranks, dtype=torch.int64).repeat_interleave(counts)
-        numbers = rank * count + torch.arange(count)
-        best = numbers.clone().scatter_reduce(0, smallest, numbers, "amin")
-        return (best % max(1, count))[smallest]
-
-    # groups
 
     @cached_property
     def _groups(self) -> list[UnitGroup]:
@@ -221,6 +171,18 @@ class UnitGroups:
             int(units),
             all(entry.nonnegative for entry in readings),
         )
+
+
+def _representatives(analysis: UnitAnalysis) -> Tensor:
+    """Return for each unit the first that a layer makes, of those that are one with it, if any does."""
+    count, sources = analysis.count, analysis.sources
+    none = torch.empty(2, 0, dtype=torch.int64)
+    smallest = smallest_connected(count, torch.cat([none, *analysis.pairs], 1))
+    ranks = torch.tensor([_PREFERRED.index(source.kind) for source in sources], dtype=torch.int64)
+    counts = torch.tensor([source.count for source in sources], dtype=torch.int64)
+    numbers = ranks.repeat_interleave(counts) * count + torch.arange(count)
+    best = numbers.clone().scatter_reduce(0, smallest, numbers, "amin")
+    return (best % max(1, count))[smallest]
 
 
 def unit_groups(graph_module: GraphModule) -> UnitGroups:

@@ -22,7 +22,7 @@ def why_free(
     """Return why a weight has no signs, as far as that depends on its place in the model; None if it has."""
     if (reason := survey.why_no_signs(site)) is not None:
         return reason
-    feeding, following = survey.region_that_feeds(site), survey.region_that_follows(site)
+    feeding, following = survey.groups.region_that_feeds(site), survey.region_that_follows(site)
     if feeding is not None and not constrain_inputs:
         return f"what feeds it is not known: Python calls {feeding!r} (constrain_inputs=False)"
     if following is not None and not constrain_readout:
@@ -70,13 +70,13 @@ def insert_signs(
     state, first = state_of(lowering.graph_module, weight), weight.sites[0]
     presynaptic = axis == "presynaptic"
     kept = (
-        survey.store.keep(survey.reading(first))
+        survey.store.keep(survey.groups.reading(first))
         if presynaptic
         else keep_row_signs(first, state, excitatory_fraction, seed)
     )
     state.unit_index = None if kept.index is None else kept.index.to(state.weight.device)
     state.reads_signs_of(tuple(states_of(lowering.graph_module, kept)), _layout(first))
-    exempt = survey.exempt_rows(first)
+    exempt = survey.groups.exempt_rows(first)
     if presynaptic and exempt.any():
         state.constrained_rows = (~exempt).to(torch.int8).to(state.weight.device)
     signs = state.signs()
@@ -88,7 +88,7 @@ def insert_signs(
             generator_for(seed, weight.path, purpose="balance"),
             output_axis=first.kind.output_axis,
             groups=first.groups,
-            rectified=survey.reading(first).nonnegative,
+            rectified=survey.groups.reading(first).nonnegative,
         )
         lowering.parameters.replace(state.weight, made)
     for site in weight.sites:
