@@ -10,7 +10,6 @@ import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,6 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biofx.capture.capture import capture
 from biofx.config import BioConfig
 from biofx.errors import InputError
 from biofx.graph.changes import diff_graphs, render_diff
@@ -104,7 +104,7 @@ def run_demo(*, seed: int = 0, epochs: int = 12, folder: Path = Path("biofx-demo
         plain = DigitNet()
     bio, report = transform(plain, CONFIG.replace(seed=seed))
     console.rule("what biofx changes")
-    console.print(render_diff(diff_graphs(_plain_graph(plain), bio)), soft_wrap=True)
+    console.print(render_diff(diff_graphs(capture(plain), bio)), soft_wrap=True)
     console.print(report)
     console.rule("training")
     runs = _train_both({"plain": plain, "bio": bio}, seed, epochs, console)
@@ -135,12 +135,6 @@ def _require_extras() -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise InputError(f"the demo needs {wheel}: pip install 'biofx[demo]' ({error})") from error
-
-
-def _plain_graph(model: nn.Module) -> Any:
-    from biofx.capture.capture import capture
-
-    return capture(model)
 
 
 def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

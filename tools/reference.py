@@ -16,7 +16,7 @@ _LANGUAGES = [
     f"biofx.{name}"
     for name in (
         *("select", "rewriting.pass_text", "rewriting.report", "errors"),
-        *("diagnostics.monitor_json", "rewriting.reproducer"),
+        *("diagnostics.monitor_sinks", "rewriting.reproducer"),
     )
 ]
 """Modules whose docstrings define what users write or read: selectors, pipeline texts, files, errors."""

@@ -1,8 +1,8 @@
 """What is asked of a rewritten model: checks, monitors, bisection, explanations."""
 
+from biofx.diagnostics.audit import Audit, Finding
 from biofx.diagnostics.bisection import BisectResult, bisect
 from biofx.diagnostics.check import check
-from biofx.diagnostics.check_report import Audit, Finding
 from biofx.diagnostics.monitor import Monitor
 from biofx.diagnostics.monitor_records import LayerRecord, StepRecord
 

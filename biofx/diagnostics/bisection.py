@@ -33,7 +33,7 @@ class BisectResult:
     """The first pass after which the predicate is true, with the selections around it."""
     node: str | None
     """The first node whose rewrite makes it true; None where the pass fails whatever it may touch."""
-    told: str
+    symptom: str
     """What the predicate, or the pass, did."""
     report: PassReport | None
     """What the pass did to that node; None where it raised."""
@@ -50,7 +50,7 @@ class BisectResult:
 
     def __str__(self) -> str:
         where = f", and {self.node} the first node" if self.node else ", whatever node it may touch"
-        lines = [f"{self.stage} is the first pass after which {self.told}{where}"]
+        lines = [f"{self.stage} is the first pass after which {self.symptom}{where}"]
         for remark in self.report.remarks if self.report else ():
             lines += [f"  {remark}"] if remark.node == self.node else []
         for change in self.report.changes if self.report else ():
@@ -146,7 +146,7 @@ class _Search:
     predicate: Callable[[BioGraphModule], object] | None
     wanted: type[Exception] | None = None
     """The type of the exception that is looked for, None for a predicate that is true."""
-    told: str = ""
+    symptom: str = ""
     tries: int = 0
     last: PassResult | None = field(default=None, repr=False)
 
@@ -161,7 +161,7 @@ class _Search:
         names = self._candidates(earlier, stage)
         if not names or self._is_bad((*earlier, Pipeline((stage,), exclude=_everything))):
             fewest = self._without_earlier(earlier, stage)
-            return BisectResult(stage, None, self.told, None, False, fewest, self.tries)
+            return BisectResult(stage, None, self.symptom, None, False, fewest, self.tries)
         good, bad = 0, len(names)
         while bad - good > 1:
             middle = (good + bad) // 2
@@ -172,7 +172,7 @@ class _Search:
         last = _limited(stage, [node] if alone else names[:bad])
         fewest = self._without_earlier(earlier, last)
         report = self.last.report.passes[-1] if self.last is not None else None
-        return BisectResult(stage, node, self.told, report, alone, self._named(fewest), self.tries)
+        return BisectResult(stage, node, self.symptom, report, alone, self._named(fewest), self.tries)
 
     def reproduced(self, result: BisectResult, folder: str | os.PathLike[str]) -> BisectResult:
         """Write the reproducer; without the predicate where that cannot come along."""
@@ -214,14 +214,14 @@ class _Search:
             after = self._ask(stages)
         except Exception as error:
             self.wanted = type(error)
-            self.told = f"{type(error).__name__} is raised ({error})".replace("\n", " ")
+            self.symptom = f"{type(error).__name__} is raised ({error})".replace("\n", " ")
             return
         if not after:
             raise BisectError(
                 f"the predicate is not true after all {len(stages)} passes, {Pipeline(stages)}: there is "
                 "nothing to find"
             )
-        self.told = "the predicate is true"
+        self.symptom = "the predicate is true"
 
     def _is_bad(self, passes: tuple[Pass, ...]) -> bool:
         try:
@@ -230,7 +230,7 @@ class _Search:
             if self.wanted is not None and isinstance(error, self.wanted):
                 return True
             add_note(
-                error, f"raised while looking for the pass after which {self.told}, by {Pipeline(passes)}"
+                error, f"raised while looking for the pass after which {self.symptom}, by {Pipeline(passes)}"
             )
             raise
         return found and self.wanted is None
@@ -260,7 +260,7 @@ class _Search:
             fewer = [other for other in kept if other is not entry]
             if self._is_bad((*fewer, last)):
                 kept = fewer
-        if not self._is_bad((*kept, last)):  # asked anew, so that what it left behind is of these passes
+        if not self._is_bad((*kept, last)):  # run again, so that ``last`` is of these passes
             raise BisectError("the predicate gives different answers for the same model; seed what it draws")
         return (*kept, last)
 

@@ -1,69 +1,28 @@
-"""Whether a model still is what its passes made it: ``biofx.check(bio_model)``."""
+"""Whether a model still is what its passes made of it: ``biofx.check(bio_model)``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from biofx.capture.random_state import preserved_random_state
-from biofx.diagnostics import check_asked, check_graph, check_signs, check_states
-from biofx.diagnostics.check_report import Audit, Finding
-from biofx.diagnostics.check_subject import Subject, Uses
+from biofx.diagnostics import check_signs, check_states
+from biofx.diagnostics.audit import Audit, Finding, Subject, Uses, finding, invariant, owner_of
 from biofx.errors import InputError
+from biofx.graph.joined_graph import whole_graph
+from biofx.layers.sites import find_sites
+from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
+from biofx.operators.rate_sampling import Distribution
+from biofx.operators.split_ops import pool_synapses
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import unwrapped
 from biofx.plasticity.ranks import whole_weights
-
-
-@dataclass(frozen=True)
-class Invariant:
-    """One kind of promise that a transformed model makes."""
-
-    name: str
-    description: str
-    find: Callable[[Subject, Uses], Iterator[Finding]]
-
-
-INVARIANTS = (
-    Invariant(
-        "signs",
-        "no effective weight has the other sign than its presynaptic unit",
-        check_signs.effective_signs,
-    ),
-    Invariant("sign values", "a unit's sign is -1, 0 or 1", check_signs.sign_values),
-    Invariant(
-        "sign constraints",
-        "signs are enforced in the graph, wherever a constrained weight is used",
-        check_signs.bypassed_constraints,
-    ),
-    Invariant("rule signs", "plasticity rules use the signs that the graph enforces", check_signs.rule_signs),
-    Invariant("gammas", "constrained factors of a normalisation are not negative", check_signs.gammas),
-    Invariant(
-        "rates", "learning-rate factors are finite and within their layer's bounds", check_states.rates
-    ),
-    Invariant("rate shapes", "learning-rate factors broadcast to their weight", check_states.rate_shapes),
-    Invariant(
-        "scaling",
-        "gradients are scaled by their own factors, once, in the graph or by calls as the state says",
-        check_states.scaling,
-    ),
-    Invariant("splits", "pools of synapses divide their layer's channels, and pool once", check_graph.splits),
-    Invariant("finite", "weights and plasticity states are finite", check_states.finite),
-    Invariant("links", "every state belongs to the layer it sits in", check_states.links),
-    Invariant("devices", "every state is on its weight's device", check_states.devices),
-    Invariant("graph", "the graph fits the module, and is what the module runs", check_graph.compiled_graph),
-    Invariant(
-        "asked",
-        "every mechanism that was asked for reached something, and what was named for it",
-        check_asked.unmet,
-    ),
-    Invariant("kept", "what a mechanism put into the graph is still there", check_asked.kept),
-)
-"""What :func:`check` audits."""
+from biofx.rewriting.record import TransformStep, record_of
 
 
 def check(model: nn.Module) -> Audit:
@@ -113,16 +72,163 @@ def check(model: nn.Module) -> Audit:
 
 
 def _findings(subject: Subject) -> Iterator[Finding]:
-    graph = check_graph.fitting_graph(subject)
-    yield graph
-    if graph.violated:
+    misfit = _misfit(subject)
+    count = len(subject.graph_module.graph.nodes)
+    yield Finding("", compiled_graph.name, "", count, int(bool(misfit)), misfit)
+    if misfit:  # what such a graph computes is unknown
         return
     uses = Uses.of(subject.graph_module)
-    for invariant in INVARIANTS:
-        yield from invariant.find(subject, uses)
+    for entry in INVARIANTS:
+        yield from entry(subject, uses)
+
+
+def _misfit(subject: Subject) -> str:
+    """Return why a graph does not fit its module, or nothing."""
+    try:
+        for module in subject.graphs.values():
+            module.graph.lint()
+    except Exception as error:
+        return f"the graph does not fit the model: {error}; transform the model again"
+    return ""
 
 
 def _is_ours(graph_module: GraphModule) -> bool:
     return isinstance(graph_module, BioGraphModule) or any(
         isinstance(module, BioModule) for module in graph_module.modules()
     )
+
+
+@invariant("graph", "the graph fits the module, and is what the module runs")
+def compiled_graph(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Find a graph that is not what the module runs."""
+    for path, module in subject.graphs.items():
+        is_run = module.graph.python_code("self").src == module.code
+        own = f"bio_model.get_submodule({path!r})" if path else "bio_model"
+        message = f"it was changed and the module runs the old one; call {own}.recompile()"
+        yield finding(path, path, 1, int(not is_run), message)
+
+
+@invariant("splits", "pools of synapses divide their layer's channels, and pool once")
+def splits(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Find pools of synapses that do not divide the channels of their layer, or that pool twice."""
+    pools = list(subject.graph_module.graph.find_nodes(op="call_function", target=pool_synapses))
+    if not pools:
+        return
+    sites = {site.node: site for site in find_sites(subject.graph_module).found if not site.why_no_channels}
+    for pool in pools:
+        site, before = _pooled_layer(pool, sites)
+        if site is None or pool.kwargs.get("channel_axis") != site.kind.channel_axis:
+            continue
+        gamma, channels = int(str(pool.kwargs["gamma"])), site.output_channels
+        message = ""
+        if gamma < 1 or channels % gamma:
+            message = (
+                f"{pool.name!r} sums groups of {gamma}, and the layer has {channels} channels; transform the "
+                "model again, with a gamma that divides them"
+            )
+        elif before is not None:
+            message = f"{pool.name!r} sums what {before.name!r} has summed already; transform the model again"
+        yield finding(site.layer, pool.name, 1, int(bool(message)), message)
+
+
+def _pooled_layer(pool: Node, sites: dict[Node, WeightSite]) -> tuple[WeightSite | None, Node | None]:
+    """Return the layer that a pool belongs to and a pool in between, looked for along the only way back."""
+    before: Node | None = None
+    node = pool
+    while True:
+        sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
+        if len(sources) != 1:
+            return None, before
+        (node,) = sources
+        if node in sites:
+            return sites[node], before
+        if node.target is pool_synapses:
+            before = node
+
+
+_PLACED = {
+    "constrain_sign": "sign constraint",
+    "scale_gradient": "learning rates",
+    "scale_gradient_by_seed": "learning rates",
+    "observe_activity": "observed activity",
+    "pool_synapses": "pool of synapses",
+    "fold_weight": "sum over synapses",
+}
+"""Operators that a mechanism consists of, and what of it is gone with them."""
+_LINE = re.compile(r"(\w+) = (\w+)\((\w*)")
+_READ = re.compile(r"(\w+) = self\.(\S+)")
+
+
+@invariant("asked", "every mechanism that was asked for reached something, and what was named for it")
+def unmet(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Find mechanisms that were asked for and reached nothing, or not what was named for them."""
+    record = record_of(subject.graph_module)
+    if record is None:
+        return
+    for step in record.steps:
+        yield finding("", "", 1)
+        for entry in step.unmet:
+            layer, count = str(entry["layer"]), int(entry["considered"])
+            message = (
+                f"asked for and not there: {entry['mechanism']} - {entry['message']}; change the "
+                "model or the options, or leave it out of the config"
+            )
+            yield finding(layer, str(entry["mechanism"]), count, count, message)
+        if step.config is not None:
+            yield from _rates(subject, step, step.config)
+
+
+def _rates(subject: Subject, step: TransformStep, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Find rates that a converter was asked for and no layer has."""
+    given = [config, *({**config, **entry["options"]} for entry in config["overrides"])]
+    states = [placed.state for placed in subject.states()]
+    wanted = any(
+        fields["fuzzy_lr_distribution"] != Distribution.BASELINE.value
+        and fields["fuzzy_learning_rate_factor_nu"]
+        for fields in given
+    )
+    if step.door != "transform" and wanted and not any(state.has_factors for state in states):
+        message = f"asked for and not there: rates - 0 of {len(states)} weights have any"
+        yield finding("", "rates", max(1, len(states)), max(1, len(states)), message)
+
+
+@invariant("kept", "what a mechanism put into the graph is still there")
+def kept(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Find nodes of a mechanism that the graph had when the model was made, and has no more."""
+    record = record_of(subject.graph_module)
+    if record is None:
+        return
+    present = {node.name for node in whole_graph(subject.graph_module).nodes}
+    read = {match[1]: match[2] for line in record.graph if (match := _READ.match(line))}
+    for line in record.graph:
+        match = _LINE.match(line)
+        if match is None or match[2] not in _PLACED:
+            continue
+        name, operator, weight = match.groups()
+        path = read.get(weight, "")
+        gone = name not in present
+        message = (
+            f"its {_PLACED[operator]} ({name!r}) is gone from the graph that biofx.transform made; "
+            "transform the model again, or change graphs with passes"
+        )
+        yield finding(owner_of(path) if path else "", path or name, 1, int(gone), message)
+
+
+INVARIANTS = (
+    check_signs.effective_signs,
+    check_signs.sign_values,
+    check_signs.bypassed_constraints,
+    check_signs.rule_signs,
+    check_signs.gammas,
+    check_states.rates,
+    check_states.rate_shapes,
+    check_states.scaling,
+    splits,
+    check_states.finite,
+    check_states.links,
+    check_states.devices,
+    compiled_graph,
+    unmet,
+    kept,
+)
+"""What :func:`check` audits, in the order of the audit."""

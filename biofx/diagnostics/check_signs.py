@@ -1,26 +1,28 @@
-"""Invariants of Dale's principle."""
+"""Invariants of Dale's principle: signs in the weights that layers use, after what the graph does to them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from biofx.analysis.synapses import input_facing_nodes, readout_nodes
-from biofx.diagnostics.check_report import Finding
-from biofx.diagnostics.check_subject import Subject, Uses, owner_of
-from biofx.diagnostics.effective_signs import count_signs, laid_out_signs
+from biofx.diagnostics.audit import Finding, Subject, Uses, finding, invariant, owner_of
 from biofx.errors import InvariantError
 from biofx.graph.node_kinds import is_number
 from biofx.graph.printing import function_name
 from biofx.graph.regions import RegionUse
-from biofx.layers.constant_part import Treatment, WeightUse
+from biofx.layers.constant_part import ConstantPart, Treatment, WeightUse
 from biofx.layers.layer_kind import argument
-from biofx.operators.sign_ops import constrain_sign
+from biofx.operators.sign_ops import constrain_sign, signs_like
 
 
+@invariant("signs", "no effective weight has the other sign than its presynaptic unit")
 def effective_signs(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Count the synapses whose effective weight has the other sign than their unit."""
     for node in _constraints(subject):
@@ -28,20 +30,18 @@ def effective_signs(subject: Subject, uses: Uses) -> Iterator[Finding]:
         try:
             count = count_signs(uses.constants, node, uses.of_constraint.get(node, []))
         except InvariantError as error:
-            advice = "restore the signs from a checkpoint of this model, or transform it anew"
+            advice = "restore the signs from a checkpoint of this model, or transform it again"
             message = f"the sign constraint cannot be computed: {error}; {advice}"
-            yield Finding(owner_of(path), "signs", path, 1, 1, message)
+            yield finding(owner_of(path), path, 1, 1, message)
             continue
-        message = ""
-        if count.wrong:
-            message = (
-                f"{count.wrong} of {count.synapses} effective weights have the other sign than their unit: "
-                "what the graph does after the constraint breaks it; transform the model anew"
-            )
-        details = {"wrong_raw": count.wrong_raw}
-        yield Finding(owner_of(path), "signs", path, count.synapses, count.wrong, message, details)
+        message = (
+            f"{count.wrong} of {count.synapses} effective weights have the other sign than their unit: "
+            "what the graph does after the constraint breaks it; transform the model again"
+        )
+        yield finding(owner_of(path), path, count.synapses, count.wrong, message, wrong_raw=count.wrong_raw)
 
 
+@invariant("rule signs", "plasticity rules use the signs that the graph enforces")
 def rule_signs(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Count the synapses for which plasticity rules would use another sign than the graph does."""
     for placed in subject.states():
@@ -58,15 +58,14 @@ def rule_signs(subject: Subject, uses: Uses) -> Iterator[Finding]:
         except (InvariantError, RuntimeError, IndexError):
             continue  # said by effective_signs
         others = int((held != wanted).sum())
-        message = ""
-        if others:
-            message = (
-                f"rules such as rejuvenation would give {others} of {weight.numel()} synapses another sign "
-                "than the graph allows; load the model from where it was saved whole, or transform it anew"
-            )
-        yield Finding(placed.layer, "rule signs", state.path, weight.numel(), others, message)
+        message = (
+            f"rules such as rejuvenation would give {others} of {weight.numel()} synapses another sign "
+            "than the graph allows; load the model from where it was saved whole, or transform it again"
+        )
+        yield finding(placed.layer, state.path, weight.numel(), others, message)
 
 
+@invariant("sign values", "a unit's sign is -1, 0 or 1")
 def sign_values(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Count the signs that are neither -1, 0 nor 1, once for each buffer that holds them."""
     held: set[int] = set()
@@ -87,6 +86,7 @@ def sign_values(subject: Subject, uses: Uses) -> Iterator[Finding]:
         yield _values(owner_of(_weight_path(subject, uses, node)), sign.name, value, (-1, 0, 1))
 
 
+@invariant("sign constraints", "signs are enforced in the graph, wherever a constrained weight is used")
 def bypassed_constraints(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Count the uses of constrained weights that read the parameter beside its constraint.
 
@@ -112,16 +112,15 @@ def bypassed_constraints(subject: Subject, uses: Uses) -> Iterator[Finding]:
         if raw and kept:
             ends = _free_ends(subject) if ends is None else ends
             raw = [reader for reader in raw if reader not in ends and kept[0].parameter.dim() > 1]
-        message = ""
-        if raw:
-            readers = ", ".join(repr(reader.name) for reader in raw)
-            message = (
-                f"{readers} reads the parameter beside its sign constraint; let the pass take in every use "
-                "of the weight, or transform the model anew"
-            )
-        yield Finding(owner_of(path), "sign constraints", path, len(kept) + len(raw), len(raw), message)
+        readers = ", ".join(repr(reader.name) for reader in raw)
+        message = (
+            f"{readers} reads the parameter beside its sign constraint; let the pass take in every use "
+            "of the weight, or transform the model again"
+        )
+        yield finding(owner_of(path), path, len(kept) + len(raw), len(raw), message)
 
 
+@invariant("gammas", "constrained factors of a normalisation are not negative")
 def gammas(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Count the constrained factors of normalisation that are negative: each turns a unit's sign over."""
     normalising = {
@@ -140,13 +139,11 @@ def gammas(subject: Subject, uses: Uses) -> Iterator[Finding]:
             continue  # said by effective_signs
         path = _weight_path(subject, uses, node)
         negative = int((gamma < 0).sum())
-        message = ""
-        if negative:
-            message = (
-                f"{negative} of {gamma.numel()} factors of the normalisation are negative and turn their "
-                "unit's sign over; their signs in the graph must be +1, so transform the model anew"
-            )
-        yield Finding(owner_of(path), "gammas", path, gamma.numel(), negative, message)
+        message = (
+            f"{negative} of {gamma.numel()} factors of the normalisation are negative and turn their "
+            "unit's sign over; their signs in the graph must be +1, so transform the model again"
+        )
+        yield finding(owner_of(path), path, gamma.numel(), negative, message)
 
 
 _SIGN_BUFFERS = {"sign": (-1, 0, 1), "local_sign": (-1, 0, 1), "constrained_rows": (0, 1)}
@@ -162,17 +159,15 @@ def _constraints(subject: Subject) -> list[Node]:
 
 def _values(layer: str, path: str, buffer: Tensor, permitted: tuple[int, ...]) -> Finding:
     if buffer.is_meta:
-        return Finding(layer, "sign values", path, 0)
+        return finding(layer, path, 0)
     allowed = torch.tensor(permitted, dtype=buffer.dtype, device=buffer.device)
     near = (buffer.unsqueeze(-1) - allowed).abs().amin(-1) <= _ROUNDING
     wrong = int((~near).sum())
-    message = ""
-    if wrong:
-        message = (
-            f"{wrong} of {buffer.numel()} entries are none of {', '.join(map(str, permitted))}; restore them "
-            "from a checkpoint of this model"
-        )
-    return Finding(layer, "sign values", path, buffer.numel(), wrong, message)
+    message = (
+        f"{wrong} of {buffer.numel()} entries are none of {', '.join(map(str, permitted))}; restore them "
+        "from a checkpoint of this model"
+    )
+    return finding(layer, path, buffer.numel(), wrong, message)
 
 
 def _root(node: Node) -> Node:
@@ -224,3 +219,95 @@ def _callers(subject: Subject, wanted: Iterable[int]) -> dict[int, list[Node]]:
 
 def _free_ends(subject: Subject) -> set[Node]:
     return {*readout_nodes(subject.graph_module), *input_facing_nodes(subject.graph_module)}
+
+
+_OPTIONS = frozenset(inspect.signature(signs_like).parameters) - {"weight", "sign"}
+
+
+@dataclass(frozen=True)
+class SignCount:
+    """How the synapses under sign constraints are doing, counts."""
+
+    synapses: int = 0
+    wrong: int = 0
+    """Synapses whose effective weight has the other sign than their unit; more than 0 is a fault."""
+    wrong_raw: int = 0
+    """The same in the parameter, where the graph may yet put it right."""
+
+    def __add__(self, other: SignCount) -> SignCount:
+        return SignCount(
+            self.synapses + other.synapses, self.wrong + other.wrong, self.wrong_raw + other.wrong_raw
+        )
+
+
+def wrong_signs(weight: Tensor, signs: Tensor) -> int:
+    """Return how many entries of a weight have the other sign than theirs in ``signs``, a count."""
+    return int((weight * signs < 0).count_nonzero())
+
+
+def laid_out_signs(constants: ConstantPart, constraint: Node, weight: Tensor) -> Tensor:
+    """Return the signs that a ``constrain_sign`` node gives to a weight, broadcastable to it.
+
+    Args:
+        constants: the constant part of the node's graph.
+        constraint: the node; its signs and options are evaluated.
+        weight: what the node is given.
+
+    Raises:
+        InvariantError: the signs cannot be computed, or do not fit the weight.
+    """
+    sign = constants.value(argument(constraint, 1, "sign"))
+    options: dict[str, Any] = {
+        name: constants.value(value) if isinstance(value, Node) else value
+        for name, value in constraint.kwargs.items()
+        if name in _OPTIONS
+    }
+    try:
+        signs = signs_like(weight, sign, **options)
+        fits = torch.broadcast_shapes(signs.shape, weight.shape) == weight.shape
+    except (RuntimeError, IndexError):
+        fits = False
+    if not fits:
+        raise InvariantError(
+            f"expected signs that fit a weight of shape {tuple(weight.shape)}, found {sign.numel()} of shape "
+            f"{tuple(sign.shape)}"
+        )
+    return signs
+
+
+def count_signs(
+    constants: ConstantPart,
+    constraint: Node,
+    uses: Iterable[WeightUse],
+    given: Mapping[Node, Any] | None = None,
+) -> SignCount:
+    """Count the synapses under one ``constrain_sign`` node, as they come out where the weight is used.
+
+    What slices or transposes the weight on its way there does the same to the signs. Where new weights of
+    another shape are computed from it, the signs are counted right behind the constraint.
+
+    Args:
+        constants: the constant part of the node's graph.
+        constraint: the node.
+        uses: those that pass through the constraint.
+        given: values of some nodes, instead of what they compute.
+
+    Raises:
+        InvariantError: the signs cannot be computed, or do not fit the weight.
+    """
+    held = dict(given or {})
+    raw: Tensor = constants.value(argument(constraint, 0, "weight"), held)
+    signs = laid_out_signs(constants, constraint, raw).expand(raw.shape)
+    if raw.is_meta:
+        return SignCount()
+    synapses = wrong = 0
+    treated = {use.expression: use.after for use in uses}
+    for end, treatment in (treated or {constraint: Treatment.NOTHING}).items():
+        used, wanted = constants.value(end, held), signs
+        if treatment is Treatment.MOVED:
+            wanted = constants.value(end, {constraint: signs.contiguous()})
+        if not (isinstance(used, Tensor) and used.shape == wanted.shape):
+            used, wanted = constants.value(constraint, held), signs
+        synapses += used.numel()
+        wrong += wrong_signs(used, wanted)
+    return SignCount(synapses, wrong, wrong_signs(raw, signs))

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from biofx.diagnostics.check_report import Finding
-from biofx.diagnostics.check_subject import Placed, Subject, Uses, owner_of
+from biofx.diagnostics.audit import Finding, Placed, Subject, Uses, finding, invariant, owner_of
 from biofx.graph.regions import ELSEWHERE
 from biofx.layers.constant_part import WeightUse
 from biofx.layers.layer_kind import argument
@@ -21,6 +20,7 @@ _FACTORS = "fuzzy_learning_rate_parameters"
 _ROUNDING = 2**-8  # relative; a factor at a bound may be, or once have been, held in bfloat16
 
 
+@invariant("rates", "learning-rate factors are finite and within their layer's bounds")
 def rates(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Count the factors that are not finite or out of the layer's own bounds."""
     for placed in subject.states():
@@ -34,17 +34,16 @@ def rates(subject: Subject, uses: Uses) -> Iterator[Finding]:
             held = factors.float()
             inside = (held >= low * (1 - _ROUNDING)) & (held <= high * (1 + _ROUNDING))
             outside = int((~inside).sum())
-            message = ""
-            if outside:
-                message = (
-                    f"{outside} of {factors.numel()} learning-rate factors are NaN or outside "
-                    f"[{low:g}, {high:g}], the bounds in the layer's config; draw them anew "
-                    "(bio_mod.draw()), load a sound checkpoint, or give bio_mod.config the bounds that they "
-                    "were drawn with"
-                )
-            yield Finding(placed.layer, "rates", f"{placed.place}.{name}", factors.numel(), outside, message)
+            message = (
+                f"{outside} of {factors.numel()} learning-rate factors are NaN or outside "
+                f"[{low:g}, {high:g}], the bounds in the layer's config; draw them again "
+                "(bio_mod.draw()), load a sound checkpoint, or give bio_mod.config the bounds that they "
+                "were drawn with"
+            )
+            yield finding(placed.layer, f"{placed.place}.{name}", factors.numel(), outside, message)
 
 
+@invariant("rate shapes", "learning-rate factors broadcast to their weight")
 def rate_shapes(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Find factors that do not broadcast to their weight."""
     for placed in subject.states():
@@ -54,21 +53,22 @@ def rate_shapes(subject: Subject, uses: Uses) -> Iterator[Finding]:
         fits = factors.dim() == weight.dim() and all(
             one in (1, other) for one, other in zip(factors.shape, weight.shape, strict=True)
         )
-        message = ""
-        if not fits:
-            message = (
-                f"factors of shape {tuple(factors.shape)} do not fit a weight of shape "
-                f"{tuple(weight.shape)}; draw them anew (bio_mod.draw())"
-            )
-        yield Finding(placed.layer, "rate shapes", f"{placed.place}.{_FACTORS}", 1, int(not fits), message)
+        message = (
+            f"factors of shape {tuple(factors.shape)} do not fit a weight of shape "
+            f"{tuple(weight.shape)}; draw them again (bio_mod.draw())"
+        )
+        yield finding(placed.layer, f"{placed.place}.{_FACTORS}", 1, int(not fits), message)
 
 
+@invariant(
+    "scaling", "gradients are scaled by their own factors, once, in the graph or by calls as the state says"
+)
 def scaling(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Count the uses of a weight whose gradient is not scaled as its state says."""
     for placed in subject.states():
         state = placed.state
         if state.parameter is None and _scales_computed(placed, uses):
-            yield Finding(placed.layer, "scaling", state.path, 1, 0, "")
+            yield finding(placed.layer, state.path, 1, 0, "")
             continue
         found = uses.of_parameter.get(id(state.parameter), [])
         reasons = [reason for use in found if (reason := _misscaled(use, state, uses))]
@@ -78,9 +78,9 @@ def scaling(subject: Subject, uses: Uses) -> Iterator[Finding]:
             violated = max(1, len(found))
             message = (
                 "its factors are meant to act in the graph (scaled_in_graph) and the graph does not scale "
-                "its gradient; transform the model anew"
+                "its gradient; transform the model again"
             )
-        yield Finding(placed.layer, "scaling", state.path, max(1, len(found)), violated, message)
+        yield finding(placed.layer, state.path, max(1, len(found)), violated, message)
 
 
 def _scales_computed(placed: Placed, uses: Uses) -> bool:
@@ -93,7 +93,7 @@ def _misscaled(use: WeightUse, state: BioModule, uses: Uses) -> str:
     if not use.scalings:
         return ""
     if len(use.scalings) > 1:
-        return f"the gradient of {use.path!r} is scaled {len(use.scalings)} times; transform the model anew"
+        return f"the gradient of {use.path!r} is scaled {len(use.scalings)} times; transform the model again"
     if not state.scaled_in_graph:
         return (
             "its gradient is scaled in the graph, and its state does not say so: a call of "
@@ -103,17 +103,20 @@ def _misscaled(use: WeightUse, state: BioModule, uses: Uses) -> str:
     if scaling.target is scale_gradient_by_seed:
         if sampling_of(scaling) == state.rate_sampling:
             return ""
-        return f"{scaling.name!r} draws other factors for its gradient than it has; transform the model anew"
+        return f"{scaling.name!r} draws other factors for its gradient than it has; transform the model again"
     factors = argument(scaling, 1, "factor")
     if (
         factors.op == "get_attr"
         and factors in uses.constants
         and uses.constants.value(factors) is not state.stored_factors
     ):
-        return f"its gradient is scaled by {factors.target}, not by its own factors; transform the model anew"
+        return (
+            f"its gradient is scaled by {factors.target}, not by its own factors; transform the model again"
+        )
     return ""
 
 
+@invariant("finite", "weights and plasticity states are finite")
 def finite(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Count the parameters and buffers of plasticity that are NaN or infinite."""
     for path, parameter in subject.parameters.values():
@@ -129,9 +132,9 @@ def finite(subject: Subject, uses: Uses) -> Iterator[Finding]:
 def _finite(layer: str, path: str, tensor: Tensor) -> Finding:
     lazy = (nn.UninitializedParameter, nn.UninitializedBuffer)
     if isinstance(tensor, lazy) or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
-        return Finding(layer, "finite", path, 0)
+        return finding(layer, path, 0)
     if weight_blocker(tensor) is not None and tensor.numel():
-        return Finding(layer, "finite", path, 0)
+        return finding(layer, path, 0)
     held = tensor.detach()
     wrong, message = 0, ""
     if held.is_complex() or not math.isfinite(held.sum().item()):  # one pass where nothing is wrong
@@ -141,9 +144,10 @@ def _finite(layer: str, path: str, tensor: Tensor) -> Finding:
             f"{wrong} of {tensor.numel()} numbers are NaN or infinite; lower the learning rate or clip the "
             "gradient, and start from a sound checkpoint"
         )
-    return Finding(layer, "finite", path, tensor.numel(), wrong, message)
+    return finding(layer, path, tensor.numel(), wrong, message)
 
 
+@invariant("links", "every state belongs to the layer it sits in")
 def links(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Find plasticity states that do not belong to the layer they sit in."""
     places: dict[int, set[str]] = {}
@@ -151,13 +155,11 @@ def links(subject: Subject, uses: Uses) -> Iterator[Finding]:
         places.setdefault(id(placed.state), set()).add(placed.place)
     for placed in subject.placed:
         reason = _unlinked(subject, placed, places[id(placed.state)])
-        message = ""
-        if reason:
-            message = (
-                f"{reason}; give each layer its own state back (transform or convert the model anew, or "
-                "load it from where it was saved whole)"
-            )
-        yield Finding(placed.layer, "links", placed.place, 1, int(bool(reason)), message)
+        message = (
+            f"{reason}; give each layer its own state back (transform or convert the model again, or "
+            "load it from where it was saved whole)"
+        )
+        yield finding(placed.layer, placed.place, 1, int(bool(reason)), message)
 
 
 def _unlinked(subject: Subject, placed: Placed, places: set[str]) -> str:
@@ -183,6 +185,7 @@ def _unlinked(subject: Subject, placed: Placed, places: set[str]) -> str:
     return "" if linked is home else f"it is linked to another {type(linked).__name__} than {state.path!r}'s"
 
 
+@invariant("devices", "every state is on its weight's device")
 def devices(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """Count the buffers of plasticity that are on another device than their weight; counters may be."""
     for placed in subject.states():
@@ -191,11 +194,9 @@ def devices(subject: Subject, uses: Uses) -> Iterator[Finding]:
             continue
         buffers = [buffer for _, buffer in placed.state.named_buffers(recurse=False) if buffer.dim()]
         elsewhere = [buffer for buffer in buffers if buffer.device != weight.device]
-        message = ""
-        if elsewhere:
-            found = ", ".join(sorted({str(buffer.device) for buffer in elsewhere}))
-            message = (
-                f"{len(elsewhere)} of its buffers are on {found}, the weight is on {weight.device}; move the "
-                "whole model (bio_model.to(device))"
-            )
-        yield Finding(placed.layer, "devices", placed.place, len(buffers), len(elsewhere), message)
+        found = ", ".join(sorted({str(buffer.device) for buffer in elsewhere}))
+        message = (
+            f"{len(elsewhere)} of its buffers are on {found}, the weight is on {weight.device}; move the "
+            "whole model (bio_model.to(device))"
+        )
+        yield finding(placed.layer, placed.place, len(buffers), len(elsewhere), message)

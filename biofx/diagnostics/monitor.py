@@ -13,11 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from biofx.diagnostics.effective import Effective, effective_weights
-from biofx.diagnostics.monitor_json import JsonLines, read_json_lines
 from biofx.diagnostics.monitor_plot import plot_records
-from biofx.diagnostics.monitor_records import LayerRecord, Sink, StepRecord, measure
-from biofx.diagnostics.monitor_tensorboard import TensorBoard
+from biofx.diagnostics.monitor_records import (
+    Effective,
+    LayerRecord,
+    Sink,
+    StepRecord,
+    effective_weights,
+    measure,
+)
+from biofx.diagnostics.monitor_sinks import JsonLines, LiveTable, TensorBoard, read_json_lines
 from biofx.errors import OptionError
 from biofx.options import POSITIVE, Range
 from biofx.plasticity.bio_module import BioModule
@@ -52,14 +57,14 @@ class Monitor:
     counts factors that were drawn low: 19 % of uniform ones of spread 0.16, before any crystallization.
     A threshold below every drawn factor (0.84 for these) counts damped ones alone.
 
-    A copy, by ``copy.deepcopy`` or pickle, keeps the records so far and goes on with the model that is copied
+    A copy, by ``copy.deepcopy`` or pickle, keeps the records so far and follows the model that is copied
     with it, in memory alone: two runs would mix their records in one file.
 
     Args:
         every: steps from one record to the next, a count >= 1; what rules touched in between is not lost.
-        path: a file that gets each record as a line of JSON at once (:mod:`biofx.monitor_json` has its
-            schema; :meth:`read` reads it). It may not hold anything yet, unless ``append`` is set.
-        append: go on with the file of an earlier monitor; the half line of a run that was killed is dropped.
+        path: a file that gets each record as a line of JSON at once (:mod:`biofx.diagnostics.monitor_sinks`
+            has its schema; :meth:`read` reads it). It may not hold anything yet, unless ``append`` is set.
+        append: continue the file of an earlier monitor; the half line of a run that was killed is dropped.
         tensorboard: a folder for TensorBoard's event files.
         crystallized_below: see above, dimensionless, > 0.
         keep: how many records stay in memory, a count >= 1, the latest ones; None for all. A record takes
@@ -219,8 +224,6 @@ class Monitor:
             console: where to show it, by default the standard output.
         """
         from rich.console import Console
-
-        from biofx.diagnostics.monitor_table import LiveTable
 
         shown = console or Console()
         if not shown.is_interactive:

@@ -1,4 +1,4 @@
-"""The monitor's picture: six panels over the steps, one curve per layer."""
+"""Pictures of a run: six panels of curves over the steps, or one row per layer."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from biofx.diagnostics.monitor_records import LayerRecord, StepRecord, short_name
+from biofx.diagnostics.monitor_records import HISTOGRAM_EDGES, LayerRecord, StepRecord, short_name
 from biofx.errors import InputError, OptionError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 Series = dict[str, list[tuple[int, LayerRecord]]]
 """For each weight's path its steps and records, steps rising."""
 
 _MOST_NAMED = 10  # layers that a legend and distinct colours can tell apart
 _MOST_TICKS = 26
-_LONGEST_NAME = 28
+_LONGEST_NAME = 30
+_EXCITATORY, _INHIBITORY, _TURNOVER, _WRONG = "#d55e00", "#0072b2", "#009e73", "#c93c37"
 _FEW_POINTS = 30  # below, points are marked: a curve of one point would be invisible
 
 
@@ -27,31 +29,20 @@ def plot_records(
     records: Sequence[StepRecord], crystallized_below: float, path: str | os.PathLike[str] | None
 ) -> Figure:
     """Return the picture of a run, and write it to ``path`` if there is one; see ``Monitor.plot``."""
-    if not records:
-        raise InputError(
-            "expected something to plot, found no records; train with the monitor attached first"
-        )
-    try:
-        figure_class = importlib.import_module("matplotlib.figure").Figure
-        colormaps = importlib.import_module("matplotlib").colormaps
-    except ImportError as error:
-        raise InputError(f"plotting needs matplotlib: pip install 'biofx[demo]' ({error})") from error
+    figure = _new_figure(records, figsize=(12, 6.5))
+    colormaps = importlib.import_module("matplotlib").colormaps
     series = series_of(records)
-    figure: Figure = figure_class(figsize=(12, 6.5), layout="constrained")
     colors = _colors(list(series), colormaps)
     panels = figure.subplots(2, 3, sharex=True).flat
     _draw_factors(panels[0], series, colors)
     below = f"crystallized: factors < {crystallized_below:g} (%)"
     _draw_curves(panels[1], series, colors, below, lambda layer: _percent(layer.crystallized_fraction))
     _draw_replaced(panels[2], series, colors)
-    _draw_curves(panels[3], series, colors, "E:I ratio (Σ excitatory / Σ |inhibitory|)", _ei_ratio)
+    _draw_curves(panels[3], series, colors, "E:I ratio (Σ excitatory / Σ |inhibitory|)", lambda r: r.ei_ratio)
     panels[3].axhline(1, color="0.6", linewidth=0.8, linestyle=":")
-    norms: tuple[tuple[Any, str, Callable[[LayerRecord], float | None]], ...] = (
-        (panels[4], "gradient norm (L2, loss / weight)", lambda layer: layer.gradient_norm),
-        (panels[5], "update norm (L2, weight)", lambda layer: layer.update_norm),
-    )
-    for axes, label, value in norms:
-        _draw_curves(axes, series, colors, label, value)
+    _draw_curves(panels[4], series, colors, "gradient norm (L2, loss / weight)", lambda r: r.gradient_norm)
+    _draw_curves(panels[5], series, colors, "update norm (L2, weight)", lambda r: r.update_norm)
+    for axes in panels[4:]:
         _use_log_scale(axes)
     for axes in panels:
         axes.grid(alpha=0.3)
@@ -60,6 +51,21 @@ def plot_records(
     _draw_key(figure, list(panels), colors)
     if path is not None:
         save_figure(figure, path)
+    return figure
+
+
+def _new_figure(records: Sequence[StepRecord], figsize: tuple[float, float]) -> Figure:
+    """Return an empty figure, or say what is missing for it: matplotlib, or records."""
+    if not records:
+        raise InputError(
+            "expected something to plot, found no records; train with the monitor attached first"
+        )
+    try:
+        figure: Figure = importlib.import_module("matplotlib.figure").Figure(
+            figsize=figsize, layout="constrained"
+        )
+    except ImportError as error:
+        raise InputError(f"plotting needs matplotlib: pip install 'biofx[demo]' ({error})") from error
     return figure
 
 
@@ -137,10 +143,6 @@ def _percent(fraction: float | None) -> float | None:
     return None if fraction is None else 100 * fraction
 
 
-def _ei_ratio(layer: LayerRecord) -> float:
-    return layer.ei_ratio
-
-
 def _draw_key(figure: Figure, panels: list[Any], colors: dict[str, Any]) -> None:
     """Say which colour is which layer: a legend, or for many layers a scale with some of them named."""
     names = [plain_text(short_name(path, _LONGEST_NAME)) for path in colors]
@@ -181,3 +183,89 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         figure.savefig(os.fspath(path), dpi=120)
     except (OSError, ValueError) as error:
         raise OptionError(f"cannot write the picture to {os.fspath(path)!r}: {error}") from error
+
+
+def plot_layers(records: Sequence[StepRecord], path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw each layer as it was last recorded, layers from the input at the top to the output.
+
+    Args:
+        records: a monitor's records.
+        path: also written to this file, in the format that its ending names.
+
+    Returns:
+        A ``matplotlib.figure.Figure`` with three panels: how the learning-rate factors spread (in % of a
+        layer's factors, by their value); shares of excitation and inhibition in the effective weights (%),
+        with the number of wrong signs where there are any; synapses replaced from the first record to the
+        last (in % of the layer's synapses).
+
+    Raises:
+        InputError: matplotlib is missing, or nothing has been recorded.
+        OptionError: the file cannot be written.
+    """
+    series = series_of(records)
+    layers = [points[-1][1] for points in series.values()]
+    names = [plain_text(short_name(layer, _LONGEST_NAME)) for layer in series]
+    height = 1.6 + 0.24 * max(4, len(layers))
+    figure = _new_figure(records, figsize=(12, min(height, 60.0)))
+    rates, signs, turnover = figure.subplots(1, 3, sharey=True, width_ratios=(1.4, 1, 1))
+    _draw_rates(figure, rates, layers)
+    _draw_signs(signs, layers)
+    _draw_turnover(turnover, [[layer for _, layer in points] for points in series.values()])
+    rates.set_yticks(range(len(names)), names, fontsize="small")
+    rates.set_ylim(len(names) - 0.5, -0.5)
+    figure.suptitle(f"step {records[-1].step:,}", fontsize="medium")
+    if path is not None:
+        save_figure(figure, path)
+    return figure
+
+
+def _draw_rates(figure: Any, axes: Any, layers: Sequence[LayerRecord]) -> None:
+    axes.set_xlabel("learning-rate factor (dimensionless)")
+    bins = len(HISTOGRAM_EDGES) - 1
+    rows = [
+        [100 * count / sum(layer.factor_histogram) for count in layer.factor_histogram]
+        if layer.factor_histogram
+        else [0.0] * bins
+        for layer in layers
+    ]
+    if not any(map(any, rows)):
+        _say_nothing(axes)
+        return
+    extent = (HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1], len(rows) - 0.5, -0.5)
+    drawn = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, extent=extent, interpolation="nearest")
+    figure.colorbar(drawn, ax=axes, label="factors (%)", location="top", shrink=0.8, aspect=30)
+    for place, layer in enumerate(layers):
+        if layer.factor_mean is not None:
+            axes.plot([layer.factor_mean], [place], "|", color="white", markersize=9, markeredgewidth=2)
+
+
+def _draw_signs(axes: Any, layers: Sequence[LayerRecord]) -> None:
+    axes.set_xlabel("excitation | inhibition (% of Σ|weight|)")
+    for place, layer in enumerate(layers):
+        total = layer.excitation + layer.inhibition
+        if not total > 0:  # also where it is not known
+            continue
+        share = 100 * layer.excitation / total
+        axes.barh(place, share, color=_EXCITATORY, height=0.75)
+        axes.barh(place, 100 - share, left=share, color=_INHIBITORY, height=0.75)
+        if layer.wrong_signs:
+            axes.text(99, place, f"{layer.wrong_signs:,} wrong", color="white", ha="right", va="center",
+                      fontsize="small", bbox={"facecolor": _WRONG, "pad": 1.5, "linewidth": 0})  # fmt: skip
+    axes.axvline(50, color="white", linewidth=0.8, linestyle=":")
+    axes.set_xlim(0, 100)
+
+
+def _draw_turnover(axes: Any, rows: Sequence[Sequence[LayerRecord]]) -> None:
+    axes.set_xlabel("synapses replaced (%)")
+    shares = [100 * sum(layer.replaced for layer in row) / max(1, row[-1].synapses) for row in rows]
+    if not any(shares):
+        _say_nothing(axes)
+        return
+    axes.barh(range(len(shares)), shares, color=_TURNOVER, height=0.75)
+    axes.set_xlim(left=0)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _say_nothing(axes: Any) -> None:
+    axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color="0.5")
+    axes.set_xticks([])

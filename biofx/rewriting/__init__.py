@@ -1,7 +1,7 @@
 """What a pass is: pipelines, selection of candidates, remarks and reports."""
 
 from biofx.rewriting.compile_config import compile_config
-from biofx.rewriting.model_coverage import LeftAlone, ModelCoverage
+from biofx.rewriting.model_coverage import LeftAlone, ModelCoverage, PassCoverage
 from biofx.rewriting.pass_base import Pass, PassResult, Place
 from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.record import TransformRecord, TransformStep
@@ -14,6 +14,7 @@ __all__ = [
     "LeftAlone",
     "ModelCoverage",
     "Pass",
+    "PassCoverage",
     "PassReport",
     "PassResult",
     "Pipeline",

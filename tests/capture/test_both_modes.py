@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 import biofx
 from biofx.capture.capture import capture
-from biofx.diagnostics.effective import effective_weight
 from biofx.errors import CaptureError, PassError
 from biofx.graph.branches import begin_branch, has_branches, take_branches
+from biofx.layers.constant_part import ConstantPart
 from biofx.model.graph_module import BioGraphModule, copy_graph
 from biofx.operators.rate_sampling import Distribution
 from biofx.passes import ScaleGradients
@@ -258,7 +258,7 @@ def test_signs_reach_into_a_branch() -> None:
     signs = bio_model.get_buffer("first.bio_mod.sign")
     assert set(signs.tolist()) == {-1, 1}
     weight: Any = node.args[1]
-    assert (effective_weight(bio_model, weight) * signs >= 0).all()
+    assert (ConstantPart(bio_model).value(weight) * signs >= 0).all()
     assert (model.aux.get_parameter("0.weight") * signs < 0).any()
 
 

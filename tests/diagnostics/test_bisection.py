@@ -128,7 +128,7 @@ def test_an_exception_of_a_pass_is_found_with_the_node_and_leaves_no_reproducers
     broken = Alter(fails_at="relu_6")
     found = biofx.bisect(Chain(), passes=[ScaleGradients(), broken, Alter(function="tanh")])
     assert (found.stage, found.node, found.report) == (broken, "relu_6", None)
-    assert found.told == "ZeroDivisionError is raised (at relu_6)"
+    assert found.symptom == "ZeroDivisionError is raised (at relu_6)"
     assert not list(tmp_path.iterdir())
 
 

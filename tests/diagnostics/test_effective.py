@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import biofx
 from biofx import BioConfig, Distribution
-from biofx.diagnostics.effective import effective_weight, effective_weights
-from biofx.diagnostics.effective_signs import SignCount, count_signs
+from biofx.diagnostics.check_signs import SignCount, count_signs
+from biofx.diagnostics.monitor_records import effective_weights
 from biofx.errors import InvariantError
 from biofx.layers.constant_part import ConstantPart, Treatment, weight_uses
 from biofx.operators.rate_ops import scale_gradient
@@ -89,7 +89,7 @@ def test_weight_is_what_its_expression_computes() -> None:
 
     model = Net()
     graph_module = traced(model)
-    found = effective_weight(graph_module, weight_node(graph_module))
+    found = ConstantPart(graph_module).value(weight_node(graph_module))
     held = model.weight.detach()
     wrong = held * model.signs < 0
     signed = torch.where(wrong, 0.0, held)
@@ -122,7 +122,7 @@ def test_long_expression_is_computed_without_recursion() -> None:
             return F.linear(x, used)
 
     graph_module = traced(Net())
-    found = effective_weight(graph_module, weight_node(graph_module))
+    found = ConstantPart(graph_module).value(weight_node(graph_module))
     torch.testing.assert_close(found, graph_module.get_parameter("weight").detach() + 3000)
     assert len(weight_uses(ConstantPart(graph_module))) == 1
 
@@ -151,7 +151,7 @@ def test_weight_that_is_no_constant_expression_is_refused(kind: str) -> None:
     state = torch.get_rng_state()
     message = "fails: The size of tensor" if kind == "fails" else "expected .* to follow from parameters"
     with pytest.raises(InvariantError, match=message):
-        effective_weight(graph_module, weight_node(graph_module))
+        ConstantPart(graph_module).value(weight_node(graph_module))
     assert torch.equal(torch.get_rng_state(), state)
 
 

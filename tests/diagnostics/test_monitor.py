@@ -784,7 +784,7 @@ def test_long_names_stay_distinct() -> None:
 
 
 def test_table_is_a_sink(mlp: nn.Module) -> None:
-    from biofx.diagnostics.monitor_table import LiveTable
+    from biofx.diagnostics.monitor_sinks import LiveTable
 
     sink: Sink = LiveTable([], 0.9, terminal())
     sink.write(run(["a.weight"])[0])

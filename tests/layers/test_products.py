@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx.diagnostics.effective import effective_weight
+from biofx.layers.constant_part import ConstantPart
 from biofx.layers.sites import find_sites
 
 SCALED = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.3)
@@ -93,7 +93,7 @@ def test_a_sign_belongs_to_a_presynaptic_unit_a_row_of_the_weight(options: dict[
         assert set(signs.tolist()) == {-1, 1}
         (site,) = (site for site in find_sites(bio_model).found if site.layer == layer)
         assert site.weight_node is not None
-        used = effective_weight(bio_model, site.weight_node)
+        used = ConstantPart(bio_model).value(site.weight_node)
         assert bool((used * signs[:, None] >= 0).all())
         assert bool((used != 0).any(1).any())
     assert str(biofx.check(bio_model)).startswith("Net: every invariant holds")
