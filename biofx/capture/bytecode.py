@@ -29,6 +29,7 @@ import traceback
 import typing
 from abc import ABCMeta
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -43,6 +44,7 @@ Found = TypeVar("Found")
 # frames
 
 _TORCH_FOLDER = torch.__path__[0]
+_OWN_FOLDER = str(Path(__file__).parent)
 _ON_BEHALF = frozenset(
     {
         *(torch.nn.parameter.__file__, torch.__file__, torch.jit.__file__, torch._jit_internal.__file__),
@@ -190,7 +192,8 @@ def _is_of_torch(frame: FrameType) -> bool:
 
 
 def _is_of_biofx(frame: FrameType) -> bool:
-    return is_name_of_biofx(str(frame.f_globals.get("__name__")))
+    in_capture = frame.f_code.co_filename.startswith(_OWN_FOLDER)  # by whatever name: code may be replaced
+    return in_capture or is_name_of_biofx(str(frame.f_globals.get("__name__")))
 
 
 def is_name_of_biofx(module: str) -> bool:
@@ -399,7 +402,8 @@ def _functions_of(kind: type[nn.Module], *, through_modules: bool = False) -> It
     seen: set[CodeType] = set()
     functions: list[Any] = [kind.forward]
     while functions:
-        function = _unwrapped(functions.pop())
+        function = functions.pop()
+        function = attributes_of(function).get("__wrapped__", function)
         if type(function) is not FunctionType or function.__code__ in seen:
             continue
         seen.add(function.__code__)

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from biofx.capture.bytecode import globals_mentioned
-from biofx.capture.proxies import ValueProxy
+from biofx.capture.proxies import Value
 from biofx.capture.symbolic_scalars import AttributeFloat, SymDtype, computed, is_symbolic
 from biofx.static_inspection import attributes_of, bases_outside_torch, is_of, package_of
 
@@ -68,7 +68,7 @@ class _TypeMeta(type):
     """Makes a class that is called, and used in ``isinstance``, as ``type`` is."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and issubclass(type(args[0]), ValueProxy):
+        if len(args) == 1 and not kwargs and issubclass(type(args[0]), Value):
             return args[0].traced_type()
         return type(*args, **kwargs)
 
@@ -84,7 +84,7 @@ class _Type(metaclass=_TypeMeta):
 
 
 def _symbolic_len(value: Any) -> Any:
-    return value.length() if issubclass(type(value), ValueProxy) else len(value)
+    return value.length() if issubclass(type(value), Value) else len(value)
 
 
 def _eager_len(value: Any) -> Any:

@@ -40,7 +40,7 @@ class _Typed:
         return self.traced_type()  # type: ignore[attr-defined]
 
 
-class ValueProxy(_Typed, Proxy):
+class Value(_Typed, Proxy):
     """The result of a node."""
 
     tracer: SymbolicTracer
@@ -51,7 +51,7 @@ class ValueProxy(_Typed, Proxy):
         site = CallSite.of_caller()
         if not hasattr(Tensor, name) and site.is_of_model and site.is_a_call:
             self.refuse(f"asks whether a value has an attribute {name!r}")
-        return self._checked(_AttributeProxy(self, name), f"attribute {name!r}", site)
+        return self._checked(_Attribute(self, name), f"attribute {name!r}", site)
 
     def __getitem__(self, index: Any) -> Any:
         found: Any = self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
@@ -98,7 +98,7 @@ class ValueProxy(_Typed, Proxy):
         """Raise a CaptureError that names the line."""
         self.tracer.refuse(f"{what}, which is not known before the graph runs")
 
-    def _checked(self, found: ValueProxy, name: str, site: CallSite) -> ValueProxy:
+    def _checked(self, found: Value, name: str, site: CallSite) -> Value:
         """Return a proxy; the graph checks that it is given, where the model compares it with None."""
         if site.compares_identity_next and site.is_of_model:
             self.tracer.expect_given(found, name)
@@ -147,10 +147,10 @@ def _takes_a_part(index: Any) -> bool:
     return isinstance(index, slice) or (isinstance(index, tuple) and any(map(_takes_a_part, index)))
 
 
-class _AttributeProxy(ValueProxy):
+class _Attribute(Value):
     """An attribute of a value; a node only where it is not called as a method."""
 
-    def __init__(self, root: ValueProxy, attr: str) -> None:
+    def __init__(self, root: Value, attr: str) -> None:
         self.root = root
         self.attr = attr
         self.tracer = root.tracer
@@ -168,7 +168,7 @@ class _AttributeProxy(ValueProxy):
         return self._checked(found, f"what {self.attr}() returns", CallSite.of_caller())
 
 
-class StoredTensor(ValueProxy):
+class StoredTensor(Value):
     """A parameter or buffer, whose shape is known."""
 
     def __init__(self, node: Node, tracer: SymbolicTracer, tensor: Tensor) -> None:
@@ -202,7 +202,7 @@ class StoredTensor(ValueProxy):
         return type(self.tensor)
 
 
-class TrainingFlag(ValueProxy):
+class TrainingFlag(Value):
     """``module.training``: a node where it is passed on, an error where it decides."""
 
     def __init__(self, tracer: SymbolicTracer, path: str) -> None:
@@ -226,8 +226,8 @@ class TrainingFlag(ValueProxy):
         return bool
 
 
-def _augmented(function: Callable[[Any, Any], Any]) -> Callable[[ValueProxy, Any], Any]:
-    def assign(self: ValueProxy, other: Any) -> Any:
+def _augmented(function: Callable[[Any, Any], Any]) -> Callable[[Value, Any], Any]:
+    def assign(self: Value, other: Any) -> Any:
         changed = self.tracer.create_proxy("call_function", function, (self, other), {})
         return self.tensor if isinstance(self, StoredTensor) else changed
 
@@ -235,7 +235,7 @@ def _augmented(function: Callable[[Any, Any], Any]) -> Callable[[ValueProxy, Any
 
 
 for _name in AUGMENTED_ASSIGNMENTS:
-    setattr(ValueProxy, f"__{_name}__", _augmented(getattr(operator, _name)))
+    setattr(Value, f"__{_name}__", _augmented(getattr(operator, _name)))
 
 
 _TENSOR_ATTRIBUTES = frozenset(str.split("T mT H mH data grad imag real"))
@@ -272,7 +272,7 @@ class TensorMode(TorchFunctionMode):
             if not self._tracer.is_switching:
                 self._tracer.refuse("switches gradients by itself, which a graph would drop")
             return func(*args, **options)
-        if any(isinstance(leaf, (ValueProxy, Tensor)) for leaf in pytree.tree_leaves((args, options))):
+        if any(isinstance(leaf, (Value, Tensor)) for leaf in pytree.tree_leaves((args, options))):
             return self._on_tensors(func, tuple(args), options)
         if func in _FACTORIES:
             return self._call(func, tuple(args), options)

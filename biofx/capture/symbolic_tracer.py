@@ -38,7 +38,7 @@ from biofx.capture.intercepted_calls import (
     checkpoints_handled,
     type_limits_followed,
 )
-from biofx.capture.proxies import StoredTensor, TensorMode, TrainingFlag, ValueProxy
+from biofx.capture.proxies import StoredTensor, TensorMode, TrainingFlag, Value
 from biofx.capture.side_effects import Watch
 from biofx.capture.symbolic_scalars import is_symbolic, plain_number, sources_in
 from biofx.errors import CaptureError
@@ -54,7 +54,7 @@ _CATCHES = "catches exceptions, and a graph does not know which way that goes"
 
 
 class SymbolicTracer(Tracer):
-    """Traces one model; its proxies are :class:`biofx.capture.proxies.ValueProxy`.
+    """Traces one model; its proxies are :class:`biofx.capture.proxies.Value`.
 
     Args:
         root: the model.
@@ -123,7 +123,7 @@ class SymbolicTracer(Tracer):
                 transformers_as_nodes(),
                 self._patches.patched(),
                 checkpoints_handled(self._refuse_checkpoint),
-                type_limits_followed(self._limit, ValueProxy),
+                type_limits_followed(self._limit, Value),
                 reads_noticed(modules, self),
                 TensorMode(self),
             ):
@@ -239,7 +239,7 @@ class SymbolicTracer(Tracer):
             lambda: self.create_node("call_function", require_tensor, (node, self.where()), {}),
         )
 
-    def expect_given(self, value: ValueProxy, name: str) -> None:
+    def expect_given(self, value: Value, name: str) -> None:
         """Let the graph check that a value is not None, which Python compares it with."""
         node = value.node
         if not value.may_be_none or (require_given, node) in self._shared:
@@ -255,11 +255,11 @@ class SymbolicTracer(Tracer):
         self, kind: type[nn.Module], forward: Callable[..., Any], given: Mapping[str, Any]
     ) -> None:
         """Let the graph check the arguments that the forward of a class compares with None."""
-        if any(isinstance(value, ValueProxy) for value in given.values()) and compares_identities(kind):
+        if any(isinstance(value, Value) for value in given.values()) and compares_identities(kind):
             self.refuse(COMPARES_IDENTITIES)
         for name in names_compared(forward.__code__) if hasattr(forward, "__code__") else ():
             value = given.get(name)
-            if isinstance(value, ValueProxy) and not isinstance(value, TrainingFlag):
+            if isinstance(value, Value) and not isinstance(value, TrainingFlag):
                 self.expect_given(value, f"argument {name!r}")
 
     def _once(self, key: Any, make: Callable[[], Node]) -> Node:
@@ -294,9 +294,9 @@ class SymbolicTracer(Tracer):
                     )
         return graph
 
-    def proxy(self, node: Node) -> ValueProxy:
+    def proxy(self, node: Node) -> Value:
         """Return the proxy of a node."""
-        return ValueProxy(node, self)
+        return Value(node, self)
 
     def to_bool(self, obj: Proxy) -> bool:
         """Refuse to decide by a value."""
@@ -378,7 +378,7 @@ class SymbolicTracer(Tracer):
     def _expect_result(self, found: Any) -> Any:
         """Let the graph check what an eager forward returns, if the model compares that with None."""
         site = CallSite.in_model()
-        if isinstance(found, ValueProxy) and site is not None and site.compares_identity_next:
+        if isinstance(found, Value) and site is not None and site.compares_identity_next:
             self.expect_given(found, "what it returns")
         return found
 
@@ -406,7 +406,7 @@ class SymbolicTracer(Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Return an argument in the form that a node can hold."""
-        if isinstance(a, ValueProxy) or is_symbolic(a):
+        if isinstance(a, Value) or is_symbolic(a):
             return a.node
         if isinstance(a, Tensor):
             if id(a) in self._stored:
@@ -464,13 +464,13 @@ class SymbolicTracer(Tracer):
             elif name in parameters and isinstance(parameters[name].default, (bool, str, type(None))):
                 default = args[place] = parameters[name].default
                 self.create_node("call_function", require_default, (value.node, default, name), {})
-        given = {str(value.node.target): value for value in args if isinstance(value, ValueProxy)}
+        given = {str(value.node.target): value for value in args if isinstance(value, Value)}
         self._expect_arguments(type(self.root), inspect.unwrap(root_fn), given)
         return function, args
 
     # what patches call
 
-    def _limit(self, dtype: ValueProxy, name: str) -> Proxy:
+    def _limit(self, dtype: Value, name: str) -> Proxy:
         return self.create_proxy("call_function", limit_of, (dtype, name), {})
 
     def _refuse_checkpoint(self, *call: Any) -> NoReturn:
@@ -481,7 +481,7 @@ class SymbolicTracer(Tracer):
 
     def _apply(self, original: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Add an autograd.Function as one call, even one without an operation of its own."""
-        if any(isinstance(leaf, ValueProxy) for leaf in pytree.tree_leaves((args, kwargs))):
+        if any(isinstance(leaf, Value) for leaf in pytree.tree_leaves((args, kwargs))):
             if not can_be_applied(function):
                 self.refuse(OWN_APPLY.format(function.__name__))
             return self.create_proxy("call_function", AppliedFunction(function), args, kwargs)
