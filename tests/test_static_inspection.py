@@ -9,7 +9,7 @@ import threading
 import types
 import typing
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict, deque
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +20,14 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx.static_inspection import attributes_of, bytes_of, is_of, is_of_a_library
+from biofx.static_inspection import (
+    attributes_of,
+    bytes_of,
+    content_of,
+    is_of,
+    is_of_a_library,
+    restore_content,
+)
 
 OFF = {"fuzzy_lr_distribution": "baseline"}
 
@@ -212,3 +219,29 @@ def test_objects_of_libraries_are_told_from_those_of_the_user() -> None:
     of_the_user: list[Any] = [Counts(), Silent(), types.SimpleNamespace(), [], "text"]
     assert not any(is_of_a_library(held, none) for held in of_the_user)
     assert not is_of_a_library(numpy.zeros(1), frozenset({"numpy"}))
+
+
+class MakesEntries(OrderedDict[str, Any]):
+    """Gives a new object for each reading."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
+def test_a_dict_that_makes_its_entries_keeps_what_they_are_made_of() -> None:
+    container = MakesEntries(number=int, text=str)
+    content = content_of(container)
+    assert content == [("number", int), ("text", str)]
+    container["number"] = float
+    container["other"] = list
+    restore_content(container, content)
+    assert list(dict.items(container)) == [("number", int), ("text", str)]
+    assert container["number"] == 0
+
+
+@pytest.mark.parametrize("container", [[1, 2], {1, 2}, deque([1, 2], maxlen=2), {1: 2}])
+def test_a_container_gets_back_what_was_in_it(container: Any) -> None:
+    content, before = content_of(container), type(container)(container)
+    container.clear()
+    restore_content(container, content)
+    assert container == before

@@ -302,12 +302,12 @@ def _once_a_class(function: Callable[[Any], Found]) -> Callable[[Any], Found]:
     known: WeakKeyDictionary[type, Found] = WeakKeyDictionary()
 
     @functools.wraps(function)
-    def remembered(kind: type) -> Found:
+    def once(kind: type) -> Found:
         if kind not in known:
             known[kind] = function(kind)
         return known[kind]
 
-    return remembered
+    return once
 
 
 def names_mentioned(kind: type[nn.Module]) -> frozenset[str]:

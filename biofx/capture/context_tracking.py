@@ -96,7 +96,7 @@ class OpenContexts:
         """Add the node that ends a context, unless the forward fails in it."""
         innermost = self._open.pop() if self._open else None
         if failed:
-            self._loose = innermost  # a forward that goes on all the same is not followed further
+            self._loose = innermost  # a forward that catches the exception is not traced further
             return
         if innermost is None or innermost.context != id(context):
             self._builder.stop("leaves contexts in another order than it enters them")
@@ -141,9 +141,9 @@ class ContextPatches:
     """Patches torch's contexts to report to the graph of the forward that enters them.
 
     Args:
-        current: returns the contexts of that forward, None where it is not being captured. stop: breaks the
-        graph. give_up: is handed the exception of a graph break, and returns if the forward is to go on all
-        the same.
+        current: returns the contexts of that forward, None where it is not being captured.
+        stop: breaks the graph.
+        give_up: gets the exception of a graph break, and returns if the forward shall run on untraced.
     """
 
     def __init__(

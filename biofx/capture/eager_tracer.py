@@ -245,7 +245,7 @@ class EagerTracer(TorchFunctionMode):
         def checkpointed_call(builder: GraphBuilder) -> Node:
             module = checkpointed_module(function)
             if module is None or self.path_of(module) is None:
-                self.stop("checkpoints (torch.utils.checkpoint) something else than the call of a submodule")
+                self.stop("checkpoints something other than the call of a submodule (torch.utils.checkpoint)")
             if "context_fn" in kwargs:
                 self.stop("checkpoints with a context_fn (torch.utils.checkpoint)")
             options = {name: value for name, value in kwargs.items() if name in OPTIONS}

@@ -1,8 +1,12 @@
 """Graph breaks: why a module cannot be part of a graph, and how that ends the tracing of it.
 
 A module at which a graph breaks keeps its eager forward, and becomes one call in the graph around it. The
-reason is what a user reads in ``graph_breaks``, or in the :class:`biofx.errors.CaptureError` where there
-are to be no graph breaks. Reasons that only one tracer gives are written where it finds them.
+reason is what a user reads in ``graph_breaks`` of the result, or in a :class:`biofx.errors.CaptureError` with
+``regions=False``.
+
+Reasons that both tracers give are here. The others are written where they are found: what values decide in
+``tensor_queries.py`` and ``proxies.py``, what a node cannot hold in ``graph_builder.py``, arguments in
+``graph_signature.py``, contexts in ``context_tracking.py``, and what modules do in the two tracers.
 """
 
 from __future__ import annotations
@@ -21,12 +25,11 @@ OPENS_CONTEXT = (
     "…), which a graph would drop"
 )
 OWN_APPLY = "calls {}, an autograd function with an apply() of its own"
-REBUILT = "gets other parameters or modules in train() or eval(), and so keeps its eager forward"
+REBUILT = "gets other parameters or modules in train() or eval(), and so keeps its own forward"
 SWITCHED = "reads attribute {!r}, which train() or eval() sets to what a graph cannot follow"
 READS_OUTSIDE = "reads attribute {!r} of a module outside of it"
 TOUCHES_STATE = (
-    "touches what a module that keeps its eager forward remembers from call to call, which a graph would not "
-    "do"
+    "touches state that a module with an eager forward keeps from call to call, which a graph would not do"
 )
 
 

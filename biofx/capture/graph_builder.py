@@ -250,14 +250,16 @@ class GraphBuilder:
             return list(map(self.argument, value))
         if type(value) is dict and all(isinstance(key, str) for key in value):
             return {key: self.argument(entry) for key, entry in value.items()}
-        return self.stop(f"hands a {type(value).__name__} on, which a graph cannot hold")
+        return self.stop(f"passes on a {type(value).__name__}, which a graph cannot hold")
 
     def node_of(self, tensor: Tensor) -> Node:
         """Return the node that gives a tensor."""
         if id(tensor) in self._nodes:
             return self._nodes[id(tensor)][0]
         if id(tensor) not in self._stored:
-            self.stop("uses a tensor that neither comes in nor is held by it nor is made by torch here")
+            self.stop(
+                "uses a tensor that is no input, held by no module of it, and made by no torch function in it"
+            )
         return self._read(self._stored[id(tensor)])
 
     def take(self, node: Node, value: Any, *, in_place: bool = False) -> Any:

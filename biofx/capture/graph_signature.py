@@ -67,7 +67,7 @@ class GraphSignature:
         builder = self._builder
         for name, container, before in self._containers:
             if not _is_unchanged(container, before):
-                builder.stop(f"changes what it is given as {name}, which belongs to the caller")
+                builder.stop(f"changes argument {name}, which belongs to the caller")
         builder.contexts.check_end()
         builder.graph.output(self._output(value))
         for node in reversed(builder.graph.nodes):

@@ -50,7 +50,7 @@ from biofx.layers.layer_kind import hooks_of
 from biofx.model.modes import ModeSwitches
 from biofx.progress import advance
 
-_CATCHES = "catches exceptions, and a graph does not know which way that goes"
+_CATCHES = "catches exceptions, and whether another input raises them is not known before the graph runs"
 
 
 class SymbolicTracer(Tracer):
@@ -280,9 +280,9 @@ class SymbolicTracer(Tracer):
         """Trace, and check that nothing but the model's own tensors is changed in place."""
         graph = super().trace(root, concrete_args)
         if _catches(root):
-            self.refuse(_CATCHES, "Do without")
+            self.refuse(_CATCHES, "Rewrite it without that")
         if _uses_no_input(graph):
-            self.refuse("takes optional arguments alone, of which it is not known which ones will be given")
+            self.refuse("has only optional arguments, and it is not known which of them will be given")
         for node in graph.nodes:
             if isinstance(node.type, str):
                 node.type = None  # an annotation as text, which torch.jit.script could not make sense of
@@ -367,9 +367,9 @@ class SymbolicTracer(Tracer):
         if self.kept is not None and len(self.refusals.errors) > refused:
             raise self.refusals.errors[refused]
         if _catches(module):
-            self.refusals.refuse_call(path, f"{_CATCHES}. Do without")
+            self.refusals.refuse_call(path, f"{_CATCHES}. Rewrite it without that")
         if self._touches_state is not None and self._touches_state():
-            self.refusals.refuse_call(path, f"{TOUCHES_STATE}. Let that module do so itself")
+            self.refusals.refuse_call(path, f"{TOUCHES_STATE}. Let that module do so")
         return found
 
     def _call_whole(self, path: str, *args: Any, **kwargs: Any) -> Proxy:
@@ -412,7 +412,7 @@ class SymbolicTracer(Tracer):
             if id(a) in self._stored:
                 return self._read(a).node
             if id(a) in self._foreign:
-                self.refuse("uses a tensor of the model that went in, which the result must not share")
+                self.refuse("uses a tensor of the original model, which the result must not share")
             if isinstance(a, nn.Parameter):
                 self.refuse(
                     "uses a parameter that no module holds", "Register it (nn.ParameterList holds several)"

@@ -208,8 +208,8 @@ class _HiddenState:
 
     def __init__(self, owner: str, name: str) -> None:
         vars(self)["_refusal"] = (
-            f"uses attribute {name!r} of module {owner!r}, which keeps its eager forward and changes that "
-            "whenever it is called; a graph would keep one value. Let the module return it"
+            f"uses attribute {name!r} of module {owner!r}, which keeps its eager forward and changes the "
+            "attribute at each call; a graph would keep one value. Let the module return it"
         )
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -217,7 +217,7 @@ class _HiddenState:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        raise CaptureError("uses an attribute of a module that keeps its eager forward and changes it")
+        raise CaptureError("uses an attribute that a module with an eager forward changes at each call")
 
     def __getattr__(self, name: str) -> Any:
         self._refuse()
