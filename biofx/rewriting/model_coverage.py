@@ -121,7 +121,7 @@ def coverage_of(
 
 
 def _parameters_read(graph_module: GraphModule) -> Iterator[int]:
-    """Yield the ids of the parameters that a graph reads, by itself or in a module that torch brings."""
+    """Yield the ids of the parameters that a graph reads, directly or in a module of torch."""
     modules = dict(graph_module.named_modules(remove_duplicate=False))
     for node in whole_graph(graph_module).nodes:
         if node.op == "get_attr":

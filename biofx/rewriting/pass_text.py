@@ -85,7 +85,7 @@ def parse_items(text: str) -> tuple[ParsedItem, ...]:
 
 
 def parse_value(text: str) -> Any:
-    """Read one value as an option has it; any other text stands for itself.
+    """Read one value of an option; a text that is none is returned unchanged.
 
     >>> parse_value("0.5"), parse_value("true"), parse_value("torch.tanh"), parse_value("a b")
     (0.5, True, 'torch.tanh', 'a b')

@@ -26,7 +26,7 @@ _SHARED = ("only", "exclude", "enabled", "overrides")
 
 
 class NamedNodes:
-    """A predicate that picks nodes by name: what is left of a user's predicate in a file."""
+    """A predicate that picks nodes by name, as a user's predicate is stored in a file."""
 
     def __init__(self, names: frozenset[str], predicate: str) -> None:
         self.names = names
@@ -158,7 +158,7 @@ def value_from_plain(plain: Any) -> Any:
     """Return an option's value.
 
     Raises:
-        CheckpointError: it was something that a file cannot carry, such as a function of the user's.
+        CheckpointError: it was something that a file cannot contain, such as a function of the user.
     """
     if isinstance(plain, Mapping) and set(plain) == {"callable"}:
         return callable_from_text(plain["callable"])
@@ -172,7 +172,7 @@ def value_from_plain(plain: Any) -> Any:
 
 
 def same_options(one: Any, other: Any) -> bool:
-    """Whether two plain values mean the same, as far as can be told.
+    """Whether two plain values mean the same, as far as is known.
 
     A function that a file could name when it was saved may have no name for it now, or the other way round.
     One of torch's is the same if it is called so. What a name meant that is registered elsewhere only the

@@ -1,4 +1,4 @@
-"""How a transformed model was made: what to do to a fresh copy of the original to get it again."""
+"""How a transformed model was made, so that the same can be done to a fresh copy of the original."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from biofx._version import __version__
 from biofx.config import BioConfig
 from biofx.errors import CheckpointError, SelectorError
 from biofx.graph.joined_graph import whole_graph
@@ -24,7 +25,7 @@ from biofx.rewriting.remarks import Unmet
 from biofx.select import Candidate, NodeIndex, Override, Selector
 
 ATTRIBUTE = "transform_record"
-"""Where a transformed model keeps its record."""
+"""The attribute of a transformed model that holds its record."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,22 @@ class TransformStep:
     pipeline: str
     """The passes that ran, as text."""
     passes: Mapping[str, Any]
-    """The same with every option, in plain values (see :mod:`biofx.rewriting.plain_passes`)."""
+    """The passes with all options, as plain values (see :mod:`biofx.rewriting.plain_passes`)."""
     config: Mapping[str, Any] | None
-    """The config, in plain values; None if there was none."""
+    """The config as plain values; None if there was none."""
     opaque: tuple[str, ...]
-    """Paths of the modules that were not looked into."""
+    """Paths of the modules that were captured as one call."""
     recorded: bool
     """Whether the model was recorded with example inputs."""
     matches: Mapping[str, list[str]]
-    """For each selector that has a text, the nodes of the captured graph that it picked."""
+    """For each selector that is a text, the nodes of the captured graph that it picked."""
     unmet: tuple[Mapping[str, Any], ...] = ()
-    """What was asked for and is not there, each a :class:`~biofx.rewriting.remarks.Unmet` in plain values."""
+    """What was asked for and is not in the model: fields of :class:`~biofx.rewriting.remarks.Unmet`."""
 
 
 @dataclass(frozen=True)
 class TransformRecord:
-    """How a transformed model was made; a copy, a pickle and a checkpoint carry it along."""
+    """How a transformed model was made; part of its copies, pickles and checkpoints."""
 
     model: str
     """Class name of the original."""
@@ -110,7 +111,7 @@ class RememberingPredicate:
         self.picked: set[str] = set()
 
     def __call__(self, candidate: Candidate) -> bool:
-        """Ask the predicate."""
+        """Call the predicate, and remember the node if it picks it."""
         answer = bool(self.predicate(candidate))
         if answer:
             self.picked.add(candidate.name)
@@ -182,9 +183,7 @@ def add_step(
     matches: Mapping[str, list[str]] | None = None,
     unmet: Iterable[Unmet] = (),
 ) -> None:
-    """Write down in a model how it has just been made, behind what was done to it before."""
-    from biofx._version import __version__
-
+    """Add a step to the record of a model that has just been transformed."""
     before = record_of(made)
     options = None if config is None else config_to_plain(config)
     step = TransformStep(
@@ -201,13 +200,13 @@ def add_step(
 
 
 def record_of(model: Any) -> TransformRecord | None:
-    """Return how a model was made, None if it does not know."""
+    """Return the record of a model, None if it has none."""
     found = vars(model).get(ATTRIBUTE)
     return found if isinstance(found, TransformRecord) else None
 
 
 def graph_lines(graph_module: GraphModule) -> tuple[str, ...]:
-    """Return a graph line by line, without the shapes of what it reads: those of factors may change."""
+    """Return the lines of a graph, without shapes of attributes, since those of factors may change."""
     return tuple(
         f"{node.name} = self.{node.target}" if node.op == "get_attr" else format_node(node)
         for node in whole_graph(graph_module).nodes

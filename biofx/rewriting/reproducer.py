@@ -1,11 +1,11 @@
-"""A folder from which what went wrong can be seen again: a script, and the model it starts from.
+"""Reproducers: a folder with a script that shows a failure again, and the model that the script starts from.
 
-An exception inside a pass writes one by itself, unless the environment variable ``BIOFX_REPRODUCER`` says
-``off``: into the folder it names, else into a new one in the system's folder for temporary files; a note on
-the exception says where. :func:`biofx.bisect` writes one where it is asked to.
+An exception inside :func:`biofx.transform` or a converter writes one, into the folder that the environment
+variable ``BIOFX_REPRODUCER`` names, else into a new folder for temporary files; a note on the exception says
+where. The value ``off`` switches this off. :func:`biofx.bisect` writes one if it is given a folder.
 
-``model.pt`` is a pickle, as every file of ``torch.save``: load those of others only if you trust them. Both
-files hold what the model and the user's code are, so that their owner alone can read them.
+``model.pt`` is a pickle, like every file of ``torch.save``: load those of others only if you trust them. Both
+files contain the model and code of the user, and only their owner can read them.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.model.taken_in import STATE
 from biofx.rewriting.pass_base import BROKE_ITS_CONTRACT, Pass
 from biofx.rewriting.pipeline import Pipeline, stages_of
-from biofx.rewriting.source_bundle import Carrier
+from biofx.rewriting.source_bundle import SourceBundle
 
 PLACE = "BIOFX_REPRODUCER"
-"""The environment variable that says where reproducers of exceptions go: a folder, or ``off``."""
+"""The environment variable with the folder for reproducers of exceptions, or ``off``."""
 
 _is_off: ContextVar[bool] = ContextVar("biofx_reproducers_off", default=False)
 _NOTE = "to see it again, run: "
 _MOST_BYTES = 64 * 2**20
-"""Weights beyond this are left out, and drawn anew when the script runs."""
+"""The most bytes of weights in a reproducer; more are left out, and the script draws random ones."""
 
 
 def write_reproducer(
@@ -62,30 +62,30 @@ def write_reproducer(
     """Write a script that runs passes on a graph module, and then the predicate on the result.
 
     Args:
-        folder: made if it is not there; where it holds a reproducer already, one beside it with a number.
+        folder: created if need be; if it contains a reproducer already, a number is added to its name.
         graph_module: the model before the passes; it is not changed.
         passes: what to run, in order.
-        story: what is to be seen; stands at the top of the script.
+        story: what the script shows; the comment at its top.
         config: given to ``transform`` along with the passes.
-        predicate: comes along as source, with what it refers to; else the script only transforms.
+        predicate: included as source and called before and after the passes; None to call only the passes.
 
     Returns:
         The script's path.
 
     Raises:
         OptionError: the folder cannot be written.
-        InputError: a pass, or the predicate, refers to something that cannot come along.
+        InputError: a pass, or the predicate, uses something that cannot be included.
     """
-    carrier = Carrier()
-    asked = None if predicate is None else carrier.add(predicate, "predicate")
-    code = f"biofx.Pipeline(({''.join(f'{_pass_code(entry, carrier)}, ' for entry in passes)}))"
+    bundle = SourceBundle()
+    called = None if predicate is None else bundle.add(predicate, "predicate")
+    code = f"biofx.Pipeline(({''.join(f'{_pass_code(entry, bundle)}, ' for entry in passes)}))"
     without_weights = _bytes(graph_module) > _MOST_BYTES
     saved = {
         "model": _standalone(graph_module, without_weights),
-        "values": carrier.values,
+        "values": bundle.values,
         "config": None if config is None else config.to_dict(),
     }
-    script = _script(story, format_graph(graph_module), carrier.source, code, asked, without_weights)
+    script = _script(story, format_graph(graph_module), bundle.source, code, called, without_weights)
     packed = io.BytesIO()
     try:
         torch.save(saved, packed)
@@ -100,7 +100,7 @@ def write_reproducer(
 
 @contextmanager
 def without_reproducers() -> Iterator[None]:
-    """Let exceptions inside passes leave nothing behind, for who expects some passes to fail."""
+    """Write no reproducers inside this context, for callers that expect some passes to fail."""
     token = _is_off.set(True)
     try:
         yield
@@ -133,8 +133,8 @@ def _note_reproducer(error: Exception, make: Callable[[], BioGraphModule], pipel
     try:
         graph_module, stage = _before_the_failure(make(), pipeline, error)
         folder = wanted or os.path.join(tempfile.mkdtemp(prefix="biofx-"), "reproducer")
-        told = f"{type(error).__name__}: {error}".strip()
-        path = write_reproducer(folder, graph_module, [stage], f"{stage}\nraises {told}")
+        raised = f"{type(error).__name__}: {error}".strip()
+        path = write_reproducer(folder, graph_module, [stage], f"{stage}\nraises {raised}")
         note = f"{_NOTE}python {path}  ({PLACE}=FOLDER or off decides where)"
     except Exception as second:
         note = f"no reproducer was written: {type(second).__name__}: {second}"
@@ -145,7 +145,7 @@ def _note_reproducer(error: Exception, make: Callable[[], BioGraphModule], pipel
 
 
 def _is_a_fault(error: Exception) -> bool:
-    """Whether an exception is no refusal, and has not been noted by a pass within a pass."""
+    """Whether an exception is a fault and not a refusal, and has no reproducer yet."""
     if any(str(note).startswith(_NOTE) for note in getattr(error, "__notes__", ())):
         return False
     return not isinstance(error, BiofxError) or (
@@ -156,7 +156,7 @@ def _is_a_fault(error: Exception) -> bool:
 def _before_the_failure(
     graph_module: BioGraphModule, pipeline: Pass, error: Exception
 ) -> tuple[BioGraphModule, Pass]:
-    """Run the passes again one by one; return the graph before the one that fails alike, and that pass."""
+    """Run the passes again one by one; return the first that fails like before, and the graph before it."""
     start = graph_module
     for stage in stages_of(pipeline):
         try:
@@ -169,32 +169,32 @@ def _before_the_failure(
     return start, pipeline
 
 
-def _pass_code(entry: Pass, carrier: Carrier) -> str:
-    """Return an expression that makes a pass: its text where that reads back, its fields elsewhere."""
+def _pass_code(entry: Pass, bundle: SourceBundle) -> str:
+    """Return an expression for a pass: its pipeline text where that can be parsed, else its fields."""
     try:
         text = str(entry)
-        by_name = any(name in text for name in registered_activations())  # which the script does not know
+        by_name = any(name in text for name in registered_activations())  # the script does not register them
         if not by_name and Pipeline.parse(text).passes in ((entry,), getattr(entry, "passes", None)):
             return f"biofx.Pipeline.parse({text!r})"
     except BiofxError:
         pass
-    name = carrier.add(type(entry))
+    name = bundle.add(type(entry))
     given = []
     for field in dataclasses.fields(entry):
         value = getattr(entry, field.name)
         if field.name == "passes":
-            given.append(f"passes=({''.join(f'{_pass_code(inner, carrier)}, ' for inner in value)})")
+            given.append(f"passes=({''.join(f'{_pass_code(inner, bundle)}, ' for inner in value)})")
         elif field.init and field.compare and value is not field.default and value != field.default:
-            given.append(f"{field.name}={_value_code(value, f'{name}_{field.name}', carrier)}")
+            given.append(f"{field.name}={_value_code(value, f'{name}_{field.name}', bundle)}")
     return f"{name}({', '.join(given)})"
 
 
-def _value_code(value: Any, name: str, carrier: Carrier) -> str:
+def _value_code(value: Any, name: str, bundle: SourceBundle) -> str:
     if isinstance(value, (type(None), bool, int, str)):
         return repr(value)
     if callable(value) and not isinstance(value, nn.Module):
-        return carrier.add(value, name if getattr(value, "__name__", "<lambda>") == "<lambda>" else None)
-    return carrier.add_value(name, value)
+        return bundle.add(value, name if getattr(value, "__name__", "<lambda>") == "<lambda>" else None)
+    return bundle.add_value(name, value)
 
 
 def _bytes(module: nn.Module) -> int:
@@ -202,7 +202,7 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _standalone(graph_module: GraphModule, without_weights: bool) -> BioGraphModule:
-    """Return a copy that needs none of the user's classes, but for what the graph calls and Python runs."""
+    """Return a copy without classes of the user, except for modules that the graph calls or Python runs."""
     memo: dict[int, Any] = {}
     if without_weights:
         for parameter in graph_module.parameters():
@@ -211,7 +211,7 @@ def _standalone(graph_module: GraphModule, without_weights: bool) -> BioGraphMod
         memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in graph_module.buffers()}
     copied = BioGraphModule.copy_of(graph_module, memo)
     if region_paths(copied):
-        return copied  # what Python runs must stay what it is
+        return copied  # a module that Python runs keeps its class
     called = {str(node.target) for node in copied.graph.nodes if node.op == "call_module"}
     for path, module in list(copied.named_modules()):
         is_ours = type(module).__module__.partition(".")[0] in ("torch", __name__.partition(".")[0])
@@ -229,7 +229,7 @@ def _standalone(graph_module: GraphModule, without_weights: bool) -> BioGraphMod
 
 
 def _put_number(root: nn.Module, path: Sequence[str], number: float) -> None:
-    """Put a number that a graph reads where it reads it."""
+    """Store a number at the path from which the graph reads it."""
     holder: Any = root
     for name in path[:-1]:
         if not hasattr(holder, name):
@@ -242,13 +242,13 @@ _MODULE_STATE = ("training", "_parameters", "_buffers", "_non_persistent_buffers
 
 
 def _written(wanted: Path, contents: Mapping[str, bytes]) -> Path:
-    """Write new files that their owner alone can read, into a folder that has none of their names yet.
+    """Write new files that only their owner can read, into a folder that has none of their names yet.
 
-    What is there already, a symlink that leads elsewhere too, is neither followed nor replaced.
+    Existing files and symlinks are neither followed nor replaced.
 
     Raises:
-        OSError: they cannot be written; none of them is left.
-        ValueError: the folder is no path.
+        OSError: the files cannot be written; none of them remains.
+        ValueError: the folder is not a path.
     """
     number, folder = 1, wanted
     while any(os.path.lexists(folder / name) for name in contents):
@@ -273,14 +273,14 @@ def _written(wanted: Path, contents: Mapping[str, bytes]) -> Path:
 def _script(
     story: str, graph: str, source: str, passes: str, predicate: str | None, without_weights: bool
 ) -> str:
-    """Return the script; whatever comes from outside stands in it as a literal, or is the user's own code."""
+    """Return the script; texts from outside are literals or comments in it, or code of the user."""
     packages = [f"{name} {version(name)}" for name in ("biofx", "torch", "networkx", "rich")]
     versions = ", ".join((*packages, f"Python {platform.python_version()}"))
-    told = (*story.splitlines(), "", f"Written with {versions}, on {platform.platform()}.")
-    comment = "\n".join((_CODING, *(f"# {_printable(line)}".rstrip() for line in told)))
+    lines = (*story.splitlines(), "", f"Written with {versions}, on {platform.platform()}.")
+    comment = "\n".join((_CODING, *(f"# {_printable(line)}".rstrip() for line in lines)))
     shown = "\n".join(f"#   {_printable(line)}" for line in graph.splitlines())
     weights = _DRAW_WEIGHTS if without_weights else ""
-    run = _ASK.format(predicate=predicate) if predicate else "print(report)\n"
+    run = _CALL_PREDICATE.format(predicate=predicate) if predicate else "print(report)\n"
     parts = (
         f"{comment}\n#\n# The graph before:\n{shown}",
         "from pathlib import Path\n\nimport torch\n\nimport biofx",
@@ -296,16 +296,16 @@ def _script(
 
 
 _CODING = "# -*- coding: utf-8 -*-"
-"""Comes first: of two such lines at the top of a script Python obeys the first, and a story may hold one."""
+"""The first line: Python uses the first of several encodings, and a story may contain one."""
 
 
 def _printable(line: str) -> str:
-    """Return a line with what a script cannot hold in a comment written as escapes."""
+    """Return a line in which characters that a comment cannot contain are escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 _DRAW_WEIGHTS = """
-# the weights were too large to come along; these are not the model's
+# the weights are too large for a reproducer; these are random
 model.to_empty(device="cpu")
 draw = torch.Generator().manual_seed(0)
 for parameter in model.parameters():
@@ -313,7 +313,7 @@ for parameter in model.parameters():
 for buffer in model.buffers():
     buffer.zero_()"""
 
-_ASK = """print(report)
+_CALL_PREDICATE = """print(report)
 print("before the passes:", {predicate}(biofx.capture(model)))
 print("after the passes: ", {predicate}(bio_model))
 """

@@ -54,7 +54,7 @@ def insert_signs(
     Args:
         weight: with the uses that get signs.
         lowering: of the graph.
-        survey: of the graph as it was before.
+        survey: of the graph before the pass.
         axis: one of :data:`~biofx.operators.sign_ops.SIGN_AXES`.
         method: one of :data:`~biofx.operators.sign_ops.SIGN_METHODS`.
         excitatory_fraction: fraction of the rows that are excitatory, in [0, 1], for postsynaptic signs.

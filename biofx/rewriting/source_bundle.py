@@ -1,7 +1,7 @@
-"""A user's functions and classes as source text that runs without the file they were written in.
+"""Functions and classes of a user as source text that runs without the file they were written in.
 
-What they refer to comes along: modules and what installed packages hold by an import, other functions and
-classes of the user as source, everything else as values for a pickle.
+The names they use are included: modules and definitions of installed packages as imports, other functions and
+classes of the user as source, and everything else as values for a pickle.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import nn
 from biofx.errors import InputError
 
 
-class Carrier:
-    """Collects sources, imports and values; give it everything that one script needs."""
+class SourceBundle:
+    """Collects the sources, imports and values that one script needs."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
-        """What the source expects to find under these names."""
+        """Values that the source expects under these names."""
         self._imports: dict[str, str] = {}
         self._sources: list[str] = []
         self._bound: dict[str, Any] = {}
@@ -39,10 +39,10 @@ class Carrier:
         return "\n".join([*sorted(set(self._imports.values())), *(f"\n\n{text}" for text in self._sources)])
 
     def add(self, definition: Any, name: str | None = None) -> str:
-        """Take along a function or a class, and return the name that it has in the source.
+        """Add a function or a class, and return its name in the source.
 
         Raises:
-            InputError: its source cannot be found, or it refers to something that cannot come along.
+            InputError: its source cannot be found, or it uses something that cannot be included.
         """
         own = getattr(definition, "__name__", "")
         wanted = name or ("carried" if own in ("", "<lambda>") else own)
@@ -50,19 +50,19 @@ class Carrier:
         return wanted
 
     def add_value(self, name: str, value: Any) -> str:
-        """Take along a value, and return the name that it has in the source.
+        """Add a value, and return its name in the source.
 
         Raises:
-            InputError: it holds what only the user's own files know.
+            InputError: its class, or that of a part of it, is not in an installed package.
         """
         self._bind(name, value, name)
         return name
 
     def _bind(self, name: str, value: Any, asker: str) -> None:
-        """Make a name mean a value in the source.
+        """Bind a name to a value in the source.
 
         Raises:
-            InputError: the name means something else there, or the value cannot come along.
+            InputError: the name is bound to another value, or this one cannot be included.
         """
         if name in self._bound:
             if self._bound[name] is not value:
@@ -110,7 +110,7 @@ def _source_of(value: Any) -> str:
 
 
 def _lambda_in(function: FunctionType, text: str) -> str:
-    """Return the text of the one lambda in a statement."""
+    """Return the text of the only lambda in a statement."""
     for end in range(len(text), 0, -1):  # the lines may be a part of a statement
         try:
             tree = ast.parse(text[:end])
@@ -124,7 +124,7 @@ def _lambda_in(function: FunctionType, text: str) -> str:
 
 
 def _meanings(value: Any, text: str) -> dict[str, Any]:
-    """Return what the names that a definition reads from around it meant where it was written."""
+    """Return the values of the names that a definition reads from its surroundings."""
     known: dict[str, Any] = {}
     if value.__module__ in sys.modules:
         known.update(vars(sys.modules[value.__module__]))
@@ -137,7 +137,7 @@ def _meanings(value: Any, text: str) -> dict[str, Any]:
 
 
 def _names_read(code: CodeType) -> set[str]:
-    """Return the names that code, and the functions defined in it, read from the module around it."""
+    """Return the names that code, and the functions defined in it, read from their module."""
     found = {
         str(step.argval) for step in dis.get_instructions(code) if step.opname in ("LOAD_NAME", "LOAD_GLOBAL")
     }
@@ -152,7 +152,7 @@ def _functions_of(value: Any) -> list[FunctionType]:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether a module can be imported on another machine too: Python's own, or a package's."""
+    """Whether a module belongs to Python or to an installed package, so that other machines have it too."""
     top = name.partition(".")[0]
     if top == "__main__":
         return False
@@ -173,7 +173,7 @@ def _folders() -> tuple[str, ...]:
 
 
 def _check_value(name: str, value: Any, asker: str) -> None:
-    """Refuse an object whose class only the user's own files know: a pickle would ask for them."""
+    """Refuse an object whose class is in a file of the user, which its pickle would import."""
     parts = value.modules() if isinstance(value, nn.Module) else (value,)
     for part in parts:
         module = type(part).__module__

@@ -1,4 +1,4 @@
-"""What every picture of a report shares: which nodes there are, where they stand, and what touched them."""
+"""What all pictures of a report share: the nodes, their places, and what each pass did to them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from biofx.rewriting.remarks import ReportRecord
 from biofx.rewriting.views.layered_layout import Layout, layered_layout
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a6fdf", "#7f7f00")
-"""Colours of the passes, in the order they ran, again from the start when there are more.
+"""Colours of the passes, in the order they ran; more passes start again with the first.
 
-Source: the first six are those that Okabe and Ito chose to be told apart without red or without green
+Source: the first six are those that Okabe and Ito chose for viewers who do not see red or green
 ("Color universal design", 2008)."""
 
 SIDES = ("before", "after", "both")
@@ -30,7 +30,7 @@ MARKS: Mapping[TouchKind, str] = {
     "applied": "✓",
     "missed": "·",
 }
-"""A sign for each thing that can happen to a node."""
+"""A sign for each kind of touch."""
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def draw(
         layout: places of all its nodes.
         touches: what passes did to them.
         titles: lines to show when a pointer rests on a node.
-        numbers: what a script knows the nodes by.
+        numbers: of the nodes, for a script.
     """
     parts = []
     for node in view.nodes:
@@ -115,7 +115,7 @@ def draw(
 
 
 def escaped(text: str) -> str:
-    """Return a text as XML may hold it; characters that it may not hold at all become ``U+FFFD``."""
+    """Return a text escaped for XML; characters that XML cannot contain become ``U+FFFD``."""
     return html.escape(_NOT_IN_XML.sub("\ufffd", text), quote=True)
 
 
@@ -198,8 +198,8 @@ def _legend(report: ReportRecord, side: Side) -> Iterator[str]:
     for number, entry in enumerate(report.passes):
         y = _LEGEND_LINE * (number + 1)
         yield f'<rect class="p{number % len(PALETTE)}" width="10" height="10" y="{y - 5:.0f}" rx="2"/>'
-        told = f"{shortened(entry.text, 60)}: {entry.applied} applied, {entry.missed} left alone"
-        yield f'<text x="18" y="{y + 4:.0f}">{escaped(told)}</text>'
+        text = f"{shortened(entry.text, 60)}: {entry.applied} applied, {entry.missed} left alone"
+        yield f'<text x="18" y="{y + 4:.0f}">{escaped(text)}</text>'
 
 
 def report_dot(report: ReportRecord, side: Side = "after") -> str:

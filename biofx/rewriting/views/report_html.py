@@ -1,8 +1,8 @@
-"""A report as one page that needs nothing else: no network, no other file.
+"""A report as one page that needs no network and no other file.
 
-Whatever comes from the user's model reaches the page as escaped text in the pictures, or as JSON that the
-page's script shows as text. A content security policy lets no other script or style run than the two that
-are written here, and nothing be fetched.
+Texts from the model are in the page as escaped text in the pictures, or as JSON that the script of the page
+shows as text. A content security policy allows the script and the style that are part of the page, and no
+requests.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def _pass_table(entry: PassReport) -> Table:
 
 
 def _changed_nodes(changes: list[Change]) -> Text:
-    """Name the nodes that differ, one line for each kind of difference."""
+    """List the nodes that differ, one line for each kind of difference."""
     kinds: dict[str, list[str]] = {}
     for change in changes:
         kinds.setdefault(change.kind, []).append(change.node)
@@ -72,7 +72,7 @@ def _changed_nodes(changes: list[Change]) -> Text:
 class ModelTree:
     """The modules of a report's model with the remarks on each; for ``rich.print``.
 
-    Neighbours that read alike but for numbers, as the blocks of a deep network do, are told as one, with the
+    Neighbours that differ only in numbers, like the blocks of a deep network, are shown as one, with the
     range of each number.
     """
 
@@ -105,7 +105,7 @@ class _Branch:
     children: list[_Branch] = field(default_factory=list)
 
     def lines(self, report: ReportRecord, plain: bool) -> Iterator[Text]:
-        """Yield a line for each thing said of this module, things said of several calls once."""
+        """Yield a line for each remark on this module; equal remarks on several calls are one line."""
         said: dict[tuple[int, str, str], int] = {}
         for number, remark in self.remarks:
             key = (number, remark.kind, remark.message)
@@ -121,14 +121,14 @@ class _Branch:
             yield line
 
     def shape(self) -> tuple[object, ...]:
-        """Return what must be equal for two modules to be told as one: all but their names and numbers."""
+        """Return what must be equal for two modules to be shown as one: all but their names and numbers."""
         said = tuple(
             (number, remark.kind, _NUMBER.sub("#", remark.message)) for number, remark in self.remarks
         )
         return self.kind, said, tuple((child.name, child.shape()) for child in self.children)
 
     def has_remarks(self) -> bool:
-        """Whether anything was said of this module or of one in it."""
+        """Whether there is a remark on this module or on one in it."""
         return bool(self.remarks) or any(child.has_remarks() for child in self.children)
 
 
@@ -146,8 +146,8 @@ def _branches(report: ReportRecord, graph: GraphView) -> _Branch:
     return root
 
 
-def _told_as_one(alike: Sequence[_Branch]) -> _Branch:
-    """Return modules of one shape as one, with the range of each number that differs."""
+def _shown_as_one(alike: Sequence[_Branch]) -> _Branch:
+    """Return modules of one shape as a single one, with the range of each number that differs."""
     first = alike[0]
     remarks = [
         (
@@ -156,9 +156,9 @@ def _told_as_one(alike: Sequence[_Branch]) -> _Branch:
         )
         for place, (number, remark) in enumerate(first.remarks)
     ]
-    children = [_told_as_one(children) for children in zip(*(each.children for each in alike), strict=True)]
+    children = [_shown_as_one(children) for children in zip(*(each.children for each in alike), strict=True)]
     last = alike[-1].name
-    if first.name == last:  # the same module in each of several that are told as one
+    if first.name == last:  # the same module in each of several that are shown as one
         return _Branch(first.name, first.kind, remarks, children)
     return _Branch(f"{first.name} to {last}", f"{first.kind}, {len(alike)} alike", remarks, children)
 
@@ -186,7 +186,7 @@ def _folded(branches: Sequence[_Branch]) -> Iterator[_Branch]:
         if len(alike) < _FEWEST_ALIKE:
             yield from alike
         else:
-            yield _told_as_one(alike)
+            yield _shown_as_one(alike)
 
 
 def _grow(tree: Tree, branches: Sequence[_Branch], report: ReportRecord, plain: bool) -> None:
@@ -200,7 +200,7 @@ def _grow(tree: Tree, branches: Sequence[_Branch], report: ReportRecord, plain: 
 
 
 def _passes(report: ReportRecord, graph: GraphView) -> Table:
-    """Return what each pass did in all: counts, share of the parameters, time."""
+    """Return the totals of each pass: counts, share of the parameters, time."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("pass", overflow="fold")
     for heading in ("applied", "left alone", "parameters", "time"):

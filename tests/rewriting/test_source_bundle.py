@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from biofx import BioConfig
 from biofx.errors import InputError
-from biofx.rewriting.source_bundle import Carrier
+from biofx.rewriting.source_bundle import SourceBundle
 
 SCALE = torch.tensor([2.0, 3.0])
 relu = 5.0  # an attribute of another name must not bring it along
@@ -68,10 +68,10 @@ def uses_an_object_of_a_local_class() -> Any:
     return LOCAL
 
 
-def run(carrier: Carrier, name: str) -> Any:
+def run(bundle: SourceBundle, name: str) -> Any:
     """Run the carried source as a script would: with nothing but the values around it."""
-    namespace: dict[str, Any] = dict(carrier.values) | {"__name__": "elsewhere"}
-    exec(compile(carrier.source, "carried", "exec", dont_inherit=True), namespace)
+    namespace: dict[str, Any] = dict(bundle.values) | {"__name__": "elsewhere"}
+    exec(compile(bundle.source, "carried", "exec", dont_inherit=True), namespace)
     return namespace[name]
 
 
@@ -80,34 +80,34 @@ X = torch.tensor([-1.0, 1.0])
 
 @pytest.mark.parametrize("function", [scaled, makes_one, outer(4.0)])
 def test_a_function_does_the_same_elsewhere(function: Callable[[Tensor], Tensor]) -> None:
-    carrier = Carrier()
-    name = carrier.add(function, "asked")
+    bundle = SourceBundle()
+    name = bundle.add(function, "asked")
     assert name == "asked"
-    assert torch.equal(run(carrier, name)(X), function(X))
-    assert not {"SHADOW", "relu"} & set(carrier.values)
+    assert torch.equal(run(bundle, name)(X), function(X))
+    assert not {"SHADOW", "relu"} & set(bundle.values)
 
 
 def test_a_lambda_is_cut_out_of_its_line() -> None:
     pairs = {"a": lambda x: x + SCALE, "b": 1}
-    carrier = Carrier()
-    assert torch.equal(run(carrier, carrier.add(pairs["a"], "asked"))(X), X + SCALE)
+    bundle = SourceBundle()
+    assert torch.equal(run(bundle, bundle.add(pairs["a"], "asked"))(X), X + SCALE)
     first, second = lambda x: x, lambda x: -x
     for function in (first, second):
         with pytest.raises(InputError, match="write a def"):
-            Carrier().add(function, "asked")
+            SourceBundle().add(function, "asked")
 
 
 def test_a_function_that_calls_itself_comes_along_once() -> None:
-    carrier = Carrier()
-    assert run(carrier, carrier.add(factorial, "predicate"))(5) == 120
-    assert carrier.source.count("def factorial") == 1
+    bundle = SourceBundle()
+    assert run(bundle, bundle.add(factorial, "predicate"))(5) == 120
+    assert bundle.source.count("def factorial") == 1
 
 
 def test_what_is_installed_is_imported() -> None:
-    carrier = Carrier()
-    assert carrier.add(torch.nn.functional.relu) == "relu"
-    assert carrier.add(BioConfig) == "BioConfig"
-    assert carrier.source.splitlines() == [
+    bundle = SourceBundle()
+    assert bundle.add(torch.nn.functional.relu) == "relu"
+    assert bundle.add(BioConfig) == "BioConfig"
+    assert bundle.source.splitlines() == [
         "from biofx.config import BioConfig",
         "from torch.nn.functional import relu",
     ]
@@ -115,18 +115,18 @@ def test_what_is_installed_is_imported() -> None:
 
 def test_what_cannot_come_along_is_refused_with_the_reason() -> None:
     with pytest.raises(InputError, match=r"holds a Local of .*test_carried_source; make it inside"):
-        Carrier().add(uses_an_object_of_a_local_class)
+        SourceBundle().add(uses_an_object_of_a_local_class)
     with pytest.raises(InputError, match="cannot be found"):
-        Carrier().add(eval("lambda x: x"), "asked")
-    carrier = Carrier()
-    carrier.add(outer(1.0), "one")
+        SourceBundle().add(eval("lambda x: x"), "asked")
+    bundle = SourceBundle()
+    bundle.add(outer(1.0), "one")
     with pytest.raises(InputError, match="mean different things by 'offset'"):
-        carrier.add(outer(2.0), "two")
+        bundle.add(outer(2.0), "two")
     with pytest.raises(InputError, match="cannot be imported by its name"):
-        Carrier().add(nn.Linear.forward)
+        SourceBundle().add(nn.Linear.forward)
 
 
 def test_a_partial_is_a_value() -> None:
-    carrier = Carrier()
-    assert carrier.add_value("part", functools.partial(torch.add, 1)) == "part"
-    assert set(carrier.values) == {"part"}
+    bundle = SourceBundle()
+    assert bundle.add_value("part", functools.partial(torch.add, 1)) == "part"
+    assert set(bundle.values) == {"part"}
