@@ -114,7 +114,7 @@ def test_what_is_installed_is_imported() -> None:
 
 
 def test_what_cannot_come_along_is_refused_with_the_reason() -> None:
-    with pytest.raises(InputError, match=r"holds a Local of .*test_carried_source; make it inside"):
+    with pytest.raises(InputError, match=r"holds a Local of .*test_source_bundle; make it inside"):
         SourceBundle().add(uses_an_object_of_a_local_class)
     with pytest.raises(InputError, match="cannot be found"):
         SourceBundle().add(eval("lambda x: x"), "asked")
