@@ -142,11 +142,11 @@ class ScaleGradients(WeightPass):
 
     def _sampled_from(self, weight: Weight) -> dict[str, Any]:
         """Return what the factors of a weight are sampled from, as the graph says it."""
-        names = ("nu", "low", "high", "seed", "granularity")
         return sampling_options(
             self.distribution,
+            **{name: getattr(self, name) for name in ("nu", "low", "high", "seed")},
             path=weight.path,
             depth=weight.depth,
+            granularity=self.granularity,
             output_axis=weight.sites[0].kind.output_axis,
-            **{name: getattr(self, name) for name in names},
         )

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.foreign_errors import BY_A_PASS, foreign_errors_wrapped
 from biofx.graph.analysis_cache import analyses_kept
-from biofx.graph.changes import Snapshot, compare, snapshot_of
+from biofx.graph.changes import compare, snapshot_of
 from biofx.graph.graph_view import GraphView
 from biofx.graph.node_kinds import changes_in_place
 from biofx.layers.sites import find_sites, innermost_path
@@ -246,26 +246,25 @@ class Pass(ABC):
         ``finish`` is called last, with the weight sites of the rewritten graph.
         """
         with joined(graph_module), analyses_kept():
-            run = Run(graph_module, snapshot_of(graph_module))
-            first = run.snapshot
+            first = snapshot_of(graph_module)
             view = GraphView.of(graph_module, first.lines)
-            reports = tuple(self.run(run, ()))
-            views = view, GraphView.of(graph_module, run.snapshot.lines) if reports else view
+            reports = tuple(self.run(graph_module, ()))
+            last = snapshot_of(graph_module)
+            views = view, GraphView.of(graph_module, last.lines) if reports else view
             sites = find_sites(graph_module)
             coverage = coverage_of(graph_module, sites, *_fates(reports))
             finish(sites)
         causes = {change.node: change.cause for entry in reports for change in entry.changes}
         changes = tuple(
-            dataclasses.replace(change, cause=causes.get(change.node))
-            for change in compare(first, run.snapshot)
+            dataclasses.replace(change, cause=causes.get(change.node)) for change in compare(first, last)
         )
         report = Report(type(graph_module).__name__, reports, changes, *views, coverage)
         return PassResult(graph_module, report)
 
-    def run(self, run: Run, within: Selections) -> Iterator[PassReport]:
+    def run(self, graph_module: BioGraphModule, within: Selections) -> Iterator[PassReport]:
         """Run the pass in place, with all checks; ``within`` has the selections of the pipelines around."""
         started = time.perf_counter()
-        graph_module, before = run.graph_module, run.snapshot
+        before = snapshot_of(graph_module)
         unused = {node for node in graph_module.graph.nodes if not node.users}
         try:
             self.requires(graph_module)
@@ -285,10 +284,9 @@ class Pass(ABC):
                     raise
             add_note(error, f"{BY_A_PASS}{self}, which was given this graph:\n{before.text}")
             raise
-        run.snapshot = snapshot_of(graph_module)
         place = {name: number for number, name in enumerate(before.lines)}
         remarks.sort(key=lambda remark: place.get(remark.node or "", len(place)))
-        changes = scope.changes.with_causes(compare(before, run.snapshot), remarks)
+        changes = scope.changes.with_causes(compare(before, snapshot_of(graph_module)), remarks)
         rewritten = [remark for remark in remarks if remark.kind == "applied"]
         if bool(rewritten) != bool(changes):
             raise PassError(
@@ -316,14 +314,6 @@ class Pass(ABC):
                 scope.changes.claim(remark.node)
             advance(self.name)
             yield remark
-
-
-@dataclass
-class Run:
-    """A graph module while passes rewrite it, and its graph as text, which is made once for each pass."""
-
-    graph_module: BioGraphModule
-    snapshot: Snapshot
 
 
 def _fates(reports: tuple[PassReport, ...]) -> tuple[dict[str, str], set[str]]:

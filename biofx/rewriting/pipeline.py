@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from biofx.errors import OptionError, PipelineError
 from biofx.graph.changes import snapshot_of
 from biofx.model.graph_module import BioGraphModule
-from biofx.rewriting.pass_base import Pass, Run
+from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.pass_text import ParsedItem, format_item, parse_items
 from biofx.rewriting.registry import find_pass
 from biofx.rewriting.remarks import PassReport, Remark
@@ -84,7 +84,7 @@ class Pipeline(Pass):
         shared = {"only": self.only, "exclude": self.exclude, "enabled": None if self.enabled else False}
         return {name: value for name, value in shared.items() if value is not None}
 
-    def run(self, run: Run, within: Selections) -> Iterator[PassReport]:
+    def run(self, graph_module: BioGraphModule, within: Selections) -> Iterator[PassReport]:
         """Run the passes one after the other, in place."""
         if not self.enabled:
             return
@@ -92,16 +92,17 @@ class Pipeline(Pass):
         for entry in self.passes:
             if isinstance(entry, Pipeline):
                 inner = dataclasses.replace(entry, observe=self.observe) if self.observe else entry
-                yield from inner.run(run, selections)
+                yield from inner.run(graph_module, selections)
                 continue
-            before = run.snapshot
-            yield from entry.run(run, selections)
-            if self.observe and run.snapshot.lines != before.lines:
-                self.observe(str(entry), before.text, run.snapshot.text)
+            before = snapshot_of(graph_module)
+            yield from entry.run(graph_module, selections)
+            after = snapshot_of(graph_module)
+            if self.observe and after.lines != before.lines:
+                self.observe(str(entry), before.text, after.text)
 
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
         """Yield the remarks of all passes."""
-        for report in self.run(Run(graph_module, snapshot_of(graph_module)), ()):
+        for report in self.run(graph_module, ()):
             yield from report.remarks
 
 

@@ -369,3 +369,10 @@ def test_bounds_must_enclose_one() -> None:
 def test_bounds_that_leave_no_room_are_refused(mlp: nn.Module, unchanged: Any) -> None:
     with unchanged(mlp), pytest.raises(biofx.OptionError, match=r"leave room for normal with nu=0.2"):
         scale(mlp, distribution="normal", nu=0.2, low=1.0, high=1.0)
+
+
+def test_factors_from_a_seed_are_printed_with_what_they_are_sampled_from(mlp: nn.Module) -> None:
+    text = "scale-gradients{dtype=seed,distribution=layer_adaptive,granularity=neuron,nu=0.4,seed=3}"
+    lines = biofx.format_graph(biofx.transform(mlp, passes=text).graph_module).splitlines()
+    shown = "distribution='layer_adaptive', nu=0.4, low=0.5, high=2.0, seed=3, path='0.weight'"
+    assert f"_0_scaled = scale_gradient_by_seed(_0_weight, {shown}, granularity='neuron')" in lines
