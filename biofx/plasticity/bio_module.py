@@ -245,9 +245,8 @@ class BioModule(BioState):
         if config.fuzzy_lr_distribution is Distribution.TEMPORAL:
             return flat_span(held) is not None
         reach = most_spread(config.fuzzy_learning_rate_factor_nu)
-        return (
-            1 - reach >= config.fuzzy_lr_min and 1 + reach <= config.fuzzy_lr_max
-        )  # nothing is sampled again
+        # else numbers out of bounds are sampled again, for all ranks in one order
+        return 1 - reach >= config.fuzzy_lr_min and 1 + reach <= config.fuzzy_lr_max
 
     def _change_factors(self, changed: Tensor) -> int:
         """Write new values to dynamic factors; those that crystallization dampened stay dampened as much."""
