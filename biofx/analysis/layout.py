@@ -101,7 +101,7 @@ class UnitLayout:
                 if dim is not None or not dims or dims[-1] is not None:
                     dims.append(dim)
         if dims.count(None) > 1:
-            raise CannotFollow("axes without units surround the one with units in what is flattened")
+            raise CannotFollow("it flattens axes without units on both sides of those with units")
         axes = [axis for axis in self.axes if not first <= axis.position <= last]
         if any(dim is not None for dim in dims):
             axes.append(Axis(last, tuple(dims)))
@@ -189,13 +189,13 @@ def concatenated(layouts: Sequence[UnitLayout], position: int) -> UnitLayout:
     first = layouts[0]
     axis = first.axis_at(position)
     if axis is None or len(axis.dims) != 1 or axis.dims[0] is None:
-        raise CannotFollow(f"what is concatenated has no units along axis {position}, or a flattened axis")
+        raise CannotFollow(f"a concatenated value has no units along axis {position}, or a flattened axis")
     if any(layout.axes != first.axes for layout in layouts):
-        raise CannotFollow("what is concatenated has its units along different axes")
+        raise CannotFollow("the concatenated values have their units along different axes")
     try:
         labels = torch.cat([layout.labels for layout in layouts], axis.dims[0])
     except RuntimeError as error:
-        raise CannotFollow("what is concatenated differs in its other axes") from error
+        raise CannotFollow("the concatenated values differ in their other axes") from error
     return UnitLayout(labels, first.axes)
 
 

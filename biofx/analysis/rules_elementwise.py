@@ -70,7 +70,7 @@ def _dropout(call: ReplicationCall) -> Outcome:
     training = call.option(2, "training", True)
     if call.option(1, "p", 0.5) == 0 or (call.module is None and training is False):
         return Outcome(call.source)
-    raise CannotFollow("in training mode it draws a mask for each channel")
+    raise CannotFollow("in training mode it samples a mask for each channel")
 
 
 def _observe(call: ReplicationCall) -> Outcome:

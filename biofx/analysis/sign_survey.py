@@ -156,8 +156,8 @@ def refuse_unused_signs(
 def _check(survey: SignSurvey, paths: list[str], named: str, axis: str, why_not: WhyNot) -> None:
     if axis != "presynaptic":
         raise OptionError(
-            f"{named} would not be used: with axis={axis!r} rows have signs, which are drawn, and units have "
-            "none; give axis='presynaptic', or leave the signs out"
+            f"{named} would not be used: with axis={axis!r} rows have signs, which are sampled, and units "
+            "have none; give axis='presynaptic', or leave the signs out"
         )
     makers = survey.makers
     if any(path in makers and survey.store.has_signs(path) for path in paths):

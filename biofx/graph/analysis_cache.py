@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from operator import is_
@@ -145,23 +146,30 @@ class _State:
         )
 
     def _note_module(self, module: nn.Module) -> None:
-        objects = self._objects
+        objects, attributes = self._objects, vars(module)
         objects += (module, type(module))
-        for name, value in vars(module).items():
-            if name in _GENERATED:
-                continue
-            objects += (name, value)
-            if type(value) is SimpleNamespace:
-                value = vars(value)
-            if is_of(value, (dict, list, set)):  # whose own methods are not to run
-                content = content_of(value)
-                objects.append(len(content))
-                for entry in content:
-                    objects += entry if is_of(value, dict) else (entry,)
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if isinstance(tensor, Tensor):
-                self._tensors.append((tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad))
         if isinstance(module, GraphModule):
+            attributes = {name: value for name, value in attributes.items() if name not in _GENERATED}
             for node in module.graph.nodes:
                 stack = node.meta.get("nn_module_stack")
                 objects += (node, node.name, node.op, node.target, node.args, node.kwargs, stack)
+        objects += attributes
+        for value in attributes.values():
+            objects.append(value)  # ahead of its content, which shows where containers begin
+            objects += _content(value)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if isinstance(tensor, Tensor):
+                self._tensors.append((tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad))
+
+
+def _content(value: Any) -> Iterable[object]:
+    """Return what is in a container, nothing for anything else; no method of a user's class is run."""
+    kind = type(value)
+    if kind is dict or kind is OrderedDict:
+        return (*value, *value.values()) if value else ()
+    if kind is SimpleNamespace:
+        return _content(vars(value))
+    if is_of(value, (dict, list, set)):
+        content = content_of(value)
+        return [part for item in content for part in item] if is_of(value, dict) else content
+    return ()

@@ -268,7 +268,7 @@ def _is_size(node: Node) -> bool:
 def expand(
     circuit: Circuit, groups: UnitGroups, lowering: Lowering, makers: Mapping[str, Sequence[WeightSite]]
 ) -> list[WeightSite]:
-    """Rewrite a circuit in place; the model's function stays what it is.
+    """Rewrite a circuit in place; the model's function stays the same.
 
     A weight w from a unit becomes max(w, 0) from its excitatory and min(w, 0) from its inhibitory copy, and
     both copies have the weights onto the unit. So (w⁺ + w⁻) a = w a.

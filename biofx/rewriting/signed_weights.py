@@ -58,7 +58,7 @@ def insert_signs(
         axis: one of :data:`~biofx.operators.sign_ops.SIGN_AXES`.
         method: one of :data:`~biofx.operators.sign_ops.SIGN_METHODS`.
         excitatory_fraction: fraction of the rows that are excitatory, in [0, 1], for postsynaptic signs.
-        seed: of the draws.
+        seed: from which signs are sampled.
         balances: whether the weight is made sparse, with as much excitation as inhibition at each unit.
 
     Returns:

@@ -220,7 +220,7 @@ def test_channels_last_flattened_repeats_the_units() -> None:
             lambda layout: layout.flattened(-3, -1).columns(-1, 6),
             "4 units were expected along axis -1, found 6",
         ),
-        (lambda layout: layout.flattened(-4, -1), "surround"),
+        (lambda layout: layout.flattened(-4, -1), "on both sides"),
         (lambda layout: layout.flattened(-3, -1).unflattened(-1, [4, 9]), "size of a flattened axis"),
         (lambda layout: layout.unflattened(-3, [3, None]), "taken apart into"),
         (lambda layout: layout.flattened(-3, -1).taken(-1, slice(2)), "a flattened axis is indexed"),

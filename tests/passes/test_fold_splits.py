@@ -130,7 +130,7 @@ def test_groups_that_cut_connections_apart_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
-        (nn.Dropout(0.5), "in training mode it draws a mask for each channel"),
+        (nn.Dropout(0.5), "in training mode it samples a mask for each channel"),
         (nn.PReLU(4), "it has a slope for each channel"),
         (nn.ChannelShuffle(2), "channelshuffle may mix channels, or is not known to keep them apart"),
         (nn.Softmax(1), "softmax may mix channels, or is not known to keep them apart"),
