@@ -309,18 +309,34 @@ def rate_sampling(
 
 
 def sampling_options(
-    distribution: Distribution, *, depth: float, granularity: str, output_axis: int, **options: Any
+    distribution: Distribution,
+    *,
+    nu: float,
+    low: float,
+    high: float,
+    seed: int,
+    path: str,
+    depth: float,
+    granularity: str,
+    output_axis: int,
 ) -> dict[str, Any]:
     """Return the arguments of :func:`rate_sampling`, without those that do not matter.
 
+    Their order is that in which graphs print them, which checkpoints compare.
+
     Args:
         distribution: of the factors.
+        nu: spread of the factors.
+        low: lower bound.
+        high: upper bound.
+        seed: of the model.
+        path: of the parameter.
         depth: matters to ``LAYER_ADAPTIVE`` alone.
         granularity: left out where each synapse has its own factor.
         output_axis: matters where the synapses of a neuron share a factor.
-        **options: ``nu``, ``low``, ``high``, ``seed`` and ``path``.
     """
-    made: dict[str, Any] = {"distribution": distribution.value, **options}
+    made: dict[str, Any] = {"distribution": distribution.value, "nu": nu, "low": low, "high": high}
+    made |= {"seed": seed, "path": path}
     if depth and distribution is Distribution.LAYER_ADAPTIVE:
         made["depth"] = depth
     if granularity != "element":
