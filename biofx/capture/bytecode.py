@@ -325,17 +325,25 @@ def methods_mentioned(kind: type[nn.Module]) -> frozenset[str]:
 def weights_mentioned(kind: type[nn.Module]) -> frozenset[str]:
     """Return whose weights the forward of a class mentions: ``"fc"`` for ``self.fc.weight``.
 
-    Its own is left out; :data:`ANYTHING` for that of something without a name, as in ``layer.weight``.
+    Its own is left out, and so is one of which the type, the device or the shape is read alone;
+    :data:`ANYTHING` for that of something without a name, as in ``layer.weight``.
     """
     found: set[str] = set()
     for code in _code_of_class(kind):
-        for before, step in itertools.pairwise(dis.get_instructions(code)):
+        steps = list(dis.get_instructions(code))
+        for before, step, after in zip(steps, steps[1:], steps[2:], strict=False):
+            if after.opname.startswith(_ATTRIBUTE_LOADS) and after.argval in _NOT_OF_VALUES:
+                continue
             if "ATTR" in step.opname and is_a_weight(step.argval):
                 if before.opname.startswith(_ATTRIBUTE_LOADS):
                     found.add(str(before.argval))
                 elif before.argval != "self":
                     found.add(ANYTHING)
     return frozenset(found)
+
+
+_NOT_OF_VALUES = frozenset({"dtype", "device", "shape", "ndim", "requires_grad"})
+"""Attributes of a tensor that its values do not decide."""
 
 
 def is_a_weight(name: object) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,3 +52,21 @@ def test_names_reach_through_methods_functions_and_texts() -> None:
     assert {"_inner", "fc", "weight", "linear"} <= names_mentioned(Reads)
     assert "other" not in names_mentioned(Reads)
     assert {"project", "late"} <= names_mentioned(Delegates)
+
+
+def test_weights_are_mentioned_behind_decorators_and_not_where_their_type_alone_is_read() -> None:
+    def wrapped(function: Any) -> Any:
+        @functools.wraps(function)
+        def around(*args: Any) -> Any:
+            return function(*args)
+
+        return around
+
+    class Reads(nn.Module):
+        @wrapped
+        @wrapped
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.to(self.first.weight.dtype)  # type: ignore[union-attr, arg-type]
+            return F.linear(x, self.second.weight)  # type: ignore[union-attr, arg-type]
+
+    assert weights_mentioned(Reads) == {"second"}
