@@ -25,7 +25,7 @@ OPENS_CONTEXT = (
     "…), which a graph would drop"
 )
 OWN_APPLY = "calls {}, an autograd function with an apply() of its own"
-REBUILT = "gets other parameters or modules in train() or eval(), and so keeps its own forward"
+REBUILT = "gets other parameters or modules in train() or eval(), and so keeps its eager forward"
 SWITCHED = "reads attribute {!r}, which train() or eval() sets to what a graph cannot follow"
 READS_OUTSIDE = "reads attribute {!r} of a module outside of it"
 TOUCHES_STATE = (

@@ -23,7 +23,7 @@ from biofx.capture.bytecode import CallSite
 from biofx.graph.node_kinds import AUGMENTED_ASSIGNMENTS
 
 if TYPE_CHECKING:
-    from biofx.capture.symbolic_tracer import SymbolicTracer
+    from biofx.capture.symbolic_builder import SymbolicBuilder
 
 _OWN_ATTRIBUTES = frozenset({"tracer", "node", "_node", "root", "attr", "tensor", "path"})
 _NO_TENSOR_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "item", "tolist"})
@@ -43,7 +43,7 @@ class _Typed:
 class Value(_Typed, Proxy):
     """The result of a node."""
 
-    tracer: SymbolicTracer
+    tracer: SymbolicBuilder
 
     def __getattr__(self, name: str) -> Any:
         if name == "_is_param" or (name.startswith("__") and name.endswith("__")):
@@ -171,7 +171,7 @@ class _Attribute(Value):
 class StoredTensor(Value):
     """A parameter or buffer, whose shape is known."""
 
-    def __init__(self, node: Node, tracer: SymbolicTracer, tensor: Tensor) -> None:
+    def __init__(self, node: Node, tracer: SymbolicBuilder, tensor: Tensor) -> None:
         super().__init__(node, tracer)
         self.tensor = tensor
 
@@ -205,7 +205,7 @@ class StoredTensor(Value):
 class TrainingFlag(Value):
     """``module.training``: a node where it is passed on, an error where it decides."""
 
-    def __init__(self, tracer: SymbolicTracer, path: str) -> None:
+    def __init__(self, tracer: SymbolicBuilder, path: str) -> None:
         self.tracer = tracer
         self.path = path
         self._node: Node | None = None
@@ -260,7 +260,7 @@ _FACTORIES: frozenset[Any] = frozenset(
 class TensorMode(TorchFunctionMode):
     """Makes nodes of the torch functions that a forward calls, with proxies or without."""
 
-    def __init__(self, tracer: SymbolicTracer) -> None:
+    def __init__(self, tracer: SymbolicBuilder) -> None:
         super().__init__()
         self._tracer = tracer
 
