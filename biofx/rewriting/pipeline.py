@@ -94,10 +94,9 @@ class Pipeline(Pass):
                 inner = dataclasses.replace(entry, observe=self.observe) if self.observe else entry
                 yield from inner.run(graph_module, selections)
                 continue
-            before = snapshot_of(graph_module)
+            before = snapshot_of(graph_module) if self.observe else None
             yield from entry.run(graph_module, selections)
-            after = snapshot_of(graph_module)
-            if self.observe and after.lines != before.lines:
+            if self.observe and before and (after := snapshot_of(graph_module)).lines != before.lines:
                 self.observe(str(entry), before.text, after.text)
 
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
