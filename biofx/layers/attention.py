@@ -204,7 +204,7 @@ def _itself(input: Any) -> Any:
 
 
 def _traced(original: Callable[..., Any], as_node: Callable[..., Any], about: Sequence[str]) -> Any:
-    """Return the original, but with ``as_node`` in its place where one of the arguments is a stand-in."""
+    """Return the original, or ``as_node`` in its place when one of the arguments is a proxy."""
     signature = inspect.signature(original)
 
     def decide(*args: Any, **kwargs: Any) -> Any:
@@ -224,4 +224,4 @@ _ABOUT_MASKS: tuple[tuple[Any, str, Callable[..., Any], Sequence[str]], ...] = (
     (transformer, "_detect_is_causal_mask", detects_causal_mask, ("mask", "size")),
     (transformer, "_get_seq_len", sequence_length, ("src",)),
 )
-"""What a forward asks about masks, and what becomes a call instead where it asks about a stand-in."""
+"""The functions about masks that a forward calls, and what is recorded in their place for proxies."""

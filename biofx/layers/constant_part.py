@@ -30,11 +30,11 @@ _MISSING = object()
 class ConstantPart:
     """The nodes of a graph whose values follow from parameters and buffers, and those values.
 
-    Calls of modules are none of them (a module may have hooks and a state of its own), nor is what draws
+    Calls of modules are not among them (a module may have hooks and a state of its own), nor is what samples
     random numbers, nor what the graph changes in place somewhere.
 
     Args:
-        graph_module: its nodes are looked at now; its tensors whenever a value is asked for.
+        graph_module: its nodes are read once, its tensors at each call of :meth:`value`.
         graph: the graph to look at, if not that of the model and its regions.
     """
 
@@ -227,7 +227,7 @@ def _arriving(
 
 
 def _through(way: WeightUse, node: Node) -> WeightUse:
-    """Return a way that goes on through a constraint or a scaling."""
+    """Return a way extended by a constraint or a scaling."""
     untouched = way.before == way.after == Treatment.NOTHING
     whole = node if untouched else way.whole
     if node.target is constrain_sign:
@@ -276,7 +276,7 @@ def _root_path(node: Node) -> str:
 
 
 def _replace(own: GraphModule, node: Node, value: nn.Parameter, path: str) -> None:
-    """Let a node read a parameter, kept beside the one that it was computed from."""
+    """Replace a node by a read of a parameter, registered next to the one that it was computed from."""
     owner_path, _, name = path.rpartition(".")
     owner = own.get_submodule(owner_path)
     number = 1

@@ -301,7 +301,7 @@ def computed(name: str) -> str:
 
 
 def own_method(module: nn.Module, kind: type[nn.Module], methods: tuple[str, ...]) -> str | None:
-    """Return which method a module has that its kind has not, in words; None if it has none."""
+    """Return a message about the first method that a module does not share with its kind, None if it does."""
     for method in methods:
         if method in vars(module):
             return f"its {method} was replaced on the instance"

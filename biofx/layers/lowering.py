@@ -37,7 +37,7 @@ class Wrappable(Protocol):
 
 
 class Lowering:
-    """Lowers the layers of one graph; while it is used, no one else may add or remove ``get_attr`` nodes."""
+    """Lowers the layers of one graph. Nothing else may add or remove ``get_attr`` nodes meanwhile."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         self.graph_module = graph_module
@@ -80,7 +80,7 @@ class Lowering:
         return self._computed(site) if site.is_computed else self.read(site.parameter_path, site.node)
 
     def _computed(self, site: WeightSite) -> Node:
-        """Write down that a layer is asked for its weight, which its parametrization then computes."""
+        """Insert nodes that read a layer's weight, which its parametrization then computes."""
         node = site.node
         path, named = site.parameter_path, site.parameter_path.replace(".", "_")
         layer = self.read(site.layer, node, f"{named.removesuffix('_weight')}_layer")
@@ -101,7 +101,7 @@ class Lowering:
     ) -> None:
         """Insert ``operator(weight, argument, **options)`` between a weight and some sites that use it.
 
-        Sites that read the same expression go on sharing one: a weight that is used twice is wrapped once.
+        Sites that read the same expression still share one: a weight that is used twice is wrapped once.
         Only where some of them are in a context (``torch.no_grad``, …) has each context one of its own, since
         what is computed there has no gradient, and none outside.
 

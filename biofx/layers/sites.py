@@ -210,7 +210,7 @@ class _Survey:
         )
 
     def _uses_outside_sites(self) -> dict[int, str]:
-        """Map each parameter that something other than a site reads to words about that reader."""
+        """Map each parameter that something other than a site reads to a message about that reader."""
         outside: dict[int, str] = {}
         self._hidden: dict[int, str] = {}
         self._reads: list[tuple[Node, Node, list[Node]]] = []
@@ -220,9 +220,9 @@ class _Survey:
                 for parameter in self._modules[str(node.target)].parameters():
                     if self.use.is_apart(parameter):
                         continue
-                    words = _reader(node, self._modules[str(node.target)])
-                    outside.setdefault(id(parameter), words)
-                    self._hidden.setdefault(id(parameter), words)
+                    message = _reader(node, self._modules[str(node.target)])
+                    outside.setdefault(id(parameter), message)
+                    self._hidden.setdefault(id(parameter), message)
             elif node.op == "get_attr" and node.target in self._parameters:
                 self._used.add(str(node.target))
                 for source, readers in self._readers_besides_sites(node):

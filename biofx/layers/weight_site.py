@@ -123,7 +123,7 @@ class WeightSite:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether the weight's gradient is scaled on the way back from here, by factors kept or drawn."""
+        """Whether the weight's gradient is scaled on the way back from here, by factors stored or sampled."""
         return any(node.target in GRADIENT_SCALINGS for node in self.operators)
 
     def describe(self, message: str) -> str:
@@ -157,7 +157,7 @@ class Sites:
         return [Weight(tuple(sites), place / last) for place, sites in enumerate(uses.values())]
 
     def weights_and_reads(self, *, directly: bool) -> list[Weight]:
-        """Return the weights with whatever else reads them, and those that no site has but a product.
+        """Return the weights with all other reads of them, and the parameters that only a product reads.
 
         Args:
             directly: whether to return all other parameters too that a graph reads.

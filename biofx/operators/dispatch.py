@@ -52,7 +52,7 @@ def is_recorded() -> bool:
 
 
 def is_recorded_below_autograd() -> bool:
-    """Whether operators are recorded below autograd, which then never sees an autograd function of ours."""
+    """Whether operators are recorded below autograd, which then never sees an autograd function."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return get_proxy_mode() is not None

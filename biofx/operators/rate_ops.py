@@ -257,7 +257,7 @@ def observe_activity(
         activity: ``(channels,)``, changed in place; negative before the first observation.
         training: whether the layer is in training mode.
         channel_axis: counted from the end.
-        gamma: how many units each channel of ``x`` stands for, a count.
+        gamma: units for each channel of ``x``, a count.
     """
     if training and not torch._C._are_functorch_transforms_active() and not _is_recomputed():
         with torch.no_grad():
@@ -334,7 +334,7 @@ class ShardedRates:
 
 
 def outside_graphs(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Return a function as it is, or one that interrupts what is being compiled, as all of FSDP does."""
+    """Return a function, wrapped to break the graph while one is compiled, as all of FSDP does."""
     if not torch.compiler.is_compiling():
         return function
     interrupting: Callable[..., Result] = torch._dynamo.disable(function)
@@ -356,7 +356,7 @@ def _scaled_on_arrival(weight: Tensor, held: Tensor) -> Tensor:
     if not isinstance(rates, ShardedRates):
         raise PlasticityError(
             "expected factors that belong to a sharded weight, found others that are spread over ranks; call "
-            "bio_model.reshard(), so that they can be told apart, and call the model itself, not its forward"
+            "bio_model.reshard(), so that each weight has its own, and call the model itself, not its forward"
         )
     marked: Tensor = _Marked.apply(weight, rates, held)  # type: ignore[no-untyped-call]
     return marked

@@ -216,7 +216,7 @@ def clamp_gradient(gradient: Tensor, weight: Tensor, signs: Tensor, *, in_place:
 
     Args:
         gradient: ``(rows, columns)``, contiguous.
-        weight: as it was before the projection, likewise.
+        weight: before the projection, ``(rows, columns)``, contiguous.
         signs: as in :func:`clamp_to_signs`.
         in_place: whether the gradient itself may be changed.
     """

@@ -130,7 +130,7 @@ def fold_weight(
         rows: synapses per connection among the outputs, a count; 1 leaves that side as it is.
         columns: likewise among the inputs.
         inner: neighbouring inputs that belong to one channel, a count; more than 1 behind a flatten.
-        groups: groups of the convolution as it was; :func:`folded_shape` gives those of the folded one.
+        groups: groups of the unfolded convolution; :func:`folded_shape` gives those of the folded one.
         transposed: whether it is a transposed convolution's.
 
     >>> fold_weight(torch.arange(8.0).reshape(2, 4), rows=2, columns=2).tolist()
