@@ -1,10 +1,8 @@
-"""Two ranks of one run, launched by torchrun on this machine; they tell what they found in files."""
+"""Two ranks of one run on this machine; they write what they found to files."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
+from tests.two_ranks import run_on_two_ranks
 
 COMMON = """
 import json
@@ -229,14 +228,9 @@ def launch(folder: Path) -> list[Any]:
     """Run two ranks and return what each of them said."""
     script = folder / "ranks.py"
     script.write_text(COMMON + RANKS, encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    # the ranks talk over the loopback interface, whatever the machine's name resolves to
-    environment = {**os.environ, **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})}
-    done = subprocess.run(
-        [*launcher, str(script), str(folder)], capture_output=True, text=True, env=environment, timeout=300
-    )
+    errors = run_on_two_ranks(script, folder)
     said = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.json"))]
-    assert len(said) == 2, done.stderr
+    assert len(said) == 2, errors
     return [json.loads(text) for text in said]
 
 
@@ -322,13 +316,17 @@ def test_a_folder_of_one_process_and_what_does_not_fit(tmp_path: Path) -> None:
     for key, value in bio_model.state_dict().items():
         assert torch.equal(other.state_dict()[key], value), key
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    with pytest.raises(biofx.errors.CheckpointError, match=r"expected a folder that biofx\.save_sharded"):
+    with pytest.raises(
+        biofx.errors.CheckpointError, match=r"expected a folder that biofx\.checkpoints\.save_sharded"
+    ):
         biofx.checkpoints.load_sharded(tmp_path / "missing", other, **options)
     narrow, _ = biofx.transform(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4)), config)
     with pytest.raises(biofx.errors.CheckpointError, match="the checkpoint is of a Sequential"):
         biofx.checkpoints.load_sharded(tmp_path, narrow)
     next(tmp_path.glob("*.distcp")).write_bytes(b"")
-    with pytest.raises(biofx.errors.CheckpointError, match=r"expected a folder that biofx\.save_sharded"):
+    with pytest.raises(
+        biofx.errors.CheckpointError, match=r"expected a folder that biofx\.checkpoints\.save_sharded"
+    ):
         biofx.checkpoints.load_sharded(tmp_path, other, **options)
     for key, value in other.state_dict().items():
         assert torch.equal(before[key], value), key

@@ -115,7 +115,10 @@ def signatures(thing: Any) -> Iterator[Any]:
 
 FOR_PASSES = {*biofx.passes.__all__, "UnitGroups"}
 """Classes whose methods passes alone call; users see their fields."""
-INTERNAL = {"Pass.run", "Pipeline.run", "Scope.__init__", "UnitCall.__init__", "UnitCall.sites"}
+INTERNAL = {
+    *("Attachment.__init__", "Pass.run", "Pipeline.run", "Scope.__init__"),
+    *("UnitCall.__init__", "UnitCall.sites"),
+}
 """What the library alone calls."""
 
 

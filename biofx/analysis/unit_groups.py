@@ -193,7 +193,7 @@ def unit_groups(graph_module: GraphModule) -> UnitGroups:
 
     Returns:
         The groups; printing them shows who makes the units of each and who reads them, and where groups end
-        because an operation is not known (see :func:`add_unit_rule`).
+        because an operation is not known (see :func:`~biofx.add_unit_rule`).
 
     Raises:
         InputError: it is not a graph module.

@@ -31,7 +31,7 @@ def load_into(
     """Load into a transformed model, which is changed in part where that fails.
 
     Raises:
-        CheckpointError: as :func:`load` says.
+        CheckpointError: as :func:`biofx.load` says.
     """
     check_record(target)
     check_same_making(saved.record, target, any_rate_type=True)

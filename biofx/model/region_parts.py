@@ -1,4 +1,4 @@
-"""One graph for the time of a rewrite, for models that have several; see :mod:`biofx.regions`."""
+"""One graph for the time of a rewrite, for models that have several; see :mod:`biofx.graph.regions`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from biofx.plasticity.optimizers import unscale_or_skip
 
 
 class Attachment:
-    """Plasticity bound to an optimizer; made by :func:`attach`.
+    """Plasticity bound to an optimizer; made by :func:`biofx.attach`.
 
     ``copy.deepcopy`` and pickling of model, optimizer and attachment together give a run that continues by
     itself, as the original would.

@@ -189,7 +189,7 @@ class BioState(nn.Module):
 
     @property
     def steps(self) -> int:
-        """Calls of :meth:`update_fuzzy_learning_rates` so far, a count."""
+        """Calls of :meth:`~biofx.BioModule.update_fuzzy_learning_rates` so far, a count."""
         return self.memory.steps
 
     @property

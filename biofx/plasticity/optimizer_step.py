@@ -74,7 +74,7 @@ class LayerStep:
 Observer = Callable[[int, Mapping[str, LayerStep]], object]
 """Called after each step with its number, from 0, and what it did to each weight, by path.
 
-An observer may have two further methods: ``watch(model)``, called once by :func:`attach`, and
+An observer may have two further methods: ``watch(model)``, called once by :func:`biofx.attach`, and
 ``is_due(step)``, whether it needs the norms of that step, which cost a pass over each weight.
 """
 

@@ -218,7 +218,8 @@ class Folding:
     Args:
         graph_module: the graph.
         plan: what is to be folded of it.
-        rewriting: returns a context in which all changes belong to a candidate (:meth:`Scope.rewriting`).
+        rewriting: returns a context in which all changes belong to a candidate
+            (:meth:`~biofx.Scope.rewriting`).
     """
 
     def __init__(

@@ -227,7 +227,7 @@ def unmet_by(
     as long as the pass reached something else.
 
     Args:
-        mechanism: :attr:`Pass.mechanism`; empty for a pass that cannot be missed.
+        mechanism: :attr:`~biofx.Pass.mechanism`; empty for a pass that cannot be missed.
         remarks: of the pass.
         overrides: what its overrides pick, and the options they give.
     """

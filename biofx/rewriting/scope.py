@@ -61,9 +61,10 @@ class Scope:
     def rewriting(self, node: Node) -> Iterator[None]:
         """Let every node that is created, changed or erased inside this context belong to a candidate.
 
-        :meth:`Pass.rewrite` does this around :meth:`Pass.rewrite_node`; only a pass with a ``rewrite`` of its
-        own needs it, and only where it changes the graph at another time than right before it yields the
-        candidate's remark. What a selector says of the candidate holds for the nodes that are created too.
+        :meth:`~biofx.Pass.rewrite` does this around :meth:`~biofx.Pass.rewrite_node`; only a pass with a
+        ``rewrite`` of its own needs it, and only where it changes the graph at another time than right before
+        it yields the candidate's remark. What a selector says of the candidate holds for the nodes that are
+        created too.
         """
         with self.changes.belongs_to(node):
             yield

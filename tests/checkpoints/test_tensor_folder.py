@@ -293,7 +293,9 @@ def test_what_is_no_folder_is_one_clear_error(tmp_path: Path) -> None:
     for folder in wrong:
         with pytest.raises(CheckpointError, match="expected a folder to write to"):
             biofx.checkpoints.save_sharded(made(0), folder)
-        with pytest.raises(CheckpointError, match=r"expected a folder that biofx\.save_sharded wrote"):
+        with pytest.raises(
+            CheckpointError, match=r"expected a folder that biofx\.checkpoints\.save_sharded wrote"
+        ):
             biofx.checkpoints.load_sharded(folder, made(0))
 
 

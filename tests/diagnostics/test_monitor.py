@@ -786,5 +786,8 @@ def test_long_names_stay_distinct() -> None:
 def test_table_is_a_sink(mlp: nn.Module) -> None:
     from biofx.diagnostics.monitor_sinks import LiveTable
 
-    sink: Sink = LiveTable([], 0.9, terminal())
+    table = LiveTable([], 0.9, terminal())
+    sink: Sink = table
+    assert table.table().title == "no step recorded yet"
     sink.write(run(["a.weight"])[0])
+    assert table.table().title == "step 0"

@@ -210,7 +210,8 @@ def test_subclass_of_adamw_decays_freely_too() -> None:
         pass
 
     bio = biofx.BioConverter()(mlp())
-    attach(bio, Mine(bio.parameters(), weight_decay=0.1), decay="free")
+    handle = attach(bio, Mine(bio.parameters(), weight_decay=0.1), decay="free")
+    assert set(handle.modes.values()) == {"update"}
 
 
 def test_unknown_decay_is_refused() -> None:
@@ -516,7 +517,9 @@ def test_forgotten_optimizer_gives_its_weights_free() -> None:
     import gc
 
     gc.collect()
-    attach(bio, make_optimizer("SGD", bio))
+    handle = attach(bio, make_optimizer("SGD", bio))
+    assert handle.steps == 0
+    assert set(handle.modes.values()) == {"gradient"}
 
 
 @pytest.mark.parametrize(

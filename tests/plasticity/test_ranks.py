@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from biofx.plasticity.ranks import (
     shard_state,
     whole,
 )
+from tests.two_ranks import run_on_two_ranks
 
 RUN = """
 import os
@@ -81,14 +79,9 @@ say(f"differing: {differing}")
 def test_replicas_with_every_rule_on_stay_equal_to_the_bit(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(RUN, encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    # the two talk over the loopback interface, whatever the machine's name resolves to
-    environment = {**os.environ, **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})}
-    done = subprocess.run(
-        [*launcher, str(script), str(tmp_path)], capture_output=True, text=True, env=environment, timeout=300
-    )
+    errors = run_on_two_ranks(script, tmp_path)
     said = [path.read_text(encoding="utf-8") for path in sorted(tmp_path.glob("rank*.txt"))]
-    assert said == ["differing: []"] * 2, done.stderr
+    assert said == ["differing: []"] * 2, errors
 
 
 def test_one_process_agrees_with_itself(mlp: nn.Module) -> None:
