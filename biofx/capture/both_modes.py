@@ -12,11 +12,12 @@ from torch.fx import Graph, Node, Tracer
 from torch.fx.node import map_arg
 
 from biofx.capture.attribute_reads import Read
-from biofx.capture.graph_breaks import GraphBreak, joined_path
+from biofx.capture.graph_breaks import GraphBreak
 from biofx.errors import PassError
 from biofx.graph.branches import begin_branch, by_mode, end_branch, hoist_shared_nodes
 from biofx.graph.contexts import is_of_a_context
 from biofx.graph.node_kinds import IS_NUMBER
+from biofx.graph.regions import is_inside, joined_path
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,8 @@ class _Union:
             target = f"{decider}.training" if decider else "training"
             flag = self._flags[decider] = self.graph.create_node("get_attr", target)
             stack = reader.meta.get("nn_module_stack") or {}
-            kept = {key: entry for key, entry in stack.items() if decider and _is_around(entry[0], decider)}
-            flag.meta["nn_module_stack"] = kept
+            around = {key: entry for key, entry in stack.items() if entry[0] and is_inside(decider, entry[0])}
+            flag.meta["nn_module_stack"] = around
         return self._flags[decider]
 
     def _differ(self, ours: Node, theirs: Node) -> GraphBreak:
@@ -246,10 +247,6 @@ def _places(node: Node) -> list[str]:
 def _nearest(places: Sequence[str], among: Collection[str]) -> str | None:
     """Return the innermost of some modules that is around a node."""
     return next((place for place in reversed(["", *places]) if place in among), None)
-
-
-def _is_around(place: str, inner: str) -> bool:
-    return inner == place or inner.startswith(f"{place}.")
 
 
 def _nodes_in(value: Any) -> list[Node]:

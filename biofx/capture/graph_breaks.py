@@ -18,6 +18,7 @@ from torch import nn
 
 from biofx.capture.bytecode import method_running
 from biofx.errors import CaptureError
+from biofx.graph.regions import joined_path
 
 COMPARES_IDENTITIES = "asks whether two values are the same object, which no graph can say"
 OPENS_CONTEXT = (
@@ -63,11 +64,6 @@ def describe(path: str, module: nn.Module) -> str:
     """Return what a message calls a module, by its path in the whole model."""
     kind = type(module).__name__
     return f"module {path!r} ({kind})" if path else f"the model ({kind})"
-
-
-def joined_path(outer: str, inner: str) -> str:
-    """Return the path of something inside a module."""
-    return ".".join(part for part in (outer, inner) if part)
 
 
 class Refusals:

@@ -15,11 +15,12 @@ from torch.fx import Graph, Node, Tracer
 from biofx.capture.attribute_reads import ReadLog
 from biofx.capture.bytecode import CallSite
 from biofx.capture.context_tracking import OpenContexts
-from biofx.capture.graph_breaks import READS_OUTSIDE, SWITCHED, GraphBreak, joined_path
+from biofx.capture.graph_breaks import READS_OUTSIDE, SWITCHED, GraphBreak
 from biofx.capture.symbolic_scalars import is_symbolic, plain, plain_number, sources_in, symbolic
 from biofx.graph.graph_functions import OWN_MODULE, assign_buffer
 from biofx.graph.guards import require_same
 from biofx.graph.node_kinds import IS_NUMBER
+from biofx.graph.regions import joined_path
 from biofx.static_inspection import is_of
 
 if TYPE_CHECKING:

@@ -15,14 +15,14 @@ from biofx.capture.attribute_reads import Read, guard_reads
 from biofx.capture.both_modes import OneMode, unified
 from biofx.capture.eager_tracer import EagerTracer
 from biofx.capture.example_inputs import ExampleInputs, as_call
-from biofx.capture.graph_breaks import GraphBreak, joined_path
+from biofx.capture.graph_breaks import GraphBreak
 from biofx.capture.python_reads import modules_that_read, weights_read_by_python
 from biofx.capture.region_capture import capture_regions, capture_uncalled, is_leaf
 from biofx.capture.side_effects import Watch
 from biofx.capture.trials import DifferentialCheck, TrialModel, cloned
 from biofx.errors import CaptureError, InputError
 from biofx.graph.graph_functions import eager_forward_graph
-from biofx.graph.regions import innermost_around, is_inside
+from biofx.graph.regions import innermost_around, is_inside, joined_path
 from biofx.layers.weight_site import weight_blocker
 from biofx.model.copies import deep_copy
 from biofx.model.graph_module import BioGraphModule, become_graph_module

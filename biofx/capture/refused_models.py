@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from biofx.capture.bytecode import methods_mentioned
 from biofx.errors import CaptureError, InputError
+from biofx.graph.regions import joined_path
 from biofx.model.copies import deep_copy
 from biofx.model.graph_module import (
     NAMES_OF_GRAPH_MODULES,
@@ -94,9 +95,9 @@ def check_names(model: nn.Module) -> None:
         for name in (*module._modules, *module._parameters, *module._buffers, *plain):
             if name not in checked and not _is_writable(name):
                 raise CaptureError(
-                    f"the model has something named {name!r}, at {_joined(path, name)!r}, which the code of "
-                    "a graph cannot carry; give it a name without quotation marks, backslashes and control "
-                    "characters that is no keyword of Python"
+                    f"the model has something named {name!r}, at {joined_path(path, name)!r}, which the code "
+                    "of a graph cannot carry; give it a name without quotation marks, backslashes and "
+                    "control characters that is no keyword of Python"
                 )
             checked.add(name)
 
@@ -142,8 +143,8 @@ def check_conflicts(model: nn.Module) -> None:
         state = next((entries["bio_mod"] for entries in held if "bio_mod" in entries), None)
         if state is not None and not isinstance(state, BioState):
             raise CaptureError(
-                f"the model has something named 'bio_mod', at {_joined(path, 'bio_mod')!r}, where the state "
-                "of a layer's plasticity goes; call it something else"
+                f"the model has something named 'bio_mod', at {joined_path(path, 'bio_mod')!r}, where the "
+                "state of a layer's plasticity goes; call it something else"
             )
 
 
@@ -184,7 +185,7 @@ def _what_cannot_be_copied(model: nn.Module) -> str:
                 try:
                     copy.deepcopy(value)
                 except Exception:
-                    return f"attribute {_joined(path, name)!r} ({type(value).__name__})"
+                    return f"attribute {joined_path(path, name)!r} ({type(value).__name__})"
     return type(model).__name__
 
 
@@ -220,7 +221,3 @@ def check_methods(captured: BioGraphModule) -> None:
             "class, a name that graph modules use themselves; call it something else, or make the model a "
             "submodule of one that only calls it, and transform that"
         )
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

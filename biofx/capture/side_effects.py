@@ -15,6 +15,7 @@ from biofx.capture.attribute_reads import ObservedAttribute
 from biofx.capture.bytecode import globals_mentioned
 from biofx.capture.random_state import RandomGenerator, generator_in, global_generators
 from biofx.errors import CaptureError
+from biofx.graph.regions import joined_path
 from biofx.static_inspection import (
     attributes_of,
     bases_outside_torch,
@@ -84,7 +85,7 @@ class Watch:
                 "would do once and never again. Draw tensors with torch, or name the module in opaque=[…]"
             )
         for path, name in self._changes() if attributes else ():
-            place = ".".join(part for part in (self._prefix, path) if part)
+            place = joined_path(self._prefix, path)
             owner = f"module {place!r}" if place else "the model"
             raise CaptureError(
                 f"the forward of {owner} changes its attribute {name!r}, which a graph would do once "

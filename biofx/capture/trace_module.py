@@ -19,12 +19,12 @@ from torch.fx import Graph
 from biofx.capture.attribute_reads import Read
 from biofx.capture.both_modes import OneMode, unified
 from biofx.capture.bytecode import attributes_changed
-from biofx.capture.graph_breaks import REBUILT, TOUCHES_STATE, GraphBreak, RestartTracing, joined_path
+from biofx.capture.graph_breaks import REBUILT, TOUCHES_STATE, GraphBreak, RestartTracing
 from biofx.capture.intercepted_calls import replaced
 from biofx.capture.side_effects import Watch
 from biofx.capture.symbolic_tracer import SymbolicTracer
 from biofx.errors import CaptureError
-from biofx.graph.regions import innermost_around
+from biofx.graph.regions import innermost_around, joined_path
 from biofx.model.modes import ModeSwitches
 
 

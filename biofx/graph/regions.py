@@ -97,6 +97,11 @@ def is_inside(path: str, module: str) -> bool:
     return not module or path == module or path.startswith(f"{module}.")
 
 
+def joined_path(outer: str, inner: str) -> str:
+    """Return the path of something inside a module, in the model that holds it; either may be empty."""
+    return ".".join(part for part in (outer, inner) if part)
+
+
 def innermost_around(path: str, modules: Iterable[str]) -> str | None:
     """Return the innermost of some modules that holds what is at a path, None if none does."""
     return max((module for module in modules if is_inside(path, module)), key=len, default=None)

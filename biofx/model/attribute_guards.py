@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from biofx.errors import CaptureError
+from biofx.graph.regions import joined_path
 from biofx.model.contents import MISSING, IsEqual, IsNumber, described, expectation_of
 
 GUARDS = "_attribute_guards"
@@ -104,7 +105,7 @@ def put_guards(graph_module: nn.Module, needed: Iterable[Needed], prefix: str = 
         now = value_at(module, need.names)
         pair = (now, now) if need.values is None else need.values
         expected = [IsNumber() if need.is_read else expectation_of(value) for value in pair]
-        whole = ".".join(part for part in (prefix, need.path) if part)
+        whole = joined_path(prefix, need.path)
         kind = type(module).__name__
         owner = f"module {whole!r} ({kind})" if whole else f"the model ({kind})"
         found.setdefault(need.path, []).append(Guard(need.names, owner, whole, need.where, *expected))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biofx.graph.regions import is_inside
+from biofx.graph.regions import is_inside, joined_path
 from biofx.model.contents import MISSING, expectation_of
 from biofx.model.copies import deep_copy
 
@@ -68,7 +68,7 @@ class ModeSwitches:
             path: path, in that module, of the one that has the attribute.
             names: name of the attribute, and of attributes in it.
         """
-        whole = ".".join(part for part in (prefix, path) if part)
+        whole = joined_path(prefix, path)
         if names == ("training",):
             return (self.stuck[whole],) * 2 if whole in self.stuck else None
         return self.values.get((whole, names[0])) if len(names) == 1 else None
