@@ -410,8 +410,7 @@ def _functions_of(kind: type[nn.Module], *, through_modules: bool = False) -> It
     seen: set[CodeType] = set()
     functions: list[Any] = [kind.forward]
     while functions:
-        function = functions.pop()
-        function = attributes_of(function).get("__wrapped__", function)
+        function = _unwrapped(functions.pop())
         if type(function) is not FunctionType or function.__code__ in seen:
             continue
         seen.add(function.__code__)
