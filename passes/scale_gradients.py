@@ -131,14 +131,14 @@ class ScaleGradients(WeightPass):
         mean, std = factors.float().mean().item(), factors.float().std(correction=0).item()
         form = "" if self.dtype == "float32" else f" in {self.dtype}"
         form = " drawn from their seed at each backward" if state.is_drawn else form
-        message = f"{factors.numel()} factors{form}, {self.distribution.value}, "
-        message += f"mean {mean:.3f}, std {std:.3f}"
+        message = (
+            f"{factors.numel()} factors{form}, {self.distribution.value}, mean {mean:.3f}, std {std:.3f}"
+        )
         if len(weight.sites) > 1:
             message += f"; one set for {len(weight.sites)} uses of the weight"
         numbers = {"factors": factors.numel(), "mean": mean, "std": std}
-        yield from (
-            applied(site.node, site.layer, site.describe(message), **numbers) for site in weight.sites
-        )
+        for site in weight.sites:
+            yield applied(site.node, site.layer, site.describe(message), **numbers)
 
     def _sampled_from(self, weight: Weight) -> dict[str, Any]:
         """Return what the factors of a weight are sampled from, as the graph says it."""

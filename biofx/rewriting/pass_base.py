@@ -90,6 +90,14 @@ class Pass(ABC):
     overrides: tuple[Override, ...] = ()
     """Options for parts of the model; where several hold, the last one wins."""
 
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Refuse an option that the pass does not have, which Python would do with a TypeError."""
+        known = cls.option_names()
+        for name in options:
+            if name not in known:
+                raise OptionError(f"{cls.name} has no option {name!r}{suggest(name, known)}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         cls = type(self)
         if cls.rewrite is Pass.rewrite and Pass.rewrite_node is cls.rewrite_node:
@@ -137,10 +145,6 @@ class Pass(ABC):
         Raises:
             OptionError: an unknown option (the nearest are named) or a bad value.
         """
-        known = cls.option_names()
-        for name in options:
-            if name not in known:
-                raise OptionError(f"{cls.name} has no option {name!r}{suggest(name, known)}")
         return cls(**options)
 
     def __str__(self) -> str:

@@ -238,3 +238,8 @@ def test_bad_options_are_refused(options: dict[str, object]) -> None:
     (name,) = options
     with pytest.raises(biofx.OptionError, match=f"split-weights: {name}: expected"):
         SplitWeights(**options)  # type: ignore[arg-type]
+
+
+def test_an_option_that_the_pass_does_not_have_is_named_with_the_nearest() -> None:
+    with pytest.raises(biofx.OptionError, match="split-weights has no option 'gama'; did you mean 'gamma'"):
+        SplitWeights(gama=2)  # type: ignore[call-arg]
