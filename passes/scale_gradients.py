@@ -117,7 +117,8 @@ class ScaleGradients(WeightPass):
             state.start_factors(sampling, self.dtype, weight.parameter)
         if state.is_drawn and state.rate_sampling != sampling:
             reason = "its weight has factors from another draw already"
-            yield from (done_already(site.node, site.layer, site.describe(reason)) for site in weight.sites)
+            for site in weight.sites:
+                yield done_already(site.node, site.layer, site.describe(reason))
             return
         factors: Any = state.fuzzy_learning_rate_parameters
         state.scaled_in_graph = True
