@@ -1,9 +1,9 @@
-"""Checkpoint files: plain values and tensors, checked to the last byte before anything is made of them.
+"""Checkpoint files: plain values and tensors, with every byte checked before a value is used.
 
-A file is a zip archive as ``torch.save`` writes it, and ``torch.load(path, weights_only=True)`` reads it: no
-code is stored and none is run. torch itself does not look at the archive's checksums when it loads (of 400
-files with one bit turned over, it read 299 as if nothing were wrong), so they are checked here; and before
-that, that the archive holds as much as it says, so that a small file cannot fill the memory.
+A file is a zip archive of ``torch.save``, which ``torch.load(path, weights_only=True)`` reads: it holds no
+code. torch does not check the archive's checksums when it loads (of 400 files with one bit flipped, it read
+299 without an error), so they are checked here; before that the sizes of the entries are checked, so that a
+small file cannot fill the memory.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from biofx.whole_file import whole_file
 
 FORMAT = "biofx.checkpoint"
 SCHEMA = 1
-"""Goes up when a key changes its meaning or disappears."""
+"""Increased when a key changes its meaning or disappears."""
 
 _SCALARS: tuple[type, ...] = (bool, int, float, str)
 _LEAST_HEADER = 30
-"""Bytes before an entry's name in an archive."""
+"""Size of an entry's header without its name, bytes."""
 _DEEPEST = 100
-"""Values within values that a checkpoint may have."""
+"""Depth to which values may be nested, a count."""
 
 
 @contextmanager
 def as_checkpoint_error(doing: str, *, but: type[BiofxError] = CheckpointError) -> Iterator[None]:
-    """Let whatever is raised, by a user's class for example, be a ``CheckpointError``.
+    """Turn any exception, for example of a user's class, into a ``CheckpointError``.
 
     Args:
-        doing: how its message begins.
-        but: what stays as it is, as a warning does that a user has made an error.
+        doing: the beginning of its message.
+        but: a class of errors that are raised as they are, like warnings that are errors.
 
     Raises:
         CheckpointError: from any other exception.
@@ -54,21 +54,21 @@ def as_checkpoint_error(doing: str, *, but: type[BiofxError] = CheckpointError) 
 
 
 def write_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write plain values and tensors, whole or not at all.
+    """Write plain values and tensors, completely or not at all.
 
     Raises:
-        CheckpointError: a value is not plain, or the file cannot be written; an older file is left as it was.
+        CheckpointError: a value is not plain, or the file cannot be written; an older file is not changed.
     """
     stamped = plain({"format": FORMAT, "schema": SCHEMA, **content}, "the checkpoint")
     try:
         with with_checksums(), whole_file(path) as file:
             torch.save(stamped, file)
-    except Exception as error:  # torch's writer makes other errors of a full disk
+    except Exception as error:  # torch's writer raises other errors for a full disk
         raise CheckpointError(f"cannot write {path}: {cause_of(error)}") from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return what :func:`write_checkpoint` wrote, tensors on the CPU. No code of the file's is run.
+    """Return what :func:`write_checkpoint` wrote, with tensors on the CPU, without running code in the file.
 
     Raises:
         CheckpointError: the file cannot be read, is damaged or truncated, is no checkpoint of biofx, or was
@@ -81,8 +81,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     except Exception as error:  # a damaged or hostile file can make the readers raise anything
         raise CheckpointError(
-            f"{path}: expected a whole checkpoint that biofx.save wrote, found a file that is damaged or "
-            f"something else ({type(error).__name__}: {_in_one_line(error)}); use an older copy"
+            f"{path}: expected a checkpoint that biofx.save wrote, found a file that is damaged or of "
+            f"another kind ({type(error).__name__}: {_in_one_line(error)}); use an older copy"
         ) from error
     check_stamp(content, path)
     checked: dict[str, Any] = plain(content, f"{path}")
@@ -90,13 +90,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_archive(file: Any) -> None:
-    """Check what ``torch.save`` wrote to the last byte, which ``torch.load`` does not do.
+    """Check every byte of an archive that ``torch.save`` wrote, which ``torch.load`` does not do.
 
     Args:
         file: a path, or an open file.
 
     Raises:
-        BadZipFile: it is damaged, or says that it holds more than it does.
+        BadZipFile: it is damaged, or an entry claims a wrong size.
         OSError: it cannot be read.
     """
     with zipfile.ZipFile(file) as archive:
@@ -108,7 +108,7 @@ def check_archive(file: Any) -> None:
 
 @contextmanager
 def with_checksums() -> Iterator[None]:
-    """Let ``torch.save`` write checksums, whatever a user has set."""
+    """Make ``torch.save`` write checksums, even if they are switched off."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
@@ -118,7 +118,7 @@ def with_checksums() -> Iterator[None]:
 
 
 def _check_entries(archive: zipfile.ZipFile) -> None:
-    """Check that entries are stored as they are, each in a place of its own, before any is read.
+    """Check that entries are not compressed and do not overlap, before any is read.
 
     Raises:
         BadZipFile: one is compressed, overlaps another, or reaches beyond the file.
@@ -130,7 +130,7 @@ def _check_entries(archive: zipfile.ZipFile) -> None:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise zipfile.BadZipFile(f"{entry.filename!r} is compressed, which torch.save never does")
         if entry.header_offset + _LEAST_HEADER + entry.file_size > end:
-            raise zipfile.BadZipFile(f"{entry.filename!r} says that it is larger than its place in the file")
+            raise zipfile.BadZipFile(f"{entry.filename!r} claims to be larger than its place in the file")
         # torch's reader takes an entry with the attribute of a folder for empty and reads nothing into it
         if entry.external_attr or entry.filename in names:
             raise zipfile.BadZipFile(f"{entry.filename!r} has wrong attributes, or is there twice")
@@ -164,18 +164,18 @@ def plain(value: Any, where: str, *, may_be_sharded: bool = False) -> Any:
     """Return a value in plain types: dicts, lists, tuples, numbers, texts, flags, None, and tensors.
 
     Args:
-        value: what to look through.
-        where: what to call it.
-        may_be_sharded: whether a tensor may be spread over ranks, and stays so.
+        value: any value.
+        where: its name in messages.
+        may_be_sharded: whether tensors may be spread over ranks; they stay so.
 
     Raises:
-        CheckpointError: it is, or holds, something else, or a tensor without values; the message says where.
+        CheckpointError: it is or holds something else, or a tensor without values; the message says where.
     """
     return _Plain(may_be_sharded).made(value, where, 0)
 
 
 class _Plain:
-    """Makes values plain; one that is in several places is gone through once."""
+    """Makes values plain; a value in several places is converted once."""
 
     def __init__(self, may_be_sharded: bool) -> None:
         self._may_be_sharded = may_be_sharded
@@ -214,34 +214,29 @@ class _Plain:
                 return kind(value)
         raise CheckpointError(
             f"{where}: expected plain values and tensors, which can be loaded without running code, found a "
-            f"{type(value).__name__}" + _hint(value)
+            f"{type(value).__name__}"
+            + ("; save a sharded model with biofx.checkpoints.save_sharded" if is_sharded(value) else "")
         )
 
 
 def _check_values(tensor: Tensor, where: str) -> None:
-    """Refuse a tensor on the meta device, or one whose memory has been given back."""
+    """Refuse a tensor on the meta device, or one whose memory was freed."""
     empty = tensor.is_meta
     if not empty and tensor.layout == torch.strided and not is_sharded(tensor) and tensor.numel():
         empty = tensor.untyped_storage().nbytes() == 0
     if empty:
         raise CheckpointError(
             f"{where}: expected a tensor with values, found one without (on the {tensor.device.type} "
-            "device); give the model its values first: to_empty(device=...) and load_state_dict"
+            "device); load values into the model first: to_empty(device=...) and load_state_dict"
         )
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """Return a tensor that does not bring along a larger storage that it is a part of."""
+    """Return a tensor without the rest of a larger storage."""
     if tensor.layout != torch.strided or is_sharded(tensor):
         return tensor
     own = tensor.numel() * tensor.element_size()
     return tensor.clone() if tensor.untyped_storage().nbytes() > own else tensor
-
-
-def _hint(value: Any) -> str:
-    if is_sharded(value):
-        return "; a sharded model is saved by all ranks together, with biofx.checkpoints.save_sharded"
-    return ""
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -249,7 +244,7 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def cause_of(error: BaseException) -> str:
-    """Return what an error says, or the error of the system that it came out of."""
+    """Return the message of an error, or of the system's error that caused it."""
     within: BaseException | None = error
     while within is not None and not isinstance(within, OSError):
         within = within.__cause__ or within.__context__

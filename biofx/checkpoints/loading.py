@@ -1,37 +1,129 @@
-"""Load what a checkpoint holds: into a transformed model in place, or into one that is made for it."""
+"""Load a checkpoint: into a transformed model in place, or into a model that is transformed for it.
+
+Everything is checked before anything is changed. How a model was made is compared except for the type of its
+rates: saved rates are converted.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 from torch.optim import Optimizer
 
+from biofx.checkpoints.checkpoint import Attachments, Checkpoint, Optimizers, check_record, listed
 from biofx.checkpoints.checkpoint_file import as_checkpoint_error, plain
-from biofx.checkpoints.model_state import adopt_dtypes, check_layout, check_place, check_state, load_state
+from biofx.checkpoints.model_state import (
+    adopt_dtypes,
+    check_layout,
+    check_place,
+    check_state,
+    convert_rates,
+    load_state,
+)
 from biofx.checkpoints.optimizer_state import fitted_state, take_state
-from biofx.checkpoints.rate_types import convert_rates, record_as, rules_as
-from biofx.checkpoints.reapply import check_same_making, make_again
-from biofx.errors import CheckpointError
+from biofx.config import RATE_DTYPE
+from biofx.converter import BioConverter
+from biofx.errors import BiofxError, CheckpointError, InputError, OptionError, SelectorError
 from biofx.model.graph_module import BioGraphModule
+from biofx.model.rollback import unchanged_on_failure
 from biofx.plasticity.attachment import Attachment
-from biofx.plasticity.model_states import bio_modules, prepare_states
-from biofx.rewriting.plain_passes import config_from_plain, config_to_plain
-from biofx.rewriting.record import ATTRIBUTE, TransformRecord, graph_lines, record_of
+from biofx.plasticity.model_states import bio_modules, prepare_states, unwrapped
+from biofx.rewriting.plain_passes import config_from_plain, config_to_plain, pass_from_plain, same_options
+from biofx.rewriting.record import ATTRIBUTE, TransformRecord, TransformStep, record_of
+from biofx.transform import transform
 
-if TYPE_CHECKING:
-    from biofx.checkpoints.checkpoint import Checkpoint
+_UNFIT = "expected a checkpoint that fits, found one that cannot be loaded"
+_FIELD, _OPTION, _PASS = "fuzzy_lr_dtype", "dtype", "scale-gradients"
+_READ = re.compile(r"\S+ = self\.\S*bio_mod\S*\.fuzzy_learning_rate_parameters")
+_SCALED = re.compile(r"(\S+) = scale_gradient(_by_seed)?\((\w+).*\)")
+
+
+def load(
+    checkpoint: str | Path | Checkpoint,
+    model: nn.Module,
+    *,
+    optimizer: Optimizers = None,
+    plasticity: Attachments = None,
+    fuzzy_lr_dtype: str | None = None,
+) -> BioGraphModule:
+    """Load a checkpoint.
+
+    A plain model, of the architecture that the saved one was made from, is transformed as that one was; it
+    is not changed itself. A model that was transformed in the same way takes over the saved state in place,
+    together with its optimizer and attachment if given. Everything is checked first: after an error nothing
+    has changed.
+
+    A transformed model may store its rates in another type than the saved one: saved rates are converted to
+    its type, or for a plain model to ``fuzzy_lr_dtype``. Rates that a type cannot represent are rounded to
+    the nearest, and a ``UserWarning`` says by how much. Only rates that the seed draws can be converted to
+    ``"seed"``.
+
+    Args:
+        checkpoint: the file, or what :meth:`Checkpoint.read` returned.
+        model: the plain model, or the transformed one.
+        optimizer: with a transformed model: its optimizer, or several in a list, as saved.
+        plasticity: with a transformed model: what :func:`biofx.attach` returned, or several in a list.
+        fuzzy_lr_dtype: with a plain model: the type in which all its rates are stored, one of
+            :data:`biofx.config.RATE_DTYPES`; None for the types of the saved ones.
+
+    Returns:
+        The transformed model with the saved state.
+
+    Raises:
+        CheckpointError: the file is damaged or newer than this biofx, or does not fit the model, the
+            optimizer or the attachment.
+        CaptureError: the plain model cannot be captured.
+        OptionError: ``fuzzy_lr_dtype`` is unknown.
+    """
+    if fuzzy_lr_dtype is not None:
+        RATE_DTYPE.check("fuzzy_lr_dtype", fuzzy_lr_dtype)
+    saved = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.read(checkpoint)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a model to load into, found {type(model).__name__}")
+    target = unwrapped(model)
+    if not isinstance(target, BioGraphModule) or record_of(target) is None:
+        return _load_into_new(saved, model, optimizer, plasticity, fuzzy_lr_dtype)
+    if fuzzy_lr_dtype is not None:
+        raise CheckpointError(
+            "expected a plain model with fuzzy_lr_dtype, found a transformed one, whose rates have a type "
+            "already; leave fuzzy_lr_dtype out, and the saved rates are converted to that type"
+        )
+    optimizers, attachments = listed(optimizer, Optimizer), listed(plasticity, Attachment)
+    with unchanged_on_failure(target, *optimizers, *attachments), as_checkpoint_error(_UNFIT):
+        load_into(saved, target, optimizers, attachments)
+    return target
+
+
+def _load_into_new(
+    saved: Checkpoint,
+    model: nn.Module,
+    optimizer: Optimizers,
+    plasticity: Attachments,
+    rate_type: str | None,
+) -> BioGraphModule:
+    if optimizer is not None or plasticity is not None:
+        raise CheckpointError(
+            "expected a transformed model with its optimizer, found a plain model, whose optimizer cannot "
+            "step the parameters of the transformed one. Call load(path, model) first, build the optimizer "
+            "from the result, and load into both"
+        )
+    with as_checkpoint_error(_UNFIT, but=BiofxError):
+        return _made_from(saved, model, rate_type)
 
 
 def load_into(
     saved: Checkpoint, target: BioGraphModule, optimizers: list[Optimizer], attachments: list[Attachment]
 ) -> None:
-    """Load into a transformed model, which is changed in part where that fails.
+    """Load into a transformed model; an error may leave it changed in part.
 
     Raises:
-        CheckpointError: as :func:`biofx.load` says.
+        CheckpointError: as for :func:`load`.
     """
     check_record(target)
     check_same_making(saved.record, target, any_rate_type=True)
@@ -42,8 +134,8 @@ def load_into(
     _check_rules(saved, target)
     states = _paired("optimizer", optimizers, saved.optimizers)
     fitted = [fitted_state(target, entry, state) for entry, state in zip(optimizers, states, strict=True)]
-    told = _paired("plasticity", attachments, saved.plasticity)
-    for attachment, state in zip(attachments, told, strict=True):
+    memories = _paired("plasticity", attachments, saved.plasticity)
+    for attachment, state in zip(attachments, memories, strict=True):
         with as_checkpoint_error("plasticity"):
             attachment.load_state_dict(state)
     load_state(target, saved.model)
@@ -51,25 +143,25 @@ def load_into(
         take_state(entry, state, same_types=True)
 
 
-def made_from(saved: Checkpoint, model: nn.Module, rate_type: str | None) -> BioGraphModule:
+def _made_from(saved: Checkpoint, model: nn.Module, rate_type: str | None) -> BioGraphModule:
     """Return a plain model transformed as the saved one was, with its state; the model is not changed.
 
     Args:
         saved: the checkpoint.
         model: of the architecture that the saved one was made from.
-        rate_type: what its rates are to be stored as, None for what they were stored as.
+        rate_type: the type in which its rates are stored, None for the types of the saved ones.
 
     Raises:
-        CheckpointError: it is another model.
-        CaptureError: it cannot be captured.
+        CheckpointError: the model does not fit.
+        CaptureError: the model cannot be captured.
     """
     check_place(model)
     record, rules = saved.record, saved.rules
     if rate_type is not None:
-        record = record_as(record, rate_type)
-        rules = {path: rules_as(options, rate_type) for path, options in rules.items()}
+        record = _record_as(record, rate_type)
+        rules = {path: {**options, _FIELD: rate_type} for path, options in rules.items()}
     configs = {path: config_from_plain(options) for path, options in rules.items()}
-    made = make_again(record, model)
+    made = _make_again(record, model)
     check_same_making(saved.record, made, any_rate_type=rate_type is not None)
     states = prepare_states(made)
     _check_weights(saved, states)
@@ -80,37 +172,22 @@ def made_from(saved: Checkpoint, model: nn.Module, rate_type: str | None) -> Bio
     adopt_dtypes(made, state_dict)
     check_state(made, state_dict)
     load_state(made, state_dict)
-    made.__dict__[ATTRIBUTE] = record if rate_type is None else _told_as_made(record, made)
+    made.__dict__[ATTRIBUTE] = record if rate_type is None else _with_texts_of(made, record)
     return made
 
 
-def _told_as_made(record: TransformRecord, made: BioGraphModule) -> TransformRecord:
-    """Return a record with the texts of a model that was made by it."""
+def _with_texts_of(made: BioGraphModule, record: TransformRecord) -> TransformRecord:
+    """Return a record with the texts in the record of a model that was made from it."""
     own: Any = record_of(made)
     steps = tuple(
-        dataclasses.replace(step, pipeline=told.pipeline)
-        for step, told in zip(record.steps, own.steps, strict=True)
+        dataclasses.replace(step, pipeline=found.pipeline)
+        for step, found in zip(record.steps, own.steps, strict=True)
     )
     return dataclasses.replace(record, steps=steps, graph=own.graph)
 
 
-def check_record(model: BioGraphModule) -> None:
-    """Check that a model's graph is as its record has it.
-
-    Raises:
-        CheckpointError: it was changed since.
-    """
-    record = record_of(model)
-    if record is not None and record.graph != graph_lines(model):
-        raise CheckpointError(
-            "expected the graph as biofx.transform left it, found one that was changed since, which the "
-            "record of the transform does not know about; make the change with a pass: "
-            "biofx.transform(bio_model, passes=...)"
-        )
-
-
 def _check_rules(saved: Checkpoint, target: BioGraphModule) -> None:
-    """Refuse a model whose rules have other options than the saved one's."""
+    """Check that a model's rules have the options of the saved one's."""
     states = bio_modules(target)
     _check_weights(saved, states)
     for path, options in saved.rules.items():
@@ -141,3 +218,128 @@ def _paired(
             + ("; the file was saved without" if not saved else "")
         )
     return saved if given else ()
+
+
+def _make_again(record: TransformRecord, model: nn.Module) -> BioGraphModule:
+    """Return a model transformed as a record describes; the model itself is not changed.
+
+    Raises:
+        CheckpointError: the model does not fit, or a transform needs something that no file can hold.
+        CaptureError: the model cannot be captured.
+    """
+    made: nn.Module = model
+    for step in record.steps:
+        try:
+            made = _repeated(step, made)
+        except (SelectorError, OptionError) as error:
+            raise CheckpointError(
+                f"expected the model that the checkpoint was made from ({record.model}), found one that "
+                f"{step.pipeline} does not fit: {error}"
+            ) from error
+    if not isinstance(made, BioGraphModule):
+        raise CheckpointError("expected the record of at least one transform, found none")
+    return made
+
+
+def _repeated(step: TransformStep, model: nn.Module) -> BioGraphModule:
+    if step.recorded and not isinstance(model, GraphModule):
+        raise CheckpointError(
+            "the model was captured with example_inputs, which a checkpoint does not hold; transform the "
+            "model with them and the same options, and load into the result"
+        )
+    if step.door == "transform":
+        return transform(model, passes=pass_from_plain(step.passes), opaque=step.opaque).graph_module
+    if step.door == BioConverter.__qualname__ and step.config is not None:
+        converted: BioGraphModule = BioConverter(config_from_plain(step.config)).convert(model)
+        return converted
+    raise CheckpointError(
+        f"the model was converted by {step.door}, which a checkpoint cannot hold; convert the model with "
+        "it, and load into the result"
+    )
+
+
+def check_same_making(record: TransformRecord, made: BioGraphModule, *, any_rate_type: bool = False) -> None:
+    """Check that a model was made as a record describes.
+
+    Args:
+        record: of the saved model.
+        made: the model.
+        any_rate_type: whether the two may store their rates in different types.
+
+    Raises:
+        CheckpointError: it was made otherwise; the message names the first difference.
+    """
+    own = record_of(made)
+    if own is None:
+        raise CheckpointError("expected a transformed model, found one without a record of how it was made")
+    if any_rate_type and [step.passes for step in own.steps] != [step.passes for step in record.steps]:
+        own, record = _without_rate_types(own), _without_rate_types(record)
+    kind = f"the checkpoint is of a {record.model}, made by biofx {record.biofx} with torch {record.torch}"
+    if len(own.steps) != len(record.steps):
+        raise CheckpointError(
+            f"{kind}, transformed {len(record.steps)} times; found a model transformed {len(own.steps)} times"
+        )
+    for expected, found in zip(record.steps, own.steps, strict=True):
+        alike = same_options(expected.passes, found.passes)
+        if expected.door != found.door or not alike or expected.opaque != found.opaque:
+            raise CheckpointError(
+                f"{kind}, by {expected.door}: {expected.pipeline or 'no pass'}; found a model made by "
+                f"{found.door}: {found.pipeline or 'no pass'}. Transform it with the same options"
+            )
+        for selector, picked in expected.matches.items():
+            if found.matches.get(selector) != picked:
+                raise CheckpointError(
+                    f"{kind}, where the selector {selector} picked {_show(picked)}; in this model it picks "
+                    f"{_show(found.matches.get(selector, []))}. Load into the architecture that was saved"
+                )
+    if own.graph != record.graph:
+        lines = [*zip(record.graph, own.graph, strict=False), ("", "")]
+        then, now = next((then, now) for then, now in lines if then != now or not then)
+        raise CheckpointError(
+            f"{kind}; its graph has {then or 'another end'!r} where this model's has "
+            f"{now or 'another end'!r}. Load into the architecture that was saved, with the "
+            "same weights frozen"
+        )
+
+
+def _show(names: list[str]) -> str:
+    shown = ", ".join(names[:6])
+    return f"[{shown}{', …' if len(names) > 6 else ''}]"
+
+
+def _record_as(record: TransformRecord, dtype: str) -> TransformRecord:
+    """Return a record in which all rates have one type; its graph and its texts are not changed."""
+    steps = tuple(
+        dataclasses.replace(
+            step,
+            passes=_passes_as(step.passes, dtype),
+            config=None if step.config is None else _with_option(step.config, _FIELD, dtype),
+        )
+        for step in record.steps
+    )
+    return dataclasses.replace(record, steps=steps)
+
+
+def _without_rate_types(record: TransformRecord) -> TransformRecord:
+    """Return a record without the types in which rates are stored, to compare it with another."""
+    graph = [_SCALED.sub(r"\1 = scale_gradient(\3)", line) for line in record.graph if not _READ.match(line)]
+    return dataclasses.replace(_record_as(record, ""), graph=tuple(graph))
+
+
+def _passes_as(plain: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
+    if "group" in plain:
+        return {**plain, "group": [_passes_as(member, dtype) for member in plain["group"]]}
+    if plain.get("pass") != _PASS:
+        return plain
+    return _with_option({**plain, "options": {**plain["options"], _OPTION: dtype}}, _OPTION, dtype)
+
+
+def _with_option(plain: Mapping[str, Any], name: str, value: str) -> dict[str, Any]:
+    """Return plain values with an option replaced, at the top and in every override that has it."""
+    made = {**plain, name: value} if name in plain else dict(plain)
+    if "overrides" in plain:
+        made["overrides"] = [
+            {**entry, "options": {**entry["options"], name: value}} if name in entry["options"] else entry
+            for entry in plain["overrides"]
+        ]
+    return made

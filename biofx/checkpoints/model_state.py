@@ -1,7 +1,8 @@
-"""The state dict of a transformed model: checked first, then loaded; and what of it the original knows."""
+"""The state dict of a transformed model: how it is checked, converted and loaded, and its plain part."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,20 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from biofx.errors import CheckpointError, suggest
+from biofx.errors import CheckpointError, PlasticityError, suggest
 from biofx.graph.joined_graph import whole_graph
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import expanded_weights, unwrapped
-from biofx.plasticity.saved_state import EXTRA, OLDER, SIGNS
+from biofx.plasticity.saved_state import EXTRA, OLDER, RATE_BUFFERS, SIGNS, Held, factors_of, form_of
 from biofx.plasticity.shards import is_sharded
 
 
 def plain_state(bio_model: nn.Module) -> dict[str, Tensor]:
     """Return the part of a transformed model's state dict that the original has too.
 
-    ``original.load_state_dict(plain_state(bio_model))`` works, and so does loading a checkpoint of the
-    original into ``bio_model``. The weights are the raw parameters; :func:`biofx.deploy` returns a model with
-    those that the transformed one computes with.
+    It can be loaded with ``original.load_state_dict(plain_state(bio_model))``, and a state dict of the
+    original can be loaded into ``bio_model``. The weights are the parameters, before constraints;
+    :func:`biofx.deploy` returns a model with the weights that the transformed one computes.
 
     Raises:
         CheckpointError: ``expand-units`` has made layers wider than the original's.
@@ -31,7 +32,7 @@ def plain_state(bio_model: nn.Module) -> dict[str, Tensor]:
     for path in expanded_weights(model):
         raise CheckpointError(
             f"expected a model with the original's layers, found {path!r}, whose units became excitatory and "
-            "inhibitory ones (dales_method='expand'), which the original has no room for; save the model "
+            "inhibitory ones (dales_method='expand'), so that the original's are smaller; save the model "
             "with biofx.save, or make a plain one with biofx.deploy"
         )
     own = tuple(owners_of(model))
@@ -39,13 +40,13 @@ def plain_state(bio_model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
-    """Check that a saved state fits a model to the last tensor.
+    """Check that each entry of a saved state fits a model.
 
-    A layer's plasticity may have remembered more, or less, than the model's has so far.
+    The state of a layer's plasticity may hold more, or less, than the model's does so far.
 
     Raises:
-        CheckpointError: a key is missing or unknown, a tensor has another shape or type, or the model has no
-            memory to take values into.
+        CheckpointError: a key is missing or unknown, a tensor has another shape or type, or the model is on
+            the meta device.
     """
     owners, held = owners_of(model), model.state_dict()
     check_place(model)
@@ -67,10 +68,10 @@ def check_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
 
 
 def check_place(model: nn.Module) -> None:
-    """Check that a model has memory to take values into.
+    """Check that a model has memory for values.
 
     Raises:
-        CheckpointError: something of it is on the meta device.
+        CheckpointError: a parameter or a buffer is on the meta device.
     """
     for key, own in (*model.named_parameters(), *model.named_buffers()):
         if own.is_meta:
@@ -100,7 +101,7 @@ def _check_entry(key: str, own: Any, saved: Any, owner: BioModule | None) -> Non
     is_extra = owner is not None and key.rpartition(".")[2] == EXTRA
     if owner is not None and is_extra and saved.shape == owner.get_extra_state().shape:
         return
-    weight = None if owner is None else _weight_of(owner)
+    weight = None if owner is None or not owner.is_linked else owner.parameter
     if weight is not None and _may_be_state(saved, weight, per_synapse=own is not None):
         return
     found = f"expected shape {tuple(own.shape)}" if own is not None else "expected a shape like the weight's"
@@ -108,9 +109,9 @@ def _check_entry(key: str, own: Any, saved: Any, owner: BioModule | None) -> Non
 
 
 def _may_be_state(saved: Tensor, weight: Tensor, *, per_synapse: bool) -> bool:
-    """Whether a tensor may be something that a layer remembers: per synapse, or else per unit or one number.
+    """Whether a tensor may be state of a layer's plasticity: per synapse, or else per unit or one number.
 
-    What is there already may be laid out anew per synapse: crystallization gives each a factor of its own.
+    State that the model has already may become state per synapse: crystallization gives each its own factor.
     """
     if saved.dim() <= 1 and not per_synapse:
         return saved.numel() <= weight.numel()
@@ -122,7 +123,7 @@ def check_layout(model: nn.Module, saved: Mapping[str, Any]) -> None:
     """Check that a sharded model is given a sharded state.
 
     Raises:
-        CheckpointError: it is given a whole one, which only a whole model can load.
+        CheckpointError: the state is whole, and only a whole model can load it.
     """
     for key, own in model.state_dict().items():
         if is_sharded(own) and not is_sharded(saved.get(key)):
@@ -133,7 +134,7 @@ def check_layout(model: nn.Module, saved: Mapping[str, Any]) -> None:
 
 
 def adopt_dtypes(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Convert what a model holds to the types of a saved state; for a model of our own making."""
+    """Convert the tensors of a model that was just made to the types of a saved state."""
     for key, tensor in model.state_dict(keep_vars=True).items():
         value = saved.get(key)
         if not isinstance(tensor, Tensor) or not isinstance(value, Tensor):
@@ -144,15 +145,10 @@ def adopt_dtypes(model: nn.Module, saved: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def load_state(model: GraphModule, saved: Mapping[str, Any]) -> None:
-    """Load a state that :func:`check_state` has passed."""
+    """Load a state that :func:`check_state` has accepted."""
     for prefix, owner in owners_of(model).items():
         owner.saves_memory = prefix + EXTRA in saved
     model.load_state_dict(dict(saved), strict=True)
-
-
-def _weight_of(owner: BioModule) -> Tensor | None:
-    """Return the weight whose state it is; None where there is none, or it is computed."""
-    return owner.parameter if owner.is_linked else None
 
 
 def owners_of(model: nn.Module) -> dict[str, BioModule]:
@@ -162,6 +158,56 @@ def owners_of(model: nn.Module) -> dict[str, BioModule]:
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, BioModule)
     }
+
+
+def convert_rates(model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved state with its rates converted to the types in which a model stores them.
+
+    A warning says by how much they were rounded.
+
+    Raises:
+        CheckpointError: the model's type cannot represent them.
+    """
+    made = dict(saved)
+    rounded: dict[str, float] = {}
+    for path, owner in model.named_modules(remove_duplicate=False):
+        if not isinstance(owner, BioModule) or not owner.is_linked or owner.parameter is None:
+            continue
+        prefix = f"{path}." if path else ""
+        given = {name: made[prefix + name] for name in owner._buffers if prefix + name in made}
+        before = {name: given.get(name) for name in RATE_BUFFERS}
+        if owner.is_drawn and form_of(before) is None:
+            raise CheckpointError(f"model: {owner.path!r}: expected learning-rate factors, found none")
+        try:
+            kept = owner.with_own_form(given)
+        except PlasticityError as error:
+            raise CheckpointError(f"model: {owner.path!r}: {error}") from error
+        after = {name: kept.get(name) for name in RATE_BUFFERS}
+        if form_of(before) == form_of(after):
+            continue
+        for name in given:
+            del made[prefix + name]
+        made.update({prefix + name: value for name, value in kept.items()})
+        if changed := _difference(owner, before, after):
+            rounded[owner.path] = changed
+    if rounded:
+        warnings.warn(
+            f"the learning-rate factors of {len(rounded)} weights differ from the saved ones by up to "
+            f"{max(rounded.values()):.2g} ({max(rounded, key=rounded.__getitem__)}): they were saved in "
+            "another type than this model stores them in; to keep the same factors, load into a model "
+            "with the fuzzy_lr_dtype of the saved one",
+            UserWarning,
+            stacklevel=4,
+        )
+    return made
+
+
+def _difference(owner: BioModule, before: Held, after: Held) -> float:
+    """Return the largest difference between the factors in two forms."""
+    weight = owner.weight
+    found = [factors_of(held, weight.shape, weight.device) for held in (before, after)]
+    first, second = (torch.ones(1) if factors is None else factors.float().cpu() for factors in found)
+    return float((first - second).abs().max())
 
 
 def _owner(owners: Mapping[str, BioModule], key: object) -> BioModule | None:

@@ -1,42 +1,50 @@
-"""An optimizer's state by the names of the parameters, so that it fits whatever holds the same ones."""
+"""An optimizer's state by the names of the parameters, so that it fits any model with the same names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from biofx.checkpoints.checkpoint_file import as_checkpoint_error
-from biofx.checkpoints.optimizer_tensors import check_numbers, check_tensors, keep_types
 from biofx.errors import CheckpointError, suggest
 from biofx.model.rollback import unchanged_on_failure
 from biofx.plasticity.model_states import unwrapped
+from biofx.plasticity.shards import is_sharded
 
 _BY_INDEX = ("params", "param_names")
+_LIKE_THE_PARAMETER = frozenset(
+    {
+        *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg"),
+        *("acc_delta", "sum", "prev", "step_size", "ax"),
+    }
+)
+"""State that the optimizers of torch keep for each entry of a parameter."""
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Return what an optimizer remembers, by the names of the model's parameters.
+    """Return an optimizer's state by the names of the model's parameters.
 
-    A plain model and the model that was transformed from it give their parameters the same names, so the
-    state of either fits the other.
+    A plain model and the model that was transformed from it have the same names of parameters, so the state
+    for either fits the other.
 
     Args:
         model: holds every parameter of the optimizer; wrapped (DDP, ``torch.compile``) or not.
         optimizer: any optimizer.
 
     Returns:
-        Plain values and tensors: ``class``, ``shapes`` of the parameters, ``state`` of each, ``shared``, what
-        the optimizer remembers of them together, ``groups`` with their options, and ``rest``, what it adds of
-        its own.
+        Plain values and tensors: ``class``, ``shapes`` of the parameters, ``state`` of each, ``shared`` state
+        of them together, ``groups`` with their options, and ``rest``, other entries of its ``state_dict()``.
 
     Raises:
-        CheckpointError: the optimizer steps a parameter that is none of the model's, or gives no state.
+        CheckpointError: the optimizer steps a parameter of another model, or returns no state.
     """
-    with _told_of(optimizer, "expected a state_dict() as those of torch.optim give it"):
+    with _explained(optimizer, "expected a state_dict() as those of torch.optim give it"):
         return _named(optimizer, _names(model, optimizer), optimizer.state_dict())
 
 
@@ -65,36 +73,35 @@ def _named(optimizer: Optimizer, names: list[list[str]], packed: dict[str, Any])
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Let an optimizer go on where another one stopped, whose state :func:`optimizer_state` gave.
+    """Load a state that :func:`optimizer_state` returned into an optimizer.
 
     Raises:
-        CheckpointError: the optimizer steps a parameter that is none of the model's, is of another class, or
-            has other groups, the state belongs to other parameters, or the optimizer refuses it; nothing has
-            been changed.
+        CheckpointError: the optimizer steps a parameter of another model, is of another class, or has other
+            groups, the state belongs to other parameters, or the optimizer raises; nothing has been changed.
     """
     with unchanged_on_failure(optimizer):
         take_state(optimizer, fitted_state(model, optimizer, state), same_types=False)
 
 
 def take_state(optimizer: Optimizer, fitted: dict[str, Any], *, same_types: bool) -> None:
-    """Let an optimizer take over what :func:`fitted_state` gave.
+    """Load a state that :func:`fitted_state` returned into an optimizer.
 
     Args:
-        optimizer: changed in part where it fails midway.
+        optimizer: an error may leave it changed in part.
         fitted: the state.
-        same_types: whether the parameters have the types of numbers that they had when it was saved.
+        same_types: whether the parameters have the dtypes that they had when it was saved.
 
     Raises:
-        CheckpointError: it refuses.
+        CheckpointError: the optimizer raises.
     """
-    with _told_of(optimizer, "expected an optimizer that takes its own state back"):
+    with _explained(optimizer, "expected an optimizer that takes its own state back"):
         optimizer.load_state_dict(fitted)
         if same_types:
-            keep_types(optimizer, fitted)
+            _keep_types(optimizer, fitted)
 
 
 @contextmanager
-def _told_of(optimizer: Optimizer, expected: str) -> Iterator[None]:
+def _explained(optimizer: Optimizer, expected: str) -> Iterator[None]:
     with as_checkpoint_error(f"optimizer: {expected}, found a {type(optimizer).__name__} that raises"):
         yield
 
@@ -103,9 +110,9 @@ def fitted_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any
     """Return a named state in the form that ``optimizer.load_state_dict`` takes, checked.
 
     Raises:
-        CheckpointError: as :func:`load_optimizer_state` says.
+        CheckpointError: as for :func:`load_optimizer_state`.
     """
-    with _told_of(optimizer, "expected the state of an optimizer that fits"):
+    with _explained(optimizer, "expected the state of an optimizer that fits"):
         sparse = {
             id(module.weight)
             for module in model.modules()
@@ -140,9 +147,9 @@ def _fitted(
                     f"{tuple(parameter.shape)}, found shape {tuple(state['shapes'][name])}"
                 )
             entry = state["state"].get(name, {})
-            check_tensors(name, parameter, entry, optimizer, may_be_sparse=id(parameter) in sparse)
+            _check_tensors(name, parameter, entry, optimizer, may_be_sparse=id(parameter) in sparse)
     for own, saved in zip(optimizer.param_groups, state["groups"], strict=True):
-        check_numbers(own, saved)
+        _check_numbers(own, saved)
     groups = [
         {**{key: group[key] for key in _BY_INDEX if key in group}, **_without_names(saved)}
         for group, saved in zip(packed["param_groups"], state["groups"], strict=True)
@@ -157,6 +164,99 @@ def _fitted(
     }
 
 
+def _check_tensors(
+    name: str, parameter: Tensor, saved: Mapping[str, Any], optimizer: Optimizer, *, may_be_sparse: bool
+) -> None:
+    """Check that an optimizer's saved state of a parameter fits it.
+
+    State of optimizers that are not torch's is compared with the state that the optimizer has now, if any.
+
+    Args:
+        name: of the parameter.
+        parameter: of the model.
+        saved: the state.
+        optimizer: the optimizer to load into.
+        may_be_sparse: whether the parameter's gradients are sparse, and with them sums of gradients.
+
+    Raises:
+        CheckpointError: a tensor has another shape, layout or kind of numbers, has no values, or is sharded
+            where the parameter is whole, or the other way round.
+    """
+    held = optimizer.state.get(parameter) or {}
+    is_torch_s = any(
+        cls.__module__.startswith("torch.optim.") and cls is not Optimizer for cls in type(optimizer).__mro__
+    )
+    for key, value in saved.items():
+        now = held.get(key) if isinstance(held, Mapping) else None
+        like = is_torch_s and key in _LIKE_THE_PARAMETER
+        if isinstance(value, Tensor):
+            if may_be_sparse and value.layout == torch.sparse_coo and value.shape == parameter.shape:
+                continue
+            _check_tensor(f"optimizer: {key!r} of {name!r}", parameter, value, now, like)
+        elif (like and value is not None) or isinstance(now, Tensor):
+            raise CheckpointError(
+                f"optimizer: {key!r} of {name!r}: expected a tensor, found a {type(value).__name__}"
+            )
+
+
+def _check_tensor(where: str, parameter: Tensor, saved: Tensor, now: Any, like_it: bool) -> None:
+    if saved.is_meta:
+        raise CheckpointError(f"{where}: expected a tensor with values, found one on the meta device")
+    expected = parameter if like_it else now if isinstance(now, Tensor) else None
+    if expected is not None and expected.shape != saved.shape:
+        raise CheckpointError(
+            f"{where}: expected shape {tuple(expected.shape)}, found shape {tuple(saved.shape)}"
+        )
+    if expected is not None and _kind(expected) != _kind(saved):
+        raise CheckpointError(f"{where}: expected numbers like {expected.dtype}, found {saved.dtype}")
+    if saved.layout != (parameter if expected is None else expected).layout:
+        raise CheckpointError(f"{where}: expected layout {parameter.layout}, found {saved.layout}")
+    is_whole = saved.shape != parameter.shape or parameter.dim() == 0
+    if is_sharded(saved) != is_sharded(parameter) and not (is_whole and not is_sharded(saved)):
+        found, other = ("sharded", "whole") if is_sharded(saved) else ("whole", "sharded")
+        raise CheckpointError(
+            f"{where}: expected a {other} tensor, as the parameter is, found a {found} one; use "
+            "biofx.checkpoints.save_sharded and biofx.checkpoints.load_sharded, which fit a state to any "
+            "number of ranks"
+        )
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
+
+
+def _check_numbers(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Check that options of a group that are numbers were saved as numbers, flags or None."""
+    for key, value in own.items():
+        found = saved.get(key)
+        if _is_number(value) and not (_is_number(found) or isinstance(found, (bool, type(None)))):
+            raise CheckpointError(
+                f"optimizer: expected a number for {key!r}, found {found!r}, a {type(found).__name__}"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    is_one = isinstance(value, Tensor) and value.numel() == 1
+    return is_one or (isinstance(value, Real) and not isinstance(value, bool))
+
+
+@torch.no_grad()
+def _keep_types(optimizer: Optimizer, fitted: Mapping[str, Any]) -> None:
+    """Convert an optimizer's tensors to the dtypes in which they were saved.
+
+    torch converts them to the parameters' dtypes, which may be less exact.
+    """
+    if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+        return
+    numbers = [number for group in fitted["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for key, saved in fitted["state"].get(number, {}).items():
+            held = optimizer.state[parameter].get(key)
+            if isinstance(saved, Tensor) and isinstance(held, Tensor) and held.dtype != saved.dtype:
+                optimizer.state[parameter][key] = saved.to(held.device, copy=True)
+
+
 def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     """Return the names of an optimizer's parameters, group by group."""
     plain_model = unwrapped(model)
@@ -167,15 +267,15 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
             if id(parameter) not in known:
                 raise CheckpointError(
                     f"expected an optimizer of this model's parameters, found one whose group {place} steps "
-                    f"a parameter (number {number}, shape {tuple(parameter.shape)}) that is none of them; it "
-                    "may be that of the model before biofx.transform. Build it from model.parameters()"
+                    f"a parameter (number {number}, shape {tuple(parameter.shape)}) of another model, "
+                    "perhaps the one before biofx.transform. Build it from model.parameters()"
                 )
         names.append([known[id(parameter)] for parameter in group["params"]])
     return names
 
 
 def _check_form(state: Mapping[str, Any]) -> None:
-    """Refuse what is no named state, such as a raw ``optimizer.state_dict()``, before it is looked into."""
+    """Check that a state is one of :func:`optimizer_state`, and not one of ``optimizer.state_dict()``."""
     kinds = {"class": str, "shapes": Mapping, "state": Mapping, "groups": list, "rest": Mapping}
     wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
     if not wrong:

@@ -1,18 +1,19 @@
-"""Checkpoints that all ranks of a run write and read together, each its part; n ranks may write and m read.
+"""Checkpoints that all ranks of a run write and read together, each its part, on any number of ranks.
 
-The folder is one of ``torch.distributed.checkpoint``. It holds tensors only: what is not a tensor is JSON
-text in one of them, since torch would unpickle anything else. Its index, ``.metadata``, is torch's own, and
-torch unpickles it: load folders that you trust.
+A checkpoint is a folder of ``torch.distributed.checkpoint``. It holds tensors only: other values are JSON
+text in one of them, since torch would unpickle anything else. torch unpickles the folder's index,
+``.metadata``: load only folders that you trust.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,10 +26,8 @@ from biofx.checkpoints.checkpoint import (
     transformed,
 )
 from biofx.checkpoints.checkpoint_file import FORMAT, SCHEMA, as_checkpoint_error, check_stamp, plain
-from biofx.checkpoints.loading import load_into
+from biofx.checkpoints.loading import check_same_making, load_into
 from biofx.checkpoints.model_state import check_state, owners_of
-from biofx.checkpoints.on_all_ranks import on_all_ranks
-from biofx.checkpoints.reapply import check_same_making
 from biofx.errors import CheckpointError
 from biofx.model.rollback import unchanged_on_failure
 from biofx.plasticity.attachment import Attachment
@@ -39,7 +38,8 @@ from biofx.plasticity.shards import is_sharded, spread_like
 from biofx.rewriting.record import TransformRecord
 
 _SKELETON = "biofx"
-"""Key of the tensor that holds what is not a tensor."""
+"""Key of the tensor that holds, as text, all that is not a tensor."""
+ResultT = TypeVar("ResultT")
 
 
 def save_sharded(
@@ -53,17 +53,17 @@ def save_sharded(
     """Save what :func:`biofx.save` saves, each rank its part; all ranks must call it.
 
     An older checkpoint in the folder is kept until the new one is complete: whenever a rank is killed, one of
-    the two can be loaded. Other files in it stay, what a killed save has left there goes.
+    the two can be loaded. Other files in the folder stay; files of a save that was killed are removed.
 
     Args:
-        bio_model: sharded as a whole (FSDP2), wrapped in DDP, or as it is.
-        folder: where to, on a file system that all ranks see; a symlink is followed.
+        bio_model: sharded as a whole (FSDP2), wrapped in DDP, or neither.
+        folder: on a file system that all ranks see; a symlink is followed.
         optimizer: the optimizer, or several in a list.
-        plasticity: what :func:`biofx.attach` returned, or several in a list.
+        plasticity: the attachment that :func:`biofx.attach` returned, or several in a list.
         extra: numbers, texts, flags, lists and dicts of them.
 
     Raises:
-        CheckpointError: as :func:`biofx.save` says, on this rank or on another.
+        CheckpointError: as for :func:`biofx.save`, on this rank or on another.
     """
     from biofx.checkpoints.tensor_folder import write_tensors  # imports much of torch.distributed
 
@@ -87,20 +87,20 @@ def load_sharded(
     optimizer: Optimizers = None,
     plasticity: Attachments = None,
 ) -> dict[str, Any]:
-    """Load what :func:`save_sharded` saved, on however many ranks; all of them must call it.
+    """Load what :func:`save_sharded` saved, on any number of ranks; all of them must call it.
 
     Args:
-        folder: what was saved.
+        folder: the checkpoint.
         bio_model: transformed as the saved one was, and sharded, wrapped, or neither.
         optimizer: its optimizer, or several in a list, as saved.
-        plasticity: likewise, what :func:`biofx.attach` returned.
+        plasticity: what :func:`biofx.attach` returned, or several in a list, as saved.
 
     Returns:
-        What was saved as ``extra``.
+        The values that were saved as ``extra``.
 
     Raises:
-        CheckpointError: the folder cannot be read or is newer than this biofx, or the model, the optimizer or
-            the attachment is another than was saved, on this rank or on another; nothing has been changed.
+        CheckpointError: the folder cannot be read, is newer than this biofx, or does not fit the model, the
+            optimizer or the attachment, on this rank or on another; nothing has been changed.
     """
     from biofx.checkpoints.tensor_folder import TensorFolder  # imports much of torch.distributed
 
@@ -140,8 +140,39 @@ def load_sharded(
         return dict(on_all_ranks(take_over))
 
 
+def on_all_ranks(step: Callable[[], ResultT]) -> ResultT:
+    """Take a step that needs no communication on all ranks; if it fails on one rank, it fails on all.
+
+    Otherwise the other ranks would wait for the one that failed.
+
+    Raises:
+        CheckpointError: it failed on another rank. An exception on this rank is raised as it is.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return step()
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = step()
+    except Exception as error:
+        failure = error
+    failures: list[Any] = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"expected an answer of all {len(failures)} ranks, found that one has ended: {error}"
+        ) from (failure or error)
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(failures):
+        if message is not None:
+            raise CheckpointError(f"rank {rank} of {len(failures)} failed: {message}")
+    return result  # type: ignore[no-any-return]
+
+
 def _flattened(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Return a value as JSON can carry it, its tensors put aside under their paths."""
+    """Return a value in a form for JSON, with its tensors moved to ``tensors`` under their paths."""
     if isinstance(value, Tensor):
         while path in tensors:  # names may have slashes
             path += "/"
@@ -158,7 +189,7 @@ def _flattened(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _restored(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the value that :func:`_flattened` took apart."""
+    """Return the value that :func:`_flattened` was given."""
     if not isinstance(skeleton, dict):
         return skeleton
     ((kind, inner),) = skeleton.items()
@@ -173,12 +204,12 @@ def _restored(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _values(skeleton: Any) -> list[Any]:
-    """Return what a dict that was taken apart holds."""
+    """Return the values of a flattened dict."""
     return [*skeleton["dict"].values()] if "dict" in skeleton else [entry for _, entry in skeleton["items"]]
 
 
 def _templates(target: nn.Module, skeleton: Any, sizes: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Return for each saved tensor one to read into, over the ranks as this model's parameters are."""
+    """Yield for each saved tensor one to read into, spread over the ranks as this model's parameters are."""
     parameters = dict(target.named_parameters(remove_duplicate=False))
     per_synapse = {
         prefix + name: state.weight

@@ -1,8 +1,8 @@
-"""Folders of ``torch.distributed.checkpoint`` that hold tensors only; to import it takes torch seconds.
+"""Folders of ``torch.distributed.checkpoint`` that hold tensors only; importing that takes seconds.
 
-A folder that is written again holds the old tensors until the new ones are complete: each save gives its
-files names of their own, the index changes last, from the one to the other at once, and what the index no
-longer names goes then. A save that is killed leaves files that the next one removes.
+A folder that is written again holds the old tensors until the new ones are complete: each save uses new names
+of files, the index is replaced last, in one step, and then files that it no longer names are removed. Files
+of a save that was killed are removed by the next one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from biofx.whole_file import create_locked, followed, remove_abandoned, sync_fol
 
 _INDEX = ".metadata"
 _OURS = re.compile(r"__\d+_([0-9a-f]{8})_\d+\.distcp")
-"""Files of a save, by its number; torch's own names have none."""
+"""Names of files that we write, with the number of the save; torch's own names have none."""
 _ANY = re.compile(rb"__\d+_(?:[0-9a-f]{8}_)?\d+\.distcp")
 _STEM = "biofx-save"
 
@@ -43,9 +43,9 @@ def write_tensors(tensors: dict[str, Tensor], folder: str | Path, mark: str) -> 
     """Write tensors, each rank what it has; all ranks must call it.
 
     Args:
-        tensors: what to write.
-        folder: where to; what it holds is kept until all has been written.
-        mark: a key that only folders of our own have.
+        tensors: by their keys.
+        folder: its content is kept until all has been written.
+        mark: a key that only folders written by this function have.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -59,17 +59,17 @@ def write_tensors(tensors: dict[str, Tensor], folder: str | Path, mark: str) -> 
 
 
 class TensorFolder:
-    """A folder as it was when it was opened, the same on all ranks; all of them must call its methods."""
+    """The state of a folder when it was opened, the same on all ranks; all of them must call its methods."""
 
     def __init__(self, folder: str | Path) -> None:
         """Read the index, on one rank for all.
 
         Raises:
-            CheckpointError: it is no such folder.
+            CheckpointError: the folder holds no tensors.
         """
         self._folder = folder
         self.sizes: dict[str, Tensor] = {}
-        """For each tensor in the folder one without values."""
+        """For each tensor in the folder, one on the meta device."""
         with self._reading():
             self._metadata: Metadata = pickle.loads(_index_for_all(Path(folder)))
             for key, entry in self._metadata.state_dict_metadata.items():
@@ -77,7 +77,7 @@ class TensorFolder:
                     self.sizes[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
 
     def read(self, tensors: dict[str, Tensor]) -> None:
-        """Fill tensors with what the folder holds under their names.
+        """Fill tensors with those in the folder under the same keys.
 
         Raises:
             CheckpointError: the folder is damaged, lacks one of them, or has been written again since.
@@ -90,7 +90,7 @@ class TensorFolder:
 
 
 class _Writer(FileSystemWriter):
-    """Writes files with names that no other save gives; the coordinator exchanges the index and cleans up."""
+    """Writes files under new names; the coordinator replaces the index and removes old files."""
 
     def __init__(self, folder: Path, mark: str) -> None:
         super().__init__(folder)
@@ -100,7 +100,7 @@ class _Writer(FileSystemWriter):
         self._replaced: set[str] = set()
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Give the save a number, for as long as it goes on, and each rank's files names with it."""
+        """Lock a number for the save, and put it into the names of each rank's files."""
         self._claim = create_locked(self._folder, _STEM)
         index = _read_index(self._folder)
         self._replaced = _named_in(index) if self._mark in index else set()
@@ -115,7 +115,7 @@ class _Writer(FileSystemWriter):
         """Write this rank's part.
 
         Raises:
-            OSError: it cannot be written; the other ranks are told why, which torch's writer may hide.
+            OSError: it cannot be written, with the cause, which torch's writer may hide from other ranks.
         """
         try:
             with with_checksums():
@@ -124,7 +124,7 @@ class _Writer(FileSystemWriter):
             raise OSError(cause_of(error)) from error
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Let the index lead to what has been written, then remove what it led to before."""
+        """Replace the index, then remove the files that only the old one named."""
         metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
         metadata.storage_meta = self.storage_meta()
         sync_folder(self._folder)
@@ -133,7 +133,7 @@ class _Writer(FileSystemWriter):
         self._clean(self._replaced)
 
     def close(self) -> None:
-        """Let go of the number; without an index that names them, the files with it go."""
+        """Unlock the number, and remove the files with it if no index names them."""
         if self._claim is None:
             return
         path, file = self._claim
@@ -144,27 +144,27 @@ class _Writer(FileSystemWriter):
         file.close()
 
     def _clean(self, replaced: set[str], ended: set[str] | None = None) -> None:
-        """Remove what the index does not name, but for the files of saves that go on.
+        """Remove files that the index does not name, except those of saves in progress.
 
         Args:
-            replaced: names that an index of ours had before.
-            ended: saves that are over, though their locks are still held.
+            replaced: names in an earlier index of ours.
+            ended: numbers of saves that are over, though their locks are still held.
         """
-        with suppress(OSError):  # what stays for now is found again by the next save
-            # in this order: what is listed was begun before, and what ends in between is in the index by then
+        with suppress(OSError):  # the next save tries again
+            # in this order: a listed file belongs to a save that began before, and is in the index once over
             listed = [entry.name for entry in self._folder.iterdir()]
-            going_on = {_number_of(path) for path in remove_abandoned(self._folder, _STEM)}
+            in_progress = {_number_of(path) for path in remove_abandoned(self._folder, _STEM)}
             named = _named_in(_read_index(self._folder))
             for name in listed:
                 ours = _OURS.fullmatch(name)
                 number = "" if ours is None else ours.group(1)
-                over = number in (ended or ()) or number not in going_on if number else name in replaced
+                over = number in (ended or ()) or number not in in_progress if number else name in replaced
                 if over and name not in named:
                     (self._folder / name).unlink()
 
 
 class _Reader(FileSystemReader):
-    """Reads what one index names, whatever has become of the folder's, and checks it first."""
+    """Checks and reads the files that one index names, even if the folder has another index now."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
@@ -195,7 +195,7 @@ def _number_of(claim: Path) -> str:
 
 
 def _read_index(folder: Path) -> bytes:
-    """Return the index as it is in the file, empty without one."""
+    """Return the bytes of the index, empty without one."""
     try:
         return (folder / _INDEX).read_bytes()
     except FileNotFoundError:
@@ -203,12 +203,12 @@ def _read_index(folder: Path) -> bytes:
 
 
 def _named_in(index: bytes) -> set[str]:
-    """Return the names of files in an index; it is not unpickled, which might run somebody's code."""
+    """Return the names of files in an index, without unpickling it, which might run code."""
     return {name.decode() for name in _ANY.findall(index)}
 
 
 def _index_for_all(folder: Path) -> bytes:
-    """Return the index that the first rank finds; ranks that each looked might find different ones.
+    """Return the index that the first rank finds; another rank might find another one.
 
     Raises:
         OSError: the first rank cannot read it.
@@ -229,7 +229,7 @@ def _index_for_all(folder: Path) -> bytes:
 
 @contextmanager
 def _explained(expected: str) -> Iterator[None]:
-    """Let whatever goes wrong be one clear error; one process by itself is not warned that it is alone."""
+    """Turn any exception into one clear error, and ignore torch's warnings about a single process."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -240,11 +240,11 @@ def _explained(expected: str) -> Iterator[None]:
         interrupts = [failure for failure in found.values() if not isinstance(failure, Exception)]
         if interrupts:
             raise interrupts[0] from error
-        told = "; ".join(f"rank {rank}: {_told(failure)}" for rank, failure in found.items())
-        raise CheckpointError(f"{expected}, found something else ({told})") from error
+        causes = "; ".join(f"rank {rank}: {_in_short(failure)}" for rank, failure in found.items())
+        raise CheckpointError(f"{expected}, found something else ({causes})") from error
     except Exception as error:
-        raise CheckpointError(f"{expected}, found something else ({_told(error)})") from error
+        raise CheckpointError(f"{expected}, found something else ({_in_short(error)})") from error
 
 
-def _told(error: BaseException) -> str:
+def _in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:200]}"
