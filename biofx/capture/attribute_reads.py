@@ -20,8 +20,7 @@ from torch.fx import Graph, GraphModule
 
 from biofx.capture.bytecode import CallSite, is_name_of_biofx
 from biofx.capture.symbolic_scalars import Builder, Source, is_symbolic, symbolic
-from biofx.model.attribute_guards import Needed, put_guards
-from biofx.model.contents import MISSING, fields_of, is_followed
+from biofx.model.attribute_guards import MISSING, Needed, fields_of, is_followed, put_guards
 from biofx.model.modes import ModeSwitches
 from biofx.static_inspection import bases_outside_torch
 

@@ -14,12 +14,12 @@ from biofx.graph.guards import require_default
 from biofx.graph.regions import ELSEWHERE, GRAPH_BREAKS
 from biofx.model.attribute_guards import GUARDS
 from biofx.model.graph_module import BioGraphModule, user_class
-from biofx.model.taken_in import SAME, STATE
+from biofx.model.inlined_modules import INLINED, SAME
 from biofx.rewriting.record import ATTRIBUTE
 
 _OF_GRAPH_MODULES = {
     *(set(vars(GraphModule(nn.Module(), Graph()))) - set(vars(nn.Module()))),
-    *(GRAPH_BREAKS, "region_paths", "read_by_python", ATTRIBUTE, GUARDS, ELSEWHERE, SAME, STATE),
+    *(GRAPH_BREAKS, "region_paths", "read_by_python", ATTRIBUTE, GUARDS, ELSEWHERE, SAME, INLINED),
 }
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),

@@ -1,48 +1,51 @@
-"""Attributes that decided something while a forward was captured, and that must not change after that.
+"""Attributes that decided something while a forward was captured, and must not change afterwards.
 
-A number that only flows into arithmetic is read by a node at every call. What else a forward reads from its
-modules (flags, texts, counts, settings) has settled how its graph looks, so every call makes sure that it is
-what it was.
+A number that only flows into arithmetic is read by a node at every call. Other attributes that a forward
+reads from its modules (flags, texts, counts, settings) have determined the graph, so every call checks that
+they still have the values with which it was captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import enum
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from biofx.errors import CaptureError
 from biofx.graph.regions import joined_path
-from biofx.model.contents import MISSING, IsEqual, IsNumber, described, expectation_of
 
 GUARDS = "_attribute_guards"
-"""The attribute of a graph module that holds what its graph takes for granted."""
+"""The attribute of a graph module that holds its guards."""
 
 
 @dataclass(frozen=True)
 class Guard:
-    """What one attribute has to be."""
+    """The expected content of one attribute."""
 
     names: tuple[str, ...]
-    """Of the attribute, the first one of the module, the next of what that holds."""
+    """Names that lead to it: the first in the module, the next in the value of that."""
     owner: str
-    """The module, for a reader."""
+    """The module, as messages name it."""
     path: str
     """Path of the module in the whole model."""
     where: str
-    """File and line that read it."""
+    """File and line that read the attribute."""
     in_training: Any
-    """What is expected of it where the module is in training."""
+    """What is expected while the module is in training."""
     in_evaluation: Any
-    """Likewise in evaluation."""
+    """What is expected in evaluation."""
 
     def check(self, module: nn.Module) -> None:
-        """Refuse to go on with another value.
+        """Check the attribute of a module.
 
         Raises:
-            CaptureError: the attribute is not what it was.
+            CaptureError: it has changed.
         """
         expected = self.in_training if module.training else self.in_evaluation
         found = value_at(module, self.names)
@@ -54,43 +57,43 @@ class Guard:
         raise CaptureError(
             f"attribute {'.'.join(self.names)!r} of {self.owner}: expected {expected}, with which the model "
             f"was captured{f' in {mode}' if mode else ''}, found {described(found)}; {self.where} reads it, "
-            "and the graph holds what follows from it. Set it back, or set it ahead of the transform"
+            "and the graph depends on it. Set it back, or set it before the transform"
             + (f", or name the module in opaque=[{self.path!r}]" if self.path else "")
         )
 
 
 @dataclass(frozen=True)
 class _OfModule:
-    """The guards on the attributes of one module."""
+    """The guards of one module, sorted by how they are checked at every call."""
 
     parts: tuple[str, ...]
     """Its path in the graph module, part by part."""
     plain: tuple[tuple[str, Any, Guard], ...] = ()
-    """Attributes that are most easily looked at: name, value, and what to do about another one."""
+    """Attributes that must be one object: its name and the object."""
     numbers: tuple[tuple[str, Guard], ...] = ()
-    """Attributes that nodes read."""
+    """Attributes that nodes read, and that must be numbers."""
     others: tuple[Guard, ...] = ()
 
 
 @dataclass(frozen=True)
 class Needed:
-    """An attribute that a graph depends on."""
+    """An attribute on which a graph depends."""
 
     path: str
-    """Of the module, in the graph module."""
+    """Path of the module in the graph module."""
     names: tuple[str, ...]
     where: str
     is_read: bool
-    """Whether the graph reads it anew, so that it has to be a number and no more."""
+    """Whether a node reads it at every call, so that any number is accepted."""
     values: tuple[Any, Any] | None = None
-    """What it is in training and in evaluation, where that is not one value."""
+    """Its values in training and in evaluation, None if there is one for both."""
 
 
 def put_guards(graph_module: nn.Module, needed: Iterable[Needed], prefix: str = "") -> None:
-    """Let a graph module check some attributes of its modules at every call.
+    """Make a graph module check attributes of its modules at every call.
 
     Args:
-        graph_module: the module; what the attributes hold now is what they have to hold.
+        graph_module: the module; the present values of the attributes are the expected ones.
         needed: the attributes.
         prefix: path of the graph module in the whole model.
     """
@@ -133,16 +136,16 @@ def _of_module(module: nn.Module, path: str, guards: list[Guard]) -> _OfModule:
 
 
 def refuse_changed_attributes(graph_module: nn.Module) -> None:
-    """Refuse to run a graph that another value of an attribute would have made look otherwise.
+    """Check the attributes on which a graph depends; called at every call of the model.
 
     Raises:
-        CaptureError: an attribute is not what it was when the graph was captured.
+        CaptureError: an attribute has changed since the graph was captured.
     """
-    for guarded in vars(graph_module).get(GUARDS, ()):  # at every call of the model
+    for guarded in vars(graph_module).get(GUARDS, ()):
         module: Any = graph_module
         for part in guarded.parts:
             module = module._modules.get(part)
-            if module is None:  # taken out since, as what deployed models leave behind
+            if module is None:  # removed since, as by biofx.deploy
                 break
         if module is None:
             continue
@@ -158,7 +161,7 @@ def refuse_changed_attributes(graph_module: nn.Module) -> None:
 
 
 def value_at(module: Any, names: Iterable[str]) -> Any:
-    """Return what attributes lead to, :data:`biofx.model.contents.MISSING` if they lead nowhere."""
+    """Return the value that names lead to, :data:`MISSING` if there is none."""
     found = module
     for name in names:
         found = _attribute(found, name)
@@ -171,5 +174,181 @@ def _attribute(holder: Any, name: str) -> Any:
             if name in held:
                 return held[name]
         if not hasattr(type(holder), name):
-            return MISSING  # to ask the module takes ten times as long
+            return MISSING  # getattr would take ten times as long
     return getattr(holder, name, MISSING)
+
+
+class _Missing:
+    """The value of an attribute that does not exist."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+    def __reduce__(self) -> str:
+        return "MISSING"
+
+
+MISSING = _Missing()
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+
+
+@dataclass(frozen=True)
+class IsNumber:
+    """Accepts any number."""
+
+    def fits(self, found: Any) -> bool:
+        """Whether a value is accepted."""
+        return isinstance(found, (int, float)) and not isinstance(found, bool)
+
+    def __str__(self) -> str:
+        return "a number"
+
+
+@dataclass(frozen=True)
+class IsOfType:
+    """Accepts any object of one class; its attributes have guards of their own."""
+
+    kind: type
+
+    def fits(self, found: Any) -> bool:
+        """Whether a value is accepted."""
+        return type(found) is self.kind
+
+    def __str__(self) -> str:
+        return f"a {self.kind.__name__}"
+
+
+@dataclass(frozen=True, eq=False)
+class IsEqual:
+    """Accepts an equal value of the same type; of types without equality, the same object."""
+
+    value: Any
+
+    def fits(self, found: Any) -> bool:
+        """Whether a value is accepted."""
+        value = self.value
+        if found is value:
+            return True
+        if type(found) is not type(value) or not isinstance(value, _COMPARED):
+            return False
+        return bool(found == value) or (value != value and found != found)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, IsEqual) and self.fits(other.value)
+
+    def __hash__(self) -> int:
+        return hash(type(self.value))
+
+    def __str__(self) -> str:
+        return described(self.value)
+
+
+_COMPARED = (
+    *(*_PLAIN, frozenset, range, slice),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+"""Types whose values are compared by equality."""
+
+
+@dataclass(frozen=True)
+class Holds:
+    """Accepts a container or an object with the same content."""
+
+    kind: type
+    entries: tuple[tuple[Any, Any], ...]
+    """Keys, positions or names, and what is expected of the entries."""
+
+    def fits(self, found: Any) -> bool:
+        """Whether a value is accepted."""
+        if type(found) is not self.kind:
+            return False
+        entries = list(_entries(found))
+        return len(entries) == len(self.entries) and all(
+            key == expected_key and expected.fits(entry)
+            for (key, entry), (expected_key, expected) in zip(entries, self.entries, strict=True)
+        )
+
+    def __str__(self) -> str:
+        is_row = issubclass(self.kind, (list, tuple, set, deque))
+        inside = ", ".join(f"{entry}" if is_row else f"{key!r}: {entry}" for key, entry in self.entries)
+        return f"a {self.kind.__name__} that holds {_shortened(inside) or 'nothing'}"
+
+
+def expectation_of(value: Any, *, around: tuple[int, ...] = ()) -> Any:
+    """Return what is expected of an attribute, given its present value."""
+    if is_followed(value) and not around:
+        return IsOfType(type(value))
+    has_content = isinstance(value, _CONTAINERS) or _is_object(value) or _is_array(value)
+    if not has_content or id(value) in around or len(around) > _DEEPEST or isinstance(value, frozenset):
+        return IsEqual(value)
+    inside = (*around, id(value))
+    entries = tuple((key, expectation_of(entry, around=inside)) for key, entry in _entries(value))
+    return Holds(type(value), entries)
+
+
+def is_followed(value: Any) -> bool:
+    """Whether reads from an object can be recorded one by one."""
+    return (
+        _is_object(value) and type(value) is not SimpleNamespace and not hasattr(type(value), "__getattr__")
+    )
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value is an instance of a user's class, with attributes."""
+    kind = type(value)
+    home = kind.__module__.partition(".")[0]
+    is_written_in_python = kind.__flags__ & _HEAP_TYPE and not kind.__flags__ & _IMMUTABLE_TYPE
+    return kind is SimpleNamespace or (
+        bool(is_written_in_python)
+        and home not in ("torch", "biofx", "numpy", "functools", "random")
+        and not isinstance(value, (type, Tensor, nn.Module, enum.Enum, *_PLAIN, *_CONTAINERS))
+        and not callable(value)
+    )
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object by name, without running code of its class."""
+    slots = (getattr(base, "__slots__", ()) for base in type(value).__mro__)
+    names = [name for found in slots for name in ((found,) if isinstance(found, str) else found)]
+    held: dict[str, Any] = {}
+    for name in dict.fromkeys(("__dict__", *names)):
+        try:
+            found = object.__getattribute__(value, name)
+        except AttributeError:
+            continue
+        held.update(found if name == "__dict__" else {name: found})
+    return held
+
+
+_HEAP_TYPE, _IMMUTABLE_TYPE = 1 << 9, 1 << 8
+_DEEPEST = 5
+"""Depth to which containers and objects are compared, a count."""
+
+
+def _entries(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        yield from dict.items(value)
+    elif isinstance(value, set):
+        yield None, frozenset(value)
+    elif isinstance(value, (list, tuple, deque)):
+        yield from enumerate(value)
+    elif _is_array(value):
+        yield from (("shape", str(value.shape)), ("dtype", str(value.dtype)), ("values", value.tobytes()))
+    else:
+        yield from fields_of(value).items()
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
+
+
+def described(value: Any) -> str:
+    """Return a value as text, a long one cut short."""
+    if isinstance(value, (Tensor, nn.Module)):
+        return f"a {type(value).__name__}"
+    return _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:76]} …"

@@ -1,7 +1,7 @@
-"""Layers that are called again, when an adapter has come around them since their call was lowered.
+"""Layers that are called again, after an adapter was put around them since their call was lowered.
 
-An adapter calls the layer that it was put around. So what the graph does to the layer's weight becomes the
-graph of that layer itself, and the model's graph calls whatever stands in the layer's place.
+An adapter calls the layer inside of it. So the operators on the layer's weight move to a graph of the layer
+itself, and the model's graph calls the module at the layer's path.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from biofx.layers.single_weight import DENSE_KINDS, EMBEDDING
 from biofx.layers.sites import innermost_path
 from biofx.layers.weight_site import WEIGHT_OPERATORS
 from biofx.model.graph_places import module_at
-from biofx.model.taken_in import STATE, Taken, own_class
+from biofx.model.inlined_modules import INLINED, InlinedModule, own_class
 from biofx.operators.split_ops import fold_weight, sum_synapses
 
 STATE_OF_WEIGHT = "bio_mod"
-"""The submodule of a layer that keeps what is there for its weight."""
+"""The name of the submodule with the state of a layer's weight."""
 
 Become = Callable[[nn.Module, Graph], GraphModule]
 """Turns a module into a graph module in its place."""
 
 
 def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
-    """Let a graph call what stands in the place of a layer, in place; return whether it could be done.
+    """Make a graph call the module at the path of a lowered layer; return whether that is possible.
 
-    What is done to the layer's weight is done by the layer then, which is looked for in what stands in its
-    place. That must be the same at every call of it, the weight must not be folded, and the layer must not
-    be recurrent, an attention or a normalisation.
+    The operators on the weight move to the layer, which is searched in the module at its path. They must be
+    the same at every call, the weight must not be folded, and the layer must not be recurrent, an attention
+    or a normalisation.
 
     Args:
-        graph_module: its graph computes the layer from visible weights.
-        path: where the layer was.
-        become: of :func:`biofx.model.graph_module.become_graph_module`.
+        graph_module: its graph computes the layer from visible weights; changed in place.
+        path: of the layer.
+        become: :func:`biofx.model.graph_module.become_graph_module`.
     """
-    found = module_at(graph_module, path) if path else None  # a layer that is called again has no layer in it
+    found = module_at(graph_module, path) if path else None  # a layer that has its own graph has no path
     calls = [n for n in graph_module.graph.nodes if innermost_path(n) == path and kind_of_call(n) is not None]
     kinds = [kind for call in calls if (kind := kind_of_call(call)) in (*DENSE_KINDS, EMBEDDING)]
     is_called = any(n.op == "call_module" and n.target == path for n in graph_module.graph.nodes)
@@ -56,18 +56,16 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
         or any(kind.is_product for kind in kinds)
     ):
         return False
-    taken: Taken = vars(graph_module)[STATE][path]
+    inlined: InlinedModule = vars(graph_module)[INLINED][path]
     layer = _layer_in(found, kinds[0])
     own = [_LayerGraph(graph_module, call, path) for call in calls]
-    if layer is None or taken.difference(layer, is_root=True) is not None:
+    if layer is None or inlined.difference(layer, is_root=True) is not None:
         return False
-    if layer is found and not {"forward", "weight"} & vars(layer).keys():  # nothing has come around it
+    if layer is found and not {"forward", "weight"} & vars(layer).keys():  # no adapter was put around it
         return False
     if any(graph.needs_more or str(graph.graph) != str(own[0].graph) for graph in own):
         return False
-    if layer is found and "forward" in vars(
-        layer
-    ):  # which may call the one it had before on whatever it finds
+    if layer is found and "forward" in vars(layer):  # which may call the former one on the present weights
         for call in calls:
             _call_on_weights(call, path)
         graph_module.recompile()
@@ -86,9 +84,9 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
 
 
 def find_again(graph_module: GraphModule) -> bool:
-    """Let a graph read what is kept for a layer's weight where the layer is now; return whether it changed.
+    """Make a graph read the state of layers at their present paths; return whether one has changed.
 
-    Adapters put the layer one level down, and back again when they are taken off.
+    Adapters move a layer one level down, and back when they are removed.
     """
     moved = False
     for node in graph_module.graph.nodes:
@@ -102,7 +100,7 @@ def find_again(graph_module: GraphModule) -> bool:
 
 
 def _where_now(graph_module: GraphModule, path: str) -> str:
-    """Return the path of what is kept for a layer's weight, after the layer was put elsewhere."""
+    """Return the present path of a layer's state, after the layer was moved."""
     parts = path.split(".")
     place = parts.index(STATE_OF_WEIGHT) if STATE_OF_WEIGHT in parts else 0
     if not place or module_at(graph_module, ".".join(parts[: place + 1])) is not None:
@@ -116,7 +114,7 @@ def _where_now(graph_module: GraphModule, path: str) -> str:
 
 
 def _layer_in(found: nn.Module, kind: LayerKind) -> nn.Module | None:
-    """Return the layer around which an adapter was put: the one that keeps what was there for its weight."""
+    """Return the layer around which an adapter was put: the only one of its kind with state for a weight."""
     inside = [
         module
         for module in found.modules()
@@ -126,13 +124,13 @@ def _layer_in(found: nn.Module, kind: LayerKind) -> nn.Module | None:
 
 
 class _LayerGraph:
-    """The graph of a layer's call, with paths in the layer, and what it reads elsewhere."""
+    """The graph of a layer's call, with paths in the layer, and the modules that it reads outside."""
 
     def __init__(self, graph_module: GraphModule, call: Node, path: str) -> None:
         self.graph = Graph(tracer_cls=Tracer)
         self.others = SimpleNamespace()
         self.needs_more = False
-        """Whether it needs what only the model's graph has, or the weight is folded."""
+        """Whether it depends on other nodes of the model's graph, or folds the weight."""
         self._root = graph_module
         self._start = f"{path}."
         self._mapping: dict[Node, Node] = {_before_padding(call): self.graph.placeholder("input")}
@@ -165,7 +163,7 @@ class _LayerGraph:
 
 
 def _call_on_weights(call: Node, path: str) -> None:
-    """Let a node call the layer itself, on the weights that the graph computes for it."""
+    """Make a node call the layer itself on the weights that the graph computes."""
     padded: Any = call.args[0]
     with call.graph.inserting_before(call):
         layer = call.graph.create_node("get_attr", path)
@@ -177,7 +175,7 @@ def _call_on_weights(call: Node, path: str) -> None:
 
 
 def _before_padding(call: Node) -> Node:
-    """Return what a layer is given, before the padding that its module did by itself."""
+    """Return the input of a layer, before the padding that its module applies itself."""
     source: Any = call.args[0]
     if isinstance(source, Node) and source.target is F.pad and source.name.startswith(f"{call.name}_padded"):
         source = source.args[0]

@@ -1,4 +1,4 @@
-"""The rewritten model: a ``torch.fx.GraphModule`` that stays as close to the original as one can."""
+"""The rewritten model: a ``torch.fx.GraphModule`` that keeps the structure and the class of the original."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from biofx.graph.branches import BranchCodeGen, has_branches, hoist_shared_nodes
 from biofx.graph.contexts import restoring_modes
 from biofx.graph.graph_functions import call_own_forward
 from biofx.model.attribute_guards import GUARDS
-from biofx.model.copies import prepared
-from biofx.model.graph_records import pack, unpack
+from biofx.model.copies import copy_graph, pack, prepared, unpack
+from biofx.model.inlined_modules import INLINED, SAME
 from biofx.model.late_changes import follow_late_changes, following_changes, remember_modules
 from biofx.model.rollback import has_places_for, unchanged_on_failure
-from biofx.model.taken_in import SAME, STATE
 from biofx.operators.rate_ops import outside_graphs
 from biofx.plasticity.model_states import apply_rule, expanded_weights, exposed_rules
 from biofx.plasticity.ranks import before_forward, is_fully_sharded
@@ -31,12 +30,12 @@ _OWN_TO_GRAPH_MODULES = frozenset({"_graph", "_code", "_tracer_cls", "_tracer_ex
 
 
 class BioGraphModule(GraphModule):
-    """A graph module that keeps what a plain one drops.
+    """A graph module that keeps what ``torch.fx.GraphModule`` drops.
 
-    It is an instance of the model's class too, with its methods and properties. The whole module tree stays
-    in its order, used by the graph or not, and with it state-dict keys, parameter order, persistence of
-    buffers, the model's own hooks and attributes. Copies and pickles carry the graph itself, not its code,
-    so nothing is traced a second time and no node changes its name.
+    It is also an instance of the model's class, with its methods and properties. The whole module tree keeps
+    its order, whether the graph uses it or not, and so do state-dict keys, parameters, persistence of
+    buffers, the model's own hooks and attributes. Copies and pickles hold the graph itself instead of its
+    code, so nothing is traced a second time and all nodes keep their names.
     """
 
     __jit_unused_properties__ = [  # noqa: RUF012
@@ -44,19 +43,19 @@ class BioGraphModule(GraphModule):
     ]
 
     _places: ClassVar[Any] = None
-    _standing: ClassVar[Any] = None
+    _snapshot: ClassVar[Any] = None
     _latest: ClassVar[Any] = None
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         region_paths: tuple[str, ...]
-        """Paths of the modules with graphs of their own, empty where one graph is all there is."""
+        """Paths of the modules with graphs of their own, empty if the model is one graph."""
         graph_breaks: Mapping[str, str]
         """Paths of the modules that keep their eager forward in Python, and why."""
         read_by_python: Mapping[str, str]
-        """Paths of regions whose weights Python may use besides, and why that is to be feared."""
+        """Paths of regions whose weights Python may use besides, and why."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make a graph module; a method of the model's own class that makes another of its kind gets that."""
+        """Make a graph module, or with the arguments of the model's class an instance of that class."""
         origin = getattr(cls, "_user_class", None)
         if origin is None or not (args or kwargs) or any(isinstance(given, Graph) for given in args):
             return super().__new__(cls, *args, **kwargs)
@@ -64,12 +63,12 @@ class BioGraphModule(GraphModule):
 
     @classmethod
     def from_root(cls, root: nn.Module, graph: Graph, class_name: str | None = None) -> BioGraphModule:
-        """Return a graph module that takes over everything ``root`` holds (without copying it)."""
+        """Return a graph module that holds everything that ``root`` holds, not copied."""
         made = _empty(class_name or type(root).__name__, user_class(root))
         kept = {name: value for name, value in vars(root).items() if name not in _OWN_TO_GRAPH_MODULES}
         vars(made).update(kept)
         _uncover(made)
-        graph._tracer_cls = Tracer  # stock pickling traces again, and must be able to make one
+        graph._tracer_cls = Tracer  # plain pickling traces again with it
         made.graph = graph
         return made
 
@@ -102,7 +101,7 @@ class BioGraphModule(GraphModule):
         return BioGraphModule.from_root(self, copy_graph(self.graph), type(self).__name__)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # the content goes in as state, after the object is known: it may refer back to the object
+        # the content is pickled as state, since it may refer to the object
         state = {name: value for name, value in vars(self).items() if name not in _OWN_TO_GRAPH_MODULES}
         origin = user_class(self)
         named = None if origin is None else (origin.__module__, origin.__qualname__)
@@ -120,18 +119,18 @@ class BioGraphModule(GraphModule):
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model, with its hooks; what FSDP2 has sharded of it is made ready."""
-        if is_fully_sharded(self):  # which has hooks on whatever it shards
+        """Run the model with its hooks, after gathering what FSDP2 has sharded."""
+        if is_fully_sharded(self):  # FSDP2's hooks are on the modules
             outside_graphs(before_forward)(self)
         return super().__call__(*args, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load a state as any module does, but change nothing where that fails.
+        """Load a state as any module does, but change nothing if that fails.
 
         Raises:
-            CheckpointError: it is the state of a model with half as many units, as the original has after
+            CheckpointError: it is a state of the original, which has half as many units as a model after
                 ``expand-units``.
         """
         for path, weight in expanded_weights(self).items():
@@ -154,7 +153,7 @@ class BioGraphModule(GraphModule):
             raise
 
     def recompile(self) -> Any:
-        """Make the graph's code anew; a module that keeps its eager forward goes on running that."""
+        """Generate the code of the graph, and run it as the forward unless it keeps its eager forward."""
         if isinstance(self._graph, _NotYet):
             return None
         if has_branches(self._graph):
@@ -162,7 +161,7 @@ class BioGraphModule(GraphModule):
             if not isinstance(self._graph._codegen, BranchCodeGen):
                 self._graph.set_codegen(BranchCodeGen())
         code = super().recompile()
-        type(self)._places, type(self)._standing = remember_modules(self), None
+        type(self)._places, type(self)._snapshot = remember_modules(self), None
         origin = user_class(self)
         if origin is not None and self.keeps_forward:
             own: Any = origin.forward
@@ -177,7 +176,7 @@ class BioGraphModule(GraphModule):
     def keeps_forward(self) -> bool:
         """Whether the module runs the forward of its class, with graphs in the modules that it calls."""
         calls = self.graph.find_nodes(op="call_function", target=call_own_forward)
-        return any(isinstance(call.args[1], Node) for call in calls)  # with whatever is given, in one piece
+        return any(isinstance(call.args[1], Node) for call in calls)  # with all arguments in one node
 
     @property
     def own_module(self) -> BioGraphModule:
@@ -186,7 +185,7 @@ class BioGraphModule(GraphModule):
 
     @property
     def own_forward(self) -> Callable[..., Any]:
-        """The forward that the module's class has, not the graph's.
+        """The forward of the module's class, not of the graph.
 
         Raises:
             CaptureError: the class is not known.
@@ -198,10 +197,10 @@ class BioGraphModule(GraphModule):
 
 
 def become_graph_module(module: nn.Module, graph: Graph) -> BioGraphModule:
-    """Turn a module into a graph module in its place, for all who hold it.
+    """Turn a module into a graph module in place, so that all references to it see the graph.
 
     Raises:
-        CaptureError: its class does not let it.
+        CaptureError: its class does not allow that.
     """
     if not isinstance(module, BioGraphModule):
         if (reason := why_not_a_graph_module(module)) is not None:
@@ -231,7 +230,7 @@ def taken_name(module: nn.Module, taken: Collection[str]) -> str | None:
 
 
 def why_not_a_graph_module(module: nn.Module) -> str | None:
-    """Return why a module keeps its class: something in it has a name of a graph module's; None if not."""
+    """Return why a module cannot be a graph module, which uses a name of something in it; None if it can."""
     if isinstance(module, GraphModule):
         return None
     found = taken_name(module, NAMES_OF_GRAPH_MODULES)
@@ -239,18 +238,18 @@ def why_not_a_graph_module(module: nn.Module) -> str | None:
 
 
 def _uncover(made: nn.Module) -> None:
-    """Let a submodule, parameter or buffer be found that a plain attribute of graph modules would hide."""
+    """Remove plain attributes of graph modules that would hide a submodule, parameter or buffer."""
     for name in _PLAIN_ATTRIBUTES:
         if name in made._modules or name in made._parameters or name in made._buffers:
             vars(made).pop(name, None)
 
 
 def follow_changes_within(model: nn.Module) -> None:
-    """Look, in every graph of a model, whether the modules are what they were, as a call of it would.
+    """Check, in every graph of a model, whether modules were changed, as a call of the model does.
 
     Raises:
-        CaptureError: one is not, and the graph would go on doing what it did.
-        InputError: one has a hook, which would never run.
+        CaptureError: a module was changed in a way that the graph does not follow.
+        InputError: a module has a hook that would never run.
     """
     for module in list(model.modules()):
         if isinstance(module, BioGraphModule) and not module.keeps_forward:
@@ -258,33 +257,23 @@ def follow_changes_within(model: nn.Module) -> None:
 
 
 def user_class(module: nn.Module) -> type[nn.Module] | None:
-    """Return the class that a module had before it was a graph module, None where that is not known."""
+    """Return the class that a module had before it became a graph module, None if unknown."""
     if not isinstance(module, GraphModule):
         return type(module)
     return getattr(type(module), "_user_class", None)
 
 
-def copy_graph(graph: Graph) -> Graph:
-    """Return a copy of a graph, with the same names."""
-    copied = Graph(tracer_cls=graph._tracer_cls)
-    copied._codegen = copy.deepcopy(graph._codegen)
-    mapping: dict[Node, Node] = {}
-    for node in graph.nodes:
-        mapping[node] = copied.node_copy(node, lambda source: mapping[source])
-    return copied
-
-
 def _class_of_graph_modules(name: str, origin: type[nn.Module] | None) -> type[BioGraphModule]:
-    """Return a class for one graph module alone, as torch.fx has one for each."""
+    """Return a class for one graph module only, as in torch.fx."""
     known = origin is not None and origin is not nn.Module
     bases = (BioGraphModule, origin) if known else (BioGraphModule,)
     body: dict[str, Any] = {"_user_class": origin if known else None, "__module__": BioGraphModule.__module__}
     if origin is not None and known and not origin.__module__.startswith("torch."):
-        # libraries keep registers by the class's full name; torch's own stay apart, tracers tell them by it
+        # libraries register classes by their full names; tracers tell torch's own modules by theirs
         body |= {"__module__": origin.__module__, "__qualname__": origin.__qualname__}
     try:
         made: Any = types.new_class(name, bases, {}, lambda namespace: namespace.update(body))
-    except TypeError:  # the class does not let itself be subclassed just so
+    except TypeError:  # the class does not allow it
         if not known:
             raise
         return _class_of_graph_modules(name, None)
@@ -292,28 +281,28 @@ def _class_of_graph_modules(name: str, origin: type[nn.Module] | None) -> type[B
 
 
 _PLAIN_ATTRIBUTES = ("meta", "shape_env")
-"""What torch.fx keeps in attributes of a graph module that may as well not be there."""
+"""Attributes of a graph module that torch.fx may set, and that may be missing."""
 NAMES_OF_GRAPH_MODULES = frozenset(
     {
         *(set(dir(BioGraphModule)) - set(dir(nn.Module))),
         *("_graph", "_code", "_tracer_cls", "_tracer_extras", "_prologue_start", "_lineno_map"),
         *("_create_node_hooks", "_erase_node_hooks", "_replace_hooks", "_deepcopy_hooks"),
-        *(STATE, SAME, GUARDS),
+        *(INLINED, SAME, GUARDS),
     }
 )
-"""Names under which nothing of a module's own can be found once it is a graph module."""
+"""Names that graph modules use, so that a module with one of them cannot become one."""
 NAMES_OF_MODELS = frozenset({"region_paths", "graph_breaks", "read_by_python", "transform_record"})
-"""Names of what a rewritten model says of itself."""
+"""Names of attributes that describe a rewritten model."""
 
 
 class _NotYet(Graph):
-    """Stands where a graph is still to come: there is no code to make of it."""
+    """The graph of a module that gets its own later; it has no code."""
 
 
 def _empty(class_name: str, origin: type[nn.Module] | None) -> BioGraphModule:
     made: BioGraphModule = BioGraphModule(nn.Module(), _NotYet(), class_name)
     if origin is not None:
-        # not by calling the class: that would run the __init__ of the user's
+        # without calling the class, which would run the user's __init__
         made.__class__ = _class_of_graph_modules(class_name, origin)
     return made
 
@@ -323,7 +312,7 @@ def _unpickled(class_name: str, origin: tuple[str, str] | None) -> BioGraphModul
 
 
 def _imported(module: str, name: str) -> type[nn.Module] | None:
-    """Return a class by its name, None if there is none: a graph runs without it."""
+    """Return a class by its name; None if there is none, since a graph runs without it."""
     try:
         __import__(module)
         found: Any = sys.modules[module]

@@ -1,4 +1,4 @@
-"""What of a module tree a graph calls, reads, and has inline."""
+"""The modules of a tree that a graph calls, reads from, or has inlined."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _ITSELF = {EAGER_FORWARD, OWN_MODULE}
 
 @dataclass(frozen=True)
 class Places:
-    """Paths of modules, and of what they hold."""
+    """Paths of modules and of their attributes."""
 
     inline: frozenset[str]
-    """Modules of which the graph does what their forward does; the empty path if it is that of the whole."""
+    """Modules whose forward is inlined in the graph; the empty path for that of the whole model."""
     passed: tuple[str, ...]
-    """Those, and modules that hold some of what the graph calls or reads."""
+    """Those, and modules that contain what the graph calls or reads."""
     called: tuple[str, ...]
-    """Modules that are called, whatever they are at the time."""
+    """Modules that are called, and may be replaced."""
     read: tuple[str, ...]
     """Parameters, buffers and settings that are read."""
     operated: tuple[str, ...]
-    """Those of them that go through an operator of ours before they are used."""
+    """Those of them to which an operator is applied before they are used."""
     compact: frozenset[str]
-    """Modules that are called with one value for each connection, which others might not take so."""
+    """Modules that are called with one value for each connection, which others may not accept."""
     repeated: frozenset[str]
-    """Modules that are inline at several places."""
+    """Modules that are inlined at several places."""
 
     @property
     def used(self) -> Iterator[str]:
@@ -143,7 +143,7 @@ def _is_lowered(node: Node) -> bool:
 
 
 def _draws(graph: Graph) -> Iterator[str]:
-    """Yield where it is kept what the factors are drawn from that a graph has as numbers."""
+    """Yield the paths of the seeds from which the graph draws factors."""
     for scaling in graph.find_nodes(op="call_function", target=scale_gradient_by_seed):
         source = scaling.args[0]
         while isinstance(source, Node) and source.op == "call_function" and source.args:

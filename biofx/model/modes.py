@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.graph.regions import is_inside, joined_path
-from biofx.model.contents import MISSING, expectation_of
+from biofx.model.attribute_guards import MISSING, expectation_of
 from biofx.model.copies import deep_copy
 
 Key = tuple[str, str]

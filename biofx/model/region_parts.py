@@ -1,4 +1,4 @@
-"""One graph for the time of a rewrite, for models that have several; see :mod:`biofx.graph.regions`."""
+"""One graph during a rewrite for a model that has several; see :mod:`biofx.graph.regions`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from biofx.model.graph_module import BioGraphModule, become_graph_module
 
 @contextmanager
 def joined(graph_module: GraphModule) -> Iterator[None]:
-    """Let a model's graph hold those of its regions too; they take their parts back in the end.
+    """Join the graphs of a model and its regions into one, and divide it again at the end.
 
-    A model of one graph is left as it is, and so is one that is joined already.
+    A model of one graph is not changed, nor is one that is joined already.
     """
     if not region_paths(graph_module) or is_joined(graph_module):
         yield
@@ -48,7 +48,7 @@ def joined(graph_module: GraphModule) -> Iterator[None]:
 
 
 def _divide(root: BioGraphModule) -> None:
-    """Give each region its part of a joined graph back."""
+    """Move each region's part of a joined graph back to the region."""
     whole = root.graph
     regions = region_of_nodes(whole)
     modules = dict(root.named_modules(remove_duplicate=False))
@@ -70,7 +70,7 @@ def _divide(root: BioGraphModule) -> None:
 
 
 def _others(path: str, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return by which names a region reads from modules elsewhere, by their paths."""
+    """Return the names under which a region reads modules outside of it, by their paths."""
     held = vars(vars(modules[path]).get(ELSEWHERE, SimpleNamespace()))
     return {
         other: f"{ELSEWHERE}.{name}"
@@ -81,7 +81,7 @@ def _others(path: str, modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 class _Part:
-    """One region's part of a joined graph, with the paths that its module knows."""
+    """One region's part of a joined graph, with paths relative to the region."""
 
     def __init__(self, path: str, others: Mapping[str, str]) -> None:
         self._path = path
@@ -92,7 +92,7 @@ class _Part:
 
     @property
     def is_a_bare_layer(self) -> bool:
-        """Whether nothing has happened to a layer or a module of Python's that is a region by itself."""
+        """Whether the region is one call of a layer or a Python forward, unchanged."""
         nodes = [node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
         return [node for node in nodes if node.target is not require_default] == self._calls_itself != []
 
@@ -130,9 +130,7 @@ class _Part:
         if owner in self._others and not path.startswith(f"{self._path}."):
             return f"{self._others[owner]}.{name}"
         if not path.startswith(f"{self._path}."):
-            raise PassError(
-                f"{node.name!r} reads {path!r} in the region of {self._path!r}, which does not hold it"
-            )
+            raise PassError(f"{node.name!r} reads {path!r}, which is outside of its region {self._path!r}")
         return path[len(self._path) + 1 :]
 
     def _local_stack(self, node: Node) -> dict[str, Any]:

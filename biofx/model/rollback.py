@@ -1,4 +1,4 @@
-"""What a model and an optimizer hold, kept so that it can be put back."""
+"""Restoring models, optimizers and attachments after a failure."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _OURS = __name__.partition(".")[0]
 
 @contextmanager
 def unchanged_on_failure(*holders: Any) -> Iterator[None]:
-    """Put everything back as it was if the block raises.
+    """Restore objects if the block raises.
 
-    Values are kept on the CPU, which needs room for them once more while the block runs.
+    Values are copied to the CPU, which needs memory for them while the block runs.
 
     Args:
         *holders: modules, optimizers, and objects of classes of this library.
@@ -33,9 +33,9 @@ def unchanged_on_failure(*holders: Any) -> Iterator[None]:
 
 
 def has_places_for(module: nn.Module, state_dict: Mapping[str, Any]) -> bool:
-    """Whether each entry of a state has a tensor of its shape in a module, and each tensor an entry.
+    """Whether a state has exactly the keys and shapes of a module's tensors.
 
-    The tensors that modules make of what else they remember are not compared.
+    Extra states are not compared.
     """
     held = {**dict(module.named_parameters(remove_duplicate=False)), **_saved_buffers(module)}
     if not all(isinstance(value, Tensor) for value in state_dict.values()):
@@ -54,10 +54,10 @@ def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def keep(*holders: Any) -> Callable[[], None]:
-    """Take note of what objects hold, and return a function that puts it back.
+    """Record the content of objects, and return a function that restores it.
 
-    Modules, optimizers and objects of this library are looked into, and the dicts, lists and sets of theirs;
-    tensors get their values back, everything else is kept as the object that it is.
+    Modules, optimizers and objects of this library are followed, and the dicts, lists and sets in them.
+    Tensors get their values back; other objects are restored by reference.
     """
     undo: list[Callable[[], None]] = []
     seen: dict[int, Any] = {}
@@ -66,15 +66,12 @@ def keep(*holders: Any) -> Callable[[], None]:
         value = waiting.pop()
         if id(value) in seen:
             continue
-        seen[id(value)] = value  # alive, so that no other object gets its place
+        seen[id(value)] = value  # kept alive, so that no other object gets its id
         if isinstance(value, Tensor):
             undo.append(_undo_tensor(value))
-        elif isinstance(value, dict):
-            undo.append(_undo_dict(value))
-            waiting += value.values()
-        elif isinstance(value, (list, set)):
-            undo.append(_undo_list(value) if isinstance(value, list) else _undo_set(value))
-            waiting += value
+        elif isinstance(value, (dict, list, set)):
+            undo.append(_undo_container(value))
+            waiting += value.values() if isinstance(value, dict) else value
         elif isinstance(value, tuple):
             waiting += value
         elif isinstance(value, nn.Module):
@@ -109,7 +106,7 @@ def _undo_tensor(tensor: Tensor) -> Callable[[], None]:
 
 
 def _place_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return where a tensor has its values and how they lie there."""
+    """Return the address, shape, dtype, device and layout of a tensor."""
     part = local(tensor)
     try:
         pointer = part.data_ptr()
@@ -118,30 +115,13 @@ def _place_of(tensor: Tensor) -> tuple[Any, ...]:
     return pointer, part.shape, part.dtype, part.device, part.layout
 
 
-def _undo_dict(held: dict[Any, Any]) -> Callable[[], None]:
-    entries = list(held.items())
+def _undo_container(held: Any) -> Callable[[], None]:
+    kind: Any = next(kind for kind in (dict, list, set) if isinstance(held, kind))
+    entries = list(held.items() if kind is dict else held)
+    fill = list.extend if kind is list else kind.update
 
     def put_back() -> None:
-        dict.clear(held)
-        dict.update(held, entries)
-
-    return put_back
-
-
-def _undo_list(held: list[Any]) -> Callable[[], None]:
-    entries = list(held)
-
-    def put_back() -> None:
-        held[:] = entries
-
-    return put_back
-
-
-def _undo_set(held: set[Any]) -> Callable[[], None]:
-    entries = set(held)
-
-    def put_back() -> None:
-        held.clear()
-        held.update(entries)
+        kind.clear(held)
+        fill(held, entries)
 
     return put_back

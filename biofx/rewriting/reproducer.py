@@ -36,7 +36,7 @@ from biofx.graph.printing import format_graph
 from biofx.graph.regions import region_paths
 from biofx.model.attribute_guards import GUARDS
 from biofx.model.graph_module import BioGraphModule
-from biofx.model.taken_in import STATE
+from biofx.model.inlined_modules import INLINED
 from biofx.rewriting.pass_base import BROKE_ITS_CONTRACT, Pass
 from biofx.rewriting.pipeline import Pipeline, stages_of
 from biofx.rewriting.source_bundle import SourceBundle
@@ -223,7 +223,7 @@ def _standalone(graph_module: GraphModule, without_weights: bool) -> BioGraphMod
         number = number_read(graph_module, node)
         if number is not None:
             _put_number(copied, str(node.target).split("."), number)
-    for name in (STATE, GUARDS):  # of the modules that were there
+    for name in (INLINED, GUARDS):  # of the modules that were there
         vars(copied).pop(name, None)
     return copied
 

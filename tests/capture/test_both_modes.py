@@ -19,7 +19,8 @@ from biofx.capture.capture import capture
 from biofx.errors import CaptureError, PassError
 from biofx.graph.branches import begin_branch, has_branches, take_branches
 from biofx.layers.constant_part import ConstantPart
-from biofx.model.graph_module import BioGraphModule, copy_graph
+from biofx.model.copies import copy_graph
+from biofx.model.graph_module import BioGraphModule
 from biofx.operators.rate_sampling import Distribution
 from biofx.passes import ScaleGradients
 

@@ -16,7 +16,7 @@ from biofx import BioConfig, BioGraphModule, format_graph
 from biofx.graph.joined_graph import whole_graph
 from biofx.graph.regions import region_paths
 from biofx.layers.sites import find_sites
-from biofx.model.graph_records import pack
+from biofx.model.copies import pack
 from biofx.model.region_parts import joined
 from biofx.operators.rate_ops import scale_gradient
 from biofx.operators.sign_ops import constrain_sign

@@ -264,7 +264,7 @@ def test_a_sign_is_found_where_the_layer_that_keeps_it_is_now() -> None:
 def test_a_folded_layer_with_an_adapter_is_refused_by_name() -> None:
     bio_model, _ = biofx.transform(net(), CONFIGS["folded"])
     bio_model.conv = Doubling(bio_model.conv)
-    with pytest.raises(biofx.CaptureError, match=r"'conv'.*Doubling.*before it is transformed.*deploy"):
+    with pytest.raises(biofx.CaptureError, match=r"'conv'.*Doubling.*before biofx\.transform.*deploy"):
         bio_model(INPUT)
 
 
@@ -437,7 +437,7 @@ def test_deploying_and_transforming_again_look_before_any_call() -> None:
         with pytest.raises(biofx.CaptureError, match="'conv' was changed"):
             use(changed)
     vars(bio_model.get_submodule("head"))["forward"] = lambda x: x
-    with pytest.raises(biofx.errors.InputError, match="'head' with one of its own"):
+    with pytest.raises(biofx.errors.InputError, match="'head' with a forward on the instance"):
         biofx.deploy(bio_model)
 
 

@@ -1,4 +1,4 @@
-"""What a graph takes over from a module that it has inline: everything that it would not see change."""
+"""What a graph contains of modules whose forward is inlined in it, and would not see change."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.nn.utils.parametrize import is_parametrized
 
-STATE = "_taken_in"
-"""The attribute of a graph module that holds what it took over, by path."""
+INLINED = "_taken_in"
+"""The attribute of a graph module that holds an :class:`InlinedModule` for each path."""
 
 _READ_LIVE = {"training", "momentum", "eps", "track_running_stats", "dropout"}
 _SAYS_NOTHING = {
@@ -21,9 +21,9 @@ _SAYS_NOTHING = {
     *("num_features", "num_channels", "num_embeddings", "embedding_dim", "in1_features", "in2_features"),
     *("input_size", "hidden_size", "affine", "elementwise_affine", "kdim", "vdim", "head_dim", "bias"),
 }
-"""What the tensors say as well, or what changes no value."""
+"""Settings that follow from tensors, or that change no value."""
 _READ_INLINE = {"p"}
-"""What is read live where a graph has a dropout inline; where it calls one, it may rest on 0."""
+"""Settings that are read at every call of an inlined dropout, and may be relied on where it is called."""
 _OF_UNDERSCORE = {"_reversed_padding_repeated_twice", "_qkv_same_embed_dim"}
 _FORWARDS = ("forward", "_conv_forward", "_output_padding", "_check_input_dim", "_apply_instance_norm")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -32,39 +32,39 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 _ABSENT = object()
 
 SAME = "_taken_as_the_same"
-"""The attribute of a graph module that holds pairs of paths that led to the same module or parameter."""
+"""The attribute of a graph module that holds pairs of paths that led to one module or parameter."""
 
 Row = tuple[dict[str, Any], str]
-"""A table, and a name in it whose value must stay what it is."""
+"""A table, and a name in it whose value must not change."""
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What a module was when a graph took over what it does."""
+class InlinedModule:
+    """The state of a module when its forward was inlined in a graph."""
 
     kind: Any
-    """Its class; after pickling the name of that, for a user's class may be a local one."""
+    """Its class, or the name of the class after pickling, since a user's class may be a local one."""
     methods: Mapping[str, Any] = field(default_factory=dict)
-    """The methods of its class by their names, as they were; empty after pickling."""
+    """The methods of its class by name; empty after pickling."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What the graph has of it as constants."""
+    """Settings that are constants in the graph."""
     absent: tuple[str, ...] = ()
-    """Names of what was None, and could be a tensor or a module."""
+    """Names of attributes that were None, and could become a tensor or a module."""
     children: tuple[str, ...] | None = None
-    """Names of what a container held, in order; None for other modules."""
+    """Names of the modules in a container, in order; None for other modules."""
     is_computed: bool = False
-    """Whether a parametrization computed something that it holds."""
+    """Whether it had a parametrization."""
 
     @classmethod
-    def of(cls, module: nn.Module) -> Taken:
-        """Return what there is to take over from a module."""
+    def of(cls, module: nn.Module) -> InlinedModule:
+        """Return the present state of a module."""
         kind = own_class(module)
         children = None
         if isinstance(module, _CONTAINERS):
             children = tuple(name for name in module._modules if name != "bio_mod")
         own = kind.__module__.startswith("torch.") and children is None
         absent = {name for table in _TABLES for name, held in getattr(module, table).items() if held is None}
-        if not own:  # what is None first and a module later is an attribute first
+        if not own:  # None is a plain attribute until a module is assigned
             absent |= {name for name, held in vars(module).items() if held is None}
         return cls(
             kind,
@@ -75,24 +75,24 @@ class Taken:
             is_parametrized(module),
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Taken:
+    def __deepcopy__(self, memo: dict[int, Any]) -> InlinedModule:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         kind = full_name(self.kind) if isinstance(self.kind, type) else self.kind
         settings = {name: value for name, value in self.settings.items() if not callable(value)}
-        return Taken, (kind, {}, settings, self.absent, self.children, self.is_computed)
+        return InlinedModule, (kind, {}, settings, self.absent, self.children, self.is_computed)
 
     def difference(
         self, module: nn.Module, *, is_run: bool = True, is_root: bool = False, is_compact: bool = False
     ) -> str | None:
-        """Return words on what another module does otherwise, None if nothing.
+        """Describe how another module differs; None if it computes the same.
 
         Args:
-            module: what stands in the place now.
-            is_run: whether the graph does what the module's forward does.
-            is_root: whether the module has the graph, and is called by its eager forward.
-            is_compact: whether it is called, with one value for each connection.
+            module: the module at the path now.
+            is_run: whether the module's forward is inlined in the graph.
+            is_root: whether the graph is that of the module itself.
+            is_compact: whether the graph calls it with one value for each connection.
         """
         if not is_run:
             return self._other_children(module)
@@ -130,7 +130,7 @@ class Taken:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module, without what graphs, sharding and parametrizations make of it."""
+    """Return the class of a module before graphs, sharding and parametrizations replaced it."""
     kind: Any = type(module)
     if isinstance(module, GraphModule):
         kind = getattr(kind, "_user_class", None) or nn.Module
@@ -147,7 +147,7 @@ def full_name(kind: type) -> str:
 
 
 def methods_of(kind: type[nn.Module]) -> dict[str, Any]:
-    """Return the methods that decide what a module of a class computes: all but torch's own, and forwards."""
+    """Return the methods that determine what a class computes: all of the user's, and torch's forwards."""
     found: dict[str, Any] = {}
     for base in kind.__mro__:
         if base is nn.Module or not issubclass(base, nn.Module):
@@ -161,7 +161,7 @@ def methods_of(kind: type[nn.Module]) -> dict[str, Any]:
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
-    """Return what a module of torch's was told that its function is told too, as a constant."""
+    """Return the settings of one of torch's modules that are constants in the call of its function."""
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(module).items()
@@ -177,15 +177,15 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def where_taken(taken: Taken, module: nn.Module) -> Iterator[Row]:
-    """Yield where that is which must stay as it is of a module whose forward a graph has inline."""
+def fixed_rows(inlined: InlinedModule, module: nn.Module) -> Iterator[Row]:
+    """Yield the entries of an inlined module's tables that must not change."""
     held = vars(module)
-    yield from ((held, name) for name in taken.settings)
-    yield from ((held[table], name) for table in _TABLES for name in taken.absent if name in held[table])
+    yield from ((held, name) for name in inlined.settings)
+    yield from ((held[table], name) for table in _TABLES for name in inlined.absent if name in held[table])
 
 
 def same_twice(root: nn.Module) -> tuple[tuple[str, str], ...]:
-    """Return pairs of paths at which a module tree has the same module or parameter."""
+    """Return pairs of paths that lead to one module or parameter."""
     pairs: list[tuple[str, str]] = []
     for named in (root.named_modules, root.named_parameters):
         first: dict[int, str] = {}
@@ -197,7 +197,7 @@ def same_twice(root: nn.Module) -> tuple[tuple[str, str], ...]:
 
 
 def same_for_graph(root: nn.Module, used: Iterable[str]) -> list[tuple[str, str]]:
-    """Return those of the pairs that a graph takes for one, which uses what is at these paths."""
+    """Return those of the pairs that matter to a graph which uses these paths."""
     wanted = set(used)
     pairs: tuple[tuple[str, str], ...] = vars(root)[SAME]
     return [pair for pair in pairs if wanted & set(pair)]

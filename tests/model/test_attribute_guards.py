@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 
-from biofx.model.contents import MISSING, IsNumber, expectation_of, fields_of, is_followed
+from biofx.model.attribute_guards import MISSING, IsNumber, expectation_of, fields_of, is_followed
 
 
 class Holder:
