@@ -107,3 +107,12 @@ def test_rates_in_a_byte_each_are_refused_with_the_way_out(tmp_path: Path) -> No
         biofx.transform(plain).graph_module.load_state_dict(state)
     with pytest.raises(biofx.errors.OptionError, match=r"dtype: .* 'uint8', which was removed"):
         biofx.Pipeline.parse("scale-gradients{dtype=uint8}")
+
+
+def test_graph_of_sampled_factors_has_the_text_of_older_files() -> None:
+    options = {"fuzzy_lr_dtype": "seed", "fuzzy_lr_granularity": "neuron"}
+    bio_model, _ = biofx.transform(nn.Sequential(nn.Linear(4, 2)), options)
+    assert (
+        "_0_scaled = scale_gradient_by_seed(_0_weight, distribution='uniform', nu=0.16, low=0.5, high=2.0, "
+        "seed=0, path='0.weight', granularity='neuron')"
+    ) in biofx.format_graph(bio_model)
