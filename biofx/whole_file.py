@@ -1,7 +1,7 @@
-"""Files that a reader sees as they were or as they are meant to be, never in part.
+"""Files that are replaced in one step, so that a reader never sees a part of one.
 
-What is still being written has a hidden name beside its target, and is locked by the process that writes it.
-A process that is killed loses its locks: by that the next one knows what nobody is going to finish.
+A file is written under a hidden name beside its target, and locked by the process that writes it. A process
+that is killed loses its locks, so the next one recognizes the files that it left.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ if sys.platform != "win32":
     import fcntl
 
 _LONGEST = 80
-"""Bytes of a target's name that the hidden name repeats; a name has at most 255."""
+"""Length of the part of a target's name that the hidden name repeats, bytes; a name has at most 255."""
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing; its name leads to the new content only once all of it is on the disk.
+    """Open a file for writing; it replaces the old one only once it is completely on the disk.
 
-    A symlink is followed, and stays; a device or a pipe is written to as it is. A process that is killed on
-    the way leaves the old file as it was, and a hidden one beside it that the next to write there removes.
+    A symlink is followed and kept; a device or a pipe is written to directly. A process that is killed while
+    it writes leaves the old file, and a hidden one beside it that the next process to write there removes.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: the path is not one.
+        ValueError: the path is invalid.
     """
     target = followed(path)
     if target.exists() and not (target.is_file() or target.is_dir()):
@@ -50,22 +50,22 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         if target.exists():
             shutil.copymode(target, unfinished)
         if sys.platform == "win32":
-            file.close()  # what is open cannot be renamed there
+            file.close()  # an open file cannot be renamed there
         os.replace(unfinished, target)
         sync_folder(target.parent)
     finally:
-        with suppress(OSError):  # it repeats what has failed before: a full disk
+        with suppress(OSError):  # after another error, as of a full disk
             file.close()
         with suppress(OSError):
             unfinished.unlink()
 
 
 def followed(path: str | Path) -> Path:
-    """Return where a path leads when all symlinks are followed; the last of them may lead to nothing yet.
+    """Return the target of a path with all symlinks followed; it need not exist.
 
     Raises:
         OSError: they lead in a circle.
-        ValueError: the path is not one.
+        ValueError: the path is invalid.
     """
     target = Path(os.path.realpath(path))
     if target.is_symlink():
@@ -74,11 +74,11 @@ def followed(path: str | Path) -> Path:
 
 
 def create_locked(folder: Path, stem: str) -> tuple[Path, BinaryIO]:
-    """Create a hidden file, which is locked for as long as it is open.
+    """Create a hidden file, which is locked while it is open.
 
     Args:
-        folder: where to.
-        stem: what its name begins with, for :func:`remove_abandoned` to know it by.
+        folder: of the file.
+        stem: the beginning of its name, by which :func:`remove_abandoned` finds it.
 
     Raises:
         OSError: it cannot be created.
@@ -89,20 +89,20 @@ def create_locked(folder: Path, stem: str) -> tuple[Path, BinaryIO]:
         _lock(file, wait=True)
         if os.fstat(file.fileno()).st_nlink:
             return path, file
-        file.close()  # another process took it for abandoned before it was locked
+        file.close()  # another process removed it before it was locked
 
 
 def remove_abandoned(folder: Path, stem: str) -> list[Path]:
-    """Remove the hidden files that :func:`create_locked` made for processes that have ended since.
+    """Remove the hidden files that :func:`create_locked` made in processes that have ended.
 
     Returns:
-        The others: those whose process goes on, or is not known to have ended.
+        The files whose process is running, or may be.
     """
     kind = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{8}}\.unfinished")
     in_use = []
     try:
         found = [entry for entry in folder.iterdir() if kind.fullmatch(entry.name)]
-    except OSError:  # whoever wants to write there will learn why
+    except OSError:  # writing there will raise it again
         return []
     for path in found:
         if path.is_file() and not path.is_symlink() and not _is_removed(path):
@@ -111,7 +111,7 @@ def remove_abandoned(folder: Path, stem: str) -> list[Path]:
 
 
 def _is_removed(path: Path) -> bool:
-    """Remove a hidden file if no process holds its lock, and return whether that was so."""
+    """Remove a hidden file if no process holds its lock; return whether it is gone."""
     try:
         with open(path, "r+b") as file:
             if _lock(file, wait=False):
@@ -127,16 +127,16 @@ def _is_removed(path: Path) -> bool:
 def _lock(file: BinaryIO, *, wait: bool) -> bool:
     """Lock an open file if it can be, and return whether it is."""
     if sys.platform == "win32":
-        return True  # what another process has open cannot be removed there
+        return True  # a file that another process has open cannot be removed there
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # somebody else's, or the file system knows no locks
+    except OSError:  # another process has the lock, or the file system has no locks
         return False
     return True
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system has a way to."""
+    """Write the names in a folder to the disk, if the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
