@@ -124,12 +124,13 @@ def _of_module(module: nn.Module, path: str, guards: list[Guard]) -> _OfModule:
     plain, numbers, others = [], [], []
     for guard in guards:
         name, expected = guard.names[0], guard.in_training
-        is_one_value = len(guard.names) == 1 and expected == guard.in_evaluation
-        is_simple = isinstance(expected, IsEqual) and type(expected.value) in (bool, int, str, type(None))
-        if is_one_value and is_simple and name in vars(module):
-            plain.append((name, expected.value, guard))
-        elif len(guard.names) == 1 and isinstance(guard.in_training, IsNumber):
-            numbers.append((guard.names[0], guard))
+        is_own = len(guard.names) == 1
+        value = vars(module).get(name, MISSING)
+        is_simple = type(value) in (bool, int, str, type(None)) and expected.fits(value)
+        if is_own and isinstance(expected, IsNumber):
+            numbers.append((name, guard))
+        elif is_own and is_simple and expected == guard.in_evaluation:
+            plain.append((name, value, guard))
         else:
             others.append(guard)
     return _OfModule(tuple(path.split(".")) if path else (), tuple(plain), tuple(numbers), tuple(others))
@@ -190,7 +191,7 @@ class _Missing:
 
 MISSING = _Missing()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_CONTAINERS = (dict, list, tuple, set, deque)
 
 
 @dataclass(frozen=True)
@@ -206,42 +207,67 @@ class IsNumber:
 
 
 @dataclass(frozen=True)
-class IsOfType:
-    """Accepts any object of one class; its attributes have guards of their own."""
+class HasContent:
+    """Accepts values with a content, as :func:`_content_of` returns it."""
 
-    kind: type
+    content: Any
 
     def fits(self, found: Any) -> bool:
         """Whether a value is accepted."""
-        return type(found) is self.kind
+        return bool(_content_of(found, ()) == self.content)
 
     def __str__(self) -> str:
-        return f"a {self.kind.__name__}"
+        return _text_of(self.content)
 
 
 @dataclass(frozen=True, eq=False)
-class IsEqual:
-    """Accepts an equal value of the same type; of types without equality, the same object."""
+class _Same:
+    """The content of a value without equality: the object itself."""
 
     value: Any
 
-    def fits(self, found: Any) -> bool:
-        """Whether a value is accepted."""
-        value = self.value
-        if found is value:
-            return True
-        if type(found) is not type(value) or not isinstance(value, _COMPARED):
-            return False
-        return bool(found == value) or (value != value and found != found)
-
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, IsEqual) and self.fits(other.value)
+        return isinstance(other, _Same) and self.value is other.value
 
     def __hash__(self) -> int:
-        return hash(type(self.value))
+        return id(self.value)
 
-    def __str__(self) -> str:
-        return described(self.value)
+
+def expectation_of(value: Any, *, follows: bool = True) -> HasContent:
+    """Return what is expected of an attribute, given its present value.
+
+    Args:
+        value: the value.
+        follows: whether an object whose reads are recorded one by one only needs to keep its class.
+    """
+    return HasContent(_content_of(value, () if follows else (0,)))
+
+
+def _content_of(value: Any, around: tuple[int, ...]) -> Any:
+    """Return the type and the content of a value, in a form to compare; around it are objects of these ids."""
+    kind = type(value)
+    if is_followed(value) and not around:
+        return (kind,)
+    has_content = isinstance(value, _CONTAINERS) or _is_object(value) or _is_array(value)
+    if has_content and id(value) not in around and len(around) <= _DEEPEST:
+        inside = (*around, id(value))
+        return kind, tuple((key, _content_of(entry, inside)) for key, entry in _entries(value))
+    if isinstance(value, _COMPARED):
+        return kind, value if value == value else "nan"
+    return _Same(value)
+
+
+def _text_of(content: Any) -> str:
+    if isinstance(content, _Same):
+        return described(content.value)
+    kind, *inside = content
+    if not inside:
+        return f"a {kind.__name__}"
+    if not isinstance(inside[0], tuple):
+        return described(inside[0])
+    is_row = issubclass(kind, (list, tuple, set, deque))
+    texts = (f"{'' if is_row else f'{key!r}: '}{_text_of(entry)}" for key, entry in inside[0])
+    return f"a {kind.__name__} that holds {_shortened(', '.join(texts)) or 'nothing'}"
 
 
 _COMPARED = (
@@ -249,42 +275,6 @@ _COMPARED = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 """Types whose values are compared by equality."""
-
-
-@dataclass(frozen=True)
-class Holds:
-    """Accepts a container or an object with the same content."""
-
-    kind: type
-    entries: tuple[tuple[Any, Any], ...]
-    """Keys, positions or names, and what is expected of the entries."""
-
-    def fits(self, found: Any) -> bool:
-        """Whether a value is accepted."""
-        if type(found) is not self.kind:
-            return False
-        entries = list(_entries(found))
-        return len(entries) == len(self.entries) and all(
-            key == expected_key and expected.fits(entry)
-            for (key, entry), (expected_key, expected) in zip(entries, self.entries, strict=True)
-        )
-
-    def __str__(self) -> str:
-        is_row = issubclass(self.kind, (list, tuple, set, deque))
-        inside = ", ".join(f"{entry}" if is_row else f"{key!r}: {entry}" for key, entry in self.entries)
-        return f"a {self.kind.__name__} that holds {_shortened(inside) or 'nothing'}"
-
-
-def expectation_of(value: Any, *, around: tuple[int, ...] = ()) -> Any:
-    """Return what is expected of an attribute, given its present value."""
-    if is_followed(value) and not around:
-        return IsOfType(type(value))
-    has_content = isinstance(value, _CONTAINERS) or _is_object(value) or _is_array(value)
-    if not has_content or id(value) in around or len(around) > _DEEPEST or isinstance(value, frozenset):
-        return IsEqual(value)
-    inside = (*around, id(value))
-    entries = tuple((key, expectation_of(entry, around=inside)) for key, entry in _entries(value))
-    return Holds(type(value), entries)
 
 
 def is_followed(value: Any) -> bool:
@@ -302,7 +292,7 @@ def _is_object(value: Any) -> bool:
     return kind is SimpleNamespace or (
         bool(is_written_in_python)
         and home not in ("torch", "biofx", "numpy", "functools", "random")
-        and not isinstance(value, (type, Tensor, nn.Module, enum.Enum, *_PLAIN, *_CONTAINERS))
+        and not isinstance(value, (type, Tensor, nn.Module, enum.Enum, *_COMPARED, *_CONTAINERS))
         and not callable(value)
     )
 

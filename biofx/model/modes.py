@@ -134,7 +134,7 @@ class _Mode:
 
         def content(value: Any) -> Any:
             if id(value) not in known:  # many modules hold one config
-                known[id(value)] = expectation_of(value, around=(0,))
+                known[id(value)] = expectation_of(value, follows=False)
             return known[id(value)]
 
         modules = dict(model.named_modules())
