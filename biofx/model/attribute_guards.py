@@ -244,7 +244,7 @@ def expectation_of(value: Any, *, follows: bool = True) -> HasContent:
 
 
 def _content_of(value: Any, around: tuple[int, ...]) -> Any:
-    """Return the type and the content of a value, in a form to compare; around it are objects of these ids."""
+    """Return type and content of a value in a form to compare; ``around`` has the ids of what holds it."""
     kind = type(value)
     if is_followed(value) and not around:
         return (kind,)
