@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from biofx._version import __version__
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -48,7 +50,7 @@ def test_wheel_and_sdist_hold_the_package_and_no_module_called_passes(kind: str,
         with zipfile.ZipFile(built) as wheel:
             names = wheel.namelist()
         assert wanted <= set(names)
-        assert {name.split("/")[0] for name in names} == {"biofx", "biofx-0.1.0.dist-info"}
+        assert {name.split("/")[0] for name in names} == {"biofx", f"biofx-{__version__}.dist-info"}
     else:
         with tarfile.open(built) as sdist:
             names = [name.partition("/")[2] for name in sdist.getnames()]
