@@ -3,9 +3,8 @@
 Synapses onto one neuron differ in how fast they change; so may weights.
 
 Source: Hofmann, Becker, Tetzlaff, Mäder, "Concept transfer of synaptic diversity from biological to
-artificial neural networks", Nature Communications 16 (2025), doi 10.1038/s41467-025-60078-9 (fuzzy
-learning rates); the distributions are in :mod:`biofx.operators.rate_sampling` and, for those that change
-during training, :mod:`biofx.plasticity.rate_rules`.
+artificial neural networks", Nature Communications 16 (2025), doi 10.1038/s41467-025-60078-9 (fuzzy learning
+rates). Distributions: :mod:`biofx.operators.rate_sampling`, changing :mod:`biofx.plasticity.rate_rules`.
 
 Deviations: the factor acts inside the graph, on the gradient, so the training loop has nothing to call.
 Optimizers that are indifferent to the scale of a gradient (Adam and its family) undo a constant factor;
@@ -108,8 +107,8 @@ class ScaleGradients(WeightPass):
     def rewrite_node(self, candidate: WeightUses, options: WeightPass) -> Iterator[Remark]:
         """Draw the factors of a weight, unless another use of it has them already, and insert them."""
         weight, lowering = candidate.weight, candidate.lowering
-        state, source = state_of(lowering.graph_module, weight), self._sampled_from(weight)
-        sampling = rate_sampling(**source)
+        source = self._sampled_from(weight)
+        state, sampling = state_of(lowering.graph_module, weight), rate_sampling(**source)
         if not state.has_factors:
             state.depth = weight.depth
             bounds = {"fuzzy_lr_min": self.low, "fuzzy_lr_max": self.high}
@@ -132,14 +131,13 @@ class ScaleGradients(WeightPass):
         mean, std = factors.float().mean().item(), factors.float().std(correction=0).item()
         form = "" if self.dtype == "float32" else f" in {self.dtype}"
         form = " drawn from their seed at each backward" if state.is_drawn else form
-        message = (
-            f"{factors.numel()} factors{form}, {self.distribution.value}, mean {mean:.3f}, std {std:.3f}"
-        )
-        if len(weight.sites) > 1:
-            message += f"; one set for {len(weight.sites)} uses of the weight"
-        numbers = {"factors": factors.numel(), "mean": mean, "std": std}
+        message = f"{factors.numel()} factors{form}, {self.distribution.value}, "
+        message += f"mean {mean:.3f}, std {std:.3f}"
+        uses = len(weight.sites)
+        message += f"; one set for {uses} uses of the weight" if uses > 1 else ""
         for site in weight.sites:
-            yield applied(site.node, site.layer, site.describe(message), **numbers)
+            text = site.describe(message)
+            yield applied(site.node, site.layer, text, factors=factors.numel(), mean=mean, std=std)
 
     def _sampled_from(self, weight: Weight) -> dict[str, Any]:
         """Return what the factors of a weight are sampled from, as the graph says it."""
