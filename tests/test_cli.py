@@ -182,7 +182,7 @@ def test_a_model_that_stays_in_python_is_told_with_the_line(
 ) -> None:
     assert main(["transform", "mymodels:Branching"]) == 0
     told = "".join(capsys.readouterr().out.split())
-    assert "1moduleskeeptheirownforward" in told
+    assert "1moduleskeeptheireagerforward" in told
     assert "mymodels.py:15" in told
 
 
