@@ -135,9 +135,8 @@ class ScaleGradients(WeightPass):
         message += f"mean {mean:.3f}, std {std:.3f}"
         uses = len(weight.sites)
         message += f"; one set for {uses} uses of the weight" if uses > 1 else ""
-        for site in weight.sites:
-            text = site.describe(message)
-            yield applied(site.node, site.layer, text, factors=factors.numel(), mean=mean, std=std)
+        found = {"factors": factors.numel(), "mean": mean, "std": std}
+        yield from (applied(site.node, site.layer, site.describe(message), **found) for site in weight.sites)
 
     def _sampled_from(self, weight: Weight) -> dict[str, Any]:
         """Return what the factors of a weight are sampled from, as the graph says it."""
