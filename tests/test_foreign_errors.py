@@ -43,7 +43,7 @@ def test_a_fault_in_a_pass_of_ours_names_the_pass(monkeypatch: pytest.MonkeyPatc
     import biofx.passes.scale_gradients as file
 
     monkeypatch.setenv("BIOFX_REPRODUCER", "off")
-    fails_as_ours(monkeypatch, file.ScaleGradients, "_provide", file)
+    fails_as_ours(monkeypatch, file.ScaleGradients, "_sampled_from", file)
     with pytest.raises(
         biofx.errors.PassError, match=r"scale-gradients broke its contract: it failed with IndexErr"
     ):

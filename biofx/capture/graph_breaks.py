@@ -4,8 +4,8 @@ A module at which a graph breaks keeps its eager forward, and becomes one call i
 reason is what a user reads in ``graph_breaks`` of the result, or in a :class:`biofx.errors.CaptureError` with
 ``regions=False``.
 
-Reasons that both tracers give are here. The others are written where they are found: what values decide in
-``tensor_queries.py`` and ``proxies.py``, what a node cannot hold in ``graph_builder.py``, arguments in
+Reasons that have to do with values of tensors are here, and those that both tracers give. The others are
+written where they are found: what a node cannot hold in ``graph_builder.py``, arguments in
 ``graph_signature.py``, contexts in ``context_tracking.py``, and what modules do in the two tracers.
 """
 
@@ -20,6 +20,9 @@ from biofx.capture.bytecode import method_running
 from biofx.errors import CaptureError
 from biofx.graph.regions import joined_path
 
+DECIDES_BY_VALUE = "decides by a value, which is not known before the graph runs"
+DECIDES_BY_STORED_VALUE = "decides by the value of a tensor, which may change after the capture"
+ASKS_FOR_VALUE = "asks for the value of a tensor ({})"
 COMPARES_IDENTITIES = "asks whether two values are the same object, which no graph can say"
 OPENS_CONTEXT = (
     "works under a context (torch.inference_mode, a default dtype, a seed, gradients switched without with, "

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
 from biofx.capture.bytecode import CallSite
+from biofx.capture.graph_breaks import DECIDES_BY_STORED_VALUE
 from biofx.graph.node_kinds import AUGMENTED_ASSIGNMENTS
 
 if TYPE_CHECKING:
@@ -291,7 +292,7 @@ class TensorMode(TorchFunctionMode):
                 return self._call(getattr, (args[0], attribute), {})
             return func(*args, **options)
         if name in _OF_VALUES:
-            self._tracer.refuse("decides by the value of a tensor, which may change after the capture")
+            self._tracer.refuse(DECIDES_BY_STORED_VALUE)
         if name in _CONSTANT or isinstance(func, (torch._C.ScriptMethod, torch._ops.HigherOrderOperator)):
             return func(*args, **options)
         return self._call(func, args, options)

@@ -11,7 +11,13 @@ from torch.fx import Node, Proxy, Tracer
 from biofx.capture.attribute_reads import ReadLog
 from biofx.capture.bytecode import CallSite, compares_identities, names_compared
 from biofx.capture.context_tracking import ContextPatches, OpenContexts
-from biofx.capture.graph_breaks import COMPARES_IDENTITIES, READS_OUTSIDE, SWITCHED, Refusals
+from biofx.capture.graph_breaks import (
+    COMPARES_IDENTITIES,
+    DECIDES_BY_VALUE,
+    READS_OUTSIDE,
+    SWITCHED,
+    Refusals,
+)
 from biofx.capture.proxies import StoredTensor, TrainingFlag, Value
 from biofx.capture.symbolic_scalars import is_symbolic, plain_number, sources_in
 from biofx.graph.guards import require_given, require_tensor
@@ -213,7 +219,7 @@ class SymbolicBuilder(Tracer):
 
     def to_bool(self, obj: Proxy) -> bool:
         """Refuse to decide by a value."""
-        self.refuse("decides by a value, which is not known before the graph runs", "Rewrite that line")
+        self.refuse(DECIDES_BY_VALUE, "Rewrite that line")
 
     def iter(self, obj: Proxy) -> Any:
         """Refuse to iterate over a value."""

@@ -16,6 +16,7 @@ from torch.fx import Node
 from torch.overrides import is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
+from biofx.capture.graph_breaks import ASKS_FOR_VALUE
 from biofx.capture.graph_builder import DATA_DEPENDENT, GraphBuilder
 from biofx.capture.symbolic_scalars import plain, plain_inside, symbolic
 from biofx.graph.node_kinds import changed_in_place
@@ -92,7 +93,7 @@ class TorchCall:
         if name in _SIZES:
             return self._size(builder)
         if name in _OF_VALUES:
-            tracer.stop(f"asks for the value of a tensor ({name})")
+            tracer.stop(ASKS_FOR_VALUE.format(name))
         if self._function is torch._C._set_grad_enabled and not tracer.is_switching:
             tracer.stop("switches gradients by itself")
         try:

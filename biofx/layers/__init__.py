@@ -1,6 +1,8 @@
 """The kinds of layers that have weights, and where in a graph weights are.
 
-A kind is an instance of a subclass of :class:`~biofx.layers.layer_kind.LayerKind`, and listed here.
+A kind is an instance of a subclass of :class:`~biofx.layers.layer_kind.LayerKind`. It lies in the file of its
+family, which lists it, and that list is joined with the others here: ``single_weight``, ``recurrent``,
+``attention``.
 Normalisations, whose weights are no synapses, are in :mod:`biofx.layers.norms`.
 """
 

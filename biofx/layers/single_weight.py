@@ -1,4 +1,8 @@
-"""Layers with one weight: linear, convolutions, products with a parameter, look-ups, bilinear."""
+"""Layers with one weight: linear, convolutions, products with a parameter, look-ups, bilinear.
+
+A new kind is an entry of ``DENSE_KINDS`` or ``UNITLESS_KINDS`` below; one that takes several inputs also of
+:data:`biofx.layers.LAYERS_OF_SEVERAL_INPUTS`.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ parametrisation of the user guide. ν is the spread.
 Deviations: bounds truncate (a number outside is sampled again) instead of clamping, so that no probability
 piles up on a bound; the gamma distribution has mean 1 and standard deviation ν.
 
-A new distribution is a member of :class:`Distribution` and an entry of ``_SAMPLERS``.
+A new distribution is a member of :class:`Distribution`, an entry of ``_SAMPLERS``, and one of
+:data:`CHANGING` or, at its end, :data:`INDEPENDENT`.
 """
 
 from __future__ import annotations

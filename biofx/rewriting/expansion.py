@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from biofx.analysis import rules_elementwise as elementwise
-from biofx.analysis import rules_layers as layers
+from biofx.analysis import rules_norms_pooling as layers
 from biofx.analysis import rules_parts as parts
 from biofx.analysis import rules_shapes as shapes
 from biofx.analysis.forward import rule_for

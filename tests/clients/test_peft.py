@@ -90,7 +90,7 @@ def test_folded_layers_are_refused_by_name_and_the_remedies_work() -> None:
     config = {"weight_splitting_Gamma": 2}
     bio_model, _ = biofx.transform(net(), config)
     deployed = biofx.deploy(bio_model)
-    with pytest.raises(biofx.CaptureError, match=r"'hidden'.*lora.*transformed.*deploy"):
+    with pytest.raises(biofx.CaptureError, match=r"'hidden'.*lora.*before biofx.transform.*deploy"):
         with_lora(bio_model, "hidden")(TOKENS)
     before = deployed(TOKENS)
     adapted = with_lora(deployed, "hidden")

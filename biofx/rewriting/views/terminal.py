@@ -92,7 +92,7 @@ class ModelTree:
             yield Text(kept, style="yellow")
         if self.report.passes:
             yield Text()
-            yield _passes(self.report, before)
+            yield _totals_table(self.report, before)
 
 
 @dataclass
@@ -199,7 +199,7 @@ def _grow(tree: Tree, branches: Sequence[_Branch], report: ReportRecord, plain: 
             _grow(grown, branch.children, report, plain)
 
 
-def _passes(report: ReportRecord, graph: GraphView) -> Table:
+def _totals_table(report: ReportRecord, graph: GraphView) -> Table:
     """Return the totals of each pass: counts, share of the parameters, time."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("pass", overflow="fold")
