@@ -1,10 +1,10 @@
 """What passes ask of a graph.
 
-``forward.py`` walks the graph and has the table of rules, one entry an operation; units and replication are two
-analyses on it. The files of rules are imported here and enter themselves in the table:
+``forward.py`` walks the graph and has the table of rules, one entry an operation; units and replication are
+two analyses on it. The files of rules are imported here and enter themselves in the table:
 
 * ``rules_elementwise``: entry by entry, on one value or several;
-* ``rules_shapes``: what moves entries, reduces an axis or mixes entries along one (reshape, permute, mean, …);
+* ``rules_shapes``: what moves entries, reduces an axis or mixes entries along one (reshape, mean, …);
 * ``rules_parts``: what takes values apart or puts them together (an index, ``chunk``, ``cat``, ``stack``);
 * ``rules_norms_pooling``: normalisation, pooling, padding, resampling;
 * ``rules_weights``: layers with weights, and attention.
