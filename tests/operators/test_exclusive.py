@@ -17,7 +17,7 @@ FACTOR = 0.5
 
 @pytest.fixture(autouse=True)
 def looked_at_again() -> Iterator[None]:
-    # a compilation that failed earlier in this process makes frames hold more, and nothing counts as free then
+    # after a compilation that failed in this process frames hold more, and nothing counts as free
     _free_signatures.cache_clear()
     yield
     _free_signatures.cache_clear()
