@@ -17,6 +17,8 @@ What most programs need is here. The rest is in packages:
 - :mod:`biofx.errors`: every exception.
 """
 
+import warnings
+
 from biofx import (
     analysis,
     checkpoints,
@@ -88,7 +90,7 @@ __all__ = [
 ]
 
 _PUBLIC = (analysis, checkpoints, diagnostics, errors, graph, plasticity, rewriting, select)
-_RENAMED = {"BisectResult": "diagnostics.BisectResult"}
+_RENAMED = {"Culprit": "BisectResult"}
 
 
 def __dir__() -> list[str]:
@@ -96,8 +98,11 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    places = [module.__name__ for module in _PUBLIC if name in module.__all__]
-    if name in _RENAMED or places:
-        place = f"biofx.{_RENAMED[name]}" if name in _RENAMED else f"{places[0]}.{name}"
-        raise AttributeError(f"biofx.{name} moved to {place}")
+    """Return a name of version 0.1 from where it lies now, with a warning that says so."""
+    now = _RENAMED.get(name, name)
+    for module in _PUBLIC:
+        if now in module.__all__:
+            message = f"biofx.{name} moved to {module.__name__}.{now}"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return getattr(module, now)
     raise AttributeError(f"module 'biofx' has no attribute {name!r}{errors.suggest(name, __dir__())}")
