@@ -165,6 +165,10 @@ class _State:
 def _content(value: Any) -> Iterable[object]:
     """Return what is in a container, nothing for anything else; no method of a user's class is run."""
     kind = type(value)
+    if value is None or kind is bool or kind is str or kind is int or kind is float or kind is tuple:
+        return ()  # most of what modules hold, and quicker here
+    if kind is list or kind is set:
+        return value  # type: ignore[no-any-return]
     if kind is dict or kind is OrderedDict:
         return (*value, *value.values()) if value else ()
     if kind is SimpleNamespace:
