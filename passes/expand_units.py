@@ -18,8 +18,8 @@ from typing import ClassVar
 
 from torch.fx import Node
 
-from biofx.analysis.synapses import last_synapses
-from biofx.analysis.unit_groups import unit_groups
+from biofx.analysis.readouts import last_synapses
+from biofx.analysis.unit_groups import unit_groups_of_graphs
 from biofx.config import option_from_config
 from biofx.layers.lowering import Lowering
 from biofx.layers.sites import find_sites
@@ -51,7 +51,7 @@ class ExpandUnits(Pass):
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
         """Expand each circuit of units that can be expanded as a whole."""
         sites = find_sites(graph_module)
-        groups, lowering = unit_groups(graph_module), Lowering(graph_module)
+        groups, lowering = unit_groups_of_graphs(graph_module), Lowering(graph_module)
         last = last_synapses(graph_module)
         told: dict[tuple[Node, str], Remark] = {}
         chosen: list[Circuit] = []

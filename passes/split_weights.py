@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from biofx.analysis.synapses import readout_nodes, split_nodes
+from biofx.analysis.readouts import readout_nodes
+from biofx.analysis.synapses import split_nodes
 from biofx.callables import identity
 from biofx.config import option_from_config
 from biofx.errors import OptionError

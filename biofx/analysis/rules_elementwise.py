@@ -43,6 +43,11 @@ def bounded(call: UnitCall) -> UnitValue:
     return call.keeps(nonnegative=above or call.x.nonnegative)
 
 
+def without_units(call: UnitCall) -> UnitValue:
+    """``zeros_like``, ``new_zeros``: only the type and the shape of the argument count."""
+    return NOTHING.replace(nonnegative=call.name.rpartition("new_")[2].startswith(("zeros", "ones", "rand_")))
+
+
 def negated(call: UnitCall) -> UnitValue:
     """``neg``: excitation turns into inhibition."""
     return call.ends("it changes the sign of its argument, and excitation turns into inhibition")
@@ -257,6 +262,11 @@ declare("feature_alpha_dropout", units=keeps, replication=_dropout)
 declare("feature_dropout", replication=_dropout)
 declare(observe_activity, units=keeps, replication=_observe)
 declare(*GRADIENT_SCALINGS, constrain_sign, drop_pairs, units=keeps)
+declare(
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
+    units=without_units,
+)
 declare("dim", "ndimension", "is_floating_point", require_tensor, replication=_same_answer)
 
 declare("add", operator.add, operator.iadd, units=added, replication=of_several_tensors)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from biofx.analysis.readouts import last_synapses
 from biofx.analysis.sign_store import SignOptions, SignStore
-from biofx.analysis.synapses import last_synapses
 from biofx.analysis.unit_groups import unit_groups
 from biofx.analysis.units import Source
 from biofx.errors import OptionError
@@ -70,6 +70,8 @@ class SignSurvey:
         """Return why a weight has no presynaptic units, at this use or at another, None if it has."""
         if site.kind.why_no_units:
             return f"{site.kind.why_no_units}, which could have a sign"
+        if (reason := self.groups.why_not_known(site)) is not None:
+            return reason
         for other in reversed(self._sites):
             if other.kind.why_no_units and other.parameter is site.parameter:
                 return f"its weight is also read by {other.node.name!r}, where signs mean nothing"

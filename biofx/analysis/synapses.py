@@ -1,4 +1,4 @@
-"""Which nodes have weights between units, and how they follow each other: inputs, readouts, comparisons."""
+"""Which nodes have weights between units, which of them are split, and what is only compared."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.graph_functions import checkpointed_path
-from biofx.graph.node_kinds import changed_in_place, queries_metadata
-from biofx.graph.regions import region_of_nodes, region_output
+from biofx.graph.node_kinds import queries_metadata
 from biofx.layers import kind_of_call
 from biofx.operators.split_ops import fold_weight, pool_synapses, sum_synapses
 
@@ -59,57 +58,6 @@ def is_synaptic(node: Node, graph_module: GraphModule) -> bool:
     kind = kind_of_call(node)
     is_layer = kind is not None and not kind.is_product  # a product may be of data alone
     return node.op == "call_function" and (is_layer or node.target in _MATRIX_FUNCTIONS)
-
-
-@cached_on_graph
-def readout_nodes(graph_module: GraphModule) -> Set[Node]:
-    """Return the synaptic nodes with no other synaptic node between them and an output of the model.
-
-    What follows a region is not known, so its output counts as one.
-    """
-    synaptic = synaptic_nodes(graph_module)
-    readout: set[Node] = set()
-    open_nodes: set[Node] = set()
-    for node in reversed(graph_module.graph.nodes):
-        writes = any(changed in open_nodes for changed in changed_in_place(node))
-        ends = node.op == "output" or node.target is region_output
-        if queries_metadata(node):
-            continue
-        if ends or node in open_nodes or writes:
-            if node in synaptic:
-                readout.add(node)
-            else:
-                open_nodes.update(node.all_input_nodes)
-    return readout
-
-
-def input_facing_nodes(graph_module: GraphModule) -> Set[Node]:
-    """Return the synaptic nodes that no other synaptic node feeds: their presynaptic units are inputs.
-
-    What goes into a region is not known, so its inputs count as the model's.
-    """
-    synaptic = synaptic_nodes(graph_module)
-    fed: set[Node] = set()
-    for node in graph_module.graph.nodes:
-        if any(source in synaptic or source in fed for source in node.all_input_nodes):
-            fed.add(node)
-            fed.update(changed_in_place(node))
-    return synaptic - fed
-
-
-@cached_on_graph
-def last_synapses(graph_module: GraphModule) -> Mapping[Node, str | None]:
-    """Return the synaptic nodes that lead to no other, and the region each lies in.
-
-    Inside a region what follows is not known; None is outside of all regions.
-    """
-    synaptic, regions = synaptic_nodes(graph_module), region_of_nodes(graph_module.graph)
-    leads_on: set[Node] = set()
-    for node in reversed(graph_module.graph.nodes):
-        followers = [user for user in node.users if not queries_metadata(user)]
-        if any(user in synaptic or user in leads_on for user in followers):
-            leads_on.add(node)
-    return {node: regions.get(node) for node in synaptic - leads_on}
 
 
 def only_compared(graph: Graph, comparisons: Mapping[Node, Set[Node]], synaptic: Set[Node]) -> set[Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from biofx.analysis.connected_units import representatives
+from biofx.analysis.observation import DISAGREES, NOT_OBSERVED, Observation, observation_of, weight_key
 from biofx.analysis.synapses import only_compared, synaptic_nodes
 from biofx.analysis.units import Reading, Source, UnitAnalysis
 from biofx.errors import InputError
 from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.joined_graph import whole_view
 from biofx.layers.weight_site import WeightSite
-
-_PREFERRED = ("layer", "open", "input", "constant")
-"""By which kind of source a unit is represented, of those that are one in it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class UnitSources:
 class UnitGroups:
     """The presynaptic units of every weight of a graph; iterating gives the groups."""
 
-    def __init__(self, analysis: UnitAnalysis) -> None:
+    def __init__(self, analysis: UnitAnalysis, observation: Observation | None = None) -> None:
         self.count = analysis.count
         """How many numbers of units there are; units that are one have several."""
         self.sources = analysis.sources
@@ -66,16 +65,22 @@ class UnitGroups:
         self.regions = {node.name: region for node, region in analysis.fed_by_region.items()}
         """Names of nodes that depend on no weight but on what Python passes to a region, and that region."""
         norms = analysis.norms.items()
-        self.norms = {node: value.layout.labels for node, value in norms if value.layout is not None}
+        acting = {node: value.layout.labels for node, value in norms if value.layout is not None}
+        self.norms = acting if observation is None else observation.by_node(acting)
         """The units that each normalisation acts on; those that act on none that are known are left out."""
         self._produced = analysis.produced
-        self._representatives = _representatives(analysis)
+        self._representatives = representatives(analysis)
         self._starts = torch.tensor([source.first for source in analysis.sources])
+        self._observation = observation
         self._by_use = {(entry.site.node, entry.site.parameter_path): entry for entry in self.readings}
+        self._by_weight: dict[Hashable, Reading] = {}
+        for entry in self.readings if observation is not None else ():
+            known = self._by_weight.setdefault(weight_key(entry.site), entry)
+            if known.nonnegative and not entry.nonnegative:
+                self._by_weight[weight_key(entry.site)] = entry
         graph_module = analysis.graph_module
-        self._compared_only = only_compared(
-            graph_module.graph, analysis.comparisons, synaptic_nodes(graph_module)
-        )
+        compared = only_compared(graph_module.graph, analysis.comparisons, synaptic_nodes(graph_module))
+        self._compared_only = compared if observation is None else observation.always(compared)
         self._is_exempt = torch.zeros(self.count, dtype=torch.bool)
         for units in analysis.compared:
             self._is_exempt[self._representatives[units]] = True
@@ -125,8 +130,19 @@ class UnitGroups:
         known = any(source.kind == "layer" for source in sources)
         return None if known or None in regions else next(iter(regions), None)
 
+    def why_not_known(self, site: WeightSite) -> str | None:
+        """Return why it is not known what a site reads, None if it is."""
+        if self._observation is None:
+            return None
+        if weight_key(site) not in self._by_weight:
+            return f"what feeds it is not known: {NOT_OBSERVED}"
+        disputed = weight_key(site) in self._observation.disputed
+        return f"what feeds it is not known: {DISAGREES}" if disputed else None
+
     def reading(self, site: WeightSite) -> Reading:
         """Return what a site reads."""
+        if self._observation is not None:
+            return self._by_weight[weight_key(site)]
         return self._by_use[site.node, site.parameter_path]
 
     def is_exempt(self, units: Tensor) -> Tensor:
@@ -173,18 +189,6 @@ class UnitGroups:
         )
 
 
-def _representatives(analysis: UnitAnalysis) -> Tensor:
-    """Return for each unit the first that a layer makes, of those that are one with it, if any does."""
-    count, sources = analysis.count, analysis.sources
-    none = torch.empty(2, 0, dtype=torch.int64)
-    smallest = smallest_connected(count, torch.cat([none, *analysis.pairs], 1))
-    ranks = torch.tensor([_PREFERRED.index(source.kind) for source in sources], dtype=torch.int64)
-    counts = torch.tensor([source.count for source in sources], dtype=torch.int64)
-    numbers = ranks.repeat_interleave(counts) * count + torch.arange(count)
-    best = numbers.clone().scatter_reduce(0, smallest, numbers, "amin")
-    return (best % max(1, count))[smallest]
-
-
 def unit_groups(graph_module: GraphModule) -> UnitGroups:
     """Find out whose activity each weight of a graph reads at each of its input channels.
 
@@ -215,25 +219,13 @@ def unit_groups(graph_module: GraphModule) -> UnitGroups:
 
 @cached_on_graph
 def _unit_groups(graph_module: GraphModule) -> UnitGroups:
+    observation = observation_of(graph_module)
+    if observation is not None:
+        return UnitGroups(observation.analysis, observation)
+    return unit_groups_of_graphs(graph_module)
+
+
+@cached_on_graph
+def unit_groups_of_graphs(graph_module: GraphModule) -> UnitGroups:
+    """Return the units as the graphs of a model alone show them, whatever was observed."""
     return UnitGroups(UnitAnalysis(whole_view(graph_module)))
-
-
-def smallest_connected(count: int, pairs: Tensor) -> Tensor:
-    """Return for each of ``count`` numbers the smallest one that pairs connect it with, directly or not.
-
-    Args:
-        count: how many numbers there are.
-        pairs: ``(2, pairs)``, int64.
-
-    >>> smallest_connected(5, torch.tensor([[3, 4], [1, 3]])).tolist()
-    [0, 1, 2, 1, 1]
-    """
-    smallest = torch.arange(count)
-    while True:
-        ends = smallest[pairs]
-        low, high = ends.amin(0), ends.amax(0)
-        if torch.equal(low, high):
-            return smallest
-        smallest = smallest.scatter_reduce(0, high, low, "amin")
-        while not torch.equal(shorter := smallest[smallest], smallest):
-            smallest = shorter

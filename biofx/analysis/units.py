@@ -297,7 +297,7 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
             raise CannotFollow(f"what feeds it is not known: Python calls {node.args[0]!r}")
         if node not in self.sites and self._use.is_run_by_python(node):
             raise CannotFollow(f"Python runs {node.target!r}")
-        value = self._called(UnitCall(node, self.module_of(node), self))
+        value = self.called(UnitCall(node, self.module_of(node), self))
         for changed in changed_in_place(node):
             self.values[changed] = value
         return value
@@ -307,7 +307,7 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
         self.ended[node] = reason
         return UnitValue(origin=node)
 
-    def _called(self, call: UnitCall) -> UnitValue:
+    def called(self, call: UnitCall) -> UnitValue:
         """Return what the rule for an operation says of its result."""
         node = call.node
         if node in self.sites:

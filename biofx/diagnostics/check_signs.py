@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from biofx.analysis.synapses import input_facing_nodes, readout_nodes
+from biofx.analysis.readouts import input_facing_nodes, readout_nodes
 from biofx.diagnostics.audit import Finding, Subject, Uses, finding, invariant, owner_of
 from biofx.errors import InvariantError
 from biofx.graph.node_kinds import is_number

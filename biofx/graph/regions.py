@@ -21,6 +21,8 @@ GRAPH_BREAKS = "graph_breaks"
 """Attribute of a captured model that holds the paths of the modules that run in Python, and why."""
 JOINED = "_joined"
 """Attribute that a model has while its graph holds those of its regions."""
+OBSERVED = "_observed"
+"""Attribute of a view of a model whose graph is a run that was observed, and has no regions."""
 ELSEWHERE = "_biofx_elsewhere"
 """Attribute of a region that holds modules outside of it from which its graph reads, by names of its own.
 
@@ -49,12 +51,14 @@ def region_output(path: str, value: object) -> None:
 
 
 def is_joined(graph_module: nn.Module) -> bool:
-    """Whether a model's graph holds those of its regions at present."""
-    return JOINED in vars(graph_module)
+    """Whether a model's graph holds those of its regions at present, or is a run that was observed."""
+    return JOINED in vars(graph_module) or OBSERVED in vars(graph_module)
 
 
 def region_paths(graph_module: nn.Module) -> tuple[str, ...]:
     """Return the paths of a model's regions, at present: adapters may have been put around some of them."""
+    if OBSERVED in vars(graph_module):
+        return ()
     found: tuple[str, ...] = vars(graph_module).get("region_paths", ())
     modules = dict(graph_module.named_modules())
     late = [p for p, module in modules.items() if p and ELSEWHERE in vars(module) and p not in found]
@@ -69,7 +73,7 @@ def region_paths(graph_module: nn.Module) -> tuple[str, ...]:
 def graph_breaks_of(graph_module: nn.Module) -> Mapping[str, str]:
     """Return the paths of the modules that run their eager forward in Python, and why."""
     found: Mapping[str, str] = vars(graph_module).get(GRAPH_BREAKS, {})
-    return found
+    return {} if OBSERVED in vars(graph_module) else found
 
 
 def regions_read_by_python(graph_module: nn.Module) -> Mapping[str, str]:

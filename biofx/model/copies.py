@@ -56,8 +56,13 @@ def copy_graph(graph: Graph) -> Graph:
     return copied
 
 
-def pack(graph: Graph) -> tuple[Any, ...]:
-    """Return a graph as plain records; pickling nodes themselves would recurse once per node."""
+def pack(graph: Graph, meta: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    """Return a graph as plain records; pickling nodes themselves would recurse once per node.
+
+    Args:
+        graph: the graph.
+        meta: further keys of the ``meta`` of nodes to keep.
+    """
     records = [
         (
             node.op,
@@ -65,7 +70,7 @@ def pack(graph: Graph) -> tuple[Any, ...]:
             *(map_arg(given, lambda source: _Reference(source.name)) for given in (node.args, node.kwargs)),  # type: ignore[arg-type,return-value]
             node.name,
             node.type,
-            {key: _plain_meta(node.meta[key]) for key in _PICKLED_META if key in node.meta},
+            {key: _plain_meta(node.meta[key]) for key in (*_PICKLED_META, *meta) if key in node.meta},
         )
         for node in graph.nodes
     ]
@@ -81,7 +86,7 @@ class _Reference:
 
 def _plain_meta(value: Any) -> Any:
     """Replace the classes in a module stack by their names: a user's class may be a local one."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or any(isinstance(entry, Tensor) for entry in value.values()):
         return value
     return {
         key: (

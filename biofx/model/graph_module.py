@@ -21,6 +21,7 @@ from biofx.model.attribute_guards import GUARDS
 from biofx.model.copies import copy_graph, pack, prepared, unpack
 from biofx.model.inlined_modules import INLINED, SAME
 from biofx.model.late_changes import follow_late_changes, following_changes, remember_modules
+from biofx.model.observed_runs import ObservedRuns
 from biofx.model.rollback import has_places_for, unchanged_on_failure
 from biofx.operators.rate_ops import outside_graphs
 from biofx.plasticity.model_states import apply_rule, expanded_weights, exposed_rules
@@ -53,6 +54,8 @@ class BioGraphModule(GraphModule):
         """Paths of the modules that keep their eager forward in Python, and why."""
         read_by_python: Mapping[str, str]
         """Paths of regions whose weights Python may use besides, and why."""
+        observed_runs: ObservedRuns
+        """Runs that say who feeds whom where Python decides."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make a graph module, or with the arguments of the model's class an instance of that class."""
@@ -291,7 +294,9 @@ NAMES_OF_GRAPH_MODULES = frozenset(
     }
 )
 """Names that graph modules use, so that a module with one of them cannot become one."""
-NAMES_OF_MODELS = frozenset({"region_paths", "graph_breaks", "read_by_python", "transform_record"})
+NAMES_OF_MODELS = frozenset(
+    {"region_paths", "graph_breaks", "read_by_python", "transform_record", "observed_runs"}
+)
 """Names of attributes that describe a rewritten model."""
 
 

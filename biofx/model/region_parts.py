@@ -19,6 +19,7 @@ from biofx.graph.regions import (
     ELSEWHERE,
     JOINED,
     begin_region,
+    is_inside,
     is_joined,
     region_input,
     region_of_nodes,
@@ -64,8 +65,10 @@ def _divide(root: BioGraphModule) -> None:
             parts.setdefault(path, _Part(path, _others(path, modules))).take(node)
     for path, part in parts.items():
         if isinstance(modules[path], BioGraphModule) or not part.is_a_bare_layer:
-            region: Any = become_graph_module(modules[path], part.graph)
-            region.__dict__.setdefault(ELSEWHERE, SimpleNamespace())
+            held = modules[path].__dict__.setdefault(ELSEWHERE, SimpleNamespace())
+            for other, name in part.read_elsewhere.items():
+                setattr(held, name, modules[other])
+            become_graph_module(modules[path], part.graph)
     root.graph = main
 
 
@@ -80,12 +83,19 @@ def _others(path: str, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     }
 
 
+def _is_state(path: str) -> bool:
+    """Whether a path is that of a weight's plasticity state, which holds the signs of the layer's units."""
+    return "bio_mod" in path.split(".")
+
+
 class _Part:
     """One region's part of a joined graph, with paths relative to the region."""
 
     def __init__(self, path: str, others: Mapping[str, str]) -> None:
         self._path = path
-        self._others = others
+        self._others = dict(others)
+        self.read_elsewhere: dict[str, str] = {}
+        """Paths of the states outside of the region whose signs it reads, and the names they get there."""
         self._mapping: dict[Node, Node] = {}
         self.graph = Graph(tracer_cls=Tracer)
         self._calls_itself: list[Node] = []
@@ -127,6 +137,9 @@ class _Part:
         if path == self._path:
             return OWN_MODULE
         owner, _, name = path.rpartition(".")
+        if owner not in self._others and not is_inside(path, self._path) and _is_state(owner):
+            self.read_elsewhere[owner] = owner.replace(".", "_")
+            self._others[owner] = f"{ELSEWHERE}.{self.read_elsewhere[owner]}"
         if owner in self._others and not path.startswith(f"{self._path}."):
             return f"{self._others[owner]}.{name}"
         if not path.startswith(f"{self._path}."):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from biofx import capture
-from biofx.analysis.synapses import input_facing_nodes, readout_nodes, split_nodes, synaptic_nodes
+from biofx.analysis.readouts import input_facing_nodes, readout_nodes
+from biofx.analysis.synapses import split_nodes, synaptic_nodes
 from biofx.layers.lowering import Lowering
 from biofx.layers.norms import find_norms, lower_norm
 from biofx.layers.sites import find_sites

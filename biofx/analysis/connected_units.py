@@ -1,0 +1,65 @@
+"""Units that are one: what hangs together by pairs, and how two analyses of one model compare."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from biofx.analysis.units import UnitAnalysis
+
+_PREFERRED = ("layer", "open", "input", "constant")
+"""By which kind of source a unit is represented, of those that are one in it."""
+
+
+def representatives(analysis: UnitAnalysis) -> Tensor:
+    """Return for each unit the first that a layer makes, of those that are one with it, if any does."""
+    count, sources = analysis.count, analysis.sources
+    none = torch.empty(2, 0, dtype=torch.int64)
+    smallest = smallest_connected(count, torch.cat([none, *analysis.pairs], 1))
+    ranks = torch.tensor([_PREFERRED.index(source.kind) for source in sources], dtype=torch.int64)
+    counts = torch.tensor([source.count for source in sources], dtype=torch.int64)
+    numbers = ranks.repeat_interleave(counts) * count + torch.arange(count)
+    best = numbers.clone().scatter_reduce(0, smallest, numbers, "amin")
+    return (best % max(1, count))[smallest]
+
+
+def comparable(analysis: UnitAnalysis) -> Tensor:
+    """Return for each unit a number by which it compares with the units of another analysis of the model.
+
+    Units that layers make are numbered by the path of the weight and their place there, and units that are
+    one have the smallest of those numbers; those that no layer makes have -1.
+    """
+    numbers = torch.full((analysis.count,), -1)
+    first = 0
+    for path in sorted(analysis.produced):
+        units = analysis.produced[path].labels.flatten()
+        numbers[units] = first + torch.arange(len(units))
+        first += len(units)
+    none = torch.empty(2, 0, dtype=torch.int64)
+    smallest = smallest_connected(analysis.count, torch.cat([none, *analysis.pairs], 1))
+    best = torch.full((analysis.count,), first).scatter_reduce(
+        0, smallest, torch.where(numbers < 0, first, numbers), "amin"
+    )
+    found = best[smallest]
+    return torch.where(found == first, -1, found)
+
+
+def smallest_connected(count: int, pairs: Tensor) -> Tensor:
+    """Return for each of ``count`` numbers the smallest one that pairs connect it with, directly or not.
+
+    Args:
+        count: how many numbers there are.
+        pairs: ``(2, pairs)``, int64.
+
+    >>> smallest_connected(5, torch.tensor([[3, 4], [1, 3]])).tolist()
+    [0, 1, 2, 1, 1]
+    """
+    smallest = torch.arange(count)
+    while True:
+        ends = smallest[pairs]
+        low, high = ends.amin(0), ends.amax(0)
+        if torch.equal(low, high):
+            return smallest
+        smallest = smallest.scatter_reduce(0, high, low, "amin")
+        while not torch.equal(shorter := smallest[smallest], smallest):
+            smallest = shorter

@@ -1,0 +1,157 @@
+"""What observed runs say of a model with regions: its units, and which of its nodes an observed node is.
+
+The first run is analysed, and the second, of other sizes, is compared with it weight by weight. What the two
+do not agree on is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Set
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from biofx.analysis.connected_units import comparable
+from biofx.analysis.observed_units import ObservedUnitAnalysis
+from biofx.graph.analysis_cache import cached_on_graph
+from biofx.layers.norms import find_norms
+from biofx.layers.sites import find_sites
+from biofx.layers.weight_site import WeightSite
+from biofx.model.observed_runs import observed_runs_of, observed_view
+from biofx.operators.split_ops import fold_weight, pool_synapses
+from biofx.plasticity.model_states import expanded_weights
+
+NOT_OBSERVED = "the example inputs do not lead to it"
+DISAGREES = "whose units it reads differs between the example inputs and a run of other sizes"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is known of a model from its observed runs."""
+
+    analysis: ObservedUnitAnalysis
+    """Of the first run."""
+    nodes: Mapping[Node, tuple[Node, ...]]
+    """The nodes of the model's graph that an observed node is a call of."""
+    disputed: frozenset[Hashable]
+    """The keys of the weights on which the two runs do not agree (:func:`weight_key`)."""
+    order: Mapping[Hashable, int]
+    """When each weight was first used, by its key."""
+
+    @property
+    def view(self) -> GraphModule:
+        """The model, with the first run as its graph."""
+        return self.analysis.graph_module
+
+    @cached_property
+    def known(self) -> Set[Node]:
+        """The nodes of the model's graph of which a call was observed."""
+        return {node for nodes in self.nodes.values() for node in nodes}
+
+    def by_node(self, observed: Mapping[Node, Tensor]) -> dict[Node, Tensor]:
+        """Return what is known of observed nodes by the nodes of the model's graph."""
+        return {node: found for call, found in observed.items() for node in self.nodes.get(call, ())}
+
+    def always(self, observed: Iterable[Node]) -> set[Node]:
+        """Return the nodes of the model's graph all of whose calls are among some observed nodes."""
+        return self._with(observed, all)
+
+    def ever(self, observed: Iterable[Node]) -> set[Node]:
+        """Return the nodes of the model's graph one of whose calls is among some observed nodes."""
+        return self._with(observed, any)
+
+    def _with(self, observed: Iterable[Node], which: Callable[[list[bool]], bool]) -> set[Node]:
+        wanted = set(observed)
+        calls: dict[Node, list[bool]] = {}
+        for call, nodes in self.nodes.items():
+            for node in nodes:
+                calls.setdefault(node, []).append(call in wanted)
+        return {node for node, found in calls.items() if which(found)}
+
+
+def weight_key(site: WeightSite) -> Hashable:
+    """Return what tells a weight from others in every graph of a model."""
+    return site.parameter_path if site.is_computed else id(site.parameter)
+
+
+@cached_on_graph
+def observation_of(graph_module: GraphModule) -> Observation | None:
+    """Return what observed runs say of a model; None where its graph says it all, or no run was observed."""
+    runs = observed_runs_of(graph_module).graphs
+    if not runs or expanded_weights(graph_module):  # which were seen at another size
+        return None
+    analyses = [_analysed(graph_module, observed_view(graph_module, graph)) for graph in runs]
+    first = analyses[0]
+    own = _nodes_by_key(graph_module)
+    view = first.graph_module
+    sites = find_sites(view).found
+    nodes: dict[Node, tuple[Node, ...]] = {}
+    for site in sites:
+        nodes[site.node] = (*nodes.get(site.node, ()), *own.get(weight_key(site), ()))
+    for node, layer in _norms_by_node(view).items():
+        nodes.setdefault(node, own.get(layer, ()))
+    keys = list(dict.fromkeys(map(weight_key, sites)))
+    order = {key: place for place, key in enumerate(keys)}
+    return Observation(first, nodes, frozenset(_disputed(analyses)), order)
+
+
+def _analysed(graph_module: GraphModule, view: GraphModule) -> ObservedUnitAnalysis:
+    """Return the units of an observed run; those that the model sums by now are one."""
+    analysis = ObservedUnitAnalysis(view)
+    for path, gamma in _summed_rows(graph_module).items():
+        layout = analysis.produced.get(path)
+        if layout is not None and len(layout.labels) % gamma == 0:
+            table = layout.labels.reshape(-1, gamma)
+            analysis.join(table[:, :1].expand_as(table), table)
+    return analysis
+
+
+def _summed_rows(graph_module: GraphModule) -> dict[str, int]:
+    """Return how many neighbouring outputs of a weight are summed, by its path."""
+    found: dict[str, int] = {}
+    for site in find_sites(graph_module).found:
+        after = [user for user in _behind(site.node) if user.target is pool_synapses]
+        for pool in after:
+            found[site.parameter_path] = int(pool.kwargs["gamma"])  # type: ignore[arg-type]
+        for operator in site.operators:
+            if operator.target is fold_weight and operator.kwargs.get("rows", 1) != 1:
+                found[site.parameter_path] = int(operator.kwargs["rows"])  # type: ignore[arg-type]
+    return found
+
+
+def _behind(node: Node) -> list[Node]:
+    """Return the nodes that read a node, directly or through one activation."""
+    return [*node.users, *(user for reader in node.users for user in reader.users)]
+
+
+def _nodes_by_key(graph_module: GraphModule) -> dict[Hashable, tuple[Node, ...]]:
+    found: dict[Hashable, tuple[Node, ...]] = {}
+    sites = find_sites(graph_module)
+    for site in (*sites.found, *sites.reads):
+        key = weight_key(site)
+        found[key] = tuple(dict.fromkeys((*found.get(key, ()), site.node)))
+    for norm in find_norms(graph_module):
+        found[norm.layer] = (*found.get(norm.layer, ()), norm.node)
+    return found
+
+
+def _norms_by_node(graph_module: GraphModule) -> dict[Node, str]:
+    return {norm.node: norm.layer for norm in find_norms(graph_module)}
+
+
+def _disputed(analyses: list[ObservedUnitAnalysis]) -> set[Hashable]:
+    """Return the weights whose units are not the same in all runs."""
+    seen: list[dict[Hashable, Tensor]] = []
+    for analysis in analyses:
+        numbers = comparable(analysis)
+        seen.append({weight_key(reading.site): numbers[reading.units] for reading in analysis.readings})
+    return {
+        key
+        for key in set().union(*seen)
+        if any(
+            key not in entry or not torch.equal(entry[key], seen[0].get(key, entry[key])) for entry in seen
+        )
+    }

@@ -1,0 +1,59 @@
+"""Runs of a model that were observed: which value went where, through everything that Python ran.
+
+Where Python decides, the graphs of a model do not say which of them feeds which. One run on example inputs
+does: loops appear as often as they ran, containers and caches are looked through, and modules with an eager
+forward are part of it. Such a graph is for analysis alone and is never run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph, GraphModule
+
+from biofx.graph.regions import OBSERVED, region_paths
+from biofx.model.copies import pack, unpack
+
+ATTRIBUTE = "observed_runs"
+"""Attribute of a captured model that holds its observed runs."""
+SHAPE, INDICES, NONNEGATIVE = "observed_shape", "observed_indices", "observed_nonnegative"
+"""Keys in the ``meta`` of nodes of observed runs: the shape of a value, the values of index tensors by the
+names of their nodes, and whether a value that depends on no input and no parameter is never negative."""
+
+
+@dataclass(frozen=True)
+class ObservedRuns:
+    """The graphs of the runs, the first of the example itself; no graph where no run could be observed."""
+
+    graphs: tuple[Graph, ...]
+    reason: str = ""
+    """Why there is none, or why there is only one."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ObservedRuns:
+        return self  # nothing changes them
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (tuple(map(_packed, self.graphs)), self.reason)
+
+
+def _packed(graph: Graph) -> tuple[Any, ...]:
+    return pack(graph, (SHAPE, INDICES, NONNEGATIVE))
+
+
+def _unpickled(packed: tuple[tuple[Any, ...], ...], reason: str) -> ObservedRuns:
+    return ObservedRuns(tuple(map(unpack, packed)), reason)
+
+
+def observed_runs_of(graph_module: GraphModule) -> ObservedRuns:
+    """Return the observed runs of a model; none of a model whose graph says it all."""
+    found: ObservedRuns | None = vars(graph_module).get(ATTRIBUTE)
+    return found if found is not None and region_paths(graph_module) else ObservedRuns(())
+
+
+def observed_view(graph_module: GraphModule, graph: Graph) -> GraphModule:
+    """Return a view of a model whose graph is an observed run; it shares the modules of the model."""
+    view: GraphModule = object.__new__(type(graph_module))
+    vars(view).update(vars(graph_module))
+    vars(view).update({"_graph": graph, OBSERVED: True})
+    return view
