@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from biofx import toml
 from biofx.callables import callable_to_text, identity
 from biofx.errors import OptionError, SelectorError, suggest
+from biofx.operators.mask_ops import MASK_INITIALISATIONS
 from biofx.operators.rate_sampling import CHANGING, GRANULARITIES, INDEPENDENT, Distribution
 from biofx.operators.sign_ops import INITIALISATIONS, SIGN_AXES, SIGN_METHODS
 from biofx.options import (
@@ -26,10 +27,13 @@ from biofx.options import (
     Choice,
     Feeds,
     Flag,
+    Fractions,
+    MaskRows,
     Option,
     OrNone,
     Range,
     Signs,
+    Sizes,
     declared_options,
     option,
     with_documented_options,
@@ -268,11 +272,57 @@ class BioConfig:
         "Whether the synapses onto the model's outputs are constrained too.",
         feeds={"constrain-signs": "constrain_readout", "expand-units": "constrain_readout"},
     )
+    weight_density: float = option(
+        1.0,
+        SHARE,
+        """Fraction of the connections between units that exist, dimensionless; 1 is off. Where a mask or
+        blocks allow fewer, it is a fraction of those.""",
+        feeds={"mask-weights": "density"},
+        on={"mask-weights": lambda density: density < 1},
+    )
+    weight_mask_self_connections: bool = option(
+        True,
+        Flag(),
+        "Whether a unit of a recurrent layer may connect to itself.",
+        feeds={"mask-weights": "self_connections"},
+        on={"mask-weights": lambda allowed: not allowed},
+    )
+    weight_mask_blocks: tuple[tuple[float, ...], ...] | None = option(
+        None,
+        OrNone(Fractions()),
+        """Density of the connections between areas, dimensionless: a row for each postsynaptic area, in it
+        an entry for each presynaptic one; 0 where none may ever exist. Multiplied by ``weight_density``.""",
+        feeds={"mask-weights": "blocks"},
+        on={"mask-weights": lambda blocks: blocks is not None},
+    )
+    weight_mask_areas: tuple[Any, ...] | None = option(
+        None,
+        OrNone(Sizes()),
+        """Units of each area, counts, for ``weight_mask_blocks``: one list where inputs and outputs have the
+        same areas, or a list for the outputs and one for the inputs; None for areas of equal size.""",
+        feeds={"mask-weights": "areas"},
+    )
+    weight_mask: str | None = option(
+        None,
+        OrNone(MaskRows()),
+        """Which connections of a layer may exist, in an override for that layer: 1 or 0 for each input
+        channel of each output, or for each element of the weight, in rows as the weight has them.""",
+        feeds={"mask-weights": "mask"},
+        on={"mask-weights": lambda mask: mask is not None},
+    )
+    weight_mask_initialisation: str = option(
+        "rescale",
+        Choice(MASK_INITIALISATIONS),
+        """Weights to begin with where some are masked: ``"rescale"`` multiplies those of a unit by
+        1 / √(fraction that exists), which keeps the variance of its input; ``"keep"`` leaves them, which is
+        right for trained weights.""",
+        feeds={"mask-weights": "initialisation"},
+    )
     seed: int = option(
         0,
         SEED,
         "Seed of every random draw; equal seeds give equal models.",
-        feeds={"constrain-signs": "seed", "scale-gradients": "seed"},
+        feeds={"mask-weights": "seed", "constrain-signs": "seed", "scale-gradients": "seed"},
         per_layer=False,
     )
     overrides: tuple[Override, ...] = ()

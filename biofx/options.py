@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, TypeVar
@@ -122,6 +122,79 @@ class Signs:
         return "a list of 1 and -1, one for each output"
 
 
+class Sizes:
+    """Counts of units, one for each area; or two lists of them, of postsynaptic and of presynaptic areas."""
+
+    def check(self, name: str, value: Any) -> tuple[Any, ...]:
+        """Return the counts as a tuple, or a pair of tuples."""
+        entries = _entries(value)
+        inner = [_entries(entry) for entry in entries or ()]
+        is_pair = bool(inner) and all(inner)
+        sizes = [size for row in inner for size in row or ()] if is_pair else entries or ()
+        whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+        if not sizes or not whole or (is_pair and len(inner) != 2):
+            raise OptionError(f"{name}: expected {self}, found {value!r}")
+        return tuple(tuple(row or ()) for row in inner) if is_pair else tuple(sizes)
+
+    def __str__(self) -> str:
+        return "a list of whole numbers above 0, or two such lists"
+
+
+class Fractions:
+    """A matrix of fractions."""
+
+    def check(self, name: str, value: Any) -> tuple[tuple[float, ...], ...]:
+        """Return the rows as tuples of floats."""
+        rows = [_entries(row) or () for row in _entries(value) or ()]
+        try:
+            made = tuple(tuple(FRACTION.check(name, entry) for entry in row) for row in rows)
+        except OptionError:
+            made = ()
+        if len({len(row) for row in made}) != 1 or not made[0]:
+            raise OptionError(f"{name}: expected {self}, found {value!r}")
+        return made
+
+    def __str__(self) -> str:
+        return "a list of rows of equal length, of numbers in [0, 1]"
+
+
+class MaskRows:
+    """Rows of 0 and 1: a text, a tensor, an array or lists; further axes are flattened behind the rows."""
+
+    def check(self, name: str, value: Any) -> str:
+        """Return the rows as one text, with a space between two."""
+        try:
+            if isinstance(value, str):
+                rows = value.split()
+            else:
+                plain = value.tolist() if hasattr(value, "tolist") else value
+                rows = ["".join(_digits(row)) for row in plain]
+        except TypeError:
+            rows = []
+        if not rows or len({len(row) for row in rows}) != 1 or not rows[0] or set("".join(rows)) - {"0", "1"}:
+            shown = f"a {type(value).__name__} of others" if hasattr(value, "tolist") else repr(value)
+            raise OptionError(f"{name}: expected {self}, found {shown}")
+        return " ".join(rows)
+
+    def __str__(self) -> str:
+        return "rows of 0 and 1 of equal length: a text ('110 011'), lists or a tensor"
+
+
+def _entries(value: Any) -> list[Any] | None:
+    """Return what a list, a tuple, a tensor or an array holds; None for anything else."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    return list(plain) if isinstance(plain, (list, tuple)) else None
+
+
+def _digits(entry: Any) -> Iterator[str]:
+    """Yield the entries of lists in lists as 0 and 1; what is neither comes out as it is."""
+    if isinstance(entry, (list, tuple)):
+        for inner in entry:
+            yield from _digits(inner)
+    else:
+        yield str(int(entry)) if entry in (0, 1) else "?"
+
+
 class Activation:
     """A callable from a tensor to one of the same shape, or the text that names one."""
 
@@ -141,7 +214,8 @@ class OrNone:
 
     def check(self, name: str, value: Any) -> Any:
         """Return the value, None for ``"none"``."""
-        return None if value is None or value == "none" else self.inner.check(name, value)
+        is_none = value is None or (isinstance(value, str) and value == "none")
+        return None if is_none else self.inner.check(name, value)
 
     def __str__(self) -> str:
         return f"{self.inner}, or None"
@@ -168,6 +242,9 @@ class Option:
     """The passes that read a field of the config, by name."""
     off: Mapping[str, Callable[[Any], bool]] = dataclasses.field(default_factory=dict)
     """The passes that some values of the field switch off, by name, and whether a value does."""
+    on: Mapping[str, Callable[[Any], bool]] = dataclasses.field(default_factory=dict)
+    """The passes that some values of the field ask for, by name, and whether a value does; a pass that some
+    field asks for is off without that."""
     per_layer: bool = True
     """Whether it may differ between layers."""
     field: str = ""
@@ -181,6 +258,7 @@ def option(
     *,
     feeds: Mapping[str, str | Feeds] | None = None,
     off: Mapping[str, Callable[[Any], bool]] | None = None,
+    on: Mapping[str, Callable[[Any], bool]] | None = None,
     per_layer: bool = True,
     field: str = "",
 ) -> Any:
@@ -188,7 +266,7 @@ def option(
     read = {
         name: given if isinstance(given, Feeds) else Feeds(given) for name, given in (feeds or {}).items()
     }
-    declared = Option(permitted, " ".join(doc.split()), read, off or {}, per_layer, field)
+    declared = Option(permitted, " ".join(doc.split()), read, off or {}, on or {}, per_layer, field)
     return dataclasses.field(default=default, metadata={"option": declared})
 
 

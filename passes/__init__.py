@@ -9,6 +9,7 @@ if __name__ != "biofx.passes":
 from biofx.passes.constrain_signs import ConstrainSigns
 from biofx.passes.expand_units import ExpandUnits
 from biofx.passes.fold_splits import FoldSplits
+from biofx.passes.mask_weights import MaskWeights
 from biofx.passes.observe_activity import ObserveActivity
 from biofx.passes.scale_gradients import ScaleGradients
 from biofx.passes.split_weights import SplitWeights
@@ -17,10 +18,13 @@ from biofx.rewriting.registry import register_built_in
 __all__ = [
     "SplitWeights",
     "ExpandUnits",
+    "MaskWeights",
     "ConstrainSigns",
     "ScaleGradients",
     "ObserveActivity",
     "FoldSplits",
 ]
 
-register_built_in(SplitWeights, ExpandUnits, ConstrainSigns, ScaleGradients, ObserveActivity, FoldSplits)
+register_built_in(
+    *(SplitWeights, ExpandUnits, MaskWeights, ConstrainSigns, ScaleGradients, ObserveActivity, FoldSplits)
+)

@@ -43,7 +43,7 @@ class ConstrainSigns(WeightPass):
 
     name: ClassVar[str] = "constrain-signs"
     mechanism: ClassVar[str] = "signs"
-    after: ClassVar[tuple[str, ...]] = ("split-weights", "expand-units")
+    after: ClassVar[tuple[str, ...]] = ("split-weights", "expand-units", "mask-weights")
 
     method: str = option_from_config("dales_method")
     axis: str = option_from_config("dales_axis")

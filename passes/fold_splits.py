@@ -30,7 +30,7 @@ class FoldSplits(Pass):
 
     name: ClassVar[str] = "fold-splits"
     after: ClassVar[tuple[str, ...]] = (
-        *("split-weights", "constrain-signs", "scale-gradients", "observe-activity"),
+        *("split-weights", "mask-weights", "constrain-signs", "scale-gradients", "observe-activity"),
     )
 
     def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:

@@ -39,7 +39,7 @@ class ScaleGradients(WeightPass):
 
     name: ClassVar[str] = "scale-gradients"
     mechanism: ClassVar[str] = "rates"
-    after: ClassVar[tuple[str, ...]] = ("split-weights", "constrain-signs")
+    after: ClassVar[tuple[str, ...]] = ("split-weights", "mask-weights", "constrain-signs")
 
     nu: float = option_from_config("fuzzy_learning_rate_factor_nu")
     distribution: Distribution = option_from_config("fuzzy_lr_distribution")

@@ -49,6 +49,12 @@ DEFAULTS: dict[str, Any] = {
     "dales_excitatory_fraction": 0.5,
     "dales_constrain_inputs": False,
     "dales_constrain_readout": False,
+    "weight_density": 1.0,
+    "weight_mask_self_connections": True,
+    "weight_mask_blocks": None,
+    "weight_mask_areas": None,
+    "weight_mask": None,
+    "weight_mask_initialisation": "rescale",
     "seed": 0,
     "overrides": (),
 }
@@ -83,11 +89,20 @@ CHANGED: dict[str, Any] = {
     "dales_excitatory_fraction": 0.8,
     "dales_constrain_inputs": True,
     "dales_constrain_readout": True,
+    "weight_density": 0.1,
+    "weight_mask_self_connections": False,
+    "weight_mask_blocks": ((1.0, 0.25), (0.0, 1.0)),
+    "weight_mask_areas": ((8, 2), (3, 4)),
+    "weight_mask": "110 011",
+    "weight_mask_initialisation": "keep",
     "seed": 2**63 - 1,
 }
 NUMBER, FRACTION = "a number in ", "a number in [0, 1]"
 POSITIVE, NOT_NEGATIVE = "a number in (0, inf)", "a number in [0, inf)"
 FLAG = "True or False"
+BAD_BLOCKS: tuple[Any, ...] = (0.5, [], [0.5], [[]], [[1], [1, 0]], "1 0", [[1.5]], [["1"]])
+BAD_MASKS: tuple[Any, ...] = (1, "", "10 1", "102", [[1, 2]], [[1], [1, 0]], [[]])
+BAD_AREAS: tuple[Any, ...] = (3, [], [0, 2], [1.5], [[1], 2], [[1]], [[1], [2], [3]], [[1], []], "12")
 BAD: list[tuple[str, Any, str]] = [
     *[
         ("fuzzy_learning_rate_factor_nu", value, FRACTION)
@@ -130,6 +145,15 @@ BAD: list[tuple[str, Any, str]] = [
     *[("dales_excitatory_fraction", value, FRACTION) for value in (-0.1, 80)],
     *[("dales_constrain_inputs", value, FLAG) for value in (0, None)],
     *[("dales_constrain_readout", value, FLAG) for value in (0, None)],
+    *[("weight_density", value, "a number in (0, 1]") for value in (0, 1.5, None)],
+    *[("weight_mask_self_connections", value, FLAG) for value in (0, None)],
+    *[("weight_mask_blocks", value, "a list of rows of equal length") for value in BAD_BLOCKS],
+    *[
+        ("weight_mask_areas", value, "a list of whole numbers above 0, or two such lists")
+        for value in BAD_AREAS
+    ],
+    *[("weight_mask", value, "rows of 0 and 1 of equal length") for value in BAD_MASKS],
+    *[("weight_mask_initialisation", value, "one of rescale, keep") for value in ("zeros", None)],
     *[("seed", value, "a whole number in [0, 9223372036854775807]") for value in (-1, 2**63, 0.0)],
     ("overrides", 3, "Override records"),
     ("overrides", "fc", "Override records"),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from biofx.capture.random_state import preserved_random_state
-from biofx.diagnostics import check_signs, check_states
+from biofx.diagnostics import check_masks, check_signs, check_states
 from biofx.diagnostics.audit import Audit, Finding, Subject, Uses, finding, invariant, owner_of
 from biofx.errors import InputError
 from biofx.graph.joined_graph import whole_graph
@@ -147,6 +147,7 @@ def _pooled_layer(pool: Node, sites: dict[Node, WeightSite]) -> tuple[WeightSite
 
 
 _PLACED = {
+    "mask_weight": "mask",
     "constrain_sign": "sign constraint",
     "scale_gradient": "learning rates",
     "scale_gradient_by_seed": "learning rates",
@@ -220,6 +221,9 @@ INVARIANTS = (
     check_signs.bypassed_constraints,
     check_signs.rule_signs,
     check_signs.gammas,
+    check_masks.effective_masks,
+    check_masks.mask_values,
+    check_masks.mask_uses,
     check_states.rates,
     check_states.rate_shapes,
     check_states.scaling,

@@ -196,7 +196,7 @@ def plot_layers(records: Sequence[StepRecord], path: str | os.PathLike[str] | No
         A ``matplotlib.figure.Figure`` with three panels: how the learning-rate factors spread (in % of a
         layer's factors, by their value); shares of excitation and inhibition in the effective weights (%),
         with the number of wrong signs where there are any; synapses replaced from the first record to the
-        last (in % of the layer's synapses).
+        last (in % of the layer's connections that exist).
 
     Raises:
         InputError: matplotlib is missing, or nothing has been recorded.
@@ -257,7 +257,7 @@ def _draw_signs(axes: Any, layers: Sequence[LayerRecord]) -> None:
 
 def _draw_turnover(axes: Any, rows: Sequence[Sequence[LayerRecord]]) -> None:
     axes.set_xlabel("synapses replaced (%)")
-    shares = [100 * sum(layer.replaced for layer in row) / max(1, row[-1].synapses) for row in rows]
+    shares = [100 * sum(layer.replaced for layer in row) / max(1, row[-1].existing) for row in rows]
     if not any(shares):
         _say_nothing(axes)
         return

@@ -51,6 +51,8 @@ class LayerRecord:
     """L2 norm of the gradient as it was found, in units of loss per weight."""
     update_norm: float | None = None
     """L2 norm of what the step changed in the weight, in units of weight."""
+    connections: int | None = None
+    """Elements of the weight whose connection exists, a count; None without a mask, where all do."""
 
     @property
     def crystallized_fraction(self) -> float | None:
@@ -61,6 +63,21 @@ class LayerRecord:
     def replaced(self) -> int:
         """Synapses replaced by rejuvenation since the weight's last record, a count."""
         return self.touched.get("rejuvenate_weights", 0)
+
+    @property
+    def density(self) -> float | None:
+        """Fraction of the connections that exist, in [0, 1]; None without a mask."""
+        return None if self.connections is None else self.connections / max(1, self.synapses)
+
+    @property
+    def existing(self) -> int:
+        """Elements of the weight whose connection exists, all without a mask, a count."""
+        return self.synapses if self.connections is None else self.connections
+
+    @property
+    def turnover(self) -> float:
+        """Fraction of the connections that rejuvenation has moved or replaced since the last record."""
+        return self.replaced / max(1, self.existing)
 
     @property
     def ei_ratio(self) -> float:
@@ -143,6 +160,7 @@ def measure(
         inhibition=_total(used.clamp(max=0).neg_()),
         gradient_norm=gradient_norm,
         update_norm=update_norm,
+        connections=state.connections,
     )
 
 

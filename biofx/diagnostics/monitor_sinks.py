@@ -39,6 +39,8 @@ SCHEMA = "biofx.run/1"
 _NUMBERS = ("excitation", "inhibition")
 _OPTIONAL_NUMBERS = ("factor_mean", "factor_std", "gradient_norm", "update_norm")
 _OPTIONAL_COUNTS = ("crystallized", "wrong_signs", "wrong_signs_raw")
+_ADDED = ("connections",)
+"""Counts that files of older versions lack."""
 
 
 class JsonLines:
@@ -158,6 +160,7 @@ def _layer_from_plain(fields: Mapping[str, Any]) -> LayerRecord:
     others: dict[str, Any] = {name: _number(fields[name]) for name in _NUMBERS}
     for names, convert in ((_OPTIONAL_NUMBERS, _number), (_OPTIONAL_COUNTS, _count)):
         others |= {name: None if fields[name] is None else convert(fields[name]) for name in names}
+    others |= {name: _count(fields[name]) for name in _ADDED if fields.get(name) is not None}
     return LayerRecord(
         synapses=_count(fields["synapses"]),
         factor_histogram=tuple(map(_count, fields["factor_histogram"])),
@@ -233,6 +236,8 @@ def _curves(layer: LayerRecord) -> dict[str, float | None]:
         "factor std": layer.factor_std,
         "crystallized fraction": layer.crystallized_fraction,
         "replaced synapses": layer.replaced,
+        "density": layer.density,
+        "turnover": None if layer.connections is None else layer.turnover,
         "wrong signs": layer.wrong_signs,
         "E-I ratio": layer.ei_ratio,
         "gradient norm": layer.gradient_norm,

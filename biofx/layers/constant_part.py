@@ -21,6 +21,7 @@ from biofx.graph.joined_graph import whole_graph
 from biofx.graph.node_kinds import changed_in_place, changes_in_place, queries_metadata
 from biofx.graph.printing import format_node, function_name
 from biofx.layers.layer_kind import argument
+from biofx.operators.mask_ops import mask_weight
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.operators.sign_ops import constrain_sign
 
@@ -142,7 +143,7 @@ _RANDOM_NAMES = frozenset(
 
 # the ways of weights
 
-_OPERATORS: frozenset[Any] = GRADIENT_SCALINGS | {constrain_sign}
+_OPERATORS: frozenset[Any] = GRADIENT_SCALINGS | {mask_weight, constrain_sign}
 _MOVES = frozenset(
     {
         *("chunk", "contiguous", "detach", "expand", "flatten", "getattr", "getitem", "index_select"),
@@ -153,7 +154,7 @@ _MOVES = frozenset(
 
 
 class Treatment(IntEnum):
-    """What the graph does to a weight besides constraining and scaling it."""
+    """What the graph does to a weight besides masking, constraining and scaling it."""
 
     NOTHING = 0
     MOVED = 1
@@ -179,6 +180,8 @@ class WeightUse:
     """Sign constraints on the way, innermost first."""
     scalings: tuple[Node, ...] = ()
     """Gradient scalings on the way, innermost first."""
+    masks: tuple[Node, ...] = ()
+    """Masks on the way, innermost first."""
     before: Treatment = Treatment.NOTHING
     """What happens to the parameter up to the first constraint; all of it where there is none."""
     after: Treatment = Treatment.NOTHING
@@ -187,7 +190,8 @@ class WeightUse:
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells it from other ways to the same place."""
-        return (id(self.parameter), self.whole, self.constraints, self.scalings, self.before, self.after)
+        found = (self.constraints, self.scalings, self.masks)
+        return (id(self.parameter), self.whole, *found, self.before, self.after)
 
 
 def weight_uses(constants: ConstantPart) -> list[WeightUse]:
@@ -227,11 +231,13 @@ def _arriving(
 
 
 def _through(way: WeightUse, node: Node) -> WeightUse:
-    """Return a way extended by a constraint or a scaling."""
+    """Return a way extended by a mask, a constraint or a scaling."""
     untouched = way.before == way.after == Treatment.NOTHING
     whole = node if untouched else way.whole
     if node.target is constrain_sign:
         return replace(way, expression=node, whole=whole, constraints=(*way.constraints, node))
+    if node.target is mask_weight:
+        return replace(way, expression=node, whole=whole, masks=(*way.masks, node))
     return replace(way, expression=node, whole=whole, scalings=(*way.scalings, node))
 
 

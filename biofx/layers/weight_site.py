@@ -17,11 +17,14 @@ from biofx.graph.node_kinds import changed_in_place, queries_metadata
 from biofx.graph.printing import function_name
 from biofx.layers import kind_of_call
 from biofx.layers.layer_kind import ONE_WEIGHT, LayerKind, WeightSlot
+from biofx.operators.mask_ops import mask_weight
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.operators.sign_ops import constrain_sign
 from biofx.operators.split_ops import fold_weight
 
-WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = GRADIENT_SCALINGS | {constrain_sign, fold_weight}
+WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = GRADIENT_SCALINGS | {
+    *(mask_weight, constrain_sign, fold_weight)
+}
 """What may stand between a parameter and the layer that uses it."""
 
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from biofx.config import FROM_SEED, BioConfig
 from biofx.errors import PlasticityError
+from biofx.operators.mask_ops import existing, mask_weight
 from biofx.operators.rate_ops import multiply_by_blocks
 from biofx.operators.rate_sampling import (
     CHANGING,
@@ -34,6 +35,7 @@ from biofx.plasticity.rate_rules import (
 )
 from biofx.plasticity.rejuvenation import check_finite, protection_for, rejuvenate
 from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
+from biofx.plasticity.turnover import turn_over
 from biofx.plasticity.unit_inputs import broadcast_units, input_strength, synaptic_scaling
 
 _UPDATE = "update_fuzzy_learning_rates"
@@ -106,7 +108,7 @@ class BioModule(BioState):
             NonFiniteWeightError: the weight is NaN or infinite and the rule is ``"rejuvenate_weights"``.
         """
         if rule == "rejuvenate_weights":
-            check_finite(self.weight, self.path)
+            check_finite(self.masked_weight, self.path)
 
     # learning-rate factors
 
@@ -280,12 +282,12 @@ class BioModule(BioState):
         """Multiply the weight's gradient by volume-dependent factors; call it between backward and step."""
         self._require("volume_dependent_lr")
         gradient = self._gradient()
-        multiply_by_volume(gradient, self.weight, **self._volume_options())
+        multiply_by_volume(gradient, self.masked_weight, **self._volume_options())
         return gradient.numel()
 
     def volume_factors(self) -> Tensor:
         """Sample volume-dependent factors for the current weight, shaped like it, dimensionless."""
-        return volume_factors(self.weight, **self._volume_options())
+        return volume_factors(self.masked_weight, **self._volume_options())
 
     def _volume_options(self) -> dict[str, Any]:
         config = self.config
@@ -294,6 +296,7 @@ class BioModule(BioState):
             "stability": config.stability_factor,
             "variability": config.lr_variability,
             "generator": self._generator("volume"),
+            "exists": None if self.connection_mask is None else existing(self.connection_mask),
         }
 
     @torch.no_grad()
@@ -313,6 +316,7 @@ class BioModule(BioState):
         self._require("crystallize")
         factors, weight = self.fuzzy_learning_rate_parameters, self.weight.detach()
         gradient, strength, mean = local(self._gradient()), local(weight), None
+        mask = self.connection_mask
         if self.scaled_in_graph and factors is not None:
             gradient = _divided(gradient, local_part(factors, weight))
         rates, floor = self.memory.dampening, self.config.crystal_min
@@ -320,8 +324,10 @@ class BioModule(BioState):
             rates = factors
         elif rates is None:
             rates = self._start_dampening()
-        if is_sharded(weight):
-            mean = float(sum_over_ranks(strength.norm(1), weight)) / max(1, weight.numel())
+        if is_sharded(weight) or mask is not None:
+            total = strength if mask is None else mask_weight(strength, local_part(mask, weight))
+            count = weight.numel() if self.connections is None else self.connections
+            mean = float(sum_over_ranks(total.norm(1), weight)) / max(1, count)
         caught = crystallize(
             strength,
             gradient,
@@ -352,6 +358,9 @@ class BioModule(BioState):
     def rejuvenate_weights(self, optimizer: Optimizer | None = None) -> int:
         """Replace weak synapses by new ones; returns how many.
 
+        Of a weight with a mask, weak connections vanish, and as many grow elsewhere
+        (:mod:`biofx.plasticity.turnover`); how many there are stays.
+
         Args:
             optimizer: its first moments of the replaced synapses become 0, its second moments stay.
 
@@ -361,16 +370,23 @@ class BioModule(BioState):
         self._require("rejuvenate_weights")
         turnover = self.config.rejuvenation_turnover
         protection = self.config.rejuvenation_parameter_dre if turnover is None else protection_for(turnover)
-        replaced = rejuvenate(
-            self.weight.data,
-            protection=protection,
-            generator=self._generator("rejuvenate"),
-            sign=self.signs(),
-            name=self.path,
-        )
+        options: dict[str, Any] = {
+            "protection": protection,
+            "generator": self._generator("rejuvenate"),
+            "sign": self.signs(),
+            "name": self.path,
+        }
+        if self.connection_mask is None:
+            replaced = rejuvenate(self.weight.data, **options)
+            count = len(replaced)
+        else:
+            layout, areas = self.connection_layout, self.connection_areas
+            blocks = None if areas is None else layout.blocks(self.weight.shape, areas)
+            moved = turn_over(self.weight.data, self.connection_mask, layout, blocks=blocks, **options)
+            replaced, count = moved.places, moved.pruned
         if optimizer is not None:
             forget_direction(optimizer, self.weight, replaced)
-        return len(replaced)
+        return count
 
     @torch.no_grad()
     def enforce_dales_principle(self) -> int:
@@ -386,7 +402,9 @@ class BioModule(BioState):
         layout: dict[str, int] = {"output_axis": self.output_axis, "groups": self.groups}
         target = self.memory.target_strength
         if target is None or target.shape != (self.units,):
-            target = self.memory.target_strength = input_strength(self.weight, **layout)
+            target = self.memory.target_strength = input_strength(self.masked_weight, **layout)
+        if self.connection_mask is not None:  # what a checkpoint has where no connection exists
+            self.weight.data.copy_(self.masked_weight)
         synaptic_scaling(self.weight.data, target, rate=self.config.synaptic_scaling_rate, **layout)
         return self.weight.numel()
 

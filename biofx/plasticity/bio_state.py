@@ -13,14 +13,17 @@ from biofx.callables import identity
 from biofx.config import FROM_SEED, BioConfig
 from biofx.errors import PlasticityError
 from biofx.layers import dense_kind_of
+from biofx.operators.mask_ops import existing, mask_weight
 from biofx.operators.rate_sampling import RateSampling
 from biofx.operators.sign_ops import signs_like
+from biofx.plasticity.connections import Areas, ConnectionLayout
 from biofx.plasticity.rule_memory import RuleMemory
 from biofx.plasticity.saved_state import (
     DIVERSITY,
     DRAW,
     EXTRA,
     FACTORS,
+    MASK,
     RATE_BUFFERS,
     SIGNS,
     converted,
@@ -31,7 +34,9 @@ from biofx.plasticity.saved_state import (
     without_averages,
 )
 
-_BUFFERS = (*RATE_BUFFERS, *SIGNS, "noise", "activity", DIVERSITY)
+_BUFFERS = (*RATE_BUFFERS, *SIGNS, "noise", "activity", DIVERSITY, MASK)
+_OF_UNITS = (*SIGNS, MASK)
+"""The buffers that follow from the graph."""
 _DERIVED = ("unit_index", "constrained_rows")
 PER_SYNAPSE = (FACTORS, "noise", DIVERSITY)
 """The buffers that have an entry for each synapse, or for each that shares a factor."""
@@ -73,6 +78,12 @@ class BioState(nn.Module):
     ``diversity``
         Dynamic factors as they would be without crystallization; shaped like the weight, and only where each
         synapse has such a factor.
+    ``connection_mask``
+        1 for each connection that exists, 0 for each that is missing and may grow, -1 for each that never
+        can; float32, shaped like the weight.
+    ``connection_layout``, ``connection_areas``
+        Not buffers, because they follow from the model and the config: how connections lie in the weight, and
+        the sizes of the areas between which their number stays.
     ``memory``
         Not a buffer: a :class:`~biofx.plasticity.rule_memory.RuleMemory`. Its counts and the memory of each
         unit are in the state dict too, as ``_extra_state``, for a state that was made with the model.
@@ -98,6 +109,7 @@ class BioState(nn.Module):
         noise: Tensor | None
         activity: Tensor | None
         diversity: Tensor | None
+        connection_mask: Tensor | None
         sign_layout: dict[str, int]
 
     def __init__(
@@ -118,6 +130,8 @@ class BioState(nn.Module):
         self.inputs_first = False
         self.why_no_synapses = ""
         self.sign_layout = {}
+        self.connection_layout = ConnectionLayout()
+        self.connection_areas: Areas | None = None
         if parent is not None:
             self.link(parent if isinstance(parent, nn.Module) else parent())
 
@@ -238,6 +252,20 @@ class BioState(nn.Module):
         layout: dict[str, Any] = {**self.sign_layout, "rows": self.constrained_rows}
         return signs_like(self.weight.detach(), self.presynaptic_signs(), **layout)
 
+    # connections
+
+    @property
+    def connections(self) -> int | None:
+        """Weights of the connections that exist, a count; None where there is no mask, so that all do."""
+        mask = self.connection_mask
+        return None if mask is None else int(existing(mask).count_nonzero())
+
+    @property
+    def masked_weight(self) -> Tensor:
+        """The weight, detached, with 0 where no connection exists; it shares memory without a mask."""
+        weight, mask = self.weight.detach(), self.connection_mask
+        return weight if mask is None else mask_weight(weight, mask)
+
     # learning-rate factors
 
     @property
@@ -312,13 +340,13 @@ class BioState(nn.Module):
     # moving
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BioState:
-        """Move and convert like any module; signs and what follows from the graph keep their values.
+        """Move and convert like any module; signs, masks and what follows from the graph keep their values.
 
         Values of other buffers are lost on the way over the meta device, until a state is loaded.
         """
         values: dict[str, Tensor] = self.__dict__["_values_of_meta"]
         empty = {name for name, held in self._buffers.items() if held is not None and held.is_meta}
-        tables = [(self._buffers, SIGNS), (self.__dict__, _DERIVED)]
+        tables = [(self._buffers, _OF_UNITS), (self.__dict__, _DERIVED)]
         for table, names in tables:
             values.update({name: table[name] for name in names if _has_values(table[name])})
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -19,6 +19,7 @@ magnitude of its layer, so that the rule means the same at any scale of the weig
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -134,7 +135,13 @@ def crystallize(
 
 @torch.no_grad()
 def volume_factors(
-    weight: Tensor, *, base: float | None, stability: float, variability: float, generator: Generator
+    weight: Tensor,
+    *,
+    base: float | None,
+    stability: float,
+    variability: float,
+    generator: Generator,
+    exists: Tensor | None = None,
 ) -> Tensor:
     """Return ``base`` · exp(-``stability`` · |w| / (|w| + s)) · |N(1, ``variability``²)|, s = mean|w|.
 
@@ -144,14 +151,15 @@ def volume_factors(
         stability: how fast the factor falls with the weight, dimensionless.
         variability: standard deviation of the noise, dimensionless.
         generator: a CPU generator, the only source of randomness.
+        exists: where connections exist, bool, shaped like the weight, which is 0 elsewhere; only they count
+            in means. None for everywhere.
 
     Returns:
         Factors shaped like ``weight``, in its dtype and on its device, dimensionless.
     """
     factors = torch.ones_like(weight.detach(), memory_format=torch.contiguous_format)
-    multiply_by_volume(
-        factors, weight, base=base, stability=stability, variability=variability, generator=generator
-    )
+    options: dict[str, Any] = {"stability": stability, "variability": variability, "generator": generator}
+    multiply_by_volume(factors, weight, base=base, exists=exists, **options)
     return factors
 
 
@@ -164,6 +172,7 @@ def multiply_by_volume(
     stability: float,
     variability: float,
     generator: Generator,
+    exists: Tensor | None = None,
 ) -> None:
     """Multiply ``target`` by the factors of :func:`volume_factors`, in place, block by block.
 
@@ -174,15 +183,18 @@ def multiply_by_volume(
         stability: see there.
         variability: see there.
         generator: see there.
+        exists: see there.
     """
     if base is None:
-        factors = volume_factors(
-            weight, base=1.0, stability=stability, variability=variability, generator=generator
-        )
-        target.mul_(factors.div_(factors.mean()).to(target.dtype))
+        options: dict[str, Any] = {"stability": stability, "variability": variability, "generator": generator}
+        factors = volume_factors(weight, base=1.0, exists=exists, **options)
+        mean_factor = factors.mean() if exists is None else factors[exists].mean()
+        target.mul_(factors.div_(mean_factor).to(target.dtype))
         return
     flat, product = weight.detach().reshape(-1), target.reshape(-1)
     mean = mean_over(flat.numel(), lambda block: flat[block].abs().sum(dtype=torch.float32))
+    if exists is not None:
+        mean *= flat.numel() / max(1, int(exists.count_nonzero()))
     scale = max(mean, torch.finfo(weight.dtype).tiny)
     noise = normal_quantiles().mul(variability).add_(1).abs_().mul_(base) if variability else base
 

@@ -87,25 +87,39 @@ def rejuvenate(
         NonFiniteWeightError: a weight is NaN or infinite; nothing has been changed.
     """
     check_finite(weight, name)
-    spread = _spread(weight.detach().reshape(-1))
+    spread = spread_of(weight.detach().reshape(-1))
     if spread == 0:
         return torch.empty(0, dtype=torch.int64, device=weight.device)
-    replaced, moments = _choose_weak(weight.detach().reshape(-1), spread / protection, generator)
+    replaced, moments = choose_weak(weight.detach().reshape(-1), spread / protection, generator)
     if not len(replaced):
         return replaced
-    count, total, squares = moments.tolist()
-    mean = total / max(1, count)
-    deviation = math.sqrt(max(0.0, squares / max(1, count) - mean**2))
-    new = torch.randn(len(replaced), generator=generator).mul_(deviation).add_(mean).exp_().to(weight)
-    signs = torch.randint(0, 2, (len(replaced),), generator=generator).mul_(2).sub_(1).to(weight)
-    if sign is not None:
-        fixed = sign.expand(weight.shape).take(replaced).to(weight)
-        signs = fixed.add_(signs.mul_(1 - fixed.abs()))
+    fixed = None if sign is None else sign.expand(weight.shape).take(replaced)
+    new = new_weights(len(replaced), moments, fixed, generator).to(weight)
     if weight.is_contiguous():  # many times faster
-        weight.view(-1).scatter_(0, replaced, new.mul_(signs))
+        weight.view(-1).scatter_(0, replaced, new)
     else:
-        weight.put_(replaced, new.mul_(signs))
+        weight.put_(replaced, new)
     return replaced
+
+
+def new_weights(count: int, moments: Tensor, sign: Tensor | None, generator: Generator) -> Tensor:
+    """Sample the weights of new synapses, log-normal in magnitude, ``(count,)``, in units of weight.
+
+    Args:
+        count: how many.
+        moments: of the weights that stay, as :func:`log_moments` returns them.
+        sign: +1, -1, or 0 for a random one, ``(count,)``; None for random ones.
+        generator: a CPU generator, the only source of randomness.
+    """
+    number, total, squares = moments.tolist()
+    mean = total / max(1, number)
+    deviation = math.sqrt(max(0.0, squares / max(1, number) - mean**2))
+    new = torch.randn(count, generator=generator).mul_(deviation).add_(mean).exp_()
+    signs = torch.randint(0, 2, (count,), generator=generator).mul_(2).sub_(1).to(new)
+    if sign is not None:
+        fixed = sign.to(new)
+        new, signs = new.to(fixed.device), fixed.add(signs.to(fixed.device).mul_(1 - fixed.abs()))
+    return new.mul_(signs)
 
 
 def check_finite(weight: Tensor, name: str) -> None:
@@ -126,13 +140,13 @@ def check_finite(weight: Tensor, name: str) -> None:
             )
 
 
-def _log_moments(magnitude: Tensor) -> Tensor:
+def log_moments(magnitude: Tensor) -> Tensor:
     """Return count, sum and sum of squares of log|w|, without weights of 0; float64 on the CPU."""
     logs = magnitude[magnitude > 0].log().double()
     return torch.tensor([len(logs), logs.sum().item(), logs.square().sum().item()], dtype=torch.float64)
 
 
-def _spread(weight: Tensor) -> float:
+def spread_of(weight: Tensor) -> float:
     """Return the standard deviation of all weights."""
     mean = mean_over(len(weight), lambda block: weight[block].sum(dtype=torch.float32))
 
@@ -143,7 +157,7 @@ def _spread(weight: Tensor) -> float:
     return math.sqrt(mean_over(len(weight), squares))
 
 
-def _choose_weak(weight: Tensor, scale: float, generator: Generator) -> tuple[Tensor, Tensor]:
+def choose_weak(weight: Tensor, scale: float, generator: Generator) -> tuple[Tensor, Tensor]:
     """Choose each weight with P = exp(-|w| / scale); return flat positions, and moments of those that stay.
 
     A weight is chosen if its level k, sampled from 0 to 65535, and an offset in [0, 1) that its block samples
@@ -161,8 +175,8 @@ def _choose_weak(weight: Tensor, scale: float, generator: Generator) -> tuple[Te
         chosen = margin.clamp_(min=0).bool()
         places = chosen.nonzero().flatten()
         part = magnitude[: -(-len(magnitude) // share)]
-        kept = _log_moments(part[~chosen[: len(part)]])
-        everything = _log_moments(part if len(places) == len(magnitude) else part[:0])
+        kept = log_moments(part[~chosen[: len(part)]])
+        everything = log_moments(part if len(places) == len(magnitude) else part[:0])
         return places.add_(block.start), kept, everything
 
     places, kept, everything = zip(*for_each_block(weight.numel(), choose, generator), strict=True)

@@ -24,6 +24,7 @@ FACTORS, DRAW = "fuzzy_learning_rate_parameters", "fuzzy_learning_rate_draw"
 RATE_BUFFERS = (FACTORS, DRAW)
 DIVERSITY = "diversity"
 SIGNS = ("sign", "local_sign")
+MASK = "connection_mask"
 EXTRA = "_extra_state"
 OLDER = ("steps", "events", "target_strength")
 """Names that older versions saved, and that are in the extra state now."""
@@ -207,7 +208,7 @@ def with_current_keys(
 def without_averages(saved: Mapping[str, Any], own: Held) -> dict[str, Any]:
     """Return a saved state in which whole numbers are whole again.
 
-    An average of what factors are sampled from is replaced by ``own``. Signs are rounded.
+    An average of what factors are sampled from is replaced by ``own``. Signs and masks are rounded.
 
     Raises:
         PlasticityError: signs of models whose units have different ones were averaged.
@@ -215,6 +216,8 @@ def without_averages(saved: Mapping[str, Any], own: Held) -> dict[str, Any]:
     kept = dict(saved)
     if own[DRAW] is not None and _is_average(kept.get(DRAW)):
         kept[DRAW] = own[DRAW]
+    if isinstance(mask := kept.get(MASK), Tensor) and mask.is_floating_point() and not mask.is_meta:
+        kept[MASK] = mask.round()
     for name in SIGNS:
         mine, signs = own[name], kept.get(name)
         if mine is None or not isinstance(signs, Tensor) or mine.shape != signs.shape or signs.is_meta:

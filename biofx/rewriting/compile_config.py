@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 from biofx.config import BioConfig, config_options
@@ -29,7 +29,7 @@ def compile_config(config: BioConfig, names: Iterable[str] | None = None) -> Pip
 
     Raises:
         PipelineError: one of ``names`` is no pass of a config, or is switched off in this one.
-        OptionError: it gives signs and constrains none.
+        OptionError: it gives signs and constrains none, or areas and masks nothing.
     """
     wanted = None if names is None else list(names)
     known = _configurable()
@@ -42,6 +42,8 @@ def compile_config(config: BioConfig, names: Iterable[str] | None = None) -> Pip
     chosen = [name for name in known if not _is_off(name, config) and (wanted is None or name in wanted)]
     if wanted is None and "constrain-signs" not in chosen:
         _refuse_signs(config)
+    if wanted is None and "mask-weights" not in chosen:
+        _refuse_areas(config)
     return Pipeline(tuple(_configured(known[name], config) for name in chosen))
 
 
@@ -59,15 +61,29 @@ def _read_by(name: str) -> dict[str, Feeds]:
 
 def _refuse_signs(config: BioConfig) -> None:
     """Refuse signs in a config that constrains none."""
-    given = [("the model", config.dales_signs)] + [
-        (repr(override.selector), dict(override.options).get("dales_signs")) for override in config.overrides
-    ]
-    for where, signs in given:
-        if signs is not None:
-            raise OptionError(
-                f"dales_signs: those given for {where} would not be used, since apply_dales_principle is "
-                "False; set apply_dales_principle=True, or leave the signs out"
-            )
+    for where in _given(config, "dales_signs"):
+        raise OptionError(
+            f"dales_signs: those given for {where} would not be used, since apply_dales_principle is "
+            "False; set apply_dales_principle=True, or leave the signs out"
+        )
+
+
+def _refuse_areas(config: BioConfig) -> None:
+    """Refuse areas in a config that masks nothing."""
+    for where in _given(config, "weight_mask_areas"):
+        raise OptionError(
+            f"weight_mask_areas: those given for {where} would not be used, since there are no "
+            "weight_mask_blocks; give the densities between the areas, or leave the areas out"
+        )
+
+
+def _given(config: BioConfig, field: str) -> Iterator[str]:
+    """Yield where a field that may be None is not, in words."""
+    if getattr(config, field) is not None:
+        yield "the model"
+    for override in config.overrides:
+        if dict(override.options).get(field) is not None:
+            yield repr(override.selector)
 
 
 def choose_passes(choice: PassChoice | None, config: BioConfig | None) -> Pipeline:
@@ -101,11 +117,17 @@ def choose_passes(choice: PassChoice | None, config: BioConfig | None) -> Pipeli
 
 
 def _is_off(name: str, config: BioConfig) -> bool:
-    """Whether one of the fields that switch a pass off does so for every layer there could be."""
+    """Whether a field switches a pass off for every layer there could be, or no field asks for it."""
     given = [config.options_for([]), *(dict(override.options) for override in config.overrides)]
+    options = config_options().items()
+    asking = [(field, declared.on[name]) for field, declared in options if name in declared.on]
+    if asking and not any(
+        asks(fields[field]) for field, asks in asking for fields in given if field in fields
+    ):
+        return True
     return any(
         all(declared.off[name](fields[field]) for fields in given if field in fields)
-        for field, declared in config_options().items()
+        for field, declared in options
         if name in declared.off
     )
 

@@ -10,6 +10,7 @@ from biofx.analysis.sign_store import bring_signs, keep_row_signs, states_of
 from biofx.analysis.sign_survey import SignSurvey
 from biofx.layers.lowering import Lowering, node_stem
 from biofx.layers.weight_site import Weight, WeightSite
+from biofx.operators.mask_ops import mask_weight
 from biofx.operators.sampling import generator_for
 from biofx.operators.sign_ops import constrain_sign
 from biofx.plasticity.model_states import bio_module_path, state_of
@@ -80,11 +81,12 @@ def insert_signs(
     if presynaptic and exempt.any():
         state.constrained_rows = (~exempt).to(torch.int8).to(state.weight.device)
     signs = state.signs()
-    wrong = int((state.weight.detach() * signs < 0).sum())
+    wrong = int((state.masked_weight * signs < 0).sum())
     if balances:
+        mask = state.connection_mask
         made = balanced_weight(
-            state.weight.detach(),
-            signs,
+            state.masked_weight,
+            signs if mask is None else mask_weight(signs.expand_as(mask), mask),
             generator_for(seed, weight.path, purpose="balance"),
             output_axis=first.kind.output_axis,
             groups=first.groups,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -227,7 +228,7 @@ def test_weights_of_zero_all_get_the_base() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_factors_are_of_the_weights_kind_and_any_memory_format(dtype: torch.dtype) -> None:
     weight = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-    options = {"base": 0.1, "stability": 2.0, "variability": 0.2}
+    options: dict[str, Any] = {"base": 0.1, "stability": 2.0, "variability": 0.2}
     plain = volume_factors(weight, generator=generator_for(0, "w"), **options)
     strided = volume_factors(
         weight.to(memory_format=torch.channels_last), generator=generator_for(0, "w"), **options

@@ -64,9 +64,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def test_the_built_in_passes_are_there_in_the_order_of_the_package() -> None:
-    assert list(available_passes().items())[:4] == [
+    assert list(available_passes().items())[:5] == [
         ("split-weights", passes.SplitWeights),
         ("expand-units", passes.ExpandUnits),
+        ("mask-weights", passes.MaskWeights),
         ("constrain-signs", passes.ConstrainSigns),
         ("scale-gradients", passes.ScaleGradients),
     ]
@@ -120,8 +121,8 @@ def test_a_pass_is_found_by_name() -> None:
     [
         ("split-weigths", "; did you mean 'split-weights'"),
         ("SplitWeights", "; did you mean 'split-weights'"),
-        ("zzz", "; there are split-weights, expand-units, constrain-signs, scale-gradients"),
-        ("pipeline", "; there are split-weights, expand-units, constrain-signs, scale-gradients"),
+        ("zzz", "; there are split-weights, expand-units, mask-weights, constrain-signs, scale"),
+        ("pipeline", "; there are split-weights, expand-units, mask-weights, constrain-signs, scale"),
     ],
 )
 def test_an_unknown_pass_names_the_nearest_or_all(name: str, hint: str) -> None:

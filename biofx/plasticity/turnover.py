@@ -1,0 +1,120 @@
+"""Turnover of connections: weak ones are pruned, and as many grow where none exists.
+
+Sources: Mocanu, Mocanu, Stone, Nguyen, Gibescu, Liotta, "Scalable training of artificial neural networks with
+adaptive sparse connectivity inspired by network science", Nature Communications 9 (2018), doi
+10.1038/s41467-018-04316-3 (SET: growth at random); which ones go, and the weights of new ones, as for
+:mod:`biofx.plasticity.rejuvenation`.
+
+Deviations: SET prunes a fixed share of the weakest, here each goes with the probability that rejuvenation has
+for it. A new connection starts with a weight like those that stay, where SET draws one as at the start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from biofx.operators.mask_ops import EXISTS, FORBIDDEN, MISSING, existing
+from biofx.plasticity.connections import ConnectionLayout
+from biofx.plasticity.rejuvenation import check_finite, choose_weak, log_moments, new_weights, spread_of
+
+
+@dataclass(frozen=True)
+class Turnover:
+    """What one turnover has moved."""
+
+    pruned: int
+    """Weights of the connections that vanished, and of those that grew, a count each."""
+    places: Tensor
+    """Flat positions in the weight of all that vanished or grew, int64."""
+
+
+@torch.no_grad()
+def turn_over(
+    weight: Tensor,
+    mask: Tensor,
+    layout: ConnectionLayout,
+    *,
+    protection: float,
+    generator: Generator,
+    blocks: Tensor | None = None,
+    sign: Tensor | None = None,
+    name: str = "weight",
+) -> Turnover:
+    """Move weak connections, in place: each vanishes with probability exp(-d |w| / std(w)), another grows.
+
+    The standard deviation is that of the connections that exist, and |w| of a connection with gates is the
+    root mean square of its weights. In each block as many grow as vanish, at random among those that are
+    missing then and may exist; one that has vanished may be one of them. New weights are drawn as
+    :func:`~biofx.plasticity.rejuvenation.rejuvenate` draws them, and missing ones become 0.
+
+    Args:
+        weight: real, floating point; its storage stays.
+        mask: shaped like the weight, as :func:`~biofx.operators.mask_ops.mask_weight` takes it.
+        layout: of the weight.
+        protection: d, in standard deviations of the weights, > 0.
+        generator: a CPU generator, the only source of randomness.
+        blocks: the block of each connection, int64, ``(units, connections of a unit)``; None for one block.
+        sign: broadcastable to ``weight``; +1, -1, or 0 for free.
+        name: what an error calls the weight.
+
+    Raises:
+        NonFiniteWeightError: the weight of a connection is NaN or infinite; nothing has been changed.
+    """
+    held = layout.split(mask)[0]
+    exists, allowed = existing(held).flatten(), (held > (FORBIDDEN + MISSING) / 2).flatten()
+    connections = layout.split(weight.detach()).flatten(1)
+    connections = torch.where(exists, connections, 0)
+    check_finite(connections, name)
+    places, none = exists.nonzero().flatten(), exists.nonzero().flatten()[:0]
+    spread = spread_of(connections[:, places].flatten()) if len(places) else 0.0
+    if spread == 0:
+        return Turnover(0, none)
+    strength = connections[:, places].square().mean(0).sqrt()
+    weak, _ = choose_weak(strength, spread / protection, generator)
+    pruned = places[weak]
+    if not len(pruned):
+        return Turnover(0, none)
+    staying = exists.clone()
+    staying[pruned] = False
+    grown = _grown(allowed & ~staying, pruned, None if blocks is None else blocks.flatten(), generator)
+    moments = log_moments(connections[:, staying].abs().float().flatten())
+    if not moments[0]:
+        moments = log_moments(connections.abs().float().flatten())
+    fixed = None
+    if sign is not None:
+        fixed = layout.split(sign.expand(weight.shape)).flatten(1)[:, grown].flatten()
+    new = new_weights(layout.gates * len(grown), moments, fixed, generator).to(weight)
+    moved = torch.zeros_like(exists)
+    moved[pruned] = moved[grown] = True
+    connections[:, pruned] = 0
+    connections[:, grown] = new.reshape(layout.gates, -1)
+    values = held.flatten()
+    values[pruned] = MISSING
+    values[grown] = EXISTS
+    weight.copy_(layout.join(connections.reshape(layout.gates, *held.shape), weight))
+    mask.copy_(layout.join(values.reshape(held.shape), mask))
+    touched = layout.join(moved.reshape(held.shape), weight).flatten().nonzero().flatten()
+    return Turnover(layout.gates * len(pruned), touched)
+
+
+def _grown(possible: Tensor, pruned: Tensor, blocks: Tensor | None, generator: Generator) -> Tensor:
+    """Return where connections grow, flat positions, as many in each block as were pruned there."""
+    if blocks is None:
+        return _sampled(possible.nonzero().flatten(), len(pruned), generator)
+    blocks = blocks.to(possible.device)
+    counts = torch.bincount(blocks[pruned]).tolist()
+    return torch.cat(
+        [
+            _sampled((possible & (blocks == number)).nonzero().flatten(), count, generator)
+            for number, count in enumerate(counts)
+        ]
+    )
+
+
+def _sampled(places: Tensor, count: int, generator: Generator) -> Tensor:
+    """Return some of the places, at random, each at most once."""
+    order = torch.randperm(len(places), generator=generator)[:count]
+    return places[order.to(places.device)]
