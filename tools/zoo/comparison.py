@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 import biofx
 from biofx.layers.sites import find_sites
+from biofx.layers.weight_site import WeightSite
 
 _SIZES = (2, 3, 4)
 """The first is recorded; 3 is a fresh batch of another size, 4 one of another length too if that can be."""
@@ -49,7 +51,7 @@ class Outcome:
     visible: float = 0.0
     """Fraction of the elements of all parameters that are read in a graph, dimensionless."""
     scaled: float = 0.0
-    """Fraction whose gradient is scaled with everything on, dimensionless."""
+    """Fraction of the elements of synapses whose gradient is scaled with everything on, dimensionless."""
     parameters: int = 0
     graphs: int = 0
     kept: int = 0
@@ -103,7 +105,7 @@ def _sizes(example: Example) -> list[int]:
 
 def _difference(model: nn.Module, captured: nn.Module, given: Any, training: bool) -> tuple[str, str]:
     """Return the verdict on one mode and size, and what differs."""
-    reference, other = copy.deepcopy(model).train(training), copy.deepcopy(captured).train(training)
+    reference, other = _copied(model, training), _copied(captured, training)
     (expected, failed), (found, fails) = _tried(reference, given), _tried(other, given)
     if failed is not None:
         alike = fails is not None and (type(fails) is type(failed) or isinstance(fails, biofx.BiofxError))
@@ -113,9 +115,16 @@ def _difference(model: nn.Module, captured: nn.Module, given: Any, training: boo
     if fails is not None:
         return "fails", repr(fails)
     note = _apart(found, expected)
-    if note and _apart(_tried(copy.deepcopy(model).train(training), given)[0], expected):
+    if note and _apart(_tried(_copied(model, training), given)[0], expected):
         return "equal", ""  # the model itself is not the same twice
     return ("DIFFERENT", note) if note else ("equal", "")
+
+
+def _copied(model: nn.Module, training: bool) -> nn.Module:
+    """Return a copy in a mode; some models have a ``train`` of their own, which takes and returns nothing."""
+    model = copy.deepcopy(model)
+    model.train() if training else model.eval()
+    return model
 
 
 def _apart(found: Any, expected: Any) -> str:
@@ -164,11 +173,11 @@ def _tensors(output: Any) -> list[Tensor]:
 def _try_everything(model: nn.Module, given: Any, outcome: Outcome) -> None:
     config = biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.2, apply_dales_principle=True)
     bio_model, report = biofx.transform(model, config)
-    sites = find_sites(bio_model).found
-    seen = {id(site.parameter): site.parameter.numel() for site in sites}
-    scaled = {id(site.parameter): site.parameter.numel() for site in sites if site.is_scaled}
+    sites = find_sites(bio_model)
+    seen = {id(site.parameter): site.parameter.numel() for site in sites.found}
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    outcome.sites, outcome.scaled = (sum(x.values()) / max(1, matrices) for x in (seen, scaled))
+    outcome.sites = sum(seen.values()) / max(1, matrices)
+    outcome.scaled = _scaled(bio_model, [*sites.found, *sites.reads])
     outcome.visible = report.coverage.visible / max(1, report.coverage.total)  # type: ignore[union-attr]
     bio_model.train()
     args, kwargs = given
@@ -177,6 +186,29 @@ def _try_everything(model: nn.Module, given: Any, outcome: Outcome) -> None:
     total = sum((leaf.float() ** 2).mean() for leaf in leaves if leaf.requires_grad)
     total.backward()  # type: ignore[union-attr]
     optimizer.step()
+
+
+_NO_SYNAPSE = re.compile(r"bias|pos|cls|token|embedding|(^|\.)pe$|norm|gamma")
+
+
+def _scaled(model: nn.Module, sites: Sequence[WeightSite]) -> float:
+    """Return the fraction of the elements of synapses whose gradient is scaled.
+
+    A synapse is an element of a trainable parameter with two axes longer than 1, unless the name says that it
+    is something else, or the parameter is the table of an embedding.
+    """
+    tables = {id(inner.weight) for inner in model.modules() if isinstance(inner, nn.Embedding)}
+    scaled = {id(site.parameter) for site in sites if site.is_scaled}
+    computed = {site.layer for site in sites if site.is_scaled and site.is_computed}
+    total = done = 0
+    for path, parameter in model.named_parameters():
+        many = sum(length > 1 for length in parameter.shape) > 1
+        if not (many and parameter.requires_grad) or id(parameter) in tables or _NO_SYNAPSE.search(path):
+            continue
+        total += parameter.numel()
+        if id(parameter) in scaled or path.partition(".parametrizations.")[0] in computed:
+            done += parameter.numel()
+    return done / total if total else 1.0
 
 
 def cost(model: nn.Module) -> float:

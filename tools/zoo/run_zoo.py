@@ -32,6 +32,7 @@ PACKAGES = {
     "transformers_models": "transformers",
     "other_models": "einops",
     "spiking_models": "torch",
+    "neuroscience_models": "torch",
     "diffusion_models": "diffusers",
     "torchvision_models": "torchvision",
     "timm_models": "timm",
@@ -92,8 +93,9 @@ def _examine(name: str, build: Callable[[], Any], options: argparse.Namespace, a
     try:
         model, example = build()
         args, kwargs = example(2)
+        model.eval()
         with torch.no_grad():
-            model.eval()(*args, **kwargs)
+            model(*args, **kwargs)
     except Exception as error:
         answer.send(Outcome(name, "not built", f"{type(error).__name__}: {str(error)[:100]}"))
         return
@@ -131,6 +133,8 @@ def summary(outcomes: list[Outcome]) -> Iterator[str]:
     visible = sum(outcome.visible * outcome.parameters for outcome in captured) / weights
     mean = sum(outcome.visible for outcome in captured) / max(1, len(captured))
     yield f"visible parameters: {visible:.1%} of all; mean over models {mean:.1%}"
+    scaled = sum(outcome.scaled for outcome in captured) / max(1, len(captured))
+    yield f"scaled, of the elements of synapses: mean over models {scaled:.1%}"
 
 
 if __name__ == "__main__":
