@@ -9,6 +9,7 @@ graph breaks.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -103,6 +104,7 @@ class EagerTracer(TorchFunctionMode):
         """
         with (
             self._module_patched(),
+            self._forwards_patched(),
             self._contexts.patched(),
             checkpoints_handled(self._checkpoint),
             applications_handled(self._apply),
@@ -404,6 +406,24 @@ class EagerTracer(TorchFunctionMode):
             self.asks.add((builder.innermost, path))
             if path in self.mode_switches.stuck and is_leaf(module):
                 builder.flag_read(module)
+
+    def _forwards_patched(self) -> Any:
+        """Let ``module.forward(…)``, in a forward that stays in Python, be what a call of the module is."""
+
+        def patched(path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(forward)
+            def called(*args: Any, **kwargs: Any) -> Any:
+                if self._builder is not None or self._is_quiet or self._is_kept(path):
+                    return forward(*args, **kwargs)
+                return self._call(module, lambda _, *a, **k: forward(*a, **k), args, kwargs)
+
+            return called
+
+        return replaced(
+            (vars(module), "forward", patched(path, module, module.forward))
+            for path, module in self._root.named_modules()
+            if self._kept and path and not is_leaf(module) and "forward" not in vars(module)
+        )
 
     def _module_patched(self) -> Any:
         """Let ``nn.Module`` report calls, assignments and reads of ``training``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.nn import functional as F
 
-from biofx.graph.graph_functions import call_with_parameters
 from biofx.graph.node_kinds import changed_in_place, queries_metadata
-from biofx.graph.printing import function_name
-from biofx.layers import kind_of_call
 from biofx.layers.layer_kind import ONE_WEIGHT, LayerKind, WeightSlot
+from biofx.layers.synaptic_reads import is_synaptic_read
 from biofx.operators.mask_ops import mask_weight
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.operators.sign_ops import constrain_sign
@@ -41,6 +37,10 @@ class ReadSlot(WeightSlot):
     source: Node | None = None
     """The expression: the node that reads the parameter, or an operator on it."""
     readers: tuple[Node, ...] = ()
+
+    def is_synaptic(self, parameter: nn.Parameter) -> bool:
+        """Whether the parameter, as it is read here, is a weight between units."""
+        return self.source is not None and is_synaptic_read(parameter, self.source, self.readers)
 
     def read(self, node: Node) -> Any:
         """Return the expression."""
@@ -173,7 +173,7 @@ class Sites:
         for sites in reads.values():
             first = sites[0]
             if directly or any(
-                isinstance(site.slot, ReadSlot) and multiplies(site.slot, first.parameter) for site in sites
+                isinstance(site.slot, ReadSlot) and site.slot.is_synaptic(first.parameter) for site in sites
             ):
                 before = [weight.depth for weight in weights if weight.sites[0].node < first.node]
                 weights.append(Weight(tuple(sites), max(before, default=0.0)))
@@ -275,48 +275,7 @@ def slot_of_reads(name: str, source: Node, readers: list[Node]) -> ReadSlot | No
 
 def read_blocker(parameter: nn.Parameter, slot: ReadSlot) -> str | None:
     """Return why the gradient cannot be scaled, None if it can."""
-    if not parameter.is_floating_point():
-        return f"its values are {str(parameter.dtype).removeprefix('torch.')}, no real numbers"
     for reader in slot.readers:
         if slot.source in changed_in_place(reader):
             return f"{reader.name!r} changes it in place"
     return None
-
-
-def multiplies(slot: ReadSlot, parameter: nn.Parameter) -> bool:
-    """Whether what is read, moved about or not, is a factor of a product or the weight of a layer.
-
-    What Python does with it is not known; there a matrix, or a stack of them, counts as a factor.
-    """
-    if parameter.dim() < 2 or slot.source is None:
-        return False
-    pending = [(slot.source, reader) for reader in slot.readers]
-    while pending:
-        source, reader = pending.pop()
-        kind = kind_of_call(reader)
-        if kind is not None and any(place.read(reader) is source for place in kind.slots_of_call(reader)):
-            return True
-        if reader.target in _PRODUCTS and reader.op != "call_module":
-            return True
-        if reader.target is call_with_parameters and min(parameter.shape) > 1:
-            return True
-        if function_name(reader.target) in _MOVES and reader.args and reader.args[0] is source:
-            pending += [(reader, user) for user in reader.users]
-    return False
-
-
-_PRODUCTS: frozenset[Any] = frozenset(
-    {
-        *(torch.matmul, torch.mm, torch.bmm, torch.einsum, torch.tensordot, torch.addmm, torch.baddbmm),
-        *(torch.mv, torch.bilinear, F.bilinear, operator.matmul),
-        *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm, Tensor.mv),
-        *("matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "__matmul__", "__rmatmul__"),
-    }
-)
-_MOVES = frozenset(
-    {
-        *("t", "transpose", "permute", "swapaxes", "movedim", "view", "reshape", "flatten", "unflatten"),
-        *("squeeze", "unsqueeze", "expand", "contiguous", "getitem", "select", "narrow", "chunk", "split"),
-        *("unbind", "index_select", "to", "float", "type_as", "getattr"),
-    }
-)

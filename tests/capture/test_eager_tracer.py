@@ -17,6 +17,7 @@ from biofx import capture
 from biofx.capture.eager_tracer import EagerTracer
 from biofx.errors import InputError
 from biofx.graph.regions import region_paths
+from biofx.plasticity.model_states import bio_modules
 
 
 def run(model: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -729,3 +730,48 @@ def test_a_model_that_wants_labels_in_training_is_captured_with_inputs_for_evalu
     assert torch.equal(bio_model.train()(x, labels), model.train()(x, labels))
     with pytest.raises(ValueError, match="give labels"):
         bio_model(x)
+
+
+class _Cell(nn.Module):
+    """A step that may be told how much time has passed; it holds its parameters in a dict, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+        self._params = {"w": self.w}
+
+    def forward(self, x: Tensor, state: Tensor, elapsed: float = 1.0) -> Any:
+        return torch.tanh(x + state @ self._params["w"] * elapsed)
+
+
+class _CallsForward(nn.Module):
+    """Loops over time, and calls the ``forward`` of its step and not the step."""
+
+    def __init__(self, elapsed: float | None) -> None:
+        super().__init__()
+        self.cell, self._elapsed = _Cell(), () if elapsed is None else (elapsed,)
+
+    def forward(self, x: Tensor) -> Any:
+        state = x.new_zeros(x.shape[1], 4)
+        for step in x:
+            state = self.cell.forward(step, state, *self._elapsed)
+        return state
+
+
+@pytest.mark.parametrize("elapsed", [None, 0.5])
+def test_a_forward_that_python_calls_directly_is_traced_as_a_call(elapsed: float | None) -> None:
+    torch.manual_seed(0)
+    model, x = _CallsForward(elapsed), torch.randn(5, 2, 4)
+    captured = biofx.capture(model, example_inputs=((x,), {}))
+    assert list(captured.graph_breaks) == [""]
+    assert captured.region_paths == ("cell",)
+    for length in (5, 3, 8):
+        given = torch.randn(length, 2, 4)
+        assert torch.equal(captured(given), model(given))
+    assert "forward" not in vars(model.cell)
+    bio_model, _ = biofx.transform(
+        model, biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.3), example_inputs=((x,), {})
+    )
+    factors: Any = bio_modules(bio_model)["cell.w"].fuzzy_learning_rate_parameters
+    gradients = [torch.autograd.grad(m(x).sum(), m.get_parameter("cell.w"))[0] for m in (model, bio_model)]
+    torch.testing.assert_close(gradients[1], gradients[0] * factors)

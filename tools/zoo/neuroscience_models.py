@@ -118,7 +118,7 @@ def _braindecode() -> Found:
 
     def decoder(name: str) -> Callable[[], nn.Module]:
         options: dict[str, Any] = {"n_chans": 20, "n_outputs": 4, "n_times": 600, "sfreq": 100}
-        return lambda: getattr(decoders, name)(**options)  # type: ignore[no-any-return]
+        return lambda: getattr(decoders, name)(**options)
 
     for name in _DECODERS:
         if hasattr(decoders, name):
