@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 import biofx
 from durability.arriving import Arrived, Named, agree, arrived, batch, by_backward, loss_of, plain_net
-from durability.measures import RULES, made, stepped, untransformed
+from durability.measures import MEASURES, RULES, made, rules, stepped, untransformed
 from durability.mechanisms import MECHANISMS, net, projected, summed
 from durability.rounded import Rounded
 
 Measure = Callable[[str], str]
 MEANT = {**MECHANISMS, "rules": replace(MECHANISMS["rules"], between=summed, weight=projected)}
-"""What the mechanisms are by definition; rules are tried with splits and signs."""
+"""What the mechanisms are by definition; rules are tried with splits and signs, and turnover with masks."""
 
 
 class Adapter(nn.Module):
@@ -86,7 +86,11 @@ def quantised(name: str) -> str:
 def run_of(bio_model: nn.Module, name: str) -> tuple[Any, Any, Any]:
     """A model, its optimizer, and what is attached to it."""
     optimizer = torch.optim.AdamW(bio_model.parameters(), lr=0.01)
-    return bio_model, optimizer, biofx.attach(bio_model, optimizer, RULES if name == "rules" else ())
+    return bio_model, optimizer, biofx.attach(bio_model, optimizer, RULES if _has_rules(name) else ())
+
+
+def _has_rules(name: str) -> bool:
+    return MEASURES.get(name) is rules
 
 
 def gone_on(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> Named:
@@ -148,7 +152,7 @@ def norm_settings(name: str) -> str:
     expected = mechanism.output(bio_model, x, normed(0.5, first))
     bio_model.get_submodule("1").eps = 0.5
     bio_model.get_submodule("1").momentum = 0.25
-    if name == "rules":
+    if _has_rules(name):
         other = made(MECHANISMS[name], normed_net)
         changed = normed_net()
         changed[1].eps, changed[1].momentum = 0.5, 0.25  # type: ignore[index]
@@ -199,7 +203,7 @@ def own_mode_switch(name: str) -> str:
             doubled = mechanism.output(bio_model, batch(1) * 2)
             return "LOST" if agree({"": found}, {"": doubled}, 1e-5) else "WRONG"
         bio_model.train()
-    if name == "rules":
+    if _has_rules(name):
         meant = made(MECHANISMS[name])
         twice = Arrived(meant, lambda x: by_backward(meant)(x * 2), meant)
         return "kept" if agree(stepped(arrived(bio_model)), stepped(twice), 1e-5) else "WRONG"

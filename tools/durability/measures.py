@@ -120,4 +120,4 @@ def rules(mechanism: Mechanism, journey: Callable[[nn.Module], Arrived]) -> str:
     return "LOST" if agree(found, without, after.tolerance) else "WRONG"
 
 
-MEASURES = {"activity": activity, "rules": rules}
+MEASURES = {"activity": activity, "rules": rules, "turnover": rules}

@@ -44,6 +44,18 @@ def signs_of(bio_model: nn.Module) -> Named:
     }
 
 
+def masks_of(bio_model: nn.Module) -> Named:
+    """The mask of each weight: 1 where a connection exists."""
+    states = bio_modules(bio_model).items()
+    masks = {path: state.connection_mask for path, state in states}
+    return {path: torch.ones(()) if mask is None else mask for path, mask in masks.items()}
+
+
+def without_missing(weight: Tensor, mask: Tensor) -> Tensor:
+    """A weight, or its gradient, with 0 where no connection exists."""
+    return torch.where(mask == 1, weight, torch.zeros_like(weight))
+
+
 def projected(weight: Tensor, sign: Tensor) -> Tensor:
     """A weight with the wrong signs set to 0."""
     return torch.where(weight * sign < 0, torch.zeros_like(weight), weight)
@@ -68,6 +80,8 @@ class Mechanism:
     weight: Callable[[Tensor, Tensor], Tensor] = lambda w, sign: w
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda w, g, sign: g
     scaled: bool = False
+    each: Callable[[nn.Module], Named] = signs_of
+    """What weights and gradients depend on, laid out like them, by path."""
 
     def output(self, bio_model: nn.Module, x: Tensor, forward: Forward = net) -> Tensor:
         """Return the output by definition."""
@@ -78,7 +92,7 @@ class Mechanism:
         output, effective, raw = self._run(bio_model, x, forward)
         names = list(effective)
         found = torch.autograd.grad(loss_of(output), [effective[name] for name in names])
-        signs, result = signs_of(bio_model), dict(zip(names, found, strict=True))
+        signs, result = self.each(bio_model), dict(zip(names, found, strict=True))
         for name, sign in signs.items():
             result[name] = self.gradient(raw[name], result[name], sign)
             if self.scaled:
@@ -93,7 +107,7 @@ class Mechanism:
 
     def _run(self, bio_model: nn.Module, x: Tensor, forward: Forward) -> tuple[Tensor, Named, Named]:
         raw = {name: parameter.detach() for name, parameter in bio_model.named_parameters()}
-        signs = signs_of(bio_model)
+        signs = self.each(bio_model)
         effective = {
             name: (self.weight(value, signs[name]) if name in signs else value).clone().requires_grad_()
             for name, value in raw.items()
@@ -118,6 +132,13 @@ MECHANISMS = {
     "signs, expand": Mechanism({**DALE, "dales_method": "expand"}, weight=projected, gradient=outward),
     "factors": Mechanism({"fuzzy_learning_rate_factor_nu": 0.4}, scaled=True),
     "from seed": Mechanism({"fuzzy_learning_rate_factor_nu": 0.4, "fuzzy_lr_dtype": "seed"}, scaled=True),
+    "masks": Mechanism(
+        {**OFF, "weight_density": 0.5},
+        weight=without_missing,
+        gradient=lambda w, g, mask: without_missing(g, mask),
+        each=masks_of,
+    ),
     "activity": Mechanism({"fuzzy_lr_distribution": "activity", "fuzzy_lr_dynamic": True}),
     "rules": Mechanism({"weight_splitting_Gamma": 2, "apply_dales_principle": True}),
+    "turnover": Mechanism({"weight_density": 0.5}, weight=without_missing, each=masks_of),
 }
