@@ -266,3 +266,41 @@ def test_constraining_twice_finds_the_signs_that_are_there() -> None:
     assert (
         missed(result.report, "constrain-signs")["gate.block.middle"] == "its signs are constrained already"
     )
+
+
+class Loop(nn.Module):
+    """A recurrent network as a loop over time of any length, with a readout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_in, self.w_rec, self.w_out = nn.Linear(3, 10), nn.Linear(10, 10), nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        rate, outputs = x.new_zeros(x.shape[1], 10), []
+        for step in x:
+            rate = torch.relu(self.w_rec(rate) + self.w_in(step))
+            outputs.append(self.w_out(rate))
+        return torch.stack(outputs)
+
+
+def test_regions_that_carry_the_signs_of_the_same_units_are_trained_and_deployed() -> None:
+    torch.manual_seed(0)
+    signs, x = [1] * 8 + [-1] * 2, torch.randn(5, 4, 3)
+    config = DALE.replace(dales_constrain_readout=True, weight_mask_self_connections=False)
+    bio_model, _ = biofx.transform(
+        Loop(), config.override("w_rec", dales_signs=signs), example_inputs=((x,), {})
+    )
+    assert set(bio_model.region_paths) == {"w_in", "w_rec", "w_out"}
+    optimizer = torch.optim.SGD(bio_model.parameters(), lr=0.1)
+    for length in (5, 3, 8):
+        optimizer.zero_grad()
+        bio_model(torch.randn(length, 4, 3)).square().mean().backward()
+        optimizer.step()
+    assert biofx.check(bio_model).ok
+    deployed = biofx.deploy(bio_model)
+    assert torch.equal(deployed(x), bio_model.eval()(x))
+    for name in ("w_rec", "w_out"):
+        weight = deployed.get_parameter(f"{name}.weight")
+        assert bool((weight != 0).any(0).all())
+        assert not bool((weight * torch.tensor(signs) < 0).any())
+    assert not bool(deployed.get_parameter("w_rec.weight").diagonal().any())

@@ -13,13 +13,13 @@ from biofx.graph.graph_functions import call_own_forward, call_with_parameters
 from biofx.graph.guards import require_default
 from biofx.graph.regions import ELSEWHERE, GRAPH_BREAKS
 from biofx.model.attribute_guards import GUARDS
-from biofx.model.graph_module import BioGraphModule, user_class
+from biofx.model.graph_module import NAMES_OF_MODELS, BioGraphModule, user_class
 from biofx.model.inlined_modules import INLINED, SAME
 from biofx.rewriting.record import ATTRIBUTE
 
 _OF_GRAPH_MODULES = {
     *(set(vars(GraphModule(nn.Module(), Graph()))) - set(vars(nn.Module()))),
-    *(GRAPH_BREAKS, "region_paths", "read_by_python", ATTRIBUTE, GUARDS, ELSEWHERE, SAME, INLINED),
+    *(*NAMES_OF_MODELS, GRAPH_BREAKS, ATTRIBUTE, GUARDS, ELSEWHERE, SAME, INLINED),
 }
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),

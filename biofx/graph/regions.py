@@ -96,6 +96,18 @@ def region_of_nodes(graph: Graph) -> dict[Node, str]:
     return regions
 
 
+def region_around(node: Node) -> str | None:
+    """Return the path of the region of a joined graph in which a node lies, None if it lies in none."""
+    current = node
+    while current.op != "root":
+        if current.target is begin_region:
+            return str(current.args[0])
+        current = current.prev
+        if current.target is region_output:
+            break
+    return None
+
+
 def is_inside(path: str, module: str) -> bool:
     """Whether a path leads to a module, or to something that a module at or below it holds."""
     return not module or path == module or path.startswith(f"{module}.")

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from biofx.errors import PassError
 from biofx.graph.contexts import ContextMap
+from biofx.graph.regions import begin_region, region_around, region_of_nodes
 from biofx.layers.layer_kind import WeightSlot
 from biofx.layers.weight_site import WeightSite, named_parameters
 
@@ -42,9 +43,12 @@ class Lowering:
     def __init__(self, graph_module: GraphModule) -> None:
         self.graph_module = graph_module
         self._first_path = {path: first for path, (first, _) in named_parameters(graph_module).items()}
+        graph = graph_module.graph
+        self._has_regions = bool(graph.find_nodes(op="call_function", target=begin_region))
+        regions = region_of_nodes(graph) if self._has_regions else {}
         # by path, so that looking one up does not go through the graph, which would make it all quadratic
         self._reads = {
-            str(node.target): node for node in reversed(graph_module.graph.find_nodes(op="get_attr"))
+            (regions.get(node), str(node.target)): node for node in reversed(graph.find_nodes(op="get_attr"))
         }
         self._settings: dict[tuple[str, str], Node] = {}
         self.contexts = ContextMap(graph_module.graph)
@@ -164,13 +168,17 @@ class Lowering:
         return found
 
     def read(self, path: str, before: Node, name: str | None = None) -> Node:
-        """Return the one ``get_attr`` node for ``path``, made or moved to stand ahead of ``before``."""
-        existing = self._reads.get(path)
+        """Return the one ``get_attr`` node for ``path``, made or moved to stand ahead of ``before``.
+
+        In a joined graph each region has one of its own.
+        """
+        key = (region_around(before) if self._has_regions else None), path
+        existing = self._reads.get(key)
         if existing is None:
             with before.graph.inserting_before(before):
                 existing = before.graph.create_node("get_attr", path, name=name or path.replace(".", "_"))
             existing.meta = {key: value for key, value in before.meta.items() if key == "nn_module_stack"}
-            self._reads[path] = existing
+            self._reads[key] = existing
         elif before < existing:
             before.prepend(existing)
         return existing
