@@ -87,6 +87,16 @@ class UnitLayout:
             {axis.position: axis.position + by for axis in self.axes if axis.position <= from_position}
         )
 
+    def with_runs(self, position: int) -> UnitLayout:
+        """Return the layout with each entry of an axis repeated a number of times that is not known."""
+        axes = (
+            Axis(axis.position, (*axis.dims, None))
+            if axis.position == position and axis.dims[-1:] != (None,)
+            else axis
+            for axis in self.axes
+        )
+        return UnitLayout(self.labels, tuple(axes))
+
     def moved(self, positions: Mapping[int, int]) -> UnitLayout:
         """Return the layout with axes at other positions."""
         axes = (Axis(positions.get(axis.position, axis.position), axis.dims) for axis in self.axes)

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from biofx.analysis.connected_units import comparable
 from biofx.analysis.observed_units import ObservedUnitAnalysis
 from biofx.graph.analysis_cache import cached_on_graph
-from biofx.layers.norms import find_norms
+from biofx.layers.norms import NormSite, find_norms
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite
 from biofx.model.observed_runs import observed_runs_of, observed_view
@@ -91,8 +91,8 @@ def observation_of(graph_module: GraphModule) -> Observation | None:
     nodes: dict[Node, tuple[Node, ...]] = {}
     for site in sites:
         nodes[site.node] = (*nodes.get(site.node, ()), *own.get(weight_key(site), ()))
-    for node, layer in _norms_by_node(view).items():
-        nodes.setdefault(node, own.get(layer, ()))
+    for norm in find_norms(view):
+        nodes.setdefault(norm.node, own.get(_gain_key(norm), ()))
     keys = list(dict.fromkeys(map(weight_key, sites)))
     order = {key: place for place, key in enumerate(keys)}
     return Observation(first, nodes, frozenset(_disputed(analyses)), order)
@@ -134,12 +134,13 @@ def _nodes_by_key(graph_module: GraphModule) -> dict[Hashable, tuple[Node, ...]]
         key = weight_key(site)
         found[key] = tuple(dict.fromkeys((*found.get(key, ()), site.node)))
     for norm in find_norms(graph_module):
-        found[norm.layer] = (*found.get(norm.layer, ()), norm.node)
+        key = _gain_key(norm)
+        found[key] = (*found.get(key, ()), norm.node)
     return found
 
 
-def _norms_by_node(graph_module: GraphModule) -> dict[Node, str]:
-    return {norm.node: norm.layer for norm in find_norms(graph_module)}
+def _gain_key(norm: NormSite) -> Hashable:
+    return "gain", id(norm.parameter)
 
 
 def _disputed(analyses: list[ObservedUnitAnalysis]) -> set[Hashable]:

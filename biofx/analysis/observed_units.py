@@ -18,6 +18,8 @@ from biofx.model.observed_runs import NONNEGATIVE, SHAPE
 class ObservedUnitAnalysis(UnitAnalysis):
     """What has been found out about the units of an observed run."""
 
+    is_observed = True
+
     def value_of(self, node: Node) -> UnitValue:
         """Return what is known of a node's value, with what was seen of it."""
         if node.target is made_elsewhere:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from biofx.analysis.forward import CannotFollow, declare, rule_for
 from biofx.analysis.replication import Outcome, Replication, ReplicationCall
-from biofx.analysis.units import NOTHING, UnitCall, UnitValue
+from biofx.analysis.units import NOTHING, UnitCall, UnitValue, observed_only
 from biofx.graph.branches import by_mode
 from biofx.graph.guards import require_tensor
 from biofx.operators.mask_ops import mask_weight
@@ -51,7 +51,30 @@ def without_units(call: UnitCall) -> UnitValue:
 
 def negated(call: UnitCall) -> UnitValue:
     """``neg``: excitation turns into inhibition."""
+    if not call.x.has_units:
+        return call.keeps(nonnegative=False)
     return call.ends("it changes the sign of its argument, and excitation turns into inhibition")
+
+
+@observed_only
+def inverted(call: UnitCall) -> UnitValue:
+    """``rsqrt``, ``reciprocal``: of a statistic of all units, one again; a unit's effect turns over."""
+    if call.x.has_units and not call.x.is_statistic:
+        return call.ends("it falls as its argument rises, and excitation turns into inhibition")
+    return call.keeps(nonnegative=call.x.nonnegative or call.name.startswith("rsqrt"))
+
+
+@observed_only
+def raised(call: UnitCall) -> UnitValue:
+    """``x ** n``: not negative if n is even or x is not; a negative n turns the effect of x over."""
+    x, exponent = call.value(call.argument(0, "input")), call.argument(1, "exponent")
+    if not isinstance(exponent, (int, float)):
+        if not x.has_units and not call.value(exponent).has_units:
+            return NOTHING.replace(rank=x.rank, nonnegative=x.nonnegative)
+        return call.ends("its exponent is known only when it runs")
+    if exponent < 0 and x.has_units and not x.is_statistic:
+        return call.ends("it falls as its argument rises, and excitation turns into inhibition")
+    return call.keeps(x, nonnegative=x.nonnegative or exponent % 2 == 0)
 
 
 # of one value: replication
@@ -118,7 +141,7 @@ def subtracted(call: UnitCall) -> UnitValue:
     number = _computed(left, right, operator.sub)
     if number is not None:
         return number
-    if right.has_units:
+    if right.has_units and not (right.is_statistic and left.has_units):
         return call.ends("it subtracts activity, and excitation turns into inhibition")
     return call.keeps(left, nonnegative=False)
 
@@ -131,6 +154,12 @@ def multiplied(call: UnitCall) -> UnitValue:
         return number
     if left.size_of is not None and right.size_of is not None:
         return UnitValue(nonnegative=True, size_of=left.size_of + right.size_of)
+    for place, (one, other) in enumerate(((left, right), (right, left))):
+        if one.has_units and not one.is_statistic and other.is_statistic and other.nonnegative:
+            return call.keeps(one)  # as in a normalisation that is written out
+        if one.has_units and not other.nonnegative and call.is_gain(call.argument(1 - place, "other")):
+            call.normalises(one)
+            return call.keeps(one, nonnegative=False)
     if any(not value.has_units and not value.nonnegative for value in (left, right)):
         if not (left.has_units or right.has_units):
             ranks = [value.rank for value in (left, right) if value.rank is not None]
@@ -145,7 +174,8 @@ def divided(call: UnitCall) -> UnitValue:
     number = _computed(left, right, operator.floordiv) if call.node.target is operator.floordiv else None
     if number is not None:
         return number
-    if right.has_units or (left.has_units and not right.nonnegative):
+    by_statistic = right.is_statistic and right.nonnegative and left.has_units and not left.is_statistic
+    if (right.has_units and not by_statistic) or (left.has_units and not right.nonnegative):
         return call.ends("it divides by something that may be negative")
     return call.keeps(left)
 
@@ -250,7 +280,8 @@ declare(
     replication=of_one_tensor,
 )
 declare("requires_grad", "to", "type", "type_as", "cuda", "cpu", "nan_to_num", "lift_fresh", units=keeps)
-declare("rsqrt", "sin", "cos", "sign", "reciprocal", "clamp_max", replication=of_one_tensor)
+declare("rsqrt", "reciprocal", units=inverted, replication=of_one_tensor)
+declare("sin", "cos", "sign", "clamp_max", replication=of_one_tensor)
 declare("clamp", units=bounded, replication=of_several_tensors)
 declare("clip", units=bounded)
 declare("clamp_min", "hardtanh", units=bounded, replication=of_one_tensor)
@@ -283,4 +314,5 @@ declare("maximum", "minimum", units=chosen, replication=of_several_tensors)
 declare("where", units=chosen)
 declare(by_mode, units=chosen_by_mode)
 declare("masked_fill", units=masked)
-declare("pow", operator.pow, "lerp", "addcmul", replication=of_several_tensors)
+declare("pow", operator.pow, units=raised, replication=of_several_tensors)
+declare("lerp", "addcmul", replication=of_several_tensors)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from biofx.analysis.forward import CannotFollow, declare
 from biofx.analysis.layout import Size, reshaped_layout
 from biofx.analysis.replication import Outcome, ReplicationCall
 from biofx.analysis.synapses import short_name
-from biofx.analysis.units import UnitCall, UnitValue
+from biofx.analysis.units import UnitCall, UnitValue, observed_only
 
 # units
 
@@ -121,9 +122,21 @@ def reduced(call: UnitCall) -> UnitValue:
     axes = call.argument(1, "dim", call.node.kwargs.get("axis"))
     if axes is None:
         return call.ends("it reduces all axes, and mixes the units")
-    if not call.argument(2, "keepdim", False):
-        return _without(call, axes)
-    return _elsewhere(call, axes, "it mixes the units")
+    kept = call.argument(2, "keepdim", False)
+    if any(call.layout.axis_at(position) is not None for position in call.positions(axes)):
+        mixed = call.ends("it mixes the units" if kept else "it removes the axis of the units")
+        return (
+            mixed.replace(is_statistic=True, nonnegative=call.x.nonnegative)
+            if call.analysis.is_observed
+            else mixed
+        )
+    return call.keeps() if kept else _without(call, axes)
+
+
+@observed_only
+def spread(call: UnitCall) -> UnitValue:
+    """``norm``, ``var``, ``std``: over all units a number that is not negative."""
+    return call.ends("it mixes the units").replace(is_statistic=True, nonnegative=True)
 
 
 def _elsewhere(call: UnitCall, axes: Any, reason: str) -> UnitValue:
@@ -236,6 +249,7 @@ declare("transpose", "swapaxes", "swapdims", units=transposed)
 declare("unsqueeze", units=axis_inserted)
 declare("squeeze", units=axis_removed)
 declare("mean", "sum", "amax", "amin", units=reduced, replication=_reduce)
+declare("norm", "var", "std", torch.linalg.vector_norm, units=spread)
 declare("expand", units=expanded)
 declare("repeat", units=repeated)
 declare("roll", "flip", units=rolled)

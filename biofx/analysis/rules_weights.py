@@ -142,6 +142,9 @@ def attended(call: UnitCall) -> UnitValue:
     known = call.value(value)
     if known.layout is None or known.layout.axis_at(-2) is not None:
         return call.ends("it mixes along the axis of the units, or they are not known")
+    shared = call.node.kwargs.get("enable_gqa", False) is not False
+    if shared and call.analysis.is_observed:  # a head of values for several of queries
+        return call.keeps(known, layout=known.layout.with_runs(-3))
     return call.keeps(known)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from biofx.graph.analysis_cache import forget_analyses
 from biofx.graph.node_kinds import changed_in_place, number_nodes
 from biofx.graph.regions import RegionUse, region_input, region_output
 from biofx.layers.layer_kind import LayerKind
+from biofx.layers.norms import gain_behind
 from biofx.layers.sites import find_sites
-from biofx.layers.weight_site import WeightSite
+from biofx.layers.weight_site import WeightSite, named_parameters
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class UnitValue:
     """Of a whole number that the graph computes from sizes, its value."""
     size_of: int | None = None
     """Of the size of an axis 1, of a product of sizes how many axes it is the size of; None for all else."""
+    is_statistic: bool = False
+    """Whether it is a number over all units, such as their mean square, and so the activity of none."""
 
     @property
     def has_units(self) -> bool:
@@ -190,10 +193,11 @@ class UnitCall(Call):
         rank = ranks.pop() if len(ranks) == 1 else None
         known = [value.layout for value in values if value.layout is not None]
         if not known:
+            statistic = all(value.is_statistic for value in values)
             if all(value.origin is values[0].origin for value in values):
-                return UnitValue(origin=values[0].origin, rank=rank)
+                return UnitValue(origin=values[0].origin, rank=rank, is_statistic=statistic)
             self.analysis.note_same(self.node, values)
-            return UnitValue(origin=self.node, rank=rank)
+            return UnitValue(origin=self.node, rank=rank, is_statistic=statistic)
         pattern = max(known, key=lambda layout: layout.labels.numel())
         shape = tuple(pattern.labels.shape)
         for value in values:
@@ -225,13 +229,26 @@ class UnitCall(Call):
         """Return units for entries that are constant, ``(count,)``."""
         return self.analysis.new_units("constant", "constant", count)
 
-    def normalises(self) -> None:
-        """Say that the operation is a normalisation, whose gain may be negative."""
-        self.analysis.norms[self.node] = self.x
+    def normalises(self, value: UnitValue | None = None) -> None:
+        """Say that the operation has a gain, which may be negative, on the first argument or on ``value``."""
+        self.analysis.norms[self.node] = self.x if value is None else value
+
+    def is_gain(self, argument: Any) -> bool:
+        """Whether an argument is a parameter with one number for each unit, or with one for all."""
+        return self.analysis.is_observed and gain_behind(argument, self.analysis.parameters) is not None
 
 
 UnitRule: TypeAlias = Callable[[UnitCall], UnitValue]
 """Says where the units of an operation's result are, given where those of its arguments are."""
+
+OBSERVED_ONLY: set[UnitRule] = set()
+"""The rules that hold in graphs of observed runs alone (see :attr:`UnitAnalysis.is_observed`)."""
+
+
+def observed_only(rule: UnitRule) -> UnitRule:
+    """Let a rule hold in graphs of observed runs alone."""
+    OBSERVED_ONLY.add(rule)
+    return rule
 
 
 def add_unit_rule(target: Callable[..., Any] | str | type[nn.Module], rule: UnitRule) -> None:
@@ -251,6 +268,13 @@ def add_unit_rule(target: Callable[..., Any] | str | type[nn.Module], rule: Unit
 
 class UnitAnalysis(ForwardAnalysis[UnitValue]):
     """What has been found out about the units of a graph; rules add to it through :class:`UnitCall`."""
+
+    is_observed: ClassVar[bool] = False
+    """Whether the graph is that of an observed run.
+
+    Only there are norms and gains that are written out looked through, and heads of values shared: files of
+    earlier versions hold the text of graphs without, and must load.
+    """
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module)
@@ -279,6 +303,8 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
         for site in find_sites(graph_module).found:
             if not site.kind.why_no_units:
                 self.sites.setdefault(site.node, []).append(site)
+        self.parameters = named_parameters(graph_module)
+        """The parameters by every path, each with the first path that it goes by."""
         self._synaptic = synaptic_nodes(graph_module)
         self._use = RegionUse(graph_module, graph_module.graph)
         self._numbers = number_nodes(graph_module, graph_module.graph)
@@ -314,7 +340,7 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
             rule = TABLE.get(self.sites[node][0].kind, TABLE[LayerKind]).units
         else:
             rule = rule_for("units", node, call.module)
-        if rule is not None:
+        if rule is not None and (self.is_observed or rule not in OBSERVED_ONLY):
             try:
                 return rule(call)  # type: ignore[no-any-return]
             except CannotFollow as end:

@@ -6,16 +6,19 @@ Their weights (gamma) scale units and are no synapses, so no pass takes them for
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from biofx.errors import PassError
 from biofx.graph.joined_graph import whole_graph
+from biofx.graph.printing import function_name
 from biofx.graph.regions import RegionUse
 from biofx.layers.layer_kind import (
     LayerCall,
@@ -185,6 +188,56 @@ _TYPES: tuple[type[nn.Module], ...] = tuple(
 _ALL: tuple[type[nn.Module], ...] = (*_TYPES, nn.SyncBatchNorm)
 
 
+_MULTIPLIES: frozenset[Any] = frozenset(
+    {operator.mul, operator.imul, torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, "mul", "multiply"}
+)
+_ADDS: frozenset[Any] = frozenset({operator.add, torch.add, Tensor.add, "add"})
+_LEAVES_VALUES = frozenset(
+    {
+        *("float", "to", "type_as", "double", "half", "bfloat16", "contiguous", "clone", "getitem"),
+        *("unsqueeze", "squeeze", "view", "reshape", "expand", "expand_as", "flatten", "constrain_sign"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A factor on activity: a parameter with at most one axis longer than 1, and a number that is added."""
+
+    root: Node
+    """The node that reads the parameter."""
+    offset: float = 0.0
+    """What is added to the parameter, dimensionless."""
+
+
+def gain_behind(
+    factor: Any, parameters: Mapping[str, tuple[str, nn.Parameter]], offset: float = 0.0
+) -> Gain | None:
+    """Return the parameter that is behind a factor of a product, None where the factor is something else.
+
+    Args:
+        factor: an argument of the product.
+        parameters: those of the model by every path, as ``named_parameters`` returns them.
+        offset: what is added to the parameter on the way from here.
+    """
+    if not isinstance(factor, Node):
+        return None
+    if factor.op == "get_attr":
+        held = parameters.get(str(factor.target))
+        is_gain = held is not None and sum(size > 1 for size in held[1].shape) <= 1
+        return Gain(factor, offset) if is_gain else None
+    if factor.op not in ("call_function", "call_method"):
+        return None
+    if factor.target in _ADDS and len(factor.args) == 2 and not factor.kwargs:
+        numbers = [given for given in factor.args if isinstance(given, (int, float))]
+        nodes = [given for given in factor.args if isinstance(given, Node)]
+        if len(numbers) == len(nodes) == 1:
+            return gain_behind(nodes[0], parameters, offset + numbers[0])
+        return None
+    moves = function_name(factor.target) in _LEAVES_VALUES
+    return gain_behind(factor.args[0], parameters, offset) if moves and factor.args else None
+
+
 def norm_kind_of_call(node: Node) -> NormKind | None:
     """Return the kind of normalisation that a call of a function computes, None for anything else."""
     return _KIND_OF_FUNCTION.get(node.target) if node.op == "call_function" else None
@@ -201,6 +254,10 @@ class NormSite:
     parameter: nn.Parameter = field(repr=False)
     lowering_blocker: str | None
     """Why the weight cannot be made visible, or None."""
+    own_slot: WeightSlot | None = None
+    """Of a gain that is written out as a product, where among the arguments it is."""
+    offset: float = 0.0
+    """What is added to the weight to make the gain, dimensionless."""
 
     @property
     def layer(self) -> str:
@@ -210,7 +267,7 @@ class NormSite:
     @property
     def slot(self) -> WeightSlot:
         """Where among the lowered node's arguments the weight is."""
-        return _SLOT_OF_FUNCTION[self.node.target]
+        return self.own_slot or _SLOT_OF_FUNCTION[self.node.target]
 
     @property
     def weight_node(self) -> Node | None:
@@ -220,10 +277,11 @@ class NormSite:
 
 
 def find_norms(graph_module: GraphModule) -> list[NormSite]:
-    """Return the normalisations that have a weight, in execution order."""
+    """Return the normalisations that have a weight, and gains that are written out, in execution order."""
     modules = dict(graph_module.named_modules(remove_duplicate=False))
     weights = named_parameters(graph_module)
     calls: list[tuple[Node, str, str | None]] = []
+    written_out: dict[Node, tuple[WeightSlot, float]] = {}
     readers: dict[int, str] = {}
     graph = whole_graph(graph_module)
     use = RegionUse(graph_module, graph)
@@ -244,16 +302,35 @@ def find_norms(graph_module: GraphModule) -> list[NormSite]:
         elif node.op == "get_attr" and node.target in weights:
             for reader in _other_readers(node):
                 readers.setdefault(id(weights[str(node.target)][1]), reader.name)
+        elif (factor := _gain_of_product(node, weights)) is not None:
+            calls.append((node, str(factor[1].root.target), None))
+            written_out[node] = factor[0], factor[1].offset
     found = []
     for node, path, blocker in calls:
         if path in weights:
-            other = readers.get(id(weights[path][1]))
+            place, offset = written_out.get(node, (None, 0.0))
+            other = None if place is not None else readers.get(id(weights[path][1]))
             if blocker is None and other is not None:
                 blocker = f"its weight is also read by {other!r}, which would not follow"
             first, parameter = weights[path]
             blocker = blocker or use.obstacle(node, parameter)
-            found.append(NormSite(node, use.path_for(node, path, first), parameter, blocker))
+            path = use.path_for(node, path, first)
+            found.append(NormSite(node, path, parameter, blocker, place, offset))
     return found
+
+
+def _gain_of_product(
+    node: Node, weights: Mapping[str, tuple[str, nn.Parameter]]
+) -> tuple[WeightSlot, Gain] | None:
+    """Return where among the factors of a product a gain is, None if none or both are one."""
+    if node.op not in ("call_function", "call_method") or node.target not in _MULTIPLIES:
+        return None
+    gains = [(place, gain_behind(factor, weights)) for place, factor in enumerate(node.args)]
+    found = [(place, gain) for place, gain in gains if gain is not None]
+    if len(found) != 1 or len(node.args) != 2:
+        return None
+    (place, gain) = found[0]
+    return WeightSlot(role="gain", argument=(place, ("input", "other")[place])), gain
 
 
 def lower_norm(lowering: Lowering, site: NormSite) -> None:

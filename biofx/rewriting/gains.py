@@ -77,7 +77,7 @@ def constrain_gains(
     """
     for path, sites in _norms_by_gain(lowering).items():
         gains = sites[0].parameter.detach()
-        left = 0 if gains.is_meta else int((gains < 0).sum())
+        left = 0 if gains.is_meta else int((gains + sites[0].offset < 0).sum())
         taken = []
         for site in sites:
             remark = _reason_against(scope, site, left if exact else 0) if site.node in norms else None

@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 import biofx
+from biofx.analysis.observed_units import ObservedUnitAnalysis
+from biofx.capture.run_observer import observe_run
 from biofx.layers.sites import find_sites
+from biofx.model.observed_runs import observed_view
 
 
 class _BetweenLayers(Interpreter):
@@ -35,20 +38,27 @@ def _channels_first(value: Tensor, axis: int) -> Tensor:
     return value.movedim(axis, 0).flatten(1)
 
 
+def observed_groups(model: torch.nn.Module, x: Tensor) -> biofx.analysis.UnitGroups:
+    """Return the units of a model as a run on ``x`` shows them."""
+    view = observed_view(biofx.capture(model), observe_run(model, (x,), {}))
+    return biofx.analysis.UnitGroups(ObservedUnitAnalysis(view))
+
+
 def moved_columns(
-    model: torch.nn.Module, x: Tensor
+    model: torch.nn.Module, x: Tensor, *, is_observed: bool = False
 ) -> tuple[biofx.analysis.UnitGroups, dict[str, list[set[int]]]]:
     """Return the analysis, and for each weight and column the units (by the analysis) that move it.
 
     Args:
         model: one whose layers have one weight each, called once.
         x: its input, float64.
+        is_observed: whether the analysis is that of an observed run.
     """
     graph_module = biofx.capture(model.double().eval())
     sites = {site.node: site for site in find_sites(graph_module).found}
     base = _BetweenLayers(graph_module, {})
     base.run(x)
-    groups = biofx.unit_groups(graph_module)
+    groups = observed_groups(model, x) if is_observed else biofx.unit_groups(graph_module)
     moved: dict[str, list[set[int]]] = {
         site.parameter_path: [set() for _ in range(site.input_channels)] for site in sites.values()
     }
@@ -82,7 +92,11 @@ def told_columns(groups: biofx.analysis.UnitGroups) -> dict[str, list[set[int]]]
 
 def columns_of(model: torch.nn.Module) -> dict[str, list[str]]:
     """Return for each weight what it reads at each column: ``"layer[output]"`` of the unit's first maker."""
-    groups = biofx.unit_groups(biofx.capture(model))
+    return columns_in(biofx.unit_groups(biofx.capture(model)))
+
+
+def columns_in(groups: biofx.analysis.UnitGroups) -> dict[str, list[str]]:
+    """Return the same for units that were found."""
     return {reading.site.parameter_path: _names(groups, reading.units) for reading in groups.readings}
 
 

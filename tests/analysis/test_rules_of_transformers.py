@@ -1,0 +1,199 @@
+"""Rules for the blocks of transformers: norms and gains written out, attention with shared heads, reshapes.
+
+What the analysis says is compared with an oracle that pushes one unit and looks at what moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import biofx
+from tests.analysis.nets import Net
+from tests.analysis.oracle import columns_in, columns_of, moved_columns, observed_groups, told_columns
+
+SAME = [f"a[{number}]" for number in range(4)]
+
+
+class Gained(nn.Module):
+    """A gain, and what is done with it."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.gain, self.function = nn.Parameter(torch.ones(*shape)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.gain)
+
+
+def rms(x: Tensor, gain: Tensor) -> Tensor:
+    """As in Llama and T5."""
+    return gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def rms_around_one(x: Tensor, gain: Tensor) -> Tensor:
+    """As in Gemma."""
+    normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    return normed.type_as(x) * (1.0 + gain.to(x.dtype))
+
+
+def written_layer_norm(x: Tensor, gain: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).pow(2).mean(-1, keepdim=True)
+    return gain * ((x - mean) / torch.sqrt(variance + 1e-6))
+
+
+BETWEEN: dict[str, Callable[[], nn.Module]] = {
+    "root mean square": lambda: Gained(rms, 4),
+    "gain around one": lambda: Gained(rms_around_one, 4),
+    "layer norm": lambda: Gained(written_layer_norm, 4),
+    "unit length": lambda: Gained(lambda x, gain: gain * (x / x.norm(dim=-1, keepdim=True)), 4),
+    "length by power": lambda: Gained(
+        lambda x, gain: gain * (x / x.pow(2).sum(-1, keepdim=True).pow(0.5)), 1
+    ),
+    "layer scale": lambda: Gained(lambda x, gain: gain * x, 4),
+    "one gain for all": lambda: Gained(lambda x, gain: x * gain, 1),
+    "gain with axes in front": lambda: Gained(lambda x, gain: x * gain[None, None, :], 4),
+    "square": lambda: Gained(lambda x, gain: gain * x**2, 4),
+}
+
+
+def between(name: str) -> nn.Module:
+    return Net(
+        lambda m, x: m.b(m.between(m.a(x))), a=nn.Linear(2, 4), between=BETWEEN[name](), b=nn.Linear(4, 3)
+    )
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_is_written_out_leaves_units_in_place(name: str) -> None:
+    found = columns_in(observed_groups(between(name), torch.rand(2, 5, 2)))
+    assert found["b.weight"] == SAME
+    groups, moved = moved_columns(between(name), torch.rand(2, 5, 2, dtype=torch.float64), is_observed=True)
+    told = told_columns(groups)["b.weight"]
+    # a normalisation divides by what all units make up, so all move a little
+    assert all(unit <= column for unit, column in zip(told, moved["b.weight"], strict=True))
+
+
+def _by_value(m: Any, x: Tensor) -> Tensor:
+    """Python decides, so that each layer has a graph of its own, and only a run says who feeds whom."""
+    hidden = m.between(m.a(x)) if x.shape[0] and bool(x.isfinite().all()) else x
+    return m.c(F.relu(m.b(hidden)))  # type: ignore[no-any-return]
+
+
+def broken(between: nn.Module) -> nn.Module:
+    layers = {"a": nn.Linear(2, 4), "between": between, "b": nn.Linear(4, 3), "c": nn.Linear(3, 2)}
+    return Net(_by_value, **layers)
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_gains_that_are_written_out_are_kept_from_below_0(name: str) -> None:
+    x = torch.randn(2, 5, 2)
+    bio, report = biofx.transform(broken(BETWEEN[name]()), passes="constrain-signs", example_inputs=(x,))
+    remark = next(r for r in report.remarks if r.layer == "between")
+    assert remark.kind == "applied"
+    assert remark.message.startswith("gains kept from below 0")
+    around_one = name == "gain around one"
+    with torch.no_grad():
+        bio.get_parameter("between.gain").fill_(-3.0)
+    torch.testing.assert_close(bio(x), bio(x * 2))  # all gains are held at 0, so nothing comes through
+    with torch.no_grad():
+        bio.get_parameter("between.gain").fill_(-0.5)
+    assert torch.equal(bio(x), bio(x * 2)) != around_one  # 1 - 0.5 is no negative gain
+
+
+def test_a_gain_held_at_0_does_not_learn_until_it_may_rise() -> None:
+    model = broken(Gained(rms, 4))
+    with torch.no_grad():
+        model.get_parameter("between.gain")[:2] = torch.tensor([-1.0, 2.0])
+    x = torch.randn(2, 5, 2)
+    bio, report = biofx.transform(model, passes="constrain-signs", example_inputs=(x,))
+    remark = next(r for r in report.remarks if r.layer == "between")
+    assert remark.details["wrong"] == 1
+    with torch.no_grad():
+        by_hand = dict(bio.named_parameters())
+        hidden = F.linear(x, by_hand["a.weight"], by_hand["a.bias"])
+        normed = by_hand["between.gain"].clamp(min=0) * F.rms_norm(hidden, (4,), eps=1e-6)
+        sign = bio.a.bio_mod.sign
+        weight = torch.where(by_hand["b.weight"] * sign > 0, by_hand["b.weight"], 0)
+        second = F.relu(F.linear(normed, weight, by_hand["b.bias"]))
+        torch.testing.assert_close(bio(x), F.linear(second, by_hand["c.weight"], by_hand["c.bias"]))
+
+
+def test_a_matrix_that_is_multiplied_is_no_gain() -> None:
+    model = Net(
+        lambda m, x: m.b(m.between(m.a(x))),
+        a=nn.Linear(2, 4),
+        between=Gained(lambda x, w: (x[..., None, :] * w).sum(-1), 4, 4),
+        b=nn.Linear(4, 3),
+    )
+    found = columns_in(observed_groups(model, torch.rand(2, 5, 2)))
+    assert found["b.weight"] == [f"open[{number}]" for number in range(4)]
+
+
+ENDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "inverse": (lambda x: 1e-3 * x.reciprocal(), "falls as its argument rises"),
+    "inverse root": (lambda x: torch.rsqrt(F.relu(x) + 1), "falls as its argument rises"),
+    "negative power": (lambda x: (F.relu(x) + 1) ** -2, "falls as its argument rises"),
+    "power of the input": (lambda x: x ** x.sigmoid(), "exponent is known only when it runs"),
+    "less itself": (lambda x: x - x.sigmoid(), "it subtracts activity"),
+    "mean that may be negative": (lambda x: x / x.mean(-1, keepdim=True), "may be negative"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_where_units_end(name: str) -> None:
+    function, reason = ENDS[name]
+    model = Net(lambda m, x: m.b(function(m.a(x))), a=nn.Linear(2, 4), b=nn.Linear(4, 3))
+    groups = observed_groups(model, torch.rand(2, 5, 2))
+    assert any(reason in text for text in groups.ends.values())
+    assert columns_in(groups)["b.weight"][0].startswith("open")
+
+
+def test_rows_that_are_looked_up_are_units_of_the_residual_stream() -> None:
+    model = Net(
+        lambda m, x: m.c(m.e(x) + m.b(m.norm(m.e(x)))),
+        e=nn.Embedding(9, 4),
+        norm=Gained(rms, 4),
+        b=nn.Linear(4, 4),
+        c=nn.Linear(4, 2),
+    )
+    groups = observed_groups(model, torch.tensor([[1, 2], [3, 0]]))
+    by_path = {reading.site.parameter_path: reading.units for reading in groups.readings}
+    assert torch.equal(groups.representatives(by_path["b.weight"]), groups.made_by("b.weight"))
+    assert torch.equal(groups.representatives(by_path["c.weight"]), groups.made_by("b.weight"))
+
+
+def _shared_heads(m: Any, x: Tensor) -> Tensor:
+    """Two heads of values for four of queries, as scaled_dot_product_attention does it by itself."""
+    batch, steps, _ = x.shape
+    query = m.query(x).view(batch, steps, 4, 3).transpose(1, 2)
+    key, value = (layer(x).view(batch, steps, 2, 3).transpose(1, 2) for layer in (m.key, m.value))
+    mixed = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    return m.out(mixed.transpose(1, 2).reshape(batch, steps, 12))  # type: ignore[no-any-return]
+
+
+def test_values_of_a_shared_head_are_read_once_for_each_query() -> None:
+    model = Net(
+        _shared_heads,
+        query=nn.Linear(5, 12),
+        key=nn.Linear(5, 6),
+        value=nn.Linear(5, 6),
+        out=nn.Linear(12, 2),
+    )
+    expected = [f"value[{unit}]" for unit in (0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5)]
+    assert columns_in(observed_groups(model, torch.rand(2, 7, 5)))["out.weight"] == expected
+    groups, moved = moved_columns(model, torch.rand(2, 7, 5, dtype=torch.float64), is_observed=True)
+    values = set(groups.made_by("value.weight").tolist())
+    assert [column & values for column in moved["out.weight"]] == told_columns(groups)["out.weight"]
+
+
+def test_without_an_observed_run_graphs_stay_what_they_were() -> None:
+    """Files hold the text of a graph, and compare it when they are loaded."""
+    for name in ("root mean square", "layer scale"):
+        report = biofx.transform(between(name), passes="constrain-signs").report
+        assert not any(remark.layer == "between" for remark in report.remarks)
