@@ -78,7 +78,8 @@ def rule_for(analysis: str, node: Node, module: nn.Module | None) -> Callable[[A
     """
     target: Any = node.target
     name = getattr(target, "__name__", "")
-    if getattr(Tensor, name, None) is target:  # a method, called as a function
+    is_wrapped = getattr(target, "__module__", "") == "torch._tensor"  # as that of **
+    if is_wrapped or getattr(Tensor, name, None) is target:  # a method, called as a function
         target = name
     targets = (target,) if module is None else type(module).__mro__
     rules = (getattr(TABLE[key], analysis) for key in targets if key in TABLE)

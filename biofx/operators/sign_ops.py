@@ -49,8 +49,8 @@ def constrain_sign(
         axis: the axis of ``weight`` that counts the units; 1 is presynaptic for ``(out, in, *)``.
         groups: groups of a grouped convolution, whose weight ``(out, in / groups, *)`` holds for each
             output row the columns of that row's own group.
-        rows: 1 for the rows of the weight that the constraint holds for and 0 for those that are free,
-            ``(out,)``; None for all.
+        rows: 1 for the outputs that the constraint holds for and 0 for those that are free, ``(out,)``: the
+            rows of the weight, or its columns if ``axis`` is 0; None for all.
         method: ``"project"`` or ``"abs"``.
     """
     if not torch.compiler.is_compiling():
@@ -88,7 +88,9 @@ def signs_like(
     laid_out = _laid_out(weight, sign.sign().to(weight.dtype), axis, groups)
     if rows is None:
         return laid_out
-    return laid_out * rows.to(weight.dtype).reshape(-1, *(1,) * (weight.dim() - 1))
+    kernel = (1,) * (weight.dim() - 2)
+    outputs = (1, -1, *kernel) if axis == 0 and weight.dim() > 1 else (-1, *(1,) * (weight.dim() - 1))
+    return laid_out * rows.to(weight.dtype).reshape(outputs)
 
 
 def _laid_out(weight: Tensor, sign: Tensor, axis: int, groups: int) -> Tensor:

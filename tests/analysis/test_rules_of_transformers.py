@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import biofx
 from tests.analysis.nets import Net
-from tests.analysis.oracle import columns_in, columns_of, moved_columns, observed_groups, told_columns
+from tests.analysis.oracle import columns_in, moved_columns, observed_groups, told_columns
 
 SAME = [f"a[{number}]" for number in range(4)]
 
@@ -154,9 +154,14 @@ def test_where_units_end(name: str) -> None:
     assert columns_in(groups)["b.weight"][0].startswith("open")
 
 
+def _residual(m: Any, x: Tensor) -> Tensor:
+    rows = m.e(x)
+    return m.c(rows + m.b(m.norm(rows)))  # type: ignore[no-any-return]
+
+
 def test_rows_that_are_looked_up_are_units_of_the_residual_stream() -> None:
     model = Net(
-        lambda m, x: m.c(m.e(x) + m.b(m.norm(m.e(x)))),
+        _residual,
         e=nn.Embedding(9, 4),
         norm=Gained(rms, 4),
         b=nn.Linear(4, 4),

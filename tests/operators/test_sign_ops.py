@@ -71,3 +71,9 @@ def test_signs_are_written_into_a_weight_as_the_definition_says(
     assert write_signs(weight, signs, flip=flip) == int(wrong.sum())
     assert weight.data_ptr() == pointer
     assert torch.equal(weight.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
+def test_free_outputs_of_a_transposed_weight_are_its_columns() -> None:
+    weight = torch.tensor([[1.0, -1.0, 2.0], [-3.0, 4.0, -5.0]])  # (in, out)
+    free_last = constrain_sign(weight, torch.tensor([1.0, -1.0]), axis=0, rows=torch.tensor([1, 1, 0]))
+    assert free_last.tolist() == [[1.0, 0.0, 2.0], [-3.0, 0.0, -5.0]]
