@@ -81,6 +81,8 @@ class MaskWeights(WeightPass):
             return f"plasticity states use its name, {site.parameter_path!r}, for something else"
         if survey.is_of_pairs(site):
             return "its units are pairs of an excitatory and an inhibitory one (dales_method='expand')"
+        if not self.self_connections and (unknown := survey.why_not_known(site)):
+            return f"{unknown}, so self-connections cannot be told (give example_inputs)"
         if self._is_whole and survey.self_connections(site) is None:
             return "it reads none of the units that it makes, so it has no self-connections"
         return site.lowering_blocker

@@ -34,6 +34,12 @@ def layout_of(site: WeightSite) -> ConnectionLayout:
     return ConnectionLayout(site.kind.output_axis, site.groups, gates)
 
 
+def units_of(site: WeightSite) -> tuple[int, int]:
+    """Return how many outputs and inputs a weight has, gates left out, counts."""
+    outputs = layout_of(site).split(site.parameter.detach()).shape[1]
+    return outputs, site.input_channels
+
+
 class MaskSurvey:
     """What must be known of a model before its weights are masked: all uses of each, and who reads whom."""
 
@@ -74,6 +80,27 @@ class MaskSurvey:
             if len(made) == len(presynaptic):
                 found |= self._groups.representatives(reading.units)[presynaptic] == made[:, None]
         return found if bool(found.any()) else None
+
+    def why_not_known(self, site: WeightSite) -> str | None:
+        """Return why it is not known whether a weight reads units that it makes, None if it is.
+
+        A weight with fewer inputs than outputs is taken not to.
+        """
+        outputs, inputs = units_of(site)
+        if inputs < outputs or self.self_connections(site) is not None:
+            return None
+        readings = self._readings(site)
+        if not readings:
+            return "what feeds it is not known"
+        for reading in readings:
+            if reason := self._groups.why_not_known(reading.site):
+                return reason
+            if region := self._groups.region_that_feeds(reading.site):
+                return f"what feeds it is not known: Python calls {region!r}"
+            for source in self._groups.sources_of(reading.units).sources:
+                if source.kind == "open":
+                    return f"its units begin at {source.name!r}, and what comes before is not known"
+        return None
 
     def _readings(self, site: WeightSite) -> list[Reading]:
         return [entry for entry in self._groups.readings if entry.site.parameter_path == site.parameter_path]
@@ -123,7 +150,7 @@ def insert_mask(weight: Weight, lowering: Lowering, wiring: Wiring, own: Tensor 
         )
     areas, blocks, densities = None, None, [wiring.density]
     if wiring.blocks is not None:
-        areas = _areas(wiring.blocks, wiring.areas, site, layout)
+        areas = _areas(wiring.blocks, wiring.areas, site)
         blocks = layout.blocks(values.shape, areas)
         densities = [wiring.density * entry for row in wiring.blocks for entry in row]
         allowed &= torch.tensor(densities)[blocks] > 0
@@ -189,14 +216,13 @@ def _areas(
     blocks: tuple[tuple[float, ...], ...],
     given: tuple[Any, ...] | None,
     site: WeightSite,
-    layout: ConnectionLayout,
 ) -> Areas:
     """Return the sizes of the areas on both sides.
 
     Raises:
         OptionError: they do not fit the blocks, or the units.
     """
-    counts, units = (len(blocks), len(blocks[0])), _units(site, layout)
+    counts, units = (len(blocks), len(blocks[0])), units_of(site)
     if given is None:
         if any(size % count for size, count in zip(units, counts, strict=True)):
             raise OptionError(
@@ -214,9 +240,3 @@ def _areas(
             "them in an override for the layers that they are meant for"
         )
     return post, pre
-
-
-def _units(site: WeightSite, layout: ConnectionLayout) -> tuple[int, int]:
-    """Return how many outputs and inputs a weight has, gates and groups left out, counts."""
-    outputs = layout.split(site.parameter.detach()).shape[1]
-    return outputs, site.input_channels

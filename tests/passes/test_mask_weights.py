@@ -311,6 +311,47 @@ def test_self_connections_of_a_loop_are_found_by_who_reads_whom() -> None:
     assert torch.equal(held.diagonal(), torch.zeros(6))
 
 
+class Rates(nn.Module):
+    """A network of rates with a leak, in a loop over time of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.recur, self.leave = nn.Linear(3, 20), nn.Linear(20, 20), nn.Linear(20, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, out = x.new_zeros(x.shape[1], 20), []
+        for number in range(x.shape[0]):
+            state = 0.8 * state + 0.2 * (self.recur(torch.relu(state)) + self.enter(x[number]))
+            out.append(self.leave(torch.relu(state)))
+        return torch.stack(out)
+
+
+def test_a_loop_in_python_has_no_self_connections_where_example_inputs_show_who_reads_whom() -> None:
+    model, x = Rates(), torch.randn(5, 4, 3)
+    options: dict[str, Any] = {**OFF, "apply_dales_principle": True}
+    config = biofx.BioConfig(**options).override(
+        "recur", weight_density=0.5, weight_mask_self_connections=False
+    )
+    bio, report = biofx.transform(model, config, example_inputs=((x,), {}))
+    mask = mask_of(bio, "recur.weight")
+    assert torch.equal(mask == -1, torch.eye(20) == 1)
+    assert int((mask == 1).sum()) == 190
+    optimizer = torch.optim.AdamW(bio.parameters(), lr=0.01)
+    biofx.attach(bio, optimizer, [biofx.Rule("rejuvenate_weights", every=2)])
+    for length in (5, 3, 7, 5):
+        optimizer.zero_grad()
+        bio(torch.randn(length, 4, 3)).square().mean().backward()
+        optimizer.step()
+        assert int((mask == 1).sum()) == 190
+        assert torch.equal(mask == -1, torch.eye(20) == 1)
+    used = biofx.deploy(bio).get_parameter("recur.weight")
+    assert torch.equal(used.diagonal(), torch.zeros(20))
+    assert (used * bio.get_submodule("recur").bio_mod.presynaptic_signs() >= 0).all()  # type: ignore[operator, union-attr]
+    _, report = biofx.transform(model, config)
+    message = reasons(biofx.Report("", report.passes[:1], ()))["recur"]
+    assert message.endswith("so self-connections cannot be told (give example_inputs)")
+
+
 def test_query_key_and_value_have_connections_of_their_own() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
