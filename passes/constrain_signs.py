@@ -14,10 +14,12 @@ of attention, which are compared and not passed on, are free always.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from biofx.analysis.observation import weights_in_python
 from biofx.analysis.sign_survey import SignSurvey, refuse_unused_signs
 from biofx.config import option_from_config
 from biofx.layers.lowering import Lowering
@@ -91,7 +93,8 @@ class ConstrainSigns(WeightPass):
         sites = find_sites(graph_module)
         survey = SignSurvey(graph_module, lambda node, layer: scope.variant(self, node, layer))
         lowering = Lowering(graph_module)
-        chosen = yield from self.choose(sites, scope, survey, lowering)
+        shown = dataclasses.replace(sites, found=[*sites.found, *weights_in_python(graph_module)])
+        chosen = yield from self.choose(shown, scope, survey, lowering)
         if self.axis == "presynaptic":
             norms = survey.norms_read_by([uses.weight for _, uses in chosen])
             wanted = in_scope(scope, graph_module, norms)

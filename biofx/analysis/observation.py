@@ -6,6 +6,7 @@ do not agree on is not known.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,6 +97,25 @@ def observation_of(graph_module: GraphModule) -> Observation | None:
     keys = list(dict.fromkeys(map(weight_key, sites)))
     order = {key: place for place, key in enumerate(keys)}
     return Observation(first, nodes, frozenset(_disputed(analyses)), order)
+
+
+def weights_in_python(graph_module: GraphModule) -> list[WeightSite]:
+    """Return the reads of parameters that Python uses as the weight of a layer, as sites of that layer."""
+    observation = observation_of(graph_module)
+    if observation is None:
+        return []
+    uses: dict[Hashable, list[WeightSite]] = {}
+    for site in find_sites(observation.view).found:
+        uses.setdefault(weight_key(site), []).append(site)
+    found = []
+    for read in find_sites(graph_module).reads:
+        calls = uses.get(weight_key(read), [])
+        if calls and all(
+            (c.kind, c.groups, c.role) == (calls[0].kind, calls[0].groups, calls[0].role) for c in calls
+        ):
+            slot = dataclasses.replace(read.slot, role=calls[0].role)
+            found.append(dataclasses.replace(read, kind=calls[0].kind, groups=calls[0].groups, slot=slot))
+    return found
 
 
 def _analysed(graph_module: GraphModule, view: GraphModule) -> ObservedUnitAnalysis:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from biofx.analysis.observation import weights_in_python
 from biofx.analysis.readouts import last_synapses
 from biofx.analysis.sign_store import SignOptions, SignStore
 from biofx.analysis.unit_groups import unit_groups
@@ -25,20 +26,20 @@ class SignSurvey:
     """What must be known of a model before its signs are constrained."""
 
     def __init__(self, graph_module: GraphModule, options_at: OptionsAt) -> None:
-        self._sites = find_sites(graph_module).found
+        self._sites = [*find_sites(graph_module).found, *weights_in_python(graph_module)]
         self.groups = unit_groups(graph_module)
         self.folded: dict[str, int] = {}
         """Negative gains that were folded away, counts by the path of the gain."""
         self._last = last_synapses(graph_module)
         first = {site.parameter_path: site for site in reversed(self._sites)}
-        self.makers = {path: first[path] for path in self.groups.producers()}
-        """The layers that make units, by the paths of their weights."""
+        self.makers = {path: first[path] for path in self.groups.producers() if path in first}
+        """The layers that make units, by the paths of their weights; those that the graphs show."""
         self.layers = {s.node: s for s in self._sites if s.why_no_channels is None and not s.kind.is_product}
         """The layers with one weight that are modules, by their nodes."""
         self.store = SignStore(
             graph_module,
             self.groups,
-            lambda path: options_at(first[path].node, first[path].layer),
+            lambda path: options_at(first[path].node if path in first else None, path.rpartition(".")[0]),
         )
 
     def readers(self, path: str) -> list[WeightSite]:

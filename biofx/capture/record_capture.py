@@ -16,7 +16,7 @@ from biofx.capture.both_modes import OneMode, unified
 from biofx.capture.eager_tracer import EagerTracer
 from biofx.capture.example_inputs import ExampleInputs, as_call
 from biofx.capture.graph_breaks import GraphBreak
-from biofx.capture.python_reads import modules_that_read, weights_read_by_python
+from biofx.capture.python_reads import show_parameters_read_by_python
 from biofx.capture.region_capture import capture_regions, capture_uncalled, is_leaf
 from biofx.capture.side_effects import Watch
 from biofx.capture.trials import DifferentialCheck, TrialModel, cloned
@@ -274,8 +274,8 @@ class _RecordCapture:
         made = become_graph_module(root, graphs.get("") or eager_forward_graph())
         guard_reads(made, made.graph, recorded.reads.get("", ()), self._switches)
         made.graph_breaks = breaks | rest.graph_breaks
-        made.region_paths = (*regions, *recorded.layers, *rest.regions, *modules_that_read(made))
-        made.read_by_python = weights_read_by_python(made)
+        made.region_paths = (*regions, *recorded.layers, *rest.regions)
+        show_parameters_read_by_python(made)
         return made
 
 

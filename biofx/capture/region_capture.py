@@ -14,7 +14,7 @@ from biofx.capture.bytecode import (
     attributes_changed,
     names_mentioned,
 )
-from biofx.capture.python_reads import modules_that_read, weights_read_by_python
+from biofx.capture.python_reads import show_parameters_read_by_python
 from biofx.capture.trace_module import Traced, trace
 from biofx.errors import CaptureError
 from biofx.graph.graph_functions import eager_forward_graph
@@ -42,8 +42,8 @@ def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[
     captured = become_graph_module(root, traced.graph)
     guard_reads(captured, traced.graph, traced.reads, switches)
     captured.graph_breaks = dict(capture.graph_breaks)
-    captured.region_paths = (*capture.regions, *modules_that_read(captured))
-    captured.read_by_python = weights_read_by_python(captured)
+    captured.region_paths = tuple(capture.regions)
+    show_parameters_read_by_python(captured)
     return captured
 
 

@@ -119,7 +119,7 @@ def deploy(bio_model: nn.Module) -> nn.Module:
     for region in reversed(regions):  # the inner ones first
         make_plain(region)
     deployed: nn.Module = own
-    if own.keeps_forward:
+    if own.runs_eager_forward:
         make_plain(own)
     else:
         deployed = plain_graph_module(own, type(model).__name__)

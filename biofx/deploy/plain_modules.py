@@ -9,17 +9,16 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from biofx.graph.graph_functions import call_own_forward, call_with_parameters
+from biofx.graph.graph_functions import call_own_forward
 from biofx.graph.guards import require_default
-from biofx.graph.regions import ELSEWHERE, GRAPH_BREAKS
+from biofx.graph.regions import ELSEWHERE
 from biofx.model.attribute_guards import GUARDS
 from biofx.model.graph_module import NAMES_OF_MODELS, BioGraphModule, user_class
 from biofx.model.inlined_modules import INLINED, SAME
-from biofx.rewriting.record import ATTRIBUTE
 
 _OF_GRAPH_MODULES = {
     *(set(vars(GraphModule(nn.Module(), Graph()))) - set(vars(nn.Module()))),
-    *(*NAMES_OF_MODELS, GRAPH_BREAKS, ATTRIBUTE, GUARDS, ELSEWHERE, SAME, INLINED),
+    *(*NAMES_OF_MODELS, GUARDS, ELSEWHERE, SAME, INLINED),
 }
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -48,8 +47,7 @@ def take_hooks(made: nn.Module, before: nn.Module) -> None:
 def make_plain(module: BioGraphModule) -> None:
     """Make a region, or a model that runs its eager forward, a module without biofx in place."""
     calls = module.graph.find_nodes(op="call_function", target=call_own_forward)
-    reads = module.graph.find_nodes(op="call_function", target=call_with_parameters)
-    if module.keeps_forward or reads or (calls and _is_only_call(calls[0])):
+    if module.runs_eager_forward or (calls and _is_only_call(calls[0])):
         _take_over(module, _in_own_class(module))
         return
     for call in calls:  # the graph goes on after the layer

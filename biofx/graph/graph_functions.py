@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from biofx.errors import CaptureError
 from biofx.graph.guards import RecordingError
 
+_ABSENT = object()
 EAGER_FORWARD = "own_forward"
 """Attribute of a graph module that is the forward of its class."""
 OWN_MODULE = "own_module"
@@ -42,7 +43,7 @@ def call_with_parameters(
             the module.
         args: positional arguments.
         kwargs: keyword arguments.
-        parameters: the expressions, by name of the parameter.
+        parameters: the expressions, by the path of the parameter in the module.
     """
     return _call_with_tensors(forward.args[0], parameters, forward, args, kwargs)
 
@@ -65,16 +66,20 @@ def _call_with_tensors(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Call a function while plain attributes of a module hide its parameters, which stay where they are."""
-    held = vars(module)
-    before = {name: held[name] for name in tensors if name in held}
-    held.update(tensors)
+    """Call a function while plain attributes of modules hide their parameters, which stay where they are."""
+    owners = {name: vars(module.get_submodule(name.rpartition(".")[0])) for name in tensors}
+    before: list[tuple[dict[str, Any], str, Any]] = []
     try:
+        for path, tensor in tensors.items():
+            held, name = owners[path], path.rpartition(".")[2]
+            before.append((held, name, held.get(name, _ABSENT)))
+            held[name] = tensor
         return function(*args, **kwargs)
     finally:
-        for name in tensors:
+        for held, name, value in reversed(before):
             held.pop(name, None)
-        held.update(before)
+            if value is not _ABSENT:
+                held[name] = value
 
 
 def eager_forward_graph() -> Graph:
@@ -85,7 +90,7 @@ def eager_forward_graph() -> Graph:
 
 
 def parameters_graph(names: Iterable[str]) -> Graph:
-    """Return a graph that runs the forward of the module's class and reads the parameters of these names."""
+    """Return a graph that runs the forward of the module's class and reads the parameters at these paths."""
     graph, given = _graph_of_any_arguments()
     reads = {name: graph.create_node("get_attr", name) for name in names}
     graph.output(graph.call_function(call_with_parameters, (*given, reads)))

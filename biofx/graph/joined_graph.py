@@ -32,6 +32,7 @@ from biofx.graph.regions import (
     graph_breaks_of,
     is_inside,
     is_joined,
+    parameters_read_by,
     region_input,
     region_output,
     region_paths,
@@ -65,6 +66,7 @@ class _Join:
     def __init__(self, root: GraphModule, paths: tuple[str, ...]) -> None:
         self._modules = dict(root.named_modules(remove_duplicate=False))
         self._in_python = graph_breaks_of(root)
+        self._read = parameters_read_by(root)
         self._open = dict.fromkeys(paths)
         self._around = {path[:end] for path in paths for end in (*_dots(path), len(path))} | {""}
         self.graph = Graph(root, tracer_cls=Tracer)
@@ -165,7 +167,7 @@ class _Join:
         if isinstance(module, GraphModule):
             return module.graph
         if path in self._in_python:
-            return parameters_graph(name for name, held in module._parameters.items() if held is not None)
+            return parameters_graph(self._read.get(path, ()))
         return layer_graph(module, path)
 
     def _stack(self, path: str) -> dict[str, tuple[str, type]]:

@@ -82,6 +82,12 @@ def regions_read_by_python(graph_module: nn.Module) -> Mapping[str, str]:
     return found
 
 
+def parameters_read_by(graph_module: nn.Module) -> Mapping[str, tuple[str, ...]]:
+    """Return the names of the parameters that eager forwards are given as expressions, by their paths."""
+    found: Mapping[str, tuple[str, ...]] = vars(graph_module).get("parameters_read", {})
+    return found
+
+
 def region_of_nodes(graph: Graph) -> dict[Node, str]:
     """Return, for each node of a joined graph that lies in a region, the path of the region."""
     regions: dict[Node, str] = {}
@@ -106,6 +112,11 @@ def region_around(node: Node) -> str | None:
         if current.target is region_output:
             break
     return None
+
+
+def _owners(names: Iterable[str]) -> set[str]:
+    """Return the paths of the modules that hold parameters, among them the module from which they lead."""
+    return {"", *(name.rpartition(".")[0] for name in names)}
 
 
 def is_inside(path: str, module: str) -> bool:
@@ -134,10 +145,11 @@ class RegionUse:
     def __init__(self, graph_module: GraphModule, graph: Graph) -> None:
         self._modules = dict(graph_module.named_modules(remove_duplicate=False))
         paths = region_paths(graph_module)
+        read = parameters_read_by(graph_module)
         self._regions = {id(self._modules[path]): path for path in paths}
         self._in_python = {id(self._modules[path]) for path in graph_breaks_of(graph_module)}
         self._held_by = {
-            path: {id(self._modules[path])}
+            path: {id(self._modules[joined_path(path, inner)]) for inner in _owners(read.get(path, ()))}
             if id(self._modules[path]) in self._in_python
             else {id(inner) for inner in self._modules[path].modules()}
             for path in paths

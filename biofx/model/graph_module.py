@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node, Tracer
 from biofx.errors import CaptureError, CheckpointError, InputError
 from biofx.graph.branches import BranchCodeGen, has_branches, hoist_shared_nodes
 from biofx.graph.contexts import restoring_modes
-from biofx.graph.graph_functions import call_own_forward
+from biofx.graph.graph_functions import call_own_forward, call_with_parameters
 from biofx.model.attribute_guards import GUARDS
 from biofx.model.copies import copy_graph, pack, prepared, unpack
 from biofx.model.inlined_modules import INLINED, SAME
@@ -54,6 +54,8 @@ class BioGraphModule(GraphModule):
         """Paths of the modules that keep their eager forward in Python, and why."""
         read_by_python: Mapping[str, str]
         """Paths of regions whose weights Python may use besides, and why."""
+        parameters_read: Mapping[str, tuple[str, ...]]
+        """The names of the parameters that eager forwards are given as expressions, by their paths."""
         observed_runs: ObservedRuns
         """Runs that say who feeds whom where Python decides."""
 
@@ -182,6 +184,13 @@ class BioGraphModule(GraphModule):
         return any(isinstance(call.args[1], Node) for call in calls)  # with all arguments in one node
 
     @property
+    def runs_eager_forward(self) -> bool:
+        """Whether the module runs the forward of its class, with or without expressions for parameters."""
+        return self.keeps_forward or bool(
+            self.graph.find_nodes(op="call_function", target=call_with_parameters)
+        )
+
+    @property
     def own_module(self) -> BioGraphModule:
         """The module itself, for nodes of its graph that assign to its buffers."""
         return self
@@ -295,7 +304,10 @@ NAMES_OF_GRAPH_MODULES = frozenset(
 )
 """Names that graph modules use, so that a module with one of them cannot become one."""
 NAMES_OF_MODELS = frozenset(
-    {"region_paths", "graph_breaks", "read_by_python", "transform_record", "observed_runs"}
+    {
+        *("region_paths", "graph_breaks", "read_by_python", "parameters_read", "observed_runs"),
+        "transform_record",
+    }
 )
 """Names of attributes that describe a rewritten model."""
 
