@@ -19,11 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from biofx.analysis.observation import weights_in_python
+from biofx.analysis.observation import find_all_sites, weights_in_python
 from biofx.analysis.sign_survey import SignSurvey, refuse_unused_signs
 from biofx.config import option_from_config
 from biofx.layers.lowering import Lowering
-from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.sign_ops import constrain_sign
@@ -90,10 +89,10 @@ class ConstrainSigns(WeightPass):
         Raises:
             OptionError: signs were given that nothing uses, or two uses of a weight have different options.
         """
-        sites = find_sites(graph_module)
+        sites = find_all_sites(graph_module)
         survey = SignSurvey(graph_module, lambda node, layer: scope.variant(self, node, layer))
         lowering = Lowering(graph_module)
-        shown = dataclasses.replace(sites, found=[*sites.found, *weights_in_python(graph_module)])
+        shown = dataclasses.replace(sites, found=[*sites.found, *weights_in_python(sites)])
         chosen = yield from self.choose(shown, scope, survey, lowering)
         if self.axis == "presynaptic":
             norms = survey.norms_read_by([uses.weight for _, uses in chosen])

@@ -18,9 +18,10 @@ from torch.fx import GraphModule, Node
 from biofx.analysis.connected_units import comparable
 from biofx.analysis.observed_units import ObservedUnitAnalysis
 from biofx.graph.analysis_cache import cached_on_graph
+from biofx.layers.layer_kind import LayerKind
 from biofx.layers.norms import NormSite, find_norms
 from biofx.layers.sites import find_sites
-from biofx.layers.weight_site import WeightSite
+from biofx.layers.weight_site import READ, Sites, WeightSite
 from biofx.model.observed_runs import observed_runs_of, observed_view
 from biofx.operators.split_ops import fold_weight, pool_synapses
 from biofx.plasticity.model_states import expanded_weights
@@ -99,23 +100,34 @@ def observation_of(graph_module: GraphModule) -> Observation | None:
     return Observation(first, nodes, frozenset(_disputed(analyses)), order)
 
 
-def weights_in_python(graph_module: GraphModule) -> list[WeightSite]:
-    """Return the reads of parameters that Python uses as the weight of a layer, as sites of that layer."""
+def find_all_sites(graph_module: GraphModule) -> Sites:
+    """Return the sites of a graph, with what Python uses as the weight of a layer as a site of such a layer.
+
+    Those stay among :attr:`~biofx.layers.weight_site.Sites.reads`; what is known of their layer comes from an
+    observed run. :func:`weights_in_python` returns them alone.
+    """
+    sites = find_sites(graph_module)
     observation = observation_of(graph_module)
     if observation is None:
-        return []
-    uses: dict[Hashable, list[WeightSite]] = {}
+        return sites
+    uses: dict[Hashable, set[tuple[LayerKind, int, str]]] = {}
     for site in find_sites(observation.view).found:
-        uses.setdefault(weight_key(site), []).append(site)
-    found = []
-    for read in find_sites(graph_module).reads:
-        calls = uses.get(weight_key(read), [])
-        if calls and all(
-            (c.kind, c.groups, c.role) == (calls[0].kind, calls[0].groups, calls[0].role) for c in calls
-        ):
-            slot = dataclasses.replace(read.slot, role=calls[0].role)
-            found.append(dataclasses.replace(read, kind=calls[0].kind, groups=calls[0].groups, slot=slot))
-    return found
+        uses.setdefault(weight_key(site), set()).add((site.kind, site.groups, site.role))
+    return dataclasses.replace(sites, reads=[_as_layer(read, uses) for read in sites.reads])
+
+
+def weights_in_python(sites: Sites) -> list[WeightSite]:
+    """Return the reads that are known to be the weight of a layer."""
+    return [read for read in sites.reads if read.kind is not READ]
+
+
+def _as_layer(read: WeightSite, uses: Mapping[Hashable, set[tuple[LayerKind, int, str]]]) -> WeightSite:
+    used_as = uses.get(weight_key(read), set())
+    if len(used_as) != 1:  # it has no one axis of presynaptic units
+        return read
+    ((kind, groups, role),) = used_as
+    slot = dataclasses.replace(read.slot, role=role)
+    return dataclasses.replace(read, kind=kind, groups=groups, slot=slot)
 
 
 def _analysed(graph_module: GraphModule, view: GraphModule) -> ObservedUnitAnalysis:

@@ -117,6 +117,10 @@ class SignStore:
         """Whether the units that a layer makes have signs, kept with it or with another maker of them."""
         return any(self._kept(source) is not None for source in self._sources_of(self._groups.made_by(path)))
 
+    def has_given(self, reading: Reading) -> bool:
+        """Whether signs were given for a unit that a weight reads."""
+        return bool(self._given[self._groups.representatives(reading.units)].any())
+
     def leave_free(self, reading: Reading) -> None:
         """Make buffers for the signs of the units that a weight reads, 0 where they are not constrained."""
         for source in self._sources_of(reading.units):

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from biofx.analysis.observation import weights_in_python
+from biofx.analysis.observation import find_all_sites, weights_in_python
 from biofx.analysis.readouts import last_synapses
 from biofx.analysis.sign_store import SignOptions, SignStore
 from biofx.analysis.unit_groups import unit_groups
 from biofx.analysis.units import Source
 from biofx.errors import OptionError
-from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import Weight, WeightSite
+from biofx.model.observed_runs import observed_runs_of
 from biofx.select import Match, picks, show_pattern
 
 OptionsAt = Callable[["Node | None", str], SignOptions]
@@ -26,11 +26,14 @@ class SignSurvey:
     """What must be known of a model before its signs are constrained."""
 
     def __init__(self, graph_module: GraphModule, options_at: OptionsAt) -> None:
-        self._sites = [*find_sites(graph_module).found, *weights_in_python(graph_module)]
+        sites = find_all_sites(graph_module)
+        self._sites = [*sites.found, *weights_in_python(sites)]
         self.groups = unit_groups(graph_module)
         self.folded: dict[str, int] = {}
         """Negative gains that were folded away, counts by the path of the gain."""
         self._last = last_synapses(graph_module)
+        self.what_is_missing = _what_is_missing(observed_runs_of(graph_module).reason)
+        """What would say who feeds whom where Python decides."""
         first = {site.parameter_path: site for site in reversed(self._sites)}
         self.makers = {path: first[path] for path in self.groups.producers() if path in first}
         """The layers that make units, by the paths of their weights; those that the graphs show."""
@@ -86,6 +89,10 @@ class SignSurvey:
         """Whether every unit that it reads has a sign already."""
         return self.store.knows(self.groups.reading(site))
 
+    def has_given_signs(self, site: WeightSite) -> bool:
+        """Whether signs were given for a unit that it reads."""
+        return self.store.has_given(self.groups.reading(site))
+
     def norms_read_by(self, weights: list[Weight]) -> set[Node]:
         """Return the normalisations that act on units which some of the weights read."""
         is_read = torch.zeros(self.groups.count, dtype=torch.bool)
@@ -113,6 +120,12 @@ class SignSurvey:
 
     def _sources(self, site: WeightSite) -> list[Source]:
         return self.groups.sources_of(self.groups.reading(site).units).sources
+
+
+def _what_is_missing(reason: str) -> str:
+    if reason:
+        return f"a run could not be observed: {reason}"
+    return "give example_inputs to have signs here"
 
 
 def _leads_outwards(site: WeightSite) -> bool:

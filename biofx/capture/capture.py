@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule
 from biofx.capture.attribute_reads import guard_reads
 from biofx.capture.example_inputs import ExampleInputs
 from biofx.capture.intercepted_calls import caches_bypassed
-from biofx.capture.observe import observe
+from biofx.capture.observe import observe, observe_without_example
 from biofx.capture.random_state import preserved_random_state
 from biofx.capture.record_capture import capture_recorded
 from biofx.capture.refused_models import (
@@ -88,8 +88,12 @@ def capture(
                 root = copy_of(model, memo)
                 with _untouched(model):
                     captured = _captured(root, frozenset(opaque), _tensors_of(model), regions, example_inputs)
-                    if captured.region_paths and example_inputs is not None:
-                        captured.observed_runs = observe(model, example_inputs, frozenset(opaque))
+                    if captured.region_paths:
+                        captured.observed_runs = (
+                            observe_without_example(model, frozenset(opaque))
+                            if example_inputs is None
+                            else observe(model, example_inputs, frozenset(opaque))
+                        )
         check_methods(captured)
         vars(captured).setdefault("region_paths", ())
         vars(captured).setdefault(GRAPH_BREAKS, {})

@@ -96,6 +96,15 @@ def _eager_range(*bounds: Any) -> range:
     return range(*(int(bound) if isinstance(bound, int) else bound for bound in bounds))
 
 
+def assumed_range(length: int) -> Callable[..., range]:
+    """Return a ``range`` that takes a bound which is not known for a given number."""
+
+    def function(*bounds: Any) -> range:
+        return range(*(length if issubclass(type(bound), Value) else bound for bound in bounds))
+
+    return function
+
+
 IN_SYMBOLIC_TRACES: Mapping[str, Any] = {"type": _Type, "len": _symbolic_len}
 IN_EAGER_TRACES: Mapping[str, Any] = {"len": _eager_len, "range": _eager_range}
 _FUNCTIONS = dict(vars(math))

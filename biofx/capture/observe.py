@@ -11,13 +11,33 @@ from torch.fx import Graph
 from biofx.capture.example_inputs import Call, ExampleInputs, as_call
 from biofx.capture.example_sizes import axes_of
 from biofx.capture.run_observer import observe_run
+from biofx.capture.trace_module import trace
 from biofx.capture.trials import cloned
+from biofx.errors import CaptureError
 from biofx.model.copies import deep_copy
-from biofx.model.modes import switch_mode
+from biofx.model.modes import switch_mode, switches_of
 from biofx.model.observed_runs import ObservedRuns
 
-GIVE_EXAMPLES = "give example_inputs to have signs here"
-"""What a user can do where a model has no observed runs."""
+_LENGTHS = (3, 5)
+"""How often loops run in the two traces of a model without an example, counts."""
+
+
+def observe_without_example(model: nn.Module, opaque: frozenset[str]) -> ObservedRuns:
+    """Return traces of a model in which loops over its inputs run a few times, if no value decides more.
+
+    Args:
+        model: the model; copies of it are traced.
+        opaque: paths of modules that are one call each.
+    """
+    graphs = []
+    for length in _LENGTHS:
+        copied = deep_copy(model)
+        try:
+            traced = trace(copied, opaque, mode_switches=switches_of(copied), assumed_length=length)
+        except CaptureError:
+            return ObservedRuns(())
+        graphs.append(traced.graph)
+    return ObservedRuns(tuple(graphs))
 
 
 def observe(model: nn.Module, example_inputs: ExampleInputs, opaque: frozenset[str]) -> ObservedRuns:

@@ -60,7 +60,7 @@ def show_parameters_read_by_python(captured: BioGraphModule) -> None:
     captured.read_by_python = refused
     captured.parameters_read = read
     if "" in read:
-        captured.graph = parameters_graph(read[""])
+        captured.graph = parameters_graph(captured, read[""])
 
 
 def modules_that_read(captured: BioGraphModule) -> list[str]:

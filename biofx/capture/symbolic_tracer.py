@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -28,6 +28,7 @@ from biofx.capture.graph_breaks import (
 from biofx.capture.intercepted_calls import (
     IN_SYMBOLIC_TRACES,
     applications_handled,
+    assumed_range,
     builtins_patched,
     can_be_applied,
     checkpoints_handled,
@@ -62,6 +63,7 @@ class SymbolicTracer(SymbolicBuilder):
         touches_state: whether the forward has changed state of a module that is one call; None if that is not
             hidden.
         mode_switches: what train() and eval() change.
+        assumed_length: how often a loop over a value runs; None to refuse such a loop.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class SymbolicTracer(SymbolicBuilder):
         mode: bool | None = None,
         touches_state: Callable[[], bool] | None = None,
         mode_switches: ModeSwitches | None = None,
+        assumed_length: int | None = None,
     ) -> None:
         super().__init__(root, foreign, prefix, kept, mode, mode_switches)
+        self._assumed_length = assumed_length
         self.calls: list[str] = []
         """Paths of the modules that were called."""
         self._opaque = opaque
@@ -90,7 +94,7 @@ class SymbolicTracer(SymbolicBuilder):
         with ExitStack() as stack:
             for patch in (
                 self._flags_as_proxies(),
-                builtins_patched(modules, IN_SYMBOLIC_TRACES),
+                builtins_patched(modules, self._builtins()),
                 applications_handled(self._apply),
                 transformers_as_nodes(),
                 self._patches.patched(),
@@ -106,7 +110,20 @@ class SymbolicTracer(SymbolicBuilder):
             finally:
                 self.is_following = False
 
+    def _builtins(self) -> Mapping[str, Any]:
+        length = self._assumed_length
+        return (
+            IN_SYMBOLIC_TRACES if length is None else {**IN_SYMBOLIC_TRACES, "range": assumed_range(length)}
+        )
+
     # what torch.fx.Tracer calls
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        """Return the entries of a value, as many as are assumed, or refuse."""
+        if self._assumed_length is None:
+            return super().iter(obj)  # type: ignore[no-any-return]
+        value: Any = obj
+        return iter([value[place] for place in range(self._assumed_length)])
 
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
         """Trace, and check that nothing but the model's own tensors is changed in place."""

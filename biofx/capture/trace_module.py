@@ -47,6 +47,7 @@ def trace(
     prefix: str = "",
     keep: bool = False,
     mode_switches: ModeSwitches | None = None,
+    assumed_length: int | None = None,
 ) -> Traced:
     """Trace a module's forward.
 
@@ -57,6 +58,7 @@ def trace(
         prefix: path of ``root`` itself, for messages.
         keep: let modules inside ``root`` that cannot be traced become one call each, instead of refusing.
         mode_switches: what train() and eval() change in ``root``.
+        assumed_length: how often a loop over a value runs, in a graph for analysis alone; None to refuse it.
 
     Raises:
         CaptureError: the forward cannot be captured without losing something.
@@ -64,7 +66,9 @@ def trace(
     mode_switches = mode_switches or ModeSwitches()
     if "" in mode_switches.rebuilt:
         raise CaptureError(f"{f'module {prefix!r}' if prefix else 'the model'} {REBUILT}")
-    tracing = _Tracing(root, opaque | mode_switches.rebuilt, foreign, prefix, keep, mode_switches)
+    tracing = _Tracing(
+        root, opaque | mode_switches.rebuilt, foreign, prefix, keep, mode_switches, assumed_length
+    )
     found: Traced | None = None
     try:
         mode = tracing.in_mode(None)
@@ -88,6 +92,7 @@ class _Tracing:
     prefix: str
     keep: bool
     mode_switches: ModeSwitches
+    assumed_length: int | None = None
     kept: dict[str, str] = field(default_factory=dict)
     decides_by_mode: bool = False
 
@@ -155,6 +160,7 @@ class _Tracing:
             mode,
             touches_state,
             self.mode_switches,
+            self.assumed_length,
         )
 
     def _kept_with_hidden_states(self, mode: bool | None, graph: Graph) -> dict[str, str]:

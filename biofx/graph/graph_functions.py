@@ -89,10 +89,14 @@ def eager_forward_graph() -> Graph:
     return graph
 
 
-def parameters_graph(names: Iterable[str]) -> Graph:
-    """Return a graph that runs the forward of the module's class and reads the parameters at these paths."""
+def parameters_graph(module: nn.Module, names: Iterable[str]) -> Graph:
+    """Return a graph that runs the forward of a module's class and reads the parameters at these paths."""
     graph, given = _graph_of_any_arguments()
-    reads = {name: graph.create_node("get_attr", name) for name in names}
+    reads = {}
+    for name in names:
+        reads[name] = graph.create_node("get_attr", name)
+        if owner := name.rpartition(".")[0]:
+            reads[name].meta["nn_module_stack"] = {owner: (owner, type(module.get_submodule(owner)))}
     graph.output(graph.call_function(call_with_parameters, (*given, reads)))
     return graph
 

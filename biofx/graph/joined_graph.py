@@ -167,7 +167,7 @@ class _Join:
         if isinstance(module, GraphModule):
             return module.graph
         if path in self._in_python:
-            return parameters_graph(self._read.get(path, ()))
+            return parameters_graph(module, self._read.get(path, ()))
         return layer_graph(module, path)
 
     def _stack(self, path: str) -> dict[str, tuple[str, type]]:

@@ -16,10 +16,12 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from biofx.errors import InvariantError
+from biofx.errors import InvariantError, PassError
+from biofx.graph.graph_functions import call_with_parameters
 from biofx.graph.joined_graph import whole_graph
 from biofx.graph.node_kinds import changed_in_place, changes_in_place, queries_metadata
 from biofx.graph.printing import format_node, function_name
+from biofx.graph.regions import joined_path
 from biofx.layers.layer_kind import argument
 from biofx.operators.mask_ops import mask_weight
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
@@ -265,6 +267,32 @@ def evaluate_weights(own: GraphModule) -> None:
         if not node.users and node in constants and node not in unread:
             own.graph.erase_node(node)
     erase_unused_reads(own)
+    _put_in_place(own)
+
+
+def _put_in_place(own: GraphModule) -> None:
+    """Give eager forwards the values of expressions under the names of the parameters that they replace.
+
+    Raises:
+        PassError: something else still reads the parameter as it was.
+    """
+    reads = {str(node.target) for node in own.graph.find_nodes(op="get_attr")}
+    for call in own.graph.find_nodes(op="call_function", target=call_with_parameters):
+        around = call.args[0] if isinstance(call.args[0], str) else ""
+        given: Any = call.args[3]
+        for name, source in given.items():
+            path = joined_path(around, name)
+            if source.target == path:
+                continue
+            if path in reads:
+                raise PassError(
+                    f"{path!r} is used as it is and, in a forward that stays in Python, as what is computed "
+                    "from it; a plain model has one value for both"
+                )
+            owner = own.get_submodule(path.rpartition(".")[0])
+            value = owner._parameters.pop(str(source.target).rpartition(".")[2])
+            owner._parameters[path.rpartition(".")[2]] = value
+            source.target = path
 
 
 def erase_unused_reads(own: GraphModule) -> None:

@@ -20,17 +20,22 @@ from biofx.plasticity.unit_inputs import balanced_weight
 def why_free(
     site: WeightSite, survey: SignSurvey, *, constrain_inputs: bool, constrain_readout: bool
 ) -> str | None:
-    """Return why a weight has no signs, as far as that depends on its place in the model; None if it has."""
+    """Return why a weight has no signs, as far as that depends on its place in the model; None if it has.
+
+    A readout of units whose signs were given carries those signs, whatever the options say of readouts.
+    """
     if (reason := survey.why_no_signs(site)) is not None:
         return reason
     feeding, following = survey.groups.region_that_feeds(site), survey.region_that_follows(site)
     if feeding is not None and not constrain_inputs:
-        return f"what feeds it is not known: Python calls {feeding!r} (constrain_inputs=False)"
+        reason = f"what feeds it is not known: Python calls {feeding!r} (constrain_inputs=False)"
+        return f"{reason}; {survey.what_is_missing}"
     if following is not None and not constrain_readout:
-        return f"what follows it is not known: Python calls {following!r} (constrain_readout=False)"
+        reason = f"what follows it is not known: Python calls {following!r} (constrain_readout=False)"
+        return f"{reason}; {survey.what_is_missing}"
     if survey.reads_only_inputs(site) and not constrain_inputs:
         return "its presynaptic units are the model's inputs, which have no sign (constrain_inputs=False)"
-    if survey.is_readout(site) and not constrain_readout:
+    if survey.is_readout(site) and not constrain_readout and not survey.has_given_signs(site):
         return "it is a readout: no weights between it and the model's output (constrain_readout=False)"
     return (
         "its outputs are queries or keys, which are compared and not passed on"

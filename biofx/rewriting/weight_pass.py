@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch.fx import Node
 
+from biofx.analysis.observation import find_all_sites
 from biofx.errors import OptionError
 from biofx.layers.lowering import Lowering
 from biofx.layers.norms import NormSite, find_norms, lower_norm
@@ -137,7 +138,7 @@ class WeightPass(Pass):
         Raises:
             OptionError: two uses of one weight are given different options.
         """
-        sites = find_sites(graph_module)
+        sites = find_all_sites(graph_module)
         survey, lowering = self.survey(graph_module, scope), Lowering(graph_module)
         chosen = yield from self.choose(sites, scope, survey, lowering)
         yield from self.rewrite_chosen(chosen, scope)
