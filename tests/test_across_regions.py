@@ -104,9 +104,11 @@ def test_signs_stop_at_the_ends_of_a_region(vectors: Tensor) -> None:
     reasons = missed(report, "constrain-signs")
     assert reasons["gate.block.first"] == (
         "what feeds it is not known: Python calls 'gate.block' (constrain_inputs=False)"
+        "; give example_inputs to have signs here"
     )
     assert reasons["gate.block.last"] == (
         "what follows it is not known: Python calls 'gate.block' (constrain_readout=False)"
+        "; give example_inputs to have signs here"
     )
     assert reasons["readout"].startswith("it is a readout")
     signed = {site.layer for site in find_sites(bio_model).found if site.has(constrain_sign)}

@@ -88,7 +88,7 @@ def capture(
                 root = copy_of(model, memo)
                 with _untouched(model):
                     captured = _captured(root, frozenset(opaque), _tensors_of(model), regions, example_inputs)
-                    if captured.region_paths:
+                    if region_paths(captured):
                         captured.observed_runs = (
                             observe_without_example(model, frozenset(opaque))
                             if example_inputs is None
