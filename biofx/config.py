@@ -16,6 +16,7 @@ from biofx.errors import OptionError, SelectorError, suggest
 from biofx.operators.mask_ops import MASK_INITIALISATIONS
 from biofx.operators.rate_sampling import CHANGING, GRANULARITIES, INDEPENDENT, Distribution
 from biofx.operators.sign_ops import INITIALISATIONS, SIGN_AXES, SIGN_METHODS
+from biofx.operators.split_ops import SPLITTING_MODES, SPLITTING_RATES
 from biofx.options import (
     COUNT,
     FRACTION,
@@ -183,9 +184,26 @@ class BioConfig:
     weight_splitting_activation_function: Callable[[Any], Any] = option(
         identity,
         Activation(),
-        """Applied to each synapse's output before the sum; keeps the shape. A text names an element-wise
+        """Applied to each synapse's output before the sum, of sub-weights without the bias, which is added to
+        the sum; keeps the shape. A text names an element-wise
         function of torch's, or one that :func:`biofx.register_activation` has registered.""",
         feeds={"split-weights": "activation"},
+    )
+    weight_splitting_mode: str = option(
+        "neighbours",
+        Choice(SPLITTING_MODES),
+        """What the synapses of a connection are: ``"neighbours"``, groups of Γ output channels, of which each
+        carries the sum on, or ``"sub-weights"``, Γ weights whose sum is the layer's weight.""",
+        feeds={"split-weights": "mode"},
+        off={"fold-splits": lambda mode: mode == "sub-weights"},
+    )
+    weight_splitting_rates: str = option(
+        "sum",
+        Choice(SPLITTING_RATES),
+        """How large a step synapses take together: ``"sum"``, each takes the whole step, so Γ of them take Γ
+        times the step of the weight that they add up to, or ``"mean"``, each gradient is divided by their
+        number, so that their sum takes that weight's step.""",
+        feeds={"split-weights": "rates"},
     )
     weight_splitting_fold: bool = option(
         True,
@@ -322,7 +340,7 @@ class BioConfig:
         0,
         SEED,
         "Seed of every random draw; equal seeds give equal models.",
-        feeds={"mask-weights": "seed", "constrain-signs": "seed", "scale-gradients": "seed"},
+        feeds=dict.fromkeys(("split-weights", "mask-weights", "constrain-signs", "scale-gradients"), "seed"),
         per_layer=False,
     )
     overrides: tuple[Override, ...] = ()

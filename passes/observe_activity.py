@@ -52,7 +52,8 @@ class ObserveActivity(Pass):
         """Yield the units of each layer."""
         sites = find_sites(graph_module)
         for site in sites.found:
-            yield ObservableUnits(site, *unit_output(site.node, graph_module))
+            if not site.is_further:
+                yield ObservableUnits(site, *unit_output(site.node, graph_module))
         yield from unsupported(sites)
 
     def rewrite_node(self, candidate: ObservableUnits, options: Pass) -> Remark:
@@ -62,7 +63,7 @@ class ObserveActivity(Pass):
             return missed(site.node, site.layer, site.describe(site.why_no_channels))
         if any(user.target is observe_activity for user in output.users):
             return done_already(site.node, site.layer, "its activity is observed already")
-        if fold_behind(site.weight_node) is not None:
+        if fold_behind(site.whole_weight_node) is not None:
             return missed(site.node, site.layer, "its weight is folded already; observe it before")
         _observe(site, output)
         behind = (

@@ -299,9 +299,12 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
         self._columns: dict[str, Tensor] = {}
         self._fed: set[Node] = set()
         self.sites: dict[Node, list[WeightSite]] = {}
-        """The weights of each layer."""
+        """The weights of each layer; the first of sub-weights stands for all that are added up."""
+        self._further: dict[Any, list[WeightSite]] = {}
         for site in find_sites(graph_module).found:
-            if not site.kind.why_no_units:
+            if site.is_further:
+                self._further.setdefault(_place(site), []).append(site)
+            elif not site.kind.why_no_units:
                 self.sites.setdefault(site.node, []).append(site)
         self.parameters = named_parameters(graph_module)
         """The parameters by every path, each with the first path that it goes by."""
@@ -388,9 +391,10 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
     def read_units(
         self, site: WeightSite, units: Tensor, *, nonnegative: bool, layout: UnitLayout | None = None
     ) -> None:
-        """Note that a weight reads certain units, one at each input channel."""
-        self.join(self._columns.setdefault(site.parameter_path, units), units)
-        self.readings.append(Reading(site, units, nonnegative, layout))
+        """Note that a weight reads certain units, one at each input channel; all its sub-weights do."""
+        for own in (site, *self._further.get(_place(site), ())):
+            self.join(self._columns.setdefault(own.parameter_path, units), units)
+            self.readings.append(Reading(own, units, nonnegative, layout))
 
     # units and layouts
 
@@ -442,6 +446,11 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
             if origin is value.origin and along == axes
         ]
         return found[0] if len(found) == 1 else None
+
+
+def _place(site: WeightSite) -> tuple[Any, ...]:
+    """Return what the sub-weights have in common that a layer reads as one weight."""
+    return site.node, site.slot.argument, site.slot.index
 
 
 def _is_same_tensor(left: Tensor, right: Tensor) -> bool:

@@ -27,7 +27,7 @@ from biofx.checkpoints.model_state import (
     load_state,
 )
 from biofx.checkpoints.optimizer_state import fitted_state, take_state
-from biofx.config import RATE_DTYPE
+from biofx.config import RATE_DTYPE, BioConfig
 from biofx.converter import BioConverter
 from biofx.errors import BiofxError, CheckpointError, InputError, OptionError, SelectorError
 from biofx.model.graph_module import BioGraphModule
@@ -190,8 +190,9 @@ def _check_rules(saved: Checkpoint, target: BioGraphModule) -> None:
     """Check that a model's rules have the options of the saved one's."""
     states = bio_modules(target)
     _check_weights(saved, states)
-    for path, options in saved.rules.items():
-        own = plain(config_to_plain(states[path].config), path)
+    defaults = config_to_plain(BioConfig())
+    for path, saved_options in saved.rules.items():
+        own, options = plain(config_to_plain(states[path].config), path), {**defaults, **saved_options}
         wrong = [name for name in own if own[name] != options.get(name) and name != "fuzzy_lr_dtype"]
         if wrong:
             raise CheckpointError(

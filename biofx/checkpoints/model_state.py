@@ -16,13 +16,15 @@ from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import expanded_weights, unwrapped
 from biofx.plasticity.saved_state import EXTRA, OLDER, RATE_BUFFERS, SIGNS, Held, factors_of, form_of
 from biofx.plasticity.shards import is_sharded
+from biofx.plasticity.sub_weights import plain_weights
 
 
 def plain_state(bio_model: nn.Module) -> dict[str, Tensor]:
     """Return the part of a transformed model's state dict that the original has too.
 
     It can be loaded with ``original.load_state_dict(plain_state(bio_model))``, and a state dict of the
-    original can be loaded into ``bio_model``. The weights are the parameters, before constraints;
+    original can be loaded into ``bio_model``. The weights are the parameters, before constraints, and of
+    sub-weights (``weight_splitting_mode="sub-weights"``) their sum, which loading shares out again;
     :func:`biofx.deploy` returns a model with the weights that the transformed one computes.
 
     Raises:
@@ -36,7 +38,8 @@ def plain_state(bio_model: nn.Module) -> dict[str, Tensor]:
             "with biofx.save, or make a plain one with biofx.deploy"
         )
     own = tuple(owners_of(model))
-    return {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
+    plain = {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
+    return {**plain, **plain_weights(model)}
 
 
 def check_state(model: GraphModule, saved: Mapping[str, Any]) -> None:

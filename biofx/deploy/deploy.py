@@ -25,7 +25,7 @@ from biofx.model.modes import switch_mode
 from biofx.model.region_parts import joined
 from biofx.operators.rate_ops import GRADIENT_SCALINGS, observe_activity
 from biofx.operators.sign_ops import drop_pairs
-from biofx.operators.split_ops import require_axes
+from biofx.operators.split_ops import level_gradient, require_axes
 from biofx.passes.fold_splits import FoldSplits
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import unwrapped
@@ -159,7 +159,7 @@ def _drop_learning(own: GraphModule) -> None:
     fixed: list[Any] = []
     regions = region_of_nodes(own.graph)
     for node in list(own.graph.nodes):
-        if node.target in GRADIENT_SCALINGS | {observe_activity, drop_pairs}:
+        if node.target in GRADIENT_SCALINGS | {observe_activity, drop_pairs, level_gradient}:
             node.replace_all_uses_with(node.args[0])
         elif node.target is require_default:
             if node.args[0].target is region_input:

@@ -215,6 +215,8 @@ class Subject:
         for path, module in graph_module.named_modules(remove_duplicate=False):
             if isinstance(module, BioModule):
                 placed.append(Placed(path, layer_around(path), module))
+            elif "bio_mod" in path.split("."):
+                continue  # in the state of a layer's weight
             elif module._parameters or dense_kind_of(module) is not None or "bio_mod" in module._modules:
                 layers.setdefault(path)
         regions = ((path, graph_module.get_submodule(path)) for path in region_paths(graph_module))

@@ -154,6 +154,8 @@ _PLACED = {
     "observe_activity": "observed activity",
     "pool_synapses": "pool of synapses",
     "fold_weight": "sum over synapses",
+    "sum_sub_weights": "sum of sub-weights",
+    "level_gradient": "division of gradients",
 }
 """Operators that a mechanism consists of, and what of it is gone with them."""
 _LINE = re.compile(r"(\w+) = (\w+)\((\w*)")
@@ -228,6 +230,7 @@ INVARIANTS = (
     check_states.rate_shapes,
     check_states.scaling,
     splits,
+    check_states.sub_weight_sums,
     check_states.finite,
     check_states.links,
     check_states.devices,

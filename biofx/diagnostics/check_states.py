@@ -7,7 +7,16 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from biofx.diagnostics.audit import Finding, Placed, Subject, Uses, finding, invariant, owner_of
+from biofx.diagnostics.audit import (
+    Finding,
+    Placed,
+    Subject,
+    Uses,
+    finding,
+    invariant,
+    layer_around,
+    owner_of,
+)
 from biofx.graph.regions import ELSEWHERE
 from biofx.layers.constant_part import WeightUse
 from biofx.layers.layer_kind import argument
@@ -15,6 +24,7 @@ from biofx.layers.weight_site import computed_behind, weight_blocker
 from biofx.operators.rate_ops import GRADIENT_SCALINGS, sampling_of, scale_gradient_by_seed
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import bio_module_path
+from biofx.plasticity.sub_weights import split_states, sub_weights
 
 _FACTORS = "fuzzy_learning_rate_parameters"
 _ROUNDING = 2**-8  # relative; a factor at a bound may be, or once have been, held in bfloat16
@@ -168,7 +178,7 @@ def _unlinked(subject: Subject, placed: Placed, places: set[str]) -> str:
     if not state.is_linked:
         holds_others = any(isinstance(child, BioModule) for child in state.children())
         return "" if holds_others else "it is linked to no layer"
-    layer = subject.graph_module.get_submodule(placed.layer)
+    layer = subject.graph_module.get_submodule(_sits_in(placed.place))
     declared = vars(subject.graph_module).get("region_paths", ())
     moved = ELSEWHERE in vars(layer) and placed.layer not in declared  # by an adapter around the layer
     if not moved and bio_module_path(state.path) not in places:
@@ -181,8 +191,33 @@ def _unlinked(subject: Subject, placed: Placed, places: set[str]) -> str:
         return f"it is linked to another {type(linked).__name__} than the one it sits in"
     if moved:
         return ""
-    home = subject.graph_module.get_submodule(owner_of(state.path))
+    home = subject.graph_module.get_submodule(state.path.rpartition(".")[0])
     return "" if linked is home else f"it is linked to another {type(linked).__name__} than {state.path!r}'s"
+
+
+def _sits_in(place: str) -> str:
+    """Return the path of the module in which a state sits: a layer, or what holds a sub-weight of one."""
+    return f".{place}".rpartition(".bio_mod")[0][1:]
+
+
+@invariant("sub-weights", "a layer reads the sum of all its sub-weights, wherever it reads one of them")
+def sub_weight_sums(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Find sub-weights that a use of their layer leaves out, or that are not shaped alike."""
+    for prefix, state in split_states(subject.graph_module).items():
+        expected = len(uses.of_parameter.get(id(state.parameter), []))
+        for name, further in sub_weights(state).items():
+            found = len(uses.of_parameter.get(id(further), []))
+            message = ""
+            if further.shape != state.weight.shape:
+                message = (
+                    f"its shape is {tuple(further.shape)}, that of the first {tuple(state.weight.shape)}"
+                )
+            elif found != expected:
+                message = f"the graph reads it {found} times, and the first sub-weight {expected} times"
+            if message:
+                message += "; load the model from where it was saved whole, or transform it again"
+            layer = layer_around(prefix.removesuffix("."))
+            yield finding(layer, prefix + name, 1, int(bool(message)), message)
 
 
 @invariant("devices", "every state is on its weight's device")

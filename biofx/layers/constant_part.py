@@ -26,6 +26,7 @@ from biofx.layers.layer_kind import argument
 from biofx.operators.mask_ops import mask_weight
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.operators.sign_ops import constrain_sign
+from biofx.operators.split_ops import level_gradient, sum_sub_weights
 
 _MISSING = object()
 
@@ -145,7 +146,7 @@ _RANDOM_NAMES = frozenset(
 
 # the ways of weights
 
-_OPERATORS: frozenset[Any] = GRADIENT_SCALINGS | {mask_weight, constrain_sign}
+_OPERATORS: frozenset[Any] = GRADIENT_SCALINGS | {mask_weight, constrain_sign, level_gradient}
 _MOVES = frozenset(
     {
         *("chunk", "contiguous", "detach", "expand", "flatten", "getattr", "getitem", "index_select"),
@@ -220,6 +221,9 @@ def _arriving(
     if node.target in _OPERATORS:
         weight = argument(node, 0, "weight")
         return [_through(way, node) for way in ways.get(weight, {}).values()]
+    if node.target is sum_sub_weights:  # laid out as each of them is
+        sources = [way for source in node.all_input_nodes for way in ways.get(source, {}).values()]
+        return [_through(way, node) for way in sources]
     if queries_metadata(node):
         return []
     moves = function_name(node.target) in _MOVES
@@ -233,13 +237,15 @@ def _arriving(
 
 
 def _through(way: WeightUse, node: Node) -> WeightUse:
-    """Return a way extended by a mask, a constraint or a scaling."""
+    """Return a way extended by an operator that leaves the weight laid out as it is."""
     untouched = way.before == way.after == Treatment.NOTHING
     whole = node if untouched else way.whole
     if node.target is constrain_sign:
         return replace(way, expression=node, whole=whole, constraints=(*way.constraints, node))
     if node.target is mask_weight:
         return replace(way, expression=node, whole=whole, masks=(*way.masks, node))
+    if node.target not in GRADIENT_SCALINGS:
+        return replace(way, expression=node, whole=whole)
     return replace(way, expression=node, whole=whole, scalings=(*way.scalings, node))
 
 

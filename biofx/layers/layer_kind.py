@@ -56,6 +56,10 @@ class WeightSlot:
         found = argument(node, *self.argument)
         return found if self.index is None else found[self.index]
 
+    def reader(self, node: Node) -> Node:
+        """Return the node that reads the weight: the call."""
+        return node
+
     def write(self, node: Node, weight: Node) -> None:
         """Put another weight in its place."""
         place, name = self.argument

@@ -14,7 +14,7 @@ from biofx.errors import PassError
 from biofx.graph.contexts import ContextMap
 from biofx.graph.regions import begin_region, region_around, region_of_nodes
 from biofx.layers.layer_kind import WeightSlot
-from biofx.layers.weight_site import WeightSite, named_parameters
+from biofx.layers.weight_site import WeightSite, named_parameters, whole_weight
 
 
 class Wrappable(Protocol):
@@ -99,7 +99,7 @@ class Lowering:
         self,
         sites: Sequence[Wrappable],
         operator: Callable[..., Any],
-        argument: tuple[str, str] | Callable[[Node, str], Node] | None,
+        argument: tuple[str, str] | Callable[[Node, str], Node | tuple[Node, ...]] | None,
         suffix: str,
         **options: Any,
     ) -> None:
@@ -113,7 +113,8 @@ class Lowering:
             sites: lowered sites of one parameter.
             operator: a weight operator.
             argument: its second argument: path of a buffer, and how the name of the node that reads it ends;
-                or what makes the node, given the weight and how names begin; None where there is none.
+                or what makes the node, or nodes for further arguments, given the weight and how names begin;
+                None where there is none.
             suffix: how the name of the new node ends; both begin with the layer's.
             **options: its keyword arguments, constants or nodes.
         """
@@ -129,12 +130,14 @@ class Lowering:
                 if isinstance(argument, tuple):
                     read.append(self.read(argument[0], weight.next, f"{stem}_{argument[1]}"))
                 elif argument is not None:
-                    read.append(argument(weight, stem))
+                    made = argument(weight, stem)
+                    read += made if isinstance(made, tuple) else (made,)
                 arguments[weight] = tuple(read)
-            key = weight, self.contexts.around(site.node)
+            reader = site.slot.reader(site.node)
+            key = weight, self.contexts.around(reader)
             if key not in wrapped:
                 given = [value for value in options.values() if isinstance(value, Node)]
-                place = self.contexts.place_for(site.node, (*arguments[weight], *given))
+                place = self.contexts.place_for(reader, (*arguments[weight], *given))
                 with weight.graph.inserting_before(place):
                     new = weight.graph.create_node(
                         "call_function", operator, arguments[weight], options, f"{stem}_{suffix}"
@@ -223,5 +226,12 @@ class Parameters:
 
 
 def node_stem(parameter_path: str) -> str:
-    """Return how the names of nodes begin that are made for a weight."""
-    return parameter_path.removesuffix(".weight").replace(".", "_")
+    """Return how the names of nodes begin that are made for a weight.
+
+    >>> node_stem("block.fc.weight"), node_stem("block.fc.bio_mod.sub_weight_2.weight")
+    ('block_fc', 'block_fc_sub_weight_2')
+    """
+    stem = parameter_path.removesuffix(".weight")
+    if whole_weight(parameter_path) != parameter_path:
+        stem = stem.replace("bio_mod.", "", 1)
+    return stem.replace(".", "_")

@@ -26,6 +26,7 @@ from biofx.layers.weight_site import (
     READ,
     WEIGHT_OPERATORS,
     Sites,
+    SubWeightSlot,
     UnsupportedLayer,
     WeightSite,
     computed_behind,
@@ -35,6 +36,7 @@ from biofx.layers.weight_site import (
     read_blocker,
     sign_blocker,
     slot_of_reads,
+    sum_behind,
     weight_blocker,
 )
 
@@ -117,7 +119,7 @@ class _Survey:
                 yield from self._sites_of_module(node, module, kind)
         elif (kind := self._kind_of_call(node)) is not None:
             for slot in kind.slots_of_call(node):
-                yield self._site_of_call(node, kind, slot)
+                yield from self._sites_of_call(node, kind, slot)
 
     def _sites_of_module(
         self, node: Node, module: nn.Module, kind: LayerKind
@@ -132,9 +134,19 @@ class _Survey:
             else:
                 yield self._site(node, kind, slot, path, groups, blocker)
 
+    def _sites_of_call(
+        self, node: Node, kind: LayerKind, slot: WeightSlot
+    ) -> Iterator[WeightSite | UnsupportedLayer]:
+        """Yield the site of the weight that a call reads at a slot, one for each where it adds several up."""
+        added_up = sum_behind(slot.read(node))
+        for number in range(1 if added_up is None else len(added_up.args)):
+            own = slot if added_up is None else SubWeightSlot(**vars(slot), number=number)
+            yield self._site_of_call(node, kind, own)
+
     def _site_of_call(self, node: Node, kind: LayerKind, slot: WeightSlot) -> WeightSite | UnsupportedLayer:
         weight = slot.read(node)
-        root, folded = parameter_behind(weight), fold_behind(weight)
+        whole = slot.whole(node) if isinstance(slot, SubWeightSlot) else weight
+        root, folded = parameter_behind(weight), fold_behind(whole)
         path = computed_behind(weight)
         if path is None and root is not None and root.target in self._parameters:
             path = str(root.target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from biofx.errors import PassError
 from biofx.graph.node_kinds import changed_in_place, queries_metadata
 from biofx.layers.layer_kind import ONE_WEIGHT, LayerKind, WeightSlot
 from biofx.layers.synaptic_reads import is_synaptic_read
 from biofx.operators.mask_ops import mask_weight
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.operators.sign_ops import constrain_sign
-from biofx.operators.split_ops import fold_weight
+from biofx.operators.split_ops import fold_weight, level_gradient, sum_sub_weights
 
 WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = GRADIENT_SCALINGS | {
-    *(mask_weight, constrain_sign, fold_weight)
+    *(mask_weight, constrain_sign, fold_weight, level_gradient, sum_sub_weights)
 }
 """What may stand between a parameter and the layer that uses it."""
 
@@ -54,6 +56,33 @@ class ReadSlot(WeightSlot):
 
 
 @dataclass(frozen=True)
+class SubWeightSlot(WeightSlot):
+    """The place of one of several weights whose sum a layer reads."""
+
+    number: int = 0
+    """Which of them, from 0."""
+
+    def whole(self, node: Node) -> Any:
+        """Return what the layer reads: the sum, or what is computed from it."""
+        return WeightSlot.read(self, node)
+
+    def read(self, node: Node) -> Any:
+        """Return the sub-weight's expression, one of those that are added up."""
+        return self.reader(node).args[self.number]
+
+    def write(self, node: Node, weight: Node) -> None:
+        """Add another expression up in its place."""
+        self.reader(node).update_arg(self.number, weight)
+
+    def reader(self, node: Node) -> Node:
+        """Return the node that adds the sub-weights up."""
+        found = sum_behind(self.whole(node))
+        if found is None:
+            raise PassError(f"expected a sum of sub-weights at {node.name!r}, found {self.whole(node)}")
+        return found
+
+
+@dataclass(frozen=True)
 class WeightSite:
     """One use of one weight."""
 
@@ -79,9 +108,19 @@ class WeightSite:
         return self.slot.role
 
     @property
+    def whole_path(self) -> str:
+        """Path of the weight that it is a sub-weight of; its own path where it is none, or the first."""
+        return whole_weight(self.parameter_path)
+
+    @property
+    def is_further(self) -> bool:
+        """Whether it is a sub-weight other than the first, which stands for them all."""
+        return isinstance(self.slot, SubWeightSlot) and self.slot.number > 0
+
+    @property
     def layer(self) -> str:
         """Path of the module that owns the weight, empty for the model itself."""
-        return self.parameter_path.rpartition(".")[0]
+        return self.whole_path.rpartition(".")[0]
 
     @property
     def weight_node(self) -> Node | None:
@@ -89,6 +128,14 @@ class WeightSite:
         if self.node.op == "call_module" and self.kind is not READ:
             return None
         weight = self.slot.read(self.node)
+        return weight if isinstance(weight, Node) else None
+
+    @property
+    def whole_weight_node(self) -> Node | None:
+        """The expression that the layer reads: of sub-weights their sum, or what is computed from it."""
+        if not isinstance(self.slot, SubWeightSlot):
+            return self.weight_node
+        weight = self.slot.whole(self.node)
         return weight if isinstance(weight, Node) else None
 
     @property
@@ -131,6 +178,8 @@ class WeightSite:
 
     def describe(self, message: str) -> str:
         """Return a message about the weight; it begins with its name where the layer has several."""
+        if isinstance(self.slot, SubWeightSlot):
+            message = f"sub-weight {self.slot.number + 1}: {message}"
         return f"{self.slot.name}: {message}" if self.kind.is_compound or self.kind is READ else message
 
 
@@ -156,8 +205,11 @@ class Sites:
     def weights(self) -> list[Weight]:
         """Return the weights, in order of their first use, each with all its sites."""
         uses = _by_parameter(self.found)
-        last = max(1, len(uses) - 1)
-        return [Weight(tuple(sites), place / last) for place, sites in enumerate(uses.values())]
+        places: dict[str, int] = {}
+        for sites in uses.values():  # sub-weights of one weight have one place
+            places.setdefault(sites[0].whole_path, len(places))
+        last = max(1, len(places) - 1)
+        return [Weight(tuple(sites), places[sites[0].whole_path] / last) for sites in uses.values()]
 
     def weights_and_reads(self, *, directly: bool) -> list[Weight]:
         """Return the weights with all other reads of them, and the parameters that only a product reads.
@@ -221,6 +273,27 @@ def computed_behind(node: Any) -> str | None:
         return None
     owner = node.args[0]
     return f"{owner.target}.{node.args[1]}" if isinstance(owner, Node) and owner.op == "get_attr" else None
+
+
+def sum_behind(weight: Any) -> Node | None:
+    """Return the node that adds up the sub-weights in a weight expression, None if there are none."""
+    node = weight
+    while isinstance(node, Node) and node.target in WEIGHT_OPERATORS and node.target is not sum_sub_weights:
+        node = node.args[0]
+    return node if isinstance(node, Node) and node.target is sum_sub_weights else None
+
+
+_SUB_WEIGHT = re.compile(r"(|.+\.)bio_mod\.(?:([^.]+)\.)?sub_weight_\d+\.weight")
+
+
+def whole_weight(parameter_path: str) -> str:
+    """Return the path of the weight that a sub-weight belongs to; the same path where it is none.
+
+    >>> whole_weight("fc.bio_mod.sub_weight_2.weight"), whole_weight("rnn.bio_mod.w_hh.sub_weight_3.weight")
+    ('fc.weight', 'rnn.w_hh')
+    """
+    found = _SUB_WEIGHT.fullmatch(parameter_path)
+    return parameter_path if found is None else f"{found[1]}{found[2] or 'weight'}"
 
 
 def fold_behind(weight: Any) -> Node | None:

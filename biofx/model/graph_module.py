@@ -26,6 +26,7 @@ from biofx.model.rollback import has_places_for, unchanged_on_failure
 from biofx.operators.rate_ops import outside_graphs
 from biofx.plasticity.model_states import apply_rule, expanded_weights, exposed_rules
 from biofx.plasticity.ranks import before_forward, is_fully_sharded
+from biofx.plasticity.sub_weights import share_out_plain
 
 _OWN_TO_GRAPH_MODULES = frozenset({"_graph", "_code", "_tracer_cls", "_tracer_extras"})
 
@@ -148,6 +149,10 @@ class BioGraphModule(GraphModule):
                 )
         with nullcontext() if has_places_for(self, state_dict) else unchanged_on_failure(self):
             return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        share_out_plain(self, state_dict, prefix)  # children are given parts of the same dict
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -17,7 +17,7 @@ from biofx.layers.sites import innermost_path
 from biofx.layers.weight_site import WEIGHT_OPERATORS
 from biofx.operators.norm_ops import affine_synapses, batch_norm_synapses
 from biofx.operators.rate_ops import scale_gradient_by_seed
-from biofx.operators.split_ops import fold_weight, spread_synapses, sum_synapses
+from biofx.operators.split_ops import fold_weight, spread_synapses, sum_sub_weights, sum_synapses
 from biofx.plasticity.model_states import bio_module_path
 from biofx.plasticity.saved_state import DRAW
 
@@ -77,7 +77,7 @@ class Places:
         operated = {
             str(node.target)
             for node in reads
-            if any(user.target in _OPERATORS and user.args[0] is node for user in node.users)
+            if any(user.target in _OPERATORS and node in _operands(user) for user in node.users)
         }
         compact = frozenset(str(node.target) for node in compact_calls(graph))
         return cls(
@@ -151,6 +151,11 @@ def _draws(graph: Graph) -> Iterator[str]:
         path, named = str(getattr(source, "target", "")), str(scaling.kwargs["path"])
         if f".{named}".endswith(f".{path}"):  # else it is another name of the parameter
             yield f"{bio_module_path(path)}.{DRAW}"
+
+
+def _operands(operator: Node) -> tuple[Any, ...]:
+    """Return the weights that an operator is applied to."""
+    return operator.args if operator.target is sum_sub_weights else operator.args[:1]
 
 
 def _above(path: str) -> Iterator[str]:

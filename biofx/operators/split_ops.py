@@ -1,7 +1,8 @@
 """What graphs call for split weights: sums over the synapses of a connection, in activations or in weights.
 
-A *compact* tensor holds one channel per connection; the *full* one gives each of the ``gamma`` neighbouring
-members the same value.
+Synapses are neighbouring output channels of a layer, or *sub-weights*, which are added up to its weight. Of
+neighbours, a *compact* tensor holds one channel per connection; the *full* one gives each of the ``gamma``
+neighbouring members the same value.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from biofx.errors import InputError, OptionError
-from biofx.operators.dispatch import is_plain_eager, overridable
+from biofx.operators.dispatch import is_plain_eager, is_recorded, overridable
+from biofx.operators.exclusive import is_exclusive
+
+SPLITTING_MODES = ("neighbours", "sub-weights")
+"""What the synapses of a connection are."""
+SPLITTING_RATES = ("sum", "mean")
+"""How large a step they take together."""
 
 
 @overridable
@@ -204,6 +211,65 @@ class _FoldDense(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return _sum_members(tangent, ctx.rows, ctx.columns, ctx.inner)
+
+
+@overridable
+def sum_sub_weights(weight: Tensor, *others: Tensor) -> Tensor:
+    """Return the sum of a layer's sub-weights; each receives the gradient of the sum.
+
+    Args:
+        weight: the first sub-weight, any shape.
+        *others: at least one, shaped like it.
+
+    >>> sum_sub_weights(torch.ones(2), torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).tolist()
+    [5.0, 7.0]
+    """
+    total = weight + others[0]
+    for other in others[1:]:
+        total += other
+    return total
+
+
+@overridable
+def level_gradient(weight: Tensor, *, rate: float) -> Tensor:
+    """Return ``weight`` unchanged; its gradient is multiplied by one number on the way back.
+
+    Synapses that are added up take one step each, so their sum takes as many. With ``rate`` 1 over their
+    number it takes the step of the one weight that they stand for.
+
+    Args:
+        weight: any shape.
+        rate: dimensionless.
+    """
+    if is_recorded():
+        held = weight.detach()
+        return held + (weight - held) * rate
+    levelled: Tensor = _LevelGradient.apply(weight, rate)  # type: ignore[no-untyped-call]
+    return levelled
+
+
+class _LevelGradient(torch.autograd.Function):
+    """The eager form of :func:`level_gradient`: a view forwards, one product backwards."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, rate: float) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.rate = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        free = is_exclusive(gradient)  # asked before anything else here refers to it
+        return gradient.mul_(ctx.rate) if free else gradient * ctx.rate, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        scaled: Tensor = tangent * ctx.rate
+        return scaled
 
 
 def folded_shape(

@@ -268,9 +268,10 @@ class BioModule(BioState):
         granularity, groups = self.config.fuzzy_lr_granularity, self.groups
         if self.config.fuzzy_lr_distribution is Distribution.WEIGHT_ADAPTIVE:
             return relative_smallness(pooled_magnitude(self.weight, granularity, self.output_axis).float())
-        if self.activity is None or self.activity.min() < 0 or granularity == "layer":
+        activity = self.observed_activity
+        if activity is None or activity.min() < 0 or granularity == "layer":
             return 1.0
-        smallness = relative_smallness(self.activity)
+        smallness = relative_smallness(activity)
         if granularity == "neuron" and self.output_axis == 1:
             smallness, groups = smallness.reshape(groups, -1).mean(0), 1
         return broadcast_units(smallness, self.weight, output_axis=self.output_axis, groups=groups)

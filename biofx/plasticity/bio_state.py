@@ -90,6 +90,9 @@ class BioState(nn.Module):
 
     A checkpoint of the original model has none of these keys; loading it leaves the state unchanged.
 
+    ``gradient_level`` is one number that the graph multiplies the gradient by, besides the factors, and
+    ``splitting_seed`` the seed by which a weight was shared out among sub-weights.
+
     For weights of modules that biofx does not know, ``inputs_first`` says that they are ``(in, out)``, and
     ``why_no_synapses``, if not empty, why their entries are no synapses between units.
 
@@ -129,6 +132,8 @@ class BioState(nn.Module):
         self.is_expanded = False
         self.inputs_first = False
         self.why_no_synapses = ""
+        self.gradient_level = 1.0
+        self.splitting_seed = 0
         self.sign_layout = {}
         self.connection_layout = ConnectionLayout()
         self.connection_areas: Areas | None = None
@@ -215,6 +220,16 @@ class BioState(nn.Module):
     def target_strength(self) -> Tensor | None:
         """Total input strength of each unit that synaptic scaling maintains, None before its first call."""
         return self.memory.target_strength
+
+    def observe_with(self, other: BioState) -> None:
+        """Take the activity of the layer's units from the state of its first sub-weight."""
+        self.__dict__["_observer"] = other
+
+    @property
+    def observed_activity(self) -> Tensor | None:
+        """Running mean of each unit's output, None where nothing observes it."""
+        observer: BioState = self.__dict__.get("_observer", self)
+        return observer.activity
 
     def reads_signs_of(self, sources: Sequence[tuple[BioState, str]], layout: dict[str, int]) -> None:
         """Constrain the weight to the signs of its presynaptic units.

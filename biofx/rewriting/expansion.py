@@ -26,7 +26,7 @@ from biofx.analysis.unit_groups import UnitGroups
 from biofx.analysis.units import Reading, Source, UnitRule, UnitValue
 from biofx.graph.regions import region_output
 from biofx.layers.lowering import Lowering
-from biofx.layers.weight_site import WeightSite
+from biofx.layers.weight_site import WeightSite, sum_behind
 from biofx.operators.sign_ops import drop_pairs
 from biofx.plasticity.model_states import bio_module_at, kept_state
 from biofx.rewriting.gains import has_own_bias, shared_parameters
@@ -226,6 +226,8 @@ def _blocker(site: WeightSite) -> str | None:
         return f"a {site.kind.name} has several weights, whose sizes depend on each other"
     if site.kind.is_product:
         return f"it is a factor of {site.kind.name}, not the weight of a layer"
+    if sum_behind(site.whole_weight_node) is not None or site.whole_path != site.parameter_path:
+        return "its weight is the sum of sub-weights"
     if site.operators:
         return "its weight is constrained or scaled already"
     return site.value_blocker

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -77,16 +77,24 @@ class FoldPlan:
         graph_module: the graph.
         sites: its weight sites.
         left_alone: sites that are not to be folded, with the reason.
+        among: the pools of synapses to look at; None for all.
     """
 
-    def __init__(self, graph_module: BioGraphModule, sites: Sites, left_alone: Mapping[Node, str]) -> None:
+    def __init__(
+        self,
+        graph_module: BioGraphModule,
+        sites: Sites,
+        left_alone: Mapping[Node, str],
+        among: Set[Node] | None = None,
+    ) -> None:
         self._graph_module = graph_module
-        self._sites = {site.node: site for site in sites.found if not site.kind.why_no_units}
+        units = [site for site in sites.found if not site.kind.why_no_units and not site.is_further]
+        self._sites = {site.node: site for site in units}
         self._unsupported = sites.unsupported
         reasons = {site.node: why for site in sites.found if (why := _why_not(site)) is not None}
         self._left_alone = {**reasons, **left_alone}
         pools = graph_module.graph.find_nodes(op="call_function", target=pool_synapses)
-        self._all_pools = {pool: self._site_behind(pool) for pool in pools}
+        self._all_pools = {pool: self._site_behind(pool) for pool in pools if among is None or pool in among}
         starts = {pool: made for pool in pools if (made := self._replication(pool)) is not None}
         while True:
             self.reached = ReplicationAnalysis(graph_module, starts, self._sites, self._left_alone)
@@ -324,7 +332,7 @@ class Folding:
         """Let a layer compute with the folded weight and bias."""
         site, node = fold.site, fold.site.node
         self._lowering.lower(site)
-        if (weight := site.weight_node) is not None:
+        if (weight := site.whole_weight_node) is not None:
             stem = site.parameter_path.removesuffix(".weight").replace(".", "_")
             folded = self._once(fold_weight, weight, f"{stem}_folded", reader=node, **fold.options)
             self._replace_argument(node, "weight", 1, folded)

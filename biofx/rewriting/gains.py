@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from biofx.layers.lowering import Lowering
 from biofx.layers.norms import NormSite, find_norms, lower_norm
-from biofx.layers.weight_site import WeightSite
+from biofx.layers.weight_site import WeightSite, sum_behind
 from biofx.operators.sign_ops import constrain_sign
 from biofx.rewriting.remarks import Remark, applied, done_already, missed, switched_off
 from biofx.rewriting.scope import Scope
@@ -139,6 +139,8 @@ def _fold(lowering: Lowering, norm: NormSite, layers: dict[Node, WeightSite], sh
     if not negative.any():
         return 0
     if len(layer.node.users) > 1 or layer.operators or layer.value_blocker is not None:
+        return 0
+    if sum_behind(layer.whole_weight_node) is not None:  # one of several weights, which it would take to turn
         return 0
     if not has_own_bias(graph_module, layer, shared):
         return 0

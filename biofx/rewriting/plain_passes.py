@@ -8,6 +8,7 @@ A group is ``{"group": [...]}``, a pass ``{"pass": name, "options": {...}}``, bo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
@@ -17,11 +18,9 @@ from biofx.config import BioConfig
 from biofx.errors import BiofxError, CheckpointError, OptionError
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.pipeline import Pipeline
-from biofx.rewriting.registry import find_pass
+from biofx.rewriting.registry import available_passes, find_pass
 from biofx.select import Candidate, Override
 
-_REMOVED: dict[str, dict[str, Any]] = {"split-weights": {"mode": "neighbours"}}
-"""Options that files of older versions have, with the only value that they ever had."""
 _SHARED = ("only", "exclude", "enabled", "overrides")
 
 
@@ -84,17 +83,21 @@ def pass_from_plain(plain: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"expected a pass in plain values, found something else: {error!r}") from error
 
 
-def without_removed_options(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a pass in plain values, or a pipeline, without the options that passes no longer have."""
+def with_new_options(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a pass in plain values, or a pipeline, as files of this version have it.
+
+    Options that there were not yet when a file was written have their defaults.
+    """
     if "group" in plain:
-        return {**plain, "group": [without_removed_options(member) for member in plain["group"]]}
-    removed = _REMOVED.get(str(plain.get("pass")), {})
-    kept = {
-        name: value
-        for name, value in dict(plain.get("options", {})).items()
-        if name not in removed or removed[name] != value
+        return {**plain, "group": [with_new_options(member) for member in plain["group"]]}
+    cls = available_passes().get(str(plain.get("pass")))
+    fields = () if cls is None else dataclasses.fields(cls)
+    defaults = {
+        field.name: value_to_plain(field.default)
+        for field in fields
+        if field.init and field.name not in _SHARED and field.default is not dataclasses.MISSING
     }
-    return {**plain, "options": kept}
+    return {**plain, "options": {**defaults, **dict(plain.get("options", {}))}}
 
 
 def config_to_plain(config: BioConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.rewriting.pass_base import Pass, PassT
 from biofx.rewriting.pass_text import format_value
 from biofx.rewriting.pipeline import Pipeline
-from biofx.rewriting.plain_passes import config_to_plain, pass_to_plain, without_removed_options
+from biofx.rewriting.plain_passes import config_to_plain, pass_to_plain, with_new_options
 from biofx.rewriting.remarks import Unmet
 from biofx.select import Candidate, NodeIndex, Override, Selector
 
@@ -88,7 +88,7 @@ class TransformRecord:
                 TransformStep(
                     **{
                         **step,
-                        "passes": without_removed_options(step["passes"]),
+                        "passes": with_new_options(step["passes"]),
                         "opaque": tuple(step["opaque"]),
                         "unmet": tuple(step.get("unmet", ())),
                     }

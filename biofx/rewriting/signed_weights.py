@@ -9,7 +9,7 @@ import torch
 from biofx.analysis.sign_store import bring_signs, keep_row_signs, states_of
 from biofx.analysis.sign_survey import SignSurvey
 from biofx.layers.lowering import Lowering, node_stem
-from biofx.layers.weight_site import Weight, WeightSite
+from biofx.layers.weight_site import Weight, WeightSite, whole_weight
 from biofx.operators.mask_ops import mask_weight
 from biofx.operators.sampling import generator_for
 from biofx.operators.sign_ops import constrain_sign
@@ -92,7 +92,8 @@ def insert_signs(
         made = balanced_weight(
             state.masked_weight,
             signs if mask is None else mask_weight(signs.expand_as(mask), mask),
-            generator_for(seed, weight.path, purpose="balance"),
+            # sub-weights are sparse alike: their sum then varies as much as the weight did
+            generator_for(seed, whole_weight(weight.path), purpose="balance"),
             output_axis=first.kind.output_axis,
             groups=first.groups,
             rectified=survey.groups.reading(first).nonnegative,
