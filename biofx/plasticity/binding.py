@@ -153,9 +153,10 @@ class Binding:
         return held
 
     def _way(self, optimizer: Optimizer, group: Mapping[str, Any], states: list[BioModule]) -> Way:
-        if not self.always_scales and not any(state.has_rates for state in states):
+        levelled = any(state.gradient_level != 1 for state in states)
+        if not self.always_scales and not levelled and not any(state.has_rates for state in states):
             return Way.UPDATE  # nothing is multiplied, so a trial is not needed
-        in_graph = any(state.scaled_in_graph for state in states)
+        in_graph = levelled or any(state.scaled_in_graph for state in states)
         kinds = kinds_of(state.weight for state in states)
         key = signature(group, self._counters), kinds, in_graph
         if key not in self._ways:

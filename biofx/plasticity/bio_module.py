@@ -320,6 +320,8 @@ class BioModule(BioState):
         mask = self.connection_mask
         if self.scaled_in_graph and factors is not None:
             gradient = _divided(gradient, local_part(factors, weight))
+        if self.gradient_level != 1:
+            gradient = gradient / self.gradient_level
         rates, floor = self.memory.dampening, self.config.crystal_min
         if factors is not None and self._dampens_factors:
             rates = factors

@@ -40,6 +40,8 @@ _OF_UNITS = (*SIGNS, MASK)
 _DERIVED = ("unit_index", "constrained_rows")
 PER_SYNAPSE = (FACTORS, "noise", DIVERSITY)
 """The buffers that have an entry for each synapse, or for each that shares a factor."""
+SUB_WEIGHT = "sub_weight_"
+"""How the names begin under which a state holds sub-weights."""
 _DEFAULT = BioConfig()
 
 
@@ -410,7 +412,7 @@ class BioState(nn.Module):
         error_msgs: list[str],
     ) -> None:
         saved = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        if not saved:
+        if all(SUB_WEIGHT in name for name in saved):  # none of its own, as in a state of the original
             missing_keys += [prefix + name for name in self.__dict__["_lost"]]
             return
         weight, own = self.parameter if self.is_linked else None, self._own()

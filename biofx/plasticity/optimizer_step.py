@@ -154,6 +154,8 @@ class OptimizerStep:
         with nullcontext() if in_parts else whole(state):
             is_unscaled = self._change_factors(bound, layer)
             multiplier = self._multiplier(bound, layer, done_in_graph=not is_unscaled)
+            if bound.way is Way.UPDATE and state.gradient_level != 1:
+                multiplier = self._level_update(bound, multiplier)
             if bound.way is Way.GRADIENT and may_move_without_gradient(optimizer, weight):
                 stepped.frozen = _frozen(state, weight)
         scales_update = multiplier is not None and bound.way is Way.UPDATE
@@ -215,6 +217,14 @@ class OptimizerStep:
         volume = state.volume_factors()
         layer.touched["volume_dependent_lr"] = volume.numel()
         return volume if factors is None else volume.mul_(factors.to(volume.dtype))
+
+    def _level_update(self, bound: Bound, multiplier: Tensor | None) -> Tensor:
+        """Take what the graph divides a gradient by out of it, and into what the update is multiplied by."""
+        level = bound.state.gradient_level
+        local(self._own_gradient(bound)).div_(level)
+        if multiplier is None:
+            return torch.tensor(level, device=local(bound.weight).device)
+        return multiplier * level
 
     def _finish(self, optimizer: Optimizer, stepped: _Weight) -> None:
         bound, layer, before = stepped.bound, stepped.layer, stepped.before

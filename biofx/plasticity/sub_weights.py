@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from biofx.operators.sampling import generator_for
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.bio_state import SUB_WEIGHT
 from biofx.plasticity.model_states import bio_module_at, bio_module_path
 from biofx.plasticity.shards import is_sharded
-
-_NAME = "sub_weight_"
 
 
 class SubWeight(nn.Module):
@@ -82,8 +81,8 @@ def add_sub_weights(model: nn.Module, state: BioModule, parts: list[Tensor], see
     paths = []
     for number, values in enumerate(parts, 2):
         held = SubWeight(values, requires_grad=state.weight.requires_grad, groups=state.groups)
-        state.add_module(f"{_NAME}{number}", held)
-        paths.append(f"{bio_module_path(state.path)}.{_NAME}{number}.weight")
+        state.add_module(f"{SUB_WEIGHT}{number}", held)
+        paths.append(f"{bio_module_path(state.path)}.{SUB_WEIGHT}{number}.weight")
         own = bio_module_at(model, paths[-1])
         own.config, own.depth, own.inputs_first = state.config, state.depth, state.output_axis == 1
         own.why_no_synapses = state.why_no_synapses

@@ -95,7 +95,7 @@ class FoldPlan:
         self._left_alone = {**reasons, **left_alone}
         pools = graph_module.graph.find_nodes(op="call_function", target=pool_synapses)
         self._all_pools = {pool: self._site_behind(pool) for pool in pools if among is None or pool in among}
-        starts = {pool: made for pool in pools if (made := self._replication(pool)) is not None}
+        starts = {pool: made for pool in self._all_pools if (made := self._replication(pool)) is not None}
         while True:
             self.reached = ReplicationAnalysis(graph_module, starts, self._sites, self._left_alone)
             """How far one value for each connection is carried."""

@@ -73,6 +73,11 @@ def share_out_weights(
         OptionError: two uses of one weight are given different options.
     """
     readout, lowering = readout_nodes(graph_module), Lowering(graph_module)
+
+    def is_last(site: WeightSite) -> bool:
+        marked = getattr(graph_module.get_submodule(site.layer), "last_module_token", False)
+        return site.node in readout or bool(marked)
+
     for weight in find_sites(graph_module).weights():
         given = {site: options_at(site.node, site.layer) for site in weight.sites if not site.is_further}
         meant = [(site, options) for site, options in given.items() if options is not None]
@@ -88,11 +93,15 @@ def share_out_weights(
         reasons = [
             remark
             for site, own in given.items()
-            if (remark := _why_not(site, options, is_readout=site.node in readout, is_meant=own is not None))
+            if (remark := _why_not(site, options, is_last=is_last(site), is_meant=own is not None))
         ]
         if reasons:
             for site, _ in meant:
-                yield dataclasses.replace(reasons[0], node=site.node.name, layer=site.layer)
+                why, elsewhere = reasons[0], reasons[0].node != site.node.name
+                message = (
+                    f"its weight is read by {why.node!r} too: {why.message}" if elsewhere else why.message
+                )
+                yield dataclasses.replace(why, node=site.node.name, layer=site.layer, message=message)
             continue
         with scope.rewriting(first.node):
             remarks = list(_share_out(weight, lowering, options))
@@ -104,9 +113,7 @@ def is_linear(activation: Activation) -> bool:
     return activation is identity or type(activation) is nn.Identity or isinstance(activation, str)
 
 
-def _why_not(
-    site: WeightSite, options: SubWeightOptions, *, is_readout: bool, is_meant: bool
-) -> Remark | None:
+def _why_not(site: WeightSite, options: SubWeightOptions, *, is_last: bool, is_meant: bool) -> Remark | None:
     """Return a remark on why a use keeps its weight from being shared out, None if it does not."""
     if sum_behind(site.whole_weight_node) is not None or site.whole_path != site.parameter_path:
         return done_already(site.node, site.layer, "its weight is the sum of sub-weights already")
@@ -114,7 +121,7 @@ def _why_not(
     if reason is None and not is_meant:
         reason = f"its use at {site.node.name!r} is not to have sub-weights, and would read one of them alone"
     if reason is None and not is_linear(options.activation):
-        reason = _why_linear(site, is_readout=is_readout)
+        reason = _why_linear(site, is_last=is_last)
     return None if reason is None else missed(site.node, site.layer, site.describe(reason))
 
 
@@ -134,11 +141,11 @@ def _reason_against(site: WeightSite) -> str | None:
     return None
 
 
-def _why_linear(site: WeightSite, *, is_readout: bool) -> str | None:
+def _why_linear(site: WeightSite, *, is_last: bool) -> str | None:
     """Return why an activation cannot act on each sub-synapse of a layer, None if it can."""
     if site.kind not in DENSE_KINDS:
         return f"{site.kind.name} does not show what each sub-weight transmits, for an activation to act on"
-    if is_readout:
+    if is_last:
         return "it is an output layer, whose outputs an activation would change"
     return None
 
