@@ -157,7 +157,7 @@ class UnitGroups:
         rows = site.parameter.shape[1 if site.kind.transposed else 0]
         if site.role in ("query", "key") or (site.node in self._compared_only and not site.kind.is_compound):
             return torch.ones(rows, dtype=torch.bool)
-        made = self._produced.get(site.whole_path if site.is_further else site.parameter_path)
+        made = self._produced.get(site.whole_path)
         if made is None or len(made.labels) != rows:
             return torch.zeros(rows, dtype=torch.bool)
         return self.is_exempt(made.labels)

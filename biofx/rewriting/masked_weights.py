@@ -14,7 +14,7 @@ from biofx.analysis.units import Reading
 from biofx.errors import OptionError
 from biofx.layers.lowering import Lowering
 from biofx.layers.sites import find_sites
-from biofx.layers.weight_site import READ, Weight, WeightSite
+from biofx.layers.weight_site import READ, Weight, WeightSite, whole_weight
 from biofx.operators.mask_ops import mask_weight
 from biofx.operators.sampling import generator_for
 from biofx.plasticity.connections import Areas, ConnectionLayout, draw_connections, mask_of, rescaled
@@ -70,11 +70,11 @@ class MaskSurvey:
 
         None where no use of the weight reads a unit that it makes.
         """
-        if site.parameter_path not in self._groups.producers():
+        if site.whole_path not in self._groups.producers():
             return None
         of_layer = layer_site(self.weight_at(site))
         presynaptic = layout_of(of_layer).presynaptic(site.parameter.shape)
-        made = self._groups.representatives(self._groups.made_by(site.parameter_path))
+        made = self._groups.representatives(self._groups.made_by(site.whole_path))
         found = torch.zeros(presynaptic.shape, dtype=torch.bool)
         for reading in self._readings(site):
             if len(made) == len(presynaptic):
@@ -154,7 +154,8 @@ def insert_mask(weight: Weight, lowering: Lowering, wiring: Wiring, own: Tensor 
         blocks = layout.blocks(values.shape, areas)
         densities = [wiring.density * entry for row in wiring.blocks for entry in row]
         allowed &= torch.tensor(densities)[blocks] > 0
-    generator = generator_for(wiring.seed, weight.path, purpose=PURPOSE)
+    # sub-weights are of the same connections
+    generator = generator_for(wiring.seed, whole_weight(weight.path), purpose=PURPOSE)
     exists = draw_connections(allowed, blocks, densities, generator)
     mask = layout.join(mask_of(exists, allowed), values).contiguous().to(values.device)
     state.connection_mask, state.connection_layout, state.connection_areas = mask, layout, areas

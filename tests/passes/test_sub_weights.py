@@ -781,3 +781,16 @@ def test_an_audit_finds_a_sub_weight_that_is_left_out(mlp: nn.Module) -> None:
         "the graph reads it 0 times, and the first sub-weight 1 times" in message for message in messages
     )
     assert any("its sum of sub-weights ('_2_summed') is gone" in message for message in messages)
+
+
+def test_a_mask_leaves_out_the_same_connections_of_each_sub_weight(mlp: nn.Module, vectors: Tensor) -> None:
+    config = {"fuzzy_lr_distribution": "baseline", "weight_density": 0.5}
+    masked, _ = biofx.transform(mlp, config)
+    bio, _ = biofx.transform(mlp, {**config, **SUB, "weight_splitting_Gamma": 3})
+    for path in ("0", "2", "4"):
+        mask = masked.get_buffer(f"{path}.bio_mod.connection_mask")
+        states = [state for name, state in bio_modules(bio).items() if whole_weight(name) == f"{path}.weight"]
+        assert len(states) == 3
+        assert all(torch.equal(torch.as_tensor(state.connection_mask), mask) for state in states)
+    torch.testing.assert_close(bio(vectors), masked(vectors))
+    assert biofx.check(bio).ok
