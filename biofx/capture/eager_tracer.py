@@ -82,6 +82,8 @@ class EagerTracer(TorchFunctionMode):
         """Paths of further modules at which the graph breaks, and why."""
         self.asks_sizes = False
         """Whether a forward could learn how large a tensor is."""
+        self._made: dict[int, nn.Module] = {}
+        """Modules that the forwards made, by their ids."""
         self.is_stale = False
         """Whether what calls those modules, or what they call, has to be traced again."""
         self.failed_in = ""
@@ -185,6 +187,10 @@ class EagerTracer(TorchFunctionMode):
         """Return the path of a module in the whole model, None if it has none."""
         return self._paths.get(id(module))
 
+    def was_made(self, module: nn.Module) -> bool:
+        """Whether a forward made a module, so that it holds what every call makes anew."""
+        return id(module) in self._made
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Run code that is one node already."""
@@ -282,6 +288,8 @@ class EagerTracer(TorchFunctionMode):
             self.calls[path] += 1
         if builder is None:
             return self._call_from_python(path, module, original, args, kwargs)
+        if self.was_made(module):
+            return original(module, *args, **kwargs)  # it is gone after the call, as what it computed with is
         if not self._succeeds(lambda: builder.local_path(module)) or path is None:
             return original(module, *args, **kwargs)
         is_whole = path in self._opaque or self._is_kept(path) or is_leaf(module)
@@ -428,6 +436,12 @@ class EagerTracer(TorchFunctionMode):
     def _module_patched(self) -> Any:
         """Let ``nn.Module`` report calls, assignments and reads of ``training``."""
         original_call, original_set = nn.Module.__call__, nn.Module.__setattr__
+        original_init = nn.Module.__init__
+
+        def init(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+            if self.tracing() is not None and id(module) not in self._paths:
+                self._made[id(module)] = module
+            original_init(module, *args, **kwargs)
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self._call(module, original_call, args, kwargs)
@@ -448,6 +462,7 @@ class EagerTracer(TorchFunctionMode):
             [
                 (nn.Module, "training", property(training, set_training)),
                 (nn.Module, "__call__", call),
+                (nn.Module, "__init__", init),
                 (nn.Module, "__setattr__", set_attribute),
             ]
         )

@@ -182,6 +182,8 @@ class GraphBuilder:
 
     def attribute_read(self, owner: nn.Module, names: tuple[str, ...], value: Any, site: CallSite) -> Any:
         """Note that the forward reads an attribute; return what it gets."""
+        if self._tracer.was_made(owner):
+            return value
         path, local = self._tracer.path_of(owner), self._local.get(id(owner))
         if path is None or local is None:
             self.stop(READS_OUTSIDE.format(".".join(names)))

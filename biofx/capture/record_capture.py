@@ -100,7 +100,10 @@ class _RecordCapture:
             self._check_parameters()
             if found is None:
                 return made
-            self._break_at(found if found.path not in self._breaks else GraphBreak("", found.reason))
+            if found.path in self._breaks:
+                region = self._check.region_that_differs(made, made.region_paths)
+                found = GraphBreak(region or "", found.reason)
+            self._break_at(found)
 
     def _graph_break(self, made: nn.Module) -> GraphBreak | None:
         if self._on_meta:

@@ -11,6 +11,7 @@ flow.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
@@ -330,6 +331,8 @@ def _add_methods() -> None:
                 setattr(kind, f"__r{name}__", _computes(getattr(operator, name), swapped=True))
         for name in ("eq", "ne", "lt", "le", "gt", "ge", "index"):
             setattr(kind, f"__{name}__", _decides(getattr(operator, name)))
+        for rounded in (round, math.trunc, math.floor, math.ceil):
+            setattr(kind, f"__{rounded.__name__}__", _computes(rounded))
         for converted in (bool, int, float):
             setattr(kind, f"__{converted.__name__}__", _decides(converted))
     for name in ("round", "trunc", "floor", "ceil", "divmod", "rdivmod", "str"):

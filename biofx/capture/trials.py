@@ -6,9 +6,10 @@ Both run at other sizes than those of the example, in both modes and with other 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class DifferentialCheck:
         self._borrow = borrow
         self._modules = dict(root.named_modules())
         self._pair: tuple[Any, Any] | None = None
+        self._failed: tuple[Any, bool] | None = None
 
     def works_in_a_mode(self) -> bool:
         """Whether the model takes the example in training or in evaluation."""
@@ -168,7 +170,26 @@ class DifferentialCheck:
         except Exception:
             self._pair = None  # there is nothing to compare with: the model does not work at this size
             return None
-        return _difference(outcome, pair[1], given, training, expected)
+        found = _difference(outcome, pair[1], given, training, expected)
+        self._failed = None if found is None else (given, training)
+        return found
+
+    def region_that_differs(self, made: nn.Module, paths: Iterable[str]) -> str | None:
+        """Return the path of the first region to give, in the last call that failed, what the model does not.
+
+        Args:
+            made: the captured model.
+            paths: of its regions.
+        """
+        if self._failed is None:
+            return None
+        expected, found = (_outputs(self._copy(model), paths, *self._failed) for model in (self._root, made))
+        for (path, output), (other, given) in zip_longest(expected, found, fillvalue=(None, None)):
+            if path != other and other is not None:
+                return None
+            if other is None or not _is_equal(given, output):
+                return path  # which raises if it gives nothing
+        return None
 
     def _break_in_gradients(self, made: nn.Module) -> GraphBreak | None:
         if not any(_says_more_than_values(graph) for graph in _graphs_of(made)):
@@ -192,6 +213,22 @@ def outcome(model: nn.Module, given: Any, training: bool) -> Any:
     with torch.no_grad(), plain_paths():
         output = model(*args, **kwargs)
     return {type(output).__name__: list(_content(output))}, dict(model.named_buffers())
+
+
+def _outputs(
+    model: nn.Module, paths: Iterable[str], given: Any, training: bool
+) -> list[tuple[str | None, Any]]:
+    """Return what each call of some modules gives in a call of the model, as far as that comes."""
+    found: list[tuple[str | None, Any]] = []
+    for path in paths:
+
+        def note(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+            found.append((path, cloned(list(_content(output)))))
+
+        model.get_submodule(path).register_forward_hook(note)
+    with suppress(Exception):
+        outcome(model, given, training)
+    return found
 
 
 def gradients(model: nn.Module, given: Any, training: bool) -> Any:
@@ -266,11 +303,13 @@ def _content(output: Any) -> Iterator[Any]:
 
 def _converted(value: Any, dtype: torch.dtype) -> Any:
     """Return a copy of a model or of its arguments with floating point tensors of another dtype."""
+
+    def converted(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
     if isinstance(value, nn.Module):
-        return deep_copy(value).to(dtype)
-    return pytree.tree_map_only(
-        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value
-    )
+        return deep_copy(value)._apply(converted)
+    return pytree.tree_map_only(Tensor, converted, value)
 
 
 def _graphs_of(made: nn.Module) -> Iterator[Graph]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Callable
@@ -775,3 +776,84 @@ def test_a_forward_that_python_calls_directly_is_traced_as_a_call(elapsed: float
     factors: Any = bio_modules(bio_model)["cell.w"].fuzzy_learning_rate_parameters
     gradients = [torch.autograd.grad(m(x).sum(), m.get_parameter("cell.w"))[0] for m in (model, bio_model)]
     torch.testing.assert_close(gradients[1], gradients[0] * factors)
+
+
+class _Slice(nn.Module):
+    """A part of a weight, as a module that lives as long as a call of the forward that makes it."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values, self.order = values, values.dim()
+
+    def forward(self, x: Tensor) -> Any:
+        return torch.einsum("bim,iom->bom", x, self.values) if self.order == 3 else x
+
+
+class _Spectral(nn.Module):
+    """A convolution in the frequency domain, as neural operators have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 4, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Any:
+        modes = torch.fft.rfft(x if x.dtype == torch.float32 else x.float())
+        part = _Slice(self.weight[:, :, :3])
+        return torch.fft.irfft(part(modes[..., :3]), n=round(x.shape[-1] * 0.5))
+
+
+def test_a_module_that_a_forward_makes_is_traced_into() -> None:
+    torch.manual_seed(0)
+    model, x = _Spectral(), torch.randn(2, 3, 8)
+    captured = biofx.capture(model, example_inputs=((x,), {}))
+    assert not captured.graph_breaks
+    assert_same(model, captured, *(((torch.randn(n, 3, length),), {}) for n, length in ((2, 8), (5, 13))))
+    _, report = biofx.transform(
+        model, biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.3), example_inputs=((x,), {})
+    )
+    assert report.coverage is not None
+    assert report.coverage.rewritten == 3 * 4 * 4
+
+
+@pytest.mark.parametrize("how", [round, math.floor, math.ceil, math.trunc])
+def test_sizes_that_are_rounded_are_followed(how: Callable[[float], int]) -> None:
+    class Rounds(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x[: how(x.shape[0] * 0.4)]
+
+    captured = biofx.capture(Rounds(), example_inputs=((torch.randn(5, 2),), {}))
+    assert not captured.graph_breaks
+    for length in (5, 6, 9, 14):
+        assert len(captured(torch.randn(length, 2))) == how(length * 0.4)
+
+
+class _BySizeInWords(nn.Module):
+    """Reads a size out of a text, where nothing follows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(x) * float(f"{x.shape[0]}")
+
+
+def test_the_part_that_does_something_else_at_another_size_is_kept_alone() -> None:
+    class Loops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.odd, self.last = nn.Linear(4, 4), _BySizeInWords(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            for _ in range(int(x.shape[0])):
+                x = self.last(self.odd(torch.relu(self.first(x))))
+            return x
+
+    model = Loops()
+    captured = biofx.capture(model, example_inputs=((torch.randn(3, 4),), {}))
+    assert set(captured.graph_breaks) == {"", "odd"}
+    assert "does not do what the model does" in captured.graph_breaks["odd"]
+    assert set(captured.region_paths) == {"first", "odd.fc", "last"}
+    for size in (3, 2, 6):
+        given = torch.randn(size, 4)
+        assert torch.equal(captured(given), model(given))
