@@ -42,6 +42,16 @@ def readout_nodes(graph_module: GraphModule) -> Set[Node]:
 
 
 @cached_on_graph
+def readouts_in_doubt(graph_module: GraphModule) -> Mapping[Node, str]:
+    """Return those of the readout nodes of which it is not known what follows, and the region of each."""
+    regions, observation = region_of_nodes(graph_module.graph), observation_of(graph_module)
+    known: Set[Node] = frozenset() if observation is None else observation.known
+    return {
+        node: regions[node] for node in readout_nodes(graph_module) if node in regions and node not in known
+    }
+
+
+@cached_on_graph
 def input_facing_nodes(graph_module: GraphModule) -> Set[Node]:
     """Return the synaptic nodes that no other synaptic node feeds: their presynaptic units are inputs.
 

@@ -183,7 +183,9 @@ BILINEAR = BilinearKind(
     argument=(2, "weight"),
     why_no_units="each of its weights has two presynaptic units, whose activity is multiplied",
 )
-UNITLESS_KINDS = (EMBEDDING, EMBEDDING_BAG, BILINEAR)
+LOOKUP_KINDS = (EMBEDDING, EMBEDDING_BAG)
+"""The kinds that look rows of their weight up, to which no unit is presynaptic."""
+UNITLESS_KINDS = (*LOOKUP_KINDS, BILINEAR)
 """The kinds with one weight whose entries are not from one unit to another."""
 KIND_OF_FUNCTION: dict[Any, LayerKind] = {
     **{kind.function: kind for kind in (*DENSE_KINDS, *UNITLESS_KINDS)},

@@ -40,6 +40,9 @@ from biofx.layers.weight_site import (
     weight_blocker,
 )
 
+NEVER_CALLED = "never called in the forward"
+"""Why a layer has no site that the forward, as it was captured, does not use."""
+
 
 @cached_on_graph
 def find_sites(graph_module: GraphModule) -> Sites:
@@ -74,7 +77,7 @@ def find_sites(graph_module: GraphModule) -> Sites:
 def _why_not_seen(path: str, kept: Mapping[str, str]) -> str:
     around = innermost_around(path, kept)
     if around is None:
-        return "never called in the forward"
+        return NEVER_CALLED
     owner = f"module {around!r}" if around else "the model"
     return f"only Python calls it, if anything does: the forward of {owner} runs in Python"
 

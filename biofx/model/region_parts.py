@@ -110,8 +110,8 @@ class _Part:
         """Copy a node into the region's own graph."""
         if node.target is begin_region:
             return
-        args: Any = map_arg(node.args, self._taken)
-        kwargs: Any = map_arg(node.kwargs, self._taken)
+        args: Any = map_arg(node.args, self._mapping.__getitem__)
+        kwargs: Any = map_arg(node.kwargs, self._mapping.__getitem__)
         if node.target is region_input:
             new = self.graph.create_node("placeholder", args[1], args[2:])
         elif node.target is region_output:
@@ -126,12 +126,6 @@ class _Part:
                 new.target = self._local(str(node.target), node)
         new.meta = {**node.meta, "nn_module_stack": self._local_stack(node)}
         self._mapping[node] = new
-
-    def _taken(self, node: Node) -> Node:
-        """Return the copy of a node; what another part reads from a state is read here once more."""
-        if node not in self._mapping and node.op == "get_attr":
-            self.take(node)
-        return self._mapping[node]
 
     def _call_of_itself(self, node: Node, call: Callable[..., Any], *given: Any) -> Node:
         own = self.graph.create_node("get_attr", EAGER_FORWARD)

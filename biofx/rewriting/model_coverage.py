@@ -27,6 +27,43 @@ class LeftAlone:
 
 
 @dataclass(frozen=True)
+class MechanismCoverage:
+    """How far one mechanism reached (see :mod:`biofx.rewriting.mechanism_coverage` for what counts)."""
+
+    mechanism: str
+    """``"signed"``, ``"scaled"`` or ``"split"``."""
+    weights: int
+    """Weights on which it acts, a count; a layer with several has as many."""
+    all_weights: int
+    """Weights that it is for, a count."""
+    elements: int
+    """Elements of those on which it acts, a count; free rows are left out."""
+    all_elements: int
+    """Elements of those that it is for, a count."""
+    reasons: Mapping[str, int]
+    """Why it does not act on the rest, with the elements for each reason, the most first."""
+    exempt: Mapping[str, int]
+    """What it is not for, by reason, with the elements of each, the most first; not in the counts above."""
+
+    @property
+    def fraction(self) -> float:
+        """Share of the weights that it is for on which it acts, in [0, 1]; 1 where it is for none."""
+        return self.weights / self.all_weights if self.all_weights else 1.0
+
+    def __str__(self) -> str:
+        rest = "; ".join(f"{elements}: {reason}" for reason, elements in self.reasons.items())
+        share = self.elements / self.all_elements if self.all_elements else 1.0
+        return (
+            f"{self.mechanism}: {self.weights} of {self.all_weights} weights, "
+            f"{self.elements} of {self.all_elements} elements ({share:.1%})" + (f"; {rest}" if rest else "")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {**vars(self), "reasons": dict(self.reasons), "exempt": dict(self.exempt)}
+
+
+@dataclass(frozen=True)
 class ModelCoverage:
     """Every parameter of a model: rewritten, or left alone with a reason."""
 
@@ -37,6 +74,8 @@ class ModelCoverage:
     left: tuple[LeftAlone, ...]
     kept: Mapping[str, str]
     """Paths of the modules that keep their eager forward in Python, and why."""
+    mechanisms: tuple[MechanismCoverage, ...] = ()
+    """How far the mechanisms reached whose passes ran."""
 
     @property
     def visible(self) -> int:
@@ -58,6 +97,7 @@ class ModelCoverage:
             "visible": self.visible,
             "left": [dict(vars(entry)) for entry in self.left],
             "kept": dict(self.kept),
+            "mechanisms": [entry.to_dict() for entry in self.mechanisms],
         }
 
 

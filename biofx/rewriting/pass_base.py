@@ -23,6 +23,7 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
 from biofx.options import declared_options
 from biofx.progress import advance
+from biofx.rewriting.mechanism_coverage import mechanisms_of
 from biofx.rewriting.model_coverage import coverage_of
 from biofx.rewriting.pass_text import format_item
 from biofx.rewriting.remarks import PassReport, Remark, switched_off, unmet_by
@@ -256,7 +257,10 @@ class Pass(ABC):
             last = snapshot_of(graph_module)
             views = view, GraphView.of(graph_module, last.lines) if reports else view
             sites = find_sites(graph_module)
-            coverage = coverage_of(graph_module, sites, *_fates(reports))
+            coverage = dataclasses.replace(
+                coverage_of(graph_module, sites, *_fates(reports)),
+                mechanisms=mechanisms_of(graph_module, sites, reports),
+            )
             finish(sites)
         causes = {change.node: change.cause for entry in reports for change in entry.changes}
         changes = tuple(

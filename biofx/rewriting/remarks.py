@@ -29,9 +29,9 @@ class Remark:
     message: str
     details: Mapping[str, Any] = field(default_factory=dict)
     """The numbers behind the message."""
-    reason: Literal["", "done", "off"] = ""
-    """Why a candidate is left alone, if :attr:`PassReport.unmet` depends on it: ``"done"``, the mechanism
-    acts on it from an earlier transform; ``"off"``, it is not selected, or switched off."""
+    reason: Literal["", "done", "off", "exempt"] = ""
+    """Why a candidate is left alone, if that counts: ``"done"``, the mechanism acts on it from an earlier
+    transform; ``"off"``, it is not selected, or switched off; ``"exempt"``, the mechanism is not for it."""
 
     @property
     def is_in_force(self) -> bool:
@@ -47,6 +47,13 @@ class Remark:
 
     def __str__(self) -> str:
         return f"{self.kind:<7} {self.subject}: {self.message}"
+
+
+class Exempt(str):
+    """A reason that lies in what a mechanism is for, and not in what could not be done.
+
+    Coverage counts what is left alone for such a reason by itself.
+    """
 
 
 def applied(node: Node, layer: str, message: str, **details: Any) -> Remark:
@@ -67,10 +74,11 @@ def missed(node: Node | None, layer: str, message: str, **details: Any) -> Remar
     Args:
         node: the candidate; None for a layer that the graph never calls.
         layer: path of its layer, empty for the model itself.
-        message: why it was left alone.
+        message: why it was left alone; an :class:`Exempt` text where the mechanism is not for it.
         **details: the numbers behind the message.
     """
-    return Remark("missed", None if node is None else node.name, layer, message, details)
+    reason: Literal["", "exempt"] = "exempt" if isinstance(message, Exempt) else ""
+    return Remark("missed", None if node is None else node.name, layer, str(message), details, reason)
 
 
 def done_already(node: Node, layer: str, message: str) -> Remark:

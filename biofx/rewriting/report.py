@@ -15,8 +15,11 @@ The JSON form (:meth:`Report.to_json`) is an object with these keys; a reader sh
     whose rewrite changed it, or null).
 ``coverage``
     Every parameter, or null: an object with ``total``, ``rewritten`` and ``visible`` (elements, counts),
-    ``left`` (objects with ``path``, ``elements``, ``reason`` and ``is_visible``) and ``kept`` (modules that
-    keep their eager forward in Python: path to reason).
+    ``left`` (objects with ``path``, ``elements``, ``reason`` and ``is_visible``), ``kept`` (modules that
+    keep their eager forward in Python: path to reason) and ``mechanisms``: how far those reached whose passes
+    ran, objects with ``mechanism`` (``"signed"``, ``"scaled"`` or ``"split"``), ``weights`` of
+    ``all_weights`` and ``elements`` of ``all_elements`` (counts), ``reasons`` (why not the rest: reason to
+    elements) and ``exempt`` (what the mechanism is not for: reason to elements).
 ``unmet``
     What was asked for and is not there: objects with ``mechanism``, ``layer`` (the one named for it, or
     empty), ``considered`` (layers, a count) and ``message``.

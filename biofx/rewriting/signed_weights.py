@@ -9,12 +9,17 @@ import torch
 from biofx.analysis.sign_store import bring_signs, keep_row_signs, states_of
 from biofx.analysis.sign_survey import SignSurvey
 from biofx.layers.lowering import Lowering, node_stem
+from biofx.layers.single_weight import LOOKUP_KINDS
 from biofx.layers.weight_site import Weight, WeightSite, whole_weight
 from biofx.operators.mask_ops import mask_weight
 from biofx.operators.sampling import generator_for
 from biofx.operators.sign_ops import constrain_sign
 from biofx.plasticity.model_states import bio_module_path, state_of
 from biofx.plasticity.unit_inputs import balanced_weight
+from biofx.rewriting.remarks import Exempt
+
+COMPARED = "its outputs are queries or keys, which are compared and not passed on"
+"""Why a weight, or some of its rows, have no signs."""
 
 
 def why_free(
@@ -25,7 +30,7 @@ def why_free(
     A readout of units whose signs were given carries those signs, whatever the options say of readouts.
     """
     if (reason := survey.why_no_signs(site)) is not None:
-        return reason
+        return Exempt(reason) if site.kind in LOOKUP_KINDS else reason
     feeding, following = survey.groups.region_that_feeds(site), survey.region_that_follows(site)
     if feeding is not None and not constrain_inputs:
         reason = f"what feeds it is not known: Python calls {feeding!r} (constrain_inputs=False)"
@@ -34,14 +39,14 @@ def why_free(
         reason = f"what follows it is not known: Python calls {following!r} (constrain_readout=False)"
         return f"{reason}; {survey.what_is_missing}"
     if survey.reads_only_inputs(site) and not constrain_inputs:
-        return "its presynaptic units are the model's inputs, which have no sign (constrain_inputs=False)"
+        return Exempt(
+            "its presynaptic units are the model's inputs, which have no sign (constrain_inputs=False)"
+        )
     if survey.is_readout(site) and not constrain_readout and not survey.has_given_signs(site):
-        return "it is a readout: no weights between it and the model's output (constrain_readout=False)"
-    return (
-        "its outputs are queries or keys, which are compared and not passed on"
-        if survey.is_exempt(site)
-        else None
-    )
+        return Exempt(
+            "it is a readout: no weights between it and the model's output (constrain_readout=False)"
+        )
+    return Exempt(COMPARED) if survey.is_exempt(site) else None
 
 
 def insert_signs(

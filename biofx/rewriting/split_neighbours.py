@@ -8,9 +8,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from biofx.analysis.readouts import readouts_in_doubt
 from biofx.callables import identity
 from biofx.graph.printing import function_name
-from biofx.graph.regions import region_of_nodes
 from biofx.layers.layer_kind import argument
 from biofx.layers.lowering import Lowering
 from biofx.layers.sites import find_sites
@@ -20,7 +20,7 @@ from biofx.operators.split_ops import level_gradient, pool_synapses
 from biofx.plasticity.model_states import state_of
 from biofx.rewriting.activation import insert_activation
 from biofx.rewriting.folding import FoldPlan
-from biofx.rewriting.remarks import Remark, applied, missed
+from biofx.rewriting.remarks import Exempt, Remark, applied, missed
 from biofx.rewriting.scope import Scope
 from biofx.rewriting.weight_pass import LayerUse
 
@@ -44,19 +44,19 @@ def why_not_neighbours(site: WeightSite, graph_module: BioGraphModule, readout: 
         readout: the nodes with no weights between them and the model's output.
     """
     if site.kind.why_no_units:
-        return site.kind.why_no_units
+        return Exempt(site.kind.why_no_units)
     if not site.parameter.numel():
         return site.lowering_blocker or "it has no weights"
     if site.why_no_channels is not None:
         return f"{site.why_no_channels}; only those of a Linear or a convolution are split"
     if getattr(graph_module.get_submodule(site.layer), "last_module_token", False):
-        return "it is marked as the last module"
+        return Exempt("it is marked as the last module")
     if not site.node.users:
         return "nothing reads its output"
-    if site.node in readout and (region := region_of_nodes(graph_module.graph).get(site.node)):
+    if (region := readouts_in_doubt(graph_module).get(site.node)) is not None:
         return f"whether it is an output layer is not known: Python calls {region!r} and what follows it"
     if site.node in readout:
-        return "it is an output layer: no weights between it and the model's output"
+        return Exempt("it is an output layer: no weights between it and the model's output")
     return None
 
 

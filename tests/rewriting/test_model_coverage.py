@@ -76,7 +76,7 @@ def test_a_selection_leaves_its_reason() -> None:
 def test_coverage_is_part_of_the_json_form() -> None:
     _, report = biofx.transform(Mixed(), passes="scale-gradients")
     found = json.loads(report.to_json())["coverage"]
-    assert set(found) == {"total", "rewritten", "visible", "left", "kept"}
+    assert set(found) == {"total", "rewritten", "visible", "left", "kept", "mechanisms"}
     assert set(found["left"][0]) == {"path", "elements", "reason", "is_visible"}
     assert list(found["kept"]) == ["asks"]
 

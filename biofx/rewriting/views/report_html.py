@@ -62,6 +62,7 @@ def report_html(report: ReportRecord) -> str:
         ],
         "whole": None if report.coverage is None else str(report.coverage),
         "kept": [] if report.coverage is None else list(report.coverage.kept.items()),
+        "mechanisms": [] if report.coverage is None else list(map(str, report.coverage.mechanisms)),
         "classes": _classes(before, after),
     }
     place_of = {tuple(names): place for place, names in enumerate(data["classes"])}

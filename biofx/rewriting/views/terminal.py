@@ -25,10 +25,11 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:–\d+(?:\.\d+)?)?")  # or a range of the
 
 
 def report_table(report: ReportRecord) -> Group:
-    """Return the summary, what stays in Python, and a table for each pass."""
+    """Return the summary, what stays in Python, how far mechanisms reached, and a table for each pass."""
     parts: list[RenderableType] = [Text(f"{report.model}: {report.summary()}", style="bold")]
     parts += [Text(line, style="bold red") for line in report.unmet_lines()]
     parts += [Text(line, style="yellow") for line in report.kept_lines()]
+    parts += [Text(str(reach)) for reach in (report.coverage.mechanisms if report.coverage else ())]
     return Group(*parts, *(_pass_table(entry) for entry in report.passes))
 
 

@@ -84,6 +84,7 @@ function overview() {
   const parts = [make("h2", {}, "coverage")];
   if (!passes.length) parts.push(make("p", { class: "soft" }, "No pass ran: every mechanism is off."));
   if (data.whole !== null) parts.push(make("p", { class: "soft" }, data.whole));
+  for (const reach of data.mechanisms) parts.push(make("p", { class: "soft" }, reach));
   const meter = (share, number) => {
     const bar = make("div", { class: `p${number % data.colors}` });
     bar.style.width = `${100 * share}%`;
