@@ -1,7 +1,7 @@
 """What a pass is: pipelines, selection of candidates, remarks and reports."""
 
 from biofx.rewriting.compile_config import compile_config
-from biofx.rewriting.model_coverage import LeftAlone, ModelCoverage, PassCoverage
+from biofx.rewriting.model_coverage import LeftAlone, MechanismCoverage, ModelCoverage, PassCoverage
 from biofx.rewriting.pass_base import Pass, PassResult, Place
 from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.record import TransformRecord, TransformStep
@@ -12,6 +12,7 @@ from biofx.rewriting.scope import Scope
 
 __all__ = [
     "LeftAlone",
+    "MechanismCoverage",
     "ModelCoverage",
     "Pass",
     "PassCoverage",

@@ -58,7 +58,7 @@ def mechanisms_of(
     asked = {name: remarks[ran] for name, ran in _PASSES.items() if ran in remarks}
     if not asked:
         return ()
-    weights = [weight for weight in sites.weights_and_reads(directly=False) if not _is_table(weight)]
+    weights = [weight for weight in sites.weights_and_reads(directly=False) if _is_synaptic(weight)]
     return tuple(
         _counted(
             mechanism,
@@ -69,9 +69,11 @@ def mechanisms_of(
     )
 
 
-def _is_table(weight: Weight) -> bool:
+def _is_synaptic(weight: Weight) -> bool:
+    """Whether a weight is no table of rows; of sub-weights the first stands for all."""
     layers = [site.kind for site in weight.sites if site.kind is not READ]
-    return bool(layers) and all(kind in LOOKUP_KINDS for kind in layers)
+    is_table = bool(layers) and all(kind in LOOKUP_KINDS for kind in layers)
+    return not is_table and not all(site.is_further for site in weight.sites)
 
 
 def _counted(mechanism: str, weights: list[list[_Fate]]) -> MechanismCoverage:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from typing import Any
@@ -136,9 +137,20 @@ def test_a_layer_that_no_pass_can_reach_counts_as_left_alone() -> None:
     assert sum(scaled.reasons.values()) == 16
 
 
+def test_sub_weights_count_as_the_weight_that_they_add_up_to() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    found = reach(model, dataclasses.replace(CONFIG, weight_splitting_mode="sub-weights"))
+    assert {name: (entry.weights, entry.elements) for name, entry in found.items()} == {
+        "signed": (1, 16),
+        "scaled": (3, 36),
+        "split": (3, 36),
+    }
+    assert all(not entry.reasons for entry in found.values())
+
+
 def test_only_mechanisms_whose_passes_ran_are_shown() -> None:
     assert list(reach(Attends(), passes="scale-gradients", config=None)) == ["scaled"]
-    assert reach(Attends(), biofx.BioConfig(fuzzy_lr_distribution="baseline")) == {}
+    assert reach(Attends(), {"fuzzy_lr_distribution": "baseline"}) == {}
 
 
 @pytest.mark.parametrize("form", ["terminal", "html", "json"])
