@@ -23,14 +23,14 @@ from biofx.analysis.observation import find_all_sites, weights_in_python
 from biofx.analysis.sign_survey import SignSurvey, refuse_unused_signs
 from biofx.config import option_from_config
 from biofx.layers.lowering import Lowering
-from biofx.layers.weight_site import Weight, WeightSite
+from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.sign_ops import constrain_sign
 from biofx.options import with_documented_options
 from biofx.rewriting.gains import constrain_gains, fold_negative_gains, in_scope
 from biofx.rewriting.remarks import Remark, applied, done_already, missed
 from biofx.rewriting.scope import Scope
-from biofx.rewriting.signed_weights import insert_signs, why_free
+from biofx.rewriting.signed_weights import can_balance, describe_signs, insert_signs, why_free
 from biofx.rewriting.weight_pass import WeightPass, WeightUses, unsupported
 
 EXPAND = "expand"
@@ -117,17 +117,19 @@ class ConstrainSigns(WeightPass):
         weight, survey = candidate.weight, candidate.survey
         kept = self.initialisation == "keep" or self.method == EXPAND
         balances = self.axis == "presynaptic" and not kept and not survey.is_used_elsewhere(weight)
+        balances = balances and can_balance(weight, candidate.lowering.graph_module)
+        method = "project" if self.method == EXPAND else self.method
         numbers = insert_signs(
             weight,
             candidate.lowering,
             survey,
             axis=self.axis,
-            method="project" if self.method == EXPAND else self.method,
+            method=method,
             excitatory_fraction=self.excitatory_fraction,
             seed=self.seed,
             balances=balances,
         )
-        message = self._describe(weight, numbers, balances=balances)
+        message = describe_signs(weight, numbers, axis=self.axis, method=method, balances=balances)
         for site in weight.sites:
             unsure = survey.what_is_not_guaranteed(site) if self.axis == "presynaptic" else ""
             yield applied(site.node, site.layer, site.describe(message + unsure), **numbers)
@@ -137,13 +139,3 @@ class ConstrainSigns(WeightPass):
         """Whether some layer keeps its function; a normalisation may serve any of them."""
         overridden = (dict(entry.options).get("method") for entry in self.overrides)
         return EXPAND in (self.method, *overridden)
-
-    def _describe(self, weight: Weight, numbers: dict[str, int], *, balances: bool) -> str:
-        who = "presynaptic units" if self.axis == "presynaptic" else "rows or kernels"
-        fate = "are mirrored" if self.method == "abs" else "are held at 0"
-        if balances:
-            fate = "were given the right one, and all were made sparse and balanced"
-        return (
-            f"{numbers['excitatory']} excitatory and {numbers['inhibitory']} inhibitory {who}; "
-            f"{numbers['wrong']} of {weight.parameter.numel()} weights had the other sign and {fate}"
-        )

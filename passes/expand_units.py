@@ -77,7 +77,7 @@ class ExpandUnits(Pass):
         fold_negative_gains(
             lowering,
             in_scope(scope, graph_module, norms),
-            {s.node: s for s in sites.found if s.why_no_channels is None and not s.kind.is_product},
+            {s.node: s for s in sites.found if s.is_plain_layer},
         )
         for circuit in chosen:
             with scope.rewriting(circuit.readings[0].site.node):

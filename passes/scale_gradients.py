@@ -123,18 +123,18 @@ class ScaleGradients(WeightPass):
         state.scaled_in_graph = True
         for site in weight.sites:
             lowering.lower(site)
+        places = [site.at_parameter for site in weight.sites]
         if state.is_drawn:
-            lowering.wrap_weight(weight.sites, scale_gradient_by_seed, None, "scaled", **source)
+            lowering.wrap_weight(places, scale_gradient_by_seed, None, "scaled", **source)
         else:
             kept = f"{bio_module_path(weight.path)}.fuzzy_learning_rate_parameters"
-            lowering.wrap_weight(weight.sites, scale_gradient, (kept, "rates"), "scaled")
+            lowering.wrap_weight(places, scale_gradient, (kept, "rates"), "scaled")
         mean, std = factors.float().mean().item(), factors.float().std(correction=0).item()
         form = "" if self.dtype == "float32" else f" in {self.dtype}"
         form = " drawn from their seed at each backward" if state.is_drawn else form
         message = f"{factors.numel()} factors{form}, {self.distribution.value}, "
         message += f"mean {mean:.3f}, std {std:.3f}"
-        uses = len(weight.sites)
-        message += f"; one set for {uses} uses of the weight" if uses > 1 else ""
+        message += f"; one set for {len(places)} uses of the weight" if len(places) > 1 else ""
         found = {"factors": factors.numel(), "mean": mean, "std": std}
         yield from (applied(site.node, site.layer, site.describe(message), **found) for site in weight.sites)
 

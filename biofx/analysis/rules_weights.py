@@ -27,6 +27,10 @@ def layer(call: UnitCall) -> UnitValue:
     site = call.sites[0]
     source = call.argument(*site.kind.source)
     call.analysis.read(site, source)
+    if call.analysis.is_turned(site):
+        return call.ends(
+            f"{site.parameter_path} is read the other way round before, and makes other units there"
+        )
     made = call.analysis.made(site.parameter_path, site.output_channels, site.kind.channel_axis)
     rank = site.kind.kernel_axes + 2 if site.kind.kernel_axes else call.value(source).rank
     return UnitValue(layout=made, rank=rank)

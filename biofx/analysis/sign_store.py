@@ -184,7 +184,9 @@ class SignStore:
             free = source.kind == "constant" or (source.kind == "input" and not options.constrain_inputs)
             purpose = f"{path} {number}"
             sampled = _sample(source.count, options.excitatory_fraction, options.seed, purpose)
-            parts.append(torch.zeros_like(sampled) if free else sampled)
+            given = self._given[source.units]
+            sampled = torch.where(given != 0, given, torch.zeros_like(sampled) if free else sampled)
+            parts.append(sampled)
         return torch.cat(parts)
 
     def _given_signs(self) -> Tensor:
@@ -217,7 +219,29 @@ class SignStore:
                         f"{source.name!r} {first}, but their outputs are added up and so are the "
                         "same units; give them the same"
                     )
-        return taken
+        return self._with_built_in(taken)
+
+    def _with_built_in(self, given: Tensor) -> Tensor:
+        """Return signs by unit, those that the model itself has built into weights among them.
+
+        Where the model builds several into one unit, the first is taken.
+
+        Raises:
+            OptionError: those that are given contradict them.
+        """
+        built_in = torch.zeros_like(given)
+        for reading in self._groups.readings:
+            computation = reading.site.computation
+            if computation is None or computation.built_in is None:
+                continue
+            units, signs = self._groups.representatives(reading.units), computation.built_in
+            if bool(((given[units] * signs) < 0).any()):
+                raise OptionError(
+                    f"signs: those given contradict the ones that the forward builds into "
+                    f"{reading.site.parameter_path!r} ({computation.words}); leave them out, or give the same"
+                )
+            built_in[units] = torch.where(built_in[units] == 0, signs, built_in[units])
+        return torch.where(given == 0, built_in, given)
 
 
 def _refuse_free(path: str, kept: Tensor) -> None:
@@ -252,9 +276,11 @@ def _enter(taken: Tensor, path: str, signs: tuple[int, ...], units: Tensor) -> N
 def keep_row_signs(site: WeightSite, state: BioModule, fraction: float, seed: int) -> KeptSigns:
     """Sample a sign for each output of a weight, or for each kernel of a convolution, unless it has them."""
     if state.local_sign is None:
-        shape = site.parameter.shape
+        shape, kind = site.parameter.shape, site.where_signed.kind
+        if kind.transposed is not site.kind.transposed:
+            shape = shape[::-1]  # signs act on the weight transposed
         laid_out = (*shape[:2], *(1,) * (len(shape) - 2)) if len(shape) > 2 else (shape[0], 1)
-        if site.kind.is_product:
+        if kind.transposed and len(shape) == 2:
             laid_out = (1, shape[1])
         sampled = _sample(int(torch.Size(laid_out).numel()), fraction, seed, site.parameter_path)
         state.local_sign = sampled.reshape(laid_out).to(site.parameter.device, torch.float32)

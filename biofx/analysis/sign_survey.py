@@ -37,7 +37,7 @@ class SignSurvey:
         first = {site.parameter_path: site for site in reversed(self._sites)}
         self.makers = {path: first[path] for path in self.groups.producers() if path in first}
         """The layers that make units, by the paths of their weights; those that the graphs show."""
-        self.layers = {s.node: s for s in self._sites if s.why_no_channels is None and not s.kind.is_product}
+        self.layers = {s.node: s for s in self._sites if s.is_plain_layer}
         """The layers with one weight that are modules, by their nodes."""
         self.store = SignStore(
             graph_module,

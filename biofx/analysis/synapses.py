@@ -32,16 +32,19 @@ _MATRIX_FUNCTIONS: frozenset[Any] = frozenset(
 @cached_on_graph
 def synaptic_nodes(graph_module: GraphModule) -> Set[Node]:
     """Return the nodes with weights between units: layers, opaque modules, products with a parameter."""
-    constant: set[Node] = set()  # computed from parameters alone, whatever the input
+    constant: set[Node] = set()  # computed from what the model holds alone, whatever the input
+    learned: set[Node] = set()  # those of them that follow from a parameter
     synaptic: set[Node] = set()
     for node in graph_module.graph.nodes:
         inputs = node.all_input_nodes
         found = _attribute(graph_module, node) if node.op == "get_attr" else None
-        is_held = isinstance(found, (nn.Parameter, float, int))
+        is_held = isinstance(found, (Tensor, float, int))
         if is_held or (inputs and all(source in constant for source in inputs)):
             constant.add(node)
+            if isinstance(found, nn.Parameter) or any(source in learned for source in inputs):
+                learned.add(node)
         elif is_synaptic(node, graph_module) or (
-            _is_product(node) and any(source in constant for source in inputs)
+            _is_product(node) and any(source in learned for source in inputs)
         ):
             synaptic.add(node)
     return synaptic

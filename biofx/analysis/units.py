@@ -297,6 +297,7 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
         self._decided: dict[tuple[Node, tuple[Axis, ...], tuple[int, ...]], UnitLayout] = {}
         self._same: dict[Node, list[Node]] = {}
         self._columns: dict[str, Tensor] = {}
+        self._input_axes: dict[str, int] = {}
         self._fed: set[Node] = set()
         self.sites: dict[Node, list[WeightSite]] = {}
         """The weights of each layer; the first of sub-weights stands for all that are added up."""
@@ -373,6 +374,10 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
             self.produced[path] = UnitLayout.along(self.new_units("layer", path, count), position)
         return self.produced[path]
 
+    def is_turned(self, site: WeightSite) -> bool:
+        """Whether a weight was read the other way round before, so that its rows were columns."""
+        return self._input_axes.setdefault(site.parameter_path, site.kind.input_axis) != site.kind.input_axis
+
     def read(self, site: WeightSite, source: Any) -> None:
         """Note that a weight reads the units of a value along the axis of its channels."""
         value = self.values[source] if isinstance(source, Node) else NOTHING
@@ -393,7 +398,8 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
     ) -> None:
         """Note that a weight reads certain units, one at each input channel; all its sub-weights do."""
         for own in (site, *self._further.get(_place(site), ())):
-            self.join(self._columns.setdefault(own.parameter_path, units), units)
+            if not self.is_turned(own):
+                self.join(self._columns.setdefault(own.parameter_path, units), units)
             self.readings.append(Reading(own, units, nonnegative, layout))
 
     # units and layouts

@@ -14,10 +14,9 @@ from torch.fx import Node
 from biofx.analysis.readouts import input_facing_nodes, readout_nodes
 from biofx.diagnostics.audit import Finding, Subject, Uses, finding, invariant, owner_of
 from biofx.errors import InvariantError
-from biofx.graph.node_kinds import is_number
 from biofx.graph.printing import function_name
 from biofx.graph.regions import RegionUse
-from biofx.layers.constant_part import ConstantPart, Treatment, WeightUse
+from biofx.layers.constant_part import ConstantPart, Treatment, WeightUse, moved_alike, weight_operand
 from biofx.layers.layer_kind import argument
 from biofx.operators.sign_ops import constrain_sign, signs_like
 
@@ -95,7 +94,7 @@ def bypassed_constraints(subject: Subject, uses: Uses) -> Iterator[Finding]:
     """
     constrained: dict[int, str] = {}
     for node in _constraints(subject):
-        root = _root(node)
+        root = _root(node, uses.constants)
         parameter = uses.constants.parameter(root)
         if parameter is not None:
             constrained.setdefault(id(parameter), subject.path_of(parameter, str(root.target)))
@@ -130,7 +129,7 @@ def gammas(subject: Subject, uses: Uses) -> Iterator[Finding]:
         if use.reader is not None and function_name(use.reader.target) in _NORMALISATIONS
     }
     for node in _constraints(subject):
-        parameter = uses.constants.parameter(_root(node))
+        parameter = uses.constants.parameter(_root(node, uses.constants))
         if parameter is None or parameter.is_meta or (parameter.dim() != 1 and node not in normalising):
             continue
         try:
@@ -170,17 +169,16 @@ def _values(layer: str, path: str, buffer: Tensor, permitted: tuple[int, ...]) -
     return finding(layer, path, buffer.numel(), wrong, message)
 
 
-def _root(node: Node) -> Node:
+def _root(node: Node, constants: ConstantPart) -> Node:
     """Return where the weight of a constraint begins: the parameter, where there is one."""
     weight = argument(node, 0, "weight")
     while isinstance(weight, Node) and weight.op != "get_attr" and weight.all_input_nodes:
-        sources = weight.all_input_nodes  # one may be a number that a weight is multiplied by
-        weight = next((s for s in sources if not is_number(s.graph.owning_module, s)), sources[0])
+        weight = weight_operand(weight, constants)
     return weight if isinstance(weight, Node) else node
 
 
 def _weight_path(subject: Subject, uses: Uses, node: Node) -> str:
-    root = _root(node)
+    root = _root(node, uses.constants)
     parameter = uses.constants.parameter(root)
     named = str(root.target) if root.op == "get_attr" else node.name
     return named if parameter is None else subject.path_of(parameter, named)
@@ -283,8 +281,9 @@ def count_signs(
 ) -> SignCount:
     """Count the synapses under one ``constrain_sign`` node, as they come out where the weight is used.
 
-    What slices or transposes the weight on its way there does the same to the signs. Where new weights of
-    another shape are computed from it, the signs are counted right behind the constraint.
+    What slices or transposes the weight on its way there does the same to the signs; a mask or another factor
+    does not. Where new weights of another shape are computed from it, the signs are counted right behind the
+    constraint.
 
     Args:
         constants: the constant part of the node's graph.
@@ -304,8 +303,8 @@ def count_signs(
     treated = {use.expression: use.after for use in uses}
     for end, treatment in (treated or {constraint: Treatment.NOTHING}).items():
         used, wanted = constants.value(end, held), signs
-        if treatment is Treatment.MOVED:
-            wanted = constants.value(end, {constraint: signs.contiguous()})
+        if treatment is not Treatment.NOTHING:
+            wanted = moved_alike(constants, constraint, end, signs.contiguous())
         if not (isinstance(used, Tensor) and used.shape == wanted.shape):
             used, wanted = constants.value(constraint, held), signs
         synapses += used.numel()

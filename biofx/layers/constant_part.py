@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -212,6 +212,30 @@ def weight_uses(constants: ConstantPart) -> list[WeightUse]:
     return uses
 
 
+def moved_alike(constants: ConstantPart, start: Node, end: Node, value: Tensor) -> Any:
+    """Return what becomes of a value if it is moved as the graph moves a weight, and not computed with.
+
+    Args:
+        constants: the constant part of the graph.
+        start: the node whose value is replaced.
+        end: a node that follows from it.
+        value: of the shape of the weight.
+
+    Raises:
+        InvariantError: something on the way cannot be computed.
+    """
+    found: dict[Node, Any] = {start: value}
+    for node in constants.graph.nodes:
+        before = next((source for source in node.all_input_nodes if source in found), None)
+        if node is start or before is None or node not in constants:
+            continue
+        moves = function_name(node.target) in _MOVES and not queries_metadata(node)
+        found[node] = constants.value(node, found) if moves else found[before]
+        if node is end:
+            break
+    return found.get(end, value)
+
+
 def _arriving(
     node: Node, constants: ConstantPart, ways: Mapping[Node, Mapping[tuple[Any, ...], WeightUse]]
 ) -> list[WeightUse]:
@@ -263,12 +287,18 @@ def evaluate_weights(own: GraphModule) -> None:
         if is_of_biofx(node.target) or any(source in values for source in node.all_input_nodes):
             values[node] = constants.value(node, values)
     unread = {node for node in own.graph.nodes if not node.users}
+    made: dict[str, list[tuple[Tensor, str]]] = {}
     for node in list(own.graph.nodes):
         if node in values and any(user not in values for user in node.users):
-            path = _root_path(node)
+            path = _root_path(node, constants)
             owner, _, name = path.rpartition(".")
             trained = getattr(own.get_submodule(owner), name).requires_grad
-            _replace(own, node, nn.Parameter(values[node].clone(), requires_grad=trained), path)
+            known = made.setdefault(path, [])
+            same = next((held for value, held in known if torch.equal(value, values[node])), None)
+            if same is None:
+                same = _register(own, nn.Parameter(values[node].clone(), requires_grad=trained), path)
+                known.append((values[node], same))
+            _replace(node, same)
     for node in reversed(own.graph.nodes):
         if not node.users and node in constants and node not in unread:
             own.graph.erase_node(node)
@@ -308,23 +338,49 @@ def erase_unused_reads(own: GraphModule) -> None:
             own.graph.erase_node(node)
 
 
-def _root_path(node: Node) -> str:
+def _root_path(node: Node, constants: ConstantPart) -> str:
     """Return the path of the parameter that a weight expression starts from."""
     while node.op != "get_attr":
-        node = node.all_input_nodes[0]
+        node = weight_operand(node, constants)
     return str(node.target)
 
 
-def _replace(own: GraphModule, node: Node, value: nn.Parameter, path: str) -> None:
-    """Replace a node by a read of a parameter, registered next to the one that it was computed from."""
+def weight_operand(node: Node, constants: ConstantPart) -> Node:
+    """Return the input of a node that has a weight's entries: the largest parameter's, or the first input."""
+    sizes = {source: _largest_parameter(source, constants) for source in node.all_input_nodes}
+    return max(sizes, key=lambda source: sizes[source])
+
+
+def _largest_parameter(node: Node, constants: ConstantPart) -> int:
+    """Return how many entries the largest parameter has that a node follows from, a count."""
+    largest = -1
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        parameter = constants.parameter(current)
+        if parameter is not None:
+            largest = max(largest, parameter.numel())
+        new = [source for source in current.all_input_nodes if source not in seen]
+        seen.update(new)
+        pending += new
+    return largest
+
+
+def _register(own: GraphModule, value: nn.Parameter, path: str) -> str:
+    """Register a parameter next to the one that it was computed from; return its path."""
     owner_path, _, name = path.rpartition(".")
     owner = own.get_submodule(owner_path)
     number = 1
     while hasattr(owner, f"{name}_{number}"):
         number += 1
     owner.register_parameter(f"{name}_{number}", value)
+    return f"{path}_{number}"
+
+
+def _replace(node: Node, path: str) -> None:
+    """Replace a node by a read of a parameter."""
     with node.graph.inserting_before(node):
-        read = node.graph.create_node("get_attr", f"{path}_{number}", name=f"{node.name}_value")
+        read = node.graph.create_node("get_attr", path, name=f"{node.name}_value")
     read.meta = dict(node.meta)
     node.replace_all_uses_with(read)
 

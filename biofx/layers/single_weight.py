@@ -207,12 +207,55 @@ _PRODUCTS: dict[Any, LayerKind] = {
 }
 
 
+_EINSUMS = {
+    (place, transposed): LayerKind(
+        *(nn.Linear, torch.einsum),
+        transposed=transposed,
+        argument=(place, "operands"),
+        source=(3 - place, "operands"),
+        is_product=True,
+    )
+    for place in (1, 2)
+    for transposed in (False, True)
+}
+
+
+def _einsum_of(node: Node) -> LayerKind | None:
+    """Return the kind of an ``einsum`` that replaces the last axis of one operand by the other, a matrix.
+
+    >>> import torch.fx
+    >>> graph = torch.fx.Graph()
+    >>> x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    >>> for equation in ("bti,oi->bto", "io,...i->...o", "bi,oi->ob"):
+    ...     kind = _einsum_of(graph.call_function(torch.einsum, (equation, x, weight)))
+    ...     print(equation, None if kind is None else (kind.argument[0], kind.transposed))
+    bti,oi->bto (2, False)
+    io,...i->...o (1, True)
+    bi,oi->ob None
+    """
+    if len(node.args) != 3 or not isinstance(node.args[0], str):
+        return None
+    before, _, result = node.args[0].replace(" ", "").partition("->")
+    terms = before.split(",")
+    for place in (1, 2) if len(terms) == 2 else ():
+        weight, source = terms[place - 1], terms[2 - place]
+        summed = source[-1:]
+        if len(weight) != 2 or len(set(weight)) != 2 or summed not in weight or summed in ("", "."):
+            continue
+        (made,) = set(weight) - {summed}
+        if result == source[:-1] + made and max(map(source.count, set(source) - {"."})) == 1:
+            return _EINSUMS[place, weight[0] == summed]
+    return None
+
+
 def product_of(node: Node) -> LayerKind | None:
     """Return the kind of a product of matrices, None for anything else.
 
     As a layer it has its weight the other way round, ``(in, out)``. One with factors of its own (alpha, beta)
     is no layer.
     """
+    if node.target is torch.einsum and not node.kwargs:
+        return _einsum_of(node)
     kind = _PRODUCTS.get(node.target) if node.op in ("call_function", "call_method") else None
     if kind is None or not set(node.kwargs) <= {"input", kind.argument[1], kind.source[1]}:
         return None

@@ -9,18 +9,21 @@ weights, and so several sites at one node, each with a role.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn.utils.parametrize import is_parametrized
 
 from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.joined_graph import whole_graph
 from biofx.graph.regions import RegionUse, graph_breaks_of, innermost_around
-from biofx.layers import COMPOUND_KINDS, kind_of, kind_of_call
+from biofx.layers import COMPOUND_KINDS, dense_kind_of, kind_of, kind_of_call
+from biofx.layers.computed_weight import Computations, ComputedWeight, SignFate, read_outside, turned
+from biofx.layers.constant_part import ConstantPart
 from biofx.layers.layer_kind import LayerKind, WeightSlot, argument, computed, lowering_blocker
 from biofx.layers.weight_site import (
     READ,
@@ -61,6 +64,7 @@ def find_sites(graph_module: GraphModule) -> Sites:
                 found.append(entry)
             else:
                 unsupported.append(entry)
+    found = _agreeing(found)
     visible = {site.layer for site in found}
     unsupported += [entry for entry in hidden if entry.layer not in visible]
     seen = visible | {layer.layer for layer in unsupported}
@@ -72,6 +76,25 @@ def find_sites(graph_module: GraphModule) -> Sites:
         if path not in seen and not survey.is_used(path)
     ]
     return Sites(found, unsupported, survey.reads())
+
+
+def _agreeing(found: list[WeightSite]) -> list[WeightSite]:
+    """Return sites, those of a weight blocked where one reads its sign and another does not."""
+    ways: dict[int, set[object]] = {}
+    for site in (site for site in found if not site.kind.why_no_units):
+        fate = SignFate.KEPT if site.computation is None else site.computation.fate
+        way = (fate, site.kind.input_axis) if site.signs_parameter else (fate, site.where_signed.kind)
+        ways.setdefault(id(site.parameter), set()).add(way)
+    mixed = {key for key, kinds in ways.items() if len(kinds) > 1}
+    reason = (
+        "the forward reads its weight in several ways (computed, transposed), which one sign would not suit"
+    )
+
+    def blocked(site: WeightSite) -> WeightSite:
+        is_mixed = id(site.parameter) in mixed
+        return replace(site, value_blocker=site.value_blocker or reason) if is_mixed else site
+
+    return [blocked(site) for site in found]
 
 
 def _why_not_seen(path: str, kept: Mapping[str, str]) -> str:
@@ -111,6 +134,12 @@ class _Survey:
         self._modules = dict(graph_module.named_modules(remove_duplicate=False))
         self._computed: dict[str, nn.Parameter] = {}
         self._parameters = named_parameters(graph_module)
+        self._held = _held_nodes(self.graph)
+        self._computations = Computations(
+            {path: parameter for path, (_, parameter) in self._parameters.items()},
+            lambda: ConstantPart(graph_module, self.graph),
+        )
+        self._computing = self._nodes_computing()
         self._outside = self._uses_outside_sites()
 
     def sites_at(self, node: Node) -> Iterator[WeightSite | UnsupportedLayer]:
@@ -151,15 +180,74 @@ class _Survey:
         whole = slot.whole(node) if isinstance(slot, SubWeightSlot) else weight
         root, folded = parameter_behind(weight), fold_behind(whole)
         path = computed_behind(weight)
+        if path is not None and path.rpartition(".")[0] not in self._modules:
+            path = None  # an attribute of a tensor
         if path is None and root is not None and root.target in self._parameters:
             path = str(root.target)
-        if path is None:
-            reason = f"its weight is {weight}, computed in the graph, not a parameter"
+        computation = self._computation(node, kind, slot) if path is None else None
+        if isinstance(computation, ComputedWeight):
+            path = str(computation.root.target)
+            kind = turned(kind) if computation.is_turned else kind
+        elif path is None:
+            why = "" if computation is None else f": {computation}"
+            reason = f"its weight is {weight}, computed in the graph, not a parameter{why}"
             return UnsupportedLayer(innermost_path(node), node, reason)
         blocker = None
         if folded is not None:
             blocker = f"its weight is folded already ({folded.name}); what acts on weights goes before folds"
-        return self._site(node, kind, slot, path, _groups_of(node, kind), blocker)
+        site = self._site(node, kind, slot, path, _groups_of(node, kind), blocker)
+        if not isinstance(computation, ComputedWeight):
+            return site
+        against = site.value_blocker or self._why_no_sign(computation)
+        return replace(site, value_blocker=against, computation=computation)
+
+    def _computation(self, node: Node, kind: LayerKind, slot: WeightSlot) -> ComputedWeight | str | None:
+        """Return how a layer's weight is computed, or why that is not known; None if it follows from data."""
+        weight = slot.read(node)
+        if kind.is_compound or not isinstance(weight, Node) or weight not in self._held:
+            return None
+        found = self._computations.of_weight(weight, kind)
+        if isinstance(found, str):
+            return found
+        owner = self._modules.get(str(found.root.target).rpartition(".")[0])
+        layer = None if owner is None else dense_kind_of(owner)
+        if layer is not None and layer.transposed is not (kind.transposed is not found.is_turned):
+            return f"it is the weight of a {layer.name} the other way round"
+        return found
+
+    def _why_no_sign(self, computation: ComputedWeight) -> str | None:
+        """Return why a computed weight can be given no signs, None if it can."""
+        if computation.fate is SignFate.UNKNOWN:
+            return f"its weight is computed from {computation.root.target}, and {computation.why}"
+        if computation.fate is SignFate.BUILT_IN:
+            return (
+                f"its signs are built in: the forward computes its weight by {computation.words}, with a "
+                "fixed sign for each presynaptic unit, which other weights that read the unit follow"
+            )
+        if computation.fate is SignFate.LOST:
+            other = read_outside(computation, self._is_of_a_weight)
+            return None if other is None else _reader(other)
+        return None
+
+    def _is_of_a_weight(self, node: Node, weight: Node) -> bool:
+        """Whether a node computes a weight, acts on one, or is a layer whose weight is another node."""
+        if node in self._computing or (node.op == "call_function" and node.target in WEIGHT_OPERATORS):
+            return True
+        kind = self._kind_of_call(node)
+        return kind is not None and any(slot.read(node) is weight for slot in kind.slots_of_call(node))
+
+    def _nodes_computing(self) -> set[Node]:
+        """Return the nodes that compute the weights of layers."""
+        found: set[Node] = set()
+        for node in self.graph.nodes:
+            kind = None if node.op == "call_module" else self._kind_of_call(node)
+            if kind is None:
+                continue
+            for slot in kind.slots_of_call(node):
+                computation = self._computation(node, kind, slot)
+                if isinstance(computation, ComputedWeight):
+                    found.update(computation.nodes)
+        return found
 
     def _site(
         self, node: Node, kind: LayerKind, slot: WeightSlot, path: str, groups: int, blocker: str | None
@@ -186,8 +274,13 @@ class _Survey:
         kind = kind_of_call(node)
         if kind is None or not kind.is_product:
             return kind
-        root = parameter_behind(kind.slots_of_call(node)[0].read(node))
+        slot = kind.slots_of_call(node)[0]
+        root = parameter_behind(slot.read(node))
+        if root is None and isinstance(found := self._computation(node, kind, slot), ComputedWeight):
+            root = found.root
         named = None if root is None else self._parameters.get(str(root.target))
+        if argument(node, *kind.source) in self._held:
+            return None  # it computes a weight from others
         bias = argument(node, 0, "input") if kind.source[0] > 0 else None
         added_to_data = isinstance(bias, Node) and parameter_behind(bias) is None
         return None if named is None or named[1].dim() != 2 or added_to_data else kind
@@ -252,12 +345,25 @@ class _Survey:
             if user.op == "call_function" and user.target in WEIGHT_OPERATORS:
                 yield from self._readers_besides_sites(user)
                 continue
+            if user in self._computing:
+                continue
             kind = self._kind_of_call(user)
             slots = () if kind is None else kind.slots_of_call(user)
             if times_read(node, user) > sum(slot.read(user) is node for slot in slots):
                 found.append(user)
         if found:
             yield node, found
+
+
+def _held_nodes(graph: Graph) -> set[Node]:
+    """Return the nodes that follow from what the model holds, and not from its input."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        is_call = node.op in ("call_function", "call_method") and bool(sources)
+        if node.op == "get_attr" or (is_call and all(source in found for source in sources)):
+            found.add(node)
+    return found
 
 
 def times_read(node: Node, reader: Node) -> int:

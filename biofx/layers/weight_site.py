@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from biofx.operators.mask_ops import mask_weight
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.operators.sign_ops import constrain_sign
 from biofx.operators.split_ops import fold_weight, level_gradient, sum_sub_weights
+
+if TYPE_CHECKING:
+    from biofx.layers.computed_weight import ComputedWeight
 
 WEIGHT_OPERATORS: frozenset[Callable[..., Any]] = GRADIENT_SCALINGS | {
     *(mask_weight, constrain_sign, fold_weight, level_gradient, sum_sub_weights)
@@ -83,6 +86,25 @@ class SubWeightSlot(WeightSlot):
 
 
 @dataclass(frozen=True)
+class ParameterSlot(WeightSlot):
+    """The place where the forward begins to compute a weight from its parameter."""
+
+    root: Node | None = None
+    readers: tuple[Node, ...] = ()
+
+    def read(self, node: Node) -> Any:
+        """Return the parameter, with the operators on it."""
+        return next(iter(sources_behind(self.readers[0], self.root)), None)
+
+    def write(self, node: Node, weight: Node) -> None:
+        """Let the computation start from another expression of the parameter."""
+        for reader in self.readers:
+            for source in sources_behind(reader, self.root):
+                if source is not weight:
+                    reader.replace_input_with(source, weight)
+
+
+@dataclass(frozen=True)
 class WeightSite:
     """One use of one weight."""
 
@@ -101,6 +123,8 @@ class WeightSite:
     """Why the weight cannot even be made visible, so that its gradient could be scaled, or None."""
     is_computed: bool = False
     """Whether a parametrization computes the weight; ``parameter`` has its shape then, and no values."""
+    computation: ComputedWeight | None = field(default=None, repr=False)
+    """How the forward computes the weight from the parameter, None where the layer reads that itself."""
 
     @property
     def role(self) -> str:
@@ -146,7 +170,29 @@ class WeightSite:
         while node is not None and node.target in WEIGHT_OPERATORS:
             found.append(node)
             node = node.args[0] if isinstance(node.args[0], Node) else None
-        return found[::-1]
+        before = [] if self.computation is None else self.at_parameter.operators
+        return [*before, *found[::-1]]
+
+    @property
+    def at_parameter(self) -> WeightSite:
+        """The place where the parameter is read: the layer, or where the computation of its weight begins."""
+        if self.computation is None:
+            return self
+        readers = self.computation.readers
+        slot = ParameterSlot(self.slot.name, self.slot.role, root=self.computation.root, readers=readers)
+        return replace(self, node=readers[0], slot=slot, computation=None)
+
+    @property
+    def signs_parameter(self) -> bool:
+        """Whether signs act on the parameter, not on what is computed from it."""
+        return self.computation is None or self.computation.keeps_signs
+
+    @property
+    def where_signed(self) -> WeightSite:
+        """The place where signs act: the parameter, if the weight has its sign, else where it is used."""
+        if self.signs_parameter or self.computation is None:
+            return self.at_parameter
+        return replace(self, kind=self.computation.kind, computation=None)
 
     @property
     def output_channels(self) -> int:
@@ -166,6 +212,11 @@ class WeightSite:
         if self.kind.why_no_units:
             return self.kind.why_no_units
         return f"{self.kind.name} returns more than this weight's output" if self.kind.is_compound else None
+
+    @property
+    def is_plain_layer(self) -> bool:
+        """Whether it is a layer with one weight, a parameter, whose outputs a module could have."""
+        return self.why_no_channels is None and not self.kind.is_product and self.computation is None
 
     def has(self, operator: Callable[..., Any]) -> bool:
         """Whether the weight already passes through ``operator`` on its way here."""
@@ -263,6 +314,11 @@ def parameter_behind(node: Any) -> Node | None:
     while isinstance(node, Node) and node.op == "call_function" and node.target in WEIGHT_OPERATORS:
         node = node.args[0]
     return node if isinstance(node, Node) and node.op == "get_attr" else None
+
+
+def sources_behind(node: Node, root: Node | None) -> list[Node]:
+    """Return the inputs of a node that are a parameter, read by ``root``, or operators on it."""
+    return [source for source in node.all_input_nodes if parameter_behind(source) is root]
 
 
 def computed_behind(node: Any) -> str | None:

@@ -67,7 +67,9 @@ def state_of(model: nn.Module, weight: Weight) -> BioModule:
     state = bio_module_at(model, weight.path)
     kinds = [site.kind for site in weight.sites if site.kind is not READ] or [READ]
     state.inputs_first = all(kind.transposed for kind in kinds)
-    state.why_no_synapses = next((kind.why_no_units for kind in kinds if kind.why_no_units), "")
+    reasons = [kind.why_no_units for kind in kinds]
+    reasons += [site.computation.why_no_synapses for site in weight.sites if site.computation is not None]
+    state.why_no_synapses = next((reason for reason in reasons if reason), "")
     return state
 
 

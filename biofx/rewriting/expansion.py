@@ -228,6 +228,8 @@ def _blocker(site: WeightSite) -> str | None:
         return f"it is a factor of {site.kind.name}, not the weight of a layer"
     if sum_behind(site.whole_weight_node) is not None or site.whole_path != site.parameter_path:
         return "its weight is the sum of sub-weights"
+    if site.computation is not None:
+        return f"the forward computes its weight ({site.computation.words}), whose shape would change"
     if site.operators:
         return "its weight is constrained or scaled already"
     return site.value_blocker

@@ -213,6 +213,8 @@ def _why_not(site: WeightSite) -> str | None:
     """Return why a weight cannot be folded, None if it can."""
     if site.value_blocker is not None:
         return site.value_blocker
+    if site.computation is not None and site.computation.is_turned:
+        return f"its weight is transposed in the forward ({site.computation.words}), and is not folded"
     if site.kind.is_product:
         return f"its weight is a factor of {site.kind.name}, and is not folded"
     if site.kind.is_compound:

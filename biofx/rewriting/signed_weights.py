@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.fx import GraphModule
 
 from biofx.analysis.sign_store import bring_signs, keep_row_signs, states_of
 from biofx.analysis.sign_survey import SignSurvey
+from biofx.errors import InvariantError, PassError
+from biofx.layers.constant_part import ConstantPart
 from biofx.layers.lowering import Lowering, node_stem
 from biofx.layers.single_weight import LOOKUP_KINDS
 from biofx.layers.weight_site import Weight, WeightSite, whole_weight
-from biofx.operators.mask_ops import mask_weight
+from biofx.operators.mask_ops import existing
 from biofx.operators.sampling import generator_for
-from biofx.operators.sign_ops import constrain_sign
+from biofx.operators.sign_ops import constrain_sign, signs_like
+from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import bio_module_path, state_of
 from biofx.plasticity.unit_inputs import balanced_weight
 from biofx.rewriting.remarks import Exempt
@@ -79,6 +85,7 @@ def insert_signs(
         OptionError: signs or fractions that are given contradict each other.
     """
     state, first = state_of(lowering.graph_module, weight), weight.sites[0]
+    places = [site.where_signed for site in weight.sites]
     presynaptic = axis == "presynaptic"
     kept = (
         survey.store.keep(survey.groups.reading(first))
@@ -86,40 +93,116 @@ def insert_signs(
         else keep_row_signs(first, state, excitatory_fraction, seed)
     )
     state.unit_index = None if kept.index is None else kept.index.to(state.weight.device)
-    state.reads_signs_of(tuple(states_of(lowering.graph_module, kept)), _layout(first))
+    layout, sources = _layout(places[0]), tuple(states_of(lowering.graph_module, kept))
+    if first.signs_parameter:
+        state.reads_signs_of(sources, layout)
     exempt = survey.groups.exempt_rows(first)
     if presynaptic and exempt.any():
         state.constrained_rows = (~exempt).to(torch.int8).to(state.weight.device)
-    signs = state.signs()
-    wrong = int((state.masked_weight * signs < 0).sum())
+    units = torch.cat([keeper.get_buffer(name) for keeper, name in sources]).sign()
+    units = units if state.unit_index is None else units.index_select(0, state.unit_index)
+    used = _values(first, state.masked_weight, lowering.graph_module)
+    signs = signs_like(used, units, **layout, rows=state.constrained_rows)
+    wrong = int((used * signs < 0).sum())
     if balances:
-        mask = state.connection_mask
-        made = balanced_weight(
-            state.masked_weight,
-            signs if mask is None else mask_weight(signs.expand_as(mask), mask),
-            # sub-weights are sparse alike: their sum then varies as much as the weight did
-            generator_for(seed, whole_weight(weight.path), purpose="balance"),
-            output_axis=first.kind.output_axis,
-            groups=first.groups,
-            rectified=survey.groups.reading(first).nonnegative,
-        )
+        rectified = survey.groups.reading(first).nonnegative
+        made = _balanced(weight, state, signs, lowering, seed=seed, rectified=rectified)
         lowering.parameters.replace(state.weight, made)
     for site in weight.sites:
         lowering.lower(site)
-    options: dict[str, Any] = dict(state.sign_layout)
-    if state.constrained_rows is not None and first.weight_node is not None:
+    options: dict[str, Any] = dict(layout)
+    if state.constrained_rows is not None and (read := places[0].weight_node) is not None:
         rows = f"{bio_module_path(weight.path)}.constrained_rows"
-        options["rows"] = lowering.read(rows, first.weight_node.next, f"{node_stem(weight.path)}_rows")
+        options["rows"] = lowering.read(rows, read.next, f"{node_stem(weight.path)}_rows")
     lowering.wrap_weight(
-        weight.sites,
+        places,
         constrain_sign,
         lambda node, stem: bring_signs(lowering, kept, state, node, stem),
         "signed",
         **options,
-        method=method,
+        method=method if first.signs_parameter else "abs",
     )
-    units = state.presynaptic_signs()
     return {"excitatory": int((units > 0).sum()), "inhibitory": int((units < 0).sum()), "wrong": wrong}
+
+
+def describe_signs(
+    weight: Weight, numbers: Mapping[str, int], *, axis: str, method: str, balances: bool
+) -> str:
+    """Return what was done with a weight, in words.
+
+    Args:
+        weight: with the uses that got signs.
+        numbers: what :func:`insert_signs` returned.
+        axis: as there.
+        method: as there.
+        balances: as there.
+    """
+    who = "presynaptic units" if axis == "presynaptic" else "rows or kernels"
+    site = weight.sites[0]
+    fate = "are mirrored" if method == "abs" or not site.signs_parameter else "are held at 0"
+    if balances:
+        fate = "were given the right one, and all were made sparse and balanced"
+    message = (
+        f"{numbers['excitatory']} excitatory and {numbers['inhibitory']} inhibitory {who}; "
+        f"{numbers['wrong']} of {weight.parameter.numel()} weights had the other sign and {fate}"
+    )
+    if site.computation is None:
+        return message
+    words = site.computation.words
+    if site.signs_parameter:
+        return f"{message}; what the forward makes of {weight.path} ({words}) keeps its signs"
+    return f"{message}; the forward makes it by {words}, never negative, and signs act where it is used"
+
+
+def can_balance(weight: Weight, graph_module: GraphModule) -> bool:
+    """Whether a weight can be made sparse and balanced: each entry is a fixed multiple of the parameter's."""
+    return _multiples(weight, graph_module) is not None
+
+
+def _multiples(weight: Weight, graph_module: GraphModule) -> Tensor | None:
+    """Return what entries of a parameter are multiplied by before layers read them, None if it differs."""
+    computations = [site.computation for site in weight.sites]
+    if all(computation is None for computation in computations):
+        return torch.ones((), device=weight.parameter.device)
+    constants = ConstantPart(graph_module)
+    found = [None if entry is None else entry.multiples(constants) for entry in computations]
+    first = found[0]
+    same = first is not None and all(entry is not None and torch.equal(entry, first) for entry in found)
+    return first if same else None
+
+
+def _balanced(
+    weight: Weight, state: BioModule, signs: Tensor, lowering: Lowering, *, seed: int, rectified: bool
+) -> Tensor:
+    """Return sparse values for a parameter, with as much excitation as inhibition at each unit."""
+    site, values, mask = weight.sites[0], state.masked_weight, state.connection_mask
+    multiples = _multiples(weight, lowering.graph_module)
+    if multiples is None:
+        raise PassError(f"{weight.path!r}: what the forward makes of it cannot be balanced")
+    is_read = (multiples > 0).expand_as(values)
+    is_read = is_read if mask is None else is_read & existing(mask)
+    made = balanced_weight(
+        values * multiples,
+        torch.where(is_read, signs, 0),
+        # sub-weights are sparse alike: their sum then varies as much as the weight did
+        generator_for(seed, whole_weight(weight.path), purpose="balance"),
+        output_axis=site.kind.output_axis,
+        groups=site.groups,
+        rectified=rectified,
+    )
+    unread = torch.where(signs == 0, values, values.abs() * signs)
+    return torch.where(is_read, made / multiples, unread)
+
+
+def _values(site: WeightSite, values: Tensor, graph_module: GraphModule) -> Tensor:
+    """Return the values that signs act on, given the parameter's; ones where they are known when it runs."""
+    if site.signs_parameter or site.computation is None:
+        return values
+    try:
+        found: Tensor = ConstantPart(graph_module).value(site.computation.expression)
+    except InvariantError:
+        return torch.ones_like(values.mT if site.computation.is_turned else values)
+    return found
 
 
 def _layout(site: WeightSite) -> dict[str, int]:

@@ -128,6 +128,8 @@ def _why_not(site: WeightSite, options: SubWeightOptions, *, is_last: bool, is_m
 def _reason_against(site: WeightSite) -> str | None:
     if site.kind.why_no_units:
         return site.kind.why_no_units
+    if site.computation is not None:
+        return f"the forward computes its weight ({site.computation.words}), and a parameter has sub-weights"
     if site.parameter.is_meta:
         return "its weight is on the meta device and has no values"
     if is_taken(site.parameter_path):

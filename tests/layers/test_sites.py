@@ -175,12 +175,13 @@ def test_a_weight_computed_in_the_graph_is_reported() -> None:
             self.matrix = nn.Parameter(torch.ones(4, 4))
 
         def forward(self, x: Tensor) -> Any:
-            return F.linear(x, self.matrix.tril())
+            return F.linear(x, self.matrix.cumsum(0))
 
     sites = find_sites(capture(Computes()))
     assert not sites.found
     (layer,) = sites.unsupported
-    assert layer.reason == "its weight is tril, computed in the graph, not a parameter"
+    told = "its weight is cumsum, computed in the graph, not a parameter: cumsum is more than a"
+    assert layer.reason == f"{told} sign for each entry"
 
 
 def test_a_weight_read_by_an_operation_is_an_obstacle() -> None:
