@@ -71,6 +71,8 @@ class MaskWeights(WeightPass):
     def _reason_against(self, site: WeightSite, survey: MaskSurvey) -> str | None:
         if why := survey.why_no_units(site):
             return f"{why}, which could be connected or not"
+        if site.computation is not None and not site.computation.keeps_zeros:
+            return f"the forward makes it by {site.computation.words}, which is not 0 where the parameter is"
         if site.operators:
             return f"it passes through {site.operators[0].name!r} already, and masks come before that"
         if site.parameter.is_meta:

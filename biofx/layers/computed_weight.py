@@ -58,6 +58,8 @@ class ComputedWeight:
     """Whether each entry is a fixed multiple of the parameter's."""
     is_even: bool
     """Whether the weight is the same for a parameter of the other sign, as that of ``abs``."""
+    keeps_zeros: bool
+    """Whether the weight is 0 wherever the parameter is, as that of ``exp`` is not."""
     kind: LayerKind
     """The kind of the layer by the layout of the weight; that of the site goes by the parameter's."""
     built_in: Tensor | None = None
@@ -129,6 +131,7 @@ class _Found:
     is_turned: bool = False
     is_multiple: bool = True
     is_even: bool = False
+    keeps_zeros: bool = True
     why: str = ""
     nodes: tuple[Node, ...] = ()
     value: Any = None
@@ -187,7 +190,7 @@ class Computations:
                 fate, why = SignFate.UNKNOWN, "it has fixed signs, and not one for each presynaptic unit"
         return ComputedWeight(
             *(found.root, weight, tuple(sorted(set(found.nodes))), fate, why, found.is_turned),
-            *(found.is_multiple, found.is_even, kind, built_in),
+            *(found.is_multiple, found.is_even, found.keeps_zeros, kind, built_in),
         )
 
     def _survey(self, weight: Node) -> _Found | str:
@@ -315,7 +318,9 @@ def _bent(node: Node, given: list[_Found], constants: Any) -> _Found:
 
 def _never_negative(node: Node, given: list[_Found], constants: Any) -> _Found:
     even = given[0].is_even or (_name_of(node) in _EVEN and given[0].fate is SignFate.KEPT)
-    return given[0].behind(node, fate=SignFate.LOST, is_multiple=False, is_even=even, why="")
+    zeros = given[0].keeps_zeros and _name_of(node) not in _POSITIVE
+    changes = {"is_multiple": False, "is_even": even, "keeps_zeros": zeros}
+    return given[0].behind(node, fate=SignFate.LOST, why="", **changes)
 
 
 def _clamped(node: Node, given: list[_Found], constants: Any) -> _Found:
@@ -327,9 +332,9 @@ def _clamped(node: Node, given: list[_Found], constants: Any) -> _Found:
     if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
         return given[0].lost_track(node, f"the bounds of {node.name} are computed in the graph")
     if low is not None and low >= 0:
-        return _never_negative(node, given, constants)
+        return replace(_never_negative(node, given, constants), keeps_zeros=given[0].keeps_zeros and low == 0)
     if high is not None and high < 0:
-        return given[0].lost_track(node, f"{node.name} makes it negative")
+        return replace(given[0].lost_track(node, f"{node.name} makes it negative"), keeps_zeros=False)
     return _bent(node, given, constants)
 
 
@@ -337,7 +342,8 @@ def _power(node: Node, given: list[_Found], constants: Any) -> _Found:
     exponent = _argument(node, 1, "exponent")
     if isinstance(exponent, int) and exponent > 0:
         return (_bent if exponent % 2 else _never_negative)(node, given, constants)
-    return given[0].lost_track(node, f"{node.name} raises it to the power {exponent}")
+    raised = given[0].lost_track(node, f"{node.name} raises it to the power {exponent}")
+    return replace(raised, keeps_zeros=False)
 
 
 def _negated(node: Node, given: list[_Found], constants: Any) -> _Found:
@@ -387,6 +393,11 @@ def _divided(node: Node, given: list[_Found], constants: Any) -> _Found:
     if main.root is None:
         raise CannotCompute(f"{node.name} divides by it")
     _same_layout(node, main, other)
+    if other.root is main.root and other.keeps_zeros:
+        told = main.lost_track(
+            node, f"{node.name} divides it by what is 0 where no sign or mask leaves anything"
+        )
+        return replace(told, nodes=(*main.nodes, *other.nodes, node), keeps_zeros=False)
     return _by_factor(node, main, other)
 
 
@@ -457,7 +468,8 @@ def _added(node: Node, given: list[_Found], constants: Any) -> _Found:
         raise CannotCompute(f"{node.name} adds {other.root.target} to {main.root.target if main.root else 0}")
     _check_fits(node, main, other)
     both = (main.fate, other.fate) == (SignFate.LOST, SignFate.LOST)
-    made = replace(main, nodes=(*main.nodes, *other.nodes), is_multiple=False)
+    zeros = main.keeps_zeros and other.root is main.root and other.keeps_zeros
+    made = replace(main, nodes=(*main.nodes, *other.nodes), is_multiple=False, keeps_zeros=zeros)
     if both and function_name(node.target) == "add":
         return made.behind(node)
     return made.lost_track(node, f"{node.name} adds something to it")
@@ -475,11 +487,14 @@ def _filled(node: Node, given: list[_Found], constants: Any) -> _Found:
     made = replace(main, nodes=(*main.nodes, *condition.nodes))
     is_zero = fill.fate is SignFate.LOST and not bool(torch.as_tensor(fill.value).any())
     if is_zero or (main.fate is SignFate.LOST and fill.fate is SignFate.LOST):
-        return made.behind(node, is_multiple=made.is_multiple and is_zero)
-    return made.lost_track(node, f"{node.name} fills in values of its own")
+        both = {"is_multiple": made.is_multiple and is_zero, "keeps_zeros": made.keeps_zeros and is_zero}
+        return made.behind(node, **both)
+    return replace(made.lost_track(node, f"{node.name} fills in values of its own"), keeps_zeros=False)
 
 
 _EVEN = frozenset({"abs", "square", "pow"})
+_POSITIVE = frozenset({"softplus", "exp", "sigmoid", "hardsigmoid", "softmax"})
+"""Functions that are not 0 at 0."""
 _NORMS = frozenset({"norm", "vector_norm", "linalg_vector_norm", "linalg_norm", "std", "var"})
 _ONE = ((0, "input"),)
 _TWO = ((0, "input"), (1, "other"))

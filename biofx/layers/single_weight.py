@@ -226,12 +226,12 @@ def _einsum_of(node: Node) -> LayerKind | None:
     >>> import torch.fx
     >>> graph = torch.fx.Graph()
     >>> x, weight = graph.placeholder("x"), graph.placeholder("weight")
-    >>> for equation in ("bti,oi->bto", "io,...i->...o", "bi,oi->ob"):
+    >>> for equation in ("bti,oi->bto", "io,...i->...o", "bi,oi->b"):
     ...     kind = _einsum_of(graph.call_function(torch.einsum, (equation, x, weight)))
     ...     print(equation, None if kind is None else (kind.argument[0], kind.transposed))
     bti,oi->bto (2, False)
     io,...i->...o (1, True)
-    bi,oi->ob None
+    bi,oi->b None
     """
     if len(node.args) != 3 or not isinstance(node.args[0], str):
         return None

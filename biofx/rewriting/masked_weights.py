@@ -166,7 +166,7 @@ def insert_mask(weight: Weight, lowering: Lowering, wiring: Wiring, own: Tensor 
     for use in weight.sites:
         lowering.lower(use)
     kept = f"{bio_module_path(weight.path)}.connection_mask"
-    lowering.wrap_weight(weight.sites, mask_weight, (kept, "mask"), "masked")
+    lowering.wrap_weight([use.at_parameter for use in weight.sites], mask_weight, (kept, "mask"), "masked")
     counts = exists.sum(1)
     return {
         "connections": layout.gates * int(counts.sum()),
