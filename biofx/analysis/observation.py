@@ -110,9 +110,10 @@ def find_all_sites(graph_module: GraphModule) -> Sites:
     observation = observation_of(graph_module)
     if observation is None:
         return sites
-    uses: dict[Hashable, set[tuple[LayerKind, int, str]]] = {}
+    uses: dict[Hashable, set[tuple[LayerKind, int, str, str | None]]] = {}
     for site in find_sites(observation.view).found:
-        uses.setdefault(weight_key(site), set()).add((site.kind, site.groups, site.role))
+        use = (site.kind, site.groups, site.role, _why_no_sign_in_python(site))
+        uses.setdefault(weight_key(site), set()).add(use)
     return dataclasses.replace(sites, reads=[_as_layer(read, uses) for read in sites.reads])
 
 
@@ -121,13 +122,27 @@ def weights_in_python(sites: Sites) -> list[WeightSite]:
     return [read for read in sites.reads if read.kind is not READ]
 
 
-def _as_layer(read: WeightSite, uses: Mapping[Hashable, set[tuple[LayerKind, int, str]]]) -> WeightSite:
+def _why_no_sign_in_python(site: WeightSite) -> str | None:
+    """Return why a parameter that Python computes a weight from can have no sign, None if it can."""
+    if site.computation is None or site.computation.keeps_signs:
+        return None
+    if site.value_blocker is not None:
+        return site.value_blocker
+    return (
+        f"Python computes its weight by {site.computation.words}, behind which no sign of a parameter is left"
+    )
+
+
+def _as_layer(
+    read: WeightSite, uses: Mapping[Hashable, set[tuple[LayerKind, int, str, str | None]]]
+) -> WeightSite:
     used_as = uses.get(weight_key(read), set())
     if len(used_as) != 1:  # it has no one axis of presynaptic units
         return read
-    ((kind, groups, role),) = used_as
+    ((kind, groups, role, why),) = used_as
     slot = dataclasses.replace(read.slot, role=role)
-    return dataclasses.replace(read, kind=kind, groups=groups, slot=slot)
+    against = read.value_blocker or why
+    return dataclasses.replace(read, kind=kind, groups=groups, slot=slot, value_blocker=against)
 
 
 def _analysed(graph_module: GraphModule, view: GraphModule) -> ObservedUnitAnalysis:
