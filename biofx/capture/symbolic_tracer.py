@@ -32,6 +32,7 @@ from biofx.capture.intercepted_calls import (
     builtins_patched,
     can_be_applied,
     checkpoints_handled,
+    replaced,
     type_limits_followed,
 )
 from biofx.capture.proxies import TensorMode, TrainingFlag, Value
@@ -46,6 +47,7 @@ from biofx.layers.layer_kind import hooks_of
 from biofx.model.modes import ModeSwitches
 from biofx.progress import advance
 
+_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn")
 _CATCHES = "catches exceptions, and whether another input raises them is not known before the graph runs"
 
 
@@ -102,6 +104,7 @@ class SymbolicTracer(SymbolicBuilder):
                 type_limits_followed(self._limit, Value),
                 reads_noticed(modules, self),
                 TensorMode(self),
+                replaced(self._factories()),
             ):
                 stack.enter_context(patch)
             self.is_following = True
@@ -115,6 +118,21 @@ class SymbolicTracer(SymbolicBuilder):
         return (
             IN_SYMBOLIC_TRACES if length is None else {**IN_SYMBOLIC_TRACES, "range": assumed_range(length)}
         )
+
+    def _factories(self) -> list[tuple[Any, str, Any]]:
+        """Let functions that make tensors take sizes one by one that are not known, which torch refuses."""
+        if self._assumed_length is None:
+            return []
+
+        def taking_values(original: Any) -> Any:
+            def function(*args: Any, **kwargs: Any) -> Any:
+                if any(issubclass(type(arg), Value) for arg in args):
+                    return self.create_proxy("call_function", original, args, kwargs)
+                return original(*args, **kwargs)
+
+            return function
+
+        return [(torch, name, taking_values(getattr(torch, name))) for name in _FACTORIES]
 
     # what torch.fx.Tracer calls
 
