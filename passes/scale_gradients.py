@@ -13,14 +13,14 @@ use SGD, or let ``biofx.attach`` scale their updates instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch.fx import Node
 
+from biofx.analysis.observation import OrderOfExecution
 from biofx.config import FROM_SEED, check_drawn_again, option_from_config
-from biofx.graph.regions import region_of_nodes
 from biofx.layers.weight_site import Sites, Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.rate_ops import scale_gradient, scale_gradient_by_seed
@@ -55,9 +55,9 @@ class ScaleGradients(WeightPass):
         if self.dtype == FROM_SEED:
             check_drawn_again(f"{self.name}: dtype", self.distribution)
 
-    def survey(self, graph_module: BioGraphModule, scope: Scope) -> Mapping[Node, str]:
-        """Find the nodes whose place in the order of execution is not known."""
-        return region_of_nodes(graph_module.graph)
+    def survey(self, graph_module: BioGraphModule, scope: Scope) -> OrderOfExecution:
+        """Find the places of weights in the order of execution."""
+        return OrderOfExecution.of(graph_module)
 
     def weights(self, sites: Sites, scope: Scope) -> list[Weight]:
         """Return the weights with whatever else reads them, and where all are meant the other parameters."""
@@ -65,11 +65,11 @@ class ScaleGradients(WeightPass):
             sites, lambda node, layer: scope.variant(self, node, layer).parameters == "all"
         )
 
-    def reason_against(self, site: WeightSite, survey: Mapping[Node, str]) -> Remark | None:
+    def reason_against(self, site: WeightSite, survey: OrderOfExecution) -> Remark | None:
         """Leave alone what is scaled already, would be scaled by 1, or is frozen."""
         if site.is_scaled:
             return done_already(site.node, site.layer, "its gradient is scaled already")
-        reason = self._reason_against(site, survey.get(site.node))
+        reason = self._reason_against(site, survey.region_of_unknown(site))
         return None if reason is None else missed(site.node, site.layer, reason)
 
     def _reason_against(self, site: WeightSite, region: str | None) -> str | None:
@@ -106,7 +106,7 @@ class ScaleGradients(WeightPass):
 
     def rewrite_node(self, candidate: WeightUses, options: WeightPass) -> Iterator[Remark]:
         """Draw the factors of a weight, unless another use of it has them already, and insert them."""
-        weight, lowering = candidate.weight, candidate.lowering
+        weight, lowering = candidate.survey.placed(candidate.weight), candidate.lowering
         source = self._sampled_from(weight)
         state, sampling = state_of(lowering.graph_module, weight), rate_sampling(**source)
         if not state.has_factors:

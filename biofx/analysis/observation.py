@@ -18,10 +18,11 @@ from torch.fx import GraphModule, Node
 from biofx.analysis.connected_units import comparable
 from biofx.analysis.observed_units import ObservedUnitAnalysis
 from biofx.graph.analysis_cache import cached_on_graph
+from biofx.graph.regions import region_of_nodes
 from biofx.layers.layer_kind import LayerKind
 from biofx.layers.norms import NormSite, find_norms
 from biofx.layers.sites import find_sites
-from biofx.layers.weight_site import READ, Sites, WeightSite
+from biofx.layers.weight_site import READ, Sites, Weight, WeightSite
 from biofx.model.observed_runs import observed_runs_of, observed_view
 from biofx.operators.split_ops import fold_weight, pool_synapses
 from biofx.plasticity.model_states import expanded_weights
@@ -98,6 +99,33 @@ def observation_of(graph_module: GraphModule) -> Observation | None:
     keys = list(dict.fromkeys(map(weight_key, sites)))
     order = {key: place for place, key in enumerate(keys)}
     return Observation(first, nodes, frozenset(_disputed(analyses)), order)
+
+
+@dataclass(frozen=True)
+class OrderOfExecution:
+    """Where weights stand in the order of execution."""
+
+    regions: Mapping[Node, str]
+    """The regions in which nodes lie: the graph does not say when Python calls them."""
+    depths: Mapping[Hashable, float]
+    """Places of observed weights by their keys, 0 for the first and 1 for the last."""
+
+    @classmethod
+    def of(cls, graph_module: GraphModule) -> OrderOfExecution:
+        """Return the order in a graph, with what was observed of it."""
+        observation = observation_of(graph_module)
+        order = {} if observation is None else observation.order
+        last = max(1, len(order) - 1)
+        depths = {key: place / last for key, place in order.items()}
+        return cls(region_of_nodes(graph_module.graph), depths)
+
+    def region_of_unknown(self, site: WeightSite) -> str | None:
+        """Return the region of a site whose place is not known, None if it is."""
+        return None if weight_key(site) in self.depths else self.regions.get(site.node)
+
+    def placed(self, weight: Weight) -> Weight:
+        """Return a weight with the place at which it was observed."""
+        return dataclasses.replace(weight, depth=self.depths.get(weight_key(weight.sites[0]), weight.depth))
 
 
 def find_all_sites(graph_module: GraphModule) -> Sites:

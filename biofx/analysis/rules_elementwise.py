@@ -136,12 +136,13 @@ def added(call: UnitCall) -> UnitValue:
 
 
 def subtracted(call: UnitCall) -> UnitValue:
-    """``a - b``: b would act with the opposite sign."""
+    """``a - b``: b would act with the opposite sign, unless it is of the same units, as in adaptation."""
     left, right = call.operands
     number = _computed(left, right, operator.sub)
     if number is not None:
         return number
-    if right.has_units and not (right.is_statistic and left.has_units):
+    is_own = right.is_statistic and left.has_units
+    if right.has_units and not is_own and not call.are_one(left, right):
         return call.ends("it subtracts activity, and excitation turns into inhibition")
     return call.keeps(left, nonnegative=False)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from biofx.analysis.forward import TABLE, Call, CannotFollow, Entry, ForwardAnalysis, rule_for
+from biofx.analysis.joined_numbers import smallest_connected
 from biofx.analysis.layout import Axis, UnitLayout
 from biofx.analysis.synapses import synaptic_nodes
 from biofx.graph.analysis_cache import forget_analyses
@@ -210,6 +211,12 @@ class UnitCall(Call):
             rank = max((value.rank for value in values if value.rank is not None), default=None)
         return UnitValue(layout=pattern, rank=rank)
 
+    def are_one(self, left: UnitValue, right: UnitValue) -> bool:
+        """Whether two values hold the same units, one by one, as far as is known by now."""
+        if left.layout is None or right.layout is None or left.layout.axes != right.layout.axes:
+            return False
+        return self.analysis.are_one(left.layout.labels, right.layout.labels)
+
     def unify_rows(self, table: Tensor) -> None:
         """Make all units of each row of a ``(rows, units)`` table one."""
         self.analysis.join(table[:, :1].expand_as(table), table)
@@ -294,6 +301,7 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
         """How many units there are."""
         self.pairs: list[Tensor] = []
         """Units that are one, ``(2, pairs)`` each."""
+        self._smallest: tuple[tuple[int, int], Tensor] | None = None
         self._decided: dict[tuple[Node, tuple[Axis, ...], tuple[int, ...]], UnitLayout] = {}
         self._same: dict[Node, list[Node]] = {}
         self._columns: dict[str, Tensor] = {}
@@ -414,6 +422,15 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
         """Make units one, entry by entry."""
         if not _is_same_tensor(left, right):
             self.pairs.append(torch.stack((left.flatten(), right.flatten())))
+
+    def are_one(self, left: Tensor, right: Tensor) -> bool:
+        """Whether units are one, entry by entry, as far as is known by now."""
+        if left.shape != right.shape or torch.equal(left, right):
+            return left.shape == right.shape
+        if self._smallest is None or self._smallest[0] != (self.count, len(self.pairs)):
+            pairs = torch.cat([torch.empty(2, 0, dtype=torch.int64), *self.pairs], 1)
+            self._smallest = (self.count, len(self.pairs)), smallest_connected(self.count, pairs)
+        return torch.equal(self._smallest[1][left], self._smallest[1][right])
 
     def note_same(self, node: Node, values: Sequence[UnitValue]) -> None:
         """Remember that a node's units are those of values that are all open."""

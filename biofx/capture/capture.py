@@ -37,7 +37,7 @@ from biofx.capture.trace_module import trace
 from biofx.errors import CaptureError
 from biofx.foreign_errors import foreign_errors_wrapped
 from biofx.graph.contexts import preserved_modes
-from biofx.graph.regions import GRAPH_BREAKS, region_paths
+from biofx.graph.regions import GRAPH_BREAKS, graph_breaks_of, region_paths
 from biofx.layers.sites import find_sites
 from biofx.model.graph_module import BioGraphModule, become_graph_module, follow_changes_within
 from biofx.model.modes import switches_of
@@ -88,7 +88,7 @@ def capture(
                 root = copy_of(model, memo)
                 with _untouched(model):
                     captured = _captured(root, frozenset(opaque), _tensors_of(model), regions, example_inputs)
-                    if region_paths(captured):
+                    if graph_breaks_of(captured):
                         captured.observed_runs = (
                             observe_without_example(model, frozenset(opaque))
                             if example_inputs is None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from biofx.graph.graph_functions import AppliedFunction
 from biofx.graph.observed_functions import made_elsewhere
 from biofx.layers.attention import transformers_as_nodes
 from biofx.layers.layer_kind import hooks_of
-from biofx.model.observed_runs import INDICES, NONNEGATIVE, SHAPE
+from biofx.model.observed_runs import INDICES, SHAPE
 from biofx.static_inspection import is_of
 
 _MOST_INDICES = 1 << 20
@@ -60,9 +60,6 @@ class _RunObserver(TorchFunctionMode):
         self._stored = _tensors_held(root)
         self._nodes: dict[int, tuple[Node, Tensor]] = {}
         """The node that gives a tensor, and the tensor itself, so that its id stays its own."""
-        self._reads: dict[str, Node] = {}
-        self._constant: set[Node] = set()
-        """What depends on no input and no parameter."""
         self._stack: list[tuple[str, type]] = []
         self._is_quiet = False
         self.graph = Graph(tracer_cls=Tracer)
@@ -164,13 +161,6 @@ class _RunObserver(TorchFunctionMode):
                 for leaf in _tensors_in(given)
                 if not leaf.is_floating_point() and not leaf.is_meta and leaf.numel() <= _MOST_INDICES
             }
-        inputs = node.all_input_nodes
-        if isinstance(found, Tensor) and op == "call_function" and self._constant.issuperset(inputs):
-            if name in _RANDOM_NONNEGATIVE:
-                node.meta[NONNEGATIVE] = True
-            elif not ("rand" in name or "normal" in name or name in _RANDOM):
-                self._constant.add(node)
-                node.meta[NONNEGATIVE] = _is_nonnegative(found)
         self._take(node, found)
 
     def _take(self, node: Node, found: Any) -> None:
@@ -209,9 +199,6 @@ class _RunObserver(TorchFunctionMode):
             node = self.graph.create_node("call_function", made_elsewhere)
         else:
             node = self.graph.create_node("get_attr", path)
-            if not isinstance(tensor, nn.Parameter):
-                self._constant.add(node)
-                node.meta[NONNEGATIVE] = _is_nonnegative(tensor)
         self._note(node, tensor)
         return node
 
@@ -245,8 +232,6 @@ _REFLECTED: dict[str, Any] = {
     **{f"__r{name}__": getattr(operator, name) for name in str.split("sub truediv floordiv pow matmul")},
 }
 """The same where the tensor is the second operand."""
-_RANDOM = frozenset({"dropout", "multinomial", "rrelu", "uniform_"})
-_RANDOM_NONNEGATIVE = frozenset({"rand", "rand_like", "bernoulli", "exponential_"})
 _BY_INDEX = frozenset(
     str.split("getitem __getitem__ setitem index_select gather take_along_dim index_add index_add_ scatter")
 )
@@ -255,14 +240,6 @@ _BY_INDEX = frozenset(
 
 def _holds_tensors(found: Any) -> bool:
     return isinstance(found, Tensor) or (isinstance(found, (tuple, list)) and bool(_tensors_in(found)))
-
-
-def _is_nonnegative(tensor: Tensor) -> bool:
-    if tensor.is_meta or tensor.is_complex() or tensor.layout is not torch.strided:
-        return False
-    with suppress(Exception):
-        return bool((tensor.detach() >= 0).all())
-    return False
 
 
 def _tensors_in(value: Any) -> list[Tensor]:

@@ -12,14 +12,14 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule
 
-from biofx.graph.regions import OBSERVED, region_paths
+from biofx.graph.regions import OBSERVED
 from biofx.model.copies import pack, unpack
 
 ATTRIBUTE = "observed_runs"
 """Attribute of a captured model that holds its observed runs."""
-SHAPE, INDICES, NONNEGATIVE = "observed_shape", "observed_indices", "observed_nonnegative"
-"""Keys in the ``meta`` of nodes of observed runs: the shape of a value, the values of index tensors by the
-names of their nodes, and whether a value that depends on no input and no parameter is never negative."""
+SHAPE, INDICES = "observed_shape", "observed_indices"
+"""Keys in the ``meta`` of nodes of observed runs: the shape of a value, and the values of index tensors by
+the names of their nodes."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ObservedRuns:
 
 
 def _packed(graph: Graph) -> tuple[Any, ...]:
-    return pack(graph, (SHAPE, INDICES, NONNEGATIVE))
+    return pack(graph, (SHAPE, INDICES))
 
 
 def _unpickled(packed: tuple[tuple[Any, ...], ...], reason: str) -> ObservedRuns:
@@ -47,8 +47,10 @@ def _unpickled(packed: tuple[tuple[Any, ...], ...], reason: str) -> ObservedRuns
 
 def observed_runs_of(graph_module: GraphModule) -> ObservedRuns:
     """Return the observed runs of a model; none of a model whose graph says it all."""
-    found: ObservedRuns | None = vars(graph_module).get(ATTRIBUTE)
-    return found if found is not None and region_paths(graph_module) else ObservedRuns(())
+    if OBSERVED in vars(graph_module):
+        return ObservedRuns(())
+    found: ObservedRuns = vars(graph_module).get(ATTRIBUTE, ObservedRuns(()))
+    return found
 
 
 def observed_view(graph_module: GraphModule, graph: Graph) -> GraphModule:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biofx.analysis.connected_units import smallest_connected
+from biofx.analysis.joined_numbers import smallest_connected
 
 
 @settings(max_examples=200, deadline=None)
