@@ -140,7 +140,7 @@ ENDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "inverse root": (lambda x: torch.rsqrt(F.relu(x) + 1), "falls as its argument rises"),
     "negative power": (lambda x: (F.relu(x) + 1) ** -2, "falls as its argument rises"),
     "power of the input": (lambda x: x ** x.sigmoid(), "exponent is known only when it runs"),
-    "less itself": (lambda x: x - x.sigmoid(), "it subtracts activity"),
+    "less others": (lambda x: x - x.flip(-1), "it subtracts activity"),
     "mean that may be negative": (lambda x: x / x.mean(-1, keepdim=True), "may be negative"),
 }
 
