@@ -113,10 +113,11 @@ class MaskWeights(WeightPass):
             *(self.density, self.blocks, self.areas, self.mask, self.initialisation == "rescale", self.seed)
         )
         found = insert_mask(weight, candidate.lowering, wiring, own)
-        share = found["connections"] / found["weights"]
+        share, ends = found["connections"] / found["weights"], (found["fewest"], found["most"])
+        each = " to ".join(dict.fromkeys(map(str, ends)))
         message = (
             f"{found['connections']} of {found['weights']} weights are connections (density {share:.3g}), "
-            f"{found['fewest']} to {found['most']} for each unit"
+            f"{each} for each unit"
         )
         message += "" if own is None else f"; none of {int(own.sum())} self-connections"
         message += f"; {found['forbidden']} can never exist" if found["forbidden"] else ""

@@ -29,7 +29,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "split": {**OFF, **SPLIT},
     "split, not folded": {**OFF, **SPLIT, "weight_splitting_fold": False},
     "split, tanh": {**OFF, **SPLIT, "weight_splitting_activation_function": "torch.tanh"},
+    "masked": {**OFF, "weight_density": 0.5},
     "all": {**KEEP, **SPLIT, "fuzzy_learning_rate_factor_nu": 0.4},
+    "all, masked": {**KEEP, **SPLIT, "fuzzy_learning_rate_factor_nu": 0.4, "weight_density": 0.5},
 }
 KEEP_THE_FUNCTION = ("off", "rates of 1", "rates", "rates of all", "rates from their seed")
 
