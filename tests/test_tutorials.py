@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,13 @@ def tutorial(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, request.param, module)
     spec.loader.exec_module(module)
-    train, test = module.digits()
-    few = (train[0][:400], train[1][:400])
-    monkeypatch.setattr(module, "digits", lambda: (few, test))
-    monkeypatch.delitem(sys.modules, "learning")
+    if hasattr(module, "digits"):
+        train, test = module.digits()
+        few = (train[0][:400], train[1][:400])
+        monkeypatch.setattr(module, "digits", lambda: (few, test))
+        monkeypatch.delitem(sys.modules, "learning")
     return module
 
 
@@ -72,3 +75,34 @@ def test_a_transformer_learns_with_plasticity(
     assert [record.step for record in records] == list(range(0, 48, 5))
     for picture in ("run.png", "layers.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore")  # of neurogym and gymnasium
+@pytest.mark.parametrize("tutorial", ["ei_network"], indirect=True)
+def test_excitatory_and_inhibitory_units_learn_to_decide(
+    tutorial: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("neurogym", reason="the tutorial needs neurogym: pip install -e '.[neuro]'")
+    drawn: list[Any] = []
+    draw = tutorial.draw
+    tutorial.draw = lambda networks, path: (drawn.extend(networks), draw(networks, path))
+    tutorial.main(tmp_path, loop_steps=60, layer_steps=5)
+    told = capsys.readouterr().out
+    assert told.count("80 excitatory and 20 inhibitory presynaptic units") == 4  # recurrent weights and readouts
+    assert told.count("none of 100 self-connections") == 2
+    assert told.count("every invariant holds") == 2
+    right = [float(share) for share in re.findall(r"decides right in ([0-9.]+) ±", told)]
+    assert right[0] > 65
+    signs = torch.tensor(tutorial.SIGNS)
+    for network in drawn:
+        assert not torch.equal(network.before, network.after)
+        for weights in (network.before, network.after):
+            assert not bool((weights * signs < 0).any())
+            assert not bool(weights.diagonal().any())
+            assert bool((weights != 0).any(0).all())
+        coherences, shares, _ = zip(*network.psychometric, strict=True)
+        assert len(coherences) == 13
+        assert all(0 <= share <= 100 for share in shares)
+    assert drawn[0].psychometric[-1][1] - drawn[0].psychometric[0][1] > 50
+    assert (tmp_path / "networks.png").read_bytes().startswith(b"\x89PNG")
+
