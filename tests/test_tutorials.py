@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,15 +81,25 @@ def test_a_transformer_learns_with_plasticity(
 @pytest.mark.filterwarnings("ignore")  # of neurogym and gymnasium
 @pytest.mark.parametrize("tutorial", ["ei_network"], indirect=True)
 def test_excitatory_and_inhibitory_units_learn_to_decide(
-    tutorial: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tutorial: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("neurogym", reason="the tutorial needs neurogym: pip install -e '.[neuro]'")
     drawn: list[Any] = []
-    draw = tutorial.draw
-    tutorial.draw = lambda networks, path: (drawn.extend(networks), draw(networks, path))
+    draw: Callable[[list[Any], Path], None] = tutorial.draw
+
+    def drawing(networks: list[Any], path: Path) -> None:
+        drawn.extend(networks)
+        draw(networks, path)
+
+    monkeypatch.setattr(tutorial, "draw", drawing)
     tutorial.main(tmp_path, loop_steps=60, layer_steps=5)
     told = capsys.readouterr().out
-    assert told.count("80 excitatory and 20 inhibitory presynaptic units") == 4  # recurrent weights and readouts
+    assert (
+        told.count("80 excitatory and 20 inhibitory presynaptic units") == 4
+    )  # recurrent weights and readouts
     assert told.count("none of 100 self-connections") == 2
     assert told.count("every invariant holds") == 2
     right = [float(share) for share in re.findall(r"decides right in ([0-9.]+) ±", told)]
@@ -105,4 +116,3 @@ def test_excitatory_and_inhibitory_units_learn_to_decide(
         assert all(0 <= share <= 100 for share in shares)
     assert drawn[0].psychometric[-1][1] - drawn[0].psychometric[0][1] > 50
     assert (tmp_path / "networks.png").read_bytes().startswith(b"\x89PNG")
-

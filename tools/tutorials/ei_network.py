@@ -193,7 +193,7 @@ def train(name: str, model: nn.Module, units: str, rate: float, steps: int, task
         fuzzy_lr_distribution=biofx.Distribution.BASELINE,
     ).override(units, dales_signs=SIGNS)
     example = task.trials(2, seed=0).observations
-    bio_model, report = biofx.transform(model, config, example_inputs=((example,), {}))
+    bio_model, report = biofx.transform(model, config, example_inputs=(example,))
     for of_pass in report.passes:
         for remark in of_pass.remarks:
             print(f"  {remark}")
