@@ -125,9 +125,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _examples(options: argparse.Namespace) -> Any:
+    from biofx.capture.example_text import examples_from_text
+
+    return examples_from_text(options.example) if options.example else None
+
+
 def _add_target(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "target", metavar="TARGET", help="MODULE:NAME or FILE.py:NAME of a model, or of what makes one"
+    )
+    command.add_argument(
+        "--example",
+        action="append",
+        default=[],
+        metavar="[NAME=]TENSOR",
+        help='an example input, such as "torch.randn(12, 4, 3)" (repeatable): shapes and dtypes, no code',
     )
     command.add_argument("--config", type=Path, metavar="FILE", help="a config in TOML")
     command.add_argument(
@@ -186,6 +199,7 @@ def _transform(options: argparse.Namespace) -> None:
             only=options.only,
             exclude=options.exclude,
             opaque=options.opaque,
+            example_inputs=_examples(options),
             observe=observe,
         )
     for path, write in (
@@ -247,7 +261,8 @@ def _passes(options: argparse.Namespace) -> None:
 def _explain(options: argparse.Namespace) -> None:
     from biofx.diagnostics.explain import explain
 
-    Console().print(explain(load_target(options.target), options.selector, _config(options)))
+    model, examples = load_target(options.target), _examples(options)
+    Console().print(explain(model, options.selector, _config(options), example_inputs=examples))
 
 
 def _demo(options: argparse.Namespace) -> None:

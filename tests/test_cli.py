@@ -30,6 +30,19 @@ class Branching(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w_in, self.w_rec, self.w_out = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = x.new_zeros(x.shape[1], 6)
+        step = 0
+        while step < x.shape[0]:
+            h = torch.relu(self.w_in(x[step]) + self.w_rec(h))
+            step += 1
+        return self.w_out(h)
+
 instance = Net(8)
 number = 3
 
@@ -254,3 +267,39 @@ def test_names_with_markup_are_printed_as_they_are(
     assert main(["transform", "odd.py:model", "--diff"]) == 0
     assert "[red]x" in capsys.readouterr().out
     sys.modules.pop("odd", None)
+
+
+def test_an_example_lets_a_recurrent_network_have_signs(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["transform", target.replace("Net", "Recurrent"), "--set", "apply_dales_principle=true"]
+    state = torch.get_rng_state()
+    for example, signed in (([], set()), (["--example", "torch.randn(5, 4, 3)"], {"w_rec"})):
+        assert main([*command, *example, "--json", "report.json"]) == 0
+        report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+        (signs,) = (entry for entry in report["passes"] if entry["name"] == "constrain-signs")
+        assert {r["layer"] for r in signs["remarks"] if r["kind"] == "applied"} == signed
+    assert torch.equal(state, torch.get_rng_state())
+    capsys.readouterr()
+    assert (
+        main(["explain", target.replace("Net", "Recurrent"), "w_rec", "--example", "torch.randn(5, 4, 3)"])
+        == 0
+    )
+    assert "w_rec" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("12, 4, 3", "expected torch.randn(12, 4, 3)"),
+        ("__import__('os').system('true')", "expected torch.randn(12, 4, 3)"),
+        ("torch.rand_n(2)", "torch.randn"),
+        ("torch.load('x.pt')", "expected one of torch.randn"),
+        ("torch.randn(-2)", "makes no tensor"),
+    ],
+)
+def test_an_example_that_is_no_tensor_is_refused(
+    text: str, words: str, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["transform", target, "--example", text]) == 1
+    assert words in capsys.readouterr().err.replace("\n", " ")

@@ -27,6 +27,7 @@ from biofx.model.observed_runs import observed_runs_of, observed_view
 from biofx.operators.split_ops import fold_weight, pool_synapses
 from biofx.plasticity.model_states import expanded_weights
 
+GIVE_EXAMPLES = "give example_inputs to have signs here"
 NOT_OBSERVED = "the example inputs do not lead to it"
 DISAGREES = "whose units it reads differs between the example inputs and a run of other sizes"
 
@@ -43,6 +44,8 @@ class Observation:
     """The keys of the weights on which the two runs do not agree (:func:`weight_key`)."""
     order: Mapping[Hashable, int]
     """When each weight was first used, by its key."""
+    is_traced: bool
+    """Whether nothing ran, since there was no example: what the trace cannot say is not known."""
 
     @property
     def view(self) -> GraphModule:
@@ -98,7 +101,8 @@ def observation_of(graph_module: GraphModule) -> Observation | None:
         nodes.setdefault(norm.node, own.get(_gain_key(norm), ()))
     keys = list(dict.fromkeys(map(weight_key, sites)))
     order = {key: place for place, key in enumerate(keys)}
-    return Observation(first, nodes, frozenset(_disputed(analyses)), order)
+    disputed = frozenset(_disputed(analyses))
+    return Observation(first, nodes, disputed, order, observed_runs_of(graph_module).is_traced)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from biofx.analysis.forward import CannotFollow, declare
 from biofx.analysis.layout import UnitLayout, concatenated
@@ -197,11 +198,30 @@ def stacked(call: UnitCall) -> UnitValue:
     whole = call.unified(parts)
     if whole.layout is None:
         return call.ends("it stacks values whose units are not known")
-    position = call.position(call.argument(1, "dim", 0), whole, added=1)
+    axis = call.argument(1, "dim", 0)
+    layout = whole.layout
+    if axis != 0 or whole.rank is not None:  # in front of all others it moves none, however many they are
+        layout = layout.shifted(call.position(axis, whole, added=1), -1)
     return UnitValue(
-        layout=whole.layout.shifted(position, -1),
+        layout=layout,
         rank=None if whole.rank is None else whole.rank + 1,
         nonnegative=all(part.nonnegative for part in parts),
+    )
+
+
+def assigned(call: UnitCall) -> UnitValue:
+    """``x[…] = y``: where the index says nothing of the axis of the units, those of both are one."""
+    base, value = call.x, call.value(call.argument(2, "value"))
+    if not value.has_units and not base.has_units:
+        return NOTHING.replace(rank=base.rank, nonnegative=base.nonnegative and value.nonnegative)
+    index = call.argument(1, "index")
+    entries = index if isinstance(index, tuple) else (index,)
+    plain = all(isinstance(entry, (int, Node)) or entry == slice(None) for entry in entries)
+    layout = value.layout
+    if not plain or layout is None or any(axis.position != -1 for axis in layout.axes):
+        raise CannotFollow("where it writes units is not known")
+    return call.unified((base, value)).replace(
+        rank=base.rank, nonnegative=base.nonnegative and value.nonnegative
     )
 
 
@@ -258,3 +278,4 @@ declare("size", units=sized, replication=_size)
 declare("dim", units=lambda call: UnitValue(number=call.x.rank, nonnegative=True))
 declare("cat", "concat", "concatenate", units=joined, replication=_cat)
 declare("stack", units=stacked)
+declare(operator.setitem, units=assigned)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from biofx.analysis.observation import find_all_sites, weights_in_python
+from biofx.analysis.observation import GIVE_EXAMPLES, find_all_sites, weights_in_python
 from biofx.analysis.readouts import last_synapses
 from biofx.analysis.sign_store import SignOptions, SignStore
 from biofx.analysis.unit_groups import unit_groups
@@ -125,7 +125,7 @@ class SignSurvey:
 def _what_is_missing(reason: str) -> str:
     if reason:
         return f"a run could not be observed: {reason}"
-    return "give example_inputs to have signs here"
+    return GIVE_EXAMPLES
 
 
 def _leads_outwards(site: WeightSite) -> bool:
@@ -196,5 +196,7 @@ def _reasons(survey: SignSurvey, path: str, why_not: WhyNot) -> Iterator[str]:
         yield f"{reader.layer!r}, which reads them, has none: {why_not(reader, survey)}"
     if not readers:
         region = survey.region_after(site)
-        known = "" if region is None else f", as Python calls {region!r} and what follows it"
+        known = ""
+        if region is not None:
+            known = f", as Python calls {region!r} and what follows it; {survey.what_is_missing}"
         yield f"which weights read them is not known{known}"

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from biofx.analysis.connected_units import representatives
-from biofx.analysis.observation import DISAGREES, NOT_OBSERVED, Observation, observation_of, weight_key
+from biofx.analysis.observation import (
+    DISAGREES,
+    GIVE_EXAMPLES,
+    NOT_OBSERVED,
+    Observation,
+    observation_of,
+    weight_key,
+)
 from biofx.analysis.synapses import only_compared, synaptic_nodes
 from biofx.analysis.units import Reading, Source, UnitAnalysis
 from biofx.errors import InputError
@@ -134,10 +141,22 @@ class UnitGroups:
         """Return why it is not known what a site reads, None if it is."""
         if self._observation is None:
             return None
+        reason = None
         if weight_key(site) not in self._by_weight:
-            return f"what feeds it is not known: {NOT_OBSERVED}"
-        disputed = weight_key(site) in self._observation.disputed
-        return f"what feeds it is not known: {DISAGREES}" if disputed else None
+            reason = NOT_OBSERVED
+        elif weight_key(site) in self._observation.disputed:
+            reason = DISAGREES
+        elif self._observation.is_traced:
+            reason = self._where_units_begin(self.reading(site))
+        return None if reason is None else f"what feeds it is not known: {reason}"
+
+    def _where_units_begin(self, reading: Reading) -> str | None:
+        """Return why units begin at an operation that ends others, None if known ones feed a weight alone."""
+        ends = {node.name: reason for node, reason in self.ends.items()}
+        for source in self.sources_of(reading.units).sources:
+            if source.kind == "open":
+                return f"{ends.get(source.name, NOT_OBSERVED)}; {GIVE_EXAMPLES}"
+        return None
 
     def reading(self, site: WeightSite) -> Reading:
         """Return what a site reads."""

@@ -37,7 +37,7 @@ def observe_without_example(model: nn.Module, opaque: frozenset[str]) -> Observe
         except CaptureError:
             return ObservedRuns(())
         graphs.append(traced.graph)
-    return ObservedRuns(tuple(graphs))
+    return ObservedRuns(tuple(graphs), is_traced=True)
 
 
 def observe(model: nn.Module, example_inputs: ExampleInputs, opaque: frozenset[str]) -> ObservedRuns:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Node
 
 from biofx.capture.capture import capture
+from biofx.capture.example_inputs import ExampleInputs
 from biofx.config import BioConfig
 from biofx.graph.printing import format_node
 from biofx.model.graph_module import BioGraphModule
@@ -22,13 +23,20 @@ from biofx.rewriting.remarks import Remark
 from biofx.select import NodeIndex, Override, Selector, picks
 
 
-def explain(model: nn.Module, selector: Selector, config: BioConfig | None = None) -> RenderableType:
+def explain(
+    model: nn.Module,
+    selector: Selector,
+    config: BioConfig | None = None,
+    *,
+    example_inputs: ExampleInputs | None = None,
+) -> RenderableType:
     """Return what a selector picks in a model and what the config does there, for ``rich.print``.
 
     Args:
         model: any module that can be captured; it is not changed.
         selector: see :mod:`biofx.select`.
         config: its overrides and passes are looked at; the default config if None.
+        example_inputs: of one call; optional, see :func:`biofx.capture`.
 
     Raises:
         InputError: ``model`` cannot be taken.
@@ -36,7 +44,7 @@ def explain(model: nn.Module, selector: Selector, config: BioConfig | None = Non
         SelectorError: the selector, or one of an override, picks nothing; the nearest names are given.
     """
     config = config if config is not None else BioConfig()
-    captured = capture(model)
+    captured = capture(model, example_inputs=example_inputs)
     with joined(captured):
         return Group(*_explained(captured, selector, config))
 

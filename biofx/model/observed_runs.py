@@ -29,20 +29,22 @@ class ObservedRuns:
     graphs: tuple[Graph, ...]
     reason: str = ""
     """Why there is none, or why there is only one."""
+    is_traced: bool = False
+    """Whether they are traces without an example, in which loops run a few times."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ObservedRuns:
         return self  # nothing changes them
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (tuple(map(_packed, self.graphs)), self.reason)
+        return _unpickled, (tuple(map(_packed, self.graphs)), self.reason, self.is_traced)
 
 
 def _packed(graph: Graph) -> tuple[Any, ...]:
     return pack(graph, (SHAPE, INDICES))
 
 
-def _unpickled(packed: tuple[tuple[Any, ...], ...], reason: str) -> ObservedRuns:
-    return ObservedRuns(tuple(map(unpack, packed)), reason)
+def _unpickled(packed: tuple[tuple[Any, ...], ...], reason: str, is_traced: bool) -> ObservedRuns:
+    return ObservedRuns(tuple(map(unpack, packed)), reason, is_traced)
 
 
 def observed_runs_of(graph_module: GraphModule) -> ObservedRuns:

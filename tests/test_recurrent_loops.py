@@ -1,0 +1,276 @@
+"""Recurrent networks whose forward is a loop over time: one sign a unit, everywhere it is read."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import biofx
+from biofx.errors import OptionError
+
+UNITS = 12
+GIVEN = [1] * 9 + [-1] * 3
+CONFIG = biofx.BioConfig(apply_dales_principle=True, dales_constrain_readout=True)
+
+
+class Rates(nn.Module):
+    """``h`` leaks towards what it is driven to; what is read is its rate."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_in, self.w_rec, self.w_out = nn.Linear(3, UNITS), nn.Linear(UNITS, UNITS), nn.Linear(UNITS, 2)
+        self.register_buffer("mask", 1 - torch.eye(UNITS))
+        self.alpha = 0.2
+
+    def recurrent(self, rate: Tensor) -> Any:
+        return self.w_rec(rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, out = torch.zeros(x.shape[1], UNITS), []
+        for step in range(x.shape[0]):
+            drive = self.recurrent(torch.relu(state)) + self.w_in(x[step])
+            state = (1 - self.alpha) * state + self.alpha * drive
+            out.append(self.w_out(torch.relu(state)))
+        return torch.stack(out)
+
+
+class Masked(Rates):
+    def forward(self, x: Tensor) -> Tensor:
+        state, out = x.new_zeros(x.shape[1], UNITS), []
+        for step in range(len(x)):
+            weight = self.w_rec.weight * self.mask
+            drive = F.linear(torch.relu(state), weight, self.w_rec.bias) + self.w_in(x[step])
+            state = (1 - self.alpha) * state + self.alpha * drive
+            out.append(self.w_out(torch.relu(state)))
+        return torch.stack(out)
+
+
+class Filled(Rates):
+    """Writes its states into a tensor that it has made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rates, rate = torch.zeros(x.shape[0], x.shape[1], UNITS), torch.zeros(x.shape[1], UNITS)
+        for step in range(x.shape[0]):
+            rate = torch.relu(self.w_in(x[step]) + self.w_rec(rate))
+            rates[step] = rate
+        readout: Tensor = self.w_out(rates)
+        return readout
+
+
+class Adapting(Rates):
+    """A unit's rate falls as it goes on: what it loses is its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(x.shape[1], UNITS)
+        tired, out = torch.zeros_like(state), []
+        for step in range(x.shape[0]):
+            rate = torch.relu(state - 0.1 * tired)
+            tired = tired + 0.1 * (rate - tired)
+            state = state + 0.2 * (-state + self.w_rec(rate) + self.w_in(x[step]))
+            out.append(self.w_out(rate))
+        return torch.stack(out)
+
+
+class Noisy(Rates):
+    def forward(self, x: Tensor) -> Tensor:
+        rate, out = torch.zeros(x.shape[1], UNITS), []
+        for given in x:
+            drive = self.w_in(given) + self.w_rec(rate) + 0.05 * torch.randn_like(rate)
+            rate = rate * (1 - self.alpha) + self.alpha * torch.relu(drive)
+            out.append(rate)
+        readout: Tensor = self.w_out(torch.stack(out))
+        return readout
+
+
+class While(Rates):
+    """How often it runs is decided by a value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate, step = torch.zeros(x.shape[1], UNITS), 0
+        while step < x.shape[0]:
+            rate = torch.relu(self.w_in(x[step]) + self.w_rec(rate))
+            step += 1
+        readout: Tensor = self.w_out(rate)
+        return readout
+
+
+class Keeping(Rates):
+    """Keeps its state in an attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rate = torch.zeros(x.shape[1], UNITS)
+        for step in range(x.shape[0]):
+            self.rate = torch.relu(self.w_in(x[step]) + self.w_rec(self.rate))
+        readout: Tensor = self.w_out(self.rate)
+        return readout
+
+
+TRACEABLE = [Rates, Masked, Filled, Adapting, Noisy]
+OTHERS = [While, Keeping]
+
+
+def sequence(length: int = 6) -> Tensor:
+    return torch.randn(length, 4, 3, generator=torch.Generator().manual_seed(length))
+
+
+def transformed(make: type[Rates], *, recorded: bool, config: biofx.BioConfig = CONFIG) -> Any:
+    torch.manual_seed(0)
+    examples = (sequence(),) if recorded else None
+    return biofx.transform(make(), config.override("w_rec", dales_signs=GIVEN), example_inputs=examples)[0]
+
+
+def against_signs(bio_model: nn.Module) -> int:
+    """Count the effective weights of ``w_rec`` and ``w_out`` with the other sign than their unit."""
+    deployed: Any = biofx.deploy(bio_model)
+    weights = (deployed.w_rec.weight, deployed.w_out.weight)
+    return sum(int((weight * torch.tensor(GIVEN) < 0).sum()) for weight in weights)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("make", TRACEABLE)
+def test_given_signs_hold_wherever_a_unit_is_read(make: type[Rates], recorded: bool) -> None:
+    bio_model = transformed(make, recorded=recorded)
+    with torch.no_grad():  # whatever the weights are
+        for layer in (bio_model.w_rec, bio_model.w_out):
+            layer.weight.copy_(torch.randn(layer.weight.shape))
+    assert against_signs(bio_model) == 0
+    assert biofx.check(bio_model).ok
+
+
+@pytest.mark.parametrize("make", OTHERS)
+def test_loops_that_values_decide_need_an_example(make: type[Rates]) -> None:
+    assert against_signs(transformed(make, recorded=True)) == 0
+    with pytest.raises(OptionError, match="give example_inputs to have signs here"):
+        transformed(make, recorded=False)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("make", TRACEABLE)
+def test_drawn_signs_are_one_for_each_unit(make: type[Rates], recorded: bool) -> None:
+    torch.manual_seed(0)
+    examples = (sequence(),) if recorded else None
+    bio_model, _ = biofx.transform(make(), CONFIG, example_inputs=examples)
+    deployed: Any = biofx.deploy(bio_model)
+    for unit in range(UNITS):
+        read = torch.cat([deployed.w_rec.weight[:, unit], deployed.w_out.weight[:, unit]])
+        assert bool((read >= 0).all()) or bool((read <= 0).all())
+        assert bool(read.any())
+
+
+@pytest.mark.parametrize("make", [Rates, Masked])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_signs_hold_after_500_steps_of_any_length_with_all_rules(
+    make: type[Rates], optimizer: Callable[..., torch.optim.Optimizer]
+) -> None:
+    bio_model = transformed(make, recorded=True)
+    trained = optimizer(bio_model.parameters(), lr=0.01)
+    names = ("crystallize", "rejuvenate_weights", "volume_dependent_lr", "synaptic_scaling")
+    biofx.attach(bio_model, trained, [biofx.Rule(name, every=20) for name in names])
+    before = bio_model.w_rec.weight.detach().clone()
+    for step in range(500):
+        trained.zero_grad()
+        bio_model(sequence(2 + step % 7)).square().mean().backward()
+        trained.step()
+    assert against_signs(bio_model) == 0
+    assert not torch.equal(before, bio_model.w_rec.weight)
+
+
+@pytest.mark.parametrize("make", [Rates, Masked])
+def test_the_effect_of_a_unit_on_each_reader_has_its_sign(make: type[Rates]) -> None:
+    """The Jacobian of what reads a unit's rate, with regard to that rate."""
+    deployed: Any = biofx.deploy(transformed(make, recorded=True))
+    rate = torch.rand(UNITS)
+    for reader in (deployed.w_rec, deployed.w_out):
+        jacobian = torch.autograd.functional.jacobian(reader, rate)
+        assert bool((jacobian * torch.tensor(GIVEN) >= 0).all())
+        assert bool((jacobian * torch.tensor(GIVEN) > 0).any(0).all())
+
+
+@pytest.mark.parametrize("make", [Rates, Masked])
+def test_rates_scale_the_gradient_of_the_whole_loop(make: type[Rates]) -> None:
+    torch.manual_seed(0)
+    plain = make()
+    bio_model, _ = biofx.transform(plain, example_inputs=(sequence(),))
+    for length in (6, 9):
+        for model in (plain, bio_model):
+            model.zero_grad()
+            model(sequence(length)).square().mean().backward()
+        for name in ("w_in", "w_rec", "w_out"):
+            layer: Any = bio_model.get_submodule(name)
+            expected = plain.get_submodule(name).weight.grad * layer.bio_mod.fuzzy_learning_rate_parameters
+            torch.testing.assert_close(layer.weight.grad, expected)
+
+
+@pytest.mark.parametrize("make", [Rates, Masked])
+def test_with_everything_off_a_loop_is_the_same_to_the_bit(make: type[Rates]) -> None:
+    torch.manual_seed(0)
+    plain = make()
+    off = {"fuzzy_lr_distribution": "baseline"}
+    bio_model, _ = biofx.transform(plain, off, example_inputs=(sequence(),))
+    for length in (1, 6, 9):
+        assert torch.equal(bio_model(sequence(length)), plain(sequence(length)))
+
+
+@pytest.mark.parametrize("make", [Rates, Masked])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_keep_signs_of_their_own(make: type[Rates], copied: Callable[[Any], Any]) -> None:
+    bio_model = transformed(make, recorded=True)
+    other = copied(bio_model)
+    assert torch.equal(other(sequence()), bio_model(sequence()))
+    with torch.no_grad():
+        for layer in (other.w_in, other.w_rec, other.w_out):
+            layer.weight.neg_()
+            if layer.bio_mod.sign is not None:
+                layer.bio_mod.sign.neg_()
+    assert against_signs(bio_model) == 0
+    assert against_signs(other) > 0
+
+
+@pytest.mark.parametrize("make", [Rates, Masked])
+def test_a_checkpoint_of_a_loop_loads_into_a_plain_model(make: type[Rates], tmp_path: Any) -> None:
+    config = CONFIG.override("w_rec", dales_signs=GIVEN)
+    torch.manual_seed(0)
+    bio_model, _ = biofx.transform(make(), config)
+    with torch.no_grad():
+        dict(bio_model.named_parameters())["w_out.weight"].mul_(2)
+    biofx.save(bio_model, tmp_path / "run.pt")
+    loaded: Any = biofx.load(tmp_path / "run.pt", make())
+    assert torch.equal(loaded(sequence()), bio_model(sequence()))
+
+
+def test_signs_for_units_that_nothing_reads_are_refused() -> None:
+    with pytest.raises(OptionError, match="not used"):
+        biofx.transform(Rates(), CONFIG.override("w_out", dales_signs=[1, -1]), example_inputs=(sequence(),))
+
+
+class Growing(Rates):
+    """Above eight steps its units change places."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate, out = torch.zeros(x.shape[1], UNITS), []
+        for step in range(x.shape[0]):
+            rate = torch.relu(self.w_in(x[step]) + self.w_rec(rate))
+            out.append(self.w_out(rate if x.shape[0] < 8 else rate.roll(1, -1)))
+        return torch.stack(out)
+
+
+def test_what_two_runs_do_not_agree_on_is_not_known() -> None:
+    examples = (torch.randn(4, 4, 3),)
+    _, report = biofx.transform(Growing(), CONFIG, example_inputs=examples)
+    assert not [r for r in report.remarks if r.layer == "w_out" and "not known" in r.message]
+    examples = (torch.randn(14, 4, 3),)
+    _, report = biofx.transform(Growing(), CONFIG, example_inputs=examples)
+    (remark,) = (r for r in report.passes[0].remarks if r.layer == "w_out")
+    assert remark.kind == "missed"
+    assert "differs between the example inputs and a run of other sizes" in remark.message
+    kept = {r.layer: r.kind for r in report.passes[0].remarks}
+    assert kept["w_rec"] == "applied"
