@@ -14,9 +14,10 @@ from biofx.analysis.replication import Outcome, Replication, ReplicationCall
 from biofx.analysis.units import NOTHING, UnitCall, UnitValue
 from biofx.layers.attention import ATTENTION
 from biofx.layers.layer_kind import LayerKind
-from biofx.layers.recurrent import GRU, LSTM, RNN
+from biofx.layers.recurrent import CELL_KINDS, GRU, LSTM, RNN
 from biofx.layers.single_weight import EMBEDDING, EMBEDDING_BAG
 from biofx.layers.weight_site import WeightSite
+from biofx.operators.compound_ops import GATES
 from biofx.operators.split_ops import folded_shape
 
 # units: layers with one weight, recurrent layers, attention
@@ -89,6 +90,28 @@ def recurrent(call: UnitCall) -> UnitValue:
     sequence = UnitValue(layout=UnitLayout.along(final, -1), rank=rank, nonnegative=nonnegative)
     states = [_state(units, nonnegative=nonnegative, unbatched=rank == 2) for units in (visible, inside)]
     return UnitValue(parts=(sequence, UnitValue(parts=tuple(states)) if mode == "LSTM" else states[0]))
+
+
+def cell(call: UnitCall) -> UnitValue:
+    """Each unit is read one step later by its own cell, whatever passes the state on."""
+    analysis, own = call.analysis, {site.role: site for site in call.sites}
+    source, state = call.argument(0, "input"), call.argument(1, "hx")
+    units = _made(call, own["hidden"], own["hidden"].output_channels)
+    given = call.value(state) if state is not None else NOTHING
+    hidden = given.parts[0] if given.parts else given
+    rectified = (
+        call.node.kwargs.get("mode") == "RNN_RELU" or getattr(call.module, "nonlinearity", "") == "relu"
+    )
+    if hidden.has_units:
+        axes = (Axis(-1, (0,)),)
+        before = analysis.decide(hidden, axes, (len(units),)).columns(-1, len(units))
+        analysis.join(before, units[:, None].expand_as(before))
+    analysis.read_units(
+        own["hidden"], units, nonnegative=rectified and (hidden.nonnegative or not hidden.has_units)
+    )
+    analysis.read(own["input"], source)
+    made = UnitValue(layout=UnitLayout.along(units, -1), rank=call.value(source).rank, nonnegative=rectified)
+    return UnitValue(parts=(made, made)) if own["hidden"].slot.blocks == GATES["LSTM"] else made
 
 
 def _rank(value: UnitValue) -> int:
@@ -197,6 +220,7 @@ def _sums_columns(call: ReplicationCall) -> Outcome:
 declare(LayerKind, units=layer, replication=_sums_columns)
 declare(ATTENTION, units=attention)
 declare(RNN, GRU, LSTM, units=recurrent)
+declare(*CELL_KINDS, units=cell)
 for _kind in (EMBEDDING, EMBEDDING_BAG):
     declare(_kind.module_type, _kind.function, units=looked_up)
 declare("softmax", units=weights_of_scores)

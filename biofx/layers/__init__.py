@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from biofx.layers.attention import ATTENTION
 from biofx.layers.layer_kind import LayerKind
-from biofx.layers.recurrent import RECURRENT_KINDS, recurrent_kind
+from biofx.layers.recurrent import CELL_KINDS, RECURRENT_KINDS, cell_kind, recurrent_kind
 from biofx.layers.single_weight import (
     DENSE_KINDS,
     KIND_OF_FUNCTION,
@@ -22,7 +22,7 @@ from biofx.layers.single_weight import (
     product_of,
 )
 
-COMPOUND_KINDS = (*RECURRENT_KINDS, ATTENTION)
+COMPOUND_KINDS = (*RECURRENT_KINDS, *CELL_KINDS, ATTENTION)
 """The kinds of layers with several weights."""
 KINDS = (*DENSE_KINDS, *COMPOUND_KINDS, *UNITLESS_KINDS)
 """All kinds that are modules."""
@@ -55,4 +55,6 @@ def kind_of_call(node: Node) -> LayerKind | None:
         return ATTENTION
     if node.target is RECURRENT_KINDS[0].function:
         return recurrent_kind(node)
+    if node.target is CELL_KINDS[0].function:
+        return cell_kind(node)
     return KIND_OF_FUNCTION.get(node.target)

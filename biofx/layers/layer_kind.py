@@ -108,6 +108,8 @@ class LayerKind:
     """The argument that the weight acts on."""
     is_product: bool = False
     """Whether the function is a product of matrices, which is a layer if a parameter is its second factor."""
+    why_no_channels: str = ""
+    """Why its outputs cannot be summed, empty where they can, or where another reason says so."""
     why_no_units: str = ""
     """Why the entries of the weight are no synapses from one unit to another, empty where they are."""
 

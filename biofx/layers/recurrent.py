@@ -1,4 +1,4 @@
-"""Recurrent layers: ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``."""
+"""Recurrent layers: ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``, and their cells, which go one step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from biofx.layers.layer_kind import (
     become_call,
     without_neutral,
 )
-from biofx.operators.compound_ops import GATES, recurrent
+from biofx.operators.compound_ops import GATES, recurrent, recurrent_step
 
 _WEIGHTS = (2, "weights")
 _NEUTRAL = {"num_layers": 1, "dropout": 0.0, "bidirectional": False, "batch_first": False}
@@ -111,3 +111,63 @@ RNN, GRU, LSTM = RECURRENT_KINDS = tuple(
 def recurrent_kind(node: Node) -> LayerKind:
     """Return the kind that a call of :func:`~biofx.operators.compound_ops.recurrent` is of."""
     return {"GRU": GRU, "LSTM": LSTM}.get(str(node.kwargs["mode"]), RNN)
+
+
+class CellKind(LayerKind):
+    """A cell, which a loop calls at each step with the state that it returned."""
+
+    def slots_of_module(self, module: Any) -> tuple[WeightSlot, ...]:
+        """Return the slots of the matrices ih and hh."""
+        return _slots_of_cell(_mode_of(module))
+
+    def slots_of_call(self, node: Node) -> tuple[WeightSlot, ...]:
+        """Return the slots of the matrices ih and hh among the weights."""
+        return _slots_of_cell(str(node.kwargs["mode"]))
+
+    def lower(self, node: Node, module: Any, reads: Reads) -> None:
+        """Rewrite ``cell(x, h)`` as ``recurrent_step(x, h, weights, mode=…)``."""
+        given = inspect.signature(self.module_type.forward).bind(module, *node.args, **node.kwargs).arguments
+        names = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
+        args = (given["input"], given.get("hx"), [reads(name) for name in names])
+        become_call(node, self.function, args, {"mode": _mode_of(module)})
+
+    def raised(self, call: LoweredCall) -> LayerCall | None:
+        """Return the call of a cell with the same weights and biases."""
+        x, state, weights = call.node.args
+        mode = str(call.node.kwargs["mode"])
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        sources: Any = dict(zip(names, weights, strict=False))  # type: ignore[arg-type]
+        held = call.parameters(sources)
+        first: Any = held["weight_ih"]
+        options: dict[str, Any] = {"bias": len(sources) > 2}
+        if mode.startswith("RNN_"):
+            options["nonlinearity"] = mode.removeprefix("RNN_").lower()
+        sizes = (first.shape[1], first.shape[0] // GATES[mode])
+        inputs = (x,) if state is None else (x, state)
+        return call.call(self.module_type, sizes, held, inputs, **options)
+
+
+def _mode_of(module: Any) -> str:
+    """Return the mode of a cell, as that of a recurrent layer is named."""
+    if isinstance(module, nn.RNNCell):
+        return f"RNN_{module.nonlinearity.upper()}"
+    return "GRU" if isinstance(module, nn.GRUCell) else "LSTM"
+
+
+def _slots_of_cell(mode: str) -> tuple[WeightSlot, ...]:
+    roles = (("weight_ih", "input"), ("weight_hh", "hidden"))
+    return tuple(
+        WeightSlot(name, role, _WEIGHTS, place, GATES[mode]) for place, (name, role) in enumerate(roles)
+    )
+
+
+_FED_BACK = "its output is its own state a step later, which sums over neighbours would change"
+RNN_CELL, GRU_CELL, LSTM_CELL = CELL_KINDS = tuple(
+    CellKind(kind, recurrent_step, is_compound=True, why_no_channels=_FED_BACK)
+    for kind in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)
+)
+
+
+def cell_kind(node: Node) -> LayerKind:
+    """Return the kind that a call of :func:`~biofx.operators.compound_ops.recurrent_step` is of."""
+    return {"GRU": GRU_CELL, "LSTM": LSTM_CELL}.get(str(node.kwargs["mode"]), RNN_CELL)

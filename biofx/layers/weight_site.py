@@ -211,7 +211,9 @@ class WeightSite:
         """Why the node's output is not one tensor with a channel for each unit, None if it is."""
         if self.kind.why_no_units:
             return self.kind.why_no_units
-        return f"{self.kind.name} returns more than this weight's output" if self.kind.is_compound else None
+        if self.kind.why_no_channels or not self.kind.is_compound:
+            return self.kind.why_no_channels or None
+        return f"{self.kind.name} returns more than this weight's output"
 
     @property
     def is_plain_layer(self) -> bool:

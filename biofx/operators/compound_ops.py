@@ -19,6 +19,12 @@ _CELLS: dict[str, Callable[..., Any]] = {
     "GRU": torch.gru,
     "LSTM": torch.lstm,
 }
+_STEPS: dict[str, Callable[..., Any]] = {
+    "RNN_TANH": torch.rnn_tanh_cell,
+    "RNN_RELU": torch.rnn_relu_cell,
+    "GRU": torch.gru_cell,
+    "LSTM": torch.lstm_cell,
+}
 GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
 """How many matrices, one for each gate, are stacked in a weight, by mode."""
 
@@ -75,6 +81,40 @@ def recurrent(
     start = _start(state, x, weights, mode, chains, x.size(batch_axis))
     output, *end = _CELLS[mode](x, start, *options, batch_first)
     return output, _state(end, mode)
+
+
+@overridable
+def recurrent_step(x: Tensor, state: Any, weights: Sequence[Tensor], *, mode: str) -> Any:
+    """Return what a cell of torch (``nn.RNNCell``, …) returns: the state a step later.
+
+    Args:
+        x: ``(batch, features)``, or ``(features,)`` for one sequence alone.
+        state: the hidden state, ``(batch, hidden)`` or ``(hidden,)``; of an LSTM a pair, hidden and cell;
+            None for zeros.
+        weights: the weights ih and hh, then the biases ih and hh if there are any.
+        mode: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"GRU"`` or ``"LSTM"``.
+
+    Raises:
+        InputError: the input or the state has a shape that does not fit the weights.
+    """
+    _check_input(x, (1, 2), weights, mode)
+    batched = x if x.dim() == 2 else x.unsqueeze(0)
+    size = weights[1].size(1)
+    if state is None:
+        zeros = torch.zeros(batched.size(0), size, dtype=x.dtype, device=x.device)
+        entries = [zeros, zeros] if mode == "LSTM" else [zeros]
+    else:
+        entries = _entries(state, mode)
+        for entry in entries:
+            if entry.dim() != x.dim() or entry.size(-1) != size:
+                raise InputError(
+                    f"{mode}: expected a state of {x.dim()} axes, the last one of {size} units, found shape "
+                    f"{tuple(entry.shape)}"
+                )
+        entries = entries if x.dim() == 2 else [entry.unsqueeze(0) for entry in entries]
+    made = _STEPS[mode](batched, _state(entries, mode), *weights)
+    after = list(made) if mode == "LSTM" else [made]
+    return _state(after if x.dim() == 2 else [entry.squeeze(0) for entry in after], mode)
 
 
 def _entries(state: Any, mode: str) -> list[Tensor]:
