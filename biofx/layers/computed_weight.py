@@ -226,7 +226,8 @@ class Computations:
             pending.pop()
             parameter = self._parameters.get(str(current.target)) if current.op == "get_attr" else None
             of_it = parameter is not None and parameter.requires_grad
-            self._trained[current] = of_it or any(self._trained[s] for s in current.all_input_nodes)
+            before = () if queries_metadata(current) else current.all_input_nodes
+            self._trained[current] = of_it or any(self._trained[source] for source in before)
         return self._trained[node]
 
     def _follow(self, node: Any, whole: Node) -> _Found:
@@ -394,9 +395,7 @@ def _divided(node: Node, given: list[_Found], constants: Any) -> _Found:
         raise CannotCompute(f"{node.name} divides by it")
     _same_layout(node, main, other)
     if other.root is main.root and other.keeps_zeros:
-        told = main.lost_track(
-            node, f"{node.name} divides it by what is 0 where no sign or mask leaves anything"
-        )
+        told = main.lost_track(node, f"{node.name} divides it by what is 0 where signs leave nothing")
         return replace(told, nodes=(*main.nodes, *other.nodes, node), keeps_zeros=False)
     return _by_factor(node, main, other)
 

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.joined_graph import whole_graph
+from biofx.graph.node_kinds import queries_metadata
 from biofx.graph.regions import RegionUse, graph_breaks_of, innermost_around
 from biofx.layers import COMPOUND_KINDS, dense_kind_of, kind_of, kind_of_call
 from biofx.layers.computed_weight import Computations, ComputedWeight, SignFate, read_outside, turned
@@ -345,7 +346,7 @@ class _Survey:
             if user.op == "call_function" and user.target in WEIGHT_OPERATORS:
                 yield from self._readers_besides_sites(user)
                 continue
-            if user in self._computing:
+            if user in self._computing or queries_metadata(user):
                 continue
             kind = self._kind_of_call(user)
             slots = () if kind is None else kind.slots_of_call(user)
