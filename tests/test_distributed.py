@@ -44,11 +44,18 @@ def net():
     return nn.Sequential(*layers, nn.Linear(16, 4))
 
 
-def transformed(kind="uniform"):
+RUNS = {
+    "SGD": ("SGD", "uniform", 1.0),
+    "AdamW": ("AdamW", "activity", 1.0),
+    "masked": ("AdamW", "weight_adaptive", 0.5),
+}
+
+
+def transformed(kind="uniform", density=1.0):
     torch.manual_seed(0)
     # "project" looks at the sign of each rank's own gradient, which the mean over the ranks does not follow
     options = {"dales_method": "abs", "fuzzy_lr_distribution": kind, "fuzzy_lr_dynamic": True}
-    config = biofx.BioConfig(apply_dales_principle=True, **options)
+    config = biofx.BioConfig(apply_dales_principle=True, weight_density=density, **options)
     return biofx.transform(net(), config.override("4", weight_splitting_Gamma=2))[0]
 
 
@@ -123,12 +130,12 @@ def accumulated():
 
 def trained():
     found = {}
-    for name, kind in (("SGD", "uniform"), ("AdamW", "activity")):
-        model = transformed(kind)
+    for name, (stepping, *options) in RUNS.items():
+        model = transformed(*options)
         if DISTRIBUTED:
             torch.manual_seed(100 + RANK)
             fully_shard(model)
-        optimizer = optimizer_of(model, name)
+        optimizer = optimizer_of(model, stepping)
         attachment = biofx.attach(model, optimizer, RULES)
         train(model, optimizer, range(4))
         folder = FOLDER / name
@@ -144,15 +151,15 @@ def trained():
 
 def resumed(sharded):
     found = {}
-    for name, kind in (("SGD", "uniform"), ("AdamW", "activity")):
-        model = transformed(kind)
+    for name, (stepping, *options) in RUNS.items():
+        model = transformed(*options)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
         if sharded:
             fully_shard(model)
         wrapped = nn.parallel.DistributedDataParallel(model) if DISTRIBUTED and not sharded else model
-        optimizer = optimizer_of(wrapped, name)
+        optimizer = optimizer_of(wrapped, stepping)
         attachment = biofx.attach(wrapped, optimizer, RULES)
         folder = FOLDER / name
         extra = biofx.checkpoints.load_sharded(folder, wrapped, optimizer=optimizer, plasticity=attachment)
@@ -251,7 +258,7 @@ def test_two_ranks_train_as_one_process_does_and_what_they_save_any_number_resum
     exec(COMMON, here)
     alone = here["trained"]()
     resumed = here["resumed"](False)
-    assert set(alone) == {"SGD", "AdamW"}
+    assert set(alone) == {"SGD", "AdamW", "masked"}
     for name, sharded in first["trained"].items():
         # sharded or not, the same but for the order in which the ranks' gradients are added
         close(sharded["saved"], alone[name]["saved"])

@@ -140,12 +140,14 @@ class RateSampling:
     output_axis: int = 0
     """The axis of the weight that counts the postsynaptic units."""
 
-    def sample(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def sample(self, weight: Tensor, exists: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Sample the factors that training starts with.
 
         Args:
             weight: ``(out, in, *)``, or ``(in, out, *)`` where ``output_axis`` is 1; its values matter to
                 ``WEIGHT_ADAPTIVE`` alone.
+            exists: where connections exist, bool, shaped like the weight, which is 0 elsewhere; None for
+                everywhere.
 
         Returns:
             The factors, float32, of the weight's rank and of size 1 along axes that share one; and for
@@ -165,7 +167,7 @@ class RateSampling:
         )
         noise = noise.reshape(magnitude.shape).to(magnitude.device)
         adaptive = self.distribution is Distribution.WEIGHT_ADAPTIVE
-        smallness = relative_smallness(magnitude) if adaptive else 1.0
+        smallness = relative_smallness(magnitude, exists) if adaptive else 1.0
         factors = following_factors(
             noise, smallness, nu=self.nu, low=self.low, high=self.high, generator=generator
         )
@@ -363,9 +365,15 @@ def pooled_magnitude(weight: Tensor, granularity: str, output_axis: int) -> Tens
     return magnitude.mean(shared, keepdim=True) if shared else magnitude
 
 
-def relative_smallness(values: Tensor) -> Tensor:
-    """Return clip(2 - v / mean v, ½, 1½): small weights, and quiet units, vary more than others."""
-    mean = values.mean()
+def relative_smallness(values: Tensor, exists: Tensor | None = None) -> Tensor:
+    """Return clip(2 - v / mean v, ½, 1½): small weights, and quiet units, vary more than others.
+
+    Args:
+        values: not negative, any shape.
+        exists: which of them count in the mean, bool; None, or one of another shape, for all.
+    """
+    counts = exists is not None and exists.shape == values.shape
+    mean = values[exists].mean() if counts else values.mean()
     relative = torch.where(mean > 0, values / mean, torch.ones_like(values))
     return (2 - relative).clamp(0.5, _LARGEST)
 

@@ -246,6 +246,8 @@ class BioModule(BioState):
             return True
         if config.fuzzy_lr_distribution is Distribution.TEMPORAL:
             return flat_span(held) is not None
+        if config.fuzzy_lr_distribution is Distribution.WEIGHT_ADAPTIVE and self.connection_mask is not None:
+            return False  # a mask is whole
         reach = most_spread(config.fuzzy_learning_rate_factor_nu)
         # else numbers out of bounds are sampled again, for all ranks in one order
         return 1 - reach >= config.fuzzy_lr_min and 1 + reach <= config.fuzzy_lr_max
@@ -267,7 +269,9 @@ class BioModule(BioState):
         """Return what weights, or activity, make of the spread of each factor."""
         granularity, groups = self.config.fuzzy_lr_granularity, self.groups
         if self.config.fuzzy_lr_distribution is Distribution.WEIGHT_ADAPTIVE:
-            return relative_smallness(pooled_magnitude(self.weight, granularity, self.output_axis).float())
+            magnitude = pooled_magnitude(self.masked_weight, granularity, self.output_axis).float()
+            mask = self.connection_mask
+            return relative_smallness(magnitude, None if mask is None else existing(mask))
         activity = self.observed_activity
         if activity is None or activity.min() < 0 or granularity == "layer":
             return 1.0

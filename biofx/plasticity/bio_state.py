@@ -348,7 +348,8 @@ class BioState(nn.Module):
             self.__dict__["_sampling"] = sampling
             self._buffers.update({FACTORS: None, DRAW: sampling.to_tensor(weight.device)})
             return
-        factors, noise = sampling.sample(weight)
+        mask = self.connection_mask
+        factors, noise = sampling.sample(weight, None if mask is None else existing(mask))
         stored = stored_as(form, factors, self.config.fuzzy_lr_min, self.config.fuzzy_lr_max)
         self._buffers.update({FACTORS: stored, DRAW: None})
         if form == "float32":  # dynamic factors have no other form

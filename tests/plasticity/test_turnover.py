@@ -262,6 +262,23 @@ def test_rules_that_compare_with_a_mean_count_connections_alone(mlp: nn.Module, 
     assert state.crystallize() == 0
 
 
+def test_factors_that_follow_weights_compare_with_connections_that_exist(mlp: nn.Module) -> None:
+    options: dict[str, Any] = {
+        "fuzzy_lr_distribution": "weight_adaptive",
+        "fuzzy_lr_min": 0,
+        "fuzzy_lr_max": 3,
+    }
+    for dynamic in (False, True):
+        bio, _ = biofx.transform(mlp, {**options, "weight_density": 0.25, "fuzzy_lr_dynamic": dynamic})
+        state: Any = bio.get_submodule("0").bio_mod
+        if dynamic:
+            state.update_fuzzy_learning_rates()
+        exists, weight = mask(bio, "0.weight") == 1, bio.get_parameter("0.weight").detach().abs()
+        spread = (2 - weight / weight[exists].mean()).clamp(0.5, 1.5)
+        found = state.fuzzy_learning_rate_parameters
+        torch.testing.assert_close(found, 1 + 0.16 * spread * state.noise)
+
+
 def test_strengths_are_those_of_connections_that_exist(mlp: nn.Module) -> None:
     bio, _ = biofx.transform(mlp, {"weight_density": 0.5})
     weight, exists = bio.get_parameter("0.weight"), mask(bio, "0.weight") == 1
