@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from biofx import toml
 from biofx.callables import callable_to_text, identity
 from biofx.errors import OptionError, SelectorError, suggest
-from biofx.operators.mask_ops import MASK_INITIALISATIONS
+from biofx.operators.mask_ops import GROWTHS, MASK_INITIALISATIONS
 from biofx.operators.rate_sampling import CHANGING, GRANULARITIES, INDEPENDENT, Distribution
 from biofx.operators.sign_ops import INITIALISATIONS, SIGN_AXES, SIGN_METHODS
 from biofx.operators.split_ops import SPLITTING_MODES, SPLITTING_RATES
@@ -168,6 +168,13 @@ class BioConfig:
         OrNone(SHARE),
         """Expected fraction of normally distributed weights to replace, instead of
         ``rejuvenation_parameter_dre``.""",
+    )
+    rejuvenation_growth: str = option(
+        "random",
+        Choice(GROWTHS),
+        """Where connections of a masked weight grow when weak ones vanish: at ``"random"`` (SET), or where
+        the ``"gradient"`` is largest (RigL), with the sign that descends it.""",
+        feeds={"mask-weights": "growth"},
     )
     synaptic_scaling_rate: float = option(
         0.1,

@@ -44,6 +44,7 @@ class MaskWeights(WeightPass):
     areas: tuple[Any, ...] | None = option_from_config("weight_mask_areas")
     mask: str | None = option_from_config("weight_mask")
     initialisation: str = option_from_config("weight_mask_initialisation")
+    growth: str = option_from_config("rejuvenation_growth")
     seed: int = option_from_config("seed")
 
     def survey(self, graph_module: BioGraphModule, scope: Scope) -> MaskSurvey:
@@ -110,7 +111,9 @@ class MaskWeights(WeightPass):
         weight = candidate.weight
         own = None if self.self_connections else candidate.survey.self_connections(weight.sites[0])
         wiring = Wiring(
-            *(self.density, self.blocks, self.areas, self.mask, self.initialisation == "rescale", self.seed)
+            *(self.density, self.blocks, self.areas, self.mask, self.initialisation == "rescale"),
+            probes=self.growth == "gradient",
+            seed=self.seed,
         )
         found = insert_mask(weight, candidate.lowering, wiring, own)
         share, ends = found["connections"] / found["weights"], (found["fewest"], found["most"])

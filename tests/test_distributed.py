@@ -48,14 +48,16 @@ RUNS = {
     "SGD": ("SGD", "uniform", 1.0),
     "AdamW": ("AdamW", "activity", 1.0),
     "masked": ("AdamW", "weight_adaptive", 0.5),
+    "grown": ("SGD", "uniform", 0.5, "gradient"),
 }
 
 
-def transformed(kind="uniform", density=1.0):
+def transformed(kind="uniform", density=1.0, growth="random"):
     torch.manual_seed(0)
     # "project" looks at the sign of each rank's own gradient, which the mean over the ranks does not follow
     options = {"dales_method": "abs", "fuzzy_lr_distribution": kind, "fuzzy_lr_dynamic": True}
     config = biofx.BioConfig(apply_dales_principle=True, weight_density=density, **options)
+    config = config.replace(rejuvenation_growth=growth)
     return biofx.transform(net(), config.override("4", weight_splitting_Gamma=2))[0]
 
 
@@ -258,7 +260,7 @@ def test_two_ranks_train_as_one_process_does_and_what_they_save_any_number_resum
     exec(COMMON, here)
     alone = here["trained"]()
     resumed = here["resumed"](False)
-    assert set(alone) == {"SGD", "AdamW", "masked"}
+    assert set(alone) == {"SGD", "AdamW", "masked", "grown"}
     for name, sharded in first["trained"].items():
         # sharded or not, the same but for the order in which the ranks' gradients are added
         close(sharded["saved"], alone[name]["saved"])

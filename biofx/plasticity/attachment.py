@@ -48,6 +48,7 @@ class Attachment:
         self._kept: tuple[Any, ...] = (model, optimizer)
         self._hooks: list[Any] = []
         self._listen(optimizer)
+        self._await_gradients()
         _carry(optimizer, self)
 
     @property
@@ -66,8 +67,10 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._binding.release()
         optimizer = self._optimizer_ref()
+        if optimizer is not None:
+            self._await_gradients(stops=True)
+        self._binding.release()
         if optimizer is not None:
             _let_go(optimizer, self)
 
@@ -112,6 +115,7 @@ class Attachment:
         for path, entry in saved.items():
             states[path].memory.restore(entry, states[path].weight.device)
         self.steps = int(state["steps"])
+        self._await_gradients()
 
     def _stepped(self) -> dict[str, BioModule]:
         """Return the states of the weights that the optimizer holds, by path."""
@@ -187,6 +191,7 @@ class Attachment:
         if not self._kept:
             self._kept = (self._model, optimizer)
         if unscale_or_skip(optimizer):
+            self._await_gradients()
             return None
         arguments = list(args[1:] if args and args[0] is optimizer else args)
         closure = arguments[0] if arguments else kwargs.get("closure")
@@ -230,6 +235,15 @@ class Attachment:
         for observer in self._observers:
             observer(self.steps, step.layers)
         self.steps += 1
+        self._await_gradients()
+
+    def _await_gradients(self, *, stops: bool = False) -> None:
+        """Let the weights whose connections grow by gradient at the next step collect it, and no others."""
+        growing = [rule for rule in self.rules if rule.name == "rejuvenate_weights"]
+        if growing:
+            awaited = not stops and any(rule.is_due(self.steps) for rule in growing)
+            for state in self._stepped().values():
+                state.await_gradient(awaited)
 
 
 def watch(observers: list[Observer], model: nn.Module) -> None:

@@ -79,6 +79,12 @@ class BioModule(BioState):
         reason = self.why_never(rule)
         if reason is None and rule in _NEED_GRADIENT and self.weight.grad is None:
             reason = "its weight has no gradient"
+        probe = self.connection_probe
+        if reason is None and rule == "rejuvenate_weights" and probe is not None and probe.grad is None:
+            reason = (
+                "its connections grow by their gradient, which is collected for steps at which biofx.attach "
+                "runs the rule"
+            )
         return reason
 
     def why_never(self, rule: str) -> str | None:
@@ -316,6 +322,15 @@ class BioModule(BioState):
         part.copy_(_divided(part, local_part(factors, gradient)))
 
     @torch.no_grad()
+    def unscale_probe(self) -> None:
+        """Divide the gradient of missing connections by the factors that the graph has applied to it."""
+        probe, held = self.connection_probe, self.stored_factors
+        if probe is None or probe.grad is None or not self.scaled_in_graph:
+            return
+        if held is None or not is_sharded(held):  # sharded ones act on what arrives at the weight
+            probe.grad.copy_(_divided(probe.grad, self._factors()))
+
+    @torch.no_grad()
     def crystallize(self) -> int:
         """Dampen the factors of settled and of shaken synapses; call it between backward and scaling."""
         self._require("crystallize")
@@ -389,7 +404,10 @@ class BioModule(BioState):
         else:
             layout, areas = self.connection_layout, self.connection_areas
             blocks = None if areas is None else layout.blocks(self.weight.shape, areas)
-            moved = turn_over(self.weight.data, self.connection_mask, layout, blocks=blocks, **options)
+            gradient = None if self.connection_probe is None else self.connection_probe.grad
+            moved = turn_over(
+                self.weight.data, self.connection_mask, layout, blocks=blocks, gradient=gradient, **options
+            )
             replaced, count = moved.places, moved.pruned
         if optimizer is not None:
             forget_direction(optimizer, self.weight, replaced)

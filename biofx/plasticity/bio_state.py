@@ -37,7 +37,7 @@ from biofx.plasticity.saved_state import (
 _BUFFERS = (*RATE_BUFFERS, *SIGNS, "noise", "activity", DIVERSITY, MASK)
 _OF_UNITS = (*SIGNS, MASK)
 """The buffers that follow from the graph."""
-_DERIVED = ("unit_index", "constrained_rows")
+_DERIVED = ("unit_index", "constrained_rows", "connection_probe")
 PER_SYNAPSE = (FACTORS, "noise", DIVERSITY)
 """The buffers that have an entry for each synapse, or for each that shares a factor."""
 SUB_WEIGHT = "sub_weight_"
@@ -86,6 +86,9 @@ class BioState(nn.Module):
     ``connection_layout``, ``connection_areas``
         Not buffers, because they follow from the model and the config: how connections lie in the weight, and
         the sizes of the areas between which their number stays.
+    ``connection_probe``
+        Not a buffer: zeros that receive the gradient of missing connections, while a step is awaited in
+        which they grow by it; else empty of meaning. None where they grow at random.
     ``memory``
         Not a buffer: a :class:`~biofx.plasticity.rule_memory.RuleMemory`. Its counts and the memory of each
         unit are in the state dict too, as ``_extra_state``, for a state that was made with the model.
@@ -115,6 +118,7 @@ class BioState(nn.Module):
         activity: Tensor | None
         diversity: Tensor | None
         connection_mask: Tensor | None
+        connection_probe: Tensor | None
         sign_layout: dict[str, int]
 
     def __init__(
@@ -283,6 +287,24 @@ class BioState(nn.Module):
         weight, mask = self.weight.detach(), self.connection_mask
         return weight if mask is None else mask_weight(weight, mask)
 
+    @property
+    def grows_by_gradient(self) -> bool:
+        """Whether connections grow where the gradient is largest."""
+        return self.connection_probe is not None
+
+    def await_gradient(self, awaited: bool) -> None:
+        """Collect the gradient of missing connections from now on, or stop, where they grow by it."""
+        probe, mask = self.connection_probe, self.connection_mask
+        if probe is None or mask is None:
+            return
+        if probe.requires_grad == awaited and probe.grad is None:
+            return
+        like = self.weight
+        shape = mask.shape if awaited else ()
+        self.connection_probe = torch.zeros(
+            shape, dtype=like.dtype, device=mask.device, requires_grad=awaited
+        )
+
     # learning-rate factors
 
     @property
@@ -368,9 +390,9 @@ class BioState(nn.Module):
         for table, names in tables:
             values.update({name: table[name] for name in names if _has_values(table[name])})
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.__dict__.update(
-            {name: fn(self.__dict__[name]) for name in _DERIVED if self.__dict__[name] is not None}
-        )
+        for name in _DERIVED:
+            if (held := self.__dict__[name]) is not None:
+                self.__dict__[name] = fn(held.detach()).requires_grad_(held.requires_grad)
         self.memory.apply(fn)
         for table, names in tables:
             for name in names:

@@ -15,7 +15,7 @@ from biofx.options import Range
 from biofx.plasticity.binding import Bound
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.optimizers import may_move_without_gradient
-from biofx.plasticity.ranks import average_activity, whole
+from biofx.plasticity.ranks import average_activity, sum_probe, whole
 from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part
 from biofx.plasticity.updates import BeforeStep, Way, exponentiate, remember, rescale
 
@@ -146,6 +146,7 @@ class OptimizerStep:
     def _prepare(self, optimizer: Optimizer, stepped: _Weight, gradient: Tensor) -> None:
         bound, layer = stepped.bound, stepped.layer
         state, weight = bound.state, bound.weight
+        state.unscale_probe()
         if self._watched:
             layer.gradient_norm = norm_of_part(local(gradient), gradient)
         in_parts = not self._reads_all(state)
@@ -243,6 +244,9 @@ class OptimizerStep:
             layer.run("enforce_dales_principle")
 
     def _run_on_weights(self, name: str, optimizer: Optimizer) -> None:
+        if name == "rejuvenate_weights":
+            for layer in self.layers.values():
+                sum_probe(layer.state, self._group)
         able = [layer for layer in self.layers.values() if layer.state.why_not(name) is None]
         for layer in able:
             with whole(layer.state, factors=False):

@@ -188,8 +188,8 @@ def group_to_agree_with(model: nn.Module, states: Iterable[BioModule]) -> Any:
     """Return the process group of a model that is wrapped in DistributedDataParallel or sharded, else None.
 
     Raises:
-        PlasticityError: factors follow activity, several ranks run, and the model does not say which of them
-            share it.
+        PlasticityError: factors follow activity, or connections grow by gradient, several ranks run, and the
+            model does not say which of them share it.
     """
     while not isinstance(model, DistributedDataParallel):
         inner = getattr(model, "_orig_mod", None)
@@ -202,12 +202,13 @@ def group_to_agree_with(model: nn.Module, states: Iterable[BioModule]) -> Any:
     if sharded is not None:
         return sharded.device_mesh.get_group()
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    if several and any(state.follows_activity for state in states):
-        raise PlasticityError(
-            "factors follow activity, and each rank sees its own: expected the model wrapped in "
-            "DistributedDataParallel, or sharded, found it bare; attach the wrapper, so that ranks agree on "
-            "the activity"
-        )
+    for state in states if several else ():
+        if state.follows_activity or state.grows_by_gradient:
+            what = "factors follow activity" if state.follows_activity else "connections grow by gradient"
+            raise PlasticityError(
+                f"{what}, and each rank sees its own: expected the model wrapped in DistributedDataParallel, "
+                "or sharded, found it bare; attach the wrapper, so that ranks agree"
+            )
     return None
 
 
@@ -223,3 +224,13 @@ def average_activity(state: BioModule, group: Any) -> None:
         distributed.all_reduce(sums, group=group)
         mean = sums[0] / sums[1].clamp(min=1)
         state.activity.copy_(torch.where(sums[1] > 0, mean, state.activity))
+
+
+@torch.no_grad()
+def sum_probe(state: BioModule, group: Any) -> None:
+    """Add up the gradient of missing connections over the ranks of a group, where it is awaited."""
+    probe = state.connection_probe
+    if group is not None and probe is not None and probe.requires_grad:
+        gradient = torch.zeros_like(probe) if probe.grad is None else probe.grad
+        distributed.all_reduce(gradient, group=group)
+        probe.grad = gradient

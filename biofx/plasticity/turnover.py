@@ -2,11 +2,14 @@
 
 Sources: Mocanu, Mocanu, Stone, Nguyen, Gibescu, Liotta, "Scalable training of artificial neural networks with
 adaptive sparse connectivity inspired by network science", Nature Communications 9 (2018), doi
-10.1038/s41467-018-04316-3 (SET: growth at random); which ones go, and the weights of new ones, as for
-:mod:`biofx.plasticity.rejuvenation`.
+10.1038/s41467-018-04316-3 (SET: growth at random); Evci, Gale, Menick, Castro, Elsen, "Rigging the lottery:
+making all tickets winners", ICML 2020, arXiv 1911.11134 (RigL: growth where the gradient is large); which
+ones go, and the weights of new ones, as for :mod:`biofx.plasticity.rejuvenation`.
 
 Deviations: SET prunes a fixed share of the weakest, here each goes with the probability that rejuvenation has
-for it. A new connection starts with a weight like those that stay, where SET draws one as at the start.
+for it. A new connection starts with a weight like those that stay, where SET draws one as at the start and
+RigL takes 0. The gradient is without learning-rate factors, and 0 where it would lead a weight away from the
+sign of its unit.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ def turn_over(
     protection: float,
     generator: Generator,
     blocks: Tensor | None = None,
+    gradient: Tensor | None = None,
     sign: Tensor | None = None,
     name: str = "weight",
 ) -> Turnover:
@@ -57,6 +61,9 @@ def turn_over(
         protection: d, in standard deviations of the weights, > 0.
         generator: a CPU generator, the only source of randomness.
         blocks: the block of each connection, int64, ``(units, connections of a unit)``; None for one block.
+        gradient: of all connections, shaped like the weight; connections grow where its magnitude (the root
+            mean square of the gates') is largest, and their weights descend it where no sign is given.
+            Entries that are not finite count as 0. None to grow at random.
         sign: broadcastable to ``weight``; +1, -1, or 0 for free.
         name: what an error calls the weight.
 
@@ -79,13 +86,17 @@ def turn_over(
         return Turnover(0, none)
     staying = exists.clone()
     staying[pruned] = False
-    grown = _grown(allowed & ~staying, pruned, None if blocks is None else blocks.flatten(), generator)
+    slopes = None if gradient is None else layout.split(gradient).flatten(1).nan_to_num(0.0, 0.0, 0.0)
+    steepness = None if slopes is None else slopes.float().square().mean(0)
+    parts = None if blocks is None else blocks.flatten()
+    grown = _grown(allowed & ~staying, pruned, parts, steepness, generator)
     moments = log_moments(connections[:, staying].abs().float().flatten())
     if not moments[0]:
         moments = log_moments(connections.abs().float().flatten())
-    fixed = None
+    fixed = None if slopes is None else -slopes[:, grown].sign().flatten()
     if sign is not None:
-        fixed = layout.split(sign.expand(weight.shape)).flatten(1)[:, grown].flatten()
+        given = layout.split(sign.expand(weight.shape)).flatten(1)[:, grown].flatten()
+        fixed = given if fixed is None else torch.where(given == 0, fixed.to(given), given)
     new = new_weights(layout.gates * len(grown), moments, fixed, generator).to(weight)
     moved = torch.zeros_like(exists)
     moved[pruned] = moved[grown] = True
@@ -100,21 +111,25 @@ def turn_over(
     return Turnover(layout.gates * len(pruned), touched)
 
 
-def _grown(possible: Tensor, pruned: Tensor, blocks: Tensor | None, generator: Generator) -> Tensor:
+def _grown(
+    possible: Tensor, pruned: Tensor, blocks: Tensor | None, steepness: Tensor | None, generator: Generator
+) -> Tensor:
     """Return where connections grow, flat positions, as many in each block as were pruned there."""
     if blocks is None:
-        return _sampled(possible.nonzero().flatten(), len(pruned), generator)
+        return _chosen(possible.nonzero().flatten(), len(pruned), steepness, generator)
     blocks = blocks.to(possible.device)
     counts = torch.bincount(blocks[pruned]).tolist()
     return torch.cat(
         [
-            _sampled((possible & (blocks == number)).nonzero().flatten(), count, generator)
+            _chosen((possible & (blocks == number)).nonzero().flatten(), count, steepness, generator)
             for number, count in enumerate(counts)
         ]
     )
 
 
-def _sampled(places: Tensor, count: int, generator: Generator) -> Tensor:
-    """Return some of the places, at random, each at most once."""
-    order = torch.randperm(len(places), generator=generator)[:count]
-    return places[order.to(places.device)]
+def _chosen(places: Tensor, count: int, steepness: Tensor | None, generator: Generator) -> Tensor:
+    """Return some of the places, each at most once: the steepest, or at random, as ties are broken."""
+    shuffled = places[torch.randperm(len(places), generator=generator).to(places.device)]
+    if steepness is not None:
+        shuffled = shuffled[steepness[shuffled].argsort(descending=True, stable=True)]
+    return shuffled[:count]

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from biofx.analysis.unit_groups import unit_groups
 from biofx.analysis.units import Reading
 from biofx.errors import OptionError
-from biofx.layers.lowering import Lowering
+from biofx.layers.lowering import Lowering, node_stem
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import READ, Weight, WeightSite, whole_weight
 from biofx.operators.mask_ops import mask_weight
@@ -115,6 +115,8 @@ class Wiring:
     areas: tuple[Any, ...] | None
     mask: str | None
     rescales: bool
+    probes: bool
+    """Whether the gradient of missing connections can be asked for."""
     seed: int
 
 
@@ -166,7 +168,13 @@ def insert_mask(weight: Weight, lowering: Lowering, wiring: Wiring, own: Tensor 
     for use in weight.sites:
         lowering.lower(use)
     kept = f"{bio_module_path(weight.path)}.connection_mask"
-    lowering.wrap_weight([use.at_parameter for use in weight.sites], mask_weight, (kept, "mask"), "masked")
+    places = [use.at_parameter for use in weight.sites]
+    options: dict[str, Any] = {}
+    if wiring.probes and (node := places[0].weight_node) is not None:
+        state.connection_probe = torch.zeros((), device=values.device)
+        probe = f"{bio_module_path(weight.path)}.connection_probe"
+        options["probe"] = lowering.read(probe, node.next, f"{node_stem(weight.path)}_probe")
+    lowering.wrap_weight(places, mask_weight, (kept, "mask"), "masked", **options)
     counts = exists.sum(1)
     return {
         "connections": layout.gates * int(counts.sum()),

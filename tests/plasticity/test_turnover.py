@@ -327,3 +327,187 @@ def test_averages_of_a_run_keep_what_existed_for_most_of_it(mlp: nn.Module, vect
     bio.load_state_dict(averaged.module.state_dict())
     assert set(mask(bio, "0.weight").unique().tolist()) == {0.0, 1.0}
     assert mask(bio, "0.weight")[place] == 1
+
+
+# growth by gradient
+
+
+def test_connections_grow_where_the_gradient_is_largest_and_descend_it() -> None:
+    weight, mask, layout = made((40, 30))
+    gradient = torch.randn(40, 30, generator=torch.Generator().manual_seed(5))
+    gradient[0, 0] = torch.nan
+    old, before = mask.clone(), weight.clone()
+    moved(weight, mask, layout, gradient=gradient)
+    staying = (old == 1) & (weight == before)
+    possible = (old != -1) & ~staying
+    count = int((mask == 1).sum()) - int(staying.sum())
+    steepest = torch.where(possible, gradient.abs().nan_to_num(0.0), -1).flatten().topk(count).indices
+    new = torch.zeros(1200, dtype=torch.bool)
+    new[steepest] = True
+    assert torch.equal((mask == 1) & ~staying, new.view(40, 30))
+    assert (weight * gradient.nan_to_num(0.0))[new.view(40, 30)].max() < 0
+
+
+def test_a_unit_without_gradient_grows_at_random_and_signs_come_first() -> None:
+    weight, mask, layout = made((20, 20))
+    old = mask.clone()
+    moved(weight, mask, layout, gradient=torch.zeros(20, 20))
+    first = ((old == 0) & (mask == 1)).nonzero()
+    assert len(set(first[:, 0].tolist())) > 3  # not the first rows alone
+    weight, mask, layout = made((20, 20))
+    old = mask.clone()
+    moved(weight.abs_(), mask, layout, gradient=torch.ones(20, 20), sign=torch.ones(1, 20))
+    assert (weight >= 0).all()
+
+
+GROWING: dict[str, Any] = {
+    "weight_density": 0.4,
+    "fuzzy_lr_distribution": "baseline",
+    "rejuvenation_growth": "gradient",
+    "rejuvenation_turnover": 0.3,
+}
+
+
+def dense_gradient(bio: nn.Module, x: Tensor, path: str) -> Tensor:
+    """The gradient of every connection, by hand: of a plain network with the effective weights."""
+    plain = nn.Sequential(
+        *(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4, bias=False), nn.ReLU(), nn.Linear(4, 2))
+    )
+    plain.load_state_dict({name: value.detach() for name, value in bio.named_parameters()})
+    with torch.no_grad():
+        for each in PATHS:
+            plain.get_parameter(each).mul_(mask(bio, each) == 1)
+    (plain(x) - 1).square().sum().backward()
+    gradient = plain.get_parameter(path).grad
+    assert gradient is not None
+    return gradient
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_attached_the_gradient_of_missing_connections_decides_and_no_optimizer_sees_it(
+    mlp: nn.Module, vectors: Tensor, optimizer: Any
+) -> None:
+    bio, _ = biofx.transform(mlp, GROWING)
+    still = copy.deepcopy(bio)
+    training, plain = optimizer(bio.parameters(), lr=0.02), optimizer(still.parameters(), lr=0.02)
+    biofx.attach(bio, training, [biofx.Rule("rejuvenate_weights", every=3, after=1)])
+    biofx.attach(still, plain)
+    state: Any = bio.get_submodule("0").bio_mod
+    for step in range(9):
+        is_due = step % 3 == 1
+        assert state.connection_probe.requires_grad == is_due
+        expected = dense_gradient(bio, vectors, "0.weight")
+        old, before = mask(bio, "0.weight").clone(), copy.deepcopy((bio.state_dict(), training.state_dict()))
+        training.zero_grad()
+        (bio(vectors) - 1).square().sum().backward()
+        gradient: Any = bio.get_parameter("0.weight").grad
+        assert torch.equal(gradient[old != 1], torch.zeros(int((old != 1).sum())))
+        if is_due:
+            torch.testing.assert_close(state.connection_probe.grad, expected)
+        training.step()
+        if is_due:  # the step itself is that of a model which grows nothing
+            still.load_state_dict(before[0])
+            plain.load_state_dict(before[1])
+            plain.zero_grad()
+            (still(vectors) - 1).square().sum().backward()
+            plain.step()
+            after = still.get_parameter("0.weight").detach()
+            weight = bio.get_parameter("0.weight").detach()
+            staying = (mask(bio, "0.weight") == 1) & (weight == after)
+            new = (mask(bio, "0.weight") == 1) & ~staying
+            left = (old != -1) & ~staying
+            assert torch.equal(
+                new.flatten().nonzero().flatten(),
+                torch.where(left, expected.abs(), -1).flatten().topk(int(new.sum())).indices.sort().values,
+            )
+        assert int((mask(bio, "0.weight") == 1).sum()) == int((old == 1).sum())
+    assert state.connection_probe.requires_grad is False
+
+
+@pytest.mark.parametrize("form", ["float32", "seed"])
+def test_learning_rate_factors_do_not_say_where_connections_grow(
+    mlp: nn.Module, vectors: Tensor, form: str
+) -> None:
+    options: dict[str, Any] = {**GROWING, "fuzzy_lr_distribution": "uniform", "fuzzy_lr_dtype": form}
+    bio, _ = biofx.transform(mlp, {**options, "fuzzy_learning_rate_factor_nu": 0.9, "fuzzy_lr_min": 0.05})
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.01)
+    biofx.attach(bio, optimizer, ["rejuvenate_weights"])
+    (bio(vectors) - 1).square().sum().backward()
+    state: Any = bio.get_submodule("0").bio_mod
+    expected, old = dense_gradient(bio, vectors, "0.weight"), mask(bio, "0.weight").clone()
+    factors = state.fuzzy_learning_rate_parameters.clone()
+    torch.testing.assert_close(state.connection_probe.grad, expected * factors)
+    gradient: Any = bio.get_parameter("0.weight").grad
+    stepped = bio.get_parameter("0.weight").detach() - 0.01 * gradient
+    optimizer.step()
+    weight = bio.get_parameter("0.weight").detach()
+    staying = (mask(bio, "0.weight") == 1) & torch.isclose(weight, stepped, rtol=1e-5, atol=0)
+    new = (mask(bio, "0.weight") == 1) & ~staying
+    left = torch.where((old != -1) & ~staying, expected.abs(), -1).flatten()
+    assert new.any()
+    assert set(left.topk(int(new.sum())).indices.tolist()) == set(new.flatten().nonzero().flatten().tolist())
+
+
+def test_growth_by_gradient_outside_of_an_attachment_says_why_it_does_nothing(
+    mlp: nn.Module, vectors: Tensor
+) -> None:
+    bio, _ = biofx.transform(mlp, GROWING)
+    bio(vectors).sum().backward()
+    state: Any = bio.get_submodule("0").bio_mod
+    reason = "its connections grow by their gradient, which is collected for steps at which biofx.attach runs"
+    assert state.why_not("rejuvenate_weights").startswith(reason)
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    plasticity = biofx.attach(bio, optimizer, ["rejuvenate_weights"])
+    assert state.connection_probe.requires_grad
+    plasticity.detach()
+    assert not state.connection_probe.requires_grad
+
+
+def test_runs_that_grow_by_gradient_continue_to_the_bit(
+    mlp: nn.Module, vectors: Tensor, tmp_path: Path
+) -> None:
+    rules = [biofx.Rule("rejuvenate_weights", every=2)]
+
+    def started() -> tuple[Any, torch.optim.Optimizer, Any]:
+        bio, _ = biofx.transform(mlp, GROWING)
+        optimizer = torch.optim.AdamW(bio.parameters(), lr=0.02)
+        return bio, optimizer, biofx.attach(bio, optimizer, rules)
+
+    bio, optimizer, plasticity = started()
+    train(bio, optimizer, vectors, 4)
+    biofx.save(bio, tmp_path / "run.pt", optimizer=optimizer, plasticity=plasticity)
+    copied, own, _ = copy.deepcopy((bio, optimizer, plasticity))
+    other, restarted, again = started()
+    biofx.load(tmp_path / "run.pt", other, optimizer=restarted, plasticity=again)
+    first = mask(bio, "0.weight").clone()
+    for model, stepping in ((bio, optimizer), (copied, own), (other, restarted)):
+        train(model, stepping, vectors, 5)
+    assert not torch.equal(mask(bio, "0.weight"), first)
+    for name, value in bio.state_dict().items():
+        assert torch.equal(value, copied.state_dict()[name]), name
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert "probe" not in " ".join(bio.state_dict())
+
+
+def test_a_model_that_grows_by_gradient_is_compiled_moved_and_deployed_like_any(
+    mlp: nn.Module, vectors: Tensor
+) -> None:
+    bio, _ = biofx.transform(mlp, GROWING)
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.02)
+    biofx.attach(bio, optimizer, [biofx.Rule("rejuvenate_weights", every=2)])
+    other = copy.deepcopy(bio)
+    stepping = torch.optim.SGD(other.parameters(), lr=0.02)
+    compiled: Any = torch.compile(other, backend="aot_eager")
+    biofx.attach(compiled, stepping, [biofx.Rule("rejuvenate_weights", every=2)])
+    train(bio, optimizer, vectors, 4)
+    for _ in range(4):
+        stepping.zero_grad()
+        (compiled(vectors) - 1).square().sum().backward()
+        stepping.step()
+    assert torch.equal(mask(bio, "0.weight"), mask(other, "0.weight"))
+    torch.testing.assert_close(bio.get_parameter("0.weight"), other.get_parameter("0.weight"))
+    torch.testing.assert_close(biofx.deploy(bio)(vectors), bio.eval()(vectors))
+    bio.double()
+    state: Any = bio.get_submodule("0").bio_mod
+    assert (state.connection_probe.requires_grad, state.connection_probe.dtype) == (True, torch.float64)
+    assert biofx.check(bio).ok
