@@ -33,6 +33,28 @@ def fully_connected(share: int = 1, *, width: int = 3000) -> nn.Module:
     )
 
 
+class RateNetwork(nn.Module):
+    """A recurrent network of 256 units with leak and noise; its forward loops over time."""
+
+    def __init__(self, units: int = 256) -> None:
+        super().__init__()
+        self.w_in, self.w_rec, self.w_out = (
+            nn.Linear(32, units),
+            nn.Linear(units, units),
+            nn.Linear(units, 10),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mean readout, ``(batch, 10)``; ``x`` is ``(steps, batch, 32)``."""
+        state, out = x.new_zeros(x.shape[1], self.w_rec.in_features), []
+        for step in range(x.shape[0]):
+            rate = torch.relu(state)
+            drive = self.w_rec(rate) + self.w_in(x[step]) + 0.1 * torch.randn_like(state)
+            state = 0.8 * state + 0.2 * drive
+            out.append(self.w_out(rate))
+        return torch.stack(out).mean(0)
+
+
 class _Block(nn.Module):
     """Two convolutions and a way around them."""
 

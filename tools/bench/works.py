@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from models import (
+    RateNetwork,
     convolutions,
     fully_connected,
     inference,
@@ -22,6 +23,7 @@ from models import (
 from torch import Tensor, nn
 
 import biofx
+from biofx.capture.observe import observe
 from biofx.model.attribute_guards import refuse_changed_attributes
 from biofx.model.graph_module import BioGraphModule, become_graph_module
 from biofx.model.late_changes import follow_late_changes
@@ -63,6 +65,7 @@ def works(device: torch.device, *, compiled: bool) -> Iterator[Work]:
     if not compiled:
         yield _inference(images)
         yield from _guards(device)
+        yield _observed_runs()
         yield from _rules(vectors)
 
 
@@ -168,6 +171,25 @@ def _guards(device: torch.device) -> Iterator[Work]:
         candidates = {"forward": inference(model, x), "guards": look}
         title = f"ResNet-18, batch of 1, {name}"
         yield Work(title, candidates, "forward", {"guards": 0.005}, in_percent=True)
+
+
+def _observed_runs() -> Work:
+    """A recurrent loop of 50 steps, and the two runs of it that are observed with their analysis."""
+    model, x = RateNetwork(), torch.randn(50, 50, 32)
+    captured = biofx.capture(model, example_inputs=(x,))
+
+    def observe_and_analyse() -> None:
+        captured.observed_runs = observe(model, (x,), frozenset())
+        biofx.unit_groups(captured)
+
+    candidates = {
+        "forward and backward": training_step(model, x),
+        "observe two runs": lambda: observe(model, (x,), frozenset()),
+        "observe and analyse": observe_and_analyse,
+    }
+    nodes = sum(len(graph.nodes) for graph in captured.observed_runs.graphs)
+    name = f"a loop of 50 steps, {nodes} nodes observed"
+    return Work(name, candidates, "forward and backward", {"observe two runs": 3})
 
 
 def _graphs(model: nn.Module) -> list[BioGraphModule]:
