@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from biofx.analysis.forward import CannotFollow
 from biofx.analysis.layout import Axis, UnitLayout
 from biofx.analysis.units import UnitCall, UnitValue
-from biofx.model.observed_runs import INDICES, SHAPE
+from biofx.graph.observed_functions import SHAPE
+from biofx.model.observed_runs import INDICES
 
 _NOBODY = -1
 """In the place of a number, for an entry that is no unit's."""

@@ -15,11 +15,10 @@ from biofx.analysis.layout import Axis, UnitLayout
 from biofx.analysis.moved_labels import moved
 from biofx.analysis.units import UnitAnalysis, UnitCall, UnitValue
 from biofx.graph.node_kinds import changed_in_place, number_nodes
-from biofx.graph.observed_functions import made_elsewhere
+from biofx.graph.observed_functions import SHAPE, made_elsewhere
 from biofx.layers import kind_of_call
 from biofx.layers.single_weight import EMBEDDING, EMBEDDING_BAG
 from biofx.model.graph_places import module_at
-from biofx.model.observed_runs import SHAPE
 
 
 class ObservedUnitAnalysis(UnitAnalysis):

@@ -150,6 +150,8 @@ def product(call: UnitCall) -> UnitValue:
     arguments = call.argument(0, "input"), call.argument(1, "mat2", call.argument(1, "other"))
     left, right = map(call.value, arguments)
     if left.has_units and right.has_units:
+        if call.analysis.is_observed and not _sums_over_units(left, right):
+            return call.ends("it mixes units by the activity of others, which may be negative")
         call.compares(*arguments)
         return UnitValue(rank=left.rank if left.rank is not None else right.rank)
     if not left.has_units and not right.has_units:
@@ -160,6 +162,13 @@ def product(call: UnitCall) -> UnitValue:
     if mixed.layout is None or mixed.layout.axis_at(axis) is not None:
         return call.ends("it mixes along the axis of the units")
     return call.keeps(mixed)
+
+
+def _sums_over_units(left: UnitValue, right: UnitValue) -> bool:
+    """Whether a product is known to sum over the axis of the units of both factors."""
+    if left.layout is None or right.layout is None:
+        return False
+    return left.layout.axis_at(-1) is not None and right.layout.axis_at(-2) is not None
 
 
 def attended(call: UnitCall) -> UnitValue:

@@ -21,6 +21,7 @@ _PRODUCTS: frozenset[Any] = frozenset(
     {
         *(operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
         *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm, torch.tensordot),
+        *(torch._grouped_mm, F.grouped_mm),
     }
 )
 _PRODUCT_METHODS = frozenset({"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__"})

@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 from biofx.capture.intercepted_calls import applications_handled, replaced
 from biofx.capture.region_capture import is_leaf
 from biofx.graph.graph_functions import AppliedFunction
-from biofx.graph.observed_functions import made_elsewhere
+from biofx.graph.observed_functions import SHAPE, made_elsewhere
 from biofx.layers.attention import transformers_as_nodes
 from biofx.layers.layer_kind import hooks_of
-from biofx.model.observed_runs import INDICES, SHAPE
+from biofx.model.observed_runs import INDICES
 from biofx.static_inspection import is_of
 
 _MOST_INDICES = 1 << 20

@@ -6,6 +6,9 @@ from typing import NoReturn
 
 from biofx.errors import PassError
 
+SHAPE = "observed_shape"
+"""The key in the ``meta`` of nodes of observed runs under which the shape of a value lies."""
+
 
 def made_elsewhere() -> NoReturn:
     """Stand for a tensor that no torch function was seen to make.

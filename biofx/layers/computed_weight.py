@@ -178,8 +178,8 @@ class Computations:
         if found.root is None:
             return "no parameter is in it"
         parameter = self._parameters[str(found.root.target)]
-        shape = parameter.shape[::-1] if found.is_turned else parameter.shape
-        if len(shape) != kind.kernel_axes + 2 or found.shape != shape:
+        shape = _turned(parameter.shape) if found.is_turned else parameter.shape
+        if len(shape) != kind.matrix_axes or found.shape != shape:
             return (
                 f"its shape is {tuple(found.shape)}, and that of {found.root.target} {tuple(parameter.shape)}"
             )
@@ -355,15 +355,34 @@ def _negated(node: Node, given: list[_Found], constants: Any) -> _Found:
 
 
 def _transposed(node: Node, given: list[_Found], constants: Any) -> _Found:
-    found = given[0]
+    """Two axes are exchanged: those of a matrix, or of each matrix of a stack."""
+    found, rank = given[0], len(given[0].shape)
     axes: list[Any] = [] if node.target is getattr else [*node.args[1:], *node.kwargs.values()]
     axes = [axis for entry in axes for axis in (entry if isinstance(entry, (list, tuple)) else [entry])]
-    is_swap = not axes or sorted(axis % 2 for axis in axes if isinstance(axis, int)) == [0, 1]
-    if len(found.shape) != 2 or not is_swap:
+    order = [axis % rank for axis in axes if isinstance(axis, int)] if rank else []
+    of_all = not axes and (rank == 2 or _name_of(node) in ("getattr mT", "adjoint"))
+    is_swap = of_all or sorted(order) in ([rank - 2, rank - 1], list(range(rank)))
+    is_permutation = function_name(node.target) == "permute"
+    if rank not in (2, 3) or not is_swap or (rank == 3 and is_permutation):
         raise CannotCompute(f"{node.name} moves more than the two axes of a matrix")
-    if function_name(node.target) == "permute" and [axis % 2 for axis in axes] == [0, 1]:
+    if is_permutation and order == [0, 1]:
         return found.behind(node)
-    return found.behind(node, shape=found.shape[::-1], is_turned=not found.is_turned)
+    return found.behind(node, shape=_turned(found.shape), is_turned=not found.is_turned)
+
+
+def _turned(shape: torch.Size) -> torch.Size:
+    return torch.Size((*shape[:-2], *shape[:-3:-1]))
+
+
+def _reshaped(node: Node, given: list[_Found], constants: Callable[[], ConstantPart]) -> _Found:
+    """Axes merged, taken apart or of size 1, as long as entries keep their order."""
+    if given[0].is_turned:
+        raise CannotCompute(f"{node.name} takes entries in the order of the transposed parameter")
+    try:
+        shape = constants().value(node).shape
+    except (InvariantError, AttributeError) as error:
+        raise CannotCompute(f"the shape of {node.name} is not known before the model runs") from error
+    return given[0].behind(node, shape=shape)
 
 
 def _reduced(node: Node, given: list[_Found], constants: Callable[[], ConstantPart]) -> _Found:
@@ -508,6 +527,7 @@ def _rules() -> Iterator[tuple[str, _Rule]]:
         (_power, _ONE, "pow"),
         (_negated, _ONE, "neg negative"),
         (_transposed, _ONE, "t transpose swapaxes swapdims permute adjoint"),
+        (_reshaped, _ONE, "squeeze unsqueeze view reshape flatten unflatten"),
         (_reduced, _ONE, "sum mean amax norm vector_norm linalg_vector_norm linalg_norm std var"),
         (_multiplied, _TWO, "mul multiply"),
         (_divided, _TWO, "div divide true_divide truediv"),

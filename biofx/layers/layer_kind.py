@@ -112,6 +112,10 @@ class LayerKind:
     """Why its outputs cannot be summed, empty where they can, or where another reason says so."""
     why_no_units: str = ""
     """Why the entries of the weight are no synapses from one unit to another, empty where they are."""
+    is_stack: bool = False
+    """Whether the weight is a stack of matrices, of which each entry of the batch meets one."""
+    units_axis: int = -1
+    """Axis of the input and of the output that counts channels, of a product."""
 
     @property
     def name(self) -> str:
@@ -121,17 +125,25 @@ class LayerKind:
     @property
     def channel_axis(self) -> int:
         """Axis of the output that counts channels, from the end, so that a batch axis may be absent."""
-        return -1 - self.kernel_axes
+        return self.units_axis - self.kernel_axes
 
     @property
     def output_axis(self) -> int:
         """Axis of the weight that counts postsynaptic units."""
-        return 1 - self.input_axis
+        return self.transposed + self.is_stack
 
     @property
     def input_axis(self) -> int:
-        """Axis of the weight that counts presynaptic units: 1 in ``(out, in, *)``, 0 if transposed."""
-        return 0 if self.transposed else 1
+        """Axis of the weight that counts presynaptic units: 1 in ``(out, in, *)``, 0 if transposed.
+
+        One more in a stack of those.
+        """
+        return (not self.transposed) + self.is_stack
+
+    @property
+    def matrix_axes(self) -> int:
+        """Number of axes of the weight."""
+        return 2 + self.kernel_axes + self.is_stack
 
     @property
     def takes_a_parametrization(self) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
 
+from biofx.graph.observed_functions import SHAPE
 from biofx.layers.layer_kind import (
     LayerCall,
     LayerKind,
@@ -207,6 +208,55 @@ _PRODUCTS: dict[Any, LayerKind] = {
 }
 
 
+_LEFT: dict[int, LayerKind] = {
+    axis: LayerKind(
+        *(nn.Linear, torch.matmul),
+        argument=(0, "input"),
+        source=(1, "other"),
+        is_product=True,
+        units_axis=axis,
+    )
+    for axis in (-1, -2)
+}
+"""``weight @ x``, by the axis of units in ``x``."""
+_STACKED = LayerKind(
+    *(nn.Linear, torch._grouped_mm),
+    transposed=True,
+    argument=(1, "mat2"),
+    is_product=True,
+    is_stack=True,
+)
+_STACKED_FUNCTIONS = frozenset({torch._grouped_mm, F.grouped_mm})
+
+
+def _in_observed_run(node: Node) -> LayerKind | None:
+    """Return the kind of a product that is known as a layer only where the shapes of values are.
+
+    A weight in front meets the first or the second axis from the end, as its other factor is a vector or not.
+    A stack of weights meets groups of a batch, as the experts of a mixture do.
+    """
+    if node.target in _STACKED_FUNCTIONS:
+        return _STACKED if len(node.args) > 1 else None
+    if _PRODUCTS[node.target] is not _MATMUL or len(node.args) != 2 or not _is_held(node.args[0]):
+        return None
+    shape = node.args[1].meta.get(SHAPE, ()) if isinstance(node.args[1], Node) else ()
+    return None if not shape or _is_held(node.args[1]) else _LEFT[max(-2, -len(shape))]
+
+
+def _is_held(node: Any) -> bool:
+    """Whether a value follows from what the model holds alone."""
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if not isinstance(current, Node):
+            return False
+        sources = current.all_input_nodes
+        if current.op != "get_attr" and (current.op == "call_module" or not sources):
+            return False
+        pending += sources
+    return True
+
+
 _EINSUMS = {
     (place, transposed): LayerKind(
         *(nn.Linear, torch.einsum),
@@ -256,6 +306,10 @@ def product_of(node: Node) -> LayerKind | None:
     """
     if node.target is torch.einsum and not node.kwargs:
         return _einsum_of(node)
+    if SHAPE in node.meta and (node.target in _PRODUCTS or node.target in _STACKED_FUNCTIONS):
+        known = _in_observed_run(node)
+        if known is not None:
+            return known
     kind = _PRODUCTS.get(node.target) if node.op in ("call_function", "call_method") else None
     if kind is None or not set(node.kwargs) <= {"input", kind.argument[1], kind.source[1]}:
         return None

@@ -282,9 +282,9 @@ class _Survey:
         named = None if root is None else self._parameters.get(str(root.target))
         if argument(node, *kind.source) in self._held:
             return None  # it computes a weight from others
-        bias = argument(node, 0, "input") if kind.source[0] > 0 else None
+        bias = argument(node, 0, "input") if 0 not in (kind.source[0], kind.argument[0]) else None
         added_to_data = isinstance(bias, Node) and parameter_behind(bias) is None
-        return None if named is None or named[1].dim() != 2 or added_to_data else kind
+        return None if named is None or named[1].dim() != kind.matrix_axes or added_to_data else kind
 
     def is_opaque(self, node: Node) -> bool:
         """Whether a called module is no layer, so that layers may be hidden inside."""

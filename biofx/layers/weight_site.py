@@ -197,14 +197,14 @@ class WeightSite:
     @property
     def output_channels(self) -> int:
         """Channels of the output (its postsynaptic units), a count; gates do not count."""
-        shape = self.parameter.shape
-        return shape[1] * self.groups if self.kind.transposed else shape[0] // self.slot.blocks
+        channels = self.parameter.shape[self.kind.output_axis]
+        return channels * self.groups if self.kind.transposed else channels // self.slot.blocks
 
     @property
     def input_channels(self) -> int:
         """Channels of the layer's input (its presynaptic units), a count."""
-        shape = self.parameter.shape
-        return shape[0] if self.kind.transposed else shape[1] * self.groups
+        channels = self.parameter.shape[self.kind.input_axis]
+        return channels if self.kind.transposed else channels * self.groups
 
     @property
     def why_no_channels(self) -> str | None:

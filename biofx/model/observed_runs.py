@@ -12,14 +12,15 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule
 
+from biofx.graph.observed_functions import SHAPE
 from biofx.graph.regions import OBSERVED
 from biofx.model.copies import pack, unpack
 
 ATTRIBUTE = "observed_runs"
 """Attribute of a captured model that holds its observed runs."""
-SHAPE, INDICES = "observed_shape", "observed_indices"
-"""Keys in the ``meta`` of nodes of observed runs: the shape of a value, and the values of index tensors by
-the names of their nodes."""
+INDICES = "observed_indices"
+"""The key in the ``meta`` of nodes of observed runs under which the values of index tensors lie, by the names
+of their nodes; the shape of a value lies under :data:`~biofx.graph.observed_functions.SHAPE`."""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def _laid_out(weight: Tensor, sign: Tensor, axis: int, groups: int) -> Tensor:
     if axis == 0 or weight.dim() < 2:
         return sign.reshape(-1, *(1,) * (weight.dim() - 1))
     if groups == 1:
-        return sign.reshape(1, -1, *kernel)
+        return sign.reshape(*(-1 if place == axis else 1 for place in range(weight.dim())))
     return (
         sign.reshape(groups, -1)
         .repeat_interleave(weight.shape[0] // groups, 0)

@@ -156,7 +156,8 @@ def describe_signs(
 
 def can_balance(weight: Weight, graph_module: GraphModule) -> bool:
     """Whether a weight can be made sparse and balanced: each entry is a fixed multiple of the parameter's."""
-    return _multiples(weight, graph_module) is not None
+    is_stack = any(site.kind.is_stack for site in weight.sites)
+    return not is_stack and _multiples(weight, graph_module) is not None
 
 
 def _multiples(weight: Weight, graph_module: GraphModule) -> Tensor | None:

@@ -202,3 +202,110 @@ def test_without_an_observed_run_graphs_stay_what_they_were() -> None:
     for name in ("root mean square", "layer scale"):
         report = biofx.transform(between(name), passes="constrain-signs").report
         assert not any(remark.layer == "between" for remark in report.remarks)
+
+
+# weights that a forward uses by itself
+
+
+class Uses(nn.Module):
+    """A parameter, and what is done with it."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.randn(*shape)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight)
+
+
+def experts(x: Tensor, weight: Tensor) -> Tensor:
+    """A stack of ``(out, in)`` as in mixtures of experts: the first three rows to the first expert."""
+    ends = torch.tensor([3, x.shape[0]], dtype=torch.int32)
+    return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+
+
+def causal(x: Tensor, weight: Tensor) -> Tensor:
+    """As Mamba does it by itself: a depthwise convolution with a weight that is squeezed and unsqueezed."""
+    weight = weight.squeeze(1)
+    return F.conv1d(x.mT, weight.unsqueeze(1), padding=2, groups=4)[..., : x.shape[1]].mT
+
+
+USED: dict[str, tuple[Callable[[], Uses], tuple[int, ...], int, list[int]]] = {
+    "in front": (lambda: Uses(lambda x, w: (w @ x.mT).mT, 6, 4), (2, 5, 2), 1, [0, 1, 2, 3]),
+    "in front of a vector": (lambda: Uses(lambda x, w: w @ x, 6, 4), (2,), 1, [0, 1, 2, 3]),
+    "stack": (lambda: Uses(experts, 2, 8, 4), (8, 2), 2, [0, 1, 2, 3]),
+    "causal convolution": (lambda: Uses(causal, 4, 1, 3), (2, 5, 2), 0, [0, 1, 2, 3]),
+    "reshaped": (
+        lambda: Uses(lambda x, w: F.linear(x, w.reshape(2, 3, 4).flatten(0, 1)), 6, 4),
+        (2, 5, 2),
+        1,
+        [0, 1, 2, 3],
+    ),
+}
+
+
+def between_layers(name: str, readers: int) -> nn.Module:
+    return Net(
+        lambda m, x: m.b(m.uses(m.a(x))), a=nn.Linear(2, 4), uses=USED[name][0](), b=nn.Linear(readers, 3)
+    )
+
+
+@pytest.mark.parametrize("name", USED)
+def test_what_a_weight_reads_that_a_forward_uses_by_itself(name: str) -> None:
+    make, shape, axis, expected = USED[name]
+    outputs = make().weight.shape[axis - 1] if name != "causal convolution" else 4
+    model = between_layers(name, outputs)
+    x = torch.randn(shape)
+    groups = observed_groups(model, x)
+    found = columns_in(groups)
+    assert found["uses.weight"] == [f"a[{number}]" for number in expected]
+    assert found["b.weight"] == [f"uses[{number}]" for number in range(outputs)]
+    # alone, a unit gives a gradient to the weights that it is presynaptic to and to no others
+    weight = model.get_parameter("uses.weight")
+    for unit in range(4):
+        only = torch.zeros(4)
+        only[unit] = 1
+        handle = model.get_submodule("a").register_forward_hook(
+            lambda m, given, out, only=only: only + 0 * out
+        )
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), weight)
+        handle.remove()
+        meets = gradient.movedim(axis, 0).flatten(1).abs().sum(1) > 0
+        assert meets.nonzero().flatten().tolist() == [unit]
+
+
+def test_signs_of_a_stack_are_those_of_the_units_for_each_of_its_matrices() -> None:
+    def by_value(m: Any, x: Tensor) -> Tensor:
+        hidden = m.uses(F.relu(m.a(x))) if bool(x.isfinite().all()) else x
+        return m.c(F.relu(m.b(hidden)))  # type: ignore[no-any-return]
+
+    model = Net(by_value, a=nn.Linear(2, 4), uses=USED["stack"][0](), b=nn.Linear(8, 3), c=nn.Linear(3, 2))
+    x = torch.randn(8, 2)
+    passes = 'constrain-signs{initialisation="keep"}'
+    bio, report = biofx.transform(model, passes=passes, example_inputs=(x,))
+    assert {remark.layer for remark in report.remarks if remark.kind == "applied"} == {"uses", "b"}
+    sign = bio.get_buffer("a.bio_mod.sign")
+    held = {name: value.detach() for name, value in bio.named_parameters()}
+    weight = held["uses.weight"].where(held["uses.weight"] * sign > 0, 0)  # (expert, out, in)
+    units = F.relu(F.linear(x, held["a.weight"], held["a.bias"]))
+    hidden = torch.cat([units[:3] @ weight[0].T, units[3:] @ weight[1].T])
+    second = held["b.weight"].where(held["b.weight"] * bio.get_buffer("uses.bio_mod.sign") > 0, 0)
+    expected = F.linear(F.relu(F.linear(hidden, second, held["b.bias"])), held["c.weight"], held["c.bias"])
+    torch.testing.assert_close(bio(x), expected)
+    assert biofx.check(bio).ok
+
+
+def test_a_product_with_other_activity_along_another_axis_ends_units_and_compares_nothing() -> None:
+    """As a state-space model reads its state out: the state's units are rows, and columns are summed."""
+    model = Net(
+        lambda m, x: m.out((m.state(x).unsqueeze(-1) * m.rates(x)[:, None]) @ m.read(x)[..., None]),
+        state=nn.Linear(2, 4),
+        rates=nn.Linear(2, 3),
+        read=nn.Linear(2, 3),
+        out=nn.Linear(1, 2),
+    )
+    groups = observed_groups(model, torch.randn(5, 2))
+    assert "it mixes units by the activity of others, which may be negative" in groups.ends.values()
+    by_path = {reading.site.parameter_path: reading.site for reading in groups.readings}
+    for name in ("state", "rates", "read"):
+        assert not groups.exempt_rows(by_path[f"{name}.weight"]).any()
