@@ -116,17 +116,23 @@ def _is_elsewhere(root: nn.Module, path: str) -> bool:
         return True
     module: nn.Module | None = root
     for part in path.split(".")[:-1]:
-        if module is not None and part not in module._modules and part in vars(module):
+        if module is not None and part not in _inside(module) and part in vars(module):
             return True
-        module = None if module is None else module._modules.get(part)
+        module = None if module is None else _inside(module).get(part)
     return False
+
+
+def _inside(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the modules that a module holds; none while it is being copied, and only its name is there."""
+    found: dict[str, nn.Module | None] = vars(module).get("_modules", {})
+    return found
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module | None:
     """Return the module at a path, None if there is none."""
     module: nn.Module | None = root
     for part in path.split(".") if path else ():
-        module = None if module is None else module._modules.get(part)
+        module = None if module is None else _inside(module).get(part)
     return module
 
 

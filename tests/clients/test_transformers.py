@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -105,6 +106,24 @@ def test_a_transposed_weight_keeps_queries_and_keys_free() -> None:
     assert torch.equal(weight[:, :32], raw[:, :32])  # (in, out): queries, keys and values side by side
     assert not torch.equal(weight[:, 32:], raw[:, 32:])
     assert 2 not in signs_of_columns(weight[:, 32:].T)
+
+
+def test_signs_that_regions_share_survive_copies_and_deployment() -> None:
+    model = built("Llama")
+    bio, _ = biofx.transform(model, CONFIG, example_inputs=((), IDS))
+    expected = bio.eval()(**IDS).last_hidden_state
+    twin = copy.deepcopy(bio)
+    with torch.no_grad():
+        bio.get_parameter("layers.0.input_layernorm.weight").fill_(0)
+    assert torch.equal(twin(**IDS).last_hidden_state, expected)
+    name = "layers.0.mlp.up_proj.weight"
+    before = signs_of_columns(effective_weights(twin, [name], IDS)[name])
+    with torch.no_grad():
+        twin.get_parameter(name).neg_()
+    after = signs_of_columns(effective_weights(twin, [name], IDS)[name])
+    assert not bool((before * after < 0).any())  # weights of the other sign are held at 0
+    deployed = biofx.deploy(twin)
+    torch.testing.assert_close(deployed(**IDS).last_hidden_state, twin(**IDS).last_hidden_state)
 
 
 def test_a_layer_with_its_own_gain_is_held_from_below_0() -> None:

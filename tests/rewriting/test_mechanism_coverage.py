@@ -40,7 +40,7 @@ class Attends(nn.Module):
     def forward(self, ids: Tensor) -> Any:
         query, key, value = self.joint(F.relu(self.first(self.table(ids)))).chunk(3, -1)
         mixed = F.scaled_dot_product_attention(query, key, value)
-        hidden = self.norm(torch.einsum("...i,ij->...j", mixed, self.direct))
+        hidden = self.norm((mixed.unsqueeze(-1) * self.direct).sum(-2))
         return self.readout(F.relu(self.odd(F.relu(self.out(hidden)))))
 
 
