@@ -26,7 +26,7 @@ from biofx.operators.rate_sampling import (
 from biofx.operators.sampling import generator_for
 from biofx.operators.sign_ops import write_signs
 from biofx.plasticity.bio_state import BioState
-from biofx.plasticity.optimizers import forget_direction
+from biofx.plasticity.optimizers import forget_direction, lend_step_sizes
 from biofx.plasticity.rate_rules import (
     crystallize,
     evolve,
@@ -384,7 +384,8 @@ class BioModule(BioState):
         (:mod:`biofx.plasticity.turnover`); how many there are stays.
 
         Args:
-            optimizer: its first moments of the replaced synapses become 0, its second moments stay.
+            optimizer: its first moments of the replaced synapses become 0, its second moments stay; those
+                of connections that grow where none was become the mean of the others, if they are smaller.
 
         Raises:
             NonFiniteWeightError: a weight is NaN or infinite; nothing has been changed.
@@ -409,6 +410,10 @@ class BioModule(BioState):
                 self.weight.data, self.connection_mask, layout, blocks=blocks, gradient=gradient, **options
             )
             replaced, count = moved.places, moved.pruned
+            if optimizer is not None:
+                settled = existing(self.connection_mask).flatten()
+                settled[replaced] = False
+                lend_step_sizes(optimizer, self.weight, moved.new, settled.nonzero().flatten())
         if optimizer is not None:
             forget_direction(optimizer, self.weight, replaced)
         return count

@@ -18,6 +18,8 @@ from biofx.errors import PlasticityError
 
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 """State that holds a direction: momentum of SGD and RMSprop, the first moment of Adam's family."""
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "exp_inf", "sum")
+"""State that normalises a step: of Adam's family, RMSprop, Adamax and Adagrad."""
 
 _DECAYS = frozenset({"wd", "lambd", "l1", "l2", "lambda_1", "lambda_2", "l1_penalty", "l2_penalty"})
 _INSIDE = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "inner_optimizer", "optim")
@@ -124,6 +126,27 @@ def forget_direction(optimizer: Optimizer, parameter: nn.Parameter, places: Tens
         moment = state.get(name)
         if isinstance(moment, Tensor) and moment.shape == parameter.shape:
             moment.put_(places, moment.new_zeros(len(places)))
+
+
+@torch.no_grad()
+def lend_step_sizes(optimizer: Optimizer, parameter: nn.Parameter, new: Tensor, settled: Tensor) -> None:
+    """Give new elements the mean second moment of settled ones, where theirs is smaller.
+
+    An element without gradient so far has none, and would take steps many times too long (a measured
+    |update| / lr of 1.0 where settled elements take 0.36).
+
+    Args:
+        optimizer: may have no state yet.
+        parameter: whose state is changed.
+        new: flat positions, int64.
+        settled: likewise; if there are none, nothing is changed.
+    """
+    state = optimizer.state.get(parameter, {})
+    for name in SECOND_MOMENTS if len(settled) else ():
+        moment = state.get(name)
+        if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+            mean = moment.take(settled).mean()
+            moment.put_(new, torch.maximum(moment.take(new), mean))
 
 
 def may_move_without_gradient(optimizer: Optimizer, weight: Tensor) -> bool:

@@ -22,7 +22,7 @@ from biofx.operators.rate_ops import ShardedRates
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.bio_state import PER_SYNAPSE
 from biofx.plasticity.model_states import bio_modules
-from biofx.plasticity.optimizers import FIRST_MOMENTS
+from biofx.plasticity.optimizers import FIRST_MOMENTS, SECOND_MOMENTS
 from biofx.plasticity.shards import gathered, is_sharded, local, local_part, spread_like
 
 _RATES = "_sharded_rates"
@@ -54,13 +54,13 @@ def shard_state(state: BioModule) -> None:
 
 @contextmanager
 def whole(state: BioModule, optimizer: Optimizer | None = None, *, factors: bool = True) -> Iterator[None]:
-    """Gather a weight, its gradient, factors and first moments; at the end each rank keeps its part.
+    """Gather a weight, its gradient, factors and moments; at the end each rank keeps its part.
 
     All ranks must do it together.
 
     Args:
         state: of the weight.
-        optimizer: whose first moments are needed.
+        optimizer: whose first moments are needed, and the second ones of a masked weight.
         factors: whether the state of each synapse is needed.
     """
     weight = state.parameter
@@ -72,7 +72,8 @@ def whole(state: BioModule, optimizer: Optimizer | None = None, *, factors: bool
     if weight.grad is not None:
         full.grad = gathered(weight.grad)
     moments = {} if optimizer is None else optimizer.state.get(weight, {})
-    whole_moments = {key: gathered(moments[key]) for key in FIRST_MOMENTS if is_sharded(moments.get(key))}
+    names = FIRST_MOMENTS if state.connection_mask is None else (*FIRST_MOMENTS, *SECOND_MOMENTS)
+    whole_moments = {key: gathered(moments[key]) for key in names if is_sharded(moments.get(key))}
     if optimizer is not None and whole_moments:
         optimizer.state[full] = whole_moments
     parts = {key: held for key in PER_SYNAPSE if (held := state._buffers[key]) is not None}

@@ -32,6 +32,8 @@ class Turnover:
     """Weights of the connections that vanished, and of those that grew, a count each."""
     places: Tensor
     """Flat positions in the weight of all that vanished or grew, int64."""
+    new: Tensor
+    """Flat positions in the weight of those that grew where none was, int64."""
 
 
 @torch.no_grad()
@@ -78,12 +80,12 @@ def turn_over(
     places, none = exists.nonzero().flatten(), exists.nonzero().flatten()[:0]
     spread = spread_of(connections[:, places].flatten()) if len(places) else 0.0
     if spread == 0:
-        return Turnover(0, none)
+        return Turnover(0, none, none)
     strength = connections[:, places].square().mean(0).sqrt()
     weak, _ = choose_weak(strength, spread / protection, generator)
     pruned = places[weak]
     if not len(pruned):
-        return Turnover(0, none)
+        return Turnover(0, none, none)
     staying = exists.clone()
     staying[pruned] = False
     slopes = None if gradient is None else layout.split(gradient).flatten(1).nan_to_num(0.0, 0.0, 0.0)
@@ -107,8 +109,12 @@ def turn_over(
     values[grown] = EXISTS
     weight.copy_(layout.join(connections.reshape(layout.gates, *held.shape), weight))
     mask.copy_(layout.join(values.reshape(held.shape), mask))
-    touched = layout.join(moved.reshape(held.shape), weight).flatten().nonzero().flatten()
-    return Turnover(layout.gates * len(pruned), touched)
+    new_ones = moved & ~exists
+    touched, fresh = (
+        layout.join(flags.reshape(held.shape), weight).flatten().nonzero().flatten()
+        for flags in (moved, new_ones)
+    )
+    return Turnover(layout.gates * len(pruned), touched, fresh)
 
 
 def _grown(

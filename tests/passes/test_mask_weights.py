@@ -53,6 +53,14 @@ def test_graph_and_report(residual_net: nn.Module, golden: Callable[[str, str], 
     golden("mask_weights", f"{biofx.format_graph(bio)}\n\n{report}")
 
 
+def test_a_graph_that_grows_by_gradient_reads_a_probe(
+    mlp: nn.Module, golden: Callable[[str, str], None]
+) -> None:
+    config = biofx.BioConfig(weight_density=0.5, rejuvenation_growth="gradient", apply_dales_principle=True)
+    bio, report = biofx.transform(mlp, config.override("4", dales_constrain_readout=True))
+    golden("mask_weights_and_signs", f"{biofx.format_graph(bio)}\n\n{report}")
+
+
 # what it computes
 
 

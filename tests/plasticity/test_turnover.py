@@ -192,7 +192,7 @@ def test_counts_stay_and_nothing_is_left_of_missing_connections_over_many_steps(
     assert torch.equal(garbled(vectors), bio(vectors))
 
 
-def test_what_an_optimizer_remembers_of_moved_connections_is_as_for_rejuvenation(
+def test_an_optimizer_forgets_the_direction_of_moved_connections_and_lends_new_ones_a_step_size(
     mlp: nn.Module, vectors: Tensor
 ) -> None:
     bio, _ = biofx.transform(mlp, CONFIG)
@@ -205,10 +205,14 @@ def test_what_an_optimizer_remembers_of_moved_connections_is_as_for_rejuvenation
     state.config = state.config.replace(rejuvenation_turnover=0.6)
     state.rejuvenate_weights(optimizer)
     touched = (mask(bio, "0.weight") != old) | (weight.detach() != before)
-    assert touched.any()
+    grown = (mask(bio, "0.weight") == 1) & (old != 1)
+    assert grown.any()
     found = optimizer.state[weight]
     assert torch.equal(found["exp_avg"], torch.where(touched, 0, moments["exp_avg"]))
-    assert torch.equal(found["exp_avg_sq"], moments["exp_avg_sq"])
+    settled = (mask(bio, "0.weight") == 1) & ~touched
+    mean = moments["exp_avg_sq"][settled].mean()
+    assert (moments["exp_avg_sq"][grown] == 0).all()
+    torch.testing.assert_close(found["exp_avg_sq"], torch.where(grown, mean, moments["exp_avg_sq"]))
 
 
 def test_a_run_continues_from_its_checkpoint_to_the_bit(
