@@ -128,7 +128,7 @@ class _RecordCapture:
             CaptureError: it does not do what the model does, which does the same at every call.
         """
         copied = deep_copy(self._root, dict(self._own))
-        made = capture_regions(copied, self._opaque, self._foreign)
+        made = capture_regions(copied, self._opaque, self._foreign, ", and it could not be recorded")
         found = self._graph_break(made)
         if found is not None and self._graph_break(self._root) is None:
             raise CaptureError(

@@ -25,19 +25,22 @@ from biofx.model.graph_module import BioGraphModule, become_graph_module, why_no
 from biofx.model.modes import ModeSwitches, switches_of
 
 
-def capture_regions(root: nn.Module, opaque: frozenset[str], foreign: frozenset[int]) -> BioGraphModule:
+def capture_regions(
+    root: nn.Module, opaque: frozenset[str], foreign: frozenset[int], advice: str = "; give example_inputs"
+) -> BioGraphModule:
     """Turn a model, in place, into a graph module with as many regions as needed.
 
     Args:
         root: the model, a copy made for this.
         opaque: paths of modules not to look into.
         foreign: ids of tensors of the original, which must not be in a graph.
+        advice: how a reason ends that an example of a call may help against.
 
     Raises:
         CaptureError: not even regions can be captured.
     """
     switches = switches_of(root)
-    capture = RegionCapture(root, opaque | switches.rebuilt, foreign, switches)
+    capture = RegionCapture(root, opaque | switches.rebuilt, foreign, switches, advice)
     traced = capture.traced_root()
     captured = become_graph_module(root, traced.graph)
     guard_reads(captured, traced.graph, traced.reads, switches)
@@ -65,7 +68,7 @@ def capture_uncalled(
         done: modules to leave unchanged.
         switches: what train() and eval() change.
     """
-    capture = RegionCapture(root, opaque, foreign, switches)
+    capture = RegionCapture(root, opaque, foreign, switches, ", and the example inputs lead to no call of it")
     capture.seen |= set(map(id, done))
     for path in graph_breaks:
         capture.capture_children(path)
@@ -73,11 +76,17 @@ def capture_uncalled(
 
 
 class RegionCapture:
-    """Captures the regions of a model one by one; the arguments are those of :func:`capture_uncalled`."""
+    """Captures the regions of a model one by one; the arguments are those of :func:`capture_regions`."""
 
     def __init__(
-        self, root: nn.Module, opaque: frozenset[str], foreign: frozenset[int], switches: ModeSwitches
+        self,
+        root: nn.Module,
+        opaque: frozenset[str],
+        foreign: frozenset[int],
+        switches: ModeSwitches,
+        advice: str,
     ) -> None:
+        self._advice = advice
         self._root = root
         self._switches = switches
         self._opaque = opaque
@@ -135,7 +144,8 @@ class RegionCapture:
         elif is_leaf(module):
             return
         elif (reason := _why_calls_are_unknown(module)) is not None:
-            self._break_at(path, f"module {path!r} ({type(module).__name__}) {reason}")
+            advice = self._advice if reason is _UNKNOWN_CALLS else ""
+            self._break_at(path, f"module {path!r} ({type(module).__name__}) {reason}{advice}")
         elif parts := sorted(self._names & module._modules.keys()):
             reason = f"has parts ({', '.join(parts)}) that the forward around it may use by itself"
             self._break_at(path, f"module {path!r} ({type(module).__name__}) {reason}")
@@ -216,4 +226,7 @@ def _why_calls_are_unknown(module: nn.Module) -> str | None:
     plain = all(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
     if parameters and plain and all(each.default is each.empty for each in parameters):
         return None
-    return "takes arguments of which it is not known how Python will call it; give example_inputs"
+    return _UNKNOWN_CALLS
+
+
+_UNKNOWN_CALLS = "takes arguments of which it is not known how Python will call it"

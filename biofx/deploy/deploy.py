@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from biofx.deploy.plain_modules import make_plain, plain_graph_module
+from biofx.deploy.plain_modules import make_plain, plain_graph_module, write_out_checks
 from biofx.deploy.plain_operators import computed_on_load, replace_settings, replace_with, write_out
 from biofx.deploy.raising import raise_layers
 from biofx.errors import InputError, PassError
@@ -122,6 +122,7 @@ def deploy(bio_model: nn.Module) -> nn.Module:
     if own.runs_eager_forward:
         make_plain(own)
     else:
+        write_out_checks(own.graph)
         deployed = plain_graph_module(own, type(model).__name__)
     _refuse_biofx(deployed)
     return switch_mode(deployed, training=False)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from biofx.graph.graph_functions import call_own_forward
-from biofx.graph.guards import require_default
+from biofx.graph.guards import require_default, require_same
 from biofx.graph.regions import ELSEWHERE
 from biofx.model.attribute_guards import GUARDS
 from biofx.model.graph_module import NAMES_OF_MODELS, BioGraphModule, user_class
@@ -56,7 +56,7 @@ def make_plain(module: BioGraphModule) -> None:
         call.op, call.target, call.args, call.kwargs = "call_module", _LAYER, call.args[1], call.args[2]
         if not own.users:
             module.graph.erase_node(own)
-    _write_out_defaults(module.graph)
+    write_out_checks(module.graph)
     _take_over(module, plain_graph_module(module, type(module).__name__))
 
 
@@ -83,12 +83,19 @@ def _take_over(module: nn.Module, other: nn.Module) -> None:
     vars(module).update(held)
 
 
-def _write_out_defaults(graph: Graph) -> None:
-    """Check with operations of torch that arguments of a region have their default."""
-    for node in graph.find_nodes(op="call_function", target=require_default):
-        found, default, name = node.args
+def write_out_checks(graph: Graph) -> None:
+    """Check with operations of torch what a capture relied on: defaults of arguments, sizes that decide."""
+    checks = [
+        *graph.find_nodes(op="call_function", target=require_default),
+        *graph.find_nodes(op="call_function", target=require_same),
+    ]
+    for node in checks:
+        found, expected, name = node.args[:3]
+        is_default = node.target is require_default
+        described = f"argument {name!r}" if is_default else name
+        verb = "captured" if is_default else "recorded"
         with graph.inserting_before(node):
-            same: Any = graph.call_function(operator.eq, (found, default))
-            message = f"argument {name!r}: expected {default!r}, with which the graph was captured"
+            same: Any = graph.call_function(operator.eq, (found, expected))
+            message = f"{described}: expected {expected!r}, with which the graph was {verb}"
             graph.call_function(torch._assert, (same, message))
         graph.erase_node(node)

@@ -88,3 +88,38 @@ def test_a_bare_tensor_records_the_model() -> None:
     model = nn.Sequential(nn.Linear(4, 2))
     bio_model, _ = biofx.transform(model, {"fuzzy_lr_distribution": "baseline"}, example_inputs=X)
     assert torch.equal(bio_model(X), model(X))
+
+
+def test_what_an_example_would_help_against_is_not_said_where_there_is_one() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.often, self.rare = nn.Linear(3, 3), _Optional()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.often(x) if x.sum() > -100 else self.rare(x)
+
+    class _Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Sometimes()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.inner(x)
+
+    examples: list[Any] = [None, (torch.zeros(2, 3),)]
+    told = [biofx.capture(_Root(), example_inputs=given).graph_breaks["inner.rare"] for given in examples]
+    start = "module 'inner.rare' (_Optional) takes arguments of which it is not known how Python will call it"
+    assert told == [
+        f"{start}; give example_inputs",
+        f"{start}, and the example inputs lead to no call of it",
+    ]
+
+
+class _Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Any:
+        return x @ self.w * scale

@@ -496,3 +496,25 @@ def test_contexts_of_gradients_are_left_out_and_autocast_is_refused() -> None:
     torch.testing.assert_close(deployed(x), bio_model.eval()(x))
     with pytest.raises(biofx.errors.PassError, match=r"opens torch\.autocast in the forward"):
         biofx.deploy(biofx.transform(Casts(), {}).graph_module)
+
+
+def test_what_a_recorded_model_decided_by_sizes_is_checked_by_the_deployed_one() -> None:
+    class BySize(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            x = torch.relu(self.fc(x))
+            return x[:, :1000] if x.shape[1] > 1000 else x
+
+    bio_model, _ = biofx.transform(BySize(), biofx.BioConfig(), example_inputs=(torch.randn(3, 5, 4),))
+    assert not bio_model.graph_breaks
+    deployed = biofx.deploy(bio_model)
+    for shape in ((3, 5, 4), (2, 5, 4), (2, 7, 4)):
+        x = torch.randn(shape)
+        assert torch.equal(deployed(x), bio_model.eval()(x))
+    with pytest.raises(biofx.BiofxError, match="recorded with False, found True"):
+        bio_model(torch.randn(3, 1001, 4))
+    with pytest.raises(AssertionError, match="expected False, with which the graph was recorded"):
+        deployed(torch.randn(3, 1001, 4))
