@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from biofx.errors import InputError, OptionError
 from biofx.operators.dispatch import is_plain_eager, is_recorded, overridable
 from biofx.operators.exclusive import is_exclusive
+from biofx.operators.sub_weight_sum import added_up
 
 SPLITTING_MODES = ("neighbours", "sub-weights")
 """What the synapses of a connection are."""
@@ -224,10 +225,7 @@ def sum_sub_weights(weight: Tensor, *others: Tensor) -> Tensor:
     >>> sum_sub_weights(torch.ones(2), torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).tolist()
     [5.0, 7.0]
     """
-    total = weight + others[0]
-    for other in others[1:]:
-        total += other
-    return total
+    return added_up(weight, others)
 
 
 @overridable

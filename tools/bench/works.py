@@ -62,6 +62,7 @@ def works(device: torch.device, *, compiled: bool) -> Iterator[Work]:
     yield _splits("ResNet-18", resnet18, large, {2: 0.70, 4: None}, compiled)
     yield _splits("FCNet", fully_connected, vectors, {2: 0.6, 4: None}, compiled)
     yield _mechanisms(vectors, compiled)
+    yield _sub_weights(vectors, compiled)
     if not compiled:
         yield _inference(images)
         yield from _guards(device)
@@ -143,6 +144,28 @@ def _mechanisms(x: Tensor, compiled: bool) -> Work:
             candidates["reference, all rules"] = training_step(made, x, rules=RULES)
     goals = {"rates": 1.10, "rates and signs": 1.20, "all rules every step": 2.5}
     return Work("FCNet, mechanisms, training step", candidates, goals=goals)
+
+
+def _sub_weights(x: Tensor, compiled: bool) -> Work:
+    """Return the training step with several weights for each connection, which are added up at each step."""
+    torch.manual_seed(0)
+    plain = fully_connected()
+    candidates = {"plain": training_step(plain, x, compiled=compiled)}
+    for name, config in _SUB_WEIGHTS.items():
+        options = {**_UNSCALED, "weight_splitting_mode": "sub-weights", "weight_splitting_Gamma": 2, **config}
+        made = biofx.transform(plain, options).graph_module
+        candidates[name] = training_step(made, x, compiled=compiled)
+    goals = {"2 sub-weights": 1.35}
+    return Work("FCNet, sub-weights, training step", candidates, goals=goals)
+
+
+_SUB_WEIGHTS: dict[str, dict[str, Any]] = {
+    "2 sub-weights": {},
+    "2 sub-weights, mean": {"weight_splitting_rates": "mean"},
+    "2 sub-weights, rates": {"fuzzy_lr_distribution": "uniform"},
+    "2 sub-weights, tanh": {"weight_splitting_activation_function": torch.tanh},
+    "4 sub-weights": {"weight_splitting_Gamma": 4},
+}
 
 
 def _inference(x: Tensor) -> Work:
