@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from biofx.operators import sub_weight_sum
@@ -156,17 +155,23 @@ def test_memory_goes_with_the_weight() -> None:
 
 # torch imports decompositions that torch scripts itself
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_large_sum_in_forward_mode() -> None:
+    parts = weights()
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(part, torch.ones_like(part)) for part in parts]
+        tangent = torch.autograd.forward_ad.unpack_dual(sum_sub_weights(*duals)).tangent
+    torch.testing.assert_close(tangent, torch.full((LARGE, LARGE), 2.0))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("size", [4, LARGE])
 def test_directional_derivatives_and_batches_of_weights(size: int) -> None:
     parts = weights(3, size)
-    with forward_ad.dual_level():
-        duals = [
-            forward_ad.make_dual(part, torch.full_like(part, number)) for number, part in enumerate(parts)
-        ]
-        tangent = forward_ad.unpack_dual(sum_sub_weights(*duals)).tangent
-        torch.testing.assert_close(tangent, torch.full((size, size), 3.0))
-        levelled = forward_ad.unpack_dual(level_gradient(duals[2], rate=0.25)).tangent
-        torch.testing.assert_close(levelled, torch.full((size, size), 0.5))
+    tangents = tuple(torch.full_like(part, number) for number, part in enumerate(parts))
+    found: Tensor = torch.func.jvp(sum_sub_weights, tuple(part.detach() for part in parts), tangents)[1]
+    torch.testing.assert_close(found, torch.full((size, size), 3.0))
+    found = torch.func.jvp(lambda w: level_gradient(w, rate=0.25), (parts[2].detach(),), tangents[2:])[1]
+    torch.testing.assert_close(found, torch.full((size, size), 0.5))
     batches = [torch.stack([part.detach(), -part.detach()]) for part in parts]
     torch.testing.assert_close(torch.vmap(sum_sub_weights)(*batches), sum(batches))
 
