@@ -38,7 +38,7 @@ def test_a_mechanism_that_is_lost_shows() -> None:
     def forgets(bio_model: Any) -> Any:
         return arrived(untransformed(bio_model))
 
-    for name in ("split", "signs", "signs, abs", "signs, expand", "factors", "from seed"):
+    for name in ("split", "sub-weights", "signs", "signs, abs", "signs, expand", "factors", "from seed"):
         assert after(name, forgets) == "LOST"
     assert after("activity", forgets) == "LOST"
     assert after("rules", forgets) == "refused"

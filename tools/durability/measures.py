@@ -33,6 +33,8 @@ def untransformed(bio_model: nn.Module, make: Callable[[], nn.Module] = plain_ne
     """The plain network with the same weights, whose layers may be wider than the original's."""
     plain = make()
     for name, parameter in bio_model.named_parameters():
+        if "bio_mod" in name:  # of several weights for each connection the plain network knows the first
+            continue
         plain.get_submodule(name.partition(".")[0]).register_parameter(
             name.partition(".")[2], nn.Parameter(parameter.detach().clone())
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biofx.plasticity.model_states import bio_modules
+from biofx.plasticity.model_states import bio_module_path, bio_modules
 from durability.arriving import Named, loss_of
 
 
@@ -82,6 +82,8 @@ class Mechanism:
     scaled: bool = False
     each: Callable[[nn.Module], Named] = signs_of
     """What weights and gradients depend on, laid out like them, by path."""
+    adds_up: bool = False
+    """Whether weights are sums of sub-weights."""
 
     def output(self, bio_model: nn.Module, x: Tensor, forward: Forward = net) -> Tensor:
         """Return the output by definition."""
@@ -96,14 +98,14 @@ class Mechanism:
         for name, sign in signs.items():
             result[name] = self.gradient(raw[name], result[name], sign)
             if self.scaled:
-                state: Any = bio_model.get_submodule(name.replace("weight", "bio_mod"))
+                state: Any = bio_model.get_submodule(bio_module_path(name))
                 result[name] = result[name] * state.fuzzy_learning_rate_parameters
         return result
 
     def effective(self, bio_model: nn.Module) -> Named:
         """Return the parameters as the mechanism has them used."""
         effective = self._run(bio_model, torch.zeros(1, 4), net)[1]
-        return {name: value.detach() for name, value in effective.items()}
+        return {name: value.detach() for name, value in self._whole(effective).items()}
 
     def _run(self, bio_model: nn.Module, x: Tensor, forward: Forward) -> tuple[Tensor, Named, Named]:
         raw = {name: parameter.detach() for name, parameter in bio_model.named_parameters()}
@@ -112,7 +114,16 @@ class Mechanism:
             name: (self.weight(value, signs[name]) if name in signs else value).clone().requires_grad_()
             for name, value in raw.items()
         }
-        return forward(effective, x, self.between), effective, raw
+        return forward(self._whole(effective), x, self.between), effective, raw
+
+    def _whole(self, effective: Named) -> Named:
+        """Return the parameters of the plain network; sums, where they are several for each connection."""
+        whole = {name: value for name, value in effective.items() if "bio_mod" not in name}
+        for name, value in effective.items():
+            if self.adds_up and "sub_weight_" in name:
+                layer = name.partition(".")[0]
+                whole[f"{layer}.weight"] = whole[f"{layer}.weight"] + value
+        return whole
 
 
 OFF: dict[str, Any] = {"fuzzy_lr_distribution": "baseline"}
@@ -122,6 +133,15 @@ MECHANISMS = {
     "split, tanh": Mechanism(
         {**OFF, "weight_splitting_Gamma": 2, "weight_splitting_activation_function": torch.tanh},
         between=lambda y: pooled(y, torch.tanh),
+    ),
+    "sub-weights": Mechanism(
+        {
+            "weight_splitting_Gamma": 3,
+            "weight_splitting_mode": "sub-weights",
+            "fuzzy_learning_rate_factor_nu": 0.4,
+        },
+        scaled=True,
+        adds_up=True,
     ),
     "signs": Mechanism(DALE, weight=projected, gradient=outward),
     "signs, abs": Mechanism(
