@@ -47,6 +47,8 @@ def models(draw: Callable[[Any], Any]) -> tuple[nn.Module, Tensor]:
 CONFIGS = st.fixed_dictionaries(
     {
         "weight_splitting_Gamma": st.sampled_from([0, 2, 3]),
+        "weight_splitting_mode": st.sampled_from(["neighbours", "sub-weights"]),
+        "weight_splitting_rates": st.sampled_from(["sum", "mean"]),
         "weight_splitting_activation_function": st.sampled_from(["identity", "torch.tanh", "torch.nn.ReLU"]),
         "apply_dales_principle": st.booleans(),
         "weight_splitting_fold": st.booleans(),

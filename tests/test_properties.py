@@ -13,6 +13,7 @@ from torch.fx import Interpreter
 import biofx
 from biofx import BioConfig, OptionError, passes
 from biofx.layers.sites import find_sites
+from biofx.layers.weight_site import whole_weight
 from biofx.operators.sign_ops import SIGN_METHODS
 
 WIDTHS = (2, 3, 4, 6)
@@ -254,3 +255,29 @@ def test_gradients_are_those_of_the_model_times_the_factors(
         scaled += key in state and name.endswith(".weight")
         torch.testing.assert_close(found[name], gradient * factors, rtol=0, atol=0)
     assert scaled == len(find_sites(bio_model).weights())
+
+
+@property_test
+@given(models(), st.integers(2, 4), st.booleans())
+def test_sub_weights_keep_the_function_and_get_its_gradients(
+    given_model: tuple[nn.Module, Tensor], gamma: int, levelled: bool
+) -> None:
+    model, x = given_model
+    options = {"gamma": gamma, "mode": "sub-weights", "rates": "mean" if levelled else "sum"}
+    bio, report = biofx.transform(model, passes=passes.SplitWeights(**options))  # type: ignore[arg-type]
+    assert all(remark.kind == "applied" for remark in report.remarks)
+    expected, found = run(model, x), run(bio, x)
+    for wanted, given_back in zip(expected[:2], found[:2], strict=True):
+        torch.testing.assert_close(given_back, wanted, rtol=1e-4, atol=1e-5)
+    for name, gradient in expected[2].items():
+        parts = [path for path in found[2] if whole_weight(path) == name]
+        is_weight = len(bio.get_parameter(name).shape) > 1
+        assert len(parts) == (gamma if is_weight else 1)
+        for path in parts:
+            level = gamma if is_weight and levelled else 1
+            torch.testing.assert_close(found[2][path] * level, gradient, rtol=1e-3, atol=1e-4)
+    plain = copy.deepcopy(model)
+    plain.load_state_dict(biofx.checkpoints.plain_state(bio))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(plain.get_parameter(name), parameter)
+    assert biofx.check(bio).ok

@@ -30,6 +30,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "split, not folded": {**OFF, **SPLIT, "weight_splitting_fold": False},
     "split, tanh": {**OFF, **SPLIT, "weight_splitting_activation_function": "torch.tanh"},
     "masked": {**OFF, "weight_density": 0.5},
+    "sub-weights": {**OFF, **SPLIT, "weight_splitting_mode": "sub-weights"},
+    "sub-weights, all": {**KEEP, **SPLIT, "weight_splitting_mode": "sub-weights"},
     "all": {**KEEP, **SPLIT, "fuzzy_learning_rate_factor_nu": 0.4},
     "all, masked": {**KEEP, **SPLIT, "fuzzy_learning_rate_factor_nu": 0.4, "weight_density": 0.5},
 }
