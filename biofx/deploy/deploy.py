@@ -19,7 +19,13 @@ from biofx.graph.guards import require_default, require_tensor
 from biofx.graph.joined_graph import whole_graph
 from biofx.graph.node_kinds import changed_in_place, number_nodes
 from biofx.graph.regions import region_input, region_of_nodes
-from biofx.layers.constant_part import erase_unused_reads, evaluate_weights, is_of_biofx
+from biofx.layers.constant_part import (
+    erase_unused_reads,
+    evaluate_weights,
+    is_of_biofx,
+    register_beside,
+)
+from biofx.layers.weight_site import whole_weight
 from biofx.model.graph_module import BioGraphModule, follow_changes_within
 from biofx.model.modes import switch_mode
 from biofx.model.region_parts import joined
@@ -109,6 +115,7 @@ def deploy(bio_model: nn.Module) -> nn.Module:
         evaluate_weights(own)
         write_out(own)
         raise_layers(own)
+        _move_sub_weights(own)
     for module in own.modules():
         if isinstance(module._modules.get("bio_mod"), BioModule):
             del module._modules["bio_mod"]
@@ -126,6 +133,14 @@ def deploy(bio_model: nn.Module) -> nn.Module:
         deployed = plain_graph_module(own, type(model).__name__)
     _refuse_biofx(deployed)
     return switch_mode(deployed, training=False)
+
+
+def _move_sub_weights(own: GraphModule) -> None:
+    """Register sub-weights that no layer has taken over next to the weight that they belong to."""
+    for node in own.graph.find_nodes(op="get_attr"):
+        path = str(node.target)
+        if whole_weight(path) != path:
+            node.target = register_beside(own, own.get_parameter(path), path)
 
 
 def _drop_gradient_modes(own: GraphModule) -> None:

@@ -23,6 +23,7 @@ from biofx.graph.node_kinds import changed_in_place, changes_in_place, queries_m
 from biofx.graph.printing import format_node, function_name
 from biofx.graph.regions import joined_path
 from biofx.layers.layer_kind import argument
+from biofx.layers.weight_site import whole_weight
 from biofx.operators.mask_ops import mask_weight
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.operators.sign_ops import constrain_sign
@@ -296,7 +297,7 @@ def evaluate_weights(own: GraphModule) -> None:
             known = made.setdefault(path, [])
             same = next((held for value, held in known if torch.equal(value, values[node])), None)
             if same is None:
-                same = _register(own, nn.Parameter(values[node].clone(), requires_grad=trained), path)
+                same = register_beside(own, nn.Parameter(values[node].clone(), requires_grad=trained), path)
                 known.append((values[node], same))
             _replace(node, same)
     for node in reversed(own.graph.nodes):
@@ -366,8 +367,9 @@ def _largest_parameter(node: Node, constants: ConstantPart) -> int:
     return largest
 
 
-def _register(own: GraphModule, value: nn.Parameter, path: str) -> str:
-    """Register a parameter next to the one that it was computed from; return its path."""
+def register_beside(own: GraphModule, value: nn.Parameter, path: str) -> str:
+    """Register a parameter next to the one at a path, or that this is a sub-weight of; return its path."""
+    path = whole_weight(path)
     owner_path, _, name = path.rpartition(".")
     owner = own.get_submodule(owner_path)
     number = 1

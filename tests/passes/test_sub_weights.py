@@ -255,6 +255,23 @@ def test_a_layer_called_twice_with_an_activation(vectors: Tensor) -> None:
     torch.testing.assert_close(bio(vectors), model.head(layer(torch.relu(layer(vectors)))))
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_sub_synapses_of_a_weight_without_a_layer_are_deployed(signed: bool, vectors: Tensor) -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.w, self.head = nn.Linear(4, 5), nn.Parameter(torch.randn(6, 5)), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(F.linear(torch.relu(self.first(x)), self.w)))  # type: ignore[no-any-return]
+
+    config = {**BARE, "weight_splitting_activation_function": torch.tanh, "apply_dales_principle": signed}
+    bio, _ = biofx.transform(Functional(), config)
+    deployed = biofx.deploy(bio)
+    torch.testing.assert_close(deployed(vectors), bio.eval()(vectors))
+    assert not [name for name, _ in deployed.named_parameters() if "bio_mod" in name]
+
+
 # rates, signs and rules
 
 
