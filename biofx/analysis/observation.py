@@ -80,7 +80,9 @@ class Observation:
 
 def weight_key(site: WeightSite) -> Hashable:
     """Return what tells a weight from others in every graph of a model."""
-    return site.parameter_path if site.is_computed else id(site.parameter)
+    return (
+        site.parameter_path if site.is_computed else id(site.parameter if site.first is None else site.first)
+    )
 
 
 @cached_on_graph

@@ -42,6 +42,7 @@ from biofx.layers.weight_site import (
     slot_of_reads,
     sum_behind,
     weight_blocker,
+    whole_weight,
 )
 
 NEVER_CALLED = "never called in the forward"
@@ -266,8 +267,12 @@ class _Survey:
         blocker = blocker or self._lowering_blocker(node, weight)
         if node.op != "call_module":
             blocker = blocker or kind.blocker(node, None)
+        whole = whole_weight(path)
+        known = self._parameters.get(whole) if whole != path else None
         return WeightSite(
-            *(node, kind, path, weight, groups, blocker or against, slot, blocker), is_computed=is_computed
+            *(node, kind, path, weight, groups, blocker or against, slot, blocker),
+            is_computed=is_computed,
+            first=None if known is None else known[1],
         )
 
     def _kind_of_call(self, node: Node) -> LayerKind | None:

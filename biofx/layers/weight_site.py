@@ -125,6 +125,8 @@ class WeightSite:
     """Whether a parametrization computes the weight; ``parameter`` has its shape then, and no values."""
     computation: ComputedWeight | None = field(default=None, repr=False)
     """How the forward computes the weight from the parameter, None where the layer reads that itself."""
+    first: nn.Parameter | None = field(default=None, repr=False)
+    """Of a sub-weight but the first that one, which an observed run shows; None for all other weights."""
 
     @property
     def role(self) -> str:

@@ -103,7 +103,7 @@ class MaskSurvey:
         return None
 
     def _readings(self, site: WeightSite) -> list[Reading]:
-        return [entry for entry in self._groups.readings if entry.site.parameter_path == site.parameter_path]
+        return [entry for entry in self._groups.readings if entry.site.whole_path == site.whole_path]
 
 
 @dataclass(frozen=True)

@@ -525,6 +525,15 @@ class ReadBeside(nn.Module):
         return self.fc(x) + self.fc.weight.sum()  # type: ignore[no-any-return]
 
 
+class Computed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w.abs())
+
+
 class AddedMatrix(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -561,6 +570,12 @@ class Taken(nn.Module):
             {},
         ),
         (nn.Linear(4, 4, device="meta"), "first", "its weight is on the meta device and has no values", {}),
+        (
+            Computed(),
+            "first",
+            "the forward computes its weight (abs_1), and a parameter has sub-weights",
+            {},
+        ),
         (Taken(), "first", "plasticity states use its name, 'first.sign', for something else", {}),
         (
             AddedMatrix(),
@@ -657,6 +672,62 @@ def test_negative_gains_are_held_at_zero_behind_sub_weights(residual_net: nn.Mod
         remark.message
         == "gains kept from below 0; 0 negative ones were folded into the layer before, 1 are held at 0"
     )
+
+
+# loops over time
+
+
+class Cells(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.fc = nn.RNNCell(4, 6, nonlinearity="relu"), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(x.shape[0], 6)
+        for t in range(x.shape[1]):
+            h = self.cell(x[:, t], h)
+        return self.fc(h)  # type: ignore[no-any-return]
+
+
+class Rates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_in, self.w_rec, self.w_out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(x.shape[0], 6)
+        for t in range(x.shape[1]):
+            h = 0.8 * h + 0.2 * torch.relu(self.w_in(x[:, t]) + self.w_rec(h))
+        return self.w_out(h)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("make", [Cells, Rates])
+def test_sub_weights_in_a_loop_over_time_are_signed_alike(
+    make: Callable[[], nn.Module], example: bool
+) -> None:
+    model = make()
+    examples: Any = ((SEQUENCES,), {}) if example else None
+    bio, report = biofx.transform(model, BARE, example_inputs=examples)
+    assert not reasons(report)
+    torch.testing.assert_close(bio(SEQUENCES), model(SEQUENCES))
+    config = {**BARE, "apply_dales_principle": True, "dales_constrain_readout": True}
+    bio, _ = biofx.transform(model, config, example_inputs=examples)
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (bio(SEQUENCES) - 1).square().mean().backward()
+        optimizer.step()
+    path, out = ("cell.weight_hh", "fc.weight") if make is Cells else ("w_rec.weight", "w_out.weight")
+    states = bio_modules(bio)
+    signs = states[path].presynaptic_signs()
+    for place in (path, out):
+        own = [name for name in states if whole_weight(name) == place]
+        assert len(own) == 2
+        assert all(torch.equal(states[name].presynaptic_signs(), signs) for name in own)
+    assert biofx.check(bio).ok
+    effective = biofx.deploy(bio).get_parameter(out)
+    assert bool((effective * signs >= 0).all())
 
 
 # state
