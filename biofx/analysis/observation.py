@@ -18,8 +18,8 @@ from torch.fx import GraphModule, Node
 from biofx.analysis.connected_units import comparable
 from biofx.analysis.observed_units import ObservedUnitAnalysis
 from biofx.graph.analysis_cache import cached_on_graph
+from biofx.graph.printing import function_name
 from biofx.graph.regions import region_of_nodes
-from biofx.layers.layer_kind import LayerKind
 from biofx.layers.norms import NormSite, find_norms
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import READ, Sites, Weight, WeightSite
@@ -144,11 +144,12 @@ def find_all_sites(graph_module: GraphModule) -> Sites:
     observation = observation_of(graph_module)
     if observation is None:
         return sites
-    uses: dict[Hashable, set[tuple[LayerKind, int, str, str | None]]] = {}
+    uses: dict[Hashable, list[WeightSite]] = {}
     for site in find_sites(observation.view).found:
-        use = (site.kind, site.groups, site.role, _why_no_sign_in_python(site))
-        uses.setdefault(weight_key(site), set()).add(use)
-    return dataclasses.replace(sites, reads=[_as_layer(read, uses) for read in sites.reads])
+        uses.setdefault(weight_key(site), []).append(site)
+    return dataclasses.replace(
+        sites, reads=[_as_layer(read, uses.get(weight_key(read), [])) for read in sites.reads]
+    )
 
 
 def weights_in_python(sites: Sites) -> list[WeightSite]:
@@ -162,20 +163,21 @@ def _why_no_sign_in_python(site: WeightSite) -> str | None:
         return None
     if site.value_blocker is not None:
         return site.value_blocker
-    return (
-        f"Python computes its weight by {site.computation.words}, behind which no sign of a parameter is left"
-    )
+    names = ", ".join(dict.fromkeys(function_name(node.target) for node in site.computation.nodes))
+    return f"Python computes its weight by {names}, behind which no sign of a parameter is left"
 
 
-def _as_layer(
-    read: WeightSite, uses: Mapping[Hashable, set[tuple[LayerKind, int, str, str | None]]]
-) -> WeightSite:
-    used_as = uses.get(weight_key(read), set())
-    if len(used_as) != 1:  # it has no one axis of presynaptic units
+def _as_layer(read: WeightSite, uses: list[WeightSite]) -> WeightSite:
+    """Return a read as a site of the layer that Python uses it in, as it is where Python uses it in none."""
+    if not uses:
         return read
-    ((kind, groups, role, why),) = used_as
+    used_as = {(use.kind, use.groups, use.role) for use in uses}
+    reasons = [reason for use in uses if (reason := _why_no_sign_in_python(use)) is not None]
+    if len(used_as) > 1:
+        reasons.append("it is the weight of layers of several kinds, whose presynaptic units differ")
+    kind, groups, role = uses[0].kind, uses[0].groups, uses[0].role
     slot = dataclasses.replace(read.slot, role=role)
-    against = read.value_blocker or why
+    against = next(iter(reasons), None) if read.value_blocker is None else read.value_blocker
     return dataclasses.replace(read, kind=kind, groups=groups, slot=slot, value_blocker=against)
 
 

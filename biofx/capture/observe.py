@@ -14,6 +14,7 @@ from biofx.capture.run_observer import observe_run
 from biofx.capture.trace_module import trace
 from biofx.capture.trials import cloned
 from biofx.errors import CaptureError
+from biofx.graph.guards import require_tensor
 from biofx.model.copies import deep_copy
 from biofx.model.modes import switch_mode, switches_of
 from biofx.model.observed_runs import ObservedRuns
@@ -36,8 +37,14 @@ def observe_without_example(model: nn.Module, opaque: frozenset[str]) -> Observe
             traced = trace(copied, opaque, mode_switches=switches_of(copied), assumed_length=length)
         except CaptureError:
             return ObservedRuns(())
+        if any(check.args[0].op == "call_module" for check in _type_checks(traced.graph)):
+            return ObservedRuns(())  # by what a layer returns, which was guessed
         graphs.append(traced.graph)
     return ObservedRuns(tuple(graphs), is_traced=True)
+
+
+def _type_checks(graph: Graph) -> list[Any]:
+    return list(graph.find_nodes(op="call_function", target=require_tensor))
 
 
 def observe(model: nn.Module, example_inputs: ExampleInputs, opaque: frozenset[str]) -> ObservedRuns:
