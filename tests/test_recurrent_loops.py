@@ -252,6 +252,32 @@ def test_signs_for_units_that_nothing_reads_are_refused() -> None:
         biofx.transform(Rates(), CONFIG.override("w_out", dales_signs=[1, -1]), example_inputs=(sequence(),))
 
 
+class Positive(Rates):
+    """Takes the absolute value of its weight, in Python."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate, out = torch.zeros(x.shape[1], UNITS), []
+        for step in range(x.shape[0]):
+            rate = torch.relu(F.linear(rate, self.w_rec.weight.abs()) + self.w_in(x[step]))
+            out.append(self.w_out(rate))
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_units_that_python_makes_excitatory_are_so_at_every_reader(recorded: bool) -> None:
+    examples = (sequence(),) if recorded else None
+    bio_model, report = biofx.transform(Positive(), CONFIG, example_inputs=examples)
+    said = {remark.layer: remark for remark in report.passes[0].remarks}
+    assert said["w_rec"].kind == "missed"
+    assert "Python computes its weight by abs" in said["w_rec"].message
+    assert "excitatory" in said["w_rec"].message
+    deployed: Any = biofx.deploy(bio_model)
+    assert bool((deployed.w_out.weight >= 0).all())
+    assert bool(deployed.w_out.weight.any())
+    with pytest.raises(OptionError, match="contradict the ones that the forward builds into"):
+        transformed(Positive, recorded=recorded)
+
+
 class Growing(Rates):
     """Above eight steps its units change places."""
 

@@ -20,6 +20,7 @@ from biofx.analysis.observed_units import ObservedUnitAnalysis
 from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.printing import function_name
 from biofx.graph.regions import region_of_nodes
+from biofx.layers.computed_weight import SignFate
 from biofx.layers.norms import NormSite, find_norms
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import READ, Sites, Weight, WeightSite
@@ -44,6 +45,8 @@ class Observation:
     """The keys of the weights on which the two runs do not agree (:func:`weight_key`)."""
     order: Mapping[Hashable, int]
     """When each weight was first used, by its key."""
+    in_python: frozenset[Hashable]
+    """The keys of the weights that eager forwards use without calling a layer."""
     is_traced: bool
     """Whether nothing ran, since there was no example: what the trace cannot say is not known."""
 
@@ -104,7 +107,9 @@ def observation_of(graph_module: GraphModule) -> Observation | None:
     keys = list(dict.fromkeys(map(weight_key, sites)))
     order = {key: place for place, key in enumerate(keys)}
     disputed = frozenset(_disputed(analyses))
-    return Observation(first, nodes, disputed, order, observed_runs_of(graph_module).is_traced)
+    in_python = frozenset(map(weight_key, find_sites(graph_module).reads))
+    is_traced = observed_runs_of(graph_module).is_traced
+    return Observation(first, nodes, disputed, order, in_python, is_traced)
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,9 @@ def _why_no_sign_in_python(site: WeightSite) -> str | None:
     if site.value_blocker is not None:
         return site.value_blocker
     names = ", ".join(dict.fromkeys(function_name(node.target) for node in site.computation.nodes))
-    return f"Python computes its weight by {names}, behind which no sign of a parameter is left"
+    reason = f"Python computes its weight by {names}, behind which no sign of a parameter is left"
+    never_negative = site.computation.fate is SignFate.LOST
+    return f"{reason}; the units that it reads are excitatory" if never_negative else reason
 
 
 def _as_layer(read: WeightSite, uses: list[WeightSite]) -> WeightSite:

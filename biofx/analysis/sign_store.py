@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from biofx.analysis.unit_groups import UnitGroups
 from biofx.analysis.units import Reading, Source
 from biofx.errors import OptionError
+from biofx.layers.computed_weight import SignFate
 from biofx.layers.lowering import Lowering, node_stem
 from biofx.layers.weight_site import WeightSite
 from biofx.operators.sampling import generator_for
@@ -232,9 +233,17 @@ class SignStore:
         built_in = torch.zeros_like(given)
         for reading in self._groups.readings:
             computation = reading.site.computation
-            if computation is None or computation.built_in is None:
+            if computation is None:
                 continue
             units, signs = self._groups.representatives(reading.units), computation.built_in
+            if (
+                signs is None
+                and computation.fate is SignFate.LOST
+                and self._groups.is_in_python(reading.site)
+            ):
+                signs = torch.ones(len(units), dtype=torch.int8)  # no sign can be put behind what Python does
+            if signs is None:
+                continue
             if bool(((given[units] * signs) < 0).any()):
                 raise OptionError(
                     f"signs: those given contradict the ones that the forward builds into "

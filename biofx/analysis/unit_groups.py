@@ -150,6 +150,10 @@ class UnitGroups:
             reason = self._where_units_begin(self.reading(site))
         return None if reason is None else f"what feeds it is not known: {reason}"
 
+    def is_in_python(self, site: WeightSite) -> bool:
+        """Whether an eager forward uses a weight, so that nothing can be put between it and its layer."""
+        return self._observation is not None and weight_key(site) in self._observation.in_python
+
     def _where_units_begin(self, reading: Reading) -> str | None:
         """Return why units begin at an operation that ends others, None if known ones feed a weight alone."""
         ends = {node.name: reason for node, reason in self.ends.items()}
