@@ -54,7 +54,8 @@ def transform(
             rewrite what that calls; if False, refuse.
         example_inputs: of one call; optional, see :func:`biofx.capture`.
         share_parameters: let the result hold the model's own parameters instead of copies, but for those that
-            a pass gives other values (``constrain-signs`` and ``expand-units`` do, and say so).
+            a pass gives other values (``mask-weights``, ``constrain-signs`` and ``expand-units`` do, and say
+            so).
         observe: called after each pass that changed the graph, e.g. :func:`biofx.graph.print_changed`.
 
     Returns:

@@ -118,10 +118,13 @@ class MaskWeights(WeightPass):
         found = insert_mask(weight, candidate.lowering, wiring, own)
         share, ends = found["connections"] / found["weights"], (found["fewest"], found["most"])
         each = " to ".join(dict.fromkeys(map(str, ends)))
+        scales = [f"{(found['possible'] / count) ** 0.5:.3g}" for count in reversed(ends) if count]
         message = (
             f"{found['connections']} of {found['weights']} weights are connections (density {share:.3g}), "
-            f"{each} for each unit"
+            f"{each} of {found['possible']} for each unit"
         )
+        if scales and self.initialisation == "rescale":
+            message += f", and multiplied by {' to '.join(dict.fromkeys(scales))}"
         message += "" if own is None else f"; none of {int(own.sum())} self-connections"
         message += f"; {found['forbidden']} can never exist" if found["forbidden"] else ""
         for site in weight.sites:

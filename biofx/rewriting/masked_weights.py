@@ -131,7 +131,7 @@ def insert_mask(weight: Weight, lowering: Lowering, wiring: Wiring, own: Tensor 
 
     Returns:
         Counts of weights: ``"connections"`` that exist, of ``"weights"``, and ``"forbidden"`` ones; of
-        connections: the ``"fewest"`` and the ``"most"`` of a unit.
+        connections: the ``"fewest"`` and the ``"most"`` of a unit, and how many are ``"possible"``.
 
     Raises:
         OptionError: a mask, or areas, that do not fit the weight; areas without blocks.
@@ -182,6 +182,7 @@ def insert_mask(weight: Weight, lowering: Lowering, wiring: Wiring, own: Tensor 
         "forbidden": layout.gates * int((~allowed).sum()),
         "fewest": int(counts.min()),
         "most": int(counts.max()),
+        "possible": exists.shape[1],
     }
 
 

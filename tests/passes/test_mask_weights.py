@@ -164,7 +164,7 @@ def test_connections_are_chosen_evenly_and_from_seed_and_path() -> None:
 def test_initial_weights_keep_the_variance_of_each_unit() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(400, 300)
-    bio, _ = masked(nn.Sequential(layer), density=0.1)
+    bio, report = masked(nn.Sequential(layer), density=0.1)
     x = torch.randn(500, 400)
     plain, sparse = layer(x).detach(), bio(x).detach()
     bias = layer.bias.detach()
@@ -175,7 +175,9 @@ def test_initial_weights_keep_the_variance_of_each_unit() -> None:
     held = bio.get_parameter("0.weight").detach()
     expected = torch.where(exists, layer.weight.detach() * (400 / 40) ** 0.5, 0)
     torch.testing.assert_close(held, expected)
-    kept, _ = masked(nn.Sequential(layer), density=0.1, initialisation="keep")
+    assert report.remarks[0].message.endswith("40 of 400 for each unit, and multiplied by 3.16")
+    kept, report = masked(nn.Sequential(layer), density=0.1, initialisation="keep")
+    assert "multiplied" not in report.remarks[0].message
     assert torch.equal(kept.get_parameter("0.weight"), torch.where(exists, layer.weight, 0))
 
 
@@ -656,6 +658,14 @@ def test_the_model_that_is_given_stays_as_it_was(
 ) -> None:
     with unchanged(mlp):
         masked(mlp, density=0.3)
+
+
+def test_masked_weights_are_not_shared_with_the_model_and_its_biases_are(mlp: nn.Module) -> None:
+    before = mlp.get_parameter("0.weight").detach().clone()
+    bio = biofx.transform(mlp, passes=MaskWeights(density=0.5), share_parameters=True).graph_module
+    assert bio.get_parameter("0.bias") is mlp.get_parameter("0.bias")
+    assert torch.equal(mlp.get_parameter("0.weight"), before)
+    assert bio.get_parameter("0.weight") is not mlp.get_parameter("0.weight")
 
 
 def test_copies_pickles_and_state_dicts_keep_the_mask(mlp: nn.Module, vectors: Tensor) -> None:
