@@ -40,3 +40,18 @@ def test_a_model_of_transformers_is_equal_in_both_modes_and_can_be_trained(
     assert (outcome.verdict, outcome.note) == ("equal", "")
     if name != "GPT2":  # all of its weights are in layers of its own kind
         assert outcome.scaled > 0.3
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Qwen2Moe"])
+def test_all_signable_weights_of_a_transformer_have_signs_and_the_table_says_so(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ZOO))
+    coverage = importlib.import_module("coverage_of_transformers")
+    reach = coverage.reach_of(name)
+    assert reach["signed"].fraction == reach["scaled"].fraction == 1
+    lines = list(coverage.table({name: reach}))
+    assert lines[2].startswith(f"| {name} | {reach['signed'].weights} of {reach['signed'].weights}, 100.0% |")
+    assert lines[-1].startswith("| mean over models | 100.0% | 100.0% |")
+    for module in ("coverage_of_transformers", "transformers_models"):
+        sys.modules.pop(module, None)
