@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from biofx.analysis.forward import CannotFollow
 from biofx.analysis.layout import Axis, UnitLayout
-from biofx.analysis.units import UnitCall, UnitValue
+from biofx.analysis.units import NOTHING, UnitCall, UnitValue
 from biofx.graph.observed_functions import SHAPE
 from biofx.model.observed_runs import INDICES
 
@@ -48,15 +48,20 @@ def moved(call: UnitCall) -> UnitValue | None:
         call.name in _MOVES or (node.target is getattr and node.args[1] in _ATTRIBUTES)
     ):
         return None
-    sources = {source: call.value(source) for source in node.all_input_nodes}
+    indices = node.meta.get(INDICES, {})  # which activity may decide, as in mixtures of experts
+    sources = {
+        source: NOTHING if source.name in indices and source is not node.args[0] else call.value(source)
+        for source in node.all_input_nodes
+    }
+    moving = [value for source, value in sources.items() if source.name not in indices or value.has_units]
     if any(SHAPE not in source.meta for source in sources) or any(
-        value.origin is not None for value in sources.values()
+        value.origin is not None for value in moving
     ):
         return None  # it is open where some units are, or an entry of a tuple is taken
-    if not any(value.layout is not None for value in sources.values()):
+    if not any(value.layout is not None for value in moving):
         return None
     found = _run(call, sources)
-    nonnegative = all(value.nonnegative for value in sources.values())
+    nonnegative = all(value.nonnegative for value in moving)
     if isinstance(found, Tensor):
         return _value(call, found, nonnegative)
     return UnitValue(parts=tuple(_value(call, entry, nonnegative) for entry in found))

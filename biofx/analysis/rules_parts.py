@@ -13,7 +13,7 @@ from torch.fx import Node
 from biofx.analysis.forward import CannotFollow, declare
 from biofx.analysis.layout import UnitLayout, concatenated
 from biofx.analysis.replication import Outcome, ReplicationCall
-from biofx.analysis.units import NOTHING, UnitCall, UnitValue
+from biofx.analysis.units import NOTHING, UnitCall, UnitValue, observed_only
 from biofx.operators.split_ops import full_size
 
 # units
@@ -225,6 +225,13 @@ def assigned(call: UnitCall) -> UnitValue:
     )
 
 
+@observed_only
+def largest(call: UnitCall) -> UnitValue:
+    """``topk``, ``sort``: entries in another order, which values decide, and where they were."""
+    ended = call.ends("values decide in which order its entries are")
+    return UnitValue(parts=(ended.replace(nonnegative=call.x.nonnegative), NOTHING))
+
+
 # replication
 
 
@@ -278,4 +285,5 @@ declare("size", units=sized, replication=_size)
 declare("dim", units=lambda call: UnitValue(number=call.x.rank, nonnegative=True))
 declare("cat", "concat", "concatenate", units=joined, replication=_cat)
 declare("stack", units=stacked)
+declare("topk", "sort", units=largest)
 declare(operator.setitem, units=assigned)

@@ -309,3 +309,34 @@ def test_a_product_with_other_activity_along_another_axis_ends_units_and_compare
     by_path = {reading.site.parameter_path: reading.site for reading in groups.readings}
     for name in ("state", "rates", "read"):
         assert not groups.exempt_rows(by_path[f"{name}.weight"]).any()
+
+
+def _routed(m: Any, x: Tensor) -> Tensor:
+    """Rows of activity in an order that activity decides, and back, each weighted by its share."""
+    hidden = F.relu(m.a(x))
+    share, choice = torch.softmax(m.router(hidden), -1).topk(1, -1)
+    order = choice[:, 0].argsort()
+    chosen = m.b(hidden[order]) * share[order]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order))
+    return m.c(chosen[back])  # type: ignore[no-any-return]
+
+
+def test_units_are_followed_through_rows_that_activity_reorders() -> None:
+    model = Net(_routed, a=nn.Linear(2, 4), router=nn.Linear(4, 3), b=nn.Linear(4, 5), c=nn.Linear(5, 2))
+    x = torch.randn(6, 2)
+    groups = observed_groups(model, x)
+    found = columns_in(groups)
+    assert found["b.weight"] == found["router.weight"] == SAME
+    assert found["c.weight"] == [f"b[{number}]" for number in range(5)]
+    assert next(r for r in groups.readings if r.site.parameter_path == "b.weight").nonnegative
+    assert "values decide in which order its entries are" in groups.ends.values()
+    for unit in range(5):  # alone, a unit gives a gradient to the weights that it is presynaptic to
+        only = torch.zeros(5)
+        only[unit] = 1
+        handle = model.get_submodule("b").register_forward_hook(
+            lambda m, given, out, only=only: only + 0 * out
+        )
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), model.get_parameter("c.weight"))
+        handle.remove()
+        assert (gradient.abs().sum(0) > 0).nonzero().flatten().tolist() == [unit]

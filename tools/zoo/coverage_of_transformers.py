@@ -1,7 +1,7 @@
 """How far signs, learning-rate factors and splits reach in transformers as they come, with example inputs.
 
-``python tools/zoo/coverage_of_transformers.py [WORD …]`` prints a table in Markdown; a WORD picks models. Each
-model is small and has random weights, its config is as it comes (``use_cache`` at its default).
+``python tools/zoo/coverage_of_transformers.py [WORD …]`` prints a table in Markdown; a WORD picks models.
+Each is small and has random weights, its config is as it comes (``use_cache`` at its default).
 """
 
 from __future__ import annotations
