@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Choose = Callable[[Sequence[Any]], Any]
 """Returns one of what it is given."""
@@ -72,6 +73,31 @@ class Weights(nn.Module):
         return nn.functional.dropout(mixed, 0.2, self.training) * self.scale
 
 
+class Computed(nn.Linear):
+    """A linear layer whose forward computes its weight: masked, never negative, or with signs built in."""
+
+    mask: Tensor
+    signs: Tensor
+
+    def __init__(self, into: int, out: int, form: str, *, bias: bool) -> None:
+        super().__init__(into, out, bias=bias)
+        self.form = form
+        self.register_buffer("mask", (torch.rand(out, into) < 0.7).float())
+        self.register_buffer("signs", torch.where(torch.rand(into) < 0.5, 1.0, -1.0))
+
+    def forward(self, x: Tensor) -> Any:
+        """Return ``(*, out)``."""
+        if self.form == "masked":
+            weight = self.weight * self.mask
+        elif self.form == "absolute":
+            weight = self.mask * self.weight.abs()
+        elif self.form == "soft":
+            weight = F.softplus(self.weight)
+        else:
+            weight = torch.relu(self.weight) * self.signs
+        return F.linear(x, weight, self.bias)
+
+
 class AlongTime(nn.Module):
     """A recurrent layer, or attention, along the last axis; of units alone, over sequences of one."""
 
@@ -109,7 +135,10 @@ def random_model(choose: Choose) -> tuple[nn.Sequential, tuple[int, ...]]:
     def layer(into: int, out: int) -> nn.Module:
         bias = choose([False, True])
         if axes == 0:
-            return nn.Linear(into, out, bias=bias)
+            form = choose(["plain", "masked", "absolute", "soft", "signed"])
+            return (
+                nn.Linear(into, out, bias=bias) if form == "plain" else Computed(into, out, form, bias=bias)
+            )
         groups = choose([g for g in (1, 2, 3) if into % g == 0 and out % g == 0])
         kind: Any = choose(CONVOLUTIONS[axes])
         made: nn.Module = kind(into, out, 3, padding=1, groups=groups, bias=bias)
