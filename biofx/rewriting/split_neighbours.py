@@ -124,7 +124,9 @@ def level_steps(graph_module: BioGraphModule, scope: Scope, pools: Iterable[Node
             f"{count} {side}" for count, side in ((rows, "outputs"), (columns, "inputs")) if count > 1
         )
         message = f"gradients divided by {rows * columns}: sums over {what} take the step of one weight"
-        yield from (applied(s.node, s.layer, message, rows=rows, columns=columns) for s in weight.sites)
+        yield from (
+            applied(s.node, s.layer, s.describe(message), rows=rows, columns=columns) for s in weight.sites
+        )
 
 
 def _level_biases(sites: Iterable[WeightSite], lowering: Lowering, rate: float) -> None:

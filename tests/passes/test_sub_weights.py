@@ -882,3 +882,19 @@ def test_a_mask_leaves_out_the_same_connections_of_each_sub_weight(mlp: nn.Modul
         assert all(torch.equal(torch.as_tensor(state.connection_mask), mask) for state in states)
     torch.testing.assert_close(bio(vectors), masked(vectors))
     assert biofx.check(bio).ok
+
+
+def test_sub_weights_that_read_neighbours_take_the_step_of_both(mlp: nn.Module, vectors: Tensor) -> None:
+    config = biofx.BioConfig(
+        weight_splitting_Gamma=2, weight_splitting_rates="mean", fuzzy_learning_rate_factor_nu=0
+    )
+    bio, report = biofx.transform(mlp, config.override("2", weight_splitting_mode="sub-weights"))
+    before = biofx.deploy(bio)
+    plain = copy.deepcopy(before)
+    stepped(bio, vectors, torch.optim.SGD, attached=False)
+    stepped(plain, vectors, torch.optim.SGD, attached=False)
+    after = biofx.deploy(bio)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(after.get_parameter(name), parameter)
+    message = "sub-weight 2: gradients divided by 2: sums over 2 inputs take the step of one weight"
+    assert message in [remark.message for remark in report.remarks if remark.layer == "2"]
