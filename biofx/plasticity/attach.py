@@ -106,6 +106,11 @@ def attach(
         always_scales=not {"crystallize", "volume_dependent_lr"}.isdisjoint(names),
     )
     bound = binding.bind(stepping)
+    if not bound and states and all(state.parameter is None for state in states.values()):
+        raise PlasticityError(
+            "expected a weight that is a parameter, found none: parametrizations compute all of this model's "
+            "weights, and their factors act on gradients in the graph; without attach, SGD follows them"
+        )
     if not bound:
         raise PlasticityError(
             f"expected an optimizer of this model's weights, found a {type(stepping).__name__} that holds "

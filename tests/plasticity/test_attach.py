@@ -1017,3 +1017,11 @@ def test_step_that_fails_leaves_the_next_one_sound() -> None:
     for model, optimizer in zip((bio, twin), optimizers, strict=True):
         train(model, optimizer, 3, batches())
     assert_same(dict(bio.state_dict()), dict(twin.state_dict()))
+
+
+def test_a_model_without_weights_that_are_parameters_is_told_so() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    bio_model, _ = biofx.transform(model, biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.2))
+    optimizer = torch.optim.AdamW(bio_model.parameters())
+    with pytest.raises(PlasticityError, match="parametrizations compute all of this model's weights"):
+        biofx.attach(bio_model, optimizer)
