@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from biofx.deploy.plain_modules import make_plain, plain_graph_module, write_out_checks
+from biofx.deploy.plain_modules import make_plain, names_of_others, plain_graph_module, write_out_checks
 from biofx.deploy.plain_operators import computed_on_load, replace_settings, replace_with, write_out
 from biofx.deploy.raising import raise_layers
 from biofx.errors import InputError, PassError
@@ -18,7 +18,7 @@ from biofx.graph.graph_functions import assign_buffer, call_with_weights, has_ch
 from biofx.graph.guards import require_default, require_tensor
 from biofx.graph.joined_graph import whole_graph
 from biofx.graph.node_kinds import changed_in_place, number_nodes
-from biofx.graph.regions import region_input, region_of_nodes
+from biofx.graph.regions import graph_breaks_of, region_input, region_of_nodes
 from biofx.layers.constant_part import (
     erase_unused_reads,
     evaluate_weights,
@@ -26,7 +26,7 @@ from biofx.layers.constant_part import (
     register_beside,
 )
 from biofx.layers.weight_site import whole_weight
-from biofx.model.graph_module import BioGraphModule, follow_changes_within
+from biofx.model.graph_module import BioGraphModule, follow_changes_within, user_class
 from biofx.model.modes import switch_mode
 from biofx.model.region_parts import joined
 from biofx.operators.rate_ops import GRADIENT_SCALINGS, observe_activity
@@ -123,8 +123,12 @@ def deploy(bio_model: nn.Module) -> nn.Module:
     for region in (*regions, own):
         erase_unused_reads(region)
         _refuse_effects(region)
+    held = dict(own.named_modules(remove_duplicate=False))
+    eager = [held[path] for path in graph_breaks_of(own) if path in held]
+    kinds = {(user_class(each) if isinstance(each, BioGraphModule) else type(each)) for each in eager}
+    mentioned = {name for kind in kinds if kind is not None for name in names_of_others(kind)}
     for region in reversed(regions):  # the inner ones first
-        make_plain(region)
+        make_plain(region, mentioned)
     deployed: nn.Module = own
     if own.runs_eager_forward:
         make_plain(own)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Set
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from biofx.capture.bytecode import names_mentioned
+from biofx.errors import PassError
 from biofx.graph.graph_functions import call_own_forward
 from biofx.graph.guards import require_default, require_same
 from biofx.graph.regions import ELSEWHERE
 from biofx.model.attribute_guards import GUARDS
 from biofx.model.graph_module import NAMES_OF_MODELS, BioGraphModule, user_class
 from biofx.model.inlined_modules import INLINED, SAME
+from biofx.static_inspection import bases_outside_torch
 
 _OF_GRAPH_MODULES = {
     *(set(vars(GraphModule(nn.Module(), Graph()))) - set(vars(nn.Module()))),
@@ -44,12 +49,26 @@ def take_hooks(made: nn.Module, before: nn.Module) -> None:
     vars(made).update({hooks: vars(before)[hooks] for hooks in _HOOKS if hooks in vars(before)})
 
 
-def make_plain(module: BioGraphModule) -> None:
-    """Make a region, or a model that runs its eager forward, a module without biofx in place."""
+def make_plain(module: BioGraphModule, mentioned: Set[str] = frozenset()) -> None:
+    """Make a region, or a model that runs its eager forward, a module without biofx in place.
+
+    Args:
+        module: the region or model.
+        mentioned: names that the eager forwards of the model mention, which are none of their own.
+
+    Raises:
+        PassError: one of them is that of a method of the region's class, which a plain graph module loses.
+    """
     calls = module.graph.find_nodes(op="call_function", target=call_own_forward)
     if module.runs_eager_forward or (calls and _is_only_call(calls[0])):
         _take_over(module, _in_own_class(module))
         return
+    lost = sorted(mentioned & _methods_of(module))
+    if lost:
+        raise PassError(
+            f"a forward in Python may call {lost[0]!r} of a {type(module).__name__}, a method that a plain "
+            "graph module does not have; name the module in opaque=[…] when the model is transformed"
+        )
     for call in calls:  # the graph goes on after the layer
         module.add_module(_LAYER, _in_own_class(module))
         own = call.args[0]
@@ -58,6 +77,17 @@ def make_plain(module: BioGraphModule) -> None:
             module.graph.erase_node(own)
     write_out_checks(module.graph)
     _take_over(module, plain_graph_module(module, type(module).__name__))
+
+
+def names_of_others(kind: type[nn.Module]) -> set[str]:
+    """Return the names that the forward of a class mentions, but for those of the class and of tensors."""
+    return set(names_mentioned(kind)) - set(dir(kind)) - set(dir(Tensor))
+
+
+def _methods_of(module: BioGraphModule) -> set[str]:
+    kind = user_class(module)
+    held = {} if kind is None else {n: v for base in bases_outside_torch(kind) for n, v in vars(base).items()}
+    return {name for name, value in held.items() if isinstance(value, (FunctionType, property))} - {"forward"}
 
 
 def _is_only_call(call: Node) -> bool:

@@ -518,3 +518,38 @@ def test_what_a_recorded_model_decided_by_sizes_is_checked_by_the_deployed_one()
         bio_model(torch.randn(3, 1001, 4))
     with pytest.raises(AssertionError, match="expected False, with which the graph was recorded"):
         deployed(torch.randn(3, 1001, 4))
+
+
+class _Scales(nn.Module):
+    """Has a method that a forward around it calls, besides the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Any:
+        return torch.relu(self.fc(x)) * scale
+
+    def doubled(self, x: Tensor) -> Any:
+        return 2 * x
+
+
+class _CallsMethods(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _Scales()
+
+    def forward(self, x: Tensor) -> Any:
+        for _ in range(int(x.shape[0])):
+            x = self.inner.doubled(self.inner(x, 0.5))
+        return x
+
+
+def test_a_region_whose_methods_python_calls_is_refused_or_stays_opaque() -> None:
+    x, config = torch.randn(3, 4), BioConfig(fuzzy_learning_rate_factor_nu=0.2)
+    bio_model, _ = biofx.transform(_CallsMethods(), config, example_inputs=(x,))
+    assert torch.equal(bio_model(x), bio_model(x))
+    with pytest.raises(PassError, match="may call 'doubled' of a _Scales, a method that a plain"):
+        biofx.deploy(bio_model)
+    whole, _ = biofx.transform(_CallsMethods(), config, example_inputs=(x,), opaque=["inner"])
+    assert torch.equal(biofx.deploy(whole)(x), whole.eval()(x))
