@@ -7,6 +7,7 @@ attributes, caches and containers, since they are told apart by identity.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
 from collections.abc import Iterator, Mapping
@@ -80,7 +81,8 @@ class _RunObserver(TorchFunctionMode):
             self,
         ):
             found = original(self._root, *args, **kwargs)
-        leaves = [leaf for leaf in _tensors_in(found) if id(leaf) in self._nodes]
+        # a cache that is returned beside the results serves the next call, and is no readout
+        leaves = [leaf for leaf in _tensors_in(found, objects=False) if id(leaf) in self._nodes]
         self.graph.output(tuple(self._nodes[id(leaf)][0] for leaf in leaves))
         return self.graph
 
@@ -242,8 +244,8 @@ def _holds_tensors(found: Any) -> bool:
     return isinstance(found, Tensor) or (isinstance(found, (tuple, list)) and bool(_tensors_in(found)))
 
 
-def _tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors in a value, in containers and in plain objects that hold them."""
+def _tensors_in(value: Any, *, objects: bool = True) -> list[Tensor]:
+    """Return the tensors in a value: in containers, and with ``objects`` in plain objects that hold them."""
     found: list[Tensor] = []
     seen: set[int] = set()
     pending = [value]
@@ -258,7 +260,13 @@ def _tensors_in(value: Any) -> list[Tensor]:
             pending += reversed(list(entry.values()))
         elif isinstance(entry, (tuple, list)):
             pending += reversed(entry)
-        elif is_of(getattr(entry, "__dict__", None), dict) and not isinstance(entry, (nn.Module, type)):
+        elif dataclasses.is_dataclass(entry) and not isinstance(entry, type):
+            pending += [getattr(entry, field.name) for field in reversed(dataclasses.fields(entry))]
+        elif (
+            objects
+            and is_of(getattr(entry, "__dict__", None), dict)
+            and not isinstance(entry, (nn.Module, type))
+        ):
             pending += reversed(list(vars(entry).values()))
     return found
 
