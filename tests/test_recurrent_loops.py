@@ -300,3 +300,56 @@ def test_what_two_runs_do_not_agree_on_is_not_known() -> None:
     assert "differs between the example inputs and a run of other sizes" in remark.message
     kept = {r.layer: r.kind for r in report.passes[0].remarks}
     assert kept["w_rec"] == "applied"
+
+
+def _through_state_dict(model: Any) -> Any:
+    torch.manual_seed(1)
+    examples = (sequence(),)
+    other = biofx.transform(MAKERS[type(model).__name__](), CONFIG.replace(seed=5), example_inputs=examples)
+    other[0].load_state_dict(model.state_dict())
+    return other[0]
+
+
+def _averaged(model: Any) -> Any:
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    return averaged.module
+
+
+def _functional(model: Any) -> Any:
+    state = {
+        name: value.detach().clone() for name, value in model.state_dict().items() if "_extra" not in name
+    }
+
+    def called(x: Tensor) -> Any:
+        return torch.func.functional_call(model, state, (x,))
+
+    return called
+
+
+JOURNEYS: dict[str, Callable[[Any], Any]] = {
+    "state dict": _through_state_dict,
+    "average": _averaged,
+    "functional_call": _functional,
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "there and back": lambda model: model.double().float(),
+    "deepcopy of a deepcopy": lambda model: copy.deepcopy(copy.deepcopy(model)),
+}
+MAKERS = {"Rates": Rates, "Masked": Masked}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # which torch.compile does
+@pytest.mark.parametrize("journey", JOURNEYS)
+@pytest.mark.parametrize("make", [Rates, Masked])
+def test_a_loop_computes_what_it_did_after(make: type[Rates], journey: str) -> None:
+    bio_model = transformed(make, recorded=True)
+    with torch.no_grad():  # signs have something to do
+        for layer in (bio_model.w_rec, bio_model.w_out):
+            layer.weight.copy_(torch.randn(layer.weight.shape))
+    plain = make()
+    plain.load_state_dict({n: v for n, v in bio_model.state_dict().items() if "bio_mod" not in n})
+    before = bio_model(sequence())
+    assert not torch.allclose(plain(sequence()), before)
+    arrived = JOURNEYS[journey](bio_model)
+    torch.testing.assert_close(arrived(sequence()), before)
+    torch.testing.assert_close(arrived(sequence(3)), bio_model(sequence(3)))
