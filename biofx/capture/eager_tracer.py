@@ -42,7 +42,7 @@ from biofx.capture.tensor_queries import TorchCall
 from biofx.errors import InputError
 from biofx.graph.graph_functions import AppliedFunction, call_checkpointed
 from biofx.layers import LAYERS_OF_SEVERAL_INPUTS
-from biofx.layers.attention import pads_by_nesting, transformers_as_nodes
+from biofx.layers.attention import can_be_looked_into, pads_by_nesting, transformers_as_nodes
 from biofx.layers.layer_kind import hooks_of
 from biofx.model.graph_module import why_not_a_graph_module
 from biofx.model.modes import ModeSwitches
@@ -430,7 +430,8 @@ class EagerTracer(TorchFunctionMode):
         return replaced(
             (vars(module), "forward", patched(path, module, module.forward))
             for path, module in self._root.named_modules()
-            if self._kept and path and not is_leaf(module) and "forward" not in vars(module)
+            if self._kept and path and "forward" not in vars(module)
+            if not is_leaf(module) and not can_be_looked_into(module)  # which would not be as torch made it
         )
 
     def _module_patched(self) -> Any:
