@@ -77,10 +77,12 @@ def last_synapses(graph_module: GraphModule) -> Mapping[Node, str | None]:
     """
     synaptic, regions = synaptic_nodes(graph_module), region_of_nodes(graph_module.graph)
     leads_on: set[Node] = set()
+    read_later: set[Node] = set()
     for node in reversed(graph_module.graph.nodes):
-        followers = [user for user in node.users if not queries_metadata(user)]
-        if any(user in synaptic or user in leads_on for user in followers):
+        if node in read_later or any(changed in read_later for changed in changed_in_place(node)):
             leads_on.add(node)
+        if (node in synaptic or node in leads_on) and not queries_metadata(node):
+            read_later.update(node.all_input_nodes)
     last = {node: regions.get(node) for node in synaptic - leads_on}
     observation = observation_of(graph_module)
     if observation is None:

@@ -106,7 +106,9 @@ class _RunObserver(TorchFunctionMode):
                     target, sources = _REFLECTED[name], (sources[0][::-1], {})
                 elif name == "__get__":
                     target, sources = getattr, ((sources[0][0], func.__self__.__name__), {})
-                self._add("call_function", target, sources, (args, kwargs), found)
+                given = args, kwargs
+                # what is written to is from now on what comes of it
+                self._add("call_function", target, sources, given, args[0] if found is None else found)
         return found
 
     @contextmanager
