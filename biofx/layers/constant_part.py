@@ -21,7 +21,7 @@ from biofx.graph.graph_functions import call_with_parameters
 from biofx.graph.joined_graph import whole_graph
 from biofx.graph.node_kinds import changed_in_place, changes_in_place, queries_metadata
 from biofx.graph.printing import format_node, function_name
-from biofx.graph.regions import joined_path
+from biofx.graph.regions import joined_path, region_paths
 from biofx.layers.layer_kind import argument
 from biofx.layers.weight_site import whole_weight
 from biofx.operators.mask_ops import mask_weight
@@ -304,7 +304,31 @@ def evaluate_weights(own: GraphModule) -> None:
         if not node.users and node in constants and node not in unread:
             own.graph.erase_node(node)
     erase_unused_reads(own)
+    _keep_names(own, {path: known[0][1] for path, known in made.items() if len(known) == 1})
     _put_in_place(own)
+
+
+def _keep_names(own: GraphModule, made: Mapping[str, str]) -> None:
+    """Give values the names of the parameters that they replace, where nothing else needs those.
+
+    Eager forwards may ask for the type of a parameter, by its name.
+
+    Args:
+        own: the model.
+        made: the paths of the values, by the paths of the parameters.
+    """
+    reads = {str(node.target) for node in own.graph.find_nodes(op="get_attr")}
+    called = {str(node.target) for node in own.graph.find_nodes(op="call_module")} - {*region_paths(own)}
+    for path, value in made.items():
+        owner = own.get_submodule(path.rpartition(".")[0])
+        held, name = owner._parameters, path.rpartition(".")[2]
+        new, old = held.get(value.rpartition(".")[2]), held.get(name)
+        is_free = path not in reads and not any(path.startswith(f"{module}.") for module in called)
+        if is_free and new is not None and old is not None and old.shape == new.shape:
+            held[name] = held.pop(value.rpartition(".")[2])
+            for read in own.graph.find_nodes(op="get_attr"):
+                if read.target == value:
+                    read.target = path
 
 
 def _put_in_place(own: GraphModule) -> None:

@@ -553,3 +553,30 @@ def test_a_region_whose_methods_python_calls_is_refused_or_stays_opaque() -> Non
         biofx.deploy(bio_model)
     whole, _ = biofx.transform(_CallsMethods(), config, example_inputs=(x,), opaque=["inner"])
     assert torch.equal(biofx.deploy(whole)(x), whole.eval()(x))
+
+
+class _AsksForAType(nn.Module):
+    """Its forward stays in Python, and reads the type of a gain that the graph of a region reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 5)
+        self.out = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x)
+        if y.sum() > 1e9:
+            y = -y
+        y = torch.relu(self.norm(y.to(self.norm.weight.dtype)))
+        return self.out(torch.relu(self.last(y)))
+
+
+def test_a_parameter_that_an_eager_forward_asks_for_keeps_its_name() -> None:
+    model, x = _AsksForAType(), torch.randn(3, 4)
+    with torch.no_grad():
+        model.norm.weight[:3] = -1.0  # which the constraint of gains changes
+    bio_model, _ = biofx.transform(model, {"apply_dales_principle": True}, example_inputs=(x,))
+    deployed: Any = biofx.deploy(bio_model)
+    assert {name for name, _ in deployed.named_parameters()} == {name for name, _ in model.named_parameters()}
+    assert torch.equal(deployed(x), bio_model.eval()(x))
+    assert bool((deployed.norm.weight >= 0).all())
