@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -245,6 +246,20 @@ def test_a_checkpoint_of_a_loop_loads_into_a_plain_model(make: type[Rates], tmp_
     biofx.save(bio_model, tmp_path / "run.pt")
     loaded: Any = biofx.load(tmp_path / "run.pt", make())
     assert torch.equal(loaded(sequence()), bio_model(sequence()))
+
+
+def test_graph_and_report_of_a_masked_loop(golden: Callable[[str, str], None]) -> None:
+    torch.manual_seed(0)
+    config = CONFIG.override("w_rec", dales_signs=GIVEN)
+    bio_model, report = biofx.transform(Masked(), config, example_inputs=(sequence(),))
+    golden("recurrent_loop", f"{biofx.format_graph(bio_model)}\n\n{report}")
+
+
+@pytest.mark.parametrize("make", [Rates, Masked])
+def test_a_loop_keeps_the_signature_that_trainers_ask_for(make: type[Rates]) -> None:
+    bio_model = transformed(make, recorded=True)
+    for model in (bio_model, copy.deepcopy(bio_model), pickle.loads(pickle.dumps(bio_model))):
+        assert inspect.signature(model.forward) == inspect.signature(make().forward)
 
 
 def test_signs_for_units_that_nothing_reads_are_refused() -> None:

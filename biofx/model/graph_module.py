@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable, Collection, Mapping
@@ -179,6 +180,8 @@ class BioGraphModule(GraphModule):
         else:
             restoring = restoring_modes(self.graph, type(self).forward)
             guarded: Any = following_changes(restoring, self, become_graph_module)
+            if origin is not None and self.runs_eager_forward:  # trainers ask for the names of arguments
+                guarded.__signature__ = inspect.signature(origin.forward)
             type(self).forward = type(self)._latest = guarded
         return code
 

@@ -190,6 +190,25 @@ class Loop(nn.Module):
         return self.w_out(torch.relu(state))
 
 
+class MaskedLoop(Loop):
+    """The same with a recurrent weight that is masked in Python, and noise."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", 1 - torch.eye(5))
+
+    def forward(self, x: Tensor) -> Any:
+        """Return ``(batch, 2)`` for ``(batch, time, 2)``."""
+        rate = torch.zeros(x.shape[0], 5)
+        for moment in x.unbind(1):
+            drive = F.linear(rate, self.w_rec.weight * self.mask, self.w_rec.bias) + self.w_in(moment)
+            noise = 0.1 * torch.randn_like(rate) if self.training else 0.0
+            rate = (1 - self.alpha) * rate + self.alpha * torch.relu(drive + noise)
+        return self.w_out(rate)
+
+
 class Counts(nn.Module):
     """A buffer that each training step moves, and a centre that it keeps."""
 
