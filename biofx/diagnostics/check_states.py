@@ -178,8 +178,9 @@ def _unlinked(subject: Subject, placed: Placed, places: set[str]) -> str:
     if not state.is_linked:
         holds_others = any(isinstance(child, BioModule) for child in state.children())
         return "" if holds_others else "it is linked to no layer"
-    layer = subject.graph_module.get_submodule(_sits_in(placed.place))
-    declared = vars(subject.graph_module).get("region_paths", ())
+    model = subject.graphs[""]  # not the view of it, which is no module's parent
+    layer = model.get_submodule(_sits_in(placed.place))
+    declared = vars(model).get("region_paths", ())
     moved = ELSEWHERE in vars(layer) and placed.layer not in declared  # by an adapter around the layer
     if not moved and bio_module_path(state.path) not in places:
         return f"it is the state of {state.path!r}, and sits in {placed.place!r}"
@@ -191,7 +192,7 @@ def _unlinked(subject: Subject, placed: Placed, places: set[str]) -> str:
         return f"it is linked to another {type(linked).__name__} than the one it sits in"
     if moved:
         return ""
-    home = subject.graph_module.get_submodule(state.path.rpartition(".")[0])
+    home = model.get_submodule(state.path.rpartition(".")[0])
     return "" if linked is home else f"it is linked to another {type(linked).__name__} than {state.path!r}'s"
 
 
