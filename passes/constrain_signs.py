@@ -74,7 +74,9 @@ class ConstrainSigns(WeightPass):
         )
         if reason is None and self.method == EXPAND and not survey.has_known_signs(site):
             reason = "its presynaptic units were not expanded, and have no sign"
-        return reason or site.value_blocker
+        if reason is None and (blocker := site.value_blocker) is not None:
+            reason = blocker + survey.what_contradicts(site)
+        return reason
 
     def _asked_at(self, site: WeightSite, survey: SignSurvey) -> dict[str, Any]:
         """Return details that say that an input or a readout of the model was asked for."""

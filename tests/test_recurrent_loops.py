@@ -368,3 +368,180 @@ def test_a_loop_computes_what_it_did_after(make: type[Rates], journey: str) -> N
     arrived = JOURNEYS[journey](bio_model)
     torch.testing.assert_close(arrived(sequence()), before)
     torch.testing.assert_close(arrived(sequence(3)), bio_model(sequence(3)))
+
+
+class Populations(nn.Module):
+    """Excitation and inhibition as modellers write them: weights that are never negative, and a minus."""
+
+    w_ee: Tensor
+    w_ei: Tensor
+    w_ie: Tensor
+    w_ii: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"ee": (7, 7), "ei": (7, 3), "ie": (3, 7), "ii": (3, 3)}
+        for name, size in sizes.items():
+            self.register_parameter(f"w_{name}", nn.Parameter(torch.rand(size) * 0.3))
+        self.in_e, self.in_i, self.w_out = nn.Linear(3, 7), nn.Linear(3, 3), nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        e, i, out = torch.zeros(x.shape[1], 7), torch.zeros(x.shape[1], 3), []
+        ee, ei, ie, ii = (w.abs() for w in (self.w_ee, self.w_ei, self.w_ie, self.w_ii))
+        for step in x:
+            drive_e = F.linear(e, ee) - F.linear(i, ei) + self.in_e(step)
+            drive_i = self.in_i(step) + F.linear(e, ie) + (-0.5) * F.linear(i, ii)
+            e, i = 0.8 * e + 0.2 * torch.relu(drive_e), 0.8 * i + 0.2 * torch.relu(drive_i)
+            out.append(self.w_out(torch.cat([e, i], -1)))
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_units_whose_drive_is_subtracted_are_inhibitory_at_every_reader(recorded: bool) -> None:
+    torch.manual_seed(0)
+    bio_model, _ = biofx.transform(Populations(), CONFIG, example_inputs=(sequence(),) if recorded else None)
+    readout = biofx.deploy(bio_model).get_parameter("w_out.weight")
+    assert bool((readout[:, :7] >= 0).all())
+    assert bool((readout[:, 7:] <= 0).all())
+    assert bool(readout.any(0).all())
+
+
+class Subtracting(Rates):
+    """The weights of ``w_del`` are no strengths of excitation: what they drive is subtracted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_del = nn.Linear(UNITS, UNITS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate, out = torch.zeros(x.shape[1], UNITS), []
+        for step in x:
+            rate = torch.relu(self.w_rec(rate) - 2 * self.w_del(rate) + self.w_in(step))
+            out.append(self.w_out(rate))
+        return torch.stack(out)
+
+
+class Predicting(Subtracting):
+    """Two populations take the difference, one with each sign."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate, out = torch.zeros(x.shape[1], UNITS), []
+        for step in x:
+            predicted, given = self.w_del(rate), self.w_in(step)
+            error = torch.relu(given - predicted) + torch.relu(predicted - given)
+            rate = torch.relu(self.w_rec(error) + error)
+            out.append(self.w_out(rate))
+        return torch.stack(out)
+
+
+class Leaking(Rates):
+    """Its leak is no subtraction of what it is driven to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, out = torch.zeros(x.shape[1], UNITS), []
+        for step in x:
+            rate = torch.relu(state)
+            change = (-state + self.w_rec(rate) + self.w_in(step)) / 5
+            state = state + change
+            out.append(self.w_out(rate))
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(
+    ("make", "layer", "words"),
+    [
+        (Subtracting, "w_del", "; the forward subtracts what it drives, so its effect is the opposite"),
+        (Predicting, "w_del", "; the forward adds what it drives in one place and subtracts it in another"),
+        (Subtracting, "w_rec", None),
+        (Leaking, "w_rec", None),
+        (Leaking, "w_out", None),
+        (Noisy, "w_rec", None),
+    ],
+)
+def test_the_report_says_where_what_a_weight_drives_is_subtracted(
+    make: type[Rates], layer: str, words: str | None, recorded: bool
+) -> None:
+    _, report = biofx.transform(make(), CONFIG, example_inputs=(sequence(),) if recorded else None)
+    (said,) = [remark for remark in report.passes[0].remarks if remark.layer == layer]
+    assert said.kind == "applied"
+    assert words in said.message if words else "what it drives" not in said.message
+
+
+class Contradicting(Subtracting):
+    """Builds excitation and inhibition of one unit into two weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate, out = torch.zeros(x.shape[1], UNITS), []
+        for step in x:
+            drive = F.linear(rate, self.w_rec.weight.abs()) + F.linear(rate, -self.w_del.weight.abs())
+            rate = torch.relu(drive + self.w_in(step))
+            out.append(self.w_out(rate))
+        return torch.stack(out)
+
+
+def test_a_model_that_builds_both_signs_into_a_unit_is_told_so() -> None:
+    _, report = biofx.transform(Contradicting(), CONFIG, example_inputs=(sequence(),))
+    remarks = {remark.layer: remark for remark in report.passes[0].remarks}
+    for layer in ("w_rec", "w_del", "w_out"):
+        assert remarks[layer].message.endswith(
+            "; the forward builds excitation and inhibition into weights that read the same unit"
+        )
+    assert [remarks[layer].kind for layer in ("w_rec", "w_del", "w_out")] == ["missed", "missed", "applied"]
+
+
+class Alternating(Subtracting):
+    """``w_del`` reads the units in another order at every other step; which one the trace cannot tell."""
+
+    def order(self, rate: Tensor) -> Tensor:
+        return torch.cat([rate[:, 6:], rate[:, :6]], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate, out = torch.zeros(x.shape[1], UNITS), []
+        for step in range(len(x)):
+            read = self.order(rate) if step % 2 else rate
+            rate = torch.relu(self.w_in(x[step]) + self.w_rec(rate) + self.w_del(read))
+            out.append(self.w_out(rate))
+        return torch.stack(out)
+
+
+class Unknown(Alternating):
+    def order(self, rate: Tensor) -> Tensor:
+        places = torch.arange(UNITS).flip(0)
+        return torch.zeros_like(rate).index_copy(1, places, rate)
+
+
+def test_what_a_weight_reads_at_one_step_says_nothing_of_another() -> None:
+    def said_of(make: type[Rates], *, recorded: bool) -> Any:
+        _, report = biofx.transform(make(), CONFIG, example_inputs=(sequence(),) if recorded else None)
+        return next(remark for remark in report.passes[0].remarks if remark.layer == "w_del")
+
+    for make in (Alternating, Unknown):
+        traced = said_of(make, recorded=False)
+        assert traced.kind == "missed"
+        assert "what feeds it is not known" in traced.message
+    followed, ended = said_of(Alternating, recorded=True), said_of(Unknown, recorded=True)
+    assert "its units begin" not in followed.message
+    assert ended.message.count("its units begin at") == 1
+    assert "because no rule says what index_copy does with units" in ended.message
+
+
+class AtTheRoot(Rates):
+    """Holds its recurrent weight itself, and Python runs the loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(UNITS, UNITS) * 0.3)
+
+    def recurrent(self, rate: Tensor) -> Any:
+        return rate @ self.w
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_weight_of_the_model_itself_passes_the_audit(recorded: bool) -> None:
+    bio_model, _ = biofx.transform(AtTheRoot(), CONFIG, example_inputs=(sequence(),) if recorded else None)
+    for found in (bio_model, copy.deepcopy(bio_model), pickle.loads(pickle.dumps(bio_model))):
+        assert biofx.check(found).ok
+    state: Any = bio_model.get_submodule("bio_mod.w")
+    state.link(copy.deepcopy(bio_model))
+    assert "links" in {fault.invariant for fault in biofx.check(bio_model).faults}

@@ -12,11 +12,17 @@ _PREFERRED = ("layer", "open", "input", "constant")
 """By which kind of source a unit is represented, of those that are one in it."""
 
 
-def representatives(analysis: UnitAnalysis) -> Tensor:
-    """Return for each unit the first that a layer makes, of those that are one with it, if any does."""
+def representatives(analysis: UnitAnalysis, *, by_columns: bool = True) -> Tensor:
+    """Return for each unit the first that a layer makes, of those that are one with it, if any does.
+
+    Args:
+        analysis: of the units.
+        by_columns: whether units are one, too, where nothing says so but that one weight reads both.
+    """
     count, sources = analysis.count, analysis.sources
-    none = torch.empty(2, 0, dtype=torch.int64)
-    smallest = smallest_connected(count, torch.cat([none, *analysis.pairs], 1))
+    left_out = set() if by_columns else set(map(id, analysis.same_columns))
+    pairs = [pair for pair in analysis.pairs if id(pair) not in left_out]
+    smallest = smallest_connected(count, torch.cat([torch.empty(2, 0, dtype=torch.int64), *pairs], 1))
     ranks = torch.tensor([_PREFERRED.index(source.kind) for source in sources], dtype=torch.int64)
     counts = torch.tensor([source.count for source in sources], dtype=torch.int64)
     numbers = ranks.repeat_interleave(counts) * count + torch.arange(count)

@@ -171,7 +171,11 @@ def _why_no_sign_in_python(site: WeightSite) -> str | None:
     names = ", ".join(dict.fromkeys(function_name(node.target) for node in site.computation.nodes))
     reason = f"Python computes its weight by {names}, behind which no sign of a parameter is left"
     never_negative = site.computation.fate is SignFate.LOST
-    return f"{reason}; the units that it reads are excitatory" if never_negative else reason
+    if not never_negative:
+        return reason
+    return (
+        f"{reason}; the units that it reads are excitatory, or inhibitory where what it drives is subtracted"
+    )
 
 
 def _as_layer(read: WeightSite, uses: list[WeightSite]) -> WeightSite:

@@ -76,6 +76,7 @@ class SignStore:
         self._options_of = options_of
         self._local: dict[Source, tuple[str, int]] = {}
         self._local_sources: dict[str, list[Source]] = {}
+        self._contradicted = torch.zeros(groups.count, dtype=torch.bool)
         self._given = self._given_signs()
         for reading in groups.readings:
             path = reading.site.parameter_path
@@ -121,6 +122,10 @@ class SignStore:
     def has_given(self, reading: Reading) -> bool:
         """Whether signs were given for a unit that a weight reads."""
         return bool(self._given[self._groups.representatives(reading.units)].any())
+
+    def contradicts_itself(self, reading: Reading) -> bool:
+        """Whether the model builds both signs into weights that read a unit which a weight reads."""
+        return bool(self._contradicted[self._groups.representatives(reading.units)].any())
 
     def leave_free(self, reading: Reading) -> None:
         """Make buffers for the signs of the units that a weight reads, 0 where they are not constrained."""
@@ -225,12 +230,13 @@ class SignStore:
     def _with_built_in(self, given: Tensor) -> Tensor:
         """Return signs by unit, those that the model itself has built into weights among them.
 
-        Where the model builds several into one unit, the first is taken.
+        Where the forward subtracts what a weight drives, the sign that acts is the other one. Units into
+        which the model builds both have none (:meth:`contradicts_itself`).
 
         Raises:
             OptionError: those that are given contradict them.
         """
-        built_in = torch.zeros_like(given)
+        built_in, both = torch.zeros_like(given), self._contradicted
         for reading in self._groups.readings:
             computation = reading.site.computation
             if computation is None:
@@ -242,15 +248,18 @@ class SignStore:
                 and self._groups.is_in_python(reading.site)
             ):
                 signs = torch.ones(len(units), dtype=torch.int8)  # no sign can be put behind what Python does
-            if signs is None:
+            drive = self._groups.drive_sign(reading.site)
+            if signs is None or drive == 0:
                 continue
+            signs = signs * drive
             if bool(((given[units] * signs) < 0).any()):
                 raise OptionError(
                     f"signs: those given contradict the ones that the forward builds into "
                     f"{reading.site.parameter_path!r} ({computation.words}); leave them out, or give the same"
                 )
+            both[units] |= (built_in[units] * signs) < 0
             built_in[units] = torch.where(built_in[units] == 0, signs, built_in[units])
-        return torch.where(given == 0, built_in, given)
+        return torch.where((given == 0) & ~both, built_in, given)
 
 
 def _refuse_free(path: str, kept: Tensor) -> None:

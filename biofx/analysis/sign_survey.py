@@ -106,17 +106,29 @@ class SignSurvey:
 
     def what_is_not_guaranteed(self, site: WeightSite) -> str:
         """Return words on what a sign does not say here, empty where it says it all."""
-        words = ""
+        words = _OF_DRIVES[self.groups.drive_sign(site)] + self.what_contradicts(site)
         if not self.groups.reading(site).nonnegative:
             words = (
                 "; the activity that it reads may be negative, so a sign is that of the weights, "
                 "not of their effect"
             )
         reasons = {node.name: reason for node, reason in self.groups.ends.items()}
-        for source in self._sources(site):
-            if source.kind == "open" and source.name in reasons:
-                words += f"; its units begin at {source.name!r}, because {reasons[source.name]}"
+        begin = [source.name for source in self._sources(site) if source.kind == "open"]
+        told = {reasons.get(name) for name in begin}
+        for name in self.groups.where_units_begin(site):  # at any use
+            if reasons.get(name) not in told:
+                told.add(reasons.get(name))
+                begin.append(name)
+        for name in begin:
+            if name in reasons:
+                words += f"; its units begin at {name!r}, because {reasons[name]}"
         return words
+
+    def what_contradicts(self, site: WeightSite) -> str:
+        """Return words where the model itself builds both signs into one unit, empty where it does not."""
+        if not self.store.contradicts_itself(self.groups.reading(site)):
+            return ""
+        return "; the forward builds excitation and inhibition into weights that read the same unit"
 
     def _sources(self, site: WeightSite) -> list[Source]:
         return self.groups.sources_of(self.groups.reading(site).units).sources
@@ -133,6 +145,14 @@ def _leads_outwards(site: WeightSite) -> bool:
     recurs = site.kind.is_compound and site.role == "input"
     return site.role in ("input", "attention_output") and not recurs
 
+
+_OF_DRIVES = {
+    1: "",
+    -1: "; the forward subtracts what it drives, so its effect is the opposite of its sign",
+    0: "; the forward adds what it drives in one place and subtracts it in another, so a sign is that of the "
+    "weights, not of their effect",
+}
+"""Words on the sign with which acts what a weight drives."""
 
 WhyNot = Callable[[WeightSite, SignSurvey], str | None]
 """Returns why a weight has no signs, None if it has."""

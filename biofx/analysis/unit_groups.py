@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from biofx.analysis.connected_units import representatives
+from biofx.analysis.drives import drive_signs
 from biofx.analysis.observation import (
     DISAGREES,
     GIVE_EXAMPLES,
@@ -59,6 +60,7 @@ class UnitGroups:
     """The presynaptic units of every weight of a graph; iterating gives the groups."""
 
     def __init__(self, analysis: UnitAnalysis, observation: Observation | None = None) -> None:
+        self._analysis = analysis
         self.count = analysis.count
         """How many numbers of units there are; units that are one have several."""
         self.sources = analysis.sources
@@ -147,20 +149,40 @@ class UnitGroups:
         elif weight_key(site) in self._observation.disputed:
             reason = DISAGREES
         elif self._observation.is_traced:
-            reason = self._where_units_begin(self.reading(site))
+            where = next(iter(self.where_units_begin(site)), None)
+            if where is not None:
+                reason = f"{self._ends.get(where, f'its units begin at {where!r}')}; {GIVE_EXAMPLES}"
         return None if reason is None else f"what feeds it is not known: {reason}"
 
     def is_in_python(self, site: WeightSite) -> bool:
         """Whether an eager forward uses a weight, so that nothing can be put between it and its layer."""
         return self._observation is not None and weight_key(site) in self._observation.in_python
 
-    def _where_units_begin(self, reading: Reading) -> str | None:
-        """Return why units begin at an operation that ends others, None if known ones feed a weight alone."""
-        ends = {node.name: reason for node, reason in self.ends.items()}
-        for source in self.sources_of(reading.units).sources:
-            if source.kind == "open":
-                return f"{ends.get(source.name, NOT_OBSERVED)}; {GIVE_EXAMPLES}"
-        return None
+    def where_units_begin(self, site: WeightSite) -> list[str]:
+        """Return the names of operations that end what is known, and whose units a weight reads as its own.
+
+        At one of its uses: what it reads at another does not say that units lie at the same places there.
+        """
+        readings = self._readings_of.get(weight_key(site), [])
+        numbers = torch.cat([self._apart[reading.units] for reading in readings]).unique()
+        found = torch.bucketize(numbers, self._starts, right=True) - 1
+        sources = [self.sources[number] for number in found.unique().tolist()]
+        return [source.name for source in sources if source.kind == "open"]
+
+    @cached_property
+    def _apart(self) -> Tensor:
+        return representatives(self._analysis, by_columns=False)
+
+    @cached_property
+    def _readings_of(self) -> dict[Hashable, list[Reading]]:
+        found: dict[Hashable, list[Reading]] = {}
+        for reading in self.readings:
+            found.setdefault(weight_key(reading.site), []).append(reading)
+        return found
+
+    @cached_property
+    def _ends(self) -> dict[str, str]:
+        return {node.name: reason for node, reason in self.ends.items()}
 
     def reading(self, site: WeightSite) -> Reading:
         """Return what a site reads."""
@@ -171,6 +193,20 @@ class UnitGroups:
     def is_exempt(self, units: Tensor) -> Tensor:
         """Return whether units are only compared with each other, bool."""
         return self._is_exempt[self._representatives[units]]
+
+    def drive_sign(self, site: WeightSite) -> int:
+        """Return with which sign acts what a weight drives: 1, -1 where it is subtracted, 0 for both."""
+        return self._drive_signs.get(weight_key(site), 1)
+
+    @cached_property
+    def _drive_signs(self) -> dict[Hashable, int]:
+        by_node = drive_signs(self._analysis)
+        found: dict[Hashable, int] = {}
+        for reading in self.readings:
+            sign = by_node.get(reading.site.node, 1)
+            known = found.setdefault(weight_key(reading.site), sign)
+            found[weight_key(reading.site)] = sign if sign == known else 0
+        return found
 
     def exempt_rows(self, site: WeightSite) -> Tensor:
         """Return which outputs of a site are only compared with each other, bool, ``(output channels,)``.

@@ -301,6 +301,8 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
         """How many units there are."""
         self.pairs: list[Tensor] = []
         """Units that are one, ``(2, pairs)`` each."""
+        self.same_columns: list[Tensor] = []
+        """The pairs among them that say nothing but that one weight reads both, at several of its uses."""
         self._smallest: tuple[tuple[int, int], Tensor] | None = None
         self._decided: dict[tuple[Node, tuple[Axis, ...], tuple[int, ...]], UnitLayout] = {}
         self._same: dict[Node, list[Node]] = {}
@@ -319,7 +321,8 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
         """The parameters by every path, each with the first path that it goes by."""
         self._synaptic = synaptic_nodes(graph_module)
         self._use = RegionUse(graph_module, graph_module.graph)
-        self._numbers = number_nodes(graph_module, graph_module.graph)
+        self.numbers = number_nodes(graph_module, graph_module.graph)
+        """The present values of the nodes that read numbers of modules, or compute with them alone."""
         self.walk()
 
     def value_of(self, node: Node) -> UnitValue:
@@ -327,8 +330,8 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
         self._note_what_feeds(node)
         if node.op == "placeholder":
             return UnitValue(origin=node)
-        if node in self._numbers:  # taken to keep its sign
-            return UnitValue(nonnegative=self._numbers[node] >= 0)
+        if node in self.numbers:  # taken to keep its sign
+            return UnitValue(nonnegative=self.numbers[node] >= 0)
         if node.op in ("get_attr", "output") or node.target is region_output:
             return NOTHING
         if node.target is region_input:
@@ -407,7 +410,9 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
         """Note that a weight reads certain units, one at each input channel; all its sub-weights do."""
         for own in (site, *self._further.get(_place(site), ())):
             if not self.is_turned(own):
+                before = len(self.pairs)
                 self.join(self._columns.setdefault(own.parameter_path, units), units)
+                self.same_columns += self.pairs[before:]
             self.readings.append(Reading(own, units, nonnegative, layout))
 
     # units and layouts
