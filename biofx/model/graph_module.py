@@ -172,6 +172,11 @@ class BioGraphModule(GraphModule):
             if not isinstance(self._graph._codegen, BranchCodeGen):
                 self._graph.set_codegen(BranchCodeGen())
         code = super().recompile()
+        kind: Any = type(self)
+        for base in kind.__mro__[1:]:  # of a parametrized graph module, which torch.fx would let call itself
+            if "_wrapped_call" in vars(base):
+                kind._wrapped_call = vars(base)["_wrapped_call"]
+                break
         type(self)._places, type(self)._snapshot = remember_modules(self), None
         origin = user_class(self)
         if origin is not None and self.keeps_forward:

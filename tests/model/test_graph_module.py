@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from torch import Tensor, nn
 
 import biofx
@@ -170,3 +171,25 @@ def test_methods_that_make_another_of_their_kind_make_a_plain_one_of_the_same_mo
     assert [id(layer) for layer in part] == [id(made[0]), id(made[1])]
     assert len(made[3:]) == 0
     assert [*(made + nn.Sequential(nn.Tanh()))][:3] == [*made]
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Any) -> Any:
+        return weight / 2
+
+
+class DecidesByAValue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: Any) -> Any:
+        return self.fc(x) if x.sum() < 1e9 else x
+
+
+def test_a_shallow_copy_with_a_parametrized_region_runs() -> None:
+    bio_model, _ = biofx.transform(DecidesByAValue(), {"fuzzy_learning_rate_factor_nu": 0.4})
+    torch.nn.utils.parametrize.register_parametrization(bio_model.get_submodule("fc"), "weight", Halved())
+    x = torch.randn(4, 3)
+    expected = bio_model(x)
+    assert torch.equal(copy.copy(bio_model)(x), expected)
