@@ -545,3 +545,97 @@ def test_a_weight_of_the_model_itself_passes_the_audit(recorded: bool) -> None:
     state: Any = bio_model.get_submodule("bio_mod.w")
     state.link(copy.deepcopy(bio_model))
     assert "links" in {fault.invariant for fault in biofx.check(bio_model).faults}
+
+
+class Shuffled(Subtracting):
+    """Reads its units in an order that a buffer holds."""
+
+    places: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.randperm(UNITS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate, out = torch.zeros(x.shape[1], UNITS), []
+        for step in x:
+            rate = torch.relu(self.w_rec(rate) + self.w_del(rate[:, self.places]) + self.w_in(step))
+            out.append(self.w_out(rate))
+        return torch.stack(out)
+
+
+def test_a_state_with_another_order_of_units_is_found() -> None:
+    def shuffled(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return biofx.transform(Shuffled(), CONFIG, example_inputs=(sequence(),))[0]
+
+    bio_model, other = shuffled(0), shuffled(1)
+    deployed: Any = biofx.deploy(bio_model)
+    signs = bio_model.w_rec.bio_mod.sign
+    assert bool((deployed.w_del.weight * signs[bio_model.places] >= 0).all())
+    assert biofx.check(bio_model).ok
+    assert biofx.check(pickle.loads(pickle.dumps(bio_model))).ok
+    other.load_state_dict(bio_model.state_dict())
+    (fault,) = biofx.check(other).faults
+    assert (fault.invariant, fault.subject, fault.checked) == ("unit order", "places", UNITS)
+
+
+class Allocating(Subtracting):
+    """Writes its rates into memory that was not filled before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rates, rate = torch.empty(len(x), x.shape[1], UNITS), torch.zeros(x.shape[1], UNITS)
+        for step in range(len(x)):
+            rate = torch.relu(self.w_rec(rate) + self.w_in(x[step]))
+            rates[step] = rate
+        readout: Tensor = self.w_out(rates)
+        return readout
+
+
+def test_what_memory_held_before_says_nothing() -> None:
+    for filled in (torch.zeros, torch.rand):
+        memory = [filled(6, 4, UNITS) for _ in range(8)]
+        del memory  # which the next tensors of that size are given
+        _, report = biofx.transform(Allocating(), CONFIG, example_inputs=(sequence(),))
+        said = {remark.layer: remark.message for remark in report.passes[0].remarks}
+        assert "may be negative" in said["w_out"]
+        assert "may be negative" not in said["w_rec"]
+
+
+class Listing(Subtracting):
+    """Fills a list of given length."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rates: list[Any] = [None] * len(x)
+        rate = torch.zeros(x.shape[1], UNITS)
+        for step in range(len(x)):
+            rate = rates[step] = torch.relu(self.w_rec(rate) + self.w_in(x[step]))
+        readout: Tensor = self.w_out(torch.stack(rates))
+        return readout
+
+
+def test_what_fills_a_list_is_no_input() -> None:
+    _, traced = biofx.transform(Listing(), CONFIG)
+    said = {remark.layer: remark for remark in traced.passes[0].remarks}
+    assert said["w_out"].kind == "missed"
+    assert (
+        "it joins what is in a list that was filled one by one; give example_inputs" in said["w_out"].message
+    )
+    assert against_signs(transformed(Listing, recorded=True)) == 0
+
+
+class Gated(Subtracting):
+    """Silences some units, the same ones at all steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate, out = torch.zeros(x.shape[1], UNITS), []
+        active = (torch.rand(x.shape[1], UNITS) > 0.2).float() / 0.8
+        for step in x:
+            rate = active * torch.relu(self.w_rec(rate) + self.w_in(step))
+            out.append(self.w_out(rate))
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_units_that_are_silenced_are_the_same_units(recorded: bool) -> None:
+    assert against_signs(transformed(Gated, recorded=recorded)) == 0

@@ -99,7 +99,7 @@ class _Constants:
             is_constant = isinstance(held, Tensor) and not isinstance(held, nn.Parameter)
             return held if is_constant and not held.is_meta and held.layout is torch.strided else None
         inputs = node.all_input_nodes
-        is_random = "rand" in name or "normal" in name or name in _RANDOM
+        is_random = "rand" in name or "normal" in name or "empty" in name or name in _RANDOM
         if not node.op.startswith("call_") or node.op == "call_module" or is_random or changed_in_place(node):
             return None
         if any(source not in self._values for source in inputs) or _size(node) > _MOST_ENTRIES:
@@ -120,7 +120,10 @@ def _size(node: Node) -> int:
 _MOST_ENTRIES = 1 << 20
 """The largest constant that is computed, a count of entries."""
 _RANDOM = frozenset({"dropout", "multinomial", "rrelu", "bernoulli"})
-_NEVER_NEGATIVE = frozenset({"zeros", "ones", "rand", "bernoulli"})
+_NEVER_NEGATIVE = frozenset(
+    {"zeros", "ones", "rand", "bernoulli"}
+    | {spelled for name in str.split("gt ge lt le eq ne") for spelled in (name, f"__{name}__")}
+)
 
 
 def _looks_up(node: Node, module: nn.Module | None) -> bool:

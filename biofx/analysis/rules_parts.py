@@ -166,9 +166,21 @@ def _sizes(value: UnitValue) -> UnitValue:
     return UnitValue(parts=tuple(UnitValue(number=size, nonnegative=True, size_of=1) for size in sizes))
 
 
+def _joined_parts(call: UnitCall) -> tuple[UnitValue, ...] | None:
+    """Return what is known of the values that an operation joins.
+
+    Raises:
+        CannotFollow: they are in a list that the graph fills.
+    """
+    given = call.value(call.argument(0, "tensors"))
+    if given.parts is None and given.has_units:
+        raise CannotFollow("it joins what is in a list that was filled one by one")
+    return given.parts
+
+
 def joined(call: UnitCall) -> UnitValue:
     """``cat``: along the axis of the units they come side by side, along another they are one."""
-    parts = call.value(call.argument(0, "tensors")).parts
+    parts = _joined_parts(call)
     axis = call.argument(1, "dim", call.node.kwargs.get("axis", 0))
     if not parts or not any(part.has_units for part in parts):
         return NOTHING
@@ -192,7 +204,7 @@ def joined(call: UnitCall) -> UnitValue:
 
 def stacked(call: UnitCall) -> UnitValue:
     """``stack``: side by side along a new axis, so one, index by index."""
-    parts = call.value(call.argument(0, "tensors")).parts
+    parts = _joined_parts(call)
     if not parts or not any(part.has_units for part in parts):
         return NOTHING
     whole = call.unified(parts)

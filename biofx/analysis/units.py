@@ -341,6 +341,8 @@ class UnitAnalysis(ForwardAnalysis[UnitValue]):
         value = self.called(UnitCall(node, self.module_of(node), self))
         for changed in changed_in_place(node):
             self.values[changed] = value
+            if node in self._fed:
+                self._fed.add(changed)
         return value
 
     def end(self, node: Node, reason: str) -> UnitValue:

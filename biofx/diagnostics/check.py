@@ -223,6 +223,7 @@ INVARIANTS = (
     check_signs.bypassed_constraints,
     check_signs.rule_signs,
     check_signs.gammas,
+    check_signs.unit_order,
     check_masks.effective_masks,
     check_masks.mask_values,
     check_masks.mask_uses,

@@ -18,6 +18,7 @@ from biofx.graph.printing import function_name
 from biofx.graph.regions import RegionUse
 from biofx.layers.constant_part import ConstantPart, Treatment, WeightUse, moved_alike, weight_operand
 from biofx.layers.layer_kind import argument
+from biofx.model.observed_runs import INDICES, observed_runs_of
 from biofx.operators.sign_ops import constrain_sign, signs_like
 
 
@@ -143,6 +144,29 @@ def gammas(subject: Subject, uses: Uses) -> Iterator[Finding]:
             "unit's sign over; their signs in the graph must be +1, so transform the model again"
         )
         yield finding(owner_of(path), path, gamma.numel(), negative, message)
+
+
+@invariant("unit order", "buffers by which the model orders units hold what they held when it was observed")
+def unit_order(subject: Subject, uses: Uses) -> Iterator[Finding]:
+    """Find indices, as of a permutation, that were exchanged: signs would be those of other units."""
+    if not _constraints(subject):
+        return
+    model = subject.graphs[""]
+    held: dict[str, Tensor] = {}
+    for graph in observed_runs_of(model).graphs:
+        for node in graph.nodes:
+            seen = node.meta.get(INDICES, {})
+            buffers = [source for source in node.all_input_nodes if source.op == "get_attr"]
+            held.update({str(s.target): seen[s.name] for s in buffers if s.name in seen})
+    for path, before in held.items():
+        owner, _, name = path.rpartition(".")
+        now: Tensor | None = getattr(model.get_submodule(owner), name, None)
+        changed = now is None or now.shape != before.shape or not torch.equal(now.cpu(), before.cpu())
+        message = (
+            "it orders units otherwise than when the model was observed, and signs follow the order of that "
+            "time; transform a model that holds this order, and load the state into the result"
+        )
+        yield finding(owner, path, before.numel(), int(changed), message)
 
 
 _SIGN_BUFFERS = {"sign": (-1, 0, 1), "local_sign": (-1, 0, 1), "constrained_rows": (0, 1)}
