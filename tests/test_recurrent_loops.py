@@ -421,6 +421,43 @@ class Subtracting(Rates):
         return torch.stack(out)
 
 
+class SubtractingLast(Subtracting):
+    """Nothing is added behind the subtraction."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate, out = torch.zeros(x.shape[1], UNITS), []
+        for step in x:
+            rate = torch.relu(self.w_in(step) + self.w_rec(rate) - 2 * self.w_del(rate))
+            out.append(self.w_out(rate))
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_given_signs_hold_where_a_drive_is_subtracted(recorded: bool) -> None:
+    bio_model = transformed(SubtractingLast, recorded=recorded)
+    assert against_signs(bio_model) == 0
+    deployed: Any = biofx.deploy(bio_model)
+    assert bool((deployed.w_del.weight * torch.tensor(GIVEN) >= 0).all())
+
+
+class SubtractingRates(Subtracting):
+    """What is subtracted are rates of units, which other weights read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate, other, out = torch.zeros(x.shape[1], UNITS), torch.zeros(x.shape[1], UNITS), []
+        for step in x:
+            other = torch.relu(self.w_del(rate))
+            rate = torch.relu(self.w_in(step) + self.w_rec(rate - other))
+            out.append(self.w_out(rate) + self.w_out(other))
+        return torch.stack(out)
+
+
+def test_rates_that_are_subtracted_are_other_units() -> None:
+    _, report = biofx.transform(SubtractingRates(), CONFIG, example_inputs=(sequence(),))
+    said = {remark.layer: remark.message for remark in report.passes[0].remarks}
+    assert "its units begin at 'sub', because it subtracts activity" in said["w_rec"]
+
+
 class Predicting(Subtracting):
     """Two populations take the difference, one with each sign."""
 
@@ -453,6 +490,7 @@ class Leaking(Rates):
     [
         (Subtracting, "w_del", "; the forward subtracts what it drives, so its effect is the opposite"),
         (Predicting, "w_del", "; the forward adds what it drives in one place and subtracts it in another"),
+        (SubtractingLast, "w_del", "; the forward subtracts what it drives, so its effect is the opposite"),
         (Subtracting, "w_rec", None),
         (Leaking, "w_rec", None),
         (Leaking, "w_out", None),

@@ -143,6 +143,8 @@ def subtracted(call: UnitCall) -> UnitValue:
         return number
     is_own = right.is_statistic and left.has_units
     if right.has_units and not is_own and not call.are_one(left, right):
+        if _only_drives(call.argument(1, "other"), call):
+            return _of_both(call, left, right).replace(nonnegative=False)
         return call.ends("it subtracts activity, and excitation turns into inhibition")
     return call.keeps(left, nonnegative=False)
 
@@ -206,6 +208,25 @@ def masked(call: UnitCall) -> UnitValue:
 
 def _of_both(call: UnitCall, left: UnitValue, right: UnitValue) -> UnitValue:
     return call.unified((left, right)).replace(nonnegative=left.nonnegative and right.nonnegative)
+
+
+def _only_drives(argument: Any, call: UnitCall) -> bool:
+    """Whether a value is what layers make of others, on its way to this operation alone.
+
+    No weight reads it then, so it is the activity of no unit yet: subtracting it turns the effect of the
+    layers' weights over (:mod:`biofx.analysis.drives`), and the unit stays the one at that place.
+    """
+    analysis = call.analysis
+    if not analysis.is_observed or not isinstance(argument, Node) or len(argument.users) != 1:
+        return False
+    if argument in analysis.sites:
+        return True
+    name = UnitCall(argument, analysis.module_of(argument), analysis).name
+    sources = [source for source in argument.all_input_nodes if analysis.values[source].has_units]
+    return name in _SCALED_SUMS and bool(sources) and all(_only_drives(s, call) for s in sources)
+
+
+_SCALED_SUMS = frozenset({"add", "mul", "multiply", "div", "truediv"})
 
 
 def _computed(left: UnitValue, right: UnitValue, function: Callable[[int, int], int]) -> UnitValue | None:
