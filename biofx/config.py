@@ -94,7 +94,8 @@ class BioConfig:
     fuzzy_lr_distribution: Distribution = option(
         Distribution.UNIFORM,
         Choice(tuple(Distribution)),
-        "Distribution of the factors. One that changes begins with a draw, and rules change it from there.",
+        """Distribution of the factors. One that changes begins with a draw, and rules change it from there.
+        ``"log_uniform"`` has bounds (``fuzzy_lr_log_min``, ``fuzzy_lr_log_max``) in place of a spread.""",
         feeds={
             "scale-gradients": "distribution",
             "observe-activity": Feeds("enabled", lambda given: given is Distribution.ACTIVITY),
@@ -121,6 +122,19 @@ class BioConfig:
         Range(1),
         "Upper bound of a factor, dimensionless; a draw above it is drawn again.",
         feeds={"scale-gradients": "high"},
+    )
+    fuzzy_lr_log_min: float = option(
+        1e-3,
+        SHARE,
+        "The same for log-uniform factors, which spread over decades between the bounds, dimensionless.",
+        feeds={"scale-gradients": "log_low"},
+    )
+    fuzzy_lr_log_max: float = option(
+        10.0,
+        Range(1),
+        """Upper bound of log-uniform factors, dimensionless. Their mean is (max - min) / ln(max / min), 1.086
+        by default, and is not brought to 1.""",
+        feeds={"scale-gradients": "log_high"},
     )
     fuzzy_lr_update_freq: int = option(
         100, Range(1, whole=True), "Training steps between two changes of temporal factors, a count."
@@ -371,6 +385,13 @@ class BioConfig:
             )
         if self.fuzzy_lr_dtype == FROM_SEED:
             check_drawn_again("fuzzy_lr_dtype", self.fuzzy_lr_distribution)
+
+    @property
+    def fuzzy_lr_bounds(self) -> tuple[float, float]:
+        """Lower and upper bound of the factors of the distribution, dimensionless."""
+        if self.fuzzy_lr_distribution is Distribution.LOG_UNIFORM:
+            return self.fuzzy_lr_log_min, self.fuzzy_lr_log_max
+        return self.fuzzy_lr_min, self.fuzzy_lr_max
 
     def replace(self, **fields: Any) -> BioConfig:
         """Return a copy with some fields changed.

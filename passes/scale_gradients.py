@@ -1,7 +1,6 @@
 """Give every synapse a learning rate of its own: ``weight`` becomes ``scale_gradient(weight, factors)``.
 
 Synapses onto one neuron differ in how fast they change; so may weights.
-
 Source: Hofmann, Becker, Tetzlaff, Mäder, "Concept transfer of synaptic diversity from biological to
 artificial neural networks", Nature Communications 16 (2025), doi 10.1038/s41467-025-60078-9 (fuzzy learning
 rates). Distributions: :mod:`biofx.operators.rate_sampling`, changing :mod:`biofx.plasticity.rate_rules`.
@@ -45,6 +44,8 @@ class ScaleGradients(WeightPass):
     distribution: Distribution = option_from_config("fuzzy_lr_distribution")
     low: float = option_from_config("fuzzy_lr_min")
     high: float = option_from_config("fuzzy_lr_max")
+    log_low: float = option_from_config("fuzzy_lr_log_min")
+    log_high: float = option_from_config("fuzzy_lr_log_max")
     granularity: str = option_from_config("fuzzy_lr_granularity")
     dtype: str = option_from_config("fuzzy_lr_dtype")
     parameters: str = option_from_config("fuzzy_lr_parameters")
@@ -111,13 +112,12 @@ class ScaleGradients(WeightPass):
         state, sampling = state_of(lowering.graph_module, weight), rate_sampling(**source)
         if not state.has_factors:
             state.depth = weight.depth
-            bounds = {"fuzzy_lr_min": self.low, "fuzzy_lr_max": self.high}
+            bounds = {"fuzzy_lr_min": source["low"], "fuzzy_lr_max": source["high"]}
             state.config = state.config.replace(**bounds, fuzzy_lr_dtype=self.dtype)
             state.start_factors(sampling, self.dtype, weight.parameter)
         if state.is_drawn and state.rate_sampling != sampling:
             reason = "its weight has factors from another draw already"
-            for site in weight.sites:
-                yield done_already(site.node, site.layer, site.describe(reason))
+            yield from (done_already(site.node, site.layer, site.describe(reason)) for site in weight.sites)
             return
         factors: Any = state.fuzzy_learning_rate_parameters
         state.scaled_in_graph = True
@@ -132,17 +132,16 @@ class ScaleGradients(WeightPass):
         mean, std = factors.float().mean().item(), factors.float().std(correction=0).item()
         form = "" if self.dtype == "float32" else f" in {self.dtype}"
         form = " drawn from their seed at each backward" if state.is_drawn else form
-        message = f"{factors.numel()} factors{form}, {self.distribution.value}, "
-        message += f"mean {mean:.3f}, std {std:.3f}"
-        message += f"; one set for {len(places)} uses of the weight" if len(places) > 1 else ""
+        told = f"{factors.numel()} factors{form}, {self.distribution.value}, mean {mean:.3f}, std {std:.3f}"
+        told += f"; one set for {len(places)} uses of the weight" if len(places) > 1 else ""
         found = {"factors": factors.numel(), "mean": mean, "std": std}
-        yield from (applied(site.node, site.layer, site.describe(message), **found) for site in weight.sites)
+        yield from (applied(site.node, site.layer, site.describe(told), **found) for site in weight.sites)
 
     def _sampled_from(self, weight: Weight) -> dict[str, Any]:
         """Return what the factors of a weight are sampled from, as the graph says it."""
         return sampling_options(
             self.distribution,
-            **{name: getattr(self, name) for name in ("nu", "low", "high", "seed")},
+            **{name: getattr(self, name) for name in ("nu", "low", "high", "log_low", "log_high", "seed")},
             path=weight.path,
             depth=weight.depth,
             granularity=self.granularity,

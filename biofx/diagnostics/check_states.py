@@ -36,7 +36,8 @@ def rates(subject: Subject, uses: Uses) -> Iterator[Finding]:
     for placed in subject.states():
         state = placed.state
         config = state.config
-        low, high = min(config.fuzzy_lr_min, config.crystal_min), config.fuzzy_lr_max
+        low, high = config.fuzzy_lr_bounds
+        low = min(low, config.crystal_min)
         for name in (_FACTORS, "diversity"):
             factors: Tensor | None = getattr(state, name)
             if factors is None or factors.is_meta:

@@ -2,10 +2,14 @@
 
 Source: Hofmann, Becker, Tetzlaff, Mäder, "Concept transfer of synaptic diversity from biological to
 artificial neural networks", Nature Communications 16 (2025), doi 10.1038/s41467-025-60078-9, in the
-parametrisation of the user guide. ν is the spread.
+parametrisation of the user guide. ν is the spread. Log-uniform factors: Alrao, Blier, Wolinski, Ollivier,
+"Learning with random learning rates", 2018, arXiv 1810.01322, where each unit draws one. They lie between
+bounds that are decades apart, and have no other parameter: ν does not shape them.
 
 Deviations: bounds truncate (a number outside is sampled again) instead of clamping, so that no probability
-piles up on a bound; the gamma distribution has mean 1 and standard deviation ν.
+piles up on a bound; the gamma distribution has mean 1 and standard deviation ν. Log-uniform rates are drawn
+here as factors on the optimizer's rate, as in the source without being divided by their mean, which is
+(high - low) / ln(high / low): 1.086 between 0.001 and 10.
 
 A new distribution is a member of :class:`Distribution`, an entry of ``_SAMPLERS``, and one of
 :data:`CHANGING` or, at its end, :data:`INDEPENDENT`.
@@ -41,6 +45,7 @@ class Distribution(str, Enum):
     WEIGHT_ADAPTIVE = "weight_adaptive"
     TEMPORAL = "temporal"
     ACTIVITY = "activity"
+    LOG_UNIFORM = "log_uniform"
 
 
 CHANGING = (Distribution.TEMPORAL, Distribution.WEIGHT_ADAPTIVE, Distribution.ACTIVITY)
@@ -49,7 +54,7 @@ FOLLOWING = (Distribution.WEIGHT_ADAPTIVE, Distribution.ACTIVITY)
 """The distributions whose factors are 1 + ν · c · u, with a random part u and a part c that can change."""
 INDEPENDENT = (
     *(Distribution.BASELINE, Distribution.UNIFORM, Distribution.NORMAL, Distribution.LOGNORMAL),
-    *(Distribution.GAMMA, Distribution.BETA, Distribution.LAYER_ADAPTIVE),
+    *(Distribution.GAMMA, Distribution.BETA, Distribution.LAYER_ADAPTIVE, Distribution.LOG_UNIFORM),
 )
 """The distributions that depend neither on weights nor on time, so that factors can be sampled again at any
 time; files refer to them by their place."""
@@ -91,6 +96,13 @@ def _beta(count: int, nu: float, generator: Generator) -> Tensor:
     return 1 + nu * (first - second) / (first + second)
 
 
+def _log_uniform(count: int, low: float, high: float, generator: Generator) -> Tensor:
+    """exp U(ln low, ln high)."""
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+    logs = uniform.mul_(math.log(high) - math.log(low)).add_(math.log(low))
+    return logs.exp_().float().clamp_(low, high)  # which rounding alone can leave
+
+
 def _symmetric(count: int, generator: Generator) -> Tensor:
     """U(-1, 1)."""
     uniform = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
@@ -125,9 +137,10 @@ class RateSampling:
 
     distribution: Distribution
     nu: float
-    """Spread of the factors around 1, dimensionless."""
+    """Spread of the factors around 1, dimensionless; of log-uniform ones it matters only whether it is 0,
+    which makes every factor 1."""
     low: float
-    """Lower bound of a factor, dimensionless."""
+    """Lower bound of a factor, dimensionless; > 0 and finite, as is the upper one, for log-uniform ones."""
     high: float
     """Upper bound of a factor, dimensionless."""
     key: int
@@ -220,18 +233,24 @@ class RateSampling:
         """Hand the factors of ``count`` synapses over, block by block."""
         adaptive = self.distribution is Distribution.LAYER_ADAPTIVE
         spread = self.nu * (1 - self.depth / 2) if adaptive else self.nu
-        sampler = _SAMPLERS[self.distribution]
         _for_each_truncated(
-            lambda _, count, own: sampler(count, spread, own),
+            lambda _, count, own: self._sampled(count, spread, own),
             *(count, self.low, self.high, f"{self.distribution.value} with nu={spread:g}", self._generator()),
             take,
         )
+
+    def _sampled(self, count: int, spread: float, generator: Generator) -> Tensor:
+        if self.distribution is Distribution.LOG_UNIFORM:
+            return _log_uniform(count, self.low, self.high, generator)
+        return _SAMPLERS[self.distribution](count, spread, generator)
 
     def _generator(self) -> Generator:
         return Generator().manual_seed(self.key)
 
     def describe(self) -> str:
         """Return it in words."""
+        if self.distribution is Distribution.LOG_UNIFORM:
+            return f"{self.distribution.value} within [{self.low:g}, {self.high:g}]"
         return f"{self.distribution.value} with nu={self.nu:g} within [{self.low:g}, {self.high:g}]"
 
     def to_tensor(self, device: torch.device) -> Tensor:
@@ -317,6 +336,8 @@ def sampling_options(
     nu: float,
     low: float,
     high: float,
+    log_low: float,
+    log_high: float,
     seed: int,
     path: str,
     depth: float,
@@ -332,12 +353,16 @@ def sampling_options(
         nu: spread of the factors.
         low: lower bound.
         high: upper bound.
+        log_low: lower bound of log-uniform factors, which ``low`` does not bound.
+        log_high: upper bound of log-uniform factors.
         seed: of the model.
         path: of the parameter.
         depth: matters to ``LAYER_ADAPTIVE`` alone.
         granularity: left out where each synapse has its own factor.
         output_axis: matters where the synapses of a neuron share a factor.
     """
+    if distribution is Distribution.LOG_UNIFORM:
+        low, high = log_low, log_high
     made: dict[str, Any] = {"distribution": distribution.value, "nu": nu, "low": low, "high": high}
     made |= {"seed": seed, "path": path}
     if depth and distribution is Distribution.LAYER_ADAPTIVE:

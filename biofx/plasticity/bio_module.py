@@ -140,6 +140,8 @@ class BioModule(BioState):
             nu=config.fuzzy_learning_rate_factor_nu,
             low=config.fuzzy_lr_min,
             high=config.fuzzy_lr_max,
+            log_low=config.fuzzy_lr_log_min,
+            log_high=config.fuzzy_lr_log_max,
             seed=config.seed,
             path=self.path,
             depth=self.depth,

@@ -372,7 +372,7 @@ class BioState(nn.Module):
             return
         mask = self.connection_mask
         factors, noise = sampling.sample(weight, None if mask is None else existing(mask))
-        stored = stored_as(form, factors, self.config.fuzzy_lr_min, self.config.fuzzy_lr_max)
+        stored = stored_as(form, factors, *self.config.fuzzy_lr_bounds)
         self._buffers.update({FACTORS: stored, DRAW: None})
         if form == "float32":  # dynamic factors have no other form
             self.noise = noise
@@ -471,13 +471,14 @@ class BioState(nn.Module):
         if self.config.fuzzy_lr_dtype != "float32" and self.noise is None:
             kept.pop("noise", None)  # the random part of dynamic factors, which are float32
         weight = self.parameter if self.is_linked else None
+        low, high = self.config.fuzzy_lr_bounds
         held = converted(
             {name: kept.pop(name, None) for name in RATE_BUFFERS},
             form_of(self._buffers),
             self.rate_sampling,
             shape=torch.Size() if weight is None else weight.shape,
-            low=self.config.fuzzy_lr_min,
-            high=self.config.fuzzy_lr_max,
+            low=low,
+            high=high,
         )
         return kept | {name: tensor for name, tensor in held.items() if tensor is not None}
 

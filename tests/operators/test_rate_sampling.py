@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
+import biofx
 from biofx import Distribution, OptionError
 from biofx.operators.rate_sampling import rate_sampling
 from biofx.operators.sampling import generator_for
@@ -18,11 +20,16 @@ NU = 0.2
 OPEN = {"low": 0.0, "high": math.inf}
 
 
+DECADES = {"low": 1e-3, "high": 10.0}
+
+
 def draw(
     name: str, weight: Tensor | None = None, *, seed: int = 0, nu: float = NU, **options: float
 ) -> Tensor:
     weight = torch.ones(COUNT) if weight is None else weight
-    sampling = rate_sampling(name, nu, seed=seed, path="fc.weight", **{**OPEN, **options})
+    sampling = rate_sampling(
+        name, nu, seed=seed, path="fc.weight", **{**(DECADES if name == "log_uniform" else OPEN), **options}
+    )
     return sampling.sample(weight)[0].double()
 
 
@@ -175,6 +182,55 @@ def test_a_million_weight_adaptive_draws_follow_the_closed_form(nu: float) -> No
     fourth = (reach**4 / 5).mean().item()
     assert abs(factors.mean().item() - 1) < 4 * math.sqrt(variance / MILLION)
     assert abs(factors.var().item() - variance) < 4 * math.sqrt((fourth - variance**2) / MILLION)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1e-3, 10.0), (1e-5, 1.0), (0.5, 2.0)])
+def test_a_million_log_uniform_draws_follow_the_closed_form(low: float, high: float) -> None:
+    factors = draw("log_uniform", torch.ones(MILLION), low=low, high=high, nu=0.01).numpy()
+    assert low * (1 - 1e-6) <= factors.min()
+    assert factors.max() <= high * (1 + 1e-6)
+    assert stats.kstest(factors, stats.loguniform(low, high).cdf).pvalue > 0.001
+    decades = math.log(high / low)
+    mean, square = (high - low) / decades, (high**2 - low**2) / (2 * decades)
+    assert abs(factors.mean() - mean) < 4 * math.sqrt((square - mean**2) / MILLION)
+    if (low, high) == (1e-3, 10.0):
+        assert mean == pytest.approx(1.086, abs=5e-4)  # as the documentation says
+
+
+def test_equal_bounds_of_log_uniform_factors_are_their_value() -> None:
+    assert (draw("log_uniform", low=1.0, high=1.0) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "seed"])
+@pytest.mark.parametrize("granularity", ["element", "neuron"])
+def test_log_uniform_factors_of_a_model_have_bounds_of_their_own(dtype: str, granularity: str) -> None:
+    config = biofx.BioConfig(
+        fuzzy_lr_distribution=Distribution.LOG_UNIFORM,
+        fuzzy_lr_dtype=dtype,
+        fuzzy_lr_granularity=granularity,
+        fuzzy_lr_log_min=1e-4,
+        fuzzy_lr_log_max=50.0,
+        seed=3,
+    )
+    model: Any = nn.Sequential(nn.Linear(30, 2000))
+    expected = rate_sampling("log_uniform", 0.16, 1e-4, 50.0, 3, "0.weight", granularity=granularity)
+    factors = expected.sample(model[0].weight)[0]
+    assert factors.max() > 25
+    assert factors.min() < 2e-4
+    bio: Any
+    for bio in (biofx.transform(model, config)[0], biofx.BioConverter(config)(model)):
+        found = bio.get_submodule("0").bio_mod.fuzzy_learning_rate_parameters
+        tolerance = 2**-8 if dtype == "bfloat16" else 0
+        torch.testing.assert_close(found.float(), factors, rtol=tolerance, atol=0)
+        assert biofx.check(bio).ok
+    plain, bio = copy.deepcopy(model), biofx.transform(model, config)[0]
+    inputs = torch.randn(8, 30, generator=torch.Generator().manual_seed(0))
+    for trained in (plain, bio):
+        trained(inputs).square().sum().backward()
+    held = bio.get_submodule("0").bio_mod.fuzzy_learning_rate_parameters
+    torch.testing.assert_close(
+        bio.get_parameter("0.weight").grad, plain[0].weight.grad * held.float(), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("nu", SPREADS)

@@ -36,12 +36,13 @@ FIRST: dict[str, list[float]] = {
     "layer_adaptive": [1.198236, 0.914331, 1.224112],
     "weight_adaptive": [1.132157, 0.914331, 1.022424],
     "temporal": [0.977298, 0.869162, 1.054964],
+    "log_uniform": [1.010854, 1.241225, 1.248940],
     "activity": [1.017939, 0.885775, 1.216319],
 }
 
 
 @pytest.mark.parametrize("distribution", Distribution)
-def test_the_numbers_are_those_of_version_0_1_0(distribution: Distribution) -> None:
+def test_the_numbers_stay_those_of_the_version_that_brought_them(distribution: Distribution) -> None:
     weight = torch.linspace(-1, 1, 8).reshape(2, 4)
     factors, noise = a_draw(distribution.value).sample(weight)
     expected = torch.tensor(FIRST[distribution.value])
@@ -117,7 +118,7 @@ def test_bounds_without_room_are_refused() -> None:
 
 def test_the_order_that_files_rely_on() -> None:
     assert [member.value for member in INDEPENDENT] == [
-        *("baseline", "uniform", "normal", "lognormal", "gamma", "beta", "layer_adaptive")
+        *("baseline", "uniform", "normal", "lognormal", "gamma", "beta", "layer_adaptive", "log_uniform")
     ]
     assert GRANULARITIES == ("element", "neuron", "layer")
 
