@@ -190,6 +190,27 @@ class BioConfig:
         the ``"gradient"`` is largest (RigL), with the sign that descends it.""",
         feeds={"mask-weights": "growth"},
     )
+    initial_distribution: str = option(
+        "torch",
+        Choice(("torch", "normal", "uniform")),
+        """What weights are drawn from at the start, for rules that draw from it again: ``"torch"``, as torch
+        initialises layers of that kind, or with a standard deviation of ``initial_gain`` / √inputs. It is not
+        read off the weights.""",
+    )
+    initial_gain: float = option(
+        1.0,
+        POSITIVE,
+        """Standard deviation of normal or uniform initial weights times √(inputs of a unit), dimensionless:
+        √2 is He's, 1 LeCun's.""",
+    )
+    shrink_factor: float = option(
+        0.9999, SHARE, "What ``shrink_and_perturb`` multiplies weights by, dimensionless."
+    )
+    shrink_perturbation: float = option(
+        0.01,
+        NOT_NEGATIVE,
+        "How much of a draw of the initial distribution ``shrink_and_perturb`` adds, dimensionless.",
+    )
     synaptic_scaling_rate: float = option(
         0.1,
         SHARE,

@@ -31,6 +31,7 @@ import biofx
 
 FOLDER = Path(sys.argv[1])
 RULES = ["crystallize", "volume_dependent_lr", "synaptic_scaling", biofx.Rule("rejuvenate_weights", every=3)]
+RULES.append(biofx.Rule("shrink_and_perturb", every=2))
 DISTRIBUTED = "RANK" in os.environ
 if DISTRIBUTED:
     dist.init_process_group("gloo")

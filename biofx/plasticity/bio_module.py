@@ -26,6 +26,7 @@ from biofx.operators.rate_sampling import (
 from biofx.operators.sampling import generator_for
 from biofx.operators.sign_ops import write_signs
 from biofx.plasticity.bio_state import BioState
+from biofx.plasticity.initial_weights import InitialWeights, initial_weights, shrink_and_perturb
 from biofx.plasticity.optimizers import forget_direction, lend_step_sizes
 from biofx.plasticity.rate_rules import (
     crystallize,
@@ -41,7 +42,9 @@ from biofx.plasticity.unit_inputs import broadcast_units, input_strength, synapt
 _UPDATE = "update_fuzzy_learning_rates"
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
 _CHANGE_FACTORS = frozenset({"update_fuzzy_learning_rates", "crystallize"})
-_NEED_SYNAPSES = frozenset({"rejuvenate_weights", "synaptic_scaling", "enforce_dales_principle"})
+_NEED_SYNAPSES = frozenset(
+    {"rejuvenate_weights", "synaptic_scaling", "enforce_dales_principle", "shrink_and_perturb"}
+)
 _NEED_FACTORS = _CHANGE_FACTORS | {"fuzzy_learning_rates"}
 
 
@@ -64,6 +67,7 @@ class BioModule(BioState):
         "rejuvenate_weights",
         "enforce_dales_principle",
         "synaptic_scaling",
+        "shrink_and_perturb",
     )
     """Methods that a converted model offers, calling them on every layer."""
 
@@ -105,6 +109,8 @@ class BioModule(BioState):
             return "its factors do not change (fuzzy_lr_dynamic=False, or a static distribution)"
         if rule == "fuzzy_learning_rates" and self.scaled_in_graph:
             return "its gradient is scaled in the graph already"
+        if rule == "shrink_and_perturb" and isinstance(reason := initial_weights(self), str):
+            return reason
         return None
 
     def check(self, rule: str) -> None:
@@ -439,6 +445,32 @@ class BioModule(BioState):
             self.weight.data.copy_(self.masked_weight)
         synaptic_scaling(self.weight.data, target, rate=self.config.synaptic_scaling_rate, **layout)
         return self.weight.numel()
+
+    @torch.no_grad()
+    def shrink_and_perturb(self) -> int:
+        """Shrink all weights, and add a draw of their initial distribution; returns how many changed.
+
+        Those with a factor of 0 stay, missing connections stay 0, and signs hold: what a draw would give
+        another sign is treated as after a step of the optimizer.
+        """
+        self._require("shrink_and_perturb")
+        initial, factors, mask = initial_weights(self), self.stored_factors, self.connection_mask
+        assert isinstance(initial, InitialWeights)
+        stays = None if factors is None else (factors == 0).expand(self.weight.shape)
+        if mask is not None:
+            missing = ~existing(mask)
+            stays = missing if stays is None else stays | missing
+        changed = shrink_and_perturb(
+            self.weight.data,
+            initial,
+            factor=self.config.shrink_factor,
+            perturbation=self.config.shrink_perturbation,
+            generator=self._generator("shrink-and-perturb"),
+            stays=stays,
+        )
+        if self.is_constrained:
+            self.enforce_dales_principle()
+        return changed
 
     def _gradient(self) -> Tensor:
         gradient = self.weight.grad

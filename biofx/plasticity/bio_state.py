@@ -273,6 +273,21 @@ class BioState(nn.Module):
         layout: dict[str, Any] = {**self.sign_layout, "rows": self.constrained_rows}
         return signs_like(self.weight.detach(), self.presynaptic_signs(), **layout)
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether units that the weight reads are pairs that ``expand-units`` made."""
+        return any(state.is_expanded for state, _ in self.__dict__.get("_sign_sources", ()))
+
+    @property
+    def has_sub_weights(self) -> bool:
+        """Whether the weight is the first of several sub-weights."""
+        return any(name.startswith(SUB_WEIGHT) for name in self._modules)
+
+    @property
+    def is_sub_weight(self) -> bool:
+        """Whether the weight is a further one of several sub-weights."""
+        return f".{SUB_WEIGHT}" in self.path
+
     # connections
 
     @property
