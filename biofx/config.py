@@ -183,6 +183,12 @@ class BioConfig:
         """Expected fraction of normally distributed weights to replace, instead of
         ``rejuvenation_parameter_dre``.""",
     )
+    rejuvenation_redraw: str = option(
+        "survivors",
+        Choice(("survivors", "initial", "zero")),
+        """What the weights of new synapses are: of magnitudes as the ``"survivors"`` have, drawn from the
+        ``"initial"`` distribution (``initial_distribution``), or ``"zero"``.""",
+    )
     rejuvenation_growth: str = option(
         "random",
         Choice(GROWTHS),

@@ -26,7 +26,7 @@ from biofx.operators.rate_sampling import (
 from biofx.operators.sampling import generator_for
 from biofx.operators.sign_ops import write_signs
 from biofx.plasticity.bio_state import BioState
-from biofx.plasticity.initial_weights import InitialWeights, initial_weights, shrink_and_perturb
+from biofx.plasticity.initial_weights import ZERO, InitialWeights, initial_weights, shrink_and_perturb
 from biofx.plasticity.optimizers import forget_direction, lend_step_sizes
 from biofx.plasticity.rate_rules import (
     crystallize,
@@ -109,7 +109,8 @@ class BioModule(BioState):
             return "its factors do not change (fuzzy_lr_dynamic=False, or a static distribution)"
         if rule == "fuzzy_learning_rates" and self.scaled_in_graph:
             return "its gradient is scaled in the graph already"
-        if rule == "shrink_and_perturb" and isinstance(reason := initial_weights(self), str):
+        redraws = rule == "rejuvenate_weights" and self.config.rejuvenation_redraw == "initial"
+        if (redraws or rule == "shrink_and_perturb") and isinstance(reason := initial_weights(self), str):
             return reason
         return None
 
@@ -405,6 +406,7 @@ class BioModule(BioState):
             "protection": protection,
             "generator": self._generator("rejuvenate"),
             "sign": self.signs(),
+            "initial": self._redrawn_from(),
             "name": self.path,
         }
         if self.connection_mask is None:
@@ -471,6 +473,12 @@ class BioModule(BioState):
         if self.is_constrained:
             self.enforce_dales_principle()
         return changed
+
+    def _redrawn_from(self) -> InitialWeights | None:
+        """Return what the weights of new synapses are drawn from, None for magnitudes as others have."""
+        redraw = self.config.rejuvenation_redraw
+        found = initial_weights(self) if redraw == "initial" else ZERO if redraw == "zero" else None
+        return None if isinstance(found, str) else found
 
     def _gradient(self) -> Tensor:
         gradient = self.weight.grad

@@ -49,6 +49,10 @@ class InitialWeights:
         return made.uniform_(-bound, bound, generator=generator)
 
 
+ZERO = InitialWeights(is_normal=False, std=0.0)
+"""Every weight is 0."""
+
+
 def initial_weights(state: BioState) -> InitialWeights | str:
     """Return what a weight was drawn from at its start, or in words why that is not known."""
     weight, config = state.weight, state.config

@@ -2,7 +2,9 @@
 
 Source: Hofmann, Becker, Tetzlaff, Mäder, Nature Communications 16 (2025),
 doi 10.1038/s41467-025-60078-9; spine turnover falls with spine size (Holtmaat, Svoboda, "Experience-dependent
-structural synaptic plasticity in the mammalian brain", Nature Reviews Neuroscience 10, 2009).
+structural synaptic plasticity in the mammalian brain", Nature Reviews Neuroscience 10, 2009). Weights from
+the initial distribution, or 0: Hernandez-Garcia and others, "Reinitializing weights vs units for maintaining
+plasticity in neural networks", arXiv 2508.00212.
 
 Deviations: only replaced weights change, and no weight is clamped; a weight that is not finite is an error
 and is not repaired; a new weight's sign is random unless its unit has one.
@@ -17,6 +19,7 @@ from torch import Generator, Tensor
 
 from biofx.errors import NonFiniteWeightError, OptionError, PlasticityError
 from biofx.operators.sampling import LEVELS, for_each_block, mean_over, random_levels
+from biofx.plasticity.initial_weights import InitialWeights
 
 _ENOUGH = 1 << 18
 
@@ -66,18 +69,20 @@ def rejuvenate(
     protection: float,
     generator: Generator,
     sign: Tensor | None = None,
+    initial: InitialWeights | None = None,
     name: str = "weight",
 ) -> Tensor:
     """Replace weak weights in place: each with probability exp(-d |w| / std(w)).
 
     A new magnitude is log-normal with the mean and spread of log|w| over the weights that stay; its sign is
-    that of ``sign`` where one is given and not 0, else random.
+    that of ``sign`` where one is given and not 0, else random. With ``initial``, weights are drawn from that.
 
     Args:
         weight: any shape, floating point; its storage stays.
         protection: d, in standard deviations of the weights, > 0.
         generator: a CPU generator, the only source of randomness.
         sign: broadcastable to ``weight``; +1, -1, or 0 for free.
+        initial: what new weights are drawn from; None for magnitudes as those that stay have.
         name: what an error calls the weight.
 
     Returns:
@@ -94,7 +99,7 @@ def rejuvenate(
     if not len(replaced):
         return replaced
     fixed = None if sign is None else sign.expand(weight.shape).take(replaced)
-    new = new_weights(len(replaced), moments, fixed, generator).to(weight)
+    new = new_weights(len(replaced), moments, fixed, generator, initial).to(weight)
     if weight.is_contiguous():  # many times faster
         weight.view(-1).scatter_(0, replaced, new)
     else:
@@ -102,7 +107,13 @@ def rejuvenate(
     return replaced
 
 
-def new_weights(count: int, moments: Tensor, sign: Tensor | None, generator: Generator) -> Tensor:
+def new_weights(
+    count: int,
+    moments: Tensor,
+    sign: Tensor | None,
+    generator: Generator,
+    initial: InitialWeights | None = None,
+) -> Tensor:
     """Sample the weights of new synapses, log-normal in magnitude, ``(count,)``, in units of weight.
 
     Args:
@@ -110,7 +121,15 @@ def new_weights(count: int, moments: Tensor, sign: Tensor | None, generator: Gen
         moments: of the weights that stay, as :func:`log_moments` returns them.
         sign: +1, -1, or 0 for a random one, ``(count,)``; None for random ones.
         generator: a CPU generator, the only source of randomness.
+        initial: what they are sampled from instead; where a sign is given, their magnitude.
     """
+    if initial is not None:
+        drawn = initial.sample(count, generator)
+        if sign is None:
+            return drawn
+        fixed = sign.to(drawn.dtype)
+        drawn = drawn.to(fixed.device)
+        return torch.where(fixed == 0, drawn, drawn.abs() * fixed)
     number, total, squares = moments.tolist()
     mean = total / max(1, number)
     deviation = math.sqrt(max(0.0, squares / max(1, number) - mean**2))

@@ -7,9 +7,9 @@ making all tickets winners", ICML 2020, arXiv 1911.11134 (RigL: growth where the
 ones go, and the weights of new ones, as for :mod:`biofx.plasticity.rejuvenation`.
 
 Deviations: SET prunes a fixed share of the weakest, here each goes with the probability that rejuvenation has
-for it. A new connection starts with a weight like those that stay, where SET draws one as at the start and
-RigL takes 0. The gradient is without learning-rate factors, and 0 where it would lead a weight away from the
-sign of its unit.
+for it. A new connection starts with a weight like those that stay, unless asked otherwise, where SET
+draws one as at the start and RigL takes 0. The gradient is without learning-rate factors, and 0 where it
+would lead a weight away from the sign of its unit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 
 from biofx.operators.mask_ops import EXISTS, FORBIDDEN, MISSING, existing
 from biofx.plasticity.connections import ConnectionLayout
+from biofx.plasticity.initial_weights import InitialWeights
 from biofx.plasticity.rejuvenation import check_finite, choose_weak, log_moments, new_weights, spread_of
 
 
@@ -47,6 +48,7 @@ def turn_over(
     blocks: Tensor | None = None,
     gradient: Tensor | None = None,
     sign: Tensor | None = None,
+    initial: InitialWeights | None = None,
     name: str = "weight",
 ) -> Turnover:
     """Move weak connections, in place: each vanishes with probability exp(-d |w| / std(w)), another grows.
@@ -67,6 +69,7 @@ def turn_over(
             mean square of the gates') is largest, and their weights descend it where no sign is given.
             Entries that are not finite count as 0. None to grow at random.
         sign: broadcastable to ``weight``; +1, -1, or 0 for free.
+        initial: as for :func:`~biofx.plasticity.rejuvenation.rejuvenate`.
         name: what an error calls the weight.
 
     Raises:
@@ -99,7 +102,7 @@ def turn_over(
     if sign is not None:
         given = layout.split(sign.expand(weight.shape)).flatten(1)[:, grown].flatten()
         fixed = given if fixed is None else torch.where(given == 0, fixed.to(given), given)
-    new = new_weights(layout.gates * len(grown), moments, fixed, generator).to(weight)
+    new = new_weights(layout.gates * len(grown), moments, fixed, generator, initial).to(weight)
     moved = torch.zeros_like(exists)
     moved[pruned] = moved[grown] = True
     connections[:, pruned] = 0

@@ -16,6 +16,7 @@ import biofx
 from biofx.errors import PlasticityError
 from biofx.operators.sampling import for_each_block, generator_for
 from biofx.plasticity.initial_weights import InitialWeights, initial_weights, shrink_and_perturb
+from biofx.plasticity.rejuvenation import choose_weak
 
 FACTOR, PERTURBATION = 0.9, 0.25
 
@@ -262,3 +263,71 @@ def test_the_state_dict_has_nothing_new() -> None:
     before = {name: value.shape for name, value in bio.state_dict().items()}
     bio.shrink_and_perturb()
     assert {name: value.shape for name, value in bio.state_dict().items()} == before
+
+
+# turnover of weights that draws from it
+
+
+def replaced_by_hand(weight: Tensor, path: str, bound: float, sign: Tensor | None = None) -> Tensor:
+    """What rejuvenation leaves: the definition, with the choice of places taken from the rule's own."""
+    generator = generator_for(0, path, 0, purpose="rejuvenate")
+    spread = weight.float().std(correction=0).item()
+    places, _ = choose_weak(weight.reshape(-1), spread / 2.0, generator)
+    drawn = torch.empty(len(places), dtype=torch.float64).uniform_(-bound, bound, generator=generator)
+    if sign is not None:
+        fixed = sign.expand(weight.shape).reshape(-1)[places].double()
+        drawn = torch.where(fixed == 0, drawn, drawn.abs() * fixed)
+    expected = weight.clone().reshape(-1)
+    expected[places] = drawn
+    return expected.reshape(weight.shape)
+
+
+@pytest.mark.parametrize("redraw", ["initial", "zero"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_new_synapses_are_drawn_as_at_the_start(redraw: str, signed: bool) -> None:
+    options = {"rejuvenation_redraw": redraw, "rejuvenation_parameter_dre": 2.0}
+    bio = made(net().double(), apply_dales_principle=signed, **options)
+    if signed:
+        bio.enforce_dales_principle()
+    state = bio.get_submodule("2").bio_mod
+    before = state.weight.detach().clone()
+    count = bio.rejuvenate_weights()["2.weight"]
+    bound = 1 / math.sqrt(40) if redraw == "initial" else 0.0
+    expected = replaced_by_hand(before, "2.weight", bound, state.signs())
+    torch.testing.assert_close(state.weight.detach(), expected, rtol=0, atol=1e-12)
+    assert 400 < count < 1600
+    assert (state.weight != before).sum() > 100
+    if redraw == "zero":
+        assert (state.weight == 0).sum() >= count
+
+
+@pytest.mark.parametrize("redraw", ["initial", "zero"])
+def test_connections_that_grow_are_drawn_as_at_the_start(redraw: str) -> None:
+    bio = made(
+        net(),
+        weight_density=0.25,
+        weight_mask_initialisation="rescale",
+        rejuvenation_redraw=redraw,
+        rejuvenation_parameter_dre=2.0,
+    )
+    state = bio.get_submodule("2").bio_mod
+    old, before = state.connection_mask == 1, state.masked_weight.clone()
+    bio.rejuvenate_weights()
+    new = state.connection_mask == 1
+    assert new.sum() == old.sum()
+    grown = state.weight.detach()[new & ~old]
+    assert len(grown) > 50
+    if redraw == "zero":
+        assert (grown == 0).all()
+    else:
+        bound = 2 / math.sqrt(40)
+        assert grown.abs().max() <= bound
+        assert stats.kstest(grown.double().numpy(), stats.uniform(-bound, 2 * bound).cdf).pvalue > 0.001
+    stayed = new & old & (state.weight.detach() == before)
+    assert stayed.sum() > 50
+    assert (state.masked_weight[~new] == 0).all()
+
+
+def test_rejuvenation_needs_an_initial_distribution_that_is_known() -> None:
+    with pytest.raises(PlasticityError, match="how a Doubled is initialised is not known"):
+        made(Doubled(8, 5), rejuvenation_redraw="initial").rejuvenate_weights()
