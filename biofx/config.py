@@ -181,7 +181,17 @@ class BioConfig:
         None,
         OrNone(SHARE),
         """Expected fraction of normally distributed weights to replace, instead of
-        ``rejuvenation_parameter_dre``.""",
+        ``rejuvenation_parameter_dre``; by utility, of the weights as they are. Those of utility 0 all go.""",
+    )
+    rejuvenation_utility: str = option(
+        "magnitude",
+        Choice(("magnitude", "gradient")),
+        """What protects a weight from replacement: its ``"magnitude"``, or by ``"gradient"`` the running mean
+        of abs(weight · gradient), a buffer as large as the weight, which :func:`biofx.attach` updates at each
+        step. Magnitudes protect the weights of dead units, which may be large.""",
+    )
+    rejuvenation_utility_decay: float = option(
+        0.99, FRACTION, "Share of the earlier mean that the utility keeps at a step, dimensionless."
     )
     rejuvenation_redraw: str = option(
         "survivors",

@@ -50,15 +50,18 @@ RUNS = {
     "AdamW": ("AdamW", "activity", 1.0),
     "masked": ("AdamW", "weight_adaptive", 0.5),
     "grown": ("SGD", "uniform", 0.5, "gradient"),
+    "useful": ("SGD", "uniform", 1.0, "random", "gradient"),
 }
 
 
-def transformed(kind="uniform", density=1.0, growth="random"):
+def transformed(kind="uniform", density=1.0, growth="random", utility="magnitude"):
     torch.manual_seed(0)
     # "project" looks at the sign of each rank's own gradient, which the mean over the ranks does not follow
     options = {"dales_method": "abs", "fuzzy_lr_distribution": kind, "fuzzy_lr_dynamic": True}
     config = biofx.BioConfig(apply_dales_principle=True, weight_density=density, **options)
-    config = config.replace(rejuvenation_growth=growth)
+    config = config.replace(rejuvenation_growth=growth, rejuvenation_utility=utility)
+    if utility == "gradient":
+        config = config.replace(rejuvenation_redraw="initial")
     return biofx.transform(net(), config.override("4", weight_splitting_Gamma=2))[0]
 
 
@@ -261,7 +264,7 @@ def test_two_ranks_train_as_one_process_does_and_what_they_save_any_number_resum
     exec(COMMON, here)
     alone = here["trained"]()
     resumed = here["resumed"](False)
-    assert set(alone) == {"SGD", "AdamW", "masked", "grown"}
+    assert set(alone) == {"SGD", "AdamW", "masked", "grown", "useful"}
     for name, sharded in first["trained"].items():
         # sharded or not, the same but for the order in which the ranks' gradients are added
         close(sharded["saved"], alone[name]["saved"])

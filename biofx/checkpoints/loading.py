@@ -167,7 +167,7 @@ def _made_from(saved: Checkpoint, model: nn.Module, rate_type: str | None) -> Bi
     _check_weights(saved, states)
     for path, state in states.items():
         state.config = configs.get(path, state.config)
-        state.keep_diversity()
+        state.keep_buffers()
     state_dict = saved.model if rate_type is None else convert_rates(made, saved.model)
     adopt_dtypes(made, state_dict)
     check_state(made, state_dict)

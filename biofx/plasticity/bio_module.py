@@ -23,7 +23,7 @@ from biofx.operators.rate_sampling import (
     relative_smallness,
     sampling_options,
 )
-from biofx.operators.sampling import generator_for
+from biofx.operators.sampling import for_each_block, generator_for
 from biofx.operators.sign_ops import write_signs
 from biofx.plasticity.bio_state import BioState
 from biofx.plasticity.initial_weights import ZERO, InitialWeights, initial_weights, shrink_and_perturb
@@ -34,7 +34,7 @@ from biofx.plasticity.rate_rules import (
     multiply_by_volume,
     volume_factors,
 )
-from biofx.plasticity.rejuvenation import check_finite, protection_for, rejuvenate
+from biofx.plasticity.rejuvenation import Utility, check_finite, protection_for, rejuvenate
 from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
 from biofx.plasticity.turnover import turn_over
 from biofx.plasticity.unit_inputs import broadcast_units, input_strength, synaptic_scaling
@@ -89,6 +89,14 @@ class BioModule(BioState):
                 "its connections grow by their gradient, which is collected for steps at which biofx.attach "
                 "runs the rule"
             )
+        utility = self.utility
+        if reason is None and rule == "rejuvenate_weights" and utility is not None:
+            first = local(utility).flatten()[:1]
+            if len(first) and float(first) < 0:
+                reason = (
+                    "its utility is the mean of |weight · gradient|, and no gradient has been seen: "
+                    "biofx.attach looks at each, bio_mod.observe_utility() at one after a backward"
+                )
         return reason
 
     def why_never(self, rule: str) -> str | None:
@@ -166,7 +174,17 @@ class BioModule(BioState):
         if form == FROM_SEED and self.scaled_in_graph and self.has_factors:
             form = "float32"  # a graph that reads stored factors cannot sample them
         self.start_factors(sampling, form, self.weight)
+        self.keep_buffers()
+
+    def keep_buffers(self) -> None:
+        """Add or remove the buffers that rules with these options need."""
         self.keep_diversity()
+        weight, held = self.parameter, self.utility
+        if self.config.rejuvenation_utility != "gradient" or weight is None or weight.is_complex():
+            self.utility = None
+        elif held is None or held.shape != weight.shape:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self.utility = torch.full(weight.shape, -1.0, dtype=dtype, device=weight.device)
 
     def keep_diversity(self) -> None:
         """Add or remove the buffer of dynamic factors as they would be without crystallization."""
@@ -383,6 +401,32 @@ class BioModule(BioState):
         held = self.stored_factors if self._dampens_factors else self.memory.dampening
         return held is not None and is_sharded(held)
 
+    @torch.no_grad()
+    def observe_utility(self) -> None:
+        """Follow |weight · gradient| of each synapse, without learning-rate factors; does nothing if unused.
+
+        Attached, each step does it. Entries that are not finite are left out.
+        """
+        if (utility := self.utility) is None:
+            return
+        gradient, weight, held = local(self._gradient()), local(self.weight.detach()), local(utility)
+        if self.scaled_in_graph:  # where a factor is 0, so is the gradient
+            factors = local_part(self._factors(), self.weight).clamp(min=torch.finfo(torch.float32).tiny)
+            gradient = gradient / factors.to(gradient.dtype)
+        w, g, flat = weight.reshape(-1), gradient.reshape(-1), held.reshape(-1)
+        share = 1 - self.config.rejuvenation_utility_decay
+
+        def follow(block: slice, _: torch.Generator) -> None:
+            mean = flat[block]
+            product = torch.mul(w[block].to(mean.dtype), g[block]).abs_()
+            if self.gradient_level != 1:
+                product.div_(self.gradient_level)
+            if not product.sum().isfinite():
+                product = torch.where(product.isfinite(), product, mean.clamp(min=0))
+            mean.lerp_(product, 1.0 if mean[0] < 0 else share)
+
+        for_each_block(flat.numel(), follow)
+
     # rules on weights
 
     @torch.no_grad()
@@ -407,6 +451,7 @@ class BioModule(BioState):
             "generator": self._generator("rejuvenate"),
             "sign": self.signs(),
             "initial": self._redrawn_from(),
+            "utility": self._judged_by(),
             "name": self.path,
         }
         if self.connection_mask is None:
@@ -473,6 +518,14 @@ class BioModule(BioState):
         if self.is_constrained:
             self.enforce_dales_principle()
         return changed
+
+    def _judged_by(self) -> Utility | None:
+        """Return what weights are judged by, None for their magnitude; those with a factor of 0 stay."""
+        if (utility := self.utility) is None:
+            return None
+        factors = self.stored_factors
+        stays = None if factors is None else (factors == 0).expand(self.weight.shape)
+        return Utility(utility, stays, self.config.rejuvenation_turnover)
 
     def _redrawn_from(self) -> InitialWeights | None:
         """Return what the weights of new synapses are drawn from, None for magnitudes as others have."""

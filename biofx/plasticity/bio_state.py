@@ -26,6 +26,7 @@ from biofx.plasticity.saved_state import (
     MASK,
     RATE_BUFFERS,
     SIGNS,
+    UTILITY,
     converted,
     form_of,
     refuse_codes,
@@ -34,11 +35,11 @@ from biofx.plasticity.saved_state import (
     without_averages,
 )
 
-_BUFFERS = (*RATE_BUFFERS, *SIGNS, "noise", "activity", DIVERSITY, MASK)
+_BUFFERS = (*RATE_BUFFERS, *SIGNS, "noise", "activity", DIVERSITY, MASK, UTILITY)
 _OF_UNITS = (*SIGNS, MASK)
 """The buffers that follow from the graph."""
 _DERIVED = ("unit_index", "constrained_rows", "connection_probe")
-PER_SYNAPSE = (FACTORS, "noise", DIVERSITY)
+PER_SYNAPSE = (FACTORS, "noise", DIVERSITY, UTILITY)
 """The buffers that have an entry for each synapse, or for each that shares a factor."""
 SUB_WEIGHT = "sub_weight_"
 """How the names begin under which a state holds sub-weights."""
@@ -80,6 +81,9 @@ class BioState(nn.Module):
     ``diversity``
         Dynamic factors as they would be without crystallization; shaped like the weight, and only where each
         synapse has such a factor.
+    ``utility``
+        Running mean of |weight · gradient| of each synapse, shaped like the weight; negative before the
+        first. Only where ``rejuvenation_utility`` is ``"gradient"``.
     ``connection_mask``
         1 for each connection that exists, 0 for each that is missing and may grow, -1 for each that never
         can; float32, shaped like the weight.
@@ -119,6 +123,7 @@ class BioState(nn.Module):
         diversity: Tensor | None
         connection_mask: Tensor | None
         connection_probe: Tensor | None
+        utility: Tensor | None
         sign_layout: dict[str, int]
 
     def __init__(

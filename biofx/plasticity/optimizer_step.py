@@ -147,6 +147,7 @@ class OptimizerStep:
         bound, layer = stepped.bound, stepped.layer
         state, weight = bound.state, bound.weight
         state.unscale_probe()
+        state.observe_utility()
         if self._watched:
             layer.gradient_norm = norm_of_part(local(gradient), gradient)
         in_parts = not self._reads_all(state)
@@ -252,7 +253,8 @@ class OptimizerStep:
             with whole(layer.state, factors=False):
                 layer.state.check(name)
         for layer in able:
-            with whole(layer.state, optimizer, factors=name not in _ON_WEIGHTS):
+            factors = name not in _ON_WEIGHTS or layer.state.utility is not None
+            with whole(layer.state, optimizer, factors=factors):
                 layer.run(name, *[optimizer] if name == "rejuvenate_weights" else [])
 
 

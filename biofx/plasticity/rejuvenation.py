@@ -13,6 +13,7 @@ and is not repaired; a new weight's sign is random unless its unit has one.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -22,6 +23,8 @@ from biofx.operators.sampling import LEVELS, for_each_block, mean_over, random_l
 from biofx.plasticity.initial_weights import InitialWeights
 
 _ENOUGH = 1 << 18
+_SAMPLE = 1 << 16
+_SMALLEST = 1e-12
 
 
 def expected_turnover(protection: float) -> float:
@@ -70,6 +73,7 @@ def rejuvenate(
     generator: Generator,
     sign: Tensor | None = None,
     initial: InitialWeights | None = None,
+    utility: Utility | None = None,
     name: str = "weight",
 ) -> Tensor:
     """Replace weak weights in place: each with probability exp(-d |w| / std(w)).
@@ -83,6 +87,8 @@ def rejuvenate(
         generator: a CPU generator, the only source of randomness.
         sign: broadcastable to ``weight``; +1, -1, or 0 for free.
         initial: what new weights are drawn from; None for magnitudes as those that stay have.
+        utility: what takes the place of |w| and of std(w) in the choice; of the new weights it becomes the
+            mean of the others.
         name: what an error calls the weight.
 
     Returns:
@@ -92,12 +98,21 @@ def rejuvenate(
         NonFiniteWeightError: a weight is NaN or infinite; nothing has been changed.
     """
     check_finite(weight, name)
-    spread = spread_of(weight.detach().reshape(-1))
-    if spread == 0:
+    flat = weight.detach().reshape(-1)
+    judged = flat if utility is None else utility.judged()
+    scale = spread_of(flat) / protection if utility is None else utility.scale(judged, protection)
+    if scale == 0:
         return torch.empty(0, dtype=torch.int64, device=weight.device)
-    replaced, moments = choose_weak(weight.detach().reshape(-1), spread / protection, generator)
+    replaced, moments = choose_weak(judged, scale, generator)
     if not len(replaced):
         return replaced
+    if utility is not None:
+        staying = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+        staying[replaced] = False
+        moments = log_moments(flat[staying].abs().float())
+        if not moments[0]:
+            moments = log_moments(flat.abs().float())
+        utility.start(replaced, staying)
     fixed = None if sign is None else sign.expand(weight.shape).take(replaced)
     new = new_weights(len(replaced), moments, fixed, generator, initial).to(weight)
     if weight.is_contiguous():  # many times faster
@@ -105,6 +120,59 @@ def rejuvenate(
     else:
         weight.put_(replaced, new)
     return replaced
+
+
+@dataclass(frozen=True)
+class Utility:
+    """How useful the weights of a layer are, in place of their magnitude.
+
+    The chance of a weight of utility u is exp(-d u / r), with r the root mean square of all utilities; or
+    with a turnover instead of d, exp(-u / s) with the s at which the mean chance is that turnover.
+    """
+
+    values: Tensor
+    """Of each weight, not negative, shaped like it."""
+    stays: Tensor | None = None
+    """Where weights are never replaced, bool, shaped like it; None for nowhere."""
+    turnover: float | None = None
+    """The expected fraction to replace, in (0, 1]; None to follow the protection."""
+
+    def judged(self) -> Tensor:
+        """Return the utilities, flat, infinite where weights stay."""
+        flat = self.values.detach().reshape(-1).float()
+        return flat if self.stays is None else flat.masked_fill(self.stays.reshape(-1), math.inf)
+
+    def scale(self, judged: Tensor, protection: float) -> float:
+        """Return by what utilities are divided in the exponent, 0 if all are 0 or stay.
+
+        Args:
+            judged: those that are compared.
+            protection: d, dimensionless.
+        """
+        finite = judged[judged.isfinite()].double()
+        largest = float(finite.max()) if len(finite) else 0.0
+        if largest == 0:
+            return 0.0
+        if self.turnover is None:
+            return largest * float((finite / largest).square().mean().sqrt()) / protection
+        part = finite[:: max(1, len(finite) // _SAMPLE)] / largest
+        low, high = math.log(_SMALLEST), -math.log(_SMALLEST)
+        for _ in range(60):
+            middle = (low + high) / 2
+            chance = float((-part / math.exp(middle)).exp().mean())
+            low, high = (middle, high) if chance < self.turnover else (low, middle)
+        return largest * math.exp(high)
+
+    def start(self, places: Tensor, settled: Tensor) -> None:
+        """Give new weights the mean utility of others, so that they are as safe as the average.
+
+        Args:
+            places: flat positions of the new weights, int64.
+            settled: which are the others, bool, flat.
+        """
+        others = self.values.reshape(-1)[settled]
+        mean = others.mean() if len(others) else self.values.mean()
+        self.values.put_(places, mean.expand(len(places)))
 
 
 def new_weights(

@@ -25,6 +25,7 @@ RATE_BUFFERS = (FACTORS, DRAW)
 DIVERSITY = "diversity"
 SIGNS = ("sign", "local_sign")
 MASK = "connection_mask"
+UTILITY = "utility"
 EXTRA = "_extra_state"
 OLDER = ("steps", "events", "target_strength")
 """Names that older versions saved, and that are in the extra state now."""

@@ -22,7 +22,14 @@ from torch import Generator, Tensor
 from biofx.operators.mask_ops import EXISTS, FORBIDDEN, MISSING, existing
 from biofx.plasticity.connections import ConnectionLayout
 from biofx.plasticity.initial_weights import InitialWeights
-from biofx.plasticity.rejuvenation import check_finite, choose_weak, log_moments, new_weights, spread_of
+from biofx.plasticity.rejuvenation import (
+    Utility,
+    check_finite,
+    choose_weak,
+    log_moments,
+    new_weights,
+    spread_of,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ def turn_over(
     gradient: Tensor | None = None,
     sign: Tensor | None = None,
     initial: InitialWeights | None = None,
+    utility: Utility | None = None,
     name: str = "weight",
 ) -> Turnover:
     """Move weak connections, in place: each vanishes with probability exp(-d |w| / std(w)), another grows.
@@ -70,6 +78,8 @@ def turn_over(
             Entries that are not finite count as 0. None to grow at random.
         sign: broadcastable to ``weight``; +1, -1, or 0 for free.
         initial: as for :func:`~biofx.plasticity.rejuvenation.rejuvenate`.
+        utility: likewise; that of a connection with gates is the root mean square of theirs, and one of whose
+            gates stays does not vanish.
         name: what an error calls the weight.
 
     Raises:
@@ -81,11 +91,19 @@ def turn_over(
     connections = torch.where(exists, connections, 0)
     check_finite(connections, name)
     places, none = exists.nonzero().flatten(), exists.nonzero().flatten()[:0]
-    spread = spread_of(connections[:, places].flatten()) if len(places) else 0.0
-    if spread == 0:
+    if not len(places):
         return Turnover(0, none, none)
-    strength = connections[:, places].square().mean(0).sqrt()
-    weak, _ = choose_weak(strength, spread / protection, generator)
+    judged = connections
+    if utility is not None:
+        judged = layout.split(utility.judged().reshape(weight.shape)).flatten(1)
+    strength = judged[:, places].square().mean(0).sqrt()
+    if utility is None:
+        scale = spread_of(connections[:, places].flatten()) / protection
+    else:
+        scale = utility.scale(strength, protection)
+    if scale == 0:
+        return Turnover(0, none, none)
+    weak, _ = choose_weak(strength, scale, generator)
     pruned = places[weak]
     if not len(pruned):
         return Turnover(0, none, none)
@@ -117,6 +135,10 @@ def turn_over(
         layout.join(flags.reshape(held.shape), weight).flatten().nonzero().flatten()
         for flags in (moved, new_ones)
     )
+    if utility is not None:
+        settled = staying.clone()
+        settled[grown] = False
+        utility.start(touched, layout.join(settled.reshape(held.shape), weight).flatten())
     return Turnover(layout.gates * len(pruned), touched, fresh)
 
 

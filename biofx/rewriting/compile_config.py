@@ -180,4 +180,4 @@ def configure_layers(graph_module: BioGraphModule, config: BioConfig, sites: Sit
         # made where there is none yet: rules may act on the weight later, and then by these options
         state = states.get(weight.path) or state_of(graph_module, weight)
         state.config = made[active]
-        state.keep_diversity()
+        state.keep_buffers()
