@@ -677,3 +677,30 @@ class Gated(Subtracting):
 @pytest.mark.parametrize("recorded", [False, True])
 def test_units_that_are_silenced_are_the_same_units(recorded: bool) -> None:
     assert against_signs(transformed(Gated, recorded=recorded)) == 0
+
+
+class Assembled(Rates):
+    """Puts its recurrent weight together from two parameters, which no sign can be given through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.i = nn.Parameter(torch.rand(UNITS, 9)), nn.Parameter(torch.rand(UNITS, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate, out = torch.zeros(x.shape[1], UNITS), []
+        weight = torch.cat([self.e.abs(), -self.i.abs()], 1)
+        for step in x:
+            rate = torch.relu(F.linear(rate, weight) + self.w_in(step))
+            out.append(self.w_out(rate))
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_reader_without_signs_of_the_same_units_is_told(recorded: bool) -> None:
+    def said_of(make: type[Rates]) -> Any:
+        _, report = biofx.transform(make(), CONFIG, example_inputs=(sequence(),) if recorded else None)
+        return next(remark.message for remark in report.passes[0].remarks if remark.layer == "w_out")
+
+    words = "reads some of these units, too, with a weight that has no signs"
+    assert words in said_of(Assembled)
+    assert words not in said_of(Rates)

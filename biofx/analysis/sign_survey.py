@@ -112,6 +112,8 @@ class SignSurvey:
                 "; the activity that it reads may be negative, so a sign is that of the weights, "
                 "not of their effect"
             )
+        if (product := self.groups.weighed_besides(site)) is not None:
+            words += f"; {product!r} reads some of these units, too, with a weight that has no signs"
         reasons = {node.name: reason for node, reason in self.groups.ends.items()}
         begin = [source.name for source in self._sources(site) if source.kind == "open"]
         told = {reasons.get(name) for name in begin}

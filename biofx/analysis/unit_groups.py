@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from biofx.analysis.connected_units import representatives
 from biofx.analysis.drives import drive_signs
@@ -25,7 +25,12 @@ from biofx.analysis.units import Reading, Source, UnitAnalysis
 from biofx.errors import InputError
 from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.joined_graph import whole_view
+from biofx.graph.printing import function_name
 from biofx.layers.weight_site import WeightSite
+
+_PRODUCTS = frozenset(
+    {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv"}
+)
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,27 @@ class UnitGroups:
     def is_exempt(self, units: Tensor) -> Tensor:
         """Return whether units are only compared with each other, bool."""
         return self._is_exempt[self._representatives[units]]
+
+    def weighed_besides(self, site: WeightSite) -> str | None:
+        """Return the name of a product that is no layer and reads some of the units that a site reads."""
+        own = self._representatives[self.reading(site).units].unique()
+        for node, units in self._products.items():
+            if bool(torch.isin(units, own).any()):
+                return node.name
+        return None
+
+    @cached_property
+    def _products(self) -> dict[Node, Tensor]:
+        """The units that products read which are no layers: what is weighed there has no signs."""
+        found: dict[Node, Tensor] = {}
+        for node in self.ends:
+            if function_name(node.target) not in _PRODUCTS or node in self._analysis.sites:
+                continue
+            values = [self.values[source] for source in node.all_input_nodes]
+            labels = [value.layout.labels.flatten() for value in values if value.layout is not None]
+            if len(labels) == 1:  # of two, one mixes the other
+                found[node] = self._representatives[labels[0]].unique()
+        return found
 
     def drive_sign(self, site: WeightSite) -> int:
         """Return with which sign acts what a weight drives: 1, -1 where it is subtracted, 0 for both."""
