@@ -41,6 +41,8 @@ from biofx.options import (
 )
 from biofx.select import Override, Selector, check_selector
 
+UNIT_TURNOVERS = ("off", "continual-backprop", "redo")
+"""Values of ``unit_turnover``."""
 STORED_RATE_DTYPES = ("float32", "bfloat16")
 """What learning-rate factors may be stored as."""
 FROM_SEED = "seed"
@@ -226,6 +228,31 @@ class BioConfig:
         0.01,
         NOT_NEGATIVE,
         "How much of a draw of the initial distribution ``shrink_and_perturb`` adds, dimensionless.",
+    )
+    unit_turnover: str = option(
+        "off",
+        Choice(UNIT_TURNOVERS),
+        """Which units ``rejuvenate_units`` replaces: none (``"off"``), those of lowest utility
+        (``"continual-backprop"``, Dohare et al. 2024), or dormant ones (``"redo"``, Sokar et al. 2023).""",
+        feeds={"watch-units": Feeds("enabled", lambda given: given != "off")},
+        off={"watch-units": lambda given: given == "off"},
+    )
+    unit_turnover_rate: float = option(
+        1e-4,
+        FRACTION,
+        """Continual backprop: fraction of the mature units that each run of ``rejuvenate_units`` replaces;
+        what is left of a unit is carried over.""",
+    )
+    unit_turnover_maturity: int = option(
+        100,
+        COUNT,
+        "Continual backprop: runs of ``rejuvenate_units`` that a new unit is safe from replacement, a count.",
+    )
+    unit_turnover_dormancy: float = option(
+        0.1,
+        FRACTION,
+        """ReDo: τ, a unit is dormant whose mean magnitude of activity is at most this fraction of the mean of
+        all units of its layer.""",
     )
     synaptic_scaling_rate: float = option(
         0.1,

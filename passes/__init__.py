@@ -13,6 +13,7 @@ from biofx.passes.mask_weights import MaskWeights
 from biofx.passes.observe_activity import ObserveActivity
 from biofx.passes.scale_gradients import ScaleGradients
 from biofx.passes.split_weights import SplitWeights
+from biofx.passes.watch_units import WatchUnits
 from biofx.rewriting.registry import register_built_in
 
 __all__ = [
@@ -23,8 +24,10 @@ __all__ = [
     "ScaleGradients",
     "ObserveActivity",
     "FoldSplits",
+    "WatchUnits",
 ]
 
 register_built_in(
-    *(SplitWeights, ExpandUnits, MaskWeights, ConstrainSigns, ScaleGradients, ObserveActivity, FoldSplits)
+    *(SplitWeights, ExpandUnits, MaskWeights, ConstrainSigns, ScaleGradients, ObserveActivity, FoldSplits),
+    WatchUnits,
 )

@@ -220,7 +220,7 @@ _MAY_SHARE_MEMORY = frozenset(
         *("flatten", "view", "reshape", "view_as", "unflatten", "squeeze", "unsqueeze", "transpose"),
         *("permute", "movedim", "getitem", "narrow", "select", "chunk", "split", "unbind", "expand"),
         *("expand_as", "dropout", "dropout1d", "dropout2d", "dropout3d", "alphadropout"),
-        *("observe_activity", "getattr"),
+        *("observe_activity", "observe_inputs", "getattr"),
     }
 )
 

@@ -16,6 +16,7 @@ from biofx.analysis.units import NOTHING, UnitCall, UnitValue, observed_only
 from biofx.graph.branches import by_mode
 from biofx.graph.guards import require_tensor
 from biofx.operators.mask_ops import mask_weight
+from biofx.operators.observed_inputs import observe_inputs
 from biofx.operators.rate_ops import GRADIENT_SCALINGS, observe_activity
 from biofx.operators.sign_ops import constrain_sign, drop_pairs
 
@@ -315,7 +316,7 @@ declare(
 declare("feature_alpha_dropout", units=keeps, replication=_dropout)
 declare("feature_dropout", replication=_dropout)
 declare(observe_activity, units=keeps, replication=_observe)
-declare(*GRADIENT_SCALINGS, mask_weight, constrain_sign, drop_pairs, units=keeps)
+declare(*GRADIENT_SCALINGS, mask_weight, constrain_sign, drop_pairs, observe_inputs, units=keeps)
 declare(
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
     *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),

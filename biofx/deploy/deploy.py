@@ -29,6 +29,7 @@ from biofx.layers.weight_site import whole_weight
 from biofx.model.graph_module import BioGraphModule, follow_changes_within, user_class
 from biofx.model.modes import switch_mode
 from biofx.model.region_parts import joined
+from biofx.operators.observed_inputs import observe_inputs
 from biofx.operators.rate_ops import GRADIENT_SCALINGS, observe_activity
 from biofx.operators.sign_ops import drop_pairs
 from biofx.operators.split_ops import level_gradient, require_axes
@@ -37,6 +38,7 @@ from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import unwrapped
 from biofx.rewriting.activation import OpaqueActivation
 
+_ONLY_FOR_LEARNING = GRADIENT_SCALINGS | {observe_activity, observe_inputs, drop_pairs, level_gradient}
 _RANDOM = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "empty"})
 
 
@@ -179,7 +181,7 @@ def _drop_learning(own: GraphModule) -> None:
     fixed: list[Any] = []
     regions = region_of_nodes(own.graph)
     for node in list(own.graph.nodes):
-        if node.target in GRADIENT_SCALINGS | {observe_activity, drop_pairs, level_gradient}:
+        if node.target in _ONLY_FOR_LEARNING:
             node.replace_all_uses_with(node.args[0])
         elif node.target is require_default:
             if node.args[0].target is region_input:

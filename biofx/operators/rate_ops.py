@@ -259,7 +259,7 @@ def observe_activity(
         channel_axis: counted from the end.
         gamma: units for each channel of ``x``, a count.
     """
-    if training and not torch._C._are_functorch_transforms_active() and not _is_recomputed():
+    if training and not torch._C._are_functorch_transforms_active() and not is_recomputed():
         with torch.no_grad():
             axes = [axis for axis in range(-x.dim(), 0) if axis != channel_axis]
             magnitude = x.detach().abs()
@@ -270,7 +270,7 @@ def observe_activity(
     return x
 
 
-def _is_recomputed() -> bool:
+def is_recomputed() -> bool:
     """Whether a backward pass is running, which computes what checkpointing did not keep."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 

@@ -38,6 +38,7 @@ from biofx.plasticity.rejuvenation import Utility, check_finite, protection_for,
 from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
 from biofx.plasticity.turnover import turn_over
 from biofx.plasticity.unit_inputs import broadcast_units, input_strength, synaptic_scaling
+from biofx.plasticity.unit_turnover import NOT_WATCHED, UnitTurnover
 
 _UPDATE = "update_fuzzy_learning_rates"
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
@@ -65,6 +66,7 @@ class BioModule(BioState):
         "volume_dependent_lr",
         "crystallize",
         "rejuvenate_weights",
+        "rejuvenate_units",
         "enforce_dales_principle",
         "synaptic_scaling",
         "shrink_and_perturb",
@@ -107,6 +109,8 @@ class BioModule(BioState):
             return "its weight is frozen"
         if self.why_no_synapses and rule in _NEED_SYNAPSES:
             return self.why_no_synapses
+        if rule == "rejuvenate_units":
+            return self.turnover if isinstance(self.turnover, str) else self.turnover.why_never(self)
         if rule in _NEED_FACTORS and not (self.has_factors if rule == _UPDATE else self.has_rates):
             return "it has no learning-rate factors"
         if rule in _CHANGE_FACTORS and self.is_drawn:
@@ -472,6 +476,32 @@ class BioModule(BioState):
         if optimizer is not None:
             forget_direction(optimizer, self.weight, replaced)
         return count
+
+    @property
+    def turnover(self) -> Any:
+        """What is turned over with the weight's units (a ``UnitTurnover``), or words on why they stay."""
+        return self.__dict__.get("_turnover", NOT_WATCHED)
+
+    def turns_over(self, turnover: Any) -> None:
+        """Let ``rejuvenate_units`` replace the weight's units, or say why it does not."""
+        self.__dict__["_turnover"] = turnover
+
+    @torch.no_grad()
+    def rejuvenate_units(self, optimizer: Optimizer | None = None) -> int:
+        """Replace units of low utility, or dormant ones, by new ones; returns how many.
+
+        What that means is in :mod:`biofx.plasticity.unit_turnover`. Ages count runs of the rule.
+
+        Args:
+            optimizer: what it remembers of the replaced units' weights becomes 0.
+
+        Raises:
+            NonFiniteWeightError: a weight of the units is NaN or infinite; no weight has been changed.
+            PlasticityError: the optimizer holds only some of the parameters that would be changed; none is.
+        """
+        self._require("rejuvenate_units")
+        turnover: UnitTurnover = self.turnover
+        return turnover.run(self, optimizer, lambda: self._generator("rejuvenate_units"))
 
     @torch.no_grad()
     def enforce_dales_principle(self) -> int:

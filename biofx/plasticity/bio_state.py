@@ -35,7 +35,8 @@ from biofx.plasticity.saved_state import (
     without_averages,
 )
 
-_BUFFERS = (*RATE_BUFFERS, *SIGNS, "noise", "activity", DIVERSITY, MASK, UTILITY)
+_OF_TURNOVER = ("unit_utility", "unit_age", "units_due", "input_activity")
+_BUFFERS = (*RATE_BUFFERS, *SIGNS, "noise", "activity", DIVERSITY, MASK, UTILITY, *_OF_TURNOVER)
 _OF_UNITS = (*SIGNS, MASK)
 """The buffers that follow from the graph."""
 _DERIVED = ("unit_index", "constrained_rows", "connection_probe")
@@ -44,6 +45,8 @@ PER_SYNAPSE = (FACTORS, "noise", DIVERSITY, UTILITY)
 SUB_WEIGHT = "sub_weight_"
 """How the names begin under which a state holds sub-weights."""
 _DEFAULT = BioConfig()
+_FULL = 4
+"""Bytes of a float32."""
 
 
 def rule_config(config: BioConfig) -> BioConfig:
@@ -84,6 +87,13 @@ class BioState(nn.Module):
     ``utility``
         Running mean of |weight · gradient| of each synapse, shaped like the weight; negative before the
         first. Only where ``rejuvenation_utility`` is ``"gradient"``.
+    ``unit_utility``, ``unit_age``, ``units_due``
+        Where units are turned over: of each its running utility, in units of weight times activity, and how
+        many runs of the rule it has seen, int64, both ``(units,)``; and the fraction of a unit that is
+        carried over, a number.
+    ``input_activity``
+        What :func:`~biofx.operators.observed_inputs.observe_inputs` has seen of what the weight reads,
+        ``(4, input channels)``.
     ``connection_mask``
         1 for each connection that exists, 0 for each that is missing and may grow, -1 for each that never
         can; float32, shaped like the weight.
@@ -122,6 +132,10 @@ class BioState(nn.Module):
         activity: Tensor | None
         diversity: Tensor | None
         connection_mask: Tensor | None
+        unit_utility: Tensor | None
+        unit_age: Tensor | None
+        units_due: Tensor | None
+        input_activity: Tensor | None
         connection_probe: Tensor | None
         utility: Tensor | None
         sign_layout: dict[str, int]
@@ -410,6 +424,10 @@ class BioState(nn.Module):
         for table, names in tables:
             values.update({name: table[name] for name in names if _has_values(table[name])})
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in _OF_TURNOVER:  # running means with steps too small for half precision
+            held = self._buffers[name]
+            if held is not None and held.is_floating_point() and held.element_size() < _FULL:
+                self._buffers[name] = held.float()
         for name in _DERIVED:
             if (held := self.__dict__[name]) is not None:
                 self.__dict__[name] = fn(held.detach()).requires_grad_(held.requires_grad)

@@ -15,13 +15,15 @@ from biofx.options import Range
 from biofx.plasticity.binding import Bound
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.optimizers import may_move_without_gradient
-from biofx.plasticity.ranks import average_activity, sum_probe, whole
+from biofx.plasticity.ranks import average_activity, average_inputs, sum_probe, whole
 from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part
 from biofx.plasticity.updates import BeforeStep, Way, exponentiate, remember, rescale
 
 _BEFORE_STEP = ("crystallize", "update_fuzzy_learning_rates")
 _BUILT_IN = ("fuzzy_learning_rates", "volume_dependent_lr", *_BEFORE_STEP)
 _ON_WEIGHTS = ("rejuvenate_weights", "synaptic_scaling")
+_FORGETFUL = ("rejuvenate_weights", "rejuvenate_units")
+"""Rules that make the optimizer forget."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,9 @@ class OptimizerStep:
         if name == "rejuvenate_weights":
             for layer in self.layers.values():
                 sum_probe(layer.state, self._group)
+        if name == "rejuvenate_units":
+            for layer in self.layers.values():
+                average_inputs(layer.state, self._group)
         able = [layer for layer in self.layers.values() if layer.state.why_not(name) is None]
         for layer in able:
             with whole(layer.state, factors=False):
@@ -255,7 +260,7 @@ class OptimizerStep:
         for layer in able:
             factors = name not in _ON_WEIGHTS or layer.state.utility is not None
             with whole(layer.state, optimizer, factors=factors):
-                layer.run(name, *[optimizer] if name == "rejuvenate_weights" else [])
+                layer.run(name, *[optimizer] if name in _FORGETFUL else [])
 
 
 def _frozen(state: BioModule, weight: Tensor) -> Tensor | None:

@@ -149,6 +149,22 @@ def lend_step_sizes(optimizer: Optimizer, parameter: nn.Parameter, new: Tensor, 
             moment.put_(new, torch.maximum(moment.take(new), mean))
 
 
+@torch.no_grad()
+def forget_entries(optimizer: Optimizer, parameter: nn.Parameter, entries: Tensor) -> None:
+    """Zero both moments of some elements, and their step counts where each element has its own.
+
+    Args:
+        optimizer: may have no state yet.
+        parameter: whose state is changed.
+        entries: bool, shaped like it.
+    """
+    state = optimizer.state.get(parameter, {})
+    for name in (*FIRST_MOMENTS, *SECOND_MOMENTS, "step"):
+        moment = state.get(name)
+        if isinstance(moment, Tensor) and moment.dim() and moment.shape == parameter.shape:
+            moment.masked_fill_(entries, 0)
+
+
 def may_move_without_gradient(optimizer: Optimizer, weight: Tensor) -> bool:
     """Whether an optimizer has state that could move an element whose gradient is 0."""
     state = optimizer.state.get(weight, {})

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from biofx.errors import PlasticityError
+from biofx.operators.observed_inputs import FORWARDS, MAGNITUDE, RUNNING_MEAN
 from biofx.operators.rate_ops import ShardedRates
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.bio_state import PER_SYNAPSE
@@ -204,8 +205,10 @@ def group_to_agree_with(model: nn.Module, states: Iterable[BioModule]) -> Any:
         return sharded.device_mesh.get_group()
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     for state in states if several else ():
-        if state.follows_activity or state.grows_by_gradient:
+        turns_over = not isinstance(state.turnover, str)
+        if state.follows_activity or state.grows_by_gradient or turns_over:
             what = "factors follow activity" if state.follows_activity else "connections grow by gradient"
+            what = "units are turned over by their activity" if turns_over else what
             raise PlasticityError(
                 f"{what}, and each rank sees its own: expected the model wrapped in DistributedDataParallel, "
                 "or sharded, found it bare; attach the wrapper, so that ranks agree"
@@ -225,6 +228,20 @@ def average_activity(state: BioModule, group: Any) -> None:
         distributed.all_reduce(sums, group=group)
         mean = sums[0] / sums[1].clamp(min=1)
         state.activity.copy_(torch.where(sums[1] > 0, mean, state.activity))
+
+
+@torch.no_grad()
+def average_inputs(state: BioModule, group: Any) -> None:
+    """Replace what readers of a weight's units have seen since the last turnover by the mean over ranks."""
+    if group is None or isinstance(state.turnover, str):
+        return
+    for reader in state.turnover.readers:
+        forwards, *means = reader.seen[:RUNNING_MEAN]
+        sums = torch.stack([forwards, *(forwards * mean for mean in means)])
+        distributed.all_reduce(sums, group=group)
+        means_of_all = sums[1:] / sums[0].clamp(min=1)
+        reader.seen[FORWARDS].copy_(sums[0])
+        reader.seen[MAGNITUDE:RUNNING_MEAN].copy_(torch.where(sums[0] > 0, means_of_all, torch.stack(means)))
 
 
 @torch.no_grad()
