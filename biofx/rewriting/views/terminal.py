@@ -17,7 +17,7 @@ from biofx.graph.changes import Change
 from biofx.graph.graph_view import GraphView
 from biofx.rewriting.remarks import PassReport, Remark, ReportRecord
 
-STYLES = ("blue", "yellow", "green", "magenta", "cyan", "red", "bright_blue")
+STYLES = ("blue", "yellow", "green", "magenta", "cyan", "red", "bright_blue", "bright_magenta")
 """Styles of the passes, in the order they ran, again from the start when there are more."""
 
 _FEWEST_ALIKE = 4  # fewer take little room, and their own numbers say more than a range
