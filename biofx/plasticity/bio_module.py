@@ -532,7 +532,8 @@ class BioModule(BioState):
         """
         self._require("shrink_and_perturb")
         initial, factors, mask = initial_weights(self), self.stored_factors, self.connection_mask
-        assert isinstance(initial, InitialWeights)
+        if isinstance(initial, str):
+            raise PlasticityError(f"shrink_and_perturb cannot act on {self.path!r}: {initial}")
         stays = None if factors is None else (factors == 0).expand(self.weight.shape)
         if mask is not None:
             missing = ~existing(mask)
