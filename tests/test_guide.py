@@ -211,7 +211,7 @@ def test_from_dict_and_update(run: Run) -> None:
 def test_ten_distributions(run: Run, calls: list[tuple[str, dict[str, Any]]]) -> None:
     names = run(2)
     configs = {value.fuzzy_lr_distribution: value for key, value in names.items() if key.endswith("_config")}
-    assert set(configs) == set(Distribution)
+    assert set(configs) == set(Distribution) - {Distribution.LOG_UNIFORM}  # which is younger than the guide
     wide, x, y = (
         nn.Sequential(nn.Linear(10, 400), nn.ReLU(), nn.Linear(400, 5)),
         names["inputs"],

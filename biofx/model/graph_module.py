@@ -41,10 +41,6 @@ class BioGraphModule(GraphModule):
     code, so nothing is traced a second time and all nodes keep their names.
     """
 
-    __jit_unused_properties__ = [  # noqa: RUF012
-        *(*GraphModule.__jit_unused_properties__, "keeps_forward", "own_forward", "own_module")
-    ]
-
     _places: ClassVar[Any] = None
     _snapshot: ClassVar[Any] = None
     _latest: ClassVar[Any] = None
@@ -219,6 +215,13 @@ class BioGraphModule(GraphModule):
         if origin is None:
             raise CaptureError(f"{type(self).__name__} has no forward but its graph's")
         return functools.partial(origin.forward, self)
+
+
+# torch.jit.script compiles the properties of a module, and can read none of these
+BioGraphModule.__jit_unused_properties__ = [
+    *GraphModule.__jit_unused_properties__,
+    *(name for name, member in vars(BioGraphModule).items() if isinstance(member, property)),
+]
 
 
 def become_graph_module(module: nn.Module, graph: Graph) -> BioGraphModule:
