@@ -1,1 +1,1 @@
-"""An ablation that can be repeated: mechanism × network × seed, each with its control."""
+"""The experiment desk: published experiments that can be repeated, each arm beside its control."""

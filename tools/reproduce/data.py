@@ -62,7 +62,7 @@ def _bundled() -> Any:
 
 
 def mnist(folder: Path) -> tuple[Part, Part]:
-    """Read MNIST's training and test digits; pixels in [0, 1].
+    """Read the training and test images of MNIST, or of Fashion-MNIST in the same files; pixels in [0, 1].
 
     Raises:
         InputError: a file is absent or of another format.
@@ -94,21 +94,27 @@ def cifar10(folder: Path) -> tuple[Part, Part]:
     return train, test
 
 
-_FILES: dict[str, Callable[[Path], tuple[Part, Part]]] = {"mnist": mnist, "cifar10": cifar10}
+_FILES: dict[str, Callable[[Path], tuple[Part, Part]]] = {
+    "mnist": mnist,
+    "fashion-mnist": mnist,
+    "cifar10": cifar10,
+}
 DATASETS = ("digits", *_FILES)
+NONE = "none"
+"""The data set of an experiment that makes its data."""
 
 
 def loader(dataset: str, folder: Path | None) -> Callable[[int], Data]:
     """Return what gives the data for a seed; the seed decides what training data validate.
 
     Args:
-        dataset: one of ``DATASETS``.
+        dataset: one of ``DATASETS``, or ``NONE``.
         folder: where the files are; not needed for digits.
 
     Raises:
         InputError: the folder is not given, or a file is absent or of another format.
     """
-    if dataset == "digits":
+    if dataset in ("digits", NONE):
         return digits
     if folder is None:
         raise InputError(f"{dataset}: expected --data FOLDER with its files; nothing is downloaded")

@@ -1,9 +1,9 @@
-"""Single runs of the grid: what names one, what it finds, and the file that says it is finished."""
+"""Runs that are finished: a file each, which says what was run and what it found."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,58 +13,15 @@ import torch
 import biofx
 from biofx.errors import InputError
 from biofx.toml import write_whole
-from reproduce.arms import ARMS, build
-from reproduce.data import Data
-from reproduce.networks import NETWORKS
-from reproduce.training import train
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of the grid; equal jobs find equal numbers."""
-
-    dataset: str
-    network: str
-    arm: str
-    rate: float
-    seed: int
-    epochs: int
-
-    @property
-    def file_name(self) -> str:
-        """Where its result is kept, in the folder of results."""
-        parts = [self.dataset, self.network, self.arm, f"{self.rate:g}", str(self.seed), str(self.epochs)]
-        return "_".join(part.replace(" ", "-") for part in parts) + ".json"
+from reproduce.experiment import Job, Measured
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found."""
+    """A job and what it found."""
 
     job: Job
-    parameters: int
-    """Trainable numbers of the network, a count."""
-    validation: float
-    """Accuracy, in percent."""
-    test: float
-    """Accuracy, in percent."""
-
-
-def execute(job: Job, load: Callable[[int], Data]) -> Result:
-    """Train the job's network; the global random state is as before."""
-    data, arm = load(job.seed), ARMS[job.arm]
-    model, observers = build(arm, lambda: NETWORKS[job.network].make(data.shape), job.seed)
-    validation, test = train(
-        model,
-        data,
-        rate=job.rate,
-        epochs=job.epochs,
-        seed=job.seed,
-        rules=arm.rules,
-        observers=observers,
-    )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Result(job, parameters, validation, test)
+    found: Measured
 
 
 class Results:
@@ -86,23 +43,25 @@ class Results:
         path = self.folder / job.file_name
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            result = Result(job, content["parameters"], content["validation"], content["test"])
+            found = Measured(**content["found"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} is no result: {error!r}; delete it, and it will be run again"
             ) from error
-        if content != _content(result):
+        expected = _label(job)
+        if {key: content.get(key) for key in expected} != expected:
             raise InputError(
-                f"{path}: expected a result of {_content(result)['job']} with {_versions()}, found one of "
+                f"{path}: expected a result of {expected['job']} with {_versions()}, found one of "
                 f"{content.get('job')} with {content.get('versions')}; delete it, or choose another folder"
             )
-        return result
+        return Result(job, found)
 
     def keep(self, result: Result) -> None:
         """Write a result's file."""
-        write_whole(self.folder / result.job.file_name, json.dumps(_content(result), indent=2) + "\n")
+        content = {**_label(result.job), "found": asdict(result.found)}
+        write_whole(self.folder / result.job.file_name, json.dumps(content) + "\n")
 
     def find_all(self, jobs: Iterable[Job]) -> list[Result] | None:
         """Return the results of jobs in their order, None if some are not finished."""
@@ -119,5 +78,6 @@ def _versions() -> dict[str, str]:
     return {"biofx": biofx.__version__, "torch": torch.__version__}
 
 
-def _content(result: Result) -> dict[str, Any]:
-    return {**asdict(result), "versions": _versions()}
+def _label(job: Job) -> dict[str, Any]:
+    # as JSON gives it back
+    return {"job": {**asdict(job), "lengths": dict(job.lengths)}, "versions": _versions()}

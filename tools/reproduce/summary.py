@@ -1,16 +1,16 @@
-"""From runs to a table and a picture: means and standard errors over the seeds, which pair the arms."""
+"""From runs to a table: means and standard errors over the seeds, which pair the arms."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from matplotlib.figure import Figure
 from rich.table import Table
 
-from reproduce.arms import MECHANISMS
+from reproduce.experiment import Claim, Experiment
 from reproduce.runs import Result
 
 
@@ -20,118 +20,131 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.mean(values), error
 
 
-def with_error(values: Sequence[float]) -> str:
+def with_error(values: Sequence[float], digits: int = 2) -> str:
     """Return mean and standard error of the mean as text; of one value the mean alone."""
+    if not all(map(math.isfinite, values)):
+        return "not finite"
     mean, error = mean_and_error(values)
-    return f"{mean:.2f}" if error is None else f"{mean:.2f} ± {error:.2f}"
+    return f"{mean:.{digits}f}" if error is None else f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """An arm of a network at the learning rate that was best on validation images."""
+    """An arm of a case at one learning rate, with a run for each seed."""
 
-    network: str
+    case: str
     arm: str
     rate: float
-    parameters: int
-    test: tuple[float, ...]
-    """Test accuracy by seed, in percent."""
+    chosen: bool
+    """Whether the rate was chosen; else it is the published one."""
+    runs: tuple[Result, ...]
+    """In the order of the seeds."""
+    control: Row | None = None
+
+    def values(self, measure: str) -> list[float]:
+        """Return a measure's figures by seed."""
+        return [run.found.figures[measure] for run in self.runs]
+
+    def differences(self, measure: str) -> list[float] | None:
+        """Return the arm's figures minus the control's, by seed; None without a control."""
+        if self.control is None:
+            return None
+        pairs = zip(self.values(measure), self.control.values(measure), strict=True)
+        return [own - other for own, other in pairs]
 
 
-@dataclass(frozen=True)
-class Contrast:
-    """A mechanism minus its control, each at its own learning rate."""
+def rows(experiment: Experiment, results: Sequence[Result]) -> list[Row]:
+    """Return for each case and arm a row at the published rate, and one at the rate chosen for it.
 
-    network: str
-    mechanism: str
-    arm: Row
-    control: Row
-
-    @property
-    def differences(self) -> tuple[float, ...]:
-        """Test accuracy of the arm minus the control's, by seed, in percent."""
-        return tuple(own - other for own, other in zip(self.arm.test, self.control.test, strict=True))
-
-
-def rows(results: Iterable[Result]) -> dict[tuple[str, str], Row]:
-    """Choose each arm's learning rate, the lower one of equals; keys are network and arm."""
+    A rate is chosen for each arm by the mean of the experiment's validation figure over the seeds; of equals
+    the lower one. Where the published rate alone was run, none is chosen. A control's rate is found in the
+    same way.
+    """
     grouped: dict[tuple[str, str], dict[float, list[Result]]] = {}
     for result in results:
-        rates = grouped.setdefault((result.job.network, result.job.arm), {})
+        rates = grouped.setdefault((result.job.case, result.job.arm), {})
         rates.setdefault(result.job.rate, []).append(result)
-    chosen = {}
-    for (network, arm), rates in grouped.items():
-        best = max(sorted(rates), key=lambda rate: statistics.mean(run.validation for run in rates[rate]))
-        runs = sorted(rates[best], key=lambda run: run.job.seed)
-        test = tuple(run.test for run in runs)
-        chosen[network, arm] = Row(network, arm, best, runs[0].parameters, test)
-    return chosen
+    made: dict[tuple[str, str, bool], Row] = {}
+    # those that are compared with come first
+    for case, arm in sorted(grouped, key=lambda key: experiment.arms[key[1]].control is not None):
+        rates, control = grouped[case, arm], experiment.arms[arm].control or ""
+        fixed = experiment.cases[case].fixed
+        for chosen in (False, True):
+            rate = _best(experiment, rates) if chosen else fixed if fixed in rates else None
+            if rate is None or (chosen and len(rates) == 1 and fixed in rates):
+                continue
+            runs = tuple(sorted(rates[rate], key=lambda run: run.job.seed))
+            made[case, arm, chosen] = Row(case, arm, rate, chosen, runs, made.get((case, control, chosen)))
+    cases, arms = list(experiment.cases), list(experiment.arms)
+    return sorted(made.values(), key=lambda row: (cases.index(row.case), row.chosen, arms.index(row.arm)))
 
 
-def contrasts(chosen: dict[tuple[str, str], Row], mechanisms: Iterable[str]) -> list[Contrast]:
-    """Return mechanism minus control, for each network."""
-    networks = dict.fromkeys(network for network, _ in chosen)
-    return [
-        Contrast(
-            network,
-            name,
-            chosen[network, MECHANISMS[name].arm],
-            chosen[network, MECHANISMS[name].control],
-        )
-        for network in networks
-        for name in mechanisms
-    ]
+def _best(experiment: Experiment, rates: dict[float, list[Result]]) -> float:
+    sign = -1 if experiment.validation_lower_is_better else 1
+
+    def merit(rate: float) -> float:
+        mean = statistics.mean(run.found.figures[experiment.validation] for run in rates[rate])
+        return sign * mean if math.isfinite(mean) else -math.inf
+
+    return max(sorted(rates), key=merit)
 
 
-def table_of(found: Sequence[Contrast], title: str) -> Table:
-    """Return the contrasts for ``rich.print``, no wider than 80 columns."""
+def _cells(experiment: Experiment, row: Row) -> list[str]:
+    measures = experiment.measures.items()
+    name, first = next(iter(measures))
+    differences = row.differences(name)
+    figures = [with_error(row.values(key), measure.digits) for key, measure in measures]
+    minus = "" if differences is None else with_error(differences, first.digits)
+    return [row.case, row.arm, f"{row.rate:g}{' (chosen)' if row.chosen else ''}", *figures, minus]
+
+
+def _headings(experiment: Experiment) -> list[str]:
+    labels = [measure.label for measure in experiment.measures.values()]
+    return ["case", "arm", "learning rate", *labels, "minus control"]
+
+
+def table_of(experiment: Experiment, found: Sequence[Row], title: str) -> Table:
+    """Return the rows for ``rich.print``."""
     table = Table(title=title, title_justify="left", box=None)
-    for column in ("mechanism", "arm", "rate", "test accuracy [%]", "minus control"):
-        table.add_column(column, justify="left" if column in ("mechanism", "arm") else "right", no_wrap=True)
-    networks = dict.fromkeys(contrast.network for contrast in found)
-    for network in networks:
-        table.add_row(f"[bold]{network}[/]")
-        for contrast in (contrast for contrast in found if contrast.network == network):
-            arm, control, difference = contrast.arm, contrast.control, with_error(contrast.differences)
-            table.add_row(contrast.mechanism, arm.arm, f"{arm.rate:g}", with_error(arm.test), difference)
-            table.add_row("", control.arm, f"{control.rate:g}", with_error(control.test), "")
+    for place, heading in enumerate(_headings(experiment)):
+        table.add_column(heading, justify="left" if place < 2 else "right")
+    for row in found:
+        table.add_row(*_cells(experiment, row))
     return table
 
 
-def to_markdown(found: Sequence[Contrast]) -> str:
-    """Return the contrasts as a table in Markdown."""
-    lines = [
-        "| network | mechanism | learning rate | test accuracy [%] "
-        "| control | learning rate | test accuracy [%] | difference |",
-        "|---" * 8 + "|",
-    ]
-    for contrast in found:
-        arm, control = contrast.arm, contrast.control
-        cells = [contrast.network, contrast.mechanism, f"{arm.rate:g}", with_error(arm.test), control.arm]
-        cells += [f"{control.rate:g}", with_error(control.test), with_error(contrast.differences)]
-        lines.append(f"| {' | '.join(cells)} |")
+def to_markdown(experiment: Experiment, found: Sequence[Row], title: str) -> str:
+    """Return the rows in Markdown, with what was published and what was to be shown."""
+    headings = _headings(experiment)
+    lines = [f"# {experiment.name}", "", f"{title}. Source: {experiment.source}.", ""]
+    lines += [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    lines += [f"| {' | '.join(_cells(experiment, row))} |" for row in found]
+    controls = {row.arm: row.control.arm for row in found if row.control is not None}
+    if set(controls.values()) - {"plain"}:
+        lines += ["", "Controls: " + ", ".join(f"{arm}: {other}" for arm, other in controls.items()) + "."]
+    if experiment.published:
+        lines += ["", "| published | figure |", "|---|---|"]
+        lines += [f"| {entry.what} | {entry.figure} |" for entry in experiment.published]
+    if experiment.claims:
+        lines += ["", "| to be shown | found | shown |", "|---|---|---|"]
+        for entry in verdicts(experiment, found):
+            value = "not run" if entry["found"] is None else f"{entry['found']:.3g}"
+            lines.append(f"| {entry['claim']} | {value} | {'yes' if entry['shown'] else 'no'} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(found: Sequence[Contrast], path: Path) -> None:
-    """Draw accuracies and differences with standard errors, a row of panels per network."""
-    networks = list(dict.fromkeys(contrast.network for contrast in found))
-    figure = Figure(figsize=(10, 0.6 + 2.8 * len(networks)), layout="constrained")
-    panels = figure.subplots(len(networks), 2, squeeze=False, sharey="row")
-    for network, (left, right) in zip(networks, panels, strict=True):
-        own = [contrast for contrast in found if contrast.network == network]
-        for place, contrast in enumerate(own):
-            styles = ((contrast.arm, -0.12, "o", "#d55e00"), (contrast.control, 0.12, "s", "#0072b2"))
-            for row, shift, marker, color in styles:
-                mean, error = mean_and_error(row.test)
-                left.errorbar(mean, place + shift, xerr=error, fmt=marker, color=color, capsize=3)
-            mean, error = mean_and_error(contrast.differences)
-            right.errorbar(mean, place, xerr=error, fmt="o", color="0.2", capsize=3)
-        left.set_yticks(range(len(own)), [contrast.mechanism for contrast in own])
-        left.set_ylim(len(own) - 0.5, -0.5)
-        left.set(title=f"{network}: mechanism (circles), control (squares)", xlabel="test accuracy (%)")
-        right.set(title="mechanism minus control, paired by seed", xlabel="difference (percentage points)")
-        right.axvline(0, color="0.6", linewidth=0.8)
-        for axes in (left, right):
-            axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+def verdicts(experiment: Experiment, found: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return for each claim what was found, None where its arms were not run, and whether that shows it."""
+    fixed = {(row.case, row.arm): row for row in found if not row.chosen}
+
+    def figure(case: str, arm: str, measure: str) -> float:
+        return statistics.mean(fixed[case, arm].values(measure))
+
+    def judged(claim: Claim) -> dict[str, Any]:
+        try:
+            value = claim.value(figure)
+        except KeyError:
+            return {"claim": claim.text, "found": None, "shown": False}
+        return {"claim": claim.text, "found": value, "shown": claim.low <= value <= claim.high}
+
+    return [judged(claim) for claim in experiment.claims]
