@@ -41,6 +41,8 @@ from biofx.options import (
 )
 from biofx.select import Override, Selector, check_selector
 
+SELECTIONS = ("probability", "proportion", "threshold")
+"""Values of ``rejuvenation_selection``."""
 UNIT_TURNOVERS = ("off", "continual-backprop", "redo")
 """Values of ``unit_turnover``."""
 STORED_RATE_DTYPES = ("float32", "bfloat16")
@@ -183,14 +185,30 @@ class BioConfig:
         None,
         OrNone(SHARE),
         """Expected fraction of normally distributed weights to replace, instead of
-        ``rejuvenation_parameter_dre``; by utility, of the weights as they are. Those of utility 0 all go.""",
+        ``rejuvenation_parameter_dre``; by utility, of the weights as they are. Those of utility 0 all go. For
+        ``rejuvenation_selection="proportion"`` it is exact.""",
+    )
+    rejuvenation_selection: str = option(
+        "probability",
+        Choice(SELECTIONS),
+        """Which weights are replaced: each with a ``"probability"`` that falls with what protects it, the
+        ``"proportion"`` ``rejuvenation_turnover`` of those least protected, where fractions of a weight are
+        carried over, or all below a ``"threshold"``, ``rejuvenation_threshold``. Those with a learning-rate
+        factor of 0 never are.""",
+    )
+    rejuvenation_threshold: float | None = option(
+        None,
+        OrNone(FRACTION),
+        """For ``rejuvenation_selection="threshold"``: weights are replaced whose utility, or magnitude, is at
+        most this fraction of its mean over the weight, dimensionless.""",
     )
     rejuvenation_utility: str = option(
         "magnitude",
         Choice(("magnitude", "gradient")),
         """What protects a weight from replacement: its ``"magnitude"``, or by ``"gradient"`` the running mean
         of abs(weight · gradient), a buffer as large as the weight, which :func:`biofx.attach` updates at each
-        step. Magnitudes protect the weights of dead units, which may be large.""",
+        step. Magnitudes protect the weights of dead units, which may be large: by magnitude, rejuvenation
+        does not prevent loss of plasticity.""",
     )
     rejuvenation_utility_decay: float = option(
         0.99, FRACTION, "Share of the earlier mean that the utility keeps at a step, dimensionless."
@@ -449,6 +467,29 @@ class BioConfig:
             )
         if self.fuzzy_lr_dtype == FROM_SEED:
             check_drawn_again("fuzzy_lr_dtype", self.fuzzy_lr_distribution)
+        self._check_selection()
+
+    def _check_selection(self) -> None:
+        """Check that how weights are selected has its amount, and no other that would have no effect."""
+        selection, turnover = self.rejuvenation_selection, self.rejuvenation_turnover
+        threshold = self.rejuvenation_threshold
+        if selection == "proportion" and turnover is None:
+            raise OptionError(
+                "rejuvenation_turnover: expected a fraction for rejuvenation_selection='proportion', found "
+                "None; give how much is replaced at once"
+            )
+        if selection == "threshold" and threshold is None:
+            raise OptionError(
+                "rejuvenation_threshold: expected a fraction of the mean for "
+                "rejuvenation_selection='threshold', found None; give below what weights are replaced"
+            )
+        unread = turnover if selection == "threshold" else threshold
+        if unread is not None:
+            name = "rejuvenation_turnover" if selection == "threshold" else "rejuvenation_threshold"
+            raise OptionError(
+                f"{name}: expected None for rejuvenation_selection={selection!r}, which does not read it, "
+                f"found {unread!r}"
+            )
 
     @property
     def fuzzy_lr_bounds(self) -> tuple[float, float]:

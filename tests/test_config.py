@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import biofx
 from biofx import BioConfig, Distribution, OptionError
 from biofx.callables import identity
 from biofx.errors import SelectorError
@@ -36,6 +37,8 @@ DEFAULTS: dict[str, Any] = {
     "crystal_min": 0.01,
     "rejuvenation_parameter_dre": 8.0,
     "rejuvenation_turnover": None,
+    "rejuvenation_selection": "probability",
+    "rejuvenation_threshold": None,
     "rejuvenation_utility": "magnitude",
     "rejuvenation_utility_decay": 0.99,
     "rejuvenation_redraw": "survivors",
@@ -92,6 +95,8 @@ CHANGED: dict[str, Any] = {
     "crystal_min": 0.0,
     "rejuvenation_parameter_dre": 12.5,
     "rejuvenation_turnover": 0.01,
+    "rejuvenation_selection": "proportion",
+    "rejuvenation_threshold": 0.25,
     "rejuvenation_utility": "gradient",
     "rejuvenation_utility_decay": 0.0,
     "rejuvenation_redraw": "zero",
@@ -129,6 +134,11 @@ CHANGED: dict[str, Any] = {
     "weight_mask_initialisation": "keep",
     "seed": 2**63 - 1,
 }
+WITH: dict[str, dict[str, Any]] = {
+    "rejuvenation_selection": {"rejuvenation_turnover": 0.01},
+    "rejuvenation_threshold": {"rejuvenation_selection": "threshold"},
+}
+"""What a field of CHANGED needs beside it."""
 NUMBER, FRACTION = "a number in ", "a number in [0, 1]"
 POSITIVE, NOT_NEGATIVE = "a number in (0, inf)", "a number in [0, inf)"
 FLAG = "True or False"
@@ -173,6 +183,11 @@ BAD: list[tuple[str, Any, str]] = [
     *[("fuzzy_lr_granularity", value, "one of element, neuron, layer") for value in ("synapse", 1)],
     *[("crystal_min", value, FRACTION) for value in (-0.01, 1.5)],
     *[("rejuvenation_turnover", value, "a number in (0, 1]") for value in (0, 1.5, "some")],
+    *[
+        ("rejuvenation_selection", value, "one of probability, proportion, threshold")
+        for value in ("lowest", None)
+    ],
+    *[("rejuvenation_threshold", value, FRACTION) for value in (-0.1, 1.5)],
     *[("rejuvenation_growth", value, "one of random, gradient") for value in ("rigl", None)],
     *[("unit_turnover", value, "one of off, continual-backprop, redo") for value in ("on", None)],
     *[("unit_turnover_rate", value, FRACTION) for value in (-0.1, 1.5)],
@@ -211,8 +226,8 @@ BAD: list[tuple[str, Any, str]] = [
 
 
 def everything() -> BioConfig:
-    """A config in which no field is at its default, with two overrides."""
-    config = BioConfig(**CHANGED)
+    """A config in which no field is at its default that another does not exclude, with two overrides."""
+    config = BioConfig(**{**CHANGED, "rejuvenation_threshold": None})
     config = config.override("layer1.*", weight_splitting_Gamma=0, fuzzy_lr_distribution="gamma")
     return config.override(["fc", "type:Conv2d"], weight_splitting_activation_function=torch.relu, base_lr=2)
 
@@ -231,7 +246,34 @@ def test_the_tables_above_cover_every_field() -> None:
 
 @pytest.mark.parametrize(("field", "value"), CHANGED.items(), ids=CHANGED)
 def test_a_good_value_is_kept(field: str, value: Any) -> None:
-    assert getattr(BioConfig(**{field: value}), field) == value
+    assert getattr(BioConfig(**{field: value}, **WITH.get(field, {})), field) == value
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rejuvenation_selection": "proportion"}, "rejuvenation_turnover: expected a fraction for"),
+        ({"rejuvenation_selection": "threshold"}, "rejuvenation_threshold: expected a fraction of the mean"),
+        ({"rejuvenation_threshold": 0.1}, "rejuvenation_threshold: expected None for .*'probability'"),
+        (
+            {
+                "rejuvenation_selection": "proportion",
+                "rejuvenation_turnover": 0.2,
+                "rejuvenation_threshold": 0.1,
+            },
+            "rejuvenation_threshold: expected None for .*'proportion'.* found 0.1",
+        ),
+        (
+            {**WITH["rejuvenation_threshold"], "rejuvenation_threshold": 0.1, "rejuvenation_turnover": 0.2},
+            "rejuvenation_turnover: expected None for .*'threshold'.* found 0.2",
+        ),
+    ],
+)
+def test_a_selection_of_weights_has_its_amount_and_no_other(fields: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        BioConfig(**fields)
+    with pytest.raises(OptionError, match=message):
+        biofx.transform(nn.Sequential(nn.Linear(2, 3)), BioConfig().override("0", **fields))
 
 
 @pytest.mark.parametrize(("field", "value", "expected"), BAD)

@@ -51,10 +51,12 @@ RUNS = {
     "masked": ("AdamW", "weight_adaptive", 0.5),
     "grown": ("SGD", "uniform", 0.5, "gradient"),
     "useful": ("SGD", "uniform", 1.0, "random", "gradient"),
+    "lowest": ("SGD", "uniform", 1.0, "random", "gradient", "proportion"),
+    "weakest": ("SGD", "uniform", 1.0, "random", "magnitude", "proportion"),
 }
 
 
-def transformed(kind="uniform", density=1.0, growth="random", utility="magnitude"):
+def transformed(kind="uniform", density=1.0, growth="random", utility="magnitude", selection="probability"):
     torch.manual_seed(0)
     # "project" looks at the sign of each rank's own gradient, which the mean over the ranks does not follow
     options = {"dales_method": "abs", "fuzzy_lr_distribution": kind, "fuzzy_lr_dynamic": True}
@@ -62,7 +64,12 @@ def transformed(kind="uniform", density=1.0, growth="random", utility="magnitude
     config = config.replace(rejuvenation_growth=growth, rejuvenation_utility=utility)
     if utility == "gradient":
         config = config.replace(rejuvenation_redraw="initial")
-    return biofx.transform(net(), config.override("4", weight_splitting_Gamma=2))[0]
+    if selection != "probability":
+        config = config.replace(rejuvenation_selection=selection, rejuvenation_turnover=0.103, fuzzy_lr_min=0)
+    model = biofx.transform(net(), config.override("4", weight_splitting_Gamma=2))[0]
+    if selection != "probability":  # some synapses stay
+        model.get_submodule("2").bio_mod.fuzzy_learning_rate_parameters[:, ::3] = 0
+    return model
 
 
 def whole(tensor):
@@ -264,7 +271,7 @@ def test_two_ranks_train_as_one_process_does_and_what_they_save_any_number_resum
     exec(COMMON, here)
     alone = here["trained"]()
     resumed = here["resumed"](False)
-    assert set(alone) == {"SGD", "AdamW", "masked", "grown", "useful"}
+    assert set(alone) == set(here["RUNS"])
     for name, sharded in first["trained"].items():
         # sharded or not, the same but for the order in which the ranks' gradients are added
         close(sharded["saved"], alone[name]["saved"])

@@ -35,7 +35,7 @@ from biofx.plasticity.saved_state import (
     without_averages,
 )
 
-_OF_TURNOVER = ("unit_utility", "unit_age", "units_due", "input_activity")
+_OF_TURNOVER = ("unit_utility", "unit_age", "units_due", "input_activity", "weights_due")
 _BUFFERS = (*RATE_BUFFERS, *SIGNS, "noise", "activity", DIVERSITY, MASK, UTILITY, *_OF_TURNOVER)
 _OF_UNITS = (*SIGNS, MASK)
 """The buffers that follow from the graph."""
@@ -87,6 +87,8 @@ class BioState(nn.Module):
     ``utility``
         Running mean of |weight · gradient| of each synapse, shaped like the weight; negative before the
         first. Only where ``rejuvenation_utility`` is ``"gradient"``.
+    ``weights_due``
+        The fraction of a weight that selection by proportion carries over, a number; float64.
     ``unit_utility``, ``unit_age``, ``units_due``
         Where units are turned over: of each its running utility, in units of weight times activity, and how
         many runs of the rule it has seen, int64, both ``(units,)``; and the fraction of a unit that is
@@ -135,6 +137,7 @@ class BioState(nn.Module):
         unit_utility: Tensor | None
         unit_age: Tensor | None
         units_due: Tensor | None
+        weights_due: Tensor | None
         input_activity: Tensor | None
         connection_probe: Tensor | None
         utility: Tensor | None
@@ -365,6 +368,29 @@ class BioState(nn.Module):
     def has_rates(self) -> bool:
         """Whether its learning rate is multiplied: by factors, or by what crystallization made of 1."""
         return self.has_factors or self.memory.dampening is not None
+
+    def zero_rates(self) -> Tensor | None:
+        """Return where the learning rate is 0, bool, shaped like the weight; None if it is nowhere."""
+        if self.is_drawn and self.config.fuzzy_lr_bounds[0] > 0:
+            return None
+        factors = self.fuzzy_learning_rate_parameters
+        if factors is None or float(factors.min()) > 0:  # in a tenth of the time of all()
+            return None
+        return (factors == 0).expand(self.weight.shape)
+
+    @torch.no_grad()
+    def start_utility(self, places: Tensor) -> None:
+        """Give new weights the mean utility of the others, where utilities are kept and one was seen.
+
+        Args:
+            places: which are new, bool, shaped like the weight.
+        """
+        if (utility := self.utility) is None or float(utility.flatten()[0]) < 0:
+            return
+        mask = self.connection_mask
+        others = ~places if mask is None else ~places & existing(mask)
+        total = torch.where(others, utility, 0).sum()
+        utility.copy_(torch.where(places, total / others.count_nonzero().clamp(min=1), utility))
 
     def __getattr__(self, name: str) -> Any:
         if name == FACTORS and "_buffers" in self.__dict__ and (sampling := self.rate_sampling) is not None:

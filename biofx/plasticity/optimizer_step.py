@@ -21,7 +21,6 @@ from biofx.plasticity.updates import BeforeStep, Way, exponentiate, remember, re
 
 _BEFORE_STEP = ("crystallize", "update_fuzzy_learning_rates")
 _BUILT_IN = ("fuzzy_learning_rates", "volume_dependent_lr", *_BEFORE_STEP)
-_ON_WEIGHTS = ("rejuvenate_weights", "synaptic_scaling")
 _FORGETFUL = ("rejuvenate_weights", "rejuvenate_units")
 """Rules that make the optimizer forget."""
 
@@ -258,8 +257,7 @@ class OptimizerStep:
             with whole(layer.state, factors=False):
                 layer.state.check(name)
         for layer in able:
-            factors = name not in _ON_WEIGHTS or layer.state.utility is not None
-            with whole(layer.state, optimizer, factors=factors):
+            with whole(layer.state, optimizer, factors=name != "synaptic_scaling"):
                 layer.run(name, *[optimizer] if name in _FORGETFUL else [])
 
 

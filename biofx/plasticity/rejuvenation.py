@@ -13,7 +13,6 @@ and is not repaired; a new weight's sign is random unless its unit has one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -21,10 +20,9 @@ from torch import Generator, Tensor
 from biofx.errors import NonFiniteWeightError, OptionError, PlasticityError
 from biofx.operators.sampling import LEVELS, for_each_block, mean_over, random_levels
 from biofx.plasticity.initial_weights import InitialWeights
+from biofx.plasticity.selection import BelowMean, LowestShare, Utility, judged
 
 _ENOUGH = 1 << 18
-_SAMPLE = 1 << 16
-_SMALLEST = 1e-12
 
 
 def expected_turnover(protection: float) -> float:
@@ -74,6 +72,8 @@ def rejuvenate(
     sign: Tensor | None = None,
     initial: InitialWeights | None = None,
     utility: Utility | None = None,
+    stays: Tensor | None = None,
+    selection: LowestShare | BelowMean | None = None,
     name: str = "weight",
 ) -> Tensor:
     """Replace weak weights in place: each with probability exp(-d |w| / std(w)).
@@ -89,6 +89,8 @@ def rejuvenate(
         initial: what new weights are drawn from; None for magnitudes as those that stay have.
         utility: what takes the place of |w| and of std(w) in the choice; of the new weights it becomes the
             mean of the others.
+        stays: where weights are never replaced, bool, broadcastable to ``weight``; None for nowhere.
+        selection: how weights are chosen; None for each with its chance.
         name: what an error calls the weight.
 
     Returns:
@@ -98,21 +100,25 @@ def rejuvenate(
         NonFiniteWeightError: a weight is NaN or infinite; nothing has been changed.
     """
     check_finite(weight, name)
-    flat = weight.detach().reshape(-1)
-    judged = flat if utility is None else utility.judged()
-    scale = spread_of(flat) / protection if utility is None else utility.scale(judged, protection)
-    if scale == 0:
-        return torch.empty(0, dtype=torch.int64, device=weight.device)
-    replaced, moments = choose_weak(judged, scale, generator)
+    flat, moments = weight.detach().reshape(-1), None
+    by_weight = utility is None and stays is None
+    compared = flat if by_weight else judged(weight, utility, stays).reshape(-1)
+    if selection is not None:
+        replaced = selection.choose(compared, generator)
+    else:
+        scale = spread_of(flat) / protection if utility is None else utility.scale(compared, protection)
+        if scale == 0:
+            return torch.empty(0, dtype=torch.int64, device=weight.device)
+        replaced, moments = choose_weak(compared, scale, generator)
     if not len(replaced):
         return replaced
-    if utility is not None:
+    if moments is None or not by_weight:
         staying = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
         staying[replaced] = False
-        moments = log_moments(flat[staying].abs().float())
-        if not moments[0]:
-            moments = log_moments(flat.abs().float())
-        utility.start(replaced, staying)
+        if initial is None:
+            moments = moments_of(flat, staying)
+        if utility is not None:
+            utility.start(replaced, staying)
     fixed = None if sign is None else sign.expand(weight.shape).take(replaced)
     new = new_weights(len(replaced), moments, fixed, generator, initial).to(weight)
     if weight.is_contiguous():  # many times faster
@@ -122,62 +128,9 @@ def rejuvenate(
     return replaced
 
 
-@dataclass(frozen=True)
-class Utility:
-    """How useful the weights of a layer are, in place of their magnitude.
-
-    The chance of a weight of utility u is exp(-d u / r), with r the root mean square of all utilities; or
-    with a turnover instead of d, exp(-u / s) with the s at which the mean chance is that turnover.
-    """
-
-    values: Tensor
-    """Of each weight, not negative, shaped like it."""
-    stays: Tensor | None = None
-    """Where weights are never replaced, bool, shaped like it; None for nowhere."""
-    turnover: float | None = None
-    """The expected fraction to replace, in (0, 1]; None to follow the protection."""
-
-    def judged(self) -> Tensor:
-        """Return the utilities, flat, infinite where weights stay."""
-        flat = self.values.detach().reshape(-1).float()
-        return flat if self.stays is None else flat.masked_fill(self.stays.reshape(-1), math.inf)
-
-    def scale(self, judged: Tensor, protection: float) -> float:
-        """Return by what utilities are divided in the exponent, 0 if all are 0 or stay.
-
-        Args:
-            judged: those that are compared.
-            protection: d, dimensionless.
-        """
-        finite = judged[judged.isfinite()].double()
-        largest = float(finite.max()) if len(finite) else 0.0
-        if largest == 0:
-            return 0.0
-        if self.turnover is None:
-            return largest * float((finite / largest).square().mean().sqrt()) / protection
-        part = finite[:: max(1, len(finite) // _SAMPLE)] / largest
-        low, high = math.log(_SMALLEST), -math.log(_SMALLEST)
-        for _ in range(60):
-            middle = (low + high) / 2
-            chance = float((-part / math.exp(middle)).exp().mean())
-            low, high = (middle, high) if chance < self.turnover else (low, middle)
-        return largest * math.exp(high)
-
-    def start(self, places: Tensor, settled: Tensor) -> None:
-        """Give new weights the mean utility of others, so that they are as safe as the average.
-
-        Args:
-            places: flat positions of the new weights, int64.
-            settled: which are the others, bool, flat.
-        """
-        others = self.values.reshape(-1)[settled]
-        mean = others.mean() if len(others) else self.values.mean()
-        self.values.put_(places, mean.expand(len(places)))
-
-
 def new_weights(
     count: int,
-    moments: Tensor,
+    moments: Tensor | None,
     sign: Tensor | None,
     generator: Generator,
     initial: InitialWeights | None = None,
@@ -186,7 +139,7 @@ def new_weights(
 
     Args:
         count: how many.
-        moments: of the weights that stay, as :func:`log_moments` returns them.
+        moments: of the weights that stay, as :func:`log_moments` returns them; not needed with ``initial``.
         sign: +1, -1, or 0 for a random one, ``(count,)``; None for random ones.
         generator: a CPU generator, the only source of randomness.
         initial: what they are sampled from instead; where a sign is given, their magnitude.
@@ -198,7 +151,7 @@ def new_weights(
         fixed = sign.to(drawn.dtype)
         drawn = drawn.to(fixed.device)
         return torch.where(fixed == 0, drawn, drawn.abs() * fixed)
-    number, total, squares = moments.tolist()
+    number, total, squares = (0.0, 0.0, 0.0) if moments is None else moments.tolist()
     mean = total / max(1, number)
     deviation = math.sqrt(max(0.0, squares / max(1, number) - mean**2))
     new = torch.randn(count, generator=generator).mul_(deviation).add_(mean).exp_()
@@ -231,6 +184,17 @@ def log_moments(magnitude: Tensor) -> Tensor:
     """Return count, sum and sum of squares of log|w|, without weights of 0; float64 on the CPU."""
     logs = magnitude[magnitude > 0].log().double()
     return torch.tensor([len(logs), logs.sum().item(), logs.square().sum().item()], dtype=torch.float64)
+
+
+def moments_of(weights: Tensor, staying: Tensor) -> Tensor:
+    """Return the :func:`log_moments` of the weights that stay, of all if none of those is other than 0.
+
+    Args:
+        weights: any shape.
+        staying: along the last axes of ``weights``, bool.
+    """
+    moments = log_moments(weights[..., staying].abs().float().flatten())
+    return moments if moments[0] else log_moments(weights.abs().float().flatten())
 
 
 def spread_of(weight: Tensor) -> float:

@@ -22,14 +22,8 @@ from torch import Generator, Tensor
 from biofx.operators.mask_ops import EXISTS, FORBIDDEN, MISSING, existing
 from biofx.plasticity.connections import ConnectionLayout
 from biofx.plasticity.initial_weights import InitialWeights
-from biofx.plasticity.rejuvenation import (
-    Utility,
-    check_finite,
-    choose_weak,
-    log_moments,
-    new_weights,
-    spread_of,
-)
+from biofx.plasticity.rejuvenation import check_finite, choose_weak, moments_of, new_weights, spread_of
+from biofx.plasticity.selection import BelowMean, LowestShare, Utility, judged
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,8 @@ def turn_over(
     sign: Tensor | None = None,
     initial: InitialWeights | None = None,
     utility: Utility | None = None,
+    stays: Tensor | None = None,
+    selection: LowestShare | BelowMean | None = None,
     name: str = "weight",
 ) -> Turnover:
     """Move weak connections, in place: each vanishes with probability exp(-d |w| / std(w)), another grows.
@@ -78,8 +74,10 @@ def turn_over(
             Entries that are not finite count as 0. None to grow at random.
         sign: broadcastable to ``weight``; +1, -1, or 0 for free.
         initial: as for :func:`~biofx.plasticity.rejuvenation.rejuvenate`.
-        utility: likewise; that of a connection with gates is the root mean square of theirs, and one of whose
-            gates stays does not vanish.
+        utility: likewise; that of a connection with gates is the root mean square of theirs.
+        stays: where weights are never changed, bool, broadcastable to ``weight``; a connection one of whose
+            gates stays neither vanishes nor grows.
+        selection: how connections are chosen; None for each with its chance.
         name: what an error calls the weight.
 
     Raises:
@@ -93,17 +91,18 @@ def turn_over(
     places, none = exists.nonzero().flatten(), exists.nonzero().flatten()[:0]
     if not len(places):
         return Turnover(0, none, none)
-    judged = connections
-    if utility is not None:
-        judged = layout.split(utility.judged().reshape(weight.shape)).flatten(1)
-    strength = judged[:, places].square().mean(0).sqrt()
-    if utility is None:
-        scale = spread_of(connections[:, places].flatten()) / protection
+    compared = layout.split(judged(weight, utility, stays)).flatten(1)
+    strength = compared[:, places].square().mean(0).sqrt()
+    if selection is not None:
+        weak = selection.choose(strength, generator)
     else:
-        scale = utility.scale(strength, protection)
-    if scale == 0:
-        return Turnover(0, none, none)
-    weak, _ = choose_weak(strength, scale, generator)
+        if utility is None:
+            scale = spread_of(connections[:, places].flatten()) / protection
+        else:
+            scale = utility.scale(strength, protection)
+        if scale == 0:
+            return Turnover(0, none, none)
+        weak, _ = choose_weak(strength, scale, generator)
     pruned = places[weak]
     if not len(pruned):
         return Turnover(0, none, none)
@@ -112,10 +111,10 @@ def turn_over(
     slopes = None if gradient is None else layout.split(gradient).flatten(1).nan_to_num(0.0, 0.0, 0.0)
     steepness = None if slopes is None else slopes.float().square().mean(0)
     parts = None if blocks is None else blocks.flatten()
+    if stays is not None:
+        allowed &= ~layout.split(stays.expand(weight.shape)).flatten(1).any(0)
     grown = _grown(allowed & ~staying, pruned, parts, steepness, generator)
-    moments = log_moments(connections[:, staying].abs().float().flatten())
-    if not moments[0]:
-        moments = log_moments(connections.abs().float().flatten())
+    moments = moments_of(connections, staying) if initial is None else None
     fixed = None if slopes is None else -slopes[:, grown].sign().flatten()
     if sign is not None:
         given = layout.split(sign.expand(weight.shape)).flatten(1)[:, grown].flatten()

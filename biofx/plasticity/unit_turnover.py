@@ -209,7 +209,7 @@ class UnitTurnover:
         """Return which units have a synapse with a learning rate of 0, bool."""
         held = torch.zeros_like(like)
         for part in self._weights:
-            factors = _zero_rates(part.state)
+            factors = part.state.zero_rates()
             if factors is None:
                 continue
             layout = _layout(part.state) if isinstance(part, UnitWriter) else part.input_layout
@@ -252,6 +252,7 @@ class UnitTurnover:
                 made_new = made_new * existing(mask)
             entries = broadcast_units(here, weight, **layout).expand(weight.shape)
             weight.copy_(torch.where(entries, made_new, weight))
+            state.start_utility(entries)
             _forget(optimizer, weight, entries)
             if writer.bias is not None:
                 writer.bias[here] = _new_biases(state, int(here.sum()), drawn).to(writer.bias)
@@ -260,6 +261,7 @@ class UnitTurnover:
             weight = reader.state.weight
             entries = broadcast_units(here, weight, **reader.input_layout).expand(weight.shape)
             weight.masked_fill_(entries, 0)
+            reader.state.start_utility(entries)
             _forget(optimizer, weight, entries)
             reader.seen[RUNNING_MEAN].masked_fill_(here, 0)
         for norm, here in zip(self.norms, normed, strict=True):
@@ -325,13 +327,3 @@ def _own(part: UnitWriter | UnitReader | UnitNorm, device: torch.device) -> Tens
 def _bias_of(state: BioState) -> nn.Parameter | None:
     found: nn.Parameter | None = state.get_parent()._parameters.get("bias")
     return found
-
-
-def _zero_rates(state: BioState) -> Tensor | None:
-    """Return where a weight's learning rate is 0, shaped like it; None if it is nowhere."""
-    if state.is_drawn and state.config.fuzzy_lr_min > 0:
-        return None
-    factors = state.fuzzy_learning_rate_parameters
-    if factors is None or float(factors.min()) > 0:
-        return None
-    return (factors == 0).expand(state.weight.shape)

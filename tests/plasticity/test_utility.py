@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import biofx
 from biofx.errors import PlasticityError
 from biofx.operators.sampling import generator_for
-from biofx.plasticity.rejuvenation import Utility, rejuvenate
+from biofx.plasticity.rejuvenation import rejuvenate
+from biofx.plasticity.selection import Utility
 
 UTILITY = {"rejuvenation_utility": "gradient", "rejuvenation_utility_decay": 0.75}
 
