@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from biofx.analysis.readouts import readout_nodes
+from biofx.analysis.readouts import readout_nodes, readouts_in_doubt
 from biofx.analysis.synapses import split_nodes
 from biofx.config import option_from_config
 from biofx.errors import OptionError
@@ -60,10 +60,11 @@ class SplitWeights(Pass):
     def candidates(self, graph_module: BioGraphModule) -> Iterator[SplittableLayer | Remark]:
         """Yield each layer with a weight."""
         sites = find_sites(graph_module)
-        readout, split = readout_nodes(graph_module), split_nodes(graph_module)
+        readout, in_doubt = readout_nodes(graph_module), readouts_in_doubt(graph_module)
+        split = split_nodes(graph_module)
         for site in sites.found:
             if not site.is_further:
-                reason = why_not_neighbours(site, graph_module, readout)
+                reason = why_not_neighbours(site, graph_module, readout, in_doubt)
                 yield SplittableLayer(site, site.node in split, reason)
         yield from unsupported(sites)
 

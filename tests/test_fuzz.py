@@ -67,7 +67,13 @@ CONFIGS = st.fixed_dictionaries(
         "seed": st.integers(0, 3),
     }
 )
-RULES = ["crystallize", "volume_dependent_lr", "synaptic_scaling", "update_fuzzy_learning_rates"]
+RULES = [
+    "rejuvenate_weights",
+    "crystallize",
+    "volume_dependent_lr",
+    "synaptic_scaling",
+    "update_fuzzy_learning_rates",
+]
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
@@ -76,14 +82,15 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 def attached(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     """Attach whatever rules have something to act on."""
-    rules: list[Rule | str] = [Rule("rejuvenate_weights", every=2)]
-    for name in RULES:
+    rules = [
+        Rule(name, every=2 if name == "rejuvenate_weights" else 1)
+        for name in RULES
         if any(
             state.why_never(name) is None
             for state in model.modules()
             if isinstance(state, biofx.BioModule) and state.is_linked
-        ):
-            rules.append(name)
+        )
+    ]
     return biofx.attach(model, optimizer, rules)
 
 

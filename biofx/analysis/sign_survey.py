@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ class SignSurvey:
         self._last = last_synapses(graph_module)
         self.what_is_missing = _what_is_missing(observed_runs_of(graph_module).reason)
         """What would say who feeds whom where Python decides."""
+        self._uses = Counter(site.parameter_path for site in self._sites)
+        self._without_units = [site for site in reversed(self._sites) if site.kind.why_no_units]
         first = {site.parameter_path: site for site in reversed(self._sites)}
         self.makers = {path: first[path] for path in self.groups.producers() if path in first}
         """The layers that make units, by the paths of their weights; those that the graphs show."""
@@ -76,14 +79,14 @@ class SignSurvey:
             return f"{site.kind.why_no_units}, which could have a sign"
         if (reason := self.groups.why_not_known(site)) is not None:
             return reason
-        for other in reversed(self._sites):
-            if other.kind.why_no_units and other.parameter is site.parameter:
+        for other in self._without_units:
+            if other.parameter is site.parameter:
                 return f"its weight is also read by {other.node.name!r}, where signs mean nothing"
         return None
 
     def is_used_elsewhere(self, weight: Weight) -> bool:
         """Whether there are uses of the parameter besides the weight's sites, which are left as they are."""
-        return sum(site.parameter_path == weight.path for site in self._sites) > len(weight.sites)
+        return self._uses[weight.path] > len(weight.sites)
 
     def has_known_signs(self, site: WeightSite) -> bool:
         """Whether every unit that it reads has a sign already."""

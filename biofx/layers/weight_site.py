@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -277,13 +279,15 @@ class Sites:
             Weight((*weight.sites, *reads.pop(id(weight.parameter), ())), weight.depth)
             for weight in self.weights()
         ]
+        in_order = sorted(weights, key=lambda weight: weight.sites[0].node)
+        deepest = list(accumulate((weight.depth for weight in in_order), max))
         for sites in reads.values():
             first = sites[0]
             if directly or any(
                 isinstance(site.slot, ReadSlot) and site.slot.is_synaptic(first.parameter) for site in sites
             ):
-                before = [weight.depth for weight in weights if weight.sites[0].node < first.node]
-                weights.append(Weight(tuple(sites), max(before, default=0.0)))
+                before = bisect_left(in_order, first.node, key=lambda weight: weight.sites[0].node)
+                weights.append(Weight(tuple(sites), deepest[before - 1] if before else 0.0))
         return weights
 
 

@@ -42,6 +42,10 @@ class _Fate:
     is_exempt: bool = False
 
 
+_Said = dict[tuple[str | None, str], list[Remark]]
+"""Remarks by the names of their nodes and the paths of their layers."""
+
+
 def mechanisms_of(
     graph_module: GraphModule, sites: Sites, reports: Iterable[PassReport]
 ) -> tuple[MechanismCoverage, ...]:
@@ -55,7 +59,7 @@ def mechanisms_of(
     remarks: dict[str, list[Remark]] = {}
     for report in reports:
         remarks.setdefault(report.name, []).extend(report.remarks)
-    asked = {name: remarks[ran] for name, ran in _PASSES.items() if ran in remarks}
+    asked = {name: _by_place(remarks[ran]) for name, ran in _PASSES.items() if ran in remarks}
     if not asked:
         return ()
     weights = [weight for weight in sites.weights_and_reads(directly=False) if _is_synaptic(weight)]
@@ -67,6 +71,13 @@ def mechanisms_of(
         )
         for mechanism, said in asked.items()
     )
+
+
+def _by_place(remarks: list[Remark]) -> _Said:
+    said: _Said = {}
+    for remark in remarks:
+        said.setdefault((remark.node, remark.layer), []).append(remark)
+    return said
 
 
 def _is_synaptic(weight: Weight) -> bool:
@@ -95,12 +106,15 @@ def _counted(mechanism: str, weights: list[list[_Fate]]) -> MechanismCoverage:
     )
 
 
-def _fates(
-    graph_module: GraphModule, mechanism: str, weight: Weight, remarks: list[Remark]
-) -> Iterator[_Fate]:
+def _fates(graph_module: GraphModule, mechanism: str, weight: Weight, remarks: _Said) -> Iterator[_Fate]:
     """Yield what became of a weight; of its free rows and of the others, if both are there."""
     elements = weight.parameter.numel()
-    said = [remark for site in weight.sites for remark in remarks if _is_about(remark, site)]
+    said = [
+        remark
+        for site in weight.sites
+        for remark in remarks.get((site.node.name, site.layer), ())
+        if _is_about(remark, site)
+    ]
     if not _acts(mechanism, weight, said):
         remark = next((remark for remark in said if not remark.is_in_force), None)
         reason = _without_remark(weight) if remark is None else remark.message
@@ -123,9 +137,7 @@ def _acts(mechanism: str, weight: Weight, said: list[Remark]) -> bool:
 
 
 def _is_about(remark: Remark, site: WeightSite) -> bool:
-    """Whether a remark is on a use of a weight; of a layer with several, it begins with the weight's name."""
-    if remark.node != site.node.name or remark.layer != site.layer:
-        return False
+    """Whether a remark at a layer is on a use of a weight; of several, it begins with the weight's name."""
     return not site.kind.is_compound or remark.message.startswith(f"{site.slot.name}: ")
 
 

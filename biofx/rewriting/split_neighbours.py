@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
 
-from biofx.analysis.readouts import readouts_in_doubt
 from biofx.callables import identity
 from biofx.graph.printing import function_name
 from biofx.layers.layer_kind import argument
@@ -35,13 +34,16 @@ class SplittableLayer(LayerUse):
     """Why it cannot be split, whatever the options; None if it can."""
 
 
-def why_not_neighbours(site: WeightSite, graph_module: BioGraphModule, readout: Set[Node]) -> str | None:
+def why_not_neighbours(
+    site: WeightSite, graph_module: BioGraphModule, readout: Set[Node], in_doubt: Mapping[Node, str]
+) -> str | None:
     """Return why the channels of a layer cannot be summed, whatever the options; None if they can.
 
     Args:
         site: of the layer's weight.
         graph_module: the model.
         readout: the nodes with no weights between them and the model's output.
+        in_doubt: the module in Python that decides whether a node is one of these.
     """
     if site.kind.why_no_units:
         return Exempt(site.kind.why_no_units)
@@ -53,7 +55,7 @@ def why_not_neighbours(site: WeightSite, graph_module: BioGraphModule, readout: 
         return Exempt("it is marked as the last module")
     if not site.node.users:
         return "nothing reads its output"
-    if (region := readouts_in_doubt(graph_module).get(site.node)) is not None:
+    if (region := in_doubt.get(site.node)) is not None:
         return f"whether it is an output layer is not known: Python calls {region!r} and what follows it"
     if site.node in readout:
         return Exempt("it is an output layer: no weights between it and the model's output")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import biofx
+from biofx.graph import analysis_cache
 from biofx.graph.analysis_cache import analyses_kept, cached_on_graph
 from biofx.graph.regions import region_paths
 from biofx.layers import sites
@@ -239,3 +240,23 @@ def test_a_transform_with_everything_on_finds_the_sites_once_for_each_graph(
     biofx.transform(model, config)
     assert len(seen) == len(set(seen))
     assert len(seen) >= 4
+
+
+def test_how_often_a_model_is_looked_through_does_not_grow_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watched(analysis_cache._State):
+        def __init__(self, graph_module: GraphModule) -> None:
+            seen.append(graph_module)
+            super().__init__(graph_module)
+
+    seen: list[GraphModule] = []
+    monkeypatch.setattr(analysis_cache, "_State", Watched)
+    config = biofx.BioConfig(
+        weight_splitting_Gamma=2, apply_dales_principle=True, weight_density=0.5, fuzzy_lr_dynamic=True
+    )
+    counts = []
+    for layers in (3, 12):
+        layer = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()]
+        biofx.transform(nn.Sequential(*(copy.deepcopy(module) for module in layer * layers)), config)
+        counts.append(len(seen))
+        seen.clear()
+    assert counts[0] == counts[1] > 0
