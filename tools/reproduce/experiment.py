@@ -136,8 +136,8 @@ class Experiment:
     measures: Mapping[str, Measure]
     """Columns of the table by the names of figures; differences between arms are of the first."""
     validation: str
-    """The figure by which a learning rate is chosen for each arm. Where it is the first measure itself, the
-    table says so."""
+    """The figure by which a learning rate is chosen for each arm: of data that are not reported, or of a
+    whole stream of which each example is predicted before it is learned from."""
     validation_lower_is_better: bool = False
     curves: Mapping[str, str] = field(default_factory=dict)
     """Labels of the plot's axes by the names of curves."""

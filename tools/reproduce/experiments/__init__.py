@@ -1,6 +1,13 @@
 """The experiments by name; each is one file here."""
 
 from reproduce.experiment import Experiment
-from reproduce.experiments import ablations
+from reproduce.experiments import ablations, online_permuted_images, slowly_changing_regression
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (ablations.EXPERIMENT,)}
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        slowly_changing_regression.EXPERIMENT,
+        online_permuted_images.EXPERIMENT,
+        ablations.EXPERIMENT,
+    )
+}

@@ -1,0 +1,96 @@
+"""Learning that goes on: what experiments on streams of data have in common."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import biofx
+from reproduce.arms import build
+from reproduce.experiment import Arm
+
+OFF = biofx.BioConfig(fuzzy_lr_distribution=biofx.Distribution.BASELINE)
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}
+
+
+def arms_of(initial: biofx.BioConfig, *, unit_every: int = 1) -> dict[str, Arm]:
+    """Return the arms of experiments on plasticity.
+
+    Args:
+        initial: in which mechanisms are off, and which says what weights were drawn from.
+        unit_every: steps between two runs of ``rejuvenate_units``, a count; 1e-4 of the mature units are
+            replaced at a step, on average.
+    """
+    weights = (biofx.Rule("rejuvenate_weights", every=1000),)
+    turnover = initial.replace(rejuvenation_turnover=0.01)
+    return {
+        "plain": Arm(control=None),
+        "units": Arm(
+            config=initial.replace(unit_turnover="continual-backprop", unit_turnover_rate=1e-4 * unit_every),
+            rules=(biofx.Rule("rejuvenate_units", every=unit_every),),
+            about="turnover of units by contribution (continual backpropagation)",
+        ),
+        "weights by utility": Arm(
+            config=turnover.replace(rejuvenation_utility="gradient", rejuvenation_redraw="initial"),
+            rules=weights,
+            about="turnover of 1 % of the weights by |weight · gradient|, drawn as at the start",
+        ),
+        "weights by magnitude": Arm(
+            config=turnover,
+            rules=weights,
+            about="turnover of 1 % of the weights by magnitude, new ones as large as the others",
+        ),
+        "shrink and perturb": Arm(
+            config=initial.replace(shrink_factor=0.99, shrink_perturbation=0.05),
+            rules=(biofx.Rule("shrink_and_perturb", every=100),),
+            about="weights shrink to 0.99, and 0.05 of a draw of the initial ones is added",
+        ),
+    }
+
+
+def initialised(model: nn.Sequential) -> nn.Sequential:
+    """Draw weights of linear layers uniformly with He's gain, at the last layer with gain 1; biases are 0."""
+    layers = [layer for layer in model if isinstance(layer, nn.Linear)]
+    for layer in layers:
+        nn.init.kaiming_uniform_(layer.weight, nonlinearity="linear" if layer is layers[-1] else "relu")
+        nn.init.zeros_(layer.bias)
+    return model
+
+
+def learner_of(
+    arm: Arm, make: Callable[[], nn.Module], seed: int, optimizer: str, rate: float
+) -> tuple[nn.Module, Optimizer]:
+    """Return an arm's network in training mode, and its optimizer with the arm's rules attached."""
+    model, observers = build(arm, make, seed)
+    stepping = OPTIMIZERS[optimizer](model.parameters(), lr=rate, weight_decay=arm.weight_decay)
+    if arm.rules or observers:
+        biofx.attach(model, stepping, arm.rules, observers=observers)
+    return model.train(), stepping
+
+
+@torch.no_grad()
+def dead_units(model: nn.Module, inputs: Tensor) -> float:
+    """Return the share of the ReLUs that are 0 for all inputs, in percent."""
+    dead: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: dead.append((output == 0).all(0).float()))
+        for module in model.modules()
+        if isinstance(module, nn.ReLU)
+    ]
+    was_training = model.training
+    # watched inputs of units count in training alone
+    model.eval()(inputs)
+    model.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    return 100 * float(torch.cat(dead).mean())
+
+
+def part_mean(values: Sequence[float], start: float, end: float) -> float:
+    """Return the mean of the values between two fractions of their number; at least of one value."""
+    first = min(len(values) - 1, round(start * len(values)))
+    return statistics.mean(values[first : max(first + 1, round(end * len(values)))])
