@@ -211,7 +211,16 @@ class BioConfig:
         does not prevent loss of plasticity.""",
     )
     rejuvenation_utility_decay: float = option(
-        0.99, FRACTION, "Share of the earlier mean that the utility keeps at a step, dimensionless."
+        0.99,
+        FRACTION,
+        """Share of the earlier mean that the utility keeps when a gradient is taken into it, dimensionless;
+        with 0 it is that of the step at which weights are replaced.""",
+    )
+    rejuvenation_utility_every: int = option(
+        1,
+        Range(1, whole=True),
+        """Optimizer steps from one gradient that is taken into the utility to the next, a count. Each costs a
+        pass over the weight.""",
     )
     rejuvenation_redraw: str = option(
         "survivors",

@@ -240,7 +240,7 @@ class Attachment:
     def _await_gradients(self, *, stops: bool = False) -> None:
         """Let the weights whose connections grow by gradient at the next step collect it, and no others."""
         growing = [rule for rule in self.rules if rule.name == "rejuvenate_weights"]
-        if growing:
+        if growing and any(state.grows_by_gradient for state in self._binding.states.values()):
             awaited = not stops and any(rule.is_due(self.steps) for rule in growing)
             for state in self._stepped().values():
                 state.await_gradient(awaited)

@@ -23,7 +23,7 @@ from biofx.operators.rate_sampling import (
     relative_smallness,
     sampling_options,
 )
-from biofx.operators.sampling import for_each_block, generator_for
+from biofx.operators.sampling import generator_for
 from biofx.operators.sign_ops import write_signs
 from biofx.plasticity.bio_state import BioState
 from biofx.plasticity.initial_weights import ZERO, InitialWeights, initial_weights, shrink_and_perturb
@@ -35,7 +35,7 @@ from biofx.plasticity.rate_rules import (
     volume_factors,
 )
 from biofx.plasticity.rejuvenation import check_finite, protection_for, rejuvenate
-from biofx.plasticity.selection import BelowMean, LowestShare, Utility
+from biofx.plasticity.selection import BelowMean, LowestShare, Utility, follow_utility
 from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
 from biofx.plasticity.turnover import turn_over
 from biofx.plasticity.unit_inputs import broadcast_units, input_strength, synaptic_scaling
@@ -414,7 +414,9 @@ class BioModule(BioState):
     def observe_utility(self) -> None:
         """Follow |weight · gradient| of each synapse, without learning-rate factors; does nothing if unused.
 
-        Attached, each step does it. Entries that are not finite are left out.
+        Attached, each step does it, or each of ``rejuvenation_utility_every``; with a decay of 0, where
+        ``rejuvenate_weights`` has a schedule, only those at which it is due. Entries that are not finite are
+        left out.
         """
         if (utility := self.utility) is None:
             return
@@ -422,19 +424,12 @@ class BioModule(BioState):
         if self.scaled_in_graph:  # where a factor is 0, so is the gradient
             factors = local_part(self._factors(), self.weight).clamp(min=torch.finfo(torch.float32).tiny)
             gradient = gradient / factors.to(gradient.dtype)
-        w, g, flat = weight.reshape(-1), gradient.reshape(-1), held.reshape(-1)
-        share = 1 - self.config.rejuvenation_utility_decay
-
-        def follow(block: slice, _: torch.Generator) -> None:
-            mean = flat[block]
-            product = torch.mul(w[block].to(mean.dtype), g[block]).abs_()
-            if self.gradient_level != 1:
-                product.div_(self.gradient_level)
-            if not product.sum().isfinite():
-                product = torch.where(product.isfinite(), product, mean.clamp(min=0))
-            mean.lerp_(product, 1.0 if mean[0] < 0 else share)
-
-        for_each_block(flat.numel(), follow)
+        follow_utility(
+            held,
+            weight,
+            gradient if self.gradient_level == 1 else gradient / self.gradient_level,
+            decay=self.config.rejuvenation_utility_decay,
+        )
 
     # rules on weights
 

@@ -104,6 +104,7 @@ class OptimizerStep:
     """
 
     def __init__(self, number: int, rules: tuple[Rule, ...], group: Any, *, watched: bool) -> None:
+        self._number = number
         self._scheduled = {rule.name for rule in rules}
         self._due = [rule.name for rule in rules if rule.is_due(number)]
         self._group, self._watched = group, watched
@@ -147,8 +148,10 @@ class OptimizerStep:
     def _prepare(self, optimizer: Optimizer, stepped: _Weight, gradient: Tensor) -> None:
         bound, layer = stepped.bound, stepped.layer
         state, weight = bound.state, bound.weight
-        state.unscale_probe()
-        state.observe_utility()
+        if state.connection_probe is not None:
+            state.unscale_probe()
+        if state.config.rejuvenation_utility == "gradient" and self._sees_utility(state):
+            state.observe_utility()
         if self._watched:
             layer.gradient_norm = norm_of_part(local(gradient), gradient)
         in_parts = not self._reads_all(state)
@@ -181,6 +184,13 @@ class OptimizerStep:
         self._gradients.append((weight, gradient, own))
         weight.grad = own
         return own
+
+    def _sees_utility(self, state: BioModule) -> bool:
+        """Whether the running mean by which weights are judged takes this step's gradient."""
+        rule, config = "rejuvenate_weights", state.config
+        if config.rejuvenation_utility_decay == 0 and rule in self._scheduled:
+            return rule in self._due  # no other gradient matters
+        return self._number % config.rejuvenation_utility_every == 0
 
     def _reads_all(self, state: BioModule) -> bool:
         """Whether a rule that is due before this step needs all of a sharded weight or gradient."""

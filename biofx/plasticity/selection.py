@@ -20,8 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+_BLOCK = 1 << 15
+"""Elements of a block, whose memory is not fetched from the system each time."""
 _SAMPLE = 1 << 16
 _SMALLEST = 1e-12
+_HALVINGS = 32
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Utility:
             return largest * float((finite / largest).square().mean().sqrt()) / protection
         part = finite[:: max(1, len(finite) // _SAMPLE)] / largest
         low, high = math.log(_SMALLEST), -math.log(_SMALLEST)
-        for _ in range(60):
+        for _ in range(_HALVINGS):
             middle = (low + high) / 2
             chance = float((-part / math.exp(middle)).exp().mean())
             low, high = (middle, high) if chance < self.turnover else (low, middle)
@@ -68,6 +71,33 @@ class Utility:
         others = self.values.reshape(-1)[settled]
         mean = others.mean() if len(others) else self.values.mean()
         self.values.put_(places, mean.expand(len(places)))
+
+
+def follow_utility(utility: Tensor, weight: Tensor, gradient: Tensor, *, decay: float) -> None:
+    """Move a running mean of |weight · gradient| on, in place; entries that are not finite are left out.
+
+    Args:
+        utility: shaped like ``weight``; its first look is at negative numbers, and takes what it sees.
+        weight: real.
+        gradient: shaped like ``weight``.
+        decay: share of the earlier mean that stays.
+    """
+    parts = [tensor.reshape(-1) for tensor in (utility, weight, gradient)]
+    if utility.device.type != "cpu":  # in one piece, and without waiting for the device
+        mean, product = parts[0], _product(*parts)
+        product = torch.where(product.isfinite(), product, mean.clamp(min=0))
+        mean.copy_(torch.where(mean < 0, product, mean.lerp(product, 1 - decay)))
+        return
+    is_first = utility.numel() > 0 and float(parts[0][0]) < 0
+    for block in zip(*(part.split(_BLOCK) for part in parts), strict=True):
+        mean, product = block[0], _product(*block)
+        if not math.isfinite(product.sum()):
+            product = torch.where(product.isfinite(), product, mean.clamp(min=0))
+        mean.lerp_(product, 1.0 if is_first else 1 - decay)
+
+
+def _product(mean: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+    return torch.mul(weight.to(mean.dtype), gradient).abs_()
 
 
 def judged(weight: Tensor, utility: Utility | None, stays: Tensor | None) -> Tensor:

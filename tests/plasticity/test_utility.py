@@ -211,6 +211,27 @@ def test_gradients_that_are_not_finite_are_left_out() -> None:
     assert torch.equal(state.utility, before)
 
 
+def test_each_few_steps_or_only_when_it_matters() -> None:
+    """Every third gradient is seen; with a decay of 0, that of the step at which weights are replaced."""
+    rule = biofx.Rule("rejuvenate_weights", every=4, after=2)
+    for options, rules, seen in (
+        ({"rejuvenation_utility_every": 3}, [], [0, 3, 6]),
+        ({"rejuvenation_utility_every": 3}, [biofx.Rule("rejuvenate_weights", after=100)], [0, 3, 6]),
+        ({"rejuvenation_utility_decay": 0.0}, [rule], [2, 6]),
+        ({"rejuvenation_utility_decay": 0.0}, [], list(range(7))),
+    ):
+        bio = made(rejuvenation_turnover=1e-3, **options)
+        optimizer = torch.optim.SGD(bio.parameters(), lr=0.05)
+        biofx.attach(bio, optimizer, rules)
+        utility, changed = bio.get_submodule("2").bio_mod.utility, []
+        for step in range(7):
+            before = utility.clone()
+            train(bio, optimizer, range(step, step + 1))
+            if (utility != before).double().mean() > 0.1:
+                changed.append(step)
+        assert changed == seen, options
+
+
 def test_seeds() -> None:
     weights = []
     for seed in (0, 0, 1):

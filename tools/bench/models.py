@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import biofx
 
 WIDTHS = (64, 128, 128, 256, 256)
 
@@ -31,6 +34,12 @@ def fully_connected(share: int = 1, *, width: int = 3000) -> nn.Module:
     return nn.Sequential(
         *(nn.Linear(3072, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 100))
     )
+
+
+def perceptron(*widths: int) -> nn.Sequential:
+    """Return linear layers between these widths, with ReLU between them."""
+    layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
 
 
 class RateNetwork(nn.Module):
@@ -111,15 +120,25 @@ def resnet18_of_settings() -> nn.Module:
 
 
 def training_step(
-    model: nn.Module, x: Tensor, *, rules: tuple[str, ...] = (), compiled: bool = False
+    model: nn.Module,
+    x: Tensor,
+    *,
+    rules: tuple[str, ...] = (),
+    attached: tuple[biofx.Rule, ...] | None = None,
+    compiled: bool = False,
 ) -> Callable[[], None]:
-    """Return a step of plain gradient descent; ``rules`` are methods called between backward and step."""
+    """Return a step of plain gradient descent; ``rules`` are methods called between backward and step.
+
+    With a schedule in ``attached``, ``biofx.attach`` runs its rules.
+    """
     model = model.to(x.device).train()
     call: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
     with torch.no_grad():
         classes = model(x[:2]).shape[1]
     labels = torch.randint(0, classes, (len(x),), generator=torch.Generator().manual_seed(0)).to(x.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    if attached is not None:
+        biofx.attach(model, optimizer, attached)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -16,6 +16,7 @@ from models import (
     convolutions,
     fully_connected,
     inference,
+    perceptron,
     resnet18,
     resnet18_of_settings,
     training_step,
@@ -68,6 +69,7 @@ def works(device: torch.device, *, compiled: bool) -> Iterator[Work]:
         yield from _guards(device)
         yield _observed_runs()
         yield from _rules(vectors)
+        yield from _turnover_of_weights(device)
 
 
 def series(device: torch.device) -> Iterator[Work]:
@@ -242,3 +244,52 @@ def _rules(x: Tensor) -> Iterator[Work]:
         candidates = {name: getattr(model, rule) for name, model in models.items()}
         against = "biofx" if package is None else "reference"
         yield Work(f"FCNet, {rule}", candidates, against, {"biofx": goals[rule]} if rule in goals else {})
+
+
+def _turnover_of_weights(device: torch.device) -> Iterator[Work]:
+    """Yield the steps between two turnovers of weights, and a turnover against a step.
+
+    Of the networks of experiments on loss of plasticity; a turnover every 1000 steps may cost 5 % of these.
+    """
+    never = (biofx.Rule("rejuvenate_weights", after=10**9),)
+    utility = {**_UNSCALED, "rejuvenation_utility": "gradient", "rejuvenation_redraw": "initial"}
+    for widths, size in (((784, 500, 500, 10), 100), ((784, 100, 100, 100, 10), 30)):
+        torch.manual_seed(0)
+        plain, x = perceptron(*widths), torch.randn(size, 784).to(device)
+
+        def made(plain: nn.Module = plain, **options: Any) -> nn.Module:
+            return biofx.transform(plain, biofx.BioConfig(**{**utility, **options})).graph_module
+
+        candidates: dict[str, Callable[[], object]] = {
+            "plain": training_step(plain, x),
+            "attached": training_step(made(rejuvenation_utility="magnitude"), x, attached=never),
+            "utility of the step": training_step(made(rejuvenation_utility_decay=0.0), x, attached=never),
+            "mean of every 10th": training_step(made(rejuvenation_utility_every=10), x, attached=never),
+            "mean of every step": training_step(made(), x, attached=never),
+        }
+        name = f"{'-'.join(map(str, widths))}, batch of {size}"
+        goals = {"utility of the step": 1.05, "mean of every 10th": 1.05}
+        candidates = {key: _ten_times(step) for key, step in candidates.items()}
+        yield Work(f"{name}, 10 steps between turnovers of weights", candidates, "attached", goals)
+        turnovers: dict[str, Callable[[], object]] = {"step": training_step(plain, x)}
+        for kind, options in _SELECTIONS.items():
+            model: Any = made(**options)
+            training_step(model, x, attached=())()
+            turnovers[kind] = model.rejuvenate_weights
+        yield Work(f"{name}, a turnover", turnovers, "step", dict.fromkeys(_SELECTIONS, 50))
+
+
+def _ten_times(step: Callable[[], object]) -> Callable[[], object]:
+    def steps() -> None:
+        for _ in range(10):
+            step()
+
+    return steps
+
+
+_SELECTIONS: dict[str, dict[str, Any]] = {
+    "by chance, magnitude": {"rejuvenation_utility": "magnitude"},
+    "by chance": {"rejuvenation_turnover": 0.01},
+    "proportion": {"rejuvenation_selection": "proportion", "rejuvenation_turnover": 0.01},
+    "threshold": {"rejuvenation_selection": "threshold", "rejuvenation_threshold": 1e-3},
+}
