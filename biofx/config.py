@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from biofx import toml
 from biofx.callables import callable_to_text, identity
+from biofx.consolidation_options import ConsolidationOptions
 from biofx.errors import OptionError, SelectorError, suggest
 from biofx.operators.mask_ops import GROWTHS, MASK_INITIALISATIONS
 from biofx.operators.rate_sampling import CHANGING, GRANULARITIES, INDEPENDENT, Distribution
@@ -73,7 +74,7 @@ def _refusing_unknown_fields(cls: type[ConfigT]) -> type[ConfigT]:
 @with_documented_options
 @_refusing_unknown_fields
 @dataclass(frozen=True, kw_only=True)
-class BioConfig:
+class BioConfig(ConsolidationOptions):
     """Every option of every mechanism, with the user guide's names and the reference package's defaults.
 
     A mechanism is off by default where its paper calls it optional: ``weight_splitting_Gamma`` of 0 or 1,
@@ -477,6 +478,7 @@ class BioConfig:
         if self.fuzzy_lr_dtype == FROM_SEED:
             check_drawn_again("fuzzy_lr_dtype", self.fuzzy_lr_distribution)
         self._check_selection()
+        self.check_consolidation()
 
     def _check_selection(self) -> None:
         """Check that how weights are selected has its amount, and no other that would have no effect."""

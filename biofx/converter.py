@@ -21,6 +21,7 @@ from biofx.passes import ScaleGradients
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import bio_modules
 from biofx.rewriting.compile_config import compile_config, configure_layers
+from biofx.rewriting.held_parameters import hold_parameters
 from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.record import add_step, matches_of, remembering_config
 from biofx.rewriting.reproducer import reproducing
@@ -129,6 +130,7 @@ class BioConverter:
                 with reproducing(lambda: capture(model), in_graph):
                     converted, report = in_graph.on_own(captured)
                 _draw(converted, depths)
+                hold_parameters(converted, config)
         add_step(converted, type(self).__qualname__, in_graph, config, matches=matches, unmet=report.unmet)
         return converted
 
@@ -160,6 +162,7 @@ def _draw(converted: BioGraphModule, depths: Mapping[str, float]) -> None:
         if state.parameter is not None and not state.scaled_in_graph:
             state.depth = depths.get(state.path, 0.0)
             state.draw()
+            state.hold_from_here()
 
 
 def _converting_class(converter: BioConverter, original: type[nn.Module]) -> type[nn.Module]:

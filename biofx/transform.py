@@ -18,6 +18,7 @@ from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
 from biofx.rewriting.compile_config import PassChoice, choose_passes, configure_layers
+from biofx.rewriting.held_parameters import hold_parameters
 from biofx.rewriting.pass_base import PassResult
 from biofx.rewriting.pipeline import Observer, Pipeline
 from biofx.rewriting.record import add_step, matches_of, remembering, remembering_config
@@ -93,6 +94,7 @@ def transform(
     def configured(sites: Sites) -> None:
         if checked is not None:
             configure_layers(captured, checked, sites)
+            hold_parameters(captured, checked)
 
     captured = capture(
         model,

@@ -20,6 +20,16 @@ from biofx.errors import SelectorError
 from biofx.select import Candidate, Override
 
 DEFAULTS: dict[str, Any] = {
+    "consolidation": "off",
+    "consolidation_strength": 1.0,
+    "consolidation_effect": "pull",
+    "consolidation_parameters": "all",
+    "consolidation_damping": 0.1,
+    "consolidation_decay": 1.0,
+    "upgd_utility_decay": 0.999,
+    "upgd_noise": 1e-3,
+    "upgd_scaling": "network",
+    "l2_to_initial_strength": 0.0,
     "fuzzy_learning_rate_factor_nu": 0.16,
     "fuzzy_lr_distribution": Distribution.UNIFORM,
     "fuzzy_lr_dynamic": False,
@@ -79,6 +89,16 @@ DEFAULTS: dict[str, Any] = {
     "overrides": (),
 }
 CHANGED: dict[str, Any] = {
+    "consolidation": "elastic",
+    "consolidation_strength": 5000.0,
+    "consolidation_effect": "rates",
+    "consolidation_parameters": "weights",
+    "consolidation_damping": 1e-3,
+    "consolidation_decay": 0.0,
+    "upgd_utility_decay": 0.0,
+    "upgd_noise": 0.0,
+    "upgd_scaling": "layer",
+    "l2_to_initial_strength": 0.01,
     "fuzzy_learning_rate_factor_nu": 0.25,
     "fuzzy_lr_distribution": Distribution.LOGNORMAL,
     "fuzzy_lr_dynamic": True,

@@ -34,6 +34,7 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.model.rollback import unchanged_on_failure
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.model_states import bio_modules, prepare_states, unwrapped
+from biofx.rewriting.held_parameters import hold_again
 from biofx.rewriting.plain_passes import config_from_plain, config_to_plain, pass_from_plain, same_options
 from biofx.rewriting.record import ATTRIBUTE, TransformRecord, TransformStep, record_of
 from biofx.transform import transform
@@ -163,6 +164,7 @@ def _made_from(saved: Checkpoint, model: nn.Module, rate_type: str | None) -> Bi
     configs = {path: config_from_plain(options) for path, options in rules.items()}
     made = _make_again(record, model)
     check_same_making(saved.record, made, any_rate_type=rate_type is not None)
+    hold_again(made, configs.items())
     states = prepare_states(made)
     _check_weights(saved, states)
     for path, state in states.items():

@@ -13,6 +13,7 @@ from biofx.options import Choice
 from biofx.plasticity.attachment import Attachment, attachments_of, watch
 from biofx.plasticity.binding import Binding
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.consolidated_state import HOLDING, OF_TASKS
 from biofx.plasticity.model_states import describe_reasons, exposed_rules, prepare_states, unwrapped
 from biofx.plasticity.optimizer_step import Observer, Rule
 from biofx.plasticity.optimizers import stepping_optimizer
@@ -83,6 +84,10 @@ def attach(
             raise OptionError(f"schedule: no layer offers a rule {rule.name!r}{suggest(rule.name, known)}")
         if rule.name == "fuzzy_learning_rates":
             raise OptionError("schedule: fuzzy_learning_rates acts at every step already; leave it out")
+        if rule.name in HOLDING and rule.every != 1:
+            raise OptionError(
+                f"schedule: {rule.name} acts at every step: expected every=1, found every={rule.every}"
+            )
     if decay not in ("scaled", "free"):
         raise OptionError(f"decay: expected 'scaled' or 'free', found {decay!r}")
     Choice(UPDATES).check("updates", updates)
@@ -99,11 +104,14 @@ def attach(
             earlier.detach()
     group = group_to_agree_with(model, states.values())
     names = list(dict.fromkeys(rule.name for rule in rules))
+    gates = not OF_TASKS.isdisjoint(names) and any(
+        state.config.consolidation_effect == "rates" for state in states.values()
+    )
     binding = Binding(
         states,
         free_decay=decay == "free",
         exponentiated=updates == "exponentiated",
-        always_scales=not {"crystallize", "volume_dependent_lr"}.isdisjoint(names),
+        always_scales=not {"crystallize", "volume_dependent_lr", "upgd"}.isdisjoint(names) or gates,
     )
     bound = binding.bind(stepping)
     if not bound and states and all(state.parameter is None for state in states.values()):

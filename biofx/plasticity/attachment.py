@@ -6,7 +6,7 @@ import copy
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from types import FrameType
 from typing import Any
@@ -15,10 +15,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from biofx.errors import PlasticityError
-from biofx.plasticity.binding import Binding
+from biofx.plasticity.binding import Binding, Bound
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.consolidated_state import OF_TASKS, RULES
 from biofx.plasticity.optimizer_step import Observer, OptimizerStep, Rule
 from biofx.plasticity.optimizers import unscale_or_skip
+from biofx.plasticity.tasks import Loss, begin_task
 
 
 class Attachment:
@@ -40,6 +42,7 @@ class Attachment:
         self.steps = 0
         """Optimizer steps so far, a count."""
         self.rules = rules
+        self._begun: set[str] = set()
         self.is_copy = False
         """Whether it was copied with its model and optimizer."""
         self._binding, self._observers, self._group = binding, observers, group
@@ -73,6 +76,38 @@ class Attachment:
         self._binding.release()
         if optimizer is not None:
             _let_go(optimizer, self)
+
+    def begin_task(self, batches: Iterable[Any] | None = None, loss: Loss | None = None) -> None:
+        """Begin a task: what was learned so far becomes important, for rules of consolidation.
+
+        To be called before the first step, and then whenever the task changes; no step is taken without.
+        What importance follows from is in :mod:`biofx.plasticity.consolidation`: ``synaptic_intelligence``
+        takes it from the steps of the task that ends. ``elastic_consolidation`` takes the mean, over the
+        samples of the batches, of the squared gradient of -log p: of the given label by ``loss`` (the
+        empirical Fisher information), or without a loss of a label that is drawn from the model's output,
+        taken as logits (its definition). Without batches it takes the squared gradients of the steps, which
+        are those of means over batches and so smaller. ``memory_aware`` needs batches.
+
+        Samples go through the model one by one, in evaluation; gradients, random states and modes stay.
+
+        Args:
+            batches: of the task that ends, tensors of inputs ``(samples, *)`` or pairs of inputs and targets
+                ``(samples, *)``. Replicas of a DDP run give each their own; sharded models all the same.
+            loss: from the output for a sample and its target, both with an axis of 1 in front, to its -log p.
+
+        Raises:
+            PlasticityError: no scheduled rule needs it, or something that it needs is missing or of another
+                kind; nothing has been changed.
+            NonFiniteWeightError: importance has become NaN or infinite; nothing has been changed.
+        """
+        begin_task(
+            self._model,
+            self._stepped().values(),
+            [rule.name for rule in self.rules],
+            batches,
+            loss,
+            self._group,
+        )
 
     # saved and loaded
 
@@ -115,6 +150,7 @@ class Attachment:
         for path, entry in saved.items():
             states[path].memory.restore(entry, states[path].weight.device)
         self.steps = int(state["steps"])
+        self._begun = set()
         self._await_gradients()
 
     def _stepped(self) -> dict[str, BioModule]:
@@ -220,9 +256,24 @@ class Attachment:
         watched = any(
             not hasattr(observer, "is_due") or observer.is_due(self.steps) for observer in self._observers
         )
+        self._refuse_without_task(bound)
         step = OptimizerStep(self.steps, self.rules, self._group, watched=watched)
         step.prepare(optimizer, bound)
         self._step = step
+
+    def _refuse_without_task(self, bound: Mapping[str, Bound]) -> None:
+        """Refuse a step of weights that are to be consolidated and of which no task has begun."""
+        methods = {RULES[rule.name]: rule.name for rule in self.rules if rule.name in OF_TASKS}
+        for path in bound.keys() - self._begun if methods else ():
+            state = bound[path].state
+            method = state.config.consolidation
+            if method in methods and state.task_counts is not None and not state.has_begun_task:
+                raise PlasticityError(
+                    f"{methods[method]} consolidates {path!r} at the end of each task: expected "
+                    "plasticity.begin_task() before the first step, and whenever the task changes, found no "
+                    "call of it"
+                )
+            self._begun.add(path)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Finish the step that :meth:`_before_step` has prepared, unless it is skipped."""

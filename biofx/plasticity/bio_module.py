@@ -25,7 +25,7 @@ from biofx.operators.rate_sampling import (
 )
 from biofx.operators.sampling import generator_for
 from biofx.operators.sign_ops import write_signs
-from biofx.plasticity.bio_state import BioState
+from biofx.plasticity.consolidated_state import HOLDING, ConsolidatedState
 from biofx.plasticity.initial_weights import ZERO, InitialWeights, initial_weights, shrink_and_perturb
 from biofx.plasticity.optimizers import forget_direction, lend_step_sizes
 from biofx.plasticity.rate_rules import (
@@ -42,7 +42,7 @@ from biofx.plasticity.unit_inputs import broadcast_units, input_strength, synapt
 from biofx.plasticity.unit_turnover import NOT_WATCHED, UnitTurnover
 
 _UPDATE = "update_fuzzy_learning_rates"
-_NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize"})
+_NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize", *HOLDING})
 _CHANGE_FACTORS = frozenset({"update_fuzzy_learning_rates", "crystallize"})
 _NEED_SYNAPSES = frozenset(
     {"rejuvenate_weights", "synaptic_scaling", "enforce_dales_principle", "shrink_and_perturb"}
@@ -50,7 +50,7 @@ _NEED_SYNAPSES = frozenset(
 _NEED_FACTORS = _CHANGE_FACTORS | {"fuzzy_learning_rates"}
 
 
-class BioModule(BioState):
+class BioModule(ConsolidatedState):
     """State and rules of one weight's plasticity, kept in the layer as ``layer.bio_mod``.
 
     Every rule returns how many synapses it touched, and raises a :class:`PlasticityError` where
@@ -71,6 +71,7 @@ class BioModule(BioState):
         "enforce_dales_principle",
         "synaptic_scaling",
         "shrink_and_perturb",
+        *HOLDING,
     )
     """Methods that a converted model offers, calling them on every layer."""
 
@@ -108,6 +109,10 @@ class BioModule(BioState):
             return "its weight is computed by a parametrization, not a parameter"
         if not self.weight.requires_grad and rule != "enforce_dales_principle":
             return "its weight is frozen"
+        if rule in HOLDING:
+            return self.why_not_held(rule)
+        if self.only_held:
+            return "it is no weight of a layer, and only rules that hold parameters back act on it"
         if self.why_no_synapses and rule in _NEED_SYNAPSES:
             return self.why_no_synapses
         if rule == "rejuvenate_units":
@@ -184,8 +189,10 @@ class BioModule(BioState):
     def keep_buffers(self) -> None:
         """Add or remove the buffers that rules with these options need."""
         self.keep_diversity()
+        self.keep_consolidation()
         weight, held = self.parameter, self.utility
-        if self.config.rejuvenation_utility != "gradient" or weight is None or weight.is_complex():
+        judges = self.config.rejuvenation_utility == "gradient" and not self.only_held
+        if not judges or weight is None or weight.is_complex():
             self.utility = None
         elif held is None or held.shape != weight.shape:
             dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -205,7 +212,7 @@ class BioModule(BioState):
 
     def provide_factors(self) -> None:
         """Give every synapse a rate that can be dampened, where it has no factor."""
-        if not self.has_rates:
+        if not self.has_rates and not self.only_held:
             self._start_dampening()
 
     def _start_dampening(self) -> Tensor:
@@ -484,6 +491,7 @@ class BioModule(BioState):
                 lend_step_sizes(optimizer, self.weight, moved.new, settled.nonzero().flatten())
         if optimizer is not None:
             forget_direction(optimizer, self.weight, replaced)
+        self.forget_importance(replaced)
         return count
 
     @property

@@ -23,6 +23,7 @@ from biofx.plasticity.saved_state import (
     DRAW,
     EXTRA,
     FACTORS,
+    HELD_BACK,
     MASK,
     RATE_BUFFERS,
     SIGNS,
@@ -36,11 +37,14 @@ from biofx.plasticity.saved_state import (
 )
 
 _OF_TURNOVER = ("unit_utility", "unit_age", "units_due", "input_activity", "weights_due")
-_BUFFERS = (*RATE_BUFFERS, *SIGNS, "noise", "activity", DIVERSITY, MASK, UTILITY, *_OF_TURNOVER)
+_BUFFERS = (
+    *(*RATE_BUFFERS, *SIGNS, "noise", "activity", DIVERSITY, MASK, UTILITY, *_OF_TURNOVER),
+    *(*HELD_BACK, "task_counts"),
+)
 _OF_UNITS = (*SIGNS, MASK)
 """The buffers that follow from the graph."""
 _DERIVED = ("unit_index", "constrained_rows", "connection_probe")
-PER_SYNAPSE = (FACTORS, "noise", DIVERSITY, UTILITY)
+PER_SYNAPSE = (FACTORS, "noise", DIVERSITY, UTILITY, *HELD_BACK)
 """The buffers that have an entry for each synapse, or for each that shares a factor."""
 SUB_WEIGHT = "sub_weight_"
 """How the names begin under which a state holds sub-weights."""
@@ -96,6 +100,12 @@ class BioState(nn.Module):
     ``input_activity``
         What :func:`~biofx.operators.observed_inputs.observe_inputs` has seen of what the weight reads,
         ``(4, input channels)``.
+    ``importance``, ``task_importance``, ``anchor_weight``, ``task_counts``
+        Where weights are consolidated (``consolidation``): of each synapse its importance for earlier tasks,
+        or its utility (UPGD), what the current task has told of it so far, and its value when the task began,
+        shaped like the weight; and how many tasks have begun, and steps in this one, int64, ``(2,)``.
+    ``initial_weight``
+        The weight at the start, shaped like it; only where ``l2_to_initial_strength`` is above 0.
     ``connection_mask``
         1 for each connection that exists, 0 for each that is missing and may grow, -1 for each that never
         can; float32, shaped like the weight.
@@ -141,6 +151,11 @@ class BioState(nn.Module):
         input_activity: Tensor | None
         connection_probe: Tensor | None
         utility: Tensor | None
+        importance: Tensor | None
+        task_importance: Tensor | None
+        anchor_weight: Tensor | None
+        task_counts: Tensor | None
+        initial_weight: Tensor | None
         sign_layout: dict[str, int]
 
     def __init__(
@@ -450,7 +465,7 @@ class BioState(nn.Module):
         for table, names in tables:
             values.update({name: table[name] for name in names if _has_values(table[name])})
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in _OF_TURNOVER:  # running means with steps too small for half precision
+        for name in (*_OF_TURNOVER, *HELD_BACK):  # running means with steps too small for half precision
             held = self._buffers[name]
             if held is not None and held.is_floating_point() and held.element_size() < _FULL:
                 self._buffers[name] = held.float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.optim import Optimizer
 from biofx.options import Range
 from biofx.plasticity.binding import Bound
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.consolidated_state import HOLDING
+from biofx.plasticity.holding_step import HoldingStep
 from biofx.plasticity.optimizers import may_move_without_gradient
 from biofx.plasticity.ranks import average_activity, average_inputs, sum_probe, whole
 from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part
@@ -108,6 +111,7 @@ class OptimizerStep:
         self._scheduled = {rule.name for rule in rules}
         self._due = [rule.name for rule in rules if rule.is_due(number)]
         self._group, self._watched = group, watched
+        self._holding = HoldingStep(self._due, group)
         self._weights: dict[str, _Weight] = {}
         self._gradients: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -120,6 +124,7 @@ class OptimizerStep:
     def prepare(self, optimizer: Optimizer, bound: Mapping[str, Bound]) -> None:
         """Run the rules on gradients, then multiply the gradients that factors act on."""
         try:
+            self._holding.observe(bound.values())
             for path, weight in bound.items():
                 if weight.weight.grad is not None:
                     stepped = self._weights[path] = _Weight(weight, LayerStep(weight.state))
@@ -135,7 +140,7 @@ class OptimizerStep:
         for stepped in self._weights.values():
             self._finish(optimizer, stepped)
         for name in self._due:
-            if name not in _BUILT_IN:
+            if name not in (*_BUILT_IN, *HOLDING):
                 self._run_on_weights(name, optimizer)
 
     def _restore_gradients(self) -> None:
@@ -164,8 +169,11 @@ class OptimizerStep:
                 multiplier = self._level_update(bound, multiplier)
             if bound.way is Way.GRADIENT and may_move_without_gradient(optimizer, weight):
                 stepped.frozen = _frozen(state, weight)
+        own = partial(self._own_gradient, bound)
+        multiplier = self._holding.change(bound, layer.touched, own, multiplier, in_graph=not is_unscaled)
         scales_update = multiplier is not None and bound.way is Way.UPDATE
-        if scales_update or self._watched or bound.is_exponentiated or stepped.frozen is not None:
+        compares = scales_update or stepped.frozen is not None or self._holding.follows(state)
+        if compares or self._watched or bound.is_exponentiated:
             stepped.before = remember(optimizer, bound.group, weight)
         if scales_update:
             stepped.multiplier = multiplier
@@ -225,7 +233,7 @@ class OptimizerStep:
         """Return what gradient or update is to be multiplied by, None for nothing."""
         state = bound.state
         factors = None if done_in_graph else state.acting_factors
-        if "volume_dependent_lr" not in self._due:
+        if "volume_dependent_lr" not in self._due or state.only_held:
             return factors
         volume = state.volume_factors()
         layer.touched["volume_dependent_lr"] = volume.numel()
@@ -251,9 +259,11 @@ class OptimizerStep:
             exponentiate(weight, before.weight, local_part(signs, bound.weight))
         if self._watched and before is not None:
             layer.update_norm = norm_of_part(weight - before.weight, bound.weight)
-        stepped.before = stepped.multiplier = stepped.frozen = None
         if layer.state.is_constrained:
             layer.run("enforce_dales_principle")
+        if before is not None:
+            self._holding.finish(layer.state, before.weight, weight)
+        stepped.before = stepped.multiplier = stepped.frozen = None
 
     def _run_on_weights(self, name: str, optimizer: Optimizer) -> None:
         if name == "rejuvenate_weights":

@@ -26,6 +26,8 @@ DIVERSITY = "diversity"
 SIGNS = ("sign", "local_sign")
 MASK = "connection_mask"
 UTILITY = "utility"
+HELD_BACK = ("importance", "anchor_weight", "task_importance", "initial_weight")
+"""What is kept of each synapse to hold it back."""
 EXTRA = "_extra_state"
 OLDER = ("steps", "events", "target_strength")
 """Names that older versions saved, and that are in the extra state now."""
