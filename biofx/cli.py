@@ -21,9 +21,9 @@ from rich.console import Console
 from torch import nn
 
 from biofx._version import __version__
-from biofx.capture.random_state import preserved_random_state
 from biofx.config import BioConfig
 from biofx.errors import BiofxError, InputError, OptionError, suggest
+from biofx.random_state import preserved_random_state
 from biofx.rewriting.pass_text import parse_value
 
 

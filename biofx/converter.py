@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from torch import nn
 
 from biofx.capture.capture import capture
-from biofx.capture.random_state import preserved_random_state
 from biofx.config import BioConfig
 from biofx.errors import InputError
 from biofx.layers import dense_kind_of
@@ -20,6 +19,7 @@ from biofx.model.region_parts import joined
 from biofx.passes import ScaleGradients
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import bio_modules
+from biofx.random_state import preserved_random_state
 from biofx.rewriting.compile_config import compile_config, configure_layers
 from biofx.rewriting.held_parameters import hold_parameters
 from biofx.rewriting.pipeline import Pipeline

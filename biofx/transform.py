@@ -10,13 +10,13 @@ from torch import nn
 
 from biofx.capture.capture import capture
 from biofx.capture.example_inputs import ExampleInputs
-from biofx.capture.random_state import preserved_random_state
 from biofx.config import BioConfig
 from biofx.errors import OptionError, PassError
 from biofx.foreign_errors import foreign_errors_wrapped
 from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
+from biofx.random_state import preserved_random_state
 from biofx.rewriting.compile_config import PassChoice, choose_passes, configure_layers
 from biofx.rewriting.held_parameters import hold_parameters
 from biofx.rewriting.pass_base import PassResult

@@ -21,7 +21,6 @@ from biofx.capture.attribute_reads import guard_reads
 from biofx.capture.example_inputs import ExampleInputs
 from biofx.capture.intercepted_calls import caches_bypassed
 from biofx.capture.observe import observe, observe_without_example
-from biofx.capture.random_state import preserved_random_state
 from biofx.capture.record_capture import capture_recorded
 from biofx.capture.refused_models import (
     check_conflicts,
@@ -41,6 +40,7 @@ from biofx.graph.regions import GRAPH_BREAKS, graph_breaks_of, region_paths
 from biofx.layers.sites import find_sites
 from biofx.model.graph_module import BioGraphModule, become_graph_module, follow_changes_within
 from biofx.model.modes import switches_of
+from biofx.random_state import preserved_random_state
 from biofx.static_inspection import is_of
 
 

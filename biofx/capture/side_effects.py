@@ -13,9 +13,9 @@ from torch.jit import ScriptModule
 
 from biofx.capture.attribute_reads import ObservedAttribute
 from biofx.capture.bytecode import globals_mentioned
-from biofx.capture.random_state import RandomGenerator, generator_in, global_generators
 from biofx.errors import CaptureError
 from biofx.graph.regions import joined_path
+from biofx.random_state import RandomGenerator, generator_in, global_generators
 from biofx.static_inspection import (
     attributes_of,
     bases_outside_torch,

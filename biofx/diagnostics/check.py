@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from biofx.capture.random_state import preserved_random_state
 from biofx.diagnostics import check_masks, check_signs, check_states
 from biofx.diagnostics.audit import Audit, Finding, Subject, Uses, finding, invariant, owner_of
 from biofx.errors import InputError
@@ -22,6 +21,7 @@ from biofx.operators.split_ops import pool_synapses
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import unwrapped
 from biofx.plasticity.ranks import whole_weights
+from biofx.random_state import preserved_random_state
 from biofx.rewriting.record import TransformStep, record_of
 
 

@@ -17,12 +17,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, distributed, nn
 
-from biofx.capture.random_state import preserved_random_state
 from biofx.errors import PlasticityError
 from biofx.operators.sampling import generator_for
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.consolidated_state import OF_TASKS, RULES
 from biofx.plasticity.shards import is_sharded, local
+from biofx.random_state import preserved_random_state
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From the output for one sample and its target, both with a batch axis of 1, to -log p, of shape ``()``."""

@@ -16,6 +16,7 @@ from biofx.plasticity.bio_state import rule_config
 from biofx.plasticity.model_states import bio_module_at, bio_modules, is_taken
 from biofx.select import NodeIndex, module_calls
 
+_ASKING = frozenset({"consolidation", "l2_to_initial_strength"})
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -29,8 +30,8 @@ def hold_parameters(graph_module: BioGraphModule, config: BioConfig) -> None:
     Raises:
         SelectorError: an override's selector matches nothing.
     """
-    given = [config, *(config.replace(**dict(override.options)) for override in config.overrides)]
-    if not any(map(_holds, given)):
+    asking = any(not _ASKING.isdisjoint(dict(override.options)) for override in config.overrides)
+    if not asking and not _holds(config):
         return
     index = NodeIndex(graph_module)
     matches = [index.matches(override.selector) for override in config.overrides]

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from biofx.capture.random_state import RandomGenerator, generator_in, preserved_random_state
+from biofx.random_state import RandomGenerator, generator_in, preserved_random_state
 
 NUMPY, LEGACY = numpy.random.default_rng(1), numpy.random.RandomState(1)
 PYTHON, TORCH = random.Random(1), torch.Generator()
