@@ -184,6 +184,16 @@ class ConsolidatedState(BioState):
         if self.anchor_weight is not None:
             _put(self.anchor_weight, chosen, self.weight.detach())
 
+    @torch.no_grad()
+    def move_anchor(self, distance: Tensor) -> None:
+        """Follow a change of the weight that the rest of the network makes up for.
+
+        Args:
+            distance: that the weight was moved by, shaped like it.
+        """
+        if self.anchor_weight is not None:
+            self.anchor_weight.add_(distance)
+
     # the rules, called by hand
 
     def synaptic_intelligence(self) -> int:

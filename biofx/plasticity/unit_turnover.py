@@ -43,6 +43,7 @@ from biofx.errors import PlasticityError
 from biofx.operators.mask_ops import existing
 from biofx.operators.observed_inputs import FORWARDS, MAGNITUDE, MEAN, RUNNING_MEAN, WATCHED
 from biofx.plasticity.bio_state import BioState
+from biofx.plasticity.consolidated_state import ConsolidatedState
 from biofx.plasticity.initial_weights import InitialWeights, initial_weights
 from biofx.plasticity.optimizers import forget_entries
 from biofx.plasticity.rejuvenation import check_finite
@@ -237,7 +238,10 @@ class UnitTurnover:
                 mean = torch.where(here, reader.seen[RUNNING_MEAN] / (1 - DECAY**ages), 0)
                 weight = reader.state.masked_weight
                 brought = weight * broadcast_units(mean.to(weight), weight, **reader.input_layout)
-                reader.bias.add_(sum_units(brought, **_layout(reader.state)))
+                moved = sum_units(brought, **_layout(reader.state))
+                reader.bias.add_(moved)
+                if (held := _held(reader.state, "bias")) is not None:
+                    held.move_anchor(moved)
         drawn = generator()
         for writer, here in zip(self.writers, made, strict=True):
             state, layout = writer.state, _layout(writer.state)
@@ -253,23 +257,23 @@ class UnitTurnover:
             entries = broadcast_units(here, weight, **layout).expand(weight.shape)
             weight.copy_(torch.where(entries, made_new, weight))
             state.start_utility(entries)
-            _forget(optimizer, weight, entries)
+            _forget(optimizer, weight, entries, _held(state))
             if writer.bias is not None:
                 writer.bias[here] = _new_biases(state, int(here.sum()), drawn).to(writer.bias)
-                _forget(optimizer, writer.bias, here)
+                _forget(optimizer, writer.bias, here, _held(state, "bias"))
         for reader, here in zip(self.readers, read, strict=True):
             weight = reader.state.weight
             entries = broadcast_units(here, weight, **reader.input_layout).expand(weight.shape)
             weight.masked_fill_(entries, 0)
             reader.state.start_utility(entries)
-            _forget(optimizer, weight, entries)
+            _forget(optimizer, weight, entries, _held(reader.state))
             reader.seen[RUNNING_MEAN].masked_fill_(here, 0)
         for norm, here in zip(self.norms, normed, strict=True):
             for name, value in (("weight", 1.0), ("bias", 0.0)):
                 parameter = norm.module._parameters.get(name)
                 if parameter is not None:
                     parameter.masked_fill_(here, value)
-                    _forget(optimizer, parameter, here)
+                    _forget(optimizer, parameter, here, _held(norm.module._modules.get("bio_mod"), name))
             for name, value in (("running_mean", 0.0), ("running_var", 1.0)):
                 statistic = norm.module._buffers.get(name)
                 if statistic is not None:
@@ -310,9 +314,24 @@ def _new_biases(state: BioState, rows: int, generator: Generator) -> Tensor:
     return InitialWeights(is_normal=False, std=std).sample(rows, generator)
 
 
-def _forget(optimizer: Optimizer | None, parameter: nn.Parameter, entries: Tensor) -> None:
+def _forget(
+    optimizer: Optimizer | None, parameter: nn.Parameter, entries: Tensor, held: ConsolidatedState | None
+) -> None:
     if optimizer is not None:
         forget_entries(optimizer, parameter, entries)
+    if held is not None:
+        held.forget_importance(entries)
+
+
+def _held(state: nn.Module | None, name: str = "weight") -> ConsolidatedState | None:
+    """Return what holds a parameter of a layer back, None without.
+
+    Args:
+        state: of the layer's weight, in which those of its other parameters lie.
+        name: of the parameter.
+    """
+    found = state if name == "weight" or state is None else state._modules.get(name)
+    return found if isinstance(found, ConsolidatedState) and found.is_linked else None
 
 
 def _layout(state: BioState) -> dict[str, int]:

@@ -303,3 +303,40 @@ def test_pickles() -> None:
         train(bio, stepping, range(2, 4))
     for name, value in run[0].state_dict().items():
         assert torch.equal(value, other[0].state_dict()[name]), name
+
+
+def test_reborn_units_are_of_no_importance() -> None:
+    options: dict[str, Any] = {
+        "unit_turnover": "continual-backprop",
+        "unit_turnover_rate": 0.3,
+        "unit_turnover_maturity": 1,
+    }
+    model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3)).double()
+    bio = made(model, **options)
+    stepping = OPTIMIZERS["SGD"](bio.parameters())
+    rules: list[Any] = ["synaptic_intelligence", biofx.Rule("rejuvenate_units", after=4)]
+    plasticity = biofx.attach(bio, stepping, rules)
+    plasticity.begin_task()
+    train(bio, stepping, range(3))
+    plasticity.begin_task()
+    train(bio, stepping, range(3, 4))
+    paths = ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias")
+    before = {path: state_of(bio, path).importance.clone() for path in paths}
+    bias, anchor = bio.get_parameter("3.bias").detach().clone(), state_of(bio, "3.bias").anchor_weight.clone()
+    assert all((before[path] > 0).any() for path in paths if path != "0.bias")  # which the mean takes away
+    train(bio, stepping, range(4, 6))
+    reborn = state_of(bio, "0.weight").unit_age == 0
+    assert 0 < int(reborn.sum()) < 9
+    for path in paths[:4]:
+        state = state_of(bio, path)
+        assert (state.importance[reborn] == 0).all()
+        assert (state.task_importance[reborn] == 0).all()
+        assert torch.equal(state.anchor_weight[reborn], state.weight[reborn])
+        assert torch.equal(state.importance[~reborn], before[path][~reborn])
+    reader = state_of(bio, "3.weight")
+    assert (reader.importance[:, reborn] == 0).all()
+    assert (reader.anchor_weight[:, reborn] == 0).all()
+    state = state_of(bio, "3.bias")
+    assert torch.equal(state.importance, before["3.bias"])
+    assert ((state.anchor_weight - anchor).abs() > 1e-6).any()
+    assert ((state.weight - bias).abs() > 1e-6).any()
