@@ -219,8 +219,8 @@ def _transform(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
+    from biofx.diagnostics.layer_plot import plot_layers
     from biofx.diagnostics.monitor import Monitor
-    from biofx.diagnostics.monitor_plot import plot_layers
 
     out = options.out or options.run.with_suffix(".png")
     monitor = Monitor.read(options.run)

@@ -5,6 +5,7 @@ from biofx.diagnostics.bisection import BisectResult, bisect
 from biofx.diagnostics.check import check
 from biofx.diagnostics.monitor import Monitor
 from biofx.diagnostics.monitor_records import LayerRecord, StepRecord
+from biofx.diagnostics.unit_activity import UnitActivity
 
 __all__ = [
     "Audit",
@@ -13,6 +14,7 @@ __all__ = [
     "LayerRecord",
     "Monitor",
     "StepRecord",
+    "UnitActivity",
     "bisect",
     "check",
 ]

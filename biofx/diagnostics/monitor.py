@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,18 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from biofx.diagnostics.activity_watch import ActivityWatch
+from biofx.diagnostics.effective_weight import Effective, effective_weights
 from biofx.diagnostics.monitor_plot import plot_records
 from biofx.diagnostics.monitor_records import (
-    Effective,
     LayerRecord,
     Sink,
     StepRecord,
-    effective_weights,
+    Thresholds,
+    drawn_below,
     measure,
 )
-from biofx.diagnostics.monitor_sinks import JsonLines, LiveTable, TensorBoard, read_json_lines
+from biofx.diagnostics.monitor_sinks import JsonLines, TensorBoard, read_json_lines
+from biofx.diagnostics.monitor_table import LiveTable
 from biofx.errors import OptionError
-from biofx.options import POSITIVE, Range
+from biofx.options import FRACTION, POSITIVE, Flag, Range
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import prepare_states, unwrapped
 from biofx.plasticity.optimizer_step import LayerStep
@@ -48,14 +52,20 @@ class Monitor:
         monitor.plot("run.png")
 
     A record has, of each layer's weight: mean, standard deviation and histogram of its learning-rate factors;
-    how many of them are crystallized; synapses touched by each rule; signs that Dale's principle forbids;
-    sums of the excitatory and of the inhibitory weights; norms of gradient and update
-    (:class:`biofx.diagnostics.LayerRecord` has their units). In a distributed run every
-    rank keeps records, and the first alone writes files and shows a table.
+    how many of them crystallization has brought below ``crystallized_below``; synapses and units touched by
+    each rule; signs that Dale's principle forbids; sums of the excitatory and of the inhibitory weights;
+    norms of gradient and update; utility of synapses, utility and age of units, where rules keep them
+    (:class:`biofx.diagnostics.LayerRecord` has their units).
 
-    What counts as crystallized is a factor below ``crystallized_below``. At the user guide's 0.9 that also
-    counts factors that were drawn low: 19 % of uniform ones of spread 0.16, before any crystallization.
-    A threshold below every drawn factor (0.84 for these) counts damped ones alone.
+    Of the activity of the units it has how many are dormant or dead, and the ranks
+    (:class:`biofx.diagnostics.UnitActivity`). It is seen in the forwards, in training, that lead to a
+    recorded step, where the graph computes it: behind the layer's nonlinearity, if one follows. All forwards
+    of a step count, as where gradients accumulate. Model and state dict stay as they are. It is not seen, and
+    None is recorded, of layers with several weights in one (recurrent, ``MultiheadAttention``) and in
+    forwards that are compiled, traced or transformed by ``torch.func``.
+
+    In a distributed run every rank keeps records, with the activity of its own part of the batch, and the
+    first alone writes files and shows a table.
 
     A copy, by ``copy.deepcopy`` or pickle, keeps the records so far and follows the model that is copied
     with it, in memory alone: two runs would mix their records in one file.
@@ -66,9 +76,14 @@ class Monitor:
             has its schema; :meth:`read` reads it). It may not hold anything yet, unless ``append`` is set.
         append: continue the file of an earlier monitor; the half line of a run that was killed is dropped.
         tensorboard: a folder for TensorBoard's event files.
-        crystallized_below: see above, dimensionless, > 0.
+        crystallized_below: see above, dimensionless, > 0. Factors that were drawn below do not count.
         keep: how many records stay in memory, a count >= 1, the latest ones; None for all. A record takes
             about 1 kB per layer.
+        activity: whether the activity of units is recorded.
+        dormancy: τ, a unit is dormant whose mean |activity| is at most this fraction of the mean of its
+            layer, in [0, 1].
+        rank_samples: samples of which the ranks are taken at most, a count >= 1, always the same ones. What a
+            record costs grows with its square.
 
     Raises:
         OptionError: an option is out of range, or ``path`` cannot be used.
@@ -84,15 +99,21 @@ class Monitor:
         tensorboard: str | os.PathLike[str] | None = None,
         crystallized_below: float = 0.9,
         keep: int | None = None,
+        activity: bool = True,
+        dormancy: float = 0.1,
+        rank_samples: int = 256,
     ) -> None:
         self.every: int = Range(1, whole=True).check("every", every)
         self.crystallized_below: float = POSITIVE.check("crystallized_below", crystallized_below)
+        self.activity: bool = Flag().check("activity", activity)
+        self.dormancy: float = FRACTION.check("dormancy", dormancy)
+        self.rank_samples: int = Range(1, whole=True).check("rank_samples", rank_samples)
         self.records: list[StepRecord] = []
         """What was recorded, in order."""
         self._keep = None if keep is None else Range(1, whole=True).check("keep", keep)
         self._sinks: list[Sink] = []
         if path is not None:
-            self._sinks.append(JsonLines(Path(path), self.crystallized_below, append=append))
+            self._sinks.append(JsonLines(Path(path), self._thresholds, append=append))
         if tensorboard is not None:
             self._sinks.append(TensorBoard(Path(tensorboard)))
         self._calls = 0
@@ -101,12 +122,16 @@ class Monitor:
         self._model: weakref.ref[nn.Module] | None = None
         self._states: dict[str, BioModule] = {}
         self._effective: dict[str, Effective] = {}
+        self._drawn_below: dict[str, int] = {}
+        self._activity: ActivityWatch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         unwatched: dict[str, Any] = {
             "_model": None,
             "_states": {},
             "_effective": {},
+            "_drawn_below": {},
+            "_activity": None,
             "_weights_before": {},
             "_sinks": [],
         }
@@ -121,10 +146,14 @@ class Monitor:
         Raises:
             OptionError: the file cannot be read, is of another kind or version, or is damaged elsewhere.
         """
-        crystallized_below, records = read_json_lines(Path(path))
-        monitor = cls(crystallized_below=crystallized_below)
+        thresholds, records = read_json_lines(Path(path))
+        monitor = cls(**asdict(thresholds))
         monitor.records = records
         return monitor
+
+    @property
+    def _thresholds(self) -> Thresholds:
+        return Thresholds(self.crystallized_below, self.dormancy)
 
     def is_due(self, step: int) -> bool:
         """Whether the step of that number, counted from 0, is recorded."""
@@ -141,7 +170,12 @@ class Monitor:
         self._states = {path: state for path, state in states.items() if state.parameter is not None}
         self._effective = effective_weights(cast(GraphModule, plain), self._states)
         self._weights_before = {}
+        self._drawn_below = {}
         self._model = weakref.ref(plain)
+        self._stop_seeing()
+        if self.activity:
+            self._activity = ActivityWatch(plain, self.rank_samples)
+            self._activity.start()  # the number of the next step is not known yet
 
     def __call__(self, step: int, layers: Mapping[str, LayerStep]) -> None:
         """Take note of an optimizer step: the observer that :func:`biofx.attach` calls."""
@@ -155,6 +189,7 @@ class Monitor:
                     for path, layer in layers.items()
                 },
             )
+        self._see_before(step + 1, layers)
 
     def record(
         self,
@@ -197,10 +232,13 @@ class Monitor:
         self._weights_before = {}
         if self.is_due(number + 1):
             self._weights_before = {p: s.weight.detach().clone() for p, s in self._states.items()}
+        self._see_before(number + 1, self._states)
         return self.records[-1] if due else None
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
-        """Draw the records: factors, crystallized and replaced synapses, E:I ratio, and norms, per layer.
+        """Draw the records per layer: factors, crystallized and replaced synapses, E:I ratio, and norms.
+
+        Where it was recorded, a row each for the activity of units, and for their turnover.
 
         Args:
             path: also written to this file, in the format that its ending names.
@@ -212,7 +250,7 @@ class Monitor:
             InputError: matplotlib is missing, or nothing has been recorded.
             OptionError: the file cannot be written.
         """
-        return plot_records(self.records, self.crystallized_below, path)
+        return plot_records(self.records, self._thresholds, path)
 
     @contextmanager
     def live(self, console: Console | None = None) -> Iterator[None]:
@@ -229,7 +267,7 @@ class Monitor:
         if not shown.is_interactive:
             yield
             return
-        table = LiveTable(self.records, self.crystallized_below, shown)
+        table = LiveTable(self.records, shown)
         self._sinks.append(table)
         try:
             with table:
@@ -238,9 +276,30 @@ class Monitor:
             self._sinks.remove(table)
 
     def close(self) -> None:
-        """Bring everything that was recorded to the disk; more may be recorded afterwards."""
+        """Bring everything that was recorded to the disk; more may be recorded afterwards.
+
+        Activity is seen again from the next step on.
+        """
+        if self._activity is not None:
+            self._activity.stop()
         for sink in self._sinks:
             sink.flush()
+
+    def _see_before(self, step: int, stepped: Iterable[str]) -> None:
+        """See activity in the forwards that lead to a step that is recorded, and no others."""
+        if self._activity is None:
+            return
+        for path in stepped:
+            self._activity.forget(path)
+        if self.is_due(step):
+            self._activity.start()
+        else:
+            self._activity.stop()
+
+    def _stop_seeing(self) -> None:
+        if self._activity is not None:
+            self._activity.stop()
+        self._activity = None
 
     def _add_touched(self, path: str, touched: Mapping[str, int]) -> None:
         counts = self._touched.setdefault(path, {})
@@ -274,10 +333,18 @@ class Monitor:
                 state,
                 self._effective[path],
                 crystallized_below=self.crystallized_below,
+                drawn_below=self._drawn(path, state),
                 touched=self._touched.pop(path, {}),
                 gradient_norm=gradient_norm,
                 update_norm=update_norm,
+                activity=None if self._activity is None else self._activity.take(path, self.dormancy),
             )
+
+    def _drawn(self, path: str, state: BioModule) -> int:
+        """Return how many factors are low without crystallization, counted once where they do not change."""
+        if path not in self._drawn_below or state.is_dynamic or state.memory.dampening is not None:
+            self._drawn_below[path] = drawn_below(state, self.crystallized_below)
+        return self._drawn_below[path]
 
 
 def _is_first_rank() -> bool:

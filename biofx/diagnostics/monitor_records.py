@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
 
-from biofx.diagnostics.check_signs import SignCount, count_signs, laid_out_signs, wrong_signs
-from biofx.layers.constant_part import ConstantPart, Treatment, WeightUse, weight_uses
+from biofx.diagnostics.effective_weight import Effective
+from biofx.diagnostics.unit_activity import UnitActivity
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.unit_turnover import DECAY
 
 BINS = 16
 BINS_PER_UNIT = 8  # a power of two: edges are exact in every floating-point type
@@ -36,7 +36,7 @@ class LayerRecord:
     """Factors in each bin of :data:`HISTOGRAM_EDGES`, counts; the first and the last bin also hold what lies
     beyond the edges. Their sum is the number of factors; empty without factors."""
     crystallized: int | None
-    """Factors below the monitor's ``crystallized_below``, a count."""
+    """Factors that crystallization has brought below the monitor's ``crystallized_below``, a count."""
     touched: Mapping[str, int] = field(default_factory=dict)
     """Synapses that each rule touched since the weight's last record, counts, by the rule's name."""
     wrong_signs: int | None = None
@@ -53,6 +53,25 @@ class LayerRecord:
     """L2 norm of what the step changed in the weight, in units of weight."""
     connections: int | None = None
     """Elements of the weight whose connection exists, a count; None without a mask, where all do."""
+    utility: float | None = None
+    """Mean of the synapses' running |weight · gradient|, in units of loss; None where none is kept."""
+    unit_utility: float | None = None
+    """Mean utility of the units that the weight makes, in units of weight times activity; None where they are
+    not turned over, go with those of another layer, or have just begun."""
+    unit_age: float | None = None
+    """Mean age of these units, in runs of ``rejuvenate_units``."""
+    activity: UnitActivity | None = None
+    """What the activity of the units says; None where it was not seen."""
+
+    @property
+    def weight_magnitude(self) -> float:
+        """Mean magnitude of the effective weights whose connection exists, in units of weight."""
+        return (self.excitation + self.inhibition) / max(1, self.existing)
+
+    @property
+    def replaced_units(self) -> int:
+        """Units replaced since the weight's last record, a count."""
+        return self.touched.get("rejuvenate_units", 0)
 
     @property
     def crystallized_fraction(self) -> float | None:
@@ -97,6 +116,14 @@ class StepRecord:
     """The weights that took part in the step, by path, in the model's order."""
 
 
+@dataclass(frozen=True)
+class Thresholds:
+    """What a monitor counts; a file has one of each."""
+
+    crystallized_below: float = 0.9
+    dormancy: float = 0.1
+
+
 def short_name(path: str, width: int) -> str:
     """Return a weight's path without ``.weight``, its leading parts cut to a letter until it fits.
 
@@ -132,17 +159,20 @@ def measure(
     effective: Effective,
     *,
     crystallized_below: float,
+    drawn_below: int,
     touched: Mapping[str, int],
     gradient_norm: float | None,
     update_norm: float | None,
+    activity: UnitActivity | None = None,
 ) -> LayerRecord:
     """Return the record of a weight as it is now; nothing of it is changed.
 
     Args:
         state: the weight's plasticity state.
         effective: computes the weight that the layer uses.
-        crystallized_below: a factor below counts as crystallized, dimensionless.
-        touched: as in the record; likewise the norms.
+        crystallized_below: a factor below counts as crystallized, dimensionless,
+        drawn_below: but for so many, which are below without crystallization (:func:`drawn_below`).
+        touched: as in the record; likewise the norms and the activity.
     """
     raw = state.weight.detach()
     used = effective(raw)
@@ -152,7 +182,7 @@ def measure(
         factor_mean=None if factors is None else factors.float().mean().item(),
         factor_std=None if factors is None else _spread(factors.float()),
         factor_histogram=() if factors is None else _histogram(factors),
-        crystallized=None if factors is None else int((factors < crystallized_below).count_nonzero()),
+        crystallized=None if factors is None else max(0, _below(factors, crystallized_below) - drawn_below),
         touched=dict(touched),
         wrong_signs=None if signs is None else signs.wrong,
         wrong_signs_raw=None if signs is None else signs.wrong_raw,
@@ -161,7 +191,59 @@ def measure(
         gradient_norm=gradient_norm,
         update_norm=update_norm,
         connections=state.connections,
+        utility=_mean_utility(state),
+        **_of_units(state),
+        activity=activity,
     )
+
+
+@torch.no_grad()
+def drawn_below(state: BioModule, threshold: float) -> int:
+    """Return how many factors are below a threshold without crystallization, a count.
+
+    Factors that change are kept as they would be without it. Others never rise, so that they are compared
+    with what the config draws, or where they are not that, taken as they are.
+
+    Args:
+        state: of the weight, whole.
+        threshold: dimensionless.
+    """
+    factors = state.fuzzy_learning_rate_parameters
+    if factors is None:
+        return 0
+    if state.memory.dampening is not None:
+        return _below(factors.expand(state.memory.dampening.shape), threshold)
+    if state.diversity is not None:
+        return _below(state.diversity, threshold)
+    drawn = None if state.is_dynamic else state.redrawn()
+    if drawn is not None and drawn.shape == factors.shape and bool((factors <= drawn).all()):
+        return _below(drawn, threshold)
+    return _below(factors, threshold)
+
+
+def _below(factors: Tensor, threshold: float) -> int:
+    return int((factors < threshold).count_nonzero())
+
+
+def _mean_utility(state: BioModule) -> float | None:
+    """Return the mean utility of the synapses that exist, None before any gradient was seen."""
+    utility = state.utility
+    if utility is None or not utility.numel() or float(utility.flatten()[0]) < 0:
+        return None
+    return _total(utility) / max(1, utility.numel() if state.connections is None else state.connections)
+
+
+def _of_units(state: BioModule) -> dict[str, float]:
+    """Return what is kept of the units that a weight makes, empty where nothing is."""
+    utility, age = state.unit_utility, state.unit_age
+    if utility is None or age is None:
+        return {}
+    found = {"unit_age": age.double().mean().item()}
+    grown = age > 0
+    if bool(grown.any()):
+        average = utility[grown].double() / (1 - DECAY ** age[grown].double())
+        found["unit_utility"] = average.mean().item()
+    return found
 
 
 def _spread(factors: Tensor) -> float:
@@ -178,77 +260,3 @@ def _histogram(factors: Tensor) -> tuple[int, ...]:
         places = (chunk * BINS_PER_UNIT).clamp_(0, BINS - 1).to(torch.uint8)
         counts += torch.bincount(places, minlength=BINS)
     return tuple(counts.tolist())
-
-
-def effective_weights(graph_module: GraphModule, states: Mapping[str, BioModule]) -> dict[str, Effective]:
-    """Return how each weight of ``states`` becomes the one that its layer uses, by path."""
-    constants = ConstantPart(graph_module)
-    uses: dict[int, list[WeightUse]] = {}
-    for use in weight_uses(constants):
-        uses.setdefault(id(use.parameter), []).append(use)
-    return {
-        path: Effective(state, constants, uses.get(id(state.parameter), [])) for path, state in states.items()
-    }
-
-
-class Effective:
-    """Computes from a parameter the weight that its layer uses, of the same shape, and counts its signs.
-
-    Of a weight that is used in several ways, the first one that is constrained as a whole is meant, or
-    else the first one.
-    """
-
-    def __init__(self, state: BioModule, constants: ConstantPart, uses: list[WeightUse]) -> None:
-        self._state, self._constants, self._uses = state, constants, uses
-        signed = [use for use in uses if use.constraints]
-        whole = [use for use in signed if use.before is Treatment.NOTHING]
-        self._use = next(iter(whole or uses), None)
-        self._constraints = list(dict.fromkeys(node for use in signed for node in use.constraints))
-        self._is_whole = bool(whole) and len(self._constraints) == 1
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """Return the weight that the layer uses where the parameter is ``weight``.
-
-        Where the graph slices or folds the weight afterwards, the weight before that is returned.
-
-        Raises:
-            InvariantError: the graph's expression cannot be computed.
-        """
-        if self._use is None:
-            return weight
-        used: Tensor = self._constants.value(self._use.whole, self._given(weight))
-        return used
-
-    def count_signs(self, weight: Tensor, used: Tensor) -> SignCount | None:
-        """Count the synapses with a sign, None where there are none.
-
-        The signs are those of the graph's constraints, or of the state where the graph has none.
-
-        Args:
-            weight: the parameter.
-            used: what :meth:`__call__` made of it.
-
-        Raises:
-            InvariantError: the signs cannot be computed, or do not fit.
-        """
-        if not self._constraints:
-            signs = self._state.signs()
-        elif self._is_whole:
-            signs = laid_out_signs(self._constants, self._constraints[0], weight)
-        else:
-            given = self._given(weight)
-            counts = [
-                count_signs(
-                    self._constants, node, [use for use in self._uses if node in use.constraints], given
-                )
-                for node in self._constraints
-            ]
-            return sum(counts, SignCount())
-        if signs is None:
-            return None
-        return SignCount(used.numel(), wrong_signs(used, signs), wrong_signs(weight, signs))
-
-    def _given(self, weight: Tensor) -> dict[Node, Any]:
-        if self._use is None:
-            return {}
-        return dict.fromkeys(self._constants.roots(self._use.parameter), weight)

@@ -1,19 +1,23 @@
-"""Where a monitor's records go: a file of JSON lines, TensorBoard, a table in the terminal.
+"""Where a monitor's records go: a file of JSON lines, TensorBoard.
 
 A file of JSON lines begins with an object about the run; a reader should check its ``schema``:
 
 ``schema``
-    ``"biofx.run/1"``; the number goes up when a key changes its meaning or disappears.
+    ``"biofx.run/2"``; the number goes up when a key changes its meaning or disappears. Files of
+    ``"biofx.run/1"`` are read too, without ``crystallized``, which also counted factors drawn low.
 ``crystallized_below``
     The factor below which ``crystallized`` counts, dimensionless.
+``dormancy``
+    The fraction of the layer's mean activity up to which a unit counts as ``dormant``, dimensionless.
 ``histogram_edges``
     The edges of ``factor_histogram``; its first and last bin also hold what lies beyond them.
 
 Each further line is one recorded step: an object with ``step`` (from 0) and ``layers``, which has for each
-weight's path an object with the fields of :class:`biofx.diagnostics.LayerRecord`: null is what a layer
-does not have, and the texts ``"nan"``, ``"inf"`` and ``"-inf"`` are what JSON has no numbers for. Several
-optimizers on one model write a line each, with their own weights. A run that went on from a checkpoint
-repeats the steps since; the later line of a step counts.
+weight's path an object with the fields of :class:`biofx.diagnostics.LayerRecord`, and in it, as ``activity``,
+one with those of :class:`biofx.diagnostics.UnitActivity`: null is what a layer does not have, and the texts
+``"nan"``, ``"inf"`` and ``"-inf"`` are what JSON has no numbers for. Several optimizers on one model write a
+line each, with their own weights. A run that went on from a checkpoint repeats the steps since; the later
+line of a step counts.
 """
 
 from __future__ import annotations
@@ -21,26 +25,25 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from biofx.diagnostics.monitor_records import HISTOGRAM_EDGES, LayerRecord, StepRecord, short_name
+from biofx.diagnostics.monitor_records import HISTOGRAM_EDGES, LayerRecord, StepRecord, Thresholds
+from biofx.diagnostics.unit_activity import UnitActivity
 from biofx.errors import InputError, OptionError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-SCHEMA = "biofx.run/1"
+SCHEMA = "biofx.run/2"
+_FORMER = "biofx.run/1"
 _NUMBERS = ("excitation", "inhibition")
 _OPTIONAL_NUMBERS = ("factor_mean", "factor_std", "gradient_norm", "update_norm")
 _OPTIONAL_COUNTS = ("crystallized", "wrong_signs", "wrong_signs_raw")
 _ADDED = ("connections",)
 """Counts that files of older versions lack."""
+_ADDED_NUMBERS = ("utility", "unit_utility", "unit_age")
+_COUNTS_OF_ACTIVITY = ("units", "samples", "dormant", "dead", "rank_samples")
+_NUMBERS_OF_ACTIVITY = ("mean_magnitude", "effective_rank", "stable_rank")
 
 
 class JsonLines:
@@ -51,11 +54,11 @@ class JsonLines:
             cannot be used.
     """
 
-    def __init__(self, path: Path, crystallized_below: float, *, append: bool) -> None:
+    def __init__(self, path: Path, thresholds: Thresholds, *, append: bool) -> None:
         self._path = path.absolute()
         self._header = {
             "schema": SCHEMA,
-            "crystallized_below": crystallized_below,
+            **asdict(thresholds),
             "histogram_edges": HISTOGRAM_EDGES,
         }
         self._ready = False
@@ -66,12 +69,19 @@ class JsonLines:
                 "(append=True), name another one, or remove it"
             )
         if content:
-            found, _ = read_json_lines(self._path)
-            if found != crystallized_below:
+            header = _header(self._path, next(_parsed(self._path, content.split(b"\n")[:1])))
+            if header["schema"] != SCHEMA:
                 raise OptionError(
-                    f"expected {self._path} to have crystallized_below={crystallized_below}, found {found}; "
-                    "use the same threshold, or name another file"
+                    f"{self._path}: expected to continue a file of {SCHEMA!r}, found one of an older version "
+                    f"({header['schema']!r}), in which counts mean something else; name another file"
                 )
+            found, _ = read_json_lines(self._path)
+            for name, wanted in asdict(thresholds).items():
+                if (held := getattr(found, name)) != wanted:
+                    raise OptionError(
+                        f"expected {self._path} to have {name}={wanted}, found {held}; use the same "
+                        "threshold, or name another file"
+                    )
 
     def write(self, record: StepRecord) -> None:
         """Append one line, after what has to stand before it."""
@@ -98,8 +108,8 @@ class JsonLines:
         return whole == 0
 
 
-def read_json_lines(path: Path) -> tuple[float, list[StepRecord]]:
-    """Return the threshold for crystallized factors and the records of a file.
+def read_json_lines(path: Path) -> tuple[Thresholds, list[StepRecord]]:
+    """Return the thresholds and the records of a file.
 
     Raises:
         OptionError: the file cannot be read, is of another kind or version, or a line is no record; but a
@@ -107,21 +117,28 @@ def read_json_lines(path: Path) -> tuple[float, list[StepRecord]]:
     """
     whole_lines = _content(path).split(b"\n")[:-1]  # what follows the last line end was never finished
     parsed = _parsed(path, whole_lines)
-    header = next(parsed, None)
-    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
-        found = header.get("schema") if isinstance(header, dict) else header
-        raise OptionError(f"{path}: expected the records of a monitor, {SCHEMA!r}, found {found!r}")
-    threshold = header.get("crystallized_below")
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-        raise OptionError(f"{path}, line 1: expected a number as crystallized_below, found {threshold!r}")
+    header = _header(path, next(parsed, None))
+    found, is_former = {}, header["schema"] == _FORMER
+    for name in ("crystallized_below", *(() if is_former else ("dormancy",))):
+        threshold = header.get(name)
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+            raise OptionError(f"{path}, line 1: expected a number as {name}, found {threshold!r}")
+        found[name] = float(threshold)
     records = []
     for number, entry in enumerate(parsed, 2):
         try:
-            records.append(_from_plain(entry))
+            records.append(_from_plain(entry, is_former=is_former))
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise OptionError(f"{path}, line {number}: expected a recorded step: {reason}") from error
-    return float(threshold), records
+    return Thresholds(**found), records
+
+
+def _header(path: Path, header: Any) -> dict[str, Any]:
+    if not isinstance(header, dict) or header.get("schema") not in (SCHEMA, _FORMER):
+        found = header.get("schema") if isinstance(header, dict) else header
+        raise OptionError(f"{path}: expected the records of a monitor, {SCHEMA!r}, found {found!r}")
+    return header
 
 
 def _content(path: Path) -> bytes:
@@ -144,15 +161,13 @@ def _line(value: Mapping[str, Any]) -> bytes:
 
 
 def _to_plain(record: StepRecord) -> dict[str, Any]:
-    layers = {
-        path: {name: _spelled(value) for name, value in vars(layer).items()}
-        for path, layer in record.layers.items()
-    }
+    layers = {path: _spelled(vars(layer)) for path, layer in record.layers.items()}
     return {"step": record.step, "layers": layers}
 
 
-def _from_plain(entry: Any) -> StepRecord:
-    layers = {str(path): _layer_from_plain(fields) for path, fields in entry["layers"].items()}
+def _from_plain(entry: Any, *, is_former: bool) -> StepRecord:
+    former = {"crystallized": None} if is_former else {}
+    layers = {str(path): _layer_from_plain({**fields, **former}) for path, fields in entry["layers"].items()}
     return StepRecord(_count(entry["step"]), layers)
 
 
@@ -160,7 +175,12 @@ def _layer_from_plain(fields: Mapping[str, Any]) -> LayerRecord:
     others: dict[str, Any] = {name: _number(fields[name]) for name in _NUMBERS}
     for names, convert in ((_OPTIONAL_NUMBERS, _number), (_OPTIONAL_COUNTS, _count)):
         others |= {name: None if fields[name] is None else convert(fields[name]) for name in names}
-    others |= {name: _count(fields[name]) for name in _ADDED if fields.get(name) is not None}
+    added: dict[str, Callable[[Any], Any]] = {
+        **dict.fromkeys(_ADDED, _count),
+        **dict.fromkeys(_ADDED_NUMBERS, _number),
+        "activity": _activity_from_plain,
+    }
+    others |= {name: read(fields[name]) for name, read in added.items() if fields.get(name) is not None}
     return LayerRecord(
         synapses=_count(fields["synapses"]),
         factor_histogram=tuple(map(_count, fields["factor_histogram"])),
@@ -169,7 +189,17 @@ def _layer_from_plain(fields: Mapping[str, Any]) -> LayerRecord:
     )
 
 
+def _activity_from_plain(fields: Any) -> UnitActivity:
+    found: dict[str, Any] = {name: _count(fields[name]) for name in _COUNTS_OF_ACTIVITY}
+    found |= {name: _number(fields[name]) for name in _NUMBERS_OF_ACTIVITY}
+    return UnitActivity(**found)
+
+
 def _spelled(value: Any) -> Any:
+    if isinstance(value, UnitActivity):
+        return _spelled(vars(value))
+    if isinstance(value, dict):
+        return {name: _spelled(entry) for name, entry in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -231,6 +261,7 @@ class TensorBoard:
 
 
 def _curves(layer: LayerRecord) -> dict[str, float | None]:
+    activity = layer.activity
     return {
         "factor mean": layer.factor_mean,
         "factor std": layer.factor_std,
@@ -242,127 +273,13 @@ def _curves(layer: LayerRecord) -> dict[str, float | None]:
         "E-I ratio": layer.ei_ratio,
         "gradient norm": layer.gradient_norm,
         "update norm": layer.update_norm,
+        "weight magnitude": layer.weight_magnitude,
+        "synapse utility": layer.utility,
+        "unit utility": layer.unit_utility,
+        "unit age": layer.unit_age,
+        "replaced units": None if layer.unit_age is None else layer.replaced_units,
+        "dormant fraction": None if activity is None else activity.dormant_fraction,
+        "dead fraction": None if activity is None else activity.dead_fraction,
+        "effective rank": None if activity is None else activity.effective_rank,
+        "stable rank": None if activity is None else activity.stable_rank,
     }
-
-
-_SECONDS_BETWEEN = 0.25
-_LINES_AROUND = 4  # title, heading, the cursor's line, and one for what is printed above
-_FEWEST_ROWS = 4
-_SHORTEST_NAME = 8
-_GAP = 2
-
-
-class LiveTable:
-    """Shows the latest record of every layer in place while it is open; takes records as they are made."""
-
-    def __init__(self, records: Sequence[StepRecord], crystallized_below: float, console: Console) -> None:
-        self._below = crystallized_below
-        self._console = console
-        self._step: int | None = None
-        self._latest: dict[str, LayerRecord] = {}
-        self._replaced: dict[str, int] = {}
-        self._shown_at = -math.inf
-        from rich.live import Live
-
-        self._live = Live(console=console, auto_refresh=False, get_renderable=self.table)
-        for record in records:
-            self._take(record)
-
-    def __enter__(self) -> LiveTable:
-        self._live.start(refresh=True)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._live.stop()
-
-    def write(self, record: StepRecord) -> None:
-        """Take a record and show it, unless the table was drawn a moment ago."""
-        self._take(record)
-        now = time.monotonic()
-        if now - self._shown_at >= _SECONDS_BETWEEN:
-            self._shown_at = now
-            self._live.refresh()
-
-    def flush(self) -> None:
-        """Draw the table as it is now."""
-        self._live.refresh()
-
-    def table(self) -> Table:
-        """Return the table, with as many layers as the console is high."""
-        from rich.cells import cell_len
-        from rich.table import Table
-        from rich.text import Text
-
-        title = "no step recorded yet" if self._step is None else f"step {self._step:,}"
-        headings = ("factors", f"< {self._below:g}", "replaced", "wrong", "E:I", "gradient", "update")
-        shown = self._shown_layers()
-        rows = [self._cells(path) if path is not None else () for path in shown]
-        widths = [
-            max(map(cell_len, (heading, *(cells[place].plain for cells in rows if cells))))
-            for place, heading in enumerate(headings)
-        ]
-        for_names = max(_SHORTEST_NAME, self._console.width - sum(widths) - _GAP * len(widths))
-        table = Table(
-            title=title,
-            title_justify="left",
-            title_style="bold",
-            box=None,
-            pad_edge=False,
-            padding=(0, _GAP, 0, 0),
-        )
-        table.add_column("layer", no_wrap=True)
-        for heading, width in zip(headings, widths, strict=True):
-            table.add_column(heading, justify="right", no_wrap=True, min_width=width)
-        for path, cells in zip(shown, rows, strict=True):
-            name = (
-                f"… {len(self._latest) - len(shown) + 1} more"
-                if path is None
-                else short_name(path, for_names)
-            )
-            table.add_row(Text(name, style="dim" if path is None else ""), *cells)
-        return table
-
-    def _shown_layers(self) -> list[str | None]:
-        """Return the first and the last layers that fit, None for what is left out between them."""
-        paths: list[str | None] = list(self._latest)
-        room = max(_FEWEST_ROWS, self._console.height - _LINES_AROUND)
-        if len(paths) <= room:
-            return paths
-        head, tail = room // 2, room - room // 2 - 1
-        return [*paths[:head], None, *paths[-tail:]]
-
-    def _take(self, record: StepRecord) -> None:
-        self._step = record.step
-        for path, layer in record.layers.items():
-            self._latest[path] = layer
-            self._replaced[path] = self._replaced.get(path, 0) + layer.replaced
-
-    def _cells(self, path: str) -> list[Text]:
-        from rich.text import Text
-
-        layer = self._latest[path]
-        factors = _or_dash(layer.factor_mean, ".2f")
-        if layer.factor_std is not None:
-            factors += f"±{layer.factor_std:.2f}"
-        return [
-            Text(factors),
-            Text(_or_dash(layer.crystallized_fraction, ".1%")),
-            Text(_shortened(self._replaced[path])),
-            Text(_or_dash(layer.wrong_signs, ",d"), style="bold red" if layer.wrong_signs else ""),
-            Text(_or_dash(layer.ei_ratio, ".2f" if layer.ei_ratio < 100 else ".0e")),
-            Text(_or_dash(layer.gradient_norm, ".1e")),
-            Text(_or_dash(layer.update_norm, ".1e")),
-        ]
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "–" if value is None or math.isnan(value) else format(value, form)
-
-
-def _shortened(value: int) -> str:
-    return f"{value:,}" if value < 10**6 else f"{value / 10**6:.1f}M"

@@ -44,6 +44,7 @@ class BioGraphModule(GraphModule):
     _places: ClassVar[Any] = None
     _snapshot: ClassVar[Any] = None
     _latest: ClassVar[Any] = None
+    _shown: ClassVar[Any] = None
 
     if TYPE_CHECKING:  # torch.jit.script reads class annotations, and not these
         region_paths: tuple[str, ...]
@@ -174,6 +175,7 @@ class BioGraphModule(GraphModule):
                 kind._wrapped_call = vars(base)["_wrapped_call"]
                 break
         type(self)._places, type(self)._snapshot = remember_modules(self), None
+        type(self)._shown = None
         origin = user_class(self)
         if origin is not None and self.keeps_forward:
             own: Any = origin.forward

@@ -62,6 +62,9 @@ def following_changes(forward: Any, owner: Any, become: Become) -> Any:
         if changed:  # now, or after a reference to this forward was taken
             return type(self)._latest(self, *args, **kwargs)
         check(self)
+        shown = None if is_compiling() else type(self)._shown
+        if shown is not None and self.training and len(shown.listeners):
+            return shown.forward(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
 
     is_compiling, look, check = torch.compiler.is_compiling, follow_late_changes, refuse_changed_attributes

@@ -16,6 +16,7 @@ from biofx.operators.rate_ops import multiply_by_blocks
 from biofx.operators.rate_sampling import (
     CHANGING,
     Distribution,
+    RateSampling,
     following_factors,
     most_spread,
     pooled_magnitude,
@@ -35,6 +36,7 @@ from biofx.plasticity.rate_rules import (
     volume_factors,
 )
 from biofx.plasticity.rejuvenation import check_finite, protection_for, rejuvenate
+from biofx.plasticity.saved_state import stored_as
 from biofx.plasticity.selection import BelowMean, LowestShare, Utility, follow_utility
 from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
 from biofx.plasticity.turnover import turn_over
@@ -159,21 +161,7 @@ class BioModule(ConsolidatedState):
         Raises:
             PlasticityError: the graph samples the factors itself, and from something else.
         """
-        config = self.config
-        options = sampling_options(
-            config.fuzzy_lr_distribution,
-            nu=config.fuzzy_learning_rate_factor_nu,
-            low=config.fuzzy_lr_min,
-            high=config.fuzzy_lr_max,
-            log_low=config.fuzzy_lr_log_min,
-            log_high=config.fuzzy_lr_log_max,
-            seed=config.seed,
-            path=self.path,
-            depth=self.depth,
-            granularity=config.fuzzy_lr_granularity,
-            output_axis=self.output_axis,
-        )
-        sampling, form = rate_sampling(**options), config.fuzzy_lr_dtype
+        sampling, form = self._configured_sampling(), self.config.fuzzy_lr_dtype
         if self.scaled_in_graph and self.is_drawn:
             if form != FROM_SEED or sampling != self.rate_sampling:
                 raise PlasticityError(
@@ -185,6 +173,34 @@ class BioModule(ConsolidatedState):
             form = "float32"  # a graph that reads stored factors cannot sample them
         self.start_factors(sampling, form, self.weight)
         self.keep_buffers()
+
+    def redrawn(self) -> Tensor | None:
+        """Return the factors that :meth:`draw` would store now, sampled again; None where none are stored."""
+        held, config = self.stored_factors, self.config
+        if held is None:
+            return None
+        mask = self.connection_mask
+        factors, _ = self._configured_sampling().sample(self.weight, None if mask is None else existing(mask))
+        return stored_as(config.fuzzy_lr_dtype, factors, *config.fuzzy_lr_bounds)
+
+    def _configured_sampling(self) -> RateSampling:
+        """Return what the config asks factors to be sampled from."""
+        config = self.config
+        return rate_sampling(
+            **sampling_options(
+                config.fuzzy_lr_distribution,
+                nu=config.fuzzy_learning_rate_factor_nu,
+                low=config.fuzzy_lr_min,
+                high=config.fuzzy_lr_max,
+                log_low=config.fuzzy_lr_log_min,
+                log_high=config.fuzzy_lr_log_max,
+                seed=config.seed,
+                path=self.path,
+                depth=self.depth,
+                granularity=config.fuzzy_lr_granularity,
+                output_axis=self.output_axis,
+            )
+        )
 
     def keep_buffers(self) -> None:
         """Add or remove the buffers that rules with these options need."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import biofx
 from biofx import BioConfig, Distribution
 from biofx.diagnostics.check_signs import SignCount, count_signs
-from biofx.diagnostics.monitor_records import effective_weights
+from biofx.diagnostics.effective_weight import effective_weights
 from biofx.errors import InvariantError
 from biofx.layers.constant_part import ConstantPart, Treatment, weight_uses
 from biofx.operators.rate_ops import scale_gradient

@@ -8,7 +8,7 @@ import pytest
 
 from biofx import OptionError
 from biofx.diagnostics import LayerRecord, StepRecord
-from biofx.diagnostics.monitor_plot import plot_layers
+from biofx.diagnostics.layer_plot import plot_layers
 from biofx.diagnostics.monitor_records import BINS
 from biofx.errors import InputError
 

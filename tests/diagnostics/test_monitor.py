@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx import BioConfig, Monitor, OptionError, Rule
-from biofx.diagnostics import LayerRecord, StepRecord
+from biofx.diagnostics import LayerRecord, StepRecord, UnitActivity
 from biofx.diagnostics.monitor_plot import series_of
 from biofx.diagnostics.monitor_records import HISTOGRAM_EDGES, Sink, short_name
 from biofx.errors import InputError, PlasticityError
@@ -76,6 +76,20 @@ def layer_record(**fields: Any) -> LayerRecord:
     return LayerRecord(**made | fields)
 
 
+def unit_activity(**fields: Any) -> UnitActivity:
+    made: dict[str, Any] = {
+        "units": 8,
+        "samples": 100,
+        "mean_magnitude": 0.5,
+        "dormant": 2,
+        "dead": 1,
+        "rank_samples": 50,
+        "effective_rank": 3.5,
+        "stable_rank": 1.5,
+    }
+    return UnitActivity(**made | fields)
+
+
 def run(names: list[str], steps: int = 3, **fields: Any) -> list[StepRecord]:
     return [StepRecord(step, {name: layer_record(**fields) for name in names}) for step in range(steps)]
 
@@ -88,6 +102,7 @@ def test_each_number_equals_its_definition(mlp: nn.Module, vectors: Tensor, rule
     bio, _ = biofx.transform(mlp, DALE)
     optimizer = sgd(bio) if rule == "gradient" else torch.optim.AdamW(bio.parameters(), lr=0.01)
     monitor = Monitor()
+    drawn = {path: factors(bio, path).double().numpy() for path in weights(bio)}
     handle = biofx.attach(bio, optimizer, ["crystallize"], observers=[monitor])
     assert set(handle.modes.values()) == {rule}
     train(bio, optimizer, vectors, 3)
@@ -109,8 +124,9 @@ def test_each_number_equals_its_definition(mlp: nn.Module, vectors: Tensor, rule
         assert layer.factor_std == pytest.approx(rates.std(ddof=1), rel=1e-5)
         edges = [*HISTOGRAM_EDGES[:-1], math.inf]
         assert layer.factor_histogram == tuple(numpy.histogram(rates, edges)[0])
-        assert layer.crystallized == (rates < numpy.float32(0.9)).sum()
-        assert layer.crystallized_fraction == (rates < numpy.float32(0.9)).mean()
+        crystallized = (rates < numpy.float32(0.9)) & (drawn[path] >= numpy.float32(0.9))
+        assert layer.crystallized == crystallized.sum()
+        assert layer.crystallized_fraction == crystallized.mean()
         assert layer.gradient_norm == pytest.approx(norms[path], rel=1e-5)
         entries = after.flatten().tolist()
         excitation, inhibition = sum(w for w in entries if w > 0), -sum(w for w in entries if w < 0)
@@ -197,7 +213,7 @@ def test_histogram_takes_what_lies_beyond_its_edges(mlp: nn.Module) -> None:
     record = Monitor(crystallized_below=0.5).record(bio)
     assert record is not None
     assert record.layers["4.weight"].factor_histogram == (2, 1, *(0,) * 5, 1, 1, *(0,) * 6, 3)
-    assert record.layers["4.weight"].crystallized == 3
+    assert record.layers["4.weight"].crystallized == 0  # nothing has crystallized
 
 
 def test_shared_factors_count_once(mlp: nn.Module) -> None:
@@ -230,6 +246,7 @@ def test_guides_hand_computation_gives_the_same(mlp: nn.Module, vectors: Tensor)
     bio = biofx.BioConverter(crystal_thresh=0.05, rejuvenation_turnover=0.2)(mlp)
     optimizer, monitor = sgd(bio), Monitor()
     crystallized, variability, rejuvenated, updates, gradients = [], [], [], [], []
+    drawn_low = int((factors(bio, "0.weight") < 0.9).sum())
     for epoch in range(12):
         backward(bio, vectors)
         before = weights(bio)["0.weight"]
@@ -249,8 +266,8 @@ def test_guides_hand_computation_gives_the_same(mlp: nn.Module, vectors: Tensor)
         updates.append((weights(bio)["0.weight"] - before).norm().item())
     layers = [record.layers["0.weight"] for record in monitor.records]
     assert [record.step for record in monitor.records] == list(range(12))
-    assert [layer.crystallized for layer in layers] == crystallized
-    assert crystallized[-1] > crystallized[0]
+    assert [layer.crystallized for layer in layers] == [count - drawn_low for count in crystallized]
+    assert crystallized[-1] > crystallized[0] > drawn_low > 0
     assert [layer.factor_std for layer in layers] == variability
     assert [layer.replaced for layer in layers[::5]] == rejuvenated
     assert sum(layer.replaced for layer in layers) == sum(rejuvenated) > 0
@@ -405,8 +422,9 @@ def test_file_has_each_record_at_once_and_gives_it_back(
         assert len(path.read_text(encoding="utf-8").splitlines()) == 2 + step // 2
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert lines[0] == {
-        "schema": "biofx.run/1",
+        "schema": "biofx.run/2",
         "crystallized_below": 0.8,
+        "dormancy": 0.1,
         "histogram_edges": [place / 8 for place in range(17)],
     }
     assert [line["step"] for line in lines[1:]] == [0, 2]
@@ -468,11 +486,11 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path: Path, line: 
         Monitor.read(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"step,loss\n", b"[]\n", b'{"schema":"biofx.run/2"}\n', b"{}\n"])
+@pytest.mark.parametrize("content", [b"", b"step,loss\n", b"[]\n", b'{"schema":"biofx.run/3"}\n', b"{}\n"])
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "run.jsonl"
     path.write_bytes(content)
-    with pytest.raises(OptionError, match=r"biofx\.run/1|expected JSON"):
+    with pytest.raises(OptionError, match=r"biofx\.run/2|expected JSON"):
         Monitor.read(path)
 
 
@@ -559,6 +577,8 @@ def test_tensorboard_gets_curves_and_histograms(
     (writer,) = FakeWriter.made
     assert (writer.log_dir, writer.flushes) == (str(tmp_path / "logs"), 1)
     layer = monitor.records[1].layers["2.weight"]
+    activity = layer.activity
+    assert activity is not None
     assert {
         tag.split("/")[0]: value
         for (tag, step), value in writer.scalars.items()
@@ -572,6 +592,11 @@ def test_tensorboard_gets_curves_and_histograms(
         "E-I ratio": layer.ei_ratio,
         "gradient norm": layer.gradient_norm,
         "update norm": layer.update_norm,
+        "weight magnitude": layer.weight_magnitude,
+        "dormant fraction": activity.dormant_fraction,
+        "dead fraction": activity.dead_fraction,
+        "effective rank": activity.effective_rank,
+        "stable rank": activity.stable_rank,
     }
     histogram, rates = writer.histograms["factors/2.weight"], factors(bio, "2.weight").double()
     assert histogram["num"] == rates.numel() == sum(histogram["bucket_counts"])
@@ -583,7 +608,8 @@ def test_tensorboard_gets_curves_and_histograms(
         9, {"bare.weight": layer_record(factor_mean=None, factor_std=None, crystallized=None, inhibition=0.0)}
     )
     tags = {tag for tag, step in writer.scalars if step == 9}
-    assert tags == {f"{name}/bare.weight" for name in ("replaced synapses", "gradient norm", "update norm")}
+    always = ("replaced synapses", "gradient norm", "update norm", "weight magnitude")
+    assert tags == {f"{name}/bare.weight" for name in always}
     assert "factors/bare.weight" not in writer.histograms
 
 
@@ -632,7 +658,7 @@ def test_curves_are_the_records(tmp_path: Path) -> None:
     assert curves[5] == [[(0, 0.2), (1, 0.4), (2, 0.2 * 3)]] * 2
     assert [panel.get_ylabel() for panel in panels] == [
         "learning-rate factor (mean ± std)",
-        "crystallized: factors < 0.9 (%)",
+        "crystallized below 0.9 (% of factors)",
         "replaced synapses (cumulative count)",
         "E:I ratio (Σ excitatory / Σ |inhibitory|)",
         "gradient norm (L2, loss / weight)",
@@ -722,10 +748,10 @@ def test_table_shows_the_latest_record_in_80_columns() -> None:
     lines = shown(terminal(), [StepRecord(9, layers), StepRecord(1234, layers)])
     assert lines == [
         "step 1,234",
-        "layer                 factors  < 0.9  replaced  wrong    E:I  gradient   update",
-        "stem                1.00±0.10  25.0%     2,000      3   1.50   5.0e-01  2.5e-01",
-        "layer[red]x                 –      –         0      –    inf   5.0e-01  2.5e-01",
-        "m.e.l.11.a.s.query  1.00±0.10  25.0%      4.0M      –  3e+03         –  2.5e-01",
+        "layer               factors  crystal.  replaced  wrong    E:I  gradient   update",
+        "stem              1.00±0.10     25.0%     2,000      3   1.50   5.0e-01  2.5e-01",
+        "layer[red]x               –         –         0      –    inf   5.0e-01  2.5e-01",
+        "….l.11.a.s.query  1.00±0.10     25.0%      4.0M      –  3e+03         –  2.5e-01",
     ]
 
 
@@ -784,9 +810,9 @@ def test_long_names_stay_distinct() -> None:
 
 
 def test_table_is_a_sink(mlp: nn.Module) -> None:
-    from biofx.diagnostics.monitor_sinks import LiveTable
+    from biofx.diagnostics.monitor_table import LiveTable
 
-    table = LiveTable([], 0.9, terminal())
+    table = LiveTable([], terminal())
     sink: Sink = table
     assert table.table().title == "no step recorded yet"
     sink.write(run(["a.weight"])[0])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx.diagnostics.monitor_plot import plot_layers
+from biofx.diagnostics.layer_plot import plot_layers
 from learning import accuracy, digits, learn
 
 
