@@ -39,7 +39,7 @@ from biofx.config import BioConfig
 from biofx.converter import BioConverter
 from biofx.deploy.deploy import deploy
 from biofx.diagnostics import Monitor, bisect, check
-from biofx.errors import BiofxError, CaptureError, OptionError
+from biofx.errors import BiofxError, BiofxWarning, CaptureError, OptionError
 from biofx.graph import format_graph
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.rate_sampling import Distribution
@@ -83,8 +83,9 @@ __all__ = [
     "unit_groups",
     "add_unit_rule",
     "register_activation",
-    # errors that programs catch; the others are in biofx.errors
+    # errors that programs catch, and what they filter; the others are in biofx.errors
     "BiofxError",
+    "BiofxWarning",
     "CaptureError",
     "OptionError",
 ]

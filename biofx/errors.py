@@ -12,6 +12,8 @@ BiofxError
 ├── PlasticityError   a plasticity rule cannot be applied
 │   └── NonFiniteWeightError  a weight is NaN or infinite
 └── InvariantError    a transformed model no longer is what its passes made it
+
+:class:`BiofxWarning` is the class of every warning, but for the deprecation of names.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "BiofxError",
+    "BiofxWarning",
     "BisectError",
     "CaptureError",
     "CheckpointError",
@@ -38,6 +41,10 @@ __all__ = [
 
 class BiofxError(Exception):
     """The root of the tree: ``except BiofxError`` catches everything biofx raises on purpose."""
+
+
+class BiofxWarning(UserWarning):
+    """Something that biofx does as it was told, and that may not be what is wanted."""
 
 
 class InputError(BiofxError, TypeError):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from biofx.errors import CheckpointError, PlasticityError, suggest
+from biofx.errors import BiofxWarning, CheckpointError, PlasticityError, suggest
 from biofx.graph.joined_graph import whole_graph
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import expanded_weights, unwrapped
@@ -199,7 +199,7 @@ def convert_rates(model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
             f"{max(rounded.values()):.2g} ({max(rounded, key=rounded.__getitem__)}): they were saved in "
             "another type than this model stores them in; to keep the same factors, load into a model "
             "with the fuzzy_lr_dtype of the saved one",
-            UserWarning,
+            BiofxWarning,
             stacklevel=4,
         )
     return made

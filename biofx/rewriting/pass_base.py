@@ -64,6 +64,23 @@ class PassResult(NamedTuple):
         """Whether the graph differs from the one that went in."""
         return self.report.modified
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Say that the model is one of the two.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(_UNPACK.format("called"))
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(_UNPACK.format(f"asked for {name!r}"), name=name, obj=self)
+
+
+_UNPACK = (
+    "expected a model, found the pair of model and report that is {}; unpack it: "
+    "bio_model, report = biofx.transform(…)"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pass(ABC):

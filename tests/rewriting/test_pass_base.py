@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
+import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -310,6 +312,15 @@ def test_each_candidate_that_is_not_selected_is_left_alone_with_the_reason(
 
 
 # before and after
+
+
+def test_a_result_that_is_taken_for_the_model_says_to_unpack(graph_module: BioGraphModule) -> None:
+    result: Any = passes.ScaleGradients()(graph_module)
+    with pytest.raises(InputError, match=r"unpack it: bio_model, report = biofx\.transform"):
+        result(torch.randn(2, 3))
+    with pytest.raises(AttributeError, match=r"asked for 'parameters'; unpack it"):
+        result.parameters()
+    assert not pickle.loads(pickle.dumps(copy.deepcopy(result))).modified
 
 
 def test_requires_sees_the_graph_before_and_ensures_the_result(graph_module: BioGraphModule) -> None:
