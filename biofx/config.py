@@ -368,7 +368,7 @@ class BioConfig(ConsolidationOptions):
         Choice(INITIALISATIONS),
         """Weights to begin with under ``"project"`` and ``"abs"``: ``"balanced"`` makes them sparse, with as
         much excitation as inhibition at each unit, which keeps deep networks alive; ``"keep"`` leaves them,
-        which is right for trained weights.""",
+        which is right for trained weights. Balanced weights that looked trained are warned of.""",
         feeds={"constrain-signs": "initialisation"},
     )
     dales_signs: tuple[int, ...] | None = option(

@@ -25,6 +25,7 @@ from biofx.rewriting.held_parameters import hold_parameters
 from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.record import add_step, matches_of, remembering_config
 from biofx.rewriting.reproducer import reproducing
+from biofx.rewriting.signed_weights import warn_of_training
 
 ConverterT = TypeVar("ConverterT", bound="BioConverter")
 
@@ -132,6 +133,7 @@ class BioConverter:
                 _draw(converted, depths)
                 hold_parameters(converted, config)
         add_step(converted, type(self).__qualname__, in_graph, config, matches=matches, unmet=report.unmet)
+        warn_of_training(report, stacklevel=4)
         return converted
 
 

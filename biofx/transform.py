@@ -16,6 +16,7 @@ from biofx.foreign_errors import foreign_errors_wrapped
 from biofx.layers.weight_site import Sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.region_parts import joined
+from biofx.plasticity.unattached import watch_first_step
 from biofx.random_state import preserved_random_state
 from biofx.rewriting.compile_config import PassChoice, choose_passes, configure_layers
 from biofx.rewriting.held_parameters import hold_parameters
@@ -23,6 +24,7 @@ from biofx.rewriting.pass_base import PassResult
 from biofx.rewriting.pipeline import Observer, Pipeline
 from biofx.rewriting.record import add_step, matches_of, remembering, remembering_config
 from biofx.rewriting.reproducer import reproducing
+from biofx.rewriting.signed_weights import warn_of_training
 from biofx.select import NodeIndex, Selector
 
 
@@ -42,6 +44,10 @@ def transform(
     """Capture a model and rewrite it so that it learns the way synapses do.
 
     The model itself is never changed, and the result shares no tensor with it unless asked to.
+
+    Factors in its graph need :func:`biofx.attach` under optimizers of the Adam kind, which divide them out
+    again; the first step of such an optimizer without it warns. So does a transform that makes weights sparse
+    and balanced (``dales_initialisation``) which look as if they had been trained.
 
     Args:
         model: any module whose forward can be captured.
@@ -118,6 +124,8 @@ def transform(
         matches=matches,
         unmet=result.report.unmet,
     )
+    watch_first_step(result.graph_module)
+    warn_of_training(result.report, stacklevel=2)
     return result
 
 

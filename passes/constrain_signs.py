@@ -30,7 +30,7 @@ from biofx.options import with_documented_options
 from biofx.rewriting.gains import constrain_gains, fold_negative_gains, in_scope
 from biofx.rewriting.remarks import Remark, applied, done_already, missed
 from biofx.rewriting.scope import Scope
-from biofx.rewriting.signed_weights import can_balance, describe_signs, insert_signs, why_free
+from biofx.rewriting.signed_weights import can_balance, describe_signs, insert_signs, is_trained, why_free
 from biofx.rewriting.weight_pass import WeightPass, WeightUses, unsupported
 
 EXPAND = "expand"
@@ -121,6 +121,7 @@ class ConstrainSigns(WeightPass):
         balances = self.axis == "presynaptic" and not kept and not survey.is_used_elsewhere(weight)
         balances = balances and can_balance(weight, candidate.lowering.graph_module)
         method = "project" if self.method == EXPAND else self.method
+        trained = {"looks_trained": True} if balances and is_trained(weight, candidate.lowering) else {}
         numbers = insert_signs(
             weight,
             candidate.lowering,
@@ -132,9 +133,10 @@ class ConstrainSigns(WeightPass):
             balances=balances,
         )
         message = describe_signs(weight, numbers, axis=self.axis, method=method, balances=balances)
+        message += "; it looked trained" if trained else ""
         for site in weight.sites:
             unsure = survey.what_is_not_guaranteed(site) if self.axis == "presynaptic" else ""
-            yield applied(site.node, site.layer, site.describe(message + unsure), **numbers)
+            yield applied(site.node, site.layer, site.describe(message + unsure), **numbers, **trained)
 
     @property
     def _keeps_a_function(self) -> bool:

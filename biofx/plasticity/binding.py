@@ -167,6 +167,31 @@ class Binding:
         return self._ways[key]
 
 
+def is_attached(weight: Tensor) -> bool:
+    """Whether an attachment acts on a weight."""
+    holder = _HOLDERS.get(weight)
+    return holder is not None and holder() is not None
+
+
+def erases_factors(optimizer: Optimizer, group: Mapping[str, Any], weights: Sequence[Tensor]) -> bool:
+    """Return whether weights do not move in proportion to factors on their gradients, as trial steps find.
+
+    Weight decay is left out of it. False where no trial is possible.
+
+    Args:
+        optimizer: not changed.
+        group: the parameter group whose options hold.
+        weights: of the group.
+    """
+    try:
+        refuse_closures(optimizer)
+        trial = Trial(optimizer, group, kinds_of(weights), frozenset())
+        plain = trial.run_plainly()
+        return not _is_in_proportion(trial.run(Way.GRADIENT), plain)
+    except Exception:
+        return False
+
+
 def find_way(
     optimizer: Optimizer,
     group: Mapping[str, Any],

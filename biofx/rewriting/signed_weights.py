@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,9 +21,10 @@ from biofx.operators.mask_ops import existing
 from biofx.operators.sampling import generator_for
 from biofx.operators.sign_ops import constrain_sign, signs_like
 from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.exchangeability import looks_trained
 from biofx.plasticity.model_states import bio_module_path, state_of
-from biofx.plasticity.unit_inputs import balanced_weight
-from biofx.rewriting.remarks import Exempt
+from biofx.plasticity.unit_inputs import balanced_weight, rows_of_units
+from biofx.rewriting.remarks import Exempt, ReportRecord
 
 COMPARED = "its outputs are queries or keys, which are compared and not passed on"
 """Why a weight, or some of its rows, have no signs."""
@@ -158,6 +160,33 @@ def can_balance(weight: Weight, graph_module: GraphModule) -> bool:
     """Whether a weight can be made sparse and balanced: each entry is a fixed multiple of the parameter's."""
     is_stack = any(site.kind.is_stack for site in weight.sites)
     return not is_stack and _multiples(weight, graph_module) is not None
+
+
+def is_trained(weight: Weight, lowering: Lowering) -> bool:
+    """Whether a weight looks as if it had been trained (:mod:`biofx.plasticity.exchangeability`)."""
+    site, state = weight.sites[0], state_of(lowering.graph_module, weight)
+    rows = rows_of_units(state.masked_weight, output_axis=site.kind.output_axis, groups=site.groups)
+    return looks_trained(rows)
+
+
+def warn_of_training(report: ReportRecord, stacklevel: int) -> None:
+    """Warn once where weights that look trained were made sparse and balanced.
+
+    Args:
+        report: of all passes.
+        stacklevel: as :func:`warnings.warn` takes it, from where this is called.
+    """
+    remarks = [remark for entry in report.passes for remark in entry.remarks]
+    layers = list(dict.fromkeys(remark.layer for remark in remarks if remark.details.get("looks_trained")))
+    if layers:
+        shown = ", ".join([*map(repr, layers[:3]), *["…"] * (len(layers) > 3)])
+        warnings.warn(
+            f"the weights of {len(layers)} layers ({shown}) do not look freshly made, and signs have "
+            "replaced them by sparse and balanced ones; of a trained model, dales_method='expand' keeps the "
+            "function, and dales_initialisation='keep' the weights of the right sign",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _multiples(weight: Weight, graph_module: GraphModule) -> Tensor | None:
