@@ -12,28 +12,35 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.initial_weights import initial_weights
 from reproduce import command
 from reproduce.command import execute
 from reproduce.data import NONE, digits
 from reproduce.experiment import Experiment, Job
 from reproduce.experiments import online_permuted_images as permuted
+from reproduce.experiments import permuted_tasks_consolidation as consolidation
 from reproduce.experiments import slowly_changing_regression as regression
 from reproduce.streams import dead_units, learner_of, part_mean
 
-ON_STREAMS = [regression.EXPERIMENT, permuted.EXPERIMENT]
-TINY = {"slowly-changing-regression": ["steps=60"], "online-permuted-images": ["tasks=2", "images=90"]}
+MODULES: dict[str, Any] = {module.EXPERIMENT.name: module for module in (regression, permuted, consolidation)}
+LEARNING_ON: list[Experiment] = [module.EXPERIMENT for module in MODULES.values()]
+TINY = {
+    "slowly-changing-regression": ["steps=60"],
+    "online-permuted-images": ["tasks=2", "images=90"],
+    "permuted-tasks-consolidation": ["tasks=3", "images=300", "epochs=1", "units=16"],
+}
 
 
-def job_of(experiment: Experiment, arm: str, *, seed: int = 0, rate: float = 0.01, case: str = "SGD") -> Job:
+def job_of(experiment: Experiment, arm: str, *, rate: float = 0.01) -> Job:
     lengths = dict(entry.split("=") for entry in TINY[experiment.name])
     return Job(
         experiment=experiment.name,
         dataset="digits" if experiment.needs_images else NONE,
-        case=case,
+        case=next(iter(experiment.cases)),
         arm=arm,
         rate=rate,
-        seed=seed,
+        seed=0,
         lengths=tuple((name, int(number)) for name, number in lengths.items()),
     )
 
@@ -96,10 +103,41 @@ def test_a_task_is_a_permutation_of_the_pixels_of_images_each_seen_once() -> Non
     assert torch.equal(whole[1].bincount(), labels.bincount())
 
 
+def test_each_task_is_learned_and_read_under_its_own_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = consolidation.permutations(0, 3, 64)
+    assert [sorted(order.tolist()) for order in orders] == [list(range(64))] * 3
+    assert len({tuple(order.tolist()) for order in orders}) == 3
+    read: list[Tensor] = []
+
+    def noting(model: nn.Module, part: Any) -> float:
+        read.append(part[0])
+        return float(len(read))
+
+    monkeypatch.setattr(consolidation, "accuracy", noting)
+    begun: list[Any] = []
+    monkeypatch.setattr(Attachment, "begin_task", lambda self, batches=None: begun.append(batches))
+    found = execute(
+        consolidation.EXPERIMENT, job_of(consolidation.EXPERIMENT, "elastic consolidation"), digits
+    )
+    test, train = (part[0].flatten(1) for part in (digits(0).test, digits(0).train))
+    tasks = [0, 0, 1, 0, 1, 2, 0, 1, 2]
+    for images, task in zip(read, tasks, strict=False):
+        assert torch.equal(images, test[:, orders[task]])
+    # the last three are of validation images
+    assert len(read) == len(tasks) + 3
+    assert found.found.curves["known"] == [1, 2.5, 5]
+    assert found.found.figures["mean"] == 8
+    assert (found.found.figures["first"], found.found.figures["last"]) == (7, 9)
+    assert begun[0] is None
+    for batches, order in zip(begun[1:], orders, strict=False):
+        assert torch.equal(batches[0], train[:300][:, order])
+    assert len(begun) == 3
+
+
 # pairs
 
 
-@pytest.mark.parametrize("experiment", ON_STREAMS, ids=lambda experiment: experiment.name)
+@pytest.mark.parametrize("experiment", LEARNING_ON, ids=lambda experiment: experiment.name)
 def test_arms_have_equal_initial_weights_and_equal_data(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,15 +145,19 @@ def test_arms_have_equal_initial_weights_and_equal_data(
     weights: dict[str, list[Tensor]] = {}
 
     def noting(arm: Any, *rest: Any) -> Any:
-        model, optimizer = learner_of(arm, *rest)
+        model, optimizer, attachment = learner_of(arm, *rest)
         name = next(key for key, value in experiment.arms.items() if value is arm)
         linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
         weights[name] = [p.detach().clone() for layer in linear for p in (layer.weight, layer.bias)]
-        model.register_forward_pre_hook(lambda _, inputs: seen.setdefault(name, []).append(inputs[0].clone()))
-        return model, optimizer
 
-    module = {"slowly-changing-regression": regression, "online-permuted-images": permuted}[experiment.name]
-    monkeypatch.setattr(module, "learner_of", noting)
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if module.training:
+                seen.setdefault(name, []).append(inputs[0].clone())
+
+        model.register_forward_pre_hook(note)
+        return model, optimizer, attachment
+
+    monkeypatch.setattr(MODULES[experiment.name], "learner_of", noting)
     state = torch.get_rng_state()
     for arm in experiment.arms:
         execute(experiment, job_of(experiment, arm), digits)
@@ -128,11 +170,13 @@ def test_arms_have_equal_initial_weights_and_equal_data(
         assert all(torch.equal(own, other) for own, other in zip(seen[arm], seen["plain"], strict=True))
 
 
-@pytest.mark.parametrize("experiment", ON_STREAMS, ids=lambda experiment: experiment.name)
+@pytest.mark.parametrize(
+    "experiment", [regression.EXPERIMENT, permuted.EXPERIMENT], ids=lambda experiment: experiment.name
+)
 def test_weights_are_drawn_anew_from_what_they_were_drawn_from(experiment: Experiment) -> None:
     make = regression.network if experiment is regression.EXPERIMENT else lambda: permuted.network(784)
     arm = experiment.arms["weights by utility"]
-    model, _ = learner_of(arm, make, 0, "SGD", 0.1)
+    model, _, _ = learner_of(arm, make, 0, "SGD", 0.1)
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     for layer in layers:
         initial: Any = initial_weights(layer.bio_mod)  # type: ignore[arg-type]
@@ -186,16 +230,18 @@ def test_parts_of_a_stream() -> None:
 
 
 def test_what_is_no_longer_finite_is_said_and_does_not_stop_the_others() -> None:
-    for experiment in ON_STREAMS:
-        job = job_of(experiment, "shrink and perturb", rate=1e30)
+    for experiment in LEARNING_ON:
+        job = job_of(experiment, list(experiment.arms)[-1], rate=1e30)
         found = execute(experiment, job, digits).found
-        assert not math.isfinite(found.figures["late"]) or found.figures["late"] < 60
+        first = found.figures[next(iter(experiment.measures))]
+        assert not math.isfinite(first) or first < 60
+        assert all(len(curve) == len(found.at) for curve in found.curves.values())
 
 
 # from end to end
 
 
-@pytest.mark.parametrize("experiment", ON_STREAMS, ids=lambda experiment: experiment.name)
+@pytest.mark.parametrize("experiment", LEARNING_ON, ids=lambda experiment: experiment.name)
 def test_an_experiment_from_end_to_end_and_again(
     experiment: Experiment,
     tmp_path: Path,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import biofx
+from biofx.plasticity.attachment import Attachment
 from reproduce.arms import build
 from reproduce.experiment import Arm
 
@@ -17,15 +18,16 @@ OFF = biofx.BioConfig(fuzzy_lr_distribution=biofx.Distribution.BASELINE)
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}
 
 
-def arms_of(initial: biofx.BioConfig, *, unit_every: int = 1) -> dict[str, Arm]:
+def arms_of(initial: biofx.BioConfig, *, unit_every: int = 1, weights_every: int = 1000) -> dict[str, Arm]:
     """Return the arms of experiments on plasticity.
 
     Args:
         initial: in which mechanisms are off, and which says what weights were drawn from.
         unit_every: steps between two runs of ``rejuvenate_units``, a count; 1e-4 of the mature units are
             replaced at a step, on average.
+        weights_every: steps between two rejuvenations of 1 % of the weights, a count.
     """
-    weights = (biofx.Rule("rejuvenate_weights", every=1000),)
+    weights = (biofx.Rule("rejuvenate_weights", every=weights_every),)
     turnover = initial.replace(rejuvenation_turnover=0.01)
     return {
         "plain": Arm(control=None),
@@ -49,6 +51,11 @@ def arms_of(initial: biofx.BioConfig, *, unit_every: int = 1) -> dict[str, Arm]:
             rules=(biofx.Rule("shrink_and_perturb", every=100),),
             about="weights shrink to 0.99, and 0.05 of a draw of the initial ones is added",
         ),
+        "pull to the initial weights": Arm(
+            config=initial.replace(l2_to_initial_strength=1e-3),
+            rules=(biofx.Rule("l2_to_initial"),),
+            about="regenerative regularisation, λ = 0.001",
+        ),
     }
 
 
@@ -63,13 +70,14 @@ def initialised(model: nn.Sequential) -> nn.Sequential:
 
 def learner_of(
     arm: Arm, make: Callable[[], nn.Module], seed: int, optimizer: str, rate: float
-) -> tuple[nn.Module, Optimizer]:
-    """Return an arm's network in training mode, and its optimizer with the arm's rules attached."""
+) -> tuple[nn.Module, Optimizer, Attachment | None]:
+    """Return an arm's network in training mode, its optimizer, and what is attached."""
     model, observers = build(arm, make, seed)
     stepping = OPTIMIZERS[optimizer](model.parameters(), lr=rate, weight_decay=arm.weight_decay)
+    attachment = None
     if arm.rules or observers:
-        biofx.attach(model, stepping, arm.rules, observers=observers)
-    return model.train(), stepping
+        attachment = biofx.attach(model, stepping, arm.rules, observers=observers)
+    return model.train(), stepping, attachment
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ BATCH, WIDTH = 30, 100
 _INITIAL = OFF.replace(initial_distribution="uniform", initial_gain=math.sqrt(2)).override(
     "6", initial_gain=1.0
 )
-ARMS: dict[str, Arm] = arms_of(_INITIAL, unit_every=10)
+ARMS: dict[str, Arm] = arms_of(_INITIAL, unit_every=10, weights_every=100)
 
 
 def tasks(part: Part, seed: int, images: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -69,7 +69,7 @@ def run(job: Job, load: Load) -> Measured:
     """Learn task after task; return accuracies and dead units."""
     part = load(job.seed).train
     pixels = part[0][0].numel()
-    model, optimizer = learner_of(ARMS[job.arm], lambda: network(pixels), job.seed, job.case, job.rate)
+    model, optimizer, _ = learner_of(ARMS[job.arm], lambda: network(pixels), job.seed, job.case, job.rate)
     number = job.length("tasks")
     accuracies: list[float] = []
     dead: list[float] = []

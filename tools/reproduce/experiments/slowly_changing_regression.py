@@ -75,7 +75,7 @@ def network() -> nn.Module:
 
 def run(job: Job, load: Load) -> Measured:
     """Follow the stream; return errors and dead units by blocks."""
-    model, optimizer = learner_of(ARMS[job.arm], network, job.seed, job.case, job.rate)
+    model, optimizer, _ = learner_of(ARMS[job.arm], network, job.seed, job.case, job.rate)
     stream, steps = Stream(job.seed), job.length("steps")
     errors: list[float] = []
     dead: list[float] = []
