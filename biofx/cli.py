@@ -1,4 +1,4 @@
-"""The command line: ``biofx demo | transform | passes | explain | plot | bisect``.
+"""The command line: ``biofx demo | transform | passes | config | explain | plot | bisect``.
 
 Exit codes: 0 done; 1 the model, a selector or an option was refused (one line on stderr says why); 2 the
 command line itself is wrong; 130 interrupted.
@@ -55,9 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"biofx {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="train a plain and a rewritten network on handwritten digits")
+    demo = commands.add_parser("demo", help="train plain and rewritten networks side by side")
+    demo.add_argument("--digits", action="store_true", help="learn to read digits once, not task after task")
     demo.add_argument("--seed", type=int, default=0, help="reproduces a run exactly (default: 0)")
-    demo.add_argument("--epochs", type=int, default=12, help="passes over the training set (default: 12)")
+    demo.add_argument("--seeds", type=int, help="pairs of networks (default: 3)")
+    demo.add_argument("--tasks", type=int, help="tasks one after another (default: 60)")
+    demo.add_argument("--epochs", type=int, help="of --digits: passes over the training set (default: 12)")
     demo.add_argument("--out", type=Path, default=Path("biofx-demo"), help="folder for curves and report")
     demo.set_defaults(run_command=_demo)
 
@@ -117,6 +120,13 @@ def _parser() -> argparse.ArgumentParser:
 
     passes = commands.add_parser("passes", help="list the passes and their options")
     passes.set_defaults(run_command=_passes)
+
+    config = commands.add_parser("config", help="list the options of a config, or write a file of them")
+    config.add_argument("--pass", dest="pass_name", metavar="NAME", help="only the options of this pass")
+    config.add_argument(
+        "--toml", action="store_true", help="as a TOML file of the defaults; so it is outside a terminal, too"
+    )
+    config.set_defaults(run_command=_show_config)
 
     explain = commands.add_parser("explain", help="show what a selector picks and what happens there")
     _add_target(explain)
@@ -258,6 +268,16 @@ def _passes(options: argparse.Namespace) -> None:
     Console().print(describe_passes())
 
 
+def _show_config(options: argparse.Namespace) -> None:
+    from biofx.rewriting.config_text import commented_toml, describe_config
+
+    console = Console()
+    if options.toml or not console.is_terminal:  # as in biofx config > my.toml
+        sys.stdout.write(commented_toml(options.pass_name))
+    else:
+        console.print(describe_config(options.pass_name))
+
+
 def _explain(options: argparse.Namespace) -> None:
     from biofx.diagnostics.explain import explain
 
@@ -266,9 +286,15 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from biofx.demo import run_demo
+    from biofx.demo import run_demo, run_digits
 
-    run_demo(seed=options.seed, epochs=options.epochs, folder=options.out)
+    given = {"seeds": options.seeds, "tasks": options.tasks, "epochs": options.epochs}
+    counts = {name: count for name, count in given.items() if count is not None}
+    if "tasks" in counts and options.digits:
+        raise InputError("expected --epochs with --digits, found --tasks; leave one of the two out")
+    if "epochs" in counts and not options.digits:
+        raise InputError("expected --tasks, found --epochs, which --digits has; add that, or give --tasks")
+    (run_digits if options.digits else run_demo)(seed=options.seed, folder=options.out, **counts)
 
 
 def load_target(target: str) -> nn.Module:

@@ -596,9 +596,17 @@ class BioConfig(ConsolidationOptions):
         Raises:
             OptionError: a value that a text cannot carry (a lambda, a selector that is a predicate).
         """
+        toml.write(path, self.to_plain_text())
+
+    def to_plain_text(self) -> dict[str, Any]:
+        """Return the fields as a text file carries them: callables by name, None as a word.
+
+        Raises:
+            OptionError: as for :meth:`to_toml`.
+        """
         table = self.to_dict()
         table["overrides"] = [_as_text(entry) for entry in table["overrides"]]
-        toml.write(path, _as_text(table))
+        return _as_text(table)
 
 
 def check_drawn_again(field: str, distribution: Distribution) -> None:

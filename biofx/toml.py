@@ -45,11 +45,13 @@ def write(path: str | Path, table: Mapping[str, Any]) -> None:
         OptionError: a value TOML has no form for, or a file that cannot be written.
     """
     nested = {key: value for key, value in table.items() if _is_array_of_tables(value)}
-    lines = [f"{key} = {_value(value)}" for key, value in table.items() if key not in nested and value != []]
+    lines = [
+        f"{key} = {value_text(value)}" for key, value in table.items() if key not in nested and value != []
+    ]
     for key, entries in nested.items():
         for entry in entries:
             lines += ["", f"[[{key}]]"]
-            lines += [f"{name} = {_value(value)}" for name, value in entry.items()]
+            lines += [f"{name} = {value_text(value)}" for name, value in entry.items()]
     write_whole(path, "\n".join(lines) + "\n")
 
 
@@ -70,7 +72,12 @@ def _is_array_of_tables(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
 
 
-def _value(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """Return a value as it stands in a TOML file.
+
+    Raises:
+        OptionError: TOML has no form for it.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
@@ -78,5 +85,5 @@ def _value(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_value(entry) for entry in value)}]"
+        return f"[{', '.join(value_text(entry) for entry in value)}]"
     raise OptionError(f"expected a value that TOML can carry (text, number, flag, list), found {value!r}")

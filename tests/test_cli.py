@@ -223,7 +223,11 @@ def test_a_model_that_stays_in_python_is_told_with_the_line(
         (["explain", "mymodels:Net", "fcc"], "selector 'fcc' matches nothing"),
         (["transform", "mymodels:Net", "--html", "no/such/page.html"], "cannot write"),
         (["plot", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["demo", "--epochs", "0"], "expected epochs >= 1"),
+        (["demo", "--tasks", "0"], "expected tasks >= 1"),
+        (["demo", "--digits", "--epochs", "0"], "expected epochs >= 1"),
+        (["demo", "--seeds", "0"], "expected seeds >= 1"),
+        (["demo", "--epochs", "3"], "expected --tasks, found --epochs"),
+        (["demo", "--digits", "--tasks", "3"], "expected --epochs with --digits, found --tasks"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_1(

@@ -58,7 +58,7 @@ def _describe(cls: type[Pass]) -> list[RenderableType]:
     parts: list[RenderableType] = [Text(cls.name, style="bold green")]
     story = inspect.getdoc(sys.modules[cls.__module__]) or inspect.getdoc(cls) or ""
     paragraphs = story.split("\n\n")
-    parts += [Padding(_prose(text), (0, 0, 0, 2)) for text in paragraphs[:2]]
+    parts += [Padding(prose(text), (0, 0, 0, 2)) for text in paragraphs[:2]]
     if cls.after:
         parts.append(Padding(Text(f"Runs after {', '.join(cls.after)}.", style="dim"), (0, 0, 0, 2)))
     own = [field for field in dataclasses.fields(cls) if field.name not in _SHARED]
@@ -77,10 +77,10 @@ def _options(docs: dict[str, str], fields: list[dataclasses.Field[object]]) -> T
     table.add_column(overflow="fold")
     for field in fields:
         default = "" if field.default is dataclasses.MISSING else format_value(field.default)
-        table.add_row(Text(f" {field.name}={default}"), _prose(docs.get(field.name, "")))
+        table.add_row(Text(f" {field.name}={default}"), prose(docs.get(field.name, "")))
     return table
 
 
-def _prose(docstring: str) -> Text:
+def prose(docstring: str) -> Text:
     """Return a docstring's paragraph without its markup."""
     return Text(re.sub(r"(?::\w+:)?`+([^`]*)`+", r"\1", " ".join(docstring.split())))
