@@ -6,6 +6,8 @@ structural synaptic plasticity in the mammalian brain", Nature Reviews Neuroscie
 the initial distribution, or 0: Hernandez-Garcia and others, "Reinitializing weights vs units for maintaining
 plasticity in neural networks", arXiv 2508.00212.
 
+By magnitude this does not prevent loss of plasticity: dead units keep large weights, which it protects.
+
 Deviations: only replaced weights change, and no weight is clamped; a weight that is not finite is an error
 and is not repaired; a new weight's sign is random unless its unit has one.
 """

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from biofx.errors import BiofxWarning
 from biofx.plasticity.binding import erases_factors, is_attached
 from biofx.plasticity.model_states import bio_modules
 
@@ -78,6 +79,6 @@ def _warn(optimizer: Optimizer) -> None:
         "and its steps do not follow the scale of gradients: the factors have no effect. Let "
         "biofx.attach(bio_model, optimizer) scale the updates, or transform without factors "
         "(fuzzy_lr_distribution='baseline')",
-        UserWarning,
+        BiofxWarning,
         stacklevel=4,
     )

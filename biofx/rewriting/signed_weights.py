@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from biofx.analysis.sign_store import bring_signs, keep_row_signs, states_of
 from biofx.analysis.sign_survey import SignSurvey
-from biofx.errors import InvariantError, PassError
+from biofx.errors import BiofxWarning, InvariantError, PassError
 from biofx.layers.constant_part import ConstantPart
 from biofx.layers.lowering import Lowering, node_stem
 from biofx.layers.single_weight import LOOKUP_KINDS
@@ -184,7 +184,7 @@ def warn_of_training(report: ReportRecord, stacklevel: int) -> None:
             f"the weights of {len(layers)} layers ({shown}) do not look freshly made, and signs have "
             "replaced them by sparse and balanced ones; of a trained model, dales_method='expand' keeps the "
             "function, and dales_initialisation='keep' the weights of the right sign",
-            UserWarning,
+            BiofxWarning,
             stacklevel=stacklevel + 1,
         )
 

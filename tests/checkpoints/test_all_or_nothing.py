@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import biofx
-from biofx.errors import CheckpointError
+from biofx.errors import BiofxWarning, CheckpointError
 
 RULES = ["crystallize", "rejuvenate_weights", "synaptic_scaling"]
 CONFIG = {"fuzzy_lr_distribution": "activity", "fuzzy_lr_dynamic": True}
@@ -146,7 +146,7 @@ def test_of_two_optimizers_the_first_does_not_keep_what_the_second_refuses(tmp_p
         ]
         model(torch.randn(5, 4)).sum().backward()
         optimizers[0].step()
-        with pytest.warns(UserWarning, match="Late steps a model .* have no effect"):
+        with pytest.warns(BiofxWarning, match="Late steps a model .* have no effect"):
             optimizers[1].step()
         return model, optimizers
 

@@ -619,6 +619,7 @@ def test_masked_signed_split_and_scaled_weights_are_those_of_the_definition(vect
         torch.testing.assert_close(bio.get_parameter(path).grad, gradient)
 
 
+@pytest.mark.filterwarnings("ignore:.* steps a model whose learning-rate factors")
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 @pytest.mark.parametrize("rules", [None, ["crystallize", "volume_dependent_lr", "synaptic_scaling"]])
 def test_zeros_stay_and_missing_entries_never_matter_in_training(

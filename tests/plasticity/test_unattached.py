@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import biofx
+from biofx.errors import BiofxWarning
 from biofx.plasticity import unattached
 
 ERASING: dict[str, Any] = {
@@ -37,7 +38,7 @@ def test_the_first_step_warns_and_no_other(name: str) -> None:
     model = made()
     optimizer = ERASING[name](model.parameters(), lr=1e-3)
     state = torch.get_rng_state()
-    with pytest.warns(UserWarning, match=f"^{name} steps a model .*biofx.attach") as caught:
+    with pytest.warns(BiofxWarning, match=f"^{name} steps a model .*biofx.attach") as caught:
         optimizer.step()
     assert torch.equal(torch.get_rng_state(), state)
     assert len(caught) == 1
@@ -50,7 +51,7 @@ def test_two_models_warn_each_and_groups_of_one_together() -> None:
     for _ in range(2):
         model = made()
         groups = [{"params": [parameter]} for parameter in model.parameters()]
-        with pytest.warns(UserWarning, match="AdamW steps a model") as caught:
+        with pytest.warns(BiofxWarning, match="AdamW steps a model") as caught:
             step(model, torch.optim.AdamW(groups))
         assert len(caught) == 1
 
@@ -73,7 +74,7 @@ def test_what_is_attached_or_has_no_factors_does_not_warn() -> None:
     for other in (made(fuzzy_lr_distribution="baseline"), biofx.BioConverter()(nn.Linear(6, 3))):
         step(other, torch.optim.Adam(other.parameters()))
     levelled = made(fuzzy_lr_distribution="baseline", weight_splitting_Gamma=2, weight_splitting_rates="mean")
-    with pytest.warns(UserWarning, match="have no effect"):
+    with pytest.warns(BiofxWarning, match="have no effect"):
         step(levelled, torch.optim.Adam(levelled.parameters()))
 
 
@@ -125,6 +126,6 @@ def test_a_warning_that_is_an_error_stops_one_step_alone() -> None:
     optimizer = torch.optim.Adam(model.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="have no effect"):
+        with pytest.raises(BiofxWarning, match="have no effect"):
             step(model, optimizer)
         step(model, optimizer)
