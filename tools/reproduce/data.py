@@ -43,6 +43,15 @@ class Data:
         _, channels, height, width = self.train[0].shape
         return channels, height, width
 
+    def limited(self, images: int, held_out: int | None = None) -> Data:
+        """Return the same with at most so many training images, and so many to validate and to test with."""
+        parts = {"train": images, "validation": held_out, "test": held_out}
+        kept: dict[str, Part] = {}
+        for name, count in parts.items():
+            values, labels = getattr(self, name)
+            kept[name] = values[:count], labels[:count]
+        return Data(**kept)
+
 
 def digits(seed: int) -> Data:
     """Return scikit-learn's 1797 digits, split by the seed into 997, 300 and 500; pixels in [0, 1]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,13 @@ def perceptron(shape: Shape = (1, 8, 8), width: int = 64) -> nn.Module:
     hidden = [layer for _ in range(3) for layer in (nn.Linear(width, width), nn.ReLU())]
     first = nn.Linear(math.prod(shape), width)
     return nn.Sequential(nn.Flatten(), first, nn.ReLU(), *hidden, nn.Linear(width, 10))
+
+
+def dense(shape: Shape, *widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Module:
+    """Return a network of fully connected hidden layers of these widths for ``(batch, *shape)``."""
+    sizes = [math.prod(shape), *widths]
+    hidden = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), activation())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], 10))
 
 
 class ResidualNet(nn.Module):

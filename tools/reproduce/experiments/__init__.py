@@ -3,9 +3,13 @@
 from reproduce.experiment import Experiment
 from reproduce.experiments import (
     ablations,
+    dale_perceptrons,
+    gradient_inversion,
+    label_noise,
     online_permuted_images,
     permuted_tasks_consolidation,
     slowly_changing_regression,
+    synaptic_diversity,
 )
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -14,6 +18,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         slowly_changing_regression.EXPERIMENT,
         online_permuted_images.EXPERIMENT,
         permuted_tasks_consolidation.EXPERIMENT,
+        synaptic_diversity.EXPERIMENT,
+        gradient_inversion.EXPERIMENT,
+        label_noise.EXPERIMENT,
+        dale_perceptrons.EXPERIMENT,
         ablations.EXPERIMENT,
     )
 }
