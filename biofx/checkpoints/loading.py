@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from biofx.checkpoints.model_state import (
 from biofx.checkpoints.optimizer_state import fitted_state, take_state
 from biofx.config import RATE_DTYPE, BioConfig
 from biofx.converter import BioConverter
-from biofx.errors import BiofxError, CheckpointError, InputError, OptionError, SelectorError
+from biofx.errors import BiofxError, BiofxWarning, CheckpointError, InputError, OptionError, SelectorError
 from biofx.model.graph_module import BioGraphModule
 from biofx.model.rollback import unchanged_on_failure
 from biofx.plasticity.attachment import Attachment
@@ -233,7 +234,9 @@ def _make_again(record: TransformRecord, model: nn.Module) -> BioGraphModule:
     made: nn.Module = model
     for step in record.steps:
         try:
-            made = _repeated(step, made)
+            with warnings.catch_warnings():  # the saved weights take their place
+                warnings.filterwarnings("ignore", ".* do not look freshly made", BiofxWarning)
+                made = _repeated(step, made)
         except (SelectorError, OptionError) as error:
             raise CheckpointError(
                 f"expected the model that the checkpoint was made from ({record.model}), found one that "

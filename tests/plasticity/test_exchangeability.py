@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,3 +142,10 @@ def test_what_keeps_trained_weights_does_not_warn(kept: dict[str, str]) -> None:
 def test_signs_on_a_fresh_model_do_not_warn() -> None:
     _, report = biofx.transform(trained(OPTIMIZERS["Adam"], 0), SIGNS)
     assert "trained" not in str(report)
+
+
+def test_loading_over_trained_weights_does_not_warn(tmp_path: Path) -> None:
+    made, _ = biofx.transform(trained(OPTIMIZERS["Adam"], 0), SIGNS)
+    biofx.save(made, tmp_path / "fresh.pt")
+    loaded = biofx.load(tmp_path / "fresh.pt", trained(OPTIMIZERS["Adam"], 5))
+    assert torch.equal(loaded.get_parameter("2.weight"), made.get_parameter("2.weight"))
