@@ -32,7 +32,13 @@ from biofx.options import with_documented_options
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.remarks import Remark, done_already, missed, switched_off
 from biofx.rewriting.scope import Scope
-from biofx.rewriting.split_neighbours import SplittableLayer, level_steps, pool_neighbours, why_not_neighbours
+from biofx.rewriting.split_neighbours import (
+    SplittableLayer,
+    level_steps,
+    pool_neighbours,
+    why_not_neighbours,
+    with_steps,
+)
 from biofx.rewriting.sub_weights import SUB_WEIGHTS, share_out_weights
 from biofx.rewriting.weight_pass import unsupported
 
@@ -102,8 +108,10 @@ class SplitWeights(Pass):
                 f"{self.name}: expected a gamma that divides the output channels of a layer, found {self}, "
                 f"which divides none: {found}; choose a divisor, or leave these layers out"
             )
-        yield from remarks
-        yield from self._level_neighbours(graph_module, scope, earlier)
+        levelled, left = self._new_pools(graph_module, scope, earlier)
+        yield from with_steps(graph_module, remarks, left, levelled)
+        if levelled:
+            yield from level_steps(graph_module, scope, levelled)
 
     def _share_out(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
         """Put sub-weights in the place of the weights that are meant to have some."""
@@ -115,15 +123,15 @@ class SplitWeights(Pass):
 
         yield from share_out_weights(graph_module, scope, options_at)
 
-    def _level_neighbours(
+    def _new_pools(
         self, graph_module: BioGraphModule, scope: Scope, earlier: set[Node]
-    ) -> Iterator[Remark]:
-        """Divide gradients where pools that are new are meant to take the steps of plain layers."""
+    ) -> tuple[list[Node], list[Node]]:
+        """Return the pools that were made now, first those meant to take the steps of plain layers."""
         layer_of = {site.node: site.layer for site in find_sites(graph_module).found}
-        levelled = []
+        pools: tuple[list[Node], list[Node]] = ([], [])
         for pool in graph_module.graph.find_nodes(op="call_function", target=pool_synapses):
             node = scope.changes.created_for(pool)
-            if pool not in earlier and node is not None and node in layer_of:
-                levelled += [pool] if scope.variant(self, node, layer_of[node]).rates == "mean" else []
-        if levelled:
-            yield from level_steps(graph_module, scope, levelled)
+            layer = None if pool in earlier or node is None else layer_of.get(node)
+            if node is not None and layer is not None:
+                pools[scope.variant(self, node, layer).rates != "mean"].append(pool)
+        return pools

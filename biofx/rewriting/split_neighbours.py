@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import Node
@@ -18,7 +18,7 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.operators.split_ops import level_gradient, pool_synapses
 from biofx.plasticity.model_states import state_of
 from biofx.rewriting.activation import insert_activation
-from biofx.rewriting.folding import FoldPlan
+from biofx.rewriting.folding import Fold, FoldPlan
 from biofx.rewriting.remarks import Exempt, Remark, applied, missed
 from biofx.rewriting.scope import Scope
 from biofx.rewriting.weight_pass import LayerUse
@@ -81,6 +81,40 @@ def pool_neighbours(site: WeightSite, gamma: int, activation: Callable[[Any], An
     described = "" if activation is identity else f" after {function_name(activation)}"
     message = f"{groups} groups of {gamma} of its {site.output_channels} output channels summed{described}"
     return applied(site.node, site.layer, message, groups=groups, gamma=gamma, channels=site.output_channels)
+
+
+def with_steps(
+    graph_module: BioGraphModule, remarks: Iterable[Remark], pools: Sequence[Node], levelled: Sequence[Node]
+) -> Iterator[Remark]:
+    """Yield remarks that also say how wide layers are once deployed, and how large their steps.
+
+    Deployed, a weight is the sum over the synapses among a layer's outputs, its inputs, or both, of which
+    each receives the gradient of the sum: a step of gradient descent is as many times that of a plain layer.
+
+    Args:
+        graph_module: the model, split.
+        remarks: on its layers.
+        pools: the new sums of synapses whose gradients are not divided.
+        levelled: those whose gradients will be.
+    """
+    folds, larger = (
+        _folds_by_name(graph_module, among) if among else {} for among in ((*pools, *levelled), pools)
+    )
+    for remark in remarks:
+        said, details = [], dict(remark.details)
+        if (fold := folds.get(remark.node or "")) is not None and fold.rows > 1:
+            said.append(f"deployed, {details['groups']} channels")
+        if (fold := larger.get(remark.node or "")) is not None:
+            details["step"] = fold.rows * fold.columns
+            reads = "" if said else f", since it reads sums of {fold.columns}"
+            said.append(f"for equal rates {details['step']} times the step of a plain layer{reads}")
+        message = f"{remark.message}; {' and '.join(said)}" if said else remark.message
+        yield replace(remark, message=message, details=details)
+
+
+def _folds_by_name(graph_module: BioGraphModule, pools: Iterable[Node]) -> dict[str, Fold]:
+    plan = FoldPlan(graph_module, find_sites(graph_module), {}, frozenset(pools))
+    return {node.name: fold for node, fold in plan.folds.items()}
 
 
 def level_steps(graph_module: BioGraphModule, scope: Scope, pools: Iterable[Node]) -> Iterator[Remark]:

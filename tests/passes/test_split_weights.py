@@ -138,7 +138,7 @@ def test_output_layers_are_found_through_everything_that_has_no_weights() -> Non
 def test_layer_marked_as_last_module_is_left_alone(mlp: nn.Sequential) -> None:
     mlp[2].last_module_token = True  # type: ignore[assignment]
     _, report = split(mlp, gamma=2)
-    assert reasons(report)["2"] == "it is marked as the last module"
+    assert reasons(report)["2"].startswith("it is marked as the last module; ")
 
 
 def test_gamma_that_does_not_divide_a_layer_leaves_that_layer_alone(mlp: nn.Module) -> None:
@@ -243,3 +243,36 @@ def test_bad_options_are_refused(options: dict[str, object]) -> None:
 def test_an_option_that_the_pass_does_not_have_is_named_with_the_nearest() -> None:
     with pytest.raises(biofx.OptionError, match="split-weights has no option 'gama'; did you mean 'gamma'"):
         SplitWeights(gama=2)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("gamma", [2, 4])
+def test_report_says_how_wide_layers_are_and_how_large_their_steps(gamma: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 8, 3), nn.Tanh(), nn.Conv2d(8, 4, 3), nn.Tanh(), nn.Flatten()),
+        *(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)),
+    ).double()
+    x, rate = torch.randn(3, 2, 5, 5, dtype=torch.float64), 1e-3
+    options = {"weight_splitting_Gamma": gamma, "fuzzy_lr_distribution": "baseline"}
+    split, report = biofx.transform(net, options)
+    before, plain = biofx.deploy(split), biofx.deploy(split)
+    for model in (split, plain):
+        model(x).square().sum().backward()
+        torch.optim.SGD(model.parameters(), lr=rate).step()
+    after = biofx.deploy(split)
+    said = {remark.layer: remark for remark in report.records[0].remarks}
+    factors = {"0": gamma, "2": gamma**2, "5": gamma**2, "7": gamma}
+    for layer, factor in factors.items():
+        start, one, found = (model.get_submodule(layer).weight for model in (before, plain, after))
+        torch.testing.assert_close(found - start, factor * (one - start), rtol=1e-9, atol=1e-15)
+        assert said[layer].details["step"] == factor
+        assert f"for equal rates {factor} times the step of a plain layer" in said[layer].message
+        width = f"deployed, {len(start)} channels" if layer != "7" else f"reads sums of {gamma}"
+        assert width in said[layer].message
+
+
+def test_report_says_no_step_where_steps_are_levelled(mlp: nn.Module) -> None:
+    levelled = SplitWeights(rates="mean")(biofx.capture(mlp))
+    (message, *_) = [remark.message for remark in levelled.record.remarks if remark.layer == "0"]
+    assert message == "3 groups of 2 of its 6 output channels summed; deployed, 3 channels"
+    assert not any("step" in remark.details for remark in levelled.record.remarks)
