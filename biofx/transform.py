@@ -80,8 +80,8 @@ def transform(
     >>> print(report)
     Sequential: 1 created, 1 rewired nodes
     split-weights: 1 applied, 1 left alone
-      applied 0: 3 groups of 2 of its 6 output channels summed
-      missed  2: it is an output layer: no weights between it and the model's output
+      applied 0: 3 groups of 2 of its 6 output channels summed; deployed, 3 channels and for equal rates 2 \
+times the step of a plain layer
       created  _0_pooled = pool_synapses(_0, gamma=2, channel_axis=-1)
       rewired  _1 = self.1(_0_pooled)  # ReLU
     """

@@ -144,9 +144,11 @@ def test_layer_marked_as_last_module_is_left_alone(mlp: nn.Sequential) -> None:
 def test_gamma_that_does_not_divide_a_layer_leaves_that_layer_alone(mlp: nn.Module) -> None:
     _, report = split(mlp, gamma=3)
     (remark,) = [remark for remark in report.remarks if remark.layer == "2"]
-    assert remark == Remark(
-        "missed", "_2", "2", "gamma=3 does not divide its 4 output channels", {"gamma": 3, "channels": 4}
+    message = (
+        "gamma=3 does not divide its 4 output channels; for equal rates 3 times the step of a plain layer, "
+        "since it reads sums of 3"
     )
+    assert remark == Remark("missed", "_2", "2", message, {"gamma": 3, "channels": 4, "step": 3})
 
 
 def test_gamma_that_divides_no_layer_is_refused(mlp: nn.Module, unchanged: Any) -> None:
@@ -260,10 +262,12 @@ def test_report_says_how_wide_layers_are_and_how_large_their_steps(gamma: int) -
         model(x).square().sum().backward()
         torch.optim.SGD(model.parameters(), lr=rate).step()
     after = biofx.deploy(split)
-    said = {remark.layer: remark for remark in report.records[0].remarks}
+    said = {remark.layer: remark for remark in report.remarks if "for equal rates" in remark.message}
     factors = {"0": gamma, "2": gamma**2, "5": gamma**2, "7": gamma}
     for layer, factor in factors.items():
-        start, one, found = (model.get_submodule(layer).weight for model in (before, plain, after))
+        start, one, found = (
+            model.get_parameter(f"{layer}.weight").detach() for model in (before, plain, after)
+        )
         torch.testing.assert_close(found - start, factor * (one - start), rtol=1e-9, atol=1e-15)
         assert said[layer].details["step"] == factor
         assert f"for equal rates {factor} times the step of a plain layer" in said[layer].message
@@ -272,7 +276,7 @@ def test_report_says_how_wide_layers_are_and_how_large_their_steps(gamma: int) -
 
 
 def test_report_says_no_step_where_steps_are_levelled(mlp: nn.Module) -> None:
-    levelled = SplitWeights(rates="mean")(biofx.capture(mlp))
-    (message, *_) = [remark.message for remark in levelled.record.remarks if remark.layer == "0"]
+    _, report = split(mlp, gamma=2, rates="mean")
+    message, *_ = [remark.message for remark in report.remarks if remark.layer == "0"]
     assert message == "3 groups of 2 of its 6 output channels summed; deployed, 3 channels"
-    assert not any("step" in remark.details for remark in levelled.record.remarks)
+    assert not any("step" in remark.details for remark in report.remarks)
