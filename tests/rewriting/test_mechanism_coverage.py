@@ -87,8 +87,9 @@ def test_scaled_of_synapses_leaves_out_tables_gains_and_what_is_never_called() -
 def test_split_with_the_reasons_for_the_rest() -> None:
     split = reach(Attends())["split"]
     assert split.elements == 80 + 96 + 24
+    reads = "for equal rates 2 times the step of a plain layer, since it reads sums of 2"
     assert split.reasons == {
-        "gamma=2 does not divide its 5 output channels": 30,
+        f"gamma=2 does not divide its 5 output channels; {reads}": 30,
         "it is used directly, and not as the weight of a layer with units": 16,
     }
     assert split.exempt == {"it is an output layer: no weights between it and the model's output": 10}
