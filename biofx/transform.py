@@ -82,8 +82,8 @@ def transform(
     split-weights: 1 applied, 1 left alone
       applied 0: 3 groups of 2 of its 6 output channels summed; deployed, 3 channels and for equal rates 2 \
 times the step of a plain layer
-      missed  2: it is an output layer: no weights between it and the model's output; for equal rates 2 times \
-the step of a plain layer, since it reads sums of 2
+      missed  2: it is an output layer: no weights between it and the model's output; for equal rates 2 \
+times the step of a plain layer, since it reads sums of 2
       created  _0_pooled = pool_synapses(_0, gamma=2, channel_axis=-1)
       rewired  _1 = self.1(_0_pooled)  # ReLU
     """
