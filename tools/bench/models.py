@@ -119,6 +119,31 @@ def resnet18_of_settings() -> nn.Module:
     return resnet18(block=_BlockOfSettings)
 
 
+class _Attention(nn.Module):
+    """A block of a transformer, for ``(batch, sequence, 128)``."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Any:
+        query, key, value = (
+            part.unflatten(-1, (4, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
+        seen = F.scaled_dot_product_attention(query, key, value)
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def transformer() -> nn.Module:
+    """Return two blocks between linear layers, for ``(batch, 32, 32)``."""
+    return nn.Sequential(
+        nn.Linear(32, 128), _Attention(), _Attention(), nn.Flatten(), nn.Linear(128 * 32, 10)
+    )
+
+
 def training_step(
     model: nn.Module,
     x: Tensor,

@@ -20,6 +20,7 @@ from models import (
     resnet18,
     resnet18_of_settings,
     training_step,
+    transformer,
 )
 from torch import Tensor, nn
 
@@ -69,6 +70,7 @@ def works(device: torch.device, *, compiled: bool) -> Iterator[Work]:
         yield from _guards(device)
         yield _observed_runs()
         yield from _rules(vectors)
+        yield from _monitors(device)
         yield from _turnover_of_weights(device)
 
 
@@ -215,6 +217,43 @@ def _observed_runs() -> Work:
     nodes = sum(len(graph.nodes) for graph in captured.observed_runs.graphs)
     name = f"a loop of 50 steps, {nodes} nodes observed"
     return Work(name, candidates, "forward and backward", {"observe two runs": 3})
+
+
+def _monitors(device: torch.device) -> Iterator[Work]:
+    """Yield ten training steps of which a monitor watches one, without and with the activity of units."""
+    mlp = nn.Sequential(
+        *(nn.Linear(784, 500), nn.ReLU(), nn.Linear(500, 500), nn.ReLU(), nn.Linear(500, 10)),
+    )
+    for name, plain, shape in (
+        ("784-500-500-10", mlp, (100, 784)),
+        ("ResNet-18", resnet18(), (16, 3, 32, 32)),
+        ("a small transformer", transformer(), (16, 32, 32)),
+    ):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        monitors: dict[str, list[biofx.Monitor]] = {
+            "watched, no activity": [biofx.Monitor(every=10, keep=1, activity=False)],
+            "not watched": [],
+            "watched": [biofx.Monitor(every=10, keep=1)],
+        }
+        candidates = {label: _ten_steps(plain, x, observers) for label, observers in monitors.items()}
+        goals = {"watched": 1.03}
+        yield Work(f"{name}, monitor, ten training steps", candidates, "watched, no activity", goals)
+
+
+def _ten_steps(plain: nn.Module, x: Tensor, observers: list[biofx.Monitor]) -> Callable[[], None]:
+    model = biofx.transform(plain).graph_module.to(x.device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    handle = biofx.attach(model, optimizer, observers=observers)
+    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+
+    def run() -> None:
+        for _ in range(10):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+        assert handle.steps % 10 == 0  # and kept
+
+    return run
 
 
 def _graphs(model: nn.Module) -> list[BioGraphModule]:
