@@ -71,7 +71,9 @@ def commented_toml(pass_name: str | None = None) -> str:
     blocks = []
     for name, option in options_of(pass_name).items():
         said = f"{prose(option.doc).plain} Expected: {option.permitted}."
-        comment = textwrap.fill(said, _WIDTH, initial_indent="# ", subsequent_indent="# ")
+        comment = textwrap.fill(
+            said, _WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+        )
         blocks.append(f"{comment}\n{name} = {_default(name)}\n")
     if pass_name is None:
         blocks.append(

@@ -32,6 +32,7 @@ def test_the_file_loads_as_the_defaults_and_says_what_each_option_means(
     set_fields = [line.partition(" = ")[0] for line in lines if line and not line.startswith("#")]
     assert set_fields == list(options_of(pass_name))
     assert max((len(line) for line in lines if line.startswith("#")), default=0) <= 100
+    assert not any(line.startswith("#") and line.endswith("-") for line in lines)
 
 
 def test_a_changed_line_of_the_file_changes_that_field_alone(tmp_path: Path) -> None:
