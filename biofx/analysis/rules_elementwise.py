@@ -16,7 +16,7 @@ from biofx.analysis.units import NOTHING, UnitCall, UnitValue, observed_only
 from biofx.graph.branches import by_mode
 from biofx.graph.guards import require_tensor
 from biofx.operators.mask_ops import mask_weight
-from biofx.operators.observed_inputs import observe_inputs
+from biofx.operators.observed_inputs import observe_inputs, observe_state
 from biofx.operators.rate_ops import GRADIENT_SCALINGS, observe_activity
 from biofx.operators.sign_ops import constrain_sign, drop_pairs
 
@@ -26,6 +26,11 @@ from biofx.operators.sign_ops import constrain_sign, drop_pairs
 def keeps(call: UnitCall) -> UnitValue:
     """Leave every unit where it is; what cannot be negative cannot be negative afterwards."""
     return call.keeps()
+
+
+def as_it_is(call: UnitCall) -> UnitValue:
+    """Return what is known of the argument, a tuple or not."""
+    return call.x
 
 
 def never_negative(call: UnitCall) -> UnitValue:
@@ -317,6 +322,7 @@ declare("feature_alpha_dropout", units=keeps, replication=_dropout)
 declare("feature_dropout", replication=_dropout)
 declare(observe_activity, units=keeps, replication=_observe)
 declare(*GRADIENT_SCALINGS, mask_weight, constrain_sign, drop_pairs, observe_inputs, units=keeps)
+declare(observe_state, units=as_it_is)
 declare(
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
     *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),

@@ -29,7 +29,7 @@ from biofx.layers.weight_site import whole_weight
 from biofx.model.graph_module import BioGraphModule, follow_changes_within, user_class
 from biofx.model.modes import switch_mode
 from biofx.model.region_parts import joined
-from biofx.operators.observed_inputs import observe_inputs
+from biofx.operators.observed_inputs import observe_inputs, observe_state
 from biofx.operators.rate_ops import GRADIENT_SCALINGS, observe_activity
 from biofx.operators.sign_ops import drop_pairs
 from biofx.operators.split_ops import level_gradient, require_axes
@@ -38,7 +38,13 @@ from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import unwrapped
 from biofx.rewriting.activation import OpaqueActivation
 
-_ONLY_FOR_LEARNING = GRADIENT_SCALINGS | {observe_activity, observe_inputs, drop_pairs, level_gradient}
+_ONLY_FOR_LEARNING = GRADIENT_SCALINGS | {
+    observe_activity,
+    observe_inputs,
+    observe_state,
+    drop_pairs,
+    level_gradient,
+}
 _RANDOM = frozenset({"rand", "randn", "randint", "randperm", "normal", "bernoulli", "empty"})
 
 

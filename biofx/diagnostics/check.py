@@ -153,6 +153,7 @@ _PLACED = {
     "scale_gradient_by_seed": "learning rates",
     "observe_activity": "observed activity",
     "observe_inputs": "watched units",
+    "observe_state": "watched units",
     "pool_synapses": "pool of synapses",
     "fold_weight": "sum over synapses",
     "sum_sub_weights": "sum of sub-weights",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from biofx.operators.dispatch import overridable
 from biofx.operators.rate_ops import is_recomputed
 
 FORWARDS, MAGNITUDE, MEAN, RUNNING_MEAN = range(4)
-"""Rows of what is kept for each input channel: forwards since the last turnover, a count; the means of |x|
-and of x over them; and the running mean of x over turnovers, which the operator leaves alone."""
+"""Rows of what is kept for each input channel: forwards since the last turnover, a count; over them the sums
+of the means of |x| and of x; and the running mean of x over turnovers, which the operator leaves alone."""
 WATCHED = 4
 """How many rows there are."""
 
@@ -19,7 +22,7 @@ WATCHED = 4
 def observe_inputs(
     x: Tensor, seen: Tensor, training: bool, *, channel_axis: int, nonnegative: bool = False
 ) -> Tensor:
-    """Return ``x``; in training, let ``seen`` follow the means of ``|x|`` and ``x`` of each channel.
+    """Return ``x``; in training, add the means of ``|x|`` and ``x`` of each channel to ``seen``.
 
     Each forward counts alike. Means that are not finite are not taken. As for
     :func:`~biofx.operators.rate_ops.observe_activity`, nothing is observed under ``torch.func`` transforms,
@@ -35,17 +38,34 @@ def observe_inputs(
     """
     if training and not torch._C._are_functorch_transforms_active() and not is_recomputed():
         with torch.no_grad():
-            axes = [axis for axis in range(-x.dim(), 0) if axis != channel_axis]
-            values = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-            mean = (values.mean(axes) if axes else values).to(seen.dtype)
-            magnitude = mean
-            if not nonnegative:
-                magnitude = (values.abs().mean(axes) if axes else values.abs()).to(seen.dtype)
-            taken = (mean.isfinite() & magnitude.isfinite()).to(seen.dtype)
-            forwards = seen[FORWARDS] + taken
-            share = taken / forwards.clamp(min=1)
-            for row, value in ((MAGNITUDE, magnitude), (MEAN, mean)):
-                follows = torch.lerp(seen[row], value, share)
-                seen[row].copy_(torch.where(taken > 0, follows, seen[row]))
-            seen[FORWARDS].copy_(forwards)
+            rank = x.dim()
+            held = x.detach() if rank > 1 else x.detach().unsqueeze(0)
+            axes = [axis for axis in range(-max(rank, 2), 0) if axis != channel_axis]
+            total = held.sum(axes, dtype=seen.dtype)
+            magnitude = total if nonnegative else held.abs().sum(axes, dtype=seen.dtype)
+            entries = x.numel() // seen.shape[1]
+            counted = (magnitude - magnitude).add_(entries)  # not a number where a sum is not finite
+            means = torch.stack((counted, magnitude, total)).div_(entries)
+            seen[:RUNNING_MEAN].add_(means.nan_to_num_(0.0, 0.0, 0.0))
     return x
+
+
+@overridable
+def observe_state(result: Any, seen: Tensor, training: bool, *, direction: int = 0) -> Any:
+    """Return what a recurrent layer returned; in training, add its units' means to ``seen``.
+
+    The hidden state of all steps is what the layer's weights read one step later.
+
+    Args:
+        result: the sequence of hidden states, units on the last axis, or a ``PackedSequence`` of it; and the
+            state at the end.
+        seen: ``(4, units)``, as :func:`observe_inputs` takes it.
+        training: whether the layer is in training mode.
+        direction: which of the layer's directions, each with as many units.
+    """
+    output = result[0]
+    states = output.data if isinstance(output, PackedSequence) else output
+    units = seen.shape[1]
+    own = states[..., direction * units : (direction + 1) * units]
+    observe_inputs(own, seen, training, channel_axis=-1)
+    return result

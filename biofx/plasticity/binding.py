@@ -74,6 +74,7 @@ class Binding:
         self.exponentiated = exponentiated
         self.always_scales = always_scales
         self._weights: dict[str, nn.Parameter] = {}
+        self._known: tuple[list[Any], dict[str, tuple[nn.Parameter, dict[str, Any]]]] = [], {}
         self._ways: dict[Hashable, Way] = {}
         self._counters: frozenset[str] = frozenset()
 
@@ -99,7 +100,7 @@ class Binding:
             if is_exponentiated:
                 refuse_decay(path, group)
             bound[path] = Bound(state, weight, group, *found[id(group)], is_exponentiated)
-        for path, (weight, _) in held.items():
+        for path, (weight, _) in held.items() if len(held) != len(self._weights) else ():
             if path not in self._weights:
                 self._weights[path] = weight
                 _HOLDERS[weight] = weakref.ref(self)
@@ -123,15 +124,25 @@ class Binding:
         """Allow other optimizers to be attached to the weights."""
         for weight in self._weights.values():
             _HOLDERS.pop(weight, None)
-        self.states, self._weights = {}, {}
+        self.states, self._weights, self._known = {}, {}, ([], {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._known = [], {}
         for weight in self._weights.values():
             _HOLDERS[weight] = weakref.ref(self)
 
     def _held(self, optimizer: Optimizer) -> dict[str, tuple[nn.Parameter, dict[str, Any]]]:
         """Return the model's weights that the optimizer holds, with their groups, by path."""
+        present = [*map(id, optimizer.param_groups)]
+        for group in optimizer.param_groups:
+            present += (len(group["params"]), *map(id, group["params"]))
+        present += [id(state.parameter) for state in self.states.values()]
+        if present != self._known[0] or not self._weights:
+            self._known = present, self._find(optimizer)
+        return self._known[1]
+
+    def _find(self, optimizer: Optimizer) -> dict[str, tuple[nn.Parameter, dict[str, Any]]]:
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         held = {}
         for path, state in self.states.items():

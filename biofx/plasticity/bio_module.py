@@ -87,7 +87,9 @@ class BioModule(ConsolidatedState):
     def why_not(self, rule: str) -> str | None:
         """Return why a rule leaves this layer alone, None if it does not."""
         reason = self.why_never(rule)
-        if reason is None and rule in _NEED_GRADIENT and self.weight.grad is None:
+        if reason is not None or rule == "rejuvenate_units":
+            return reason
+        if rule in _NEED_GRADIENT and self.weight.grad is None:
             reason = "its weight has no gradient"
         probe = self.connection_probe
         if reason is None and rule == "rejuvenate_weights" and probe is not None and probe.grad is None:
@@ -107,9 +109,10 @@ class BioModule(ConsolidatedState):
 
     def why_never(self, rule: str) -> str | None:
         """Return why a rule would leave this layer alone even if it had a gradient, None if it would not."""
-        if self.parameter is None:
+        weight = self.parameter
+        if weight is None:
             return "its weight is computed by a parametrization, not a parameter"
-        if not self.weight.requires_grad and rule != "enforce_dales_principle":
+        if not weight.requires_grad and rule != "enforce_dales_principle":
             return "its weight is frozen"
         if rule in HOLDING:
             return self.why_not_held(rule)
@@ -533,8 +536,17 @@ class BioModule(ConsolidatedState):
             PlasticityError: the optimizer holds only some of the parameters that would be changed; none is.
         """
         self._require("rejuvenate_units")
+        return self.turn_over_units(optimizer)
+
+    def turn_over_units(self, optimizer: Optimizer | None, *, is_shared: bool = False) -> int:
+        """Do what :meth:`rejuvenate_units` does where nothing is against it; gradients must be off.
+
+        Args:
+            optimizer: what it remembers of the replaced units' weights becomes 0.
+            is_shared: whether what units did is the mean over several ranks, which all call this together.
+        """
         turnover: UnitTurnover = self.turnover
-        return turnover.run(self, optimizer, lambda: self._generator("rejuvenate_units"))
+        return turnover.run(self, optimizer, lambda: self._generator("rejuvenate_units"), is_shared=is_shared)
 
     @torch.no_grad()
     def enforce_dales_principle(self) -> int:

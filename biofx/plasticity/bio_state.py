@@ -407,6 +407,14 @@ class BioState(nn.Module):
         total = torch.where(others, utility, 0).sum()
         utility.copy_(torch.where(places, total / others.count_nonzero().clamp(min=1), utility))
 
+    @property
+    def is_stepped_plainly(self) -> bool:
+        """Whether an optimizer's step is left as it is, but for rules on weights, and no gradient is used."""
+        held = self.__dict__
+        buffers = held["_buffers"]
+        kept = (buffers[FACTORS], buffers[DRAW], buffers[UTILITY], held["connection_probe"])
+        return all(each is None for each in (*kept, held["memory"].dampening)) and held["gradient_level"] == 1
+
     def __getattr__(self, name: str) -> Any:
         if name == FACTORS and "_buffers" in self.__dict__ and (sampling := self.rate_sampling) is not None:
             # torch refuses to write to an inference tensor: what is written to a copy would be lost

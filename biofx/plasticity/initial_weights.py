@@ -63,7 +63,7 @@ def initial_weights(state: BioState) -> InitialWeights | str:
     if weight.is_complex() or weight.dim() < 2:
         return f"it has no initial distribution that is known ({weight.dim()} axes, {weight.dtype})"
     if config.initial_distribution == "torch":
-        std = _std_by_torch(state.get_parent(), state.path.rpartition(".")[2], weight)
+        std = std_by_torch(state)
         if std is None:
             return (
                 f"how a {type(state.get_parent()).__name__} is initialised is not known; say it by "
@@ -76,8 +76,9 @@ def initial_weights(state: BioState) -> InitialWeights | str:
     return InitialWeights(config.initial_distribution == "normal", std)
 
 
-def _std_by_torch(layer: nn.Module, name: str, weight: Tensor) -> float | None:
+def std_by_torch(state: BioState) -> float | None:
     """Return the standard deviation that torch's own initialisation gives a weight, None if not known."""
+    layer, name, weight = state.get_parent(), state.path.rpartition(".")[2], state.weight
     rows, columns = weight.shape[0], weight.shape[1:].numel()
     if isinstance(layer, nn.MultiheadAttention) and name.endswith("proj_weight"):
         own = type(layer)._reset_parameters is nn.MultiheadAttention._reset_parameters

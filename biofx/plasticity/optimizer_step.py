@@ -20,12 +20,12 @@ from biofx.plasticity.holding_step import HoldingStep
 from biofx.plasticity.optimizers import may_move_without_gradient
 from biofx.plasticity.ranks import average_activity, average_inputs, sum_probe, whole
 from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part
+from biofx.plasticity.unit_turnover import UnitTurnover
 from biofx.plasticity.updates import BeforeStep, Way, exponentiate, remember, rescale
 
 _BEFORE_STEP = ("crystallize", "update_fuzzy_learning_rates")
+_ON_GRADIENTS = frozenset({"crystallize", "volume_dependent_lr", *HOLDING})
 _BUILT_IN = ("fuzzy_learning_rates", "volume_dependent_lr", *_BEFORE_STEP)
-_FORGETFUL = ("rejuvenate_weights", "rejuvenate_units")
-"""Rules that make the optimizer forget."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ class OptimizerStep:
         self._due = [rule.name for rule in rules if rule.is_due(number)]
         self._group, self._watched = group, watched
         self._holding = HoldingStep(self._due, group)
+        self._acts = watched or not _ON_GRADIENTS.isdisjoint(self._due)
+        self._states: list[BioModule] = []
         self._weights: dict[str, _Weight] = {}
         self._gradients: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -123,6 +125,7 @@ class OptimizerStep:
     @torch.no_grad()
     def prepare(self, optimizer: Optimizer, bound: Mapping[str, Bound]) -> None:
         """Run the rules on gradients, then multiply the gradients that factors act on."""
+        self._states = [weight.state for weight in bound.values()]
         try:
             self._holding.observe(bound.values())
             for path, weight in bound.items():
@@ -139,8 +142,12 @@ class OptimizerStep:
         self._restore_gradients()
         for stepped in self._weights.values():
             self._finish(optimizer, stepped)
+        if "rejuvenate_units" in self._scheduled and self._group is not None:
+            average_inputs(self._states, self._group)
         for name in self._due:
-            if name not in (*_BUILT_IN, *HOLDING):
+            if name == "rejuvenate_units":
+                self._turn_over_units(optimizer)
+            elif name not in (*_BUILT_IN, *HOLDING):
                 self._run_on_weights(name, optimizer)
 
     def _restore_gradients(self) -> None:
@@ -153,6 +160,8 @@ class OptimizerStep:
     def _prepare(self, optimizer: Optimizer, stepped: _Weight, gradient: Tensor) -> None:
         bound, layer = stepped.bound, stepped.layer
         state, weight = bound.state, bound.weight
+        if not self._acts and not bound.is_exponentiated and state.is_stepped_plainly:
+            return
         if state.connection_probe is not None:
             state.unscale_probe()
         if state.config.rejuvenation_utility == "gradient" and self._sees_utility(state):
@@ -249,36 +258,42 @@ class OptimizerStep:
 
     def _finish(self, optimizer: Optimizer, stepped: _Weight) -> None:
         bound, layer, before = stepped.bound, stepped.layer, stepped.before
-        weight = local(bound.weight)
-        if before is not None and stepped.multiplier is not None:
-            rescale(before, optimizer, bound.weight, stepped.multiplier, decay=bound.decay)
-        if before is not None and stepped.frozen is not None:
-            weight.copy_(torch.where(stepped.frozen, before.weight, weight))
-        if before is not None and bound.is_exponentiated:
-            signs = layer.state.signs().expand(bound.weight.shape)
-            exponentiate(weight, before.weight, local_part(signs, bound.weight))
-        if self._watched and before is not None:
-            layer.update_norm = norm_of_part(weight - before.weight, bound.weight)
+        weight = bound.weight if before is None else local(bound.weight)
+        if before is not None:
+            if stepped.multiplier is not None:
+                rescale(before, optimizer, bound.weight, stepped.multiplier, decay=bound.decay)
+            if stepped.frozen is not None:
+                weight.copy_(torch.where(stepped.frozen, before.weight, weight))
+            if bound.is_exponentiated:
+                signs = layer.state.signs().expand(bound.weight.shape)
+                exponentiate(weight, before.weight, local_part(signs, bound.weight))
+            if self._watched:
+                layer.update_norm = norm_of_part(weight - before.weight, bound.weight)
         if layer.state.is_constrained:
             layer.run("enforce_dales_principle")
         if before is not None:
             self._holding.finish(layer.state, before.weight, weight)
-        stepped.before = stepped.multiplier = stepped.frozen = None
+            stepped.before = stepped.multiplier = stepped.frozen = None
+
+    def _turn_over_units(self, optimizer: Optimizer) -> None:
+        """Run the rule that gathers what it needs of sharded weights itself, and only where units go."""
+        for stepped in self._weights.values():
+            state, turnover = stepped.bound.state, stepped.bound.state.turnover
+            if isinstance(turnover, UnitTurnover) and turnover.why_never(state) is None:
+                replaced = state.turn_over_units(optimizer, is_shared=self._group is not None)
+                stepped.layer.touched["rejuvenate_units"] = replaced
 
     def _run_on_weights(self, name: str, optimizer: Optimizer) -> None:
         if name == "rejuvenate_weights":
             for layer in self.layers.values():
                 sum_probe(layer.state, self._group)
-        if name == "rejuvenate_units":
-            for layer in self.layers.values():
-                average_inputs(layer.state, self._group)
         able = [layer for layer in self.layers.values() if layer.state.why_not(name) is None]
         for layer in able:
             with whole(layer.state, factors=False):
                 layer.state.check(name)
         for layer in able:
             with whole(layer.state, optimizer, factors=name != "synaptic_scaling"):
-                layer.run(name, *[optimizer] if name in _FORGETFUL else [])
+                layer.run(name, *[optimizer] if name == "rejuvenate_weights" else [])
 
 
 def _frozen(state: BioModule, weight: Tensor) -> Tensor | None:

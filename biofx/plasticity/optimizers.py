@@ -21,6 +21,11 @@ FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "exp_inf", "sum")
 """State that normalises a step: of Adam's family, RMSprop, Adamax and Adagrad."""
 
+FORGOTTEN = frozenset({*FIRST_MOMENTS, *SECOND_MOMENTS, "acc_delta", "grad_avg", "prev", "step_size", "step"})
+"""State of single elements: these, and those of Adadelta and Rprop, and step counts of elements."""
+ITERATES = frozenset({"ax", "z"})
+"""State that holds the parameter itself at other times: averaged or schedule-free."""
+
 _DECAYS = frozenset({"wd", "lambd", "l1", "l2", "lambda_1", "lambda_2", "l1_penalty", "l2_penalty"})
 _INSIDE = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "inner_optimizer", "optim")
 _TRANSPARENT = frozenset(
@@ -150,19 +155,31 @@ def lend_step_sizes(optimizer: Optimizer, parameter: nn.Parameter, new: Tensor, 
 
 
 @torch.no_grad()
-def forget_entries(optimizer: Optimizer, parameter: nn.Parameter, entries: Tensor) -> None:
-    """Zero both moments of some elements, and their step counts where each element has its own.
+def forget_entries(optimizer: Optimizer, parameter: nn.Parameter, index: tuple[Tensor, ...]) -> None:
+    """Let an optimizer know no more of some elements than of new ones.
+
+    Its moments become 0, or what they start at, and so do step counts where each element has its own; further
+    iterates of the parameter become the parameter.
 
     Args:
         optimizer: may have no state yet.
-        parameter: whose state is changed.
-        entries: bool, shaped like it.
+        parameter: whose state is changed; its elements have their new values.
+        index: of the elements.
     """
-    state = optimizer.state.get(parameter, {})
-    for name in (*FIRST_MOMENTS, *SECOND_MOMENTS, "step"):
-        moment = state.get(name)
-        if isinstance(moment, Tensor) and moment.dim() and moment.shape == parameter.shape:
-            moment.masked_fill_(entries, 0)
+    state = optimizer.state.get(parameter)
+    if not state:
+        return
+    groups = optimizer.param_groups
+    held_by = (group for group in groups if any(held is parameter for held in group["params"]))
+    group = next(held_by, optimizer.defaults)
+    starts = {"sum": group.get("initial_accumulator_value", 0.0), "step_size": group.get("lr", 0.0)}
+    for name, moment in state.items():
+        if not isinstance(moment, Tensor) or not moment.dim() or moment.shape != parameter.shape:
+            continue
+        if name in ITERATES:
+            moment[index] = parameter.detach()[index].to(moment.dtype)
+        elif name in FORGOTTEN:
+            moment[index] = starts.get(name, 0.0)
 
 
 def may_move_without_gradient(optimizer: Optimizer, weight: Tensor) -> bool:

@@ -12,19 +12,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from biofx.errors import PlasticityError
-from biofx.operators.observed_inputs import FORWARDS, MAGNITUDE, RUNNING_MEAN
+from biofx.operators.observed_inputs import RUNNING_MEAN
 from biofx.operators.rate_ops import ShardedRates
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.bio_state import PER_SYNAPSE
 from biofx.plasticity.model_states import bio_modules
 from biofx.plasticity.optimizers import FIRST_MOMENTS, SECOND_MOMENTS
-from biofx.plasticity.shards import gathered, is_sharded, local, local_part, spread_like
+from biofx.plasticity.shards import gathered, is_sharded, keep_part, spread_like, whole_parameters
 
 _RATES = "_sharded_rates"
 
@@ -68,44 +68,24 @@ def whole(state: BioModule, optimizer: Optimizer | None = None, *, factors: bool
     if weight is None or not is_sharded(weight):
         yield
         return
-    owner, name = state.get_parent(), state.path.rpartition(".")[2]
-    full = nn.Parameter(gathered(weight), requires_grad=weight.requires_grad)
-    if weight.grad is not None:
-        full.grad = gathered(weight.grad)
-    moments = {} if optimizer is None else optimizer.state.get(weight, {})
+    place = state.get_parent(), state.path.rpartition(".")[2]
     names = FIRST_MOMENTS if state.connection_mask is None else (*FIRST_MOMENTS, *SECOND_MOMENTS)
-    whole_moments = {key: gathered(moments[key]) for key in names if is_sharded(moments.get(key))}
-    if optimizer is not None and whole_moments:
-        optimizer.state[full] = whole_moments
     parts = {key: held for key in PER_SYNAPSE if (held := state._buffers[key]) is not None}
     parts = {key: held for key, held in parts.items() if factors and is_sharded(held)}
-    state._buffers.update({key: gathered(held) for key, held in parts.items()})
     dampening = state.memory.dampening
-    if factors and dampening is not None:
-        state.memory.dampening = gathered(dampening)
-    owner._parameters[name] = full
-    try:
-        yield
-    finally:
-        owner._parameters[name] = weight
-        if optimizer is not None:
-            optimizer.state.pop(full, None)
-        with torch.no_grad():
-            _keep_part(full, weight)
-            if weight.grad is not None and full.grad is not None:
-                _keep_part(full.grad, weight.grad)
-            for key, moment in whole_moments.items():
-                _keep_part(moment, moments[key])
+    with whole_parameters([place], optimizer, names):
+        state._buffers.update({key: gathered(held) for key, held in parts.items()})
+        if factors and dampening is not None:
+            state.memory.dampening = gathered(dampening)
+        try:
+            yield
+        finally:
             for key, held in parts.items():
                 changed = state._buffers[key]
                 if changed is not None and changed.shape == held.shape:
-                    _keep_part(changed, held)
+                    keep_part(changed, held)
                     state._buffers[key] = held
-        shard_state(state)
-
-
-def _keep_part(full: Tensor, sharded: Tensor) -> None:
-    local(sharded.detach()).copy_(local_part(full, sharded))
+    shard_state(state)
 
 
 # the states of a model
@@ -231,17 +211,21 @@ def average_activity(state: BioModule, group: Any) -> None:
 
 
 @torch.no_grad()
-def average_inputs(state: BioModule, group: Any) -> None:
-    """Replace what readers of a weight's units have seen since the last turnover by the mean over ranks."""
-    if group is None or isinstance(state.turnover, str):
+def average_inputs(states: Iterable[BioModule], group: Any) -> None:
+    """Replace what readers of units have seen since the last turnover by the mean over ranks.
+
+    It is done after each step, so that buffers are the same on all ranks and those of one can be saved.
+    """
+    turnovers = [state.turnover for state in states if not isinstance(state.turnover, str)]
+    readers = {id(reader.state): reader for turnover in turnovers for reader in turnover.readers}
+    seen = [reader.seen[:RUNNING_MEAN] for reader in readers.values()]
+    if group is None or not seen:
         return
-    for reader in state.turnover.readers:
-        forwards, *means = reader.seen[:RUNNING_MEAN]
-        sums = torch.stack([forwards, *(forwards * mean for mean in means)])
-        distributed.all_reduce(sums, group=group)
-        means_of_all = sums[1:] / sums[0].clamp(min=1)
-        reader.seen[FORWARDS].copy_(sums[0])
-        reader.seen[MAGNITUDE:RUNNING_MEAN].copy_(torch.where(sums[0] > 0, means_of_all, torch.stack(means)))
+    joined = torch.cat([held.flatten().to(seen[0]) for held in seen])
+    distributed.all_reduce(joined, group=group)
+    joined.div_(distributed.get_world_size(group))
+    for held, mean in zip(seen, joined.split([held.numel() for held in seen]), strict=True):
+        held.copy_(mean.view(held.shape))
 
 
 @torch.no_grad()

@@ -6,10 +6,13 @@ those with an entry for each unit, as signs, are small and whole on every rank.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -47,6 +50,74 @@ def local_part(values: Tensor, like: Tensor) -> Tensor:
         if values.shape[axis] != 1 and size != values.shape[axis]:
             values = values.narrow(axis, min(start, values.shape[axis] - size), size)
     return values
+
+
+@contextmanager
+def whole_parameters(
+    places: Iterable[tuple[nn.Module, str]], optimizer: Optimizer | None = None, names: Collection[str] = ()
+) -> Iterator[None]:
+    """Gather parameters, their gradients, and what an optimizer remembers; at the end ranks keep their parts.
+
+    All ranks must do it together.
+
+    Args:
+        places: modules, and the names of their parameters; those that are not sharded stay.
+        optimizer: of the parameters.
+        names: of what it remembers.
+    """
+    gathered_ones: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
+    moments: list[tuple[Tensor, Tensor]] = []
+    done: dict[int, nn.Parameter] = {}
+    for owner, name in places:
+        part = owner._parameters[name]
+        if part is None or id(part) in done or not is_sharded(part):
+            continue
+        full = done[id(part)] = nn.Parameter(gathered(part), requires_grad=part.requires_grad)
+        if part.grad is not None:
+            full.grad = gathered(part.grad)
+        held = {} if optimizer is None else optimizer.state.get(part, {})
+        kept = {key: gathered(held[key]) for key in names if is_sharded(held.get(key))}
+        if optimizer is not None and kept:
+            optimizer.state[full] = kept
+        moments += [(full_moment, held[key]) for key, full_moment in kept.items()]
+        gathered_ones.append((owner, name, full, part))
+        owner._parameters[name] = full
+    try:
+        yield
+    finally:
+        for owner, name, full, part in gathered_ones:
+            owner._parameters[name] = part
+            if optimizer is not None:
+                optimizer.state.pop(full, None)
+            keep_part(full, part)
+            if part.grad is not None and full.grad is not None:
+                keep_part(full.grad, part.grad)
+        for full_moment, moment in moments:
+            keep_part(full_moment, moment)
+
+
+@contextmanager
+def whole_buffers(states: Iterable[nn.Module], names: Collection[str]) -> Iterator[None]:
+    """Gather buffers that are sharded; at the end ranks keep their parts. All ranks must do it together."""
+    parts: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+    for state in states:
+        for name in names:
+            held = state._buffers.get(name)
+            if held is not None and is_sharded(held):
+                full = state._buffers[name] = gathered(held)
+                parts.append((state, name, full, held))
+    try:
+        yield
+    finally:
+        for state, name, full, held in parts:
+            keep_part(full, held)
+            state._buffers[name] = held
+
+
+@torch.no_grad()
+def keep_part(full: Tensor, sharded: Tensor) -> None:
+    """Write this rank's part of a whole tensor to a sharded one."""
+    local(sharded.detach()).copy_(local_part(full, sharded))
 
 
 def spread_like(full: Tensor, like: Tensor) -> Tensor:

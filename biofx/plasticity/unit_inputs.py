@@ -160,3 +160,21 @@ def weight_of_rows(rows: Tensor, like: Tensor, *, output_axis: int = 0, groups: 
         return rows.reshape(like.shape)
     grouped = rows.reshape(groups, like.shape[1], like.shape[0] // groups, -1)
     return grouped.transpose(1, 2).reshape(like.shape)
+
+
+def index_of_units(
+    units: Tensor, weight: Tensor, *, output_axis: int = 0, groups: int = 1
+) -> tuple[Tensor, ...]:
+    """Return where the synapses of some units are in a weight: indexing gives ``(units, synapses, *kernel)``.
+
+    Args:
+        units: which, int64, ``(count,)``; on the weight's device.
+        weight: ``(out, in / groups, *)``, or ``(in, out / groups, *)`` where ``output_axis`` is 1.
+        output_axis: the axis of ``weight`` that counts the units.
+        groups: groups of a convolution, a count.
+    """
+    if output_axis == 0:
+        return (units,)
+    rows, columns = weight.shape[0] // groups, weight.shape[1]
+    group = torch.div(units, columns, rounding_mode="floor")
+    return group[:, None] * rows + torch.arange(rows, device=units.device), (units % columns)[:, None]

@@ -76,8 +76,10 @@ class Cases(nn.Module):
             return self.out(h.relu()) + self.fc.weight.sum()
         if case == "read weight read":
             return self.out(h.relu()) + self.out.weight.sum()
-        if case == "recurrent":
-            return self.gru(h.relu())[0]
+        if case == "scaled":
+            h = h * self.scale
+        if case == "state":
+            return self.out(self.gru(x, h.relu())[0])
         if case == "matmul":
             return self.out(h.relu()) @ h.T
         return self.out(h.relu())
@@ -87,7 +89,6 @@ class Cases(nn.Module):
     ("case", "reason"),
     [
         ("output", "its units are an output of the model"),
-        ("product", "its units go through 'mul', which combines or parts them"),
         ("part", "its units go into 'getitem', behind which they are not known"),
         ("softmax", "its units go into 'softmax', behind which they are not known"),
         ("input", "units of 'x', which no layer makes, are one with its units"),
@@ -103,7 +104,8 @@ class Cases(nn.Module):
             "read weight read",
             "'out.weight' reads its units: its weight is also read by 'sum_1', which would not follow",
         ),
-        ("recurrent", "'gru.weight_ih_l0' reads its units: a GRU is not one layer with one weight"),
+        ("scaled", "its units go through 'mul', which 'scale' scales"),
+        ("state", "its units go into 'gru', behind which they are not known"),
         ("matmul", "its units go through 'getattr_1', which combines or parts them"),
     ],
 )
@@ -154,21 +156,38 @@ def test_the_second_time_nothing_happens() -> None:
     assert biofx.format_graph(again) == biofx.format_graph(bio)
 
 
-def test_python_in_the_forward_keeps_units() -> None:
+def test_units_that_python_passes_on_stay_and_those_inside_a_region_do_not() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x).relu())  # type: ignore[no-any-return]
+
     class Loop(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner, self.out = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), nn.Linear(4, 2)
+            self.inner, self.out = Block(), nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
             while x.abs().max() < 1:
-                x = self.inner(x) * 2
+                x = x + self.inner(x).abs() + 0.1
             return self.out(x)  # type: ignore[no-any-return]
 
-    _, said = watch(Loop())
-    reasons = set(said.values())
-    assert any("part of the forward stays in Python" in reason for reason in reasons)
-    assert not any(reason.startswith("applied") for reason in reasons)
+    bio, said = watch(Loop())
+    assert said["inner.up"] == "applied: 6 units can be replaced, read by 'inner.down'"
+    assert "behind which they are not known" in said["inner.down"]
+    bio(torch.full((3, 4), 0.01))
+    seen = bio.get_submodule("inner.down").bio_mod.input_activity
+    assert float(seen[0, 0]) > 1  # as often as the loop ran
+
+
+def test_factors_of_a_product_make_one_unit_each() -> None:
+    """As the gate and what it lets through do in the hidden layer of many transformers."""
+    _, said = watch(Cases("product"))
+    assert said["fc"] == "applied: 4 units can be replaced, read by 'out'"
+    assert said["other"] == ("applied: 4 units can be replaced, read by 'out', together with those of 'fc'")
 
 
 def test_a_deployed_model_watches_nothing() -> None:
@@ -191,6 +210,6 @@ def test_what_the_operator_sees(shape: tuple[int, ...], axis: int, nonnegative: 
     observe_inputs(x[0], seen, False, channel_axis=axis, nonnegative=nonnegative)
     channels = x.movedim(axis, 1).flatten(2) if len(shape) > 1 else x[..., None]
     channels = x.movedim(axis, 0).flatten(1)
-    torch.testing.assert_close(seen[1], channels.abs().mean(1))
-    torch.testing.assert_close(seen[2], channels.mean(1))
+    torch.testing.assert_close(seen[1] / 2, channels.abs().mean(1))
+    torch.testing.assert_close(seen[2] / 2, channels.mean(1))
     assert seen[0].tolist() == [2.0] * 3
