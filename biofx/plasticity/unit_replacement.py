@@ -77,7 +77,8 @@ def replace_units(
 def _states_of(entries: UnitEntries) -> list[nn.Module]:
     """Return what is kept of the parameters that have entries of units."""
     owners = dict.fromkeys(module for _, module, _ in entries.places)
-    return [part for owner in owners for part in owner._modules.get("bio_mod", nn.Module()).modules()]
+    kept = (owner._modules.get("bio_mod") for owner in owners)
+    return [part for state in kept if state is not None for part in state.modules()]
 
 
 def _check_optimizer(entries: UnitEntries, optimizer: Optimizer | None) -> None:
@@ -188,7 +189,7 @@ def _forget(
     if optimizer is not None:
         forget_entries(optimizer, parameter, index)
     held = _held(state, name)
-    utility = state._buffers.get(UTILITY) if isinstance(state, BioState) and held is state else None
+    utility = None if held is None else held._buffers[UTILITY]
     if held is not None and (utility is not None or held.importance is not None):
         places = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
         places[index] = True
