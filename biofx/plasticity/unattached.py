@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from biofx.errors import BiofxWarning
+from biofx.plasticity.attachment import attachments_of
 from biofx.plasticity.binding import erases_factors, is_attached
 from biofx.plasticity.model_states import bio_modules
 
@@ -64,7 +65,9 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         models = {
             _WATCHED.pop(parameter) for parameter in found
         }  # before a trial steps, which comes here too
-        if any(model.is_warned for model in models) or not found or any(map(is_attached, found)):
+        if not found or any(model.is_warned for model in models):
+            continue
+        if attachments_of(optimizer) or any(map(is_attached, found)):  # which binds groups added since
             continue
         if erases_factors(optimizer, group, found):
             for model in models:
