@@ -87,9 +87,12 @@ def test_one_slow_bit_flips_between_blocks_and_the_others_are_drawn_at_each_step
 def test_a_task_is_a_permutation_of_the_pixels_of_images_each_seen_once() -> None:
     part = digits(0).train
     pixels, labels = part[0].flatten(1), part[1]
-    found = list(itertools.islice(permuted.tasks(part, 5, 200), 3))
     places: list[Tensor] = []
-    for images, expected in found:
+    for task in itertools.islice(permuted.tasks(part, 5, 200), 3):
+        batches = list(task.batches(30))
+        assert [len(labels) for _, labels in batches] == [30] * 6 + [20]
+        images, expected = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        assert torch.equal(task.last(50), images[150:])
         assert images.shape == (200, 64)
         # sorted pixels name an image whatever the permutation
         known = {tuple(sorted(row)): int(label) for row, label in zip(pixels.tolist(), labels, strict=True)}
@@ -99,18 +102,21 @@ def test_a_task_is_a_permutation_of_the_pixels_of_images_each_seen_once() -> Non
         places.append(images.mean(0))
     assert not torch.allclose(places[0], places[1], atol=0.1)
     whole = next(permuted.tasks(part, 5, 10_000))
-    assert len(whole[1]) == len(labels)
-    assert torch.equal(whole[1].bincount(), labels.bincount())
+    assert sorted(whole.order.tolist()) == list(range(len(labels)))
 
 
 def test_each_task_is_learned_and_read_under_its_own_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
     orders = consolidation.permutations(0, 3, 64)
     assert [sorted(order.tolist()) for order in orders] == [list(range(64))] * 3
     assert len({tuple(order.tolist()) for order in orders}) == 3
-    read: list[Tensor] = []
+    read: list[tuple[Tensor, Tensor]] = []
+    data = digits(0)
 
-    def noting(model: nn.Module, part: Any) -> float:
-        read.append(part[0])
+    def noting(permuted: consolidation.Permuted, part: Any) -> float:
+        read.append((permuted.order, part[0]))
+        images = part[0][:5]
+        expected = permuted.model(images.flatten(1)[:, permuted.order])
+        assert torch.equal(permuted(images), expected)
         return float(len(read))
 
     monkeypatch.setattr(consolidation, "accuracy", noting)
@@ -123,20 +129,18 @@ def test_each_task_is_learned_and_read_under_its_own_permutation(monkeypatch: py
 
     monkeypatch.setattr(Attachment, "begin_task", beginning)
     found = execute(
-        consolidation.EXPERIMENT, job_of(consolidation.EXPERIMENT, "elastic consolidation"), digits
+        consolidation.EXPERIMENT, job_of(consolidation.EXPERIMENT, "elastic consolidation, 100"), digits
     )
-    test, train = (part[0].flatten(1) for part in (digits(0).test, digits(0).train))
-    tasks = [0, 0, 1, 0, 1, 2, 0, 1, 2]
-    for images, task in zip(read, tasks, strict=False):
-        assert torch.equal(images, test[:, orders[task]])
-    # the last three are of validation images
-    assert len(read) == len(tasks) + 3
+    tasks = [0, 0, 1, 0, 1, 2, 0, 1, 2, 0, 1, 2]
+    for (order, images), task, part in zip(read, tasks, [data.test] * 9 + [data.validation] * 3, strict=True):
+        assert torch.equal(order, orders[task])
+        assert torch.equal(images, part[0])
     assert found.found.curves["known"] == [1, 2.5, 5]
     assert found.found.figures["mean"] == 8
     assert (found.found.figures["first"], found.found.figures["last"]) == (7, 9)
     assert begun[0] is None
     for batches, order in zip(begun[1:], orders, strict=False):
-        assert torch.equal(batches[0], train[:300][:, order])
+        assert torch.equal(batches[0], data.train[0].flatten(1)[:300][:, order])
     assert len(begun) == 3
 
 

@@ -130,6 +130,7 @@ def loader(dataset: str, folder: Path | None) -> Callable[[int], Data]:
     (images, labels), test = _FILES[dataset](folder)
     held_out = min(_VALIDATION, len(labels) // 10)
 
+    @functools.lru_cache(maxsize=1)  # runs of a seed follow one another
     def split(seed: int) -> Data:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         validation, train = order[:held_out], order[held_out:]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
@@ -38,8 +39,29 @@ _INITIAL = OFF.replace(initial_distribution="uniform", initial_gain=math.sqrt(2)
 ARMS: dict[str, Arm] = arms_of(_INITIAL, unit_every=10, weights_every=100)
 
 
-def tasks(part: Part, seed: int, images: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for each task images, ``(images, pixels)``, and labels, without end; the seed decides all.
+@dataclass(frozen=True)
+class Task:
+    """A permutation of the pixels, and an order of images; batches are permuted as they come."""
+
+    images: Tensor
+    """All of them, as they are, ``(n, pixels)``."""
+    labels: Tensor
+    order: Tensor
+    """Which of them come, int64."""
+    permutation: Tensor
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images, ``(size, pixels)``, and labels, in order."""
+        for chosen in self.order.split(size):
+            yield self.images[chosen][:, self.permutation], self.labels[chosen]
+
+    def last(self, number: int) -> Tensor:
+        """Return the last images."""
+        return self.images[self.order[-number:]][:, self.permutation]
+
+
+def tasks(part: Part, seed: int, images: int) -> Iterator[Task]:
+    """Yield tasks without end; the seed decides all.
 
     Args:
         part: images and labels to draw from.
@@ -50,8 +72,7 @@ def tasks(part: Part, seed: int, images: int) -> Iterator[tuple[Tensor, Tensor]]
     pixels, labels = part[0].flatten(1), part[1]
     while True:
         order = torch.randperm(len(labels), generator=generator)[:images]
-        permutation = torch.randperm(pixels.shape[1], generator=generator)
-        yield pixels[order][:, permutation], labels[order]
+        yield Task(pixels, labels, order, torch.randperm(pixels.shape[1], generator=generator))
 
 
 def network(pixels: int) -> nn.Module:
@@ -73,14 +94,14 @@ def run(job: Job, load: Load) -> Measured:
     number = job.length("tasks")
     accuracies: list[float] = []
     dead: list[float] = []
-    for images, labels in tasks(part, job.seed, job.length("images")):
+    for task in tasks(part, job.seed, job.length("images")):
         try:
-            accuracies.append(learn(model, optimizer, images, labels))
+            accuracies.append(learn(model, optimizer, task))
         except NonFiniteWeightError:
             missing = [math.nan] * (number - len(accuracies))
             accuracies, dead = accuracies + missing, dead + missing
         else:
-            dead.append(dead_units(model, images[-1000:]))
+            dead.append(dead_units(model, task.last(1000)))
         if len(accuracies) == number:
             break
     tenths = [part_mean(accuracies, tenth / 10, (tenth + 1) / 10) for tenth in range(10)]
@@ -96,16 +117,16 @@ def run(job: Job, load: Load) -> Measured:
     )
 
 
-def learn(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
+def learn(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task) -> float:
     """Take a step on each batch; return how many were right before the steps, in percent."""
     right = []
-    for batch, expected in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+    for batch, expected in task.batches(BATCH):
         optimizer.zero_grad()
         logits = model(batch)
         F.cross_entropy(logits, expected).backward()
         optimizer.step()
         right.append((logits.detach().argmax(1) == expected).sum())
-    return 100 * int(torch.stack(right).sum()) / len(labels)
+    return 100 * int(torch.stack(right).sum()) / len(task.order)
 
 
 def _prevented(of: Figure, case: str, arm: str) -> float:
