@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
+import biofx
 from reproduce import inversion
 from reproduce.arms import build
 from reproduce.data import digits
@@ -197,6 +198,13 @@ def test_the_blind_have_the_weights_and_no_mechanism() -> None:
     assert {name for name, _ in model.named_parameters()} == names
     assert all(torch.equal(value, victim.get_parameter(name)) for name, value in model.named_parameters())
     assert not torch.allclose(model(IMAGES[:3]), victim(IMAGES[:3]))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_narrow_network_is_as_wide_as_what_split_layers_deploy(network: str) -> None:
+    deployed: Any = biofx.deploy(victim_of("split, informed", network))
+    narrow = NETWORKS[network](SHAPE, 1)
+    assert [value.shape for value in narrow.parameters()] == [value.shape for value in deployed.parameters()]
 
 
 # what is reported

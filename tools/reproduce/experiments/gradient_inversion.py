@@ -35,8 +35,10 @@ MECHANISMS = {
     "signs": _OFF.replace(apply_dales_principle=True),
     "all": biofx.BioConfig(fuzzy_learning_rate_factor_nu=0.09).replace(**_SPLIT_AND_SIGNS),
 }
+NARROW = "half the width"
 ARMS = {
     "plain": Arm(control=None),
+    NARROW: Arm(about="as wide as what split layers deploy, for what their smaller number of gradients does"),
     **{
         f"{name}, {attacker}": Arm(config=config)
         for name, config in MECHANISMS.items()
@@ -46,18 +48,18 @@ ARMS = {
 _READ_OFF = "read off"
 
 
-def perceptron(shape: Shape) -> nn.Module:
-    """Return the fully connected network."""
-    return dense(shape, 64, 64, activation=nn.Sigmoid)
+def perceptron(shape: Shape, times: int = 2) -> nn.Module:
+    """Return the fully connected network, of ``times`` times 32 units."""
+    return dense(shape, 32 * times, 32 * times, activation=nn.Sigmoid)
 
 
-def convolutional(shape: Shape) -> nn.Module:
-    """Return DLG's network, for images of any shape."""
+def convolutional(shape: Shape, times: int = 2) -> nn.Module:
+    """Return DLG's network, for images of any shape, of ``times`` times 6 channels."""
     layers: list[nn.Module] = []
     channels = shape[0]
     for stride in (2, 2, 1):
-        layers += [nn.Conv2d(channels, 12, 5, padding=2, stride=stride), nn.Sigmoid()]
-        channels = 12
+        layers += [nn.Conv2d(channels, 6 * times, 5, padding=2, stride=stride), nn.Sigmoid()]
+        channels = 6 * times
     pixels = -(-shape[1] // 4) * -(-shape[2] // 4)
     network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * pixels, 10))
     for parameter in network.parameters():
@@ -103,7 +105,8 @@ def attack(job: Job, image: Tensor, label: int, number: int) -> tuple[Tensor, bo
     network, objective = job.case.split(": ")
     seed = 1000 * job.seed + number
     shape: Any = tuple(image.shape)
-    victim, _ = build(ARMS[job.arm], lambda: NETWORKS[network](shape), seed)
+    times = 1 if job.arm == NARROW else 2
+    victim, _ = build(ARMS[job.arm], lambda: NETWORKS[network](shape, times), seed)
     shared = inversion.gradients(victim, image, label)
     recovered = inversion.recover_label(shared[-2])
     if objective == _READ_OFF:
