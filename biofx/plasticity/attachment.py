@@ -18,6 +18,7 @@ from biofx.errors import PlasticityError
 from biofx.plasticity.binding import Binding, Bound
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.consolidated_state import OF_TASKS, RULES
+from biofx.plasticity.lent_memory import LentMemory
 from biofx.plasticity.optimizer_step import Observer, OptimizerStep, Rule
 from biofx.plasticity.optimizers import unscale_or_skip
 from biofx.plasticity.tasks import Loss, begin_task
@@ -43,6 +44,7 @@ class Attachment:
         """Optimizer steps so far, a count."""
         self.rules = rules
         self._begun: set[str] = set()
+        self._memory = LentMemory()
         self.is_copy = False
         """Whether it was copied with its model and optimizer."""
         self._binding, self._observers, self._group = binding, observers, group
@@ -173,7 +175,16 @@ class Attachment:
                 "an attachment of a distributed run cannot be copied, for its ranks have to agree; write the "
                 "run with biofx.save and attach to what biofx.load gives"
             )
-        passing = ("_model_ref", "_optimizer_ref", "_kept", "_hooks", "_running", "_step", "_are_watching")
+        passing = (
+            "_memory",
+            "_model_ref",
+            "_optimizer_ref",
+            "_kept",
+            "_hooks",
+            "_running",
+            "_step",
+            "_are_watching",
+        )
         kept = {name: value for name, value in vars(self).items() if name not in passing}
         return {**kept, "_is_attached": bool(self._hooks), "_run": (self._model, self._optimizer)}
 
@@ -185,6 +196,7 @@ class Attachment:
         self._kept = ()  # the owner of the copies keeps them: without these, nothing is left of the run
         self._are_watching = False
         self._hooks = []
+        self._memory = LentMemory()
         self.is_copy = True
         if is_attached:
             self._listen(optimizer)
@@ -257,7 +269,7 @@ class Attachment:
             not hasattr(observer, "is_due") or observer.is_due(self.steps) for observer in self._observers
         )
         self._refuse_without_task(bound)
-        step = OptimizerStep(self.steps, self.rules, self._group, watched=watched)
+        step = OptimizerStep(self.steps, self.rules, self._group, self._memory, watched=watched)
         step.prepare(optimizer, bound)
         self._step = step
 

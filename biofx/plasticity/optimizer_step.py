@@ -17,6 +17,7 @@ from biofx.plasticity.binding import Bound
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.consolidated_state import HOLDING
 from biofx.plasticity.holding_step import HoldingStep
+from biofx.plasticity.lent_memory import LentMemory
 from biofx.plasticity.optimizers import may_move_without_gradient
 from biofx.plasticity.ranks import average_activity, average_inputs, sum_probe, whole
 from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part
@@ -103,10 +104,14 @@ class OptimizerStep:
         number: of the step, from 0.
         rules: of the schedule.
         group: ranks that agree on activity, None for this one alone.
+        memory: for copies of weights and gradients.
         watched: whether norms are requested.
     """
 
-    def __init__(self, number: int, rules: tuple[Rule, ...], group: Any, *, watched: bool) -> None:
+    def __init__(
+        self, number: int, rules: tuple[Rule, ...], group: Any, memory: LentMemory, *, watched: bool
+    ) -> None:
+        self._memory = memory
         self._number = number
         self._scheduled = {rule.name for rule in rules}
         self._due = [rule.name for rule in rules if rule.is_due(number)]
@@ -149,6 +154,7 @@ class OptimizerStep:
                 self._turn_over_units(optimizer)
             elif name not in (*_BUILT_IN, *HOLDING):
                 self._run_on_weights(name, optimizer)
+        self._memory.settle()
 
     def _restore_gradients(self) -> None:
         """Put the gradients back as the backward left them."""
@@ -183,7 +189,8 @@ class OptimizerStep:
         scales_update = multiplier is not None and bound.way is Way.UPDATE
         compares = scales_update or stepped.frozen is not None or self._holding.follows(state)
         if compares or self._watched or bound.is_exponentiated:
-            stepped.before = remember(optimizer, bound.group, weight)
+            copy = partial(self._memory.copy_of, ("weight", state.path))
+            stepped.before = remember(optimizer, bound.group, weight, copy)
         if scales_update:
             stepped.multiplier = multiplier
         elif multiplier is not None:
@@ -197,7 +204,7 @@ class OptimizerStep:
             if known is weight:
                 return given
         gradient: Any = weight.grad
-        own: Tensor = gradient.detach().clone()
+        own = self._memory.copy_of(("gradient", bound.state.path), gradient)
         self._gradients.append((weight, gradient, own))
         weight.grad = own
         return own

@@ -190,12 +190,12 @@ def _surprise(output: Tensor, target: Tensor | None, loss: Loss | None, generato
 
 def _gradients(value: Tensor, states: list[BioModule], sharded: bool) -> list[Tensor | None]:
     """Return the gradient on this rank's part of each weight, as the graph gives it."""
-    weights = [state.weight for state in states]
     if not value.requires_grad:
-        return [None for _ in weights]
+        return [None for _ in states]
     if not sharded:
-        return list(torch.autograd.grad(value, weights, allow_unused=True))
+        return list(torch.autograd.grad(value, [state.weight for state in states], allow_unused=True))
     value.backward()
+    weights = [state.weight for state in states]  # after a forward, and before the backward, they are whole
     gradients = [None if weight.grad is None else local(weight.grad) for weight in weights]
     for weight in weights:
         weight.grad = None

@@ -13,7 +13,7 @@ versus gradient descent for linear predictors", Information and Computation 132 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -49,15 +49,21 @@ class BeforeStep:
     mean_weight: float = 0.0
 
 
-def remember(optimizer: Optimizer, group: Mapping[str, Any], weight: nn.Parameter) -> BeforeStep:
+def remember(
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    weight: nn.Parameter,
+    copy: Callable[[Tensor], Tensor] = torch.clone,
+) -> BeforeStep:
     """Return what :func:`rescale` needs from before a step.
 
     Args:
         optimizer: about to step.
         group: the weight's.
         weight: whole or sharded.
+        copy: makes the copy of the weight.
     """
-    before = BeforeStep(local(weight.detach()).clone(), group)
+    before = BeforeStep(copy(local(weight.detach())), group)
     state = optimizer.state.get(weight, {})
     if _WEIGHT_SUM in group:
         before.weight_sum = float(group[_WEIGHT_SUM])
