@@ -114,6 +114,37 @@ def test_three_tasks_as_with_the_penalty_in_the_loss(optimizer: str, method: str
     assert (plain.get_parameter("0.weight") - bio.get_parameter("0.weight")).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("rule", [*RULE_OF.values(), "l2_to_initial"])
+def test_a_gradient_scaler_changes_nothing(rule: str) -> None:
+    """Its scale is a power of 2, so results are equal to the bit; a step that it skips counts for nothing."""
+    method = {name: method for method, name in RULE_OF.items()}.get(rule, "off")
+    runs = []
+    for scale in (1.0, 2.0**12):
+        bio = made(method=method, l2_to_initial_strength=0.5).float()
+        stepping = OPTIMIZERS["momentum"](bio.parameters())
+        plasticity = biofx.attach(bio, stepping, [rule])
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=100)
+        for task in range(2):
+            if method not in ("upgd", "off"):
+                plasticity.begin_task([batch(9)[0].float()] if rule == "memory_aware" else None)
+            for step in range(3):
+                stepping.zero_grad()
+                inputs, target = batch(3 * task + step)
+                scaler.scale(F.cross_entropy(bio(inputs.float()), target)).backward()
+                if step == 1 and scale > 1:  # an overflow, after which the batch is taken again
+                    bio.get_parameter("0.weight").grad[0, 0] = torch.inf
+                    scaler.step(stepping)
+                    scaler.update(scale)
+                    stepping.zero_grad()
+                    scaler.scale(F.cross_entropy(bio(inputs.float()), target)).backward()
+                scaler.step(stepping)
+                scaler.update()
+        assert plasticity.steps == 6
+        runs.append(bio.state_dict())
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name
+
+
 def per_sample(model: nn.Module, steps: range, value: Any) -> dict[str, list[Tensor]]:
     weights = parameters(model)
     found: dict[str, list[Tensor]] = {name: [] for name in weights}

@@ -151,10 +151,11 @@ def training_step(
     rules: tuple[str, ...] = (),
     attached: tuple[biofx.Rule, ...] | None = None,
     compiled: bool = False,
+    tasks: int = 0,
 ) -> Callable[[], None]:
     """Return a step of plain gradient descent; ``rules`` are methods called between backward and step.
 
-    With a schedule in ``attached``, ``biofx.attach`` runs its rules.
+    With a schedule in ``attached``, ``biofx.attach`` runs its rules; ``tasks`` are begun, with a step each.
     """
     model = model.to(x.device).train()
     call: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
@@ -162,8 +163,7 @@ def training_step(
         classes = model(x[:2]).shape[1]
     labels = torch.randint(0, classes, (len(x),), generator=torch.Generator().manual_seed(0)).to(x.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    if attached is not None:
-        biofx.attach(model, optimizer, attached)
+    plasticity = None if attached is None else biofx.attach(model, optimizer, attached)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -172,6 +172,11 @@ def training_step(
             getattr(model, rule)()
         optimizer.step()
 
+    on_data = any(rule.name == "memory_aware" for rule in attached or ())
+    for number in range(tasks):
+        if plasticity is not None:
+            plasticity.begin_task([x[:2]] if number and on_data else None)
+        step()
     return step
 
 

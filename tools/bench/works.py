@@ -72,6 +72,7 @@ def works(device: torch.device, *, compiled: bool) -> Iterator[Work]:
         yield from _rules(vectors)
         yield from _monitors(device)
         yield from _turnover_of_weights(device)
+        yield _held_back(device)
 
 
 def series(device: torch.device) -> Iterator[Work]:
@@ -316,6 +317,30 @@ def _turnover_of_weights(device: torch.device) -> Iterator[Work]:
             training_step(model, x, attached=())()
             turnovers[kind] = model.rejuvenate_weights
         yield Work(f"{name}, a turnover", turnovers, "step", dict.fromkeys(_SELECTIONS, 50))
+
+
+def _held_back(device: torch.device) -> Work:
+    """Return training steps with rules that hold weights back, in the second task, when they pull."""
+    torch.manual_seed(0)
+    plain, x = perceptron(784, 500, 500, 10), torch.randn(100, 784).to(device)
+    attached = biofx.transform(plain, _UNSCALED).graph_module
+    candidates = {"plain": training_step(plain, x), "attached": training_step(attached, x, attached=())}
+    for name, (rule, tasks, options) in _HOLDING.items():
+        made = biofx.transform(plain, {**_UNSCALED, **options}).graph_module
+        candidates[name] = training_step(made, x, attached=(biofx.Rule(rule),), tasks=tasks)
+    goals = dict.fromkeys(_HOLDING, 1.05)
+    return Work("784-500-500-10, batch of 100, held back", candidates, "attached", goals)
+
+
+_HOLDING: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "path of the first task": ("synaptic_intelligence", 1, {"consolidation": "synaptic-intelligence"}),
+    "synaptic intelligence": ("synaptic_intelligence", 2, {"consolidation": "synaptic-intelligence"}),
+    "elastic": ("elastic_consolidation", 2, {"consolidation": "elastic"}),
+    "memory-aware": ("memory_aware", 2, {"consolidation": "memory-aware"}),
+    "UPGD": ("upgd", 0, {"consolidation": "upgd"}),
+    "UPGD without noise": ("upgd", 0, {"consolidation": "upgd", "upgd_noise": 0.0}),
+    "to the initial weight": ("l2_to_initial", 0, {"l2_to_initial_strength": 1e-3}),
+}
 
 
 def _ten_times(step: Callable[[], object]) -> Callable[[], object]:
