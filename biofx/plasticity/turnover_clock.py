@@ -34,9 +34,12 @@ class TurnoverClock:
 
     # what has been seen
 
-    def have_changed(self, tensors: Sequence[Tensor]) -> bool | None:
-        """Whether all have been written to since :meth:`note_seen`; None if that is not known."""
-        if len(self._seen) != len(tensors):
+    def have_changed(self, tensors: Sequence[Tensor], age: Tensor) -> bool | None:
+        """Whether all have been written to since :meth:`note_seen`; None if that is not known.
+
+        Who has written to the ages, loading a state, may have written to the tensors too.
+        """
+        if len(self._seen) != len(tensors) or not self._is_current("age", age):
             return None
         for tensor, (known, version) in zip(tensors, self._seen, strict=True):
             if tensor is not known:

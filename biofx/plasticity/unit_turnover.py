@@ -111,7 +111,7 @@ class UnitTurnover(UnitEntries):
         if utility is None or age is None or due is None:
             raise PlasticityError(f"{lead.path!r}: {NOT_WATCHED}")
         seen = [reader.seen for reader in self.readers]
-        if not self._has_seen(seen, is_shared=is_shared):
+        if not self._has_seen(seen, age, is_shared=is_shared):
             return 0
         is_redo = lead.config.unit_turnover == "redo"
         contribution, magnitude = self._follow(seen, magnitudes=is_redo)
@@ -131,9 +131,9 @@ class UnitTurnover(UnitEntries):
         self.clock.note_seen(seen)
         return len(gone)
 
-    def _has_seen(self, seen: Sequence[Tensor], *, is_shared: bool) -> bool:
+    def _has_seen(self, seen: Sequence[Tensor], age: Tensor, *, is_shared: bool) -> bool:
         """Whether every reader has seen something; without asking the device, where that is known."""
-        changed = self.clock.have_changed(seen)
+        changed = self.clock.have_changed(seen, age)
         if changed is False:
             return False
         if changed and not is_shared and self._reads_alone:

@@ -502,3 +502,189 @@ def test_two_ranks_replace_the_units_that_one_process_does(tmp_path: Path, way: 
     for name, value in one.items():
         torch.testing.assert_close(first[name], value, **EXACT)
         assert torch.equal(first[name], second[name])
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.rnn: Any = getattr(nn, kind)(3, 4, batch_first=True)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(x)[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("kind", "gates"), [("RNN", 1), ("GRU", 3), ("LSTM", 4)])
+def test_a_recurrent_unit_has_a_row_in_each_gate_and_a_column_of_its_own(kind: str, gates: int) -> None:
+    """Rows of both matrices are drawn, with their biases; the column becomes 0 in those rows, too."""
+    torch.manual_seed(8)
+    bio = watched(Recurrent(kind).double(), unit_turnover_maturity=0, unit_turnover_rate=0.25)
+    optimizer = torch.optim.Adam(bio.parameters(), 0.01)
+    x = torch.randn(5, 6, 3, dtype=torch.float64)
+    train(bio, x, optimizer, 1)
+    states = bio_modules(bio)
+    hidden = bio.get_submodule("rnn")(x)[0].detach()
+    for state in (states["rnn.weight_hh_l0"], states["out.weight"]):
+        state.input_activity.zero_()  # type: ignore[union-attr]
+    bio(x)
+    before = {name: value.clone() for name, value in bio.state_dict().items()}
+    recurrent, readout = before["rnn.weight_hh_l0"], before["out.weight"]
+    utility = hidden.abs().mean((0, 1)) * (recurrent.abs().sum(0) + readout.abs().sum(0))
+    unit = int(utility.argmin())
+    assert states["rnn.weight_hh_l0"].rejuvenate_units(optimizer) == 1
+    after = bio.state_dict()
+    rows = [4 * gate + unit for gate in range(gates)]
+    others = [row for row in range(4 * gates) if row not in rows]
+    for name in ("rnn.weight_ih_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"):
+        assert bool((after[name][rows] != before[name][rows]).all())
+    assert torch.equal(after["rnn.weight_ih_l0"][others], before["rnn.weight_ih_l0"][others])
+    kept = [column for column in range(4) if column != unit]
+    assert not after["rnn.weight_hh_l0"][:, unit].any()
+    assert not after["out.weight"][:, unit].any()
+    assert bool((after["rnn.weight_hh_l0"][rows][:, kept] != recurrent[rows][:, kept]).all())
+    assert torch.equal(after["rnn.weight_hh_l0"][others][:, kept], recurrent[others][:, kept])
+    mean = hidden.mean((0, 1))[unit]  # of the first run: 0.01 m / (1 - 0.99)
+    torch.testing.assert_close(after["out.bias"], before["out.bias"] + readout[:, unit] * mean, **EXACT)
+    expected = before["rnn.bias_hh_l0"][others] + recurrent[others, unit] * mean
+    torch.testing.assert_close(after["rnn.bias_hh_l0"][others], expected, **EXACT)
+    moment = optimizer.state[bio.get_parameter("rnn.weight_hh_l0")]["exp_avg_sq"]
+    assert not moment[rows].any()
+    assert not moment[:, unit].any()
+    assert bool(moment[others][:, kept].all())
+    wrong = torch.ones(4)
+    wrong[unit] = 0
+    assert torch.equal((states["rnn.weight_hh_l0"].unit_age > 0).float(), wrong)  # type: ignore[operator]
+
+
+class Gated(nn.Module):
+    """The hidden layer of many transformers: a gate and what it lets through make each unit together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+def test_both_factors_of_a_gated_unit_are_drawn() -> None:
+    torch.manual_seed(9)
+    bio = watched(Gated().double(), unit_turnover_maturity=0, unit_turnover_rate=1 / 6)
+    before = {name: value.clone() for name, value in bio.state_dict().items()}
+    bio(torch.randn(7, 5, dtype=torch.float64))
+    assert bio_modules(bio)["gate.weight"].rejuvenate_units() == 1
+    (unit,) = (bio.get_parameter("down.weight") == 0).all(0).nonzero().flatten().tolist()
+    for name in ("gate.weight", "up.weight", "gate.bias", "up.bias"):
+        changed = (bio.state_dict()[name] != before[name]).reshape(6, -1).all(1)
+        assert changed.nonzero().flatten().tolist() == [unit]
+
+
+class Product(nn.Module):
+    """As GPT-2 has it: weights are ``(in, out)``, and the activation is written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Transposed(5, 6), Transposed(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = 0.5 * h * (1.0 + torch.tanh(0.8 * (h + 0.04 * torch.pow(h, 3.0))))
+        return self.second(h)  # type: ignore[no-any-return]
+
+
+class Transposed(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.ones(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def test_weights_that_begin_with_their_inputs() -> None:
+    torch.manual_seed(10)
+    options = {"initial_distribution": "normal", "unit_turnover_maturity": 0, "unit_turnover_rate": 1 / 6}
+    bio = watched(Product().double(), **options)
+    before = {name: value.clone() for name, value in bio.state_dict().items()}
+    x = torch.randn(1, 5, dtype=torch.float64)
+    expected = bio(x)
+    assert bio_modules(bio)["first.weight"].rejuvenate_units() == 1
+    torch.testing.assert_close(bio(x), expected, **EXACT)  # what is constant can go unnoticed
+    (unit,) = (bio.get_parameter("second.weight") == 0).all(1).nonzero().flatten().tolist()
+    changed = (bio.get_parameter("first.weight") != before["first.weight"]).all(0)
+    assert changed.nonzero().flatten().tolist() == [unit]
+    assert float(bio.get_parameter("first.bias")[unit].detach()) == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
+        lambda p: torch.optim.Adam(p, 0.01, foreach=True, amsgrad=True),
+        lambda p: torch.optim.AdamW(p, 0.01, fused=True),
+        lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True),
+        lambda p: torch.optim.Adagrad(p, 0.01, initial_accumulator_value=0.5),
+        lambda p: torch.optim.Adadelta(p, 0.01),
+        lambda p: torch.optim.Adamax(p, 0.01),
+        lambda p: torch.optim.Rprop(p, 0.01),
+    ],
+)
+def test_an_optimizer_knows_no_more_of_new_synapses_than_of_any_at_the_start(make: Any) -> None:
+    bio = watched(mlp(), unit_turnover_maturity=0, unit_turnover_rate=0.125)
+    optimizer, start = make(bio.parameters()), make([nn.Parameter(torch.ones(1, dtype=torch.float64))])
+    train(bio, torch.randn(6, 5, dtype=torch.float64), optimizer, 3)
+    known = {
+        parameter: {name: held.clone() for name, held in state.items() if isinstance(held, Tensor)}
+        for parameter, state in optimizer.state.items()
+    }
+    (fresh,) = start.param_groups[0]["params"]
+    fresh.grad = torch.zeros_like(fresh)
+    start.step()
+    assert bio_modules(bio)["0.weight"].rejuvenate_units(optimizer) == 1
+    (unit,) = (bio.get_parameter("2.weight") == 0).all(0).nonzero().flatten().tolist()
+    for path, index in (("0.weight", (unit,)), ("0.bias", (unit,)), ("2.weight", (slice(None), unit))):
+        parameter = bio.get_parameter(path)
+        for name, held in optimizer.state[parameter].items():
+            if isinstance(held, Tensor) and held.shape == parameter.shape:
+                at_start = 0 if name == "exp_inf" else start.state[fresh][name]  # at least eps after a step
+                assert bool((held[index] == at_start).all()), name
+                elsewhere = torch.ones(held.shape, dtype=torch.bool)
+                elsewhere[index] = False
+                assert torch.equal(held[elsewhere], known[parameter][name][elsewhere]), name
+
+
+def test_a_rule_at_every_third_step_counts_runs() -> None:
+    """Ages, the rate and the decay are per run, and the activity is the mean over the steps between."""
+    bio = watched(mlp(), unit_turnover_maturity=100)
+    optimizer = torch.optim.SGD(bio.parameters(), 0.0)
+    biofx.attach(bio, optimizer, [Rule("rejuvenate_units", every=3, after=2)])
+    x = torch.randn(6, 4, 5, dtype=torch.float64)
+    for batch in x:
+        train(bio, batch, optimizer, 1)
+    state = bio_modules(bio)["0.weight"]
+    assert state.unit_age.tolist() == [2] * 8  # type: ignore[union-attr]
+    size = torch.tanh(bio.get_submodule("0")(x)).abs().mean(1) * bio.get_parameter("2.weight").abs().sum(0)
+    first, second = size[:3].mean(0), size[3:].mean(0)
+    torch.testing.assert_close(state.unit_utility, 0.99 * 0.01 * first + 0.01 * second, **EXACT)
+
+
+def test_what_the_host_remembers_gives_way_to_what_is_loaded() -> None:
+    """Ages and what is due are read again where another has written to their buffers."""
+    bio = watched(mlp(), unit_turnover_maturity=2, unit_turnover_rate=0.25)
+    state, x = bio_modules(bio)["0.weight"], torch.randn(3, 5, dtype=torch.float64)
+    saved = {name: value.clone() for name, value in bio.state_dict().items()}
+    counts = []
+    for _ in range(2):
+        for _ in range(4):
+            bio(x)
+            counts.append(state.rejuvenate_units())
+        bio.load_state_dict(saved)
+    assert counts[:4] == counts[4:] == [0, 0, 2, 1]
+    assert state.rejuvenate_units() == 0  # nothing has been seen since
+    assert not state.unit_age.any()  # type: ignore[union-attr]
+    factors = torch.ones(8, 5)
+    factors[0] = 0
+    state.fuzzy_learning_rate_parameters = factors
+    state.unit_age.fill_(9)  # type: ignore[union-attr]
+    bio(x)
+    assert state.rejuvenate_units() == 1  # a quarter of seven
