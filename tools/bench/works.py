@@ -71,6 +71,7 @@ def works(device: torch.device, *, compiled: bool) -> Iterator[Work]:
         yield _observed_runs()
         yield from _rules(vectors)
         yield from _monitors(device)
+        yield from _turnovers(device)
         yield from _turnover_of_weights(device)
         yield _held_back(device)
 
@@ -266,6 +267,25 @@ def _look(graphs: list[BioGraphModule]) -> None:
     for graph in graphs:
         follow_late_changes(graph, become_graph_module)
         refuse_changed_attributes(graph)
+
+
+def _turnovers(device: torch.device) -> Iterator[Work]:
+    """Yield ten training steps with turnover of units, at every step and at every tenth."""
+    config = {**_UNSCALED, "unit_turnover": "continual-backprop", "unit_turnover_rate": 1e-4}
+    for widths, size in (((20, 5, 1), 1), ((784, 100, 100, 100, 10), 30), ((784, 500, 500, 10), 100)):
+        torch.manual_seed(0)
+        plain, x = perceptron(*widths), torch.randn(size, widths[0]).to(device)
+        candidates = {
+            "plain": training_step(plain, x),
+            "attached": training_step(biofx.transform(plain, _UNSCALED).graph_module, x, attached=()),
+        }
+        for every, name in ((1, "at every step"), (10, "at every 10th step")):
+            made = biofx.transform(plain, config).graph_module
+            rules = (biofx.Rule("rejuvenate_units", every=every),)
+            candidates[name] = training_step(made, x, attached=rules)
+        goals = {"at every step": 1.05} if size == 100 else {}
+        title = f"{'-'.join(map(str, widths))}, batch of {size}, turnover of units"
+        yield Work(title, {key: _ten_times(step) for key, step in candidates.items()}, goals=goals)
 
 
 def _rules(x: Tensor) -> Iterator[Work]:
