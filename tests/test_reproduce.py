@@ -221,7 +221,7 @@ def an_experiment(**changes: Any) -> Experiment:
         "about": "for the test",
         "source": "nobody",
         "run": lambda job, load: Measured({}),
-        "arms": {"plain": Arm(control=None), "bio": Arm()},
+        "arms": {"plain": Arm(control=None), "bio": Arm(about="of the test")},
         "cases": {"SGD": Case(0.1, (0.1, 0.2))},
         "measures": {"test": Measure("accuracy [%]"), "dead": Measure("dead [%]", digits=1)},
         "validation": "validation",
@@ -267,6 +267,7 @@ def test_rates_are_published_and_chosen_and_differences_are_paired_by_seed() -> 
     text = to_markdown(experiment, found, "title")
     assert "| SGD | bio | 0.1 (chosen) | 71.00 ± 1.00 | 3.0 ± 0.0 | -5.00 ± 2.00 |" in text
     assert "| SGD | bio | 0.1 | 71.00 ± 1.00 | 3.0 ± 0.0 | -21.00 ± 1.00 |" in text
+    assert "\n- bio: of the test\n" in text
 
 
 def test_errors_choose_the_rate_at_which_they_are_low_and_those_not_finite_are_never_chosen() -> None:

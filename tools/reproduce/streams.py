@@ -34,22 +34,22 @@ def arms_of(initial: biofx.BioConfig, *, unit_every: int = 1, weights_every: int
         "units": Arm(
             config=initial.replace(unit_turnover="continual-backprop", unit_turnover_rate=1e-4 * unit_every),
             rules=(biofx.Rule("rejuvenate_units", every=unit_every),),
-            about="turnover of units by contribution (continual backpropagation)",
+            about="continual backpropagation: 1e-4 of the mature units at a step, by contribution",
         ),
         "weights by utility": Arm(
             config=turnover.replace(rejuvenation_utility="gradient", rejuvenation_redraw="initial"),
             rules=weights,
-            about="turnover of 1 % of the weights by |weight · gradient|, drawn as at the start",
+            about=f"every {weights_every} steps 1 % of the weights by |weight · gradient|, as at the start",
         ),
         "weights by magnitude": Arm(
             config=turnover,
             rules=weights,
-            about="turnover of 1 % of the weights by magnitude, new ones as large as the others",
+            about=f"every {weights_every} steps 1 % of the weights by magnitude, as large as the others",
         ),
         "shrink and perturb": Arm(
             config=initial.replace(shrink_factor=0.99, shrink_perturbation=0.05),
             rules=(biofx.Rule("shrink_and_perturb", every=100),),
-            about="weights shrink to 0.99, and 0.05 of a draw of the initial ones is added",
+            about="every 100 steps weights shrink to 0.99, and 0.05 of a draw of the initial ones is added",
         ),
         "pull to the initial weights": Arm(
             config=initial.replace(l2_to_initial_strength=1e-3),

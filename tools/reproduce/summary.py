@@ -119,9 +119,7 @@ def to_markdown(experiment: Experiment, found: Sequence[Row], title: str) -> str
     lines = [f"# {experiment.name}", "", f"{title}. Source: {experiment.source}.", ""]
     lines += [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     lines += [f"| {' | '.join(_cells(experiment, row))} |" for row in found]
-    controls = {row.arm: row.control.arm for row in found if row.control is not None}
-    if set(controls.values()) - {"plain"}:
-        lines += ["", "Controls: " + ", ".join(f"{arm}: {other}" for arm, other in controls.items()) + "."]
+    lines += ["", *_described(experiment, found)]
     if experiment.published:
         lines += ["", "| published | figure |", "|---|---|"]
         lines += [f"| {entry.what} | {entry.figure} |" for entry in experiment.published]
@@ -131,6 +129,17 @@ def to_markdown(experiment: Experiment, found: Sequence[Row], title: str) -> str
             value = "not run" if entry["found"] is None else f"{entry['found']:.3g}"
             lines.append(f"| {entry['claim']} | {value} | {'yes' if entry['shown'] else 'no'} |")
     return "\n".join(lines) + "\n"
+
+
+def _described(experiment: Experiment, found: Sequence[Row]) -> list[str]:
+    """Return a line on each arm: what it is, and what it is compared with if that is not plain."""
+    lines = []
+    for name in dict.fromkeys(row.arm for row in found):
+        arm = experiment.arms[name]
+        control = f"compared with {arm.control}" if arm.control not in (None, "plain") else ""
+        if told := "; ".join(filter(None, (control, arm.about))):
+            lines.append(f"- {name}: {told}")
+    return lines
 
 
 def verdicts(experiment: Experiment, found: Sequence[Row]) -> list[dict[str, Any]]:
