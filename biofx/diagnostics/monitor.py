@@ -68,7 +68,8 @@ class Monitor:
     first alone writes files and shows a table.
 
     A copy, by ``copy.deepcopy`` or pickle, keeps the records so far and follows the model that is copied
-    with it, in memory alone: two runs would mix their records in one file.
+    with it, in memory alone: two runs would mix their records in one file. It sees activity from its second
+    step on.
 
     Args:
         every: steps from one record to the next, a count >= 1; what rules touched in between is not lost.
