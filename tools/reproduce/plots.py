@@ -38,7 +38,7 @@ def _draw_curves(experiment: Experiment, shown: Sequence[Row], places: Any) -> N
             curves = np.array([run.found.curves[name] for run in row.runs])
             at, mean = row.runs[0].found.at, curves.mean(0)
             color = colormaps["tab10"](place % 10)
-            axes.plot(at, mean, color=color, label=f"{row.arm}, {row.rate:g}", linewidth=1.2)
+            axes.plot(at, mean, color=color, label=f"{row.arm} at {row.rate:g}", linewidth=1.2)
             if len(curves) > 1:
                 error = curves.std(0, ddof=1) / len(curves) ** 0.5
                 axes.fill_between(at, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)

@@ -107,7 +107,7 @@ def table_of(experiment: Experiment, found: Sequence[Row], title: str) -> Table:
     """Return the rows for ``rich.print``."""
     table = Table(title=title, title_justify="left", box=None)
     for place, heading in enumerate(_headings(experiment)):
-        table.add_column(heading, justify="left" if place < 2 else "right")
+        table.add_column(heading, justify="left" if place < 2 else "right", no_wrap=place < 2)
     for row in found:
         table.add_row(*_cells(experiment, row))
     return table
