@@ -32,14 +32,22 @@ def arms_of(initial: biofx.BioConfig, *, unit_every: int = 1, weights_every: int
     return {
         "plain": Arm(control=None),
         "units": Arm(
-            config=initial.replace(unit_turnover="continual-backprop", unit_turnover_rate=1e-4 * unit_every),
+            config=initial.replace(
+                unit_turnover="continual-backprop",
+                unit_turnover_rate=1e-4 * unit_every,
+                unit_turnover_maturity=100 // unit_every,
+            ),
             rules=(biofx.Rule("rejuvenate_units", every=unit_every),),
-            about="continual backpropagation: 1e-4 of the mature units at a step, by contribution",
+            about="continual backprop: of the units older than 100 steps, 1e-4 a step, by contribution",
         ),
         "weights by utility": Arm(
-            config=turnover.replace(rejuvenation_utility="gradient", rejuvenation_redraw="initial"),
+            config=turnover.replace(
+                rejuvenation_utility="gradient",
+                rejuvenation_redraw="initial",
+                rejuvenation_selection="proportion",
+            ),
             rules=weights,
-            about=f"every {weights_every} steps 1 % of the weights by |weight · gradient|, as at the start",
+            about=f"every {weights_every} steps the 1 % of lowest |weight · gradient|, as at the start",
         ),
         "weights by magnitude": Arm(
             config=turnover,
