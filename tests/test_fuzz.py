@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 import biofx
 from biofx import BiofxError, OptionError, Rule
+from biofx.consolidation_options import CONSOLIDATIONS
+from biofx.plasticity.consolidated_state import HOLDING, OF_TASKS
+from biofx.plasticity.model_states import prepare_states
 from fuzz.random_models import random_model
 from fuzz.setups import Setup
 from fuzz.sweep import made_smaller, one
@@ -64,11 +67,33 @@ CONFIGS = st.fixed_dictionaries(
         "fuzzy_lr_granularity": st.sampled_from(["element", "neuron", "layer"]),
         "fuzzy_lr_dynamic": st.booleans(),
         "fuzzy_lr_update_freq": st.sampled_from([1, 2]),
+        "rejuvenation_utility": st.sampled_from(["magnitude", "gradient"]),
+        "rejuvenation_utility_decay": st.sampled_from([0.0, 0.9]),
+        "rejuvenation_utility_every": st.sampled_from([1, 3]),
+        "rejuvenation_redraw": st.sampled_from(["survivors", "initial", "zero"]),
+        "unit_turnover": st.sampled_from(["off", "continual-backprop", "redo"]),
+        "unit_turnover_rate": st.just(0.4),
+        "unit_turnover_maturity": st.sampled_from([0, 2]),
+        "unit_turnover_dormancy": st.just(0.5),
+        "consolidation": st.sampled_from(CONSOLIDATIONS),
+        "consolidation_effect": st.sampled_from(["pull", "rates"]),
+        "consolidation_parameters": st.sampled_from(["weights", "all"]),
+        "upgd_scaling": st.sampled_from(["network", "layer"]),
+        "l2_to_initial_strength": st.sampled_from([0.0, 0.1]),
         "seed": st.integers(0, 3),
     }
 )
+SELECTIONS: list[dict[str, Any]] = [
+    {},
+    {"rejuvenation_turnover": 0.2},
+    {"rejuvenation_selection": "proportion", "rejuvenation_turnover": 0.13},
+    {"rejuvenation_selection": "threshold", "rejuvenation_threshold": 0.3},
+]
 RULES = [
+    "rejuvenate_units",
     "rejuvenate_weights",
+    "shrink_and_perturb",
+    *HOLDING,
     "crystallize",
     "volume_dependent_lr",
     "synaptic_scaling",
@@ -85,13 +110,16 @@ def attached(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     rules = [
         Rule(name, every=2 if name == "rejuvenate_weights" else 1)
         for name in RULES
-        if any(
-            state.why_never(name) is None
-            for state in model.modules()
-            if isinstance(state, biofx.BioModule) and state.is_linked
-        )
+        if any(state.why_never(name) is None for state in prepare_states(model).values())
     ]
     return biofx.attach(model, optimizer, rules)
+
+
+def begun(plasticity: Any, x: Tensor) -> None:
+    """Begin a task, if something consolidates at the end of tasks."""
+    names = {rule.name for rule in plasticity.rules}
+    if names & OF_TASKS:
+        plasticity.begin_task([x] if "memory_aware" in names else None)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, steps: int) -> list[float]:
@@ -113,13 +141,17 @@ def equal_states(left: nn.Module, right: nn.Module) -> None:
 
 
 @fuzz
-@given(models(), CONFIGS, st.booleans(), st.sampled_from(sorted(OPTIMIZERS)))
+@given(models(), CONFIGS, st.sampled_from(SELECTIONS), st.booleans(), st.sampled_from(sorted(OPTIMIZERS)))
 def test_a_random_model_goes_through_everything(
-    given_model: tuple[nn.Module, Tensor], options: dict[str, Any], converts: bool, optimizer_name: str
+    given_model: tuple[nn.Module, Tensor],
+    options: dict[str, Any],
+    selection: dict[str, Any],
+    converts: bool,
+    optimizer_name: str,
 ) -> None:
     model, x = given_model
     before = copy.deepcopy(model.state_dict())
-    config = biofx.BioConfig.from_dict(options)
+    config = biofx.BioConfig.from_dict(options | selection)
     try:
         bio_model: Any = (
             biofx.BioConverter(config)(model) if converts else biofx.transform(model, config).graph_module
@@ -132,7 +164,10 @@ def test_a_random_model_goes_through_everything(
     bio_model.graph.lint()
     optimizer = OPTIMIZERS[optimizer_name](bio_model.parameters())
     plasticity = attached(bio_model, optimizer)
+    begun(plasticity, x)
     train(bio_model, optimizer, x, 3)
+    begun(plasticity, x)
+    train(bio_model, optimizer, x, 2)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.pt")
         extra = {"random": torch.get_rng_state()}

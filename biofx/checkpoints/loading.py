@@ -165,6 +165,7 @@ def _made_from(saved: Checkpoint, model: nn.Module, rate_type: str | None) -> Bi
     configs = {path: config_from_plain(options) for path, options in rules.items()}
     made = _make_again(record, model)
     check_same_making(saved.record, made, any_rate_type=rate_type is not None)
+    prepare_states(made)  # of weights: what has no state then is no weight
     hold_again(made, configs.items())
     states = prepare_states(made)
     _check_weights(saved, states)

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-_BLOCK = 1 << 15
-"""Elements of a block, whose memory is not fetched from the system each time."""
+from biofx.plasticity.consolidation import in_blocks
+
 _SAMPLE = 1 << 16
 _SMALLEST = 1e-12
 _HALVINGS = 32
@@ -82,18 +82,18 @@ def follow_utility(utility: Tensor, weight: Tensor, gradient: Tensor, *, decay: 
         gradient: shaped like ``weight``.
         decay: share of the earlier mean that stays.
     """
-    parts = [tensor.reshape(-1) for tensor in (utility, weight, gradient)]
+    tensors = utility, weight, gradient
     if utility.device.type != "cpu":  # in one piece, and without waiting for the device
-        mean, product = parts[0], _product(*parts)
-        product = torch.where(product.isfinite(), product, mean.clamp(min=0))
-        mean.copy_(torch.where(mean < 0, product, mean.lerp(product, 1 - decay)))
+        product = _product(*tensors)
+        product = torch.where(product.isfinite(), product, utility.clamp(min=0))
+        utility.copy_(torch.where(utility < 0, product, utility.lerp(product, 1 - decay)))
         return
-    is_first = utility.numel() > 0 and float(parts[0][0]) < 0
-    for block in zip(*(part.split(_BLOCK) for part in parts), strict=True):
+    share = 1.0 if utility.numel() > 0 and float(utility.flatten()[0]) < 0 else 1 - decay
+    for block in in_blocks(*tensors):
         mean, product = block[0], _product(*block)
         if not math.isfinite(product.sum()):
             product = torch.where(product.isfinite(), product, mean.clamp(min=0))
-        mean.lerp_(product, 1.0 if is_first else 1 - decay)
+        mean.lerp_(product, share)
 
 
 def _product(mean: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:

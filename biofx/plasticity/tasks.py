@@ -57,6 +57,10 @@ def begin_task(
             f"({', '.join(sorted(OF_TASKS))}), found none"
         )
     asking = {state.config.consolidation for state in held}
+    if isinstance(batches, Tensor) or _is_pair(batches):
+        raise PlasticityError(
+            "begin_task: expected an iterable of batches, found one batch; put it into a list, [batch]"
+        )
     if batches is None and loss is not None:
         raise PlasticityError("begin_task: expected batches with the loss, found none")
     if batches is not None and asking.isdisjoint(_FROM_DATA):
@@ -100,6 +104,11 @@ def _found_on(
     number = 0 if earlier is None else int(earlier[0])
     generator = generator_for(held[0].config.seed, "", number, purpose="labels")
     count = 0
+    if torch.is_inference_mode_enabled():
+        raise PlasticityError(
+            "begin_task: data show importance by gradients, and torch.inference_mode takes none; call it "
+            "outside of that"
+        )
     with preserved_random_state(), _in_evaluation(model), torch.enable_grad():
         for inputs, target in _samples(batches, group if sharded else None):
             count += 1
@@ -123,6 +132,11 @@ def _found_on(
     if not counted:
         raise PlasticityError("begin_task: expected batches with samples, found none")
     return {path: total / float(counted) for path, total in sums.items()}
+
+
+def _is_pair(batches: object) -> bool:
+    """Whether it is a pair of tensors, as one batch is; two batches come in a list."""
+    return isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(b, Tensor) for b in batches)
 
 
 def _samples(batches: Iterable[Any], group: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -191,7 +205,10 @@ def _surprise(output: Tensor, target: Tensor | None, loss: Loss | None, generato
 def _gradients(value: Tensor, states: list[BioModule], sharded: bool) -> list[Tensor | None]:
     """Return the gradient on this rank's part of each weight, as the graph gives it."""
     if not value.requires_grad:
-        return [None for _ in states]
+        raise PlasticityError(
+            "begin_task: expected a model whose output has a gradient in evaluation too, found none; take "
+            "torch.no_grad out of its forward, or freeze what it does not train"
+        )
     if not sharded:
         return list(torch.autograd.grad(value, [state.weight for state in states], allow_unused=True))
     value.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,12 +26,23 @@ class TurnoverClock:
         self._waits: list[int] = []
         self._ripe = 0
         self._runs = 0
+        self._optimizer: Callable[[], object] = lambda: None
 
     def __reduce__(self) -> Any:
         return TurnoverClock, ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TurnoverClock:
         return TurnoverClock()
+
+    # the optimizer
+
+    def knows(self, optimizer: object) -> bool:
+        """Whether this is the optimizer that was met last."""
+        return optimizer is self._optimizer()
+
+    def meet(self, optimizer: object) -> None:
+        """Remember an optimizer, which holds what it should."""
+        self._optimizer = weakref.ref(optimizer)
 
     # what has been seen
 

@@ -54,7 +54,7 @@ def replace_units(
         NonFiniteWeightError: a weight is NaN or infinite; nothing has been changed.
         PlasticityError: the optimizer holds only some of the parameters; nothing has been changed.
     """
-    _check_optimizer(entries, optimizer)
+    check_optimizer(entries, optimizer)
     places = [(module, name) for _, module, name in entries.places]
     states = _states_of(entries)
     with (
@@ -81,7 +81,12 @@ def _states_of(entries: UnitEntries) -> list[nn.Module]:
     return [part for state in kept if state is not None for part in state.modules()]
 
 
-def _check_optimizer(entries: UnitEntries, optimizer: Optimizer | None) -> None:
+def check_optimizer(entries: UnitEntries, optimizer: Optimizer | None) -> None:
+    """Check that an optimizer holds everything that has entries of units.
+
+    Raises:
+        PlasticityError: it holds only some of it.
+    """
     held = {id(p) for group in (optimizer.param_groups if optimizer else ()) for p in group["params"]}
     for path, parameter in entries.parameters():
         if optimizer is not None and id(parameter) not in held:

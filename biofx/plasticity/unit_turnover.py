@@ -42,7 +42,7 @@ from biofx.plasticity.saved_state import DRAW, FACTORS
 from biofx.plasticity.turnover_clock import TurnoverClock
 from biofx.plasticity.unit_entries import UnitEntries, UnitReader, zero_rates
 from biofx.plasticity.unit_inputs import sum_units
-from biofx.plasticity.unit_replacement import replace_units
+from biofx.plasticity.unit_replacement import check_optimizer, replace_units
 
 DECAY = 0.99
 NOT_WATCHED = "its units are not watched (unit_turnover='continual-backprop' or 'redo')"
@@ -105,11 +105,17 @@ class UnitTurnover(UnitEntries):
             optimizer: of all the parameters; None for one that remembers nothing.
             generator: makes a CPU generator, the only source of randomness.
             is_shared: whether what was seen is that of several ranks, which all call this together.
+
+        Raises:
+            PlasticityError: the optimizer holds only some of the parameters; nothing has been changed.
         """
         buffers = lead._buffers
         utility, age, due = buffers["unit_utility"], buffers["unit_age"], buffers["units_due"]
         if utility is None or age is None or due is None:
             raise PlasticityError(f"{lead.path!r}: {NOT_WATCHED}")
+        if optimizer is not None and not self.clock.knows(optimizer):
+            check_optimizer(self, optimizer)
+            self.clock.meet(optimizer)
         seen = [reader.seen for reader in self.readers]
         if not self._has_seen(seen, age, is_shared=is_shared):
             return 0
@@ -136,8 +142,8 @@ class UnitTurnover(UnitEntries):
         changed = self.clock.have_changed(seen, age)
         if changed is False:
             return False
-        if changed and not is_shared and self._reads_alone:
-            return True
+        if changed and not is_shared and self._reads_alone and age.device.type != "cpu":
+            return True  # an empty batch is not told from others there; utilities fall a little, all alike
         for reader, held in zip(self.readers, seen, strict=True):
             own = reader.channels.own
             forwards = held[FORWARDS] if own is None else held[FORWARDS][own.to(held.device)]

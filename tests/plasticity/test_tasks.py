@@ -211,6 +211,9 @@ def test_no_step_without_a_task(rule: str) -> None:
         ("memory_aware", {}, "expected batches of the task that ends"),
         ("memory_aware", {"batches": [batch(0)], "loss": F.cross_entropy}, "leave the loss out"),
         ("memory_aware", {"batches": []}, "expected batches with samples, found none"),
+        ("memory_aware", {"batches": batch(0)[0]}, r"found one batch; put it into a list, \[batch\]"),
+        ("memory_aware", {"batches": (batch(0)[0], batch(1)[0])}, "found one batch"),
+        ("elastic_consolidation", {"batches": batch(0), "loss": F.cross_entropy}, "found one batch"),
         ("memory_aware", {"batches": [{"x": 1}]}, "expected batches that are tensors, or pairs .* a dict"),
         ("elastic_consolidation", {"loss": F.cross_entropy}, "expected batches with the loss"),
         ("elastic_consolidation", {"batches": [batch(0)[0]], "loss": F.cross_entropy}, "pairs of inputs and"),
@@ -231,6 +234,21 @@ def test_what_begin_task_refuses_changes_nothing(rule: str, arguments: Any, reas
         plasticity.begin_task(**arguments)
     for name, value in bio.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("rule", ["memory_aware", "elastic_consolidation"])
+def test_data_show_nothing_where_no_gradients_are_taken(rule: str) -> None:
+    bio, stepping, plasticity = attached(rule, {name: kind for kind, name in RULE_OF.items()}[rule])
+    plasticity.begin_task()
+    train(bio, stepping, range(2))
+    before = copy.deepcopy(bio.state_dict())
+    with torch.inference_mode(), pytest.raises(PlasticityError, match="call it outside of that"):
+        plasticity.begin_task([batch(0)[0]])
+    for name, value in bio.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    with torch.no_grad():
+        plasticity.begin_task([batch(0)[0]])
+    assert state_of(bio, "3.weight").importance.any()
 
 
 def test_begin_task_needs_a_rule_and_outputs_of_its_kind() -> None:
@@ -291,6 +309,36 @@ def test_gradients_stay_as_the_backward_left_them() -> None:
     stepping.step()
     for name, value in before.items():
         assert torch.equal(bio.get_parameter(name).grad, value)
+
+
+@pytest.mark.parametrize("option", [{"consolidation": "elastic"}, {"l2_to_initial_strength": 0.1}])
+def test_loaded_weights_are_those_of_layers_to_all_rules(option: Any, tmp_path: Any) -> None:
+    """Where nothing in the graph acts on weights, no pass has made the states of the loaded ones."""
+    bio = made(net(), fuzzy_lr_distribution="baseline", **{"consolidation": "off", **option})
+    biofx.save(bio, tmp_path / "model.pt")
+    loaded = biofx.load(tmp_path / "model.pt", net())
+    kinds = {name: state_of(bio, name).only_held for name in parameters(bio)}
+    assert kinds == {name: state_of(loaded, name).only_held for name in parameters(loaded)}
+    assert not kinds["3.weight"]
+    assert kinds["3.bias"]
+    assert loaded.shrink_and_perturb()["3.weight"] == bio.get_parameter("3.weight").numel()
+
+
+def test_a_model_without_gradients_in_evaluation_shows_nothing() -> None:
+    class Guarded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.set_grad_enabled(self.training):
+                return self.layer(x)  # type: ignore[no-any-return]
+
+    bio = made(Guarded(), "memory-aware")
+    plasticity = biofx.attach(bio, OPTIMIZERS["SGD"](bio.parameters()), ["memory_aware"])
+    plasticity.begin_task()
+    with pytest.raises(PlasticityError, match=r"gradient in evaluation too, found none"):
+        plasticity.begin_task([batch(0)[0]])
 
 
 def test_pickles() -> None:

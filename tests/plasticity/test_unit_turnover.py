@@ -148,6 +148,23 @@ def test_a_run_without_a_forward_changes_nothing() -> None:
     assert state.rejuvenate_units() == 0
 
 
+@pytest.mark.parametrize("preset", ["continual-backprop", "redo"])
+def test_a_run_after_nothing_but_an_empty_batch_changes_nothing(preset: str) -> None:
+    bio = watched(mlp(), unit_turnover=preset, unit_turnover_dormancy=0.0, unit_turnover_maturity=9)
+    optimizer = torch.optim.SGD(bio.parameters(), 0.0)
+    biofx.attach(bio, optimizer, ALWAYS)
+    state: Any = bio_modules(bio)["0.weight"]
+    train(bio, torch.ones(2, 5).double(), optimizer, 2)
+    age, utility = state.unit_age.clone(), state.unit_utility.clone()
+    optimizer.zero_grad()
+    bio(torch.ones(0, 5).double()).sum().backward()
+    optimizer.step()
+    assert torch.equal(state.unit_age, age)
+    assert torch.equal(state.unit_utility, utility)
+    train(bio, torch.ones(2, 5).double(), optimizer, 1)
+    assert torch.equal(state.unit_age, age + 1)
+
+
 def test_forwards_before_one_run_count_alike() -> None:
     bio = watched(mlp())
     x = torch.randn(3, 4, 5, dtype=torch.float64)
@@ -406,6 +423,18 @@ def test_an_optimizer_of_some_of_the_parameters_is_refused() -> None:
     bio(torch.ones(2, 5, dtype=torch.float64))
     with pytest.raises(PlasticityError, match=r"one optimizer .*does not hold '0\.bias'"):
         bio_modules(bio)["0.weight"].rejuvenate_units(optimizer)
+
+
+def test_an_optimizer_of_some_of_the_parameters_is_refused_at_every_run_before_units_are_mature() -> None:
+    bio = watched(mlp(), unit_turnover_maturity=1000)
+    state: Any = bio_modules(bio)["0.weight"]
+    partly = torch.optim.SGD(bio.get_submodule("0").parameters(), 0.1)
+    biofx.attach(bio, partly, ALWAYS)
+    for _ in range(2):
+        with pytest.raises(PlasticityError, match=r"one optimizer .*does not hold '2\.weight'"):
+            train(bio, torch.ones(2, 5).double(), partly, 1)
+        assert not state.unit_age.any()
+        assert not state.unit_utility.any()
 
 
 def test_a_schedule_without_watched_units_is_refused() -> None:

@@ -232,6 +232,26 @@ def test_each_few_steps_or_only_when_it_matters() -> None:
         assert changed == seen, options
 
 
+def test_the_mean_follows_weights_in_any_layout() -> None:
+    """Utilities go into channels_last with their weights, and are no view of one row then."""
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3), nn.Flatten()).double()
+    bios = [made(conv, fuzzy_lr_distribution="baseline") for _ in range(2)]
+    bios[1].to(memory_format=torch.channels_last)
+    x = torch.randn(4, 2, 3, 6, 6, dtype=torch.float64)
+    for bio in bios:
+        optimizer = torch.optim.SGD(bio.parameters(), lr=0.05)
+        biofx.attach(bio, optimizer)
+        for each in x:
+            optimizer.zero_grad()
+            bio(each).square().mean().backward()
+            optimizer.step()
+    plain, other = (bio.get_submodule("2").bio_mod.utility for bio in bios)
+    assert not other.is_contiguous()
+    assert (plain > 0).all()
+    torch.testing.assert_close(other, plain, rtol=1e-12, atol=1e-15)
+
+
 def test_seeds() -> None:
     weights = []
     for seed in (0, 0, 1):
