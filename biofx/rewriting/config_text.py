@@ -32,7 +32,10 @@ def options_of(pass_name: str | None = None) -> dict[str, Option]:
         return dict(options)
     known = sorted(available_passes())
     if pass_name not in known:
-        raise OptionError(f"expected the name of a pass, found {pass_name!r}{suggest(pass_name, known)}")
+        raise OptionError(
+            f"expected the name of a pass, found {pass_name!r}{suggest(pass_name, known)}; "
+            f"there are {', '.join(known)}"
+        )
     return {
         name: option
         for name, option in options.items()
