@@ -122,17 +122,19 @@ def _draw_replaced(axes: Any, series: Series, colors: dict[str, Any]) -> None:
 
 def _draw_activity(panels: list[Any], series: Series, colors: dict[str, Any], thresholds: Thresholds) -> None:
     """Draw which units are silent, the ranks of their activity, and the magnitude of weights."""
-    silent = f"units ≤ {thresholds.dormancy:g} of their layer's mean; dashed: dead (%)"
+    silent = f"units ≤ {thresholds.dormancy:g} of their layer's mean (%)\ndashed: dead"
     _draw_pair(
         *(panels[0], series, colors, silent),
         _of_activity(lambda activity: 100 * activity.dormant_fraction),
         _of_activity(lambda activity: 100 * activity.dead_fraction),
     )
     _draw_pair(
-        *(panels[1], series, colors, "effective rank of activity; dashed: stable rank"),
+        *(panels[1], series, colors, "effective rank of activity\ndashed: stable rank"),
         _of_activity(lambda activity: activity.effective_rank),
         _of_activity(lambda activity: activity.stable_rank),
     )
+    for axes in panels[:2]:
+        axes.set_ylim(bottom=0)
     _draw_curves(panels[2], series, colors, "mean |effective weight|", lambda layer: layer.weight_magnitude)
 
 
@@ -150,7 +152,7 @@ def _draw_turned_over(
         lambda layer: None if layer.unit_age is None else totals[id(layer)],
     )
     _draw_curves(panels[1], series, colors, "mean age of units (runs of the rule)", lambda r: r.unit_age)
-    label = "mean utility of units; dashed: of synapses"
+    label = "mean utility of units\ndashed: of synapses"
     _draw_pair(panels[2], series, colors, label, lambda r: r.unit_utility, lambda r: r.utility)
     _use_log_scale(panels[2])
 
@@ -165,7 +167,6 @@ def _draw_pair(
 ) -> None:
     _draw_curves(axes, series, colors, label, value)
     _plot_known(axes, series, colors, dashed, "--")
-    axes.set_ylim(bottom=0)
 
 
 def _totals(series: Series, count: Callable[[LayerRecord], int]) -> dict[int, int]:

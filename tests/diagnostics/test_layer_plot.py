@@ -10,6 +10,7 @@ from biofx import OptionError
 from biofx.diagnostics import LayerRecord, StepRecord
 from biofx.diagnostics.layer_plot import plot_layers
 from biofx.diagnostics.monitor_records import BINS
+from biofx.diagnostics.unit_activity import UnitActivity
 from biofx.errors import InputError
 
 
@@ -52,6 +53,25 @@ def test_each_layer_is_a_row_with_factors_signs_and_turnover(tmp_path: Path) -> 
     assert [text.get_text() for text in signs.texts] == ["2 wrong"]
     assert [bar.get_width() for bar in turnover.patches] == [20, 0]  # 4 + 4 of 40
     assert figure.get_suptitle() == "step 5"
+
+
+def test_units_that_were_seen_have_panels_of_their_own(tmp_path: Path) -> None:
+    seen = UnitActivity(
+        units=8,
+        samples=4,
+        mean_magnitude=1.0,
+        dormant=6,
+        dead=2,
+        rank_samples=4,
+        effective_rank=2.0,
+        stable_rank=1.0,
+    )
+    moved = layer(activity=seen, unit_age=3.0, touched={"rejuvenate_units": 3})
+    both = {"a.weight": moved, "b.weight": layer()}
+    figure: Any = plot_layers([StepRecord(0, both), StepRecord(5, both)], tmp_path / "layers.png")
+    silent, replaced = figure.axes[3:5]
+    assert [bar.get_width() for bar in silent.patches] == [75, 25]  # 6 and 2 of 8
+    assert [bar.get_width() for bar in replaced.patches] == [75, 0]  # 3 + 3 of 8
 
 
 def test_what_was_not_recorded_is_said_to_be_missing() -> None:

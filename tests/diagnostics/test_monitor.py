@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import sys
@@ -667,6 +668,31 @@ def test_curves_are_the_records(tmp_path: Path) -> None:
     assert [panel.get_yscale() for panel in panels] == ["linear"] * 4 + ["log"] * 2
     assert {panel.get_xlabel() for panel in panels[3:]} == {"optimizer step"}
     assert len(panels[0].collections) == 2  # one band per layer
+
+
+def test_labels_of_panels_do_not_overlap_and_utilities_are_on_a_log_scale(tmp_path: Path) -> None:
+    seen = UnitActivity(
+        units=8,
+        samples=4,
+        mean_magnitude=1.0,
+        dormant=6,
+        dead=2,
+        rank_samples=4,
+        effective_rank=2.0,
+        stable_rank=1.0,
+    )
+    figure = plotted(
+        run(["a.weight"], activity=seen, unit_age=3.0, unit_utility=0.5, utility=1e-3), tmp_path / "run.png"
+    )
+    panels = figure.axes
+    utilities = panels[11]
+    assert utilities.get_ylabel() == "mean utility of units\ndashed: of synapses"
+    assert utilities.get_yscale() == "log"
+    assert 0 < utilities.get_ylim()[0] < 1e-3
+    assert panels[6].get_ylim()[0] == 0
+    for column in range(3):
+        labels = [panel.yaxis.label.get_window_extent() for panel in panels[column:12:3]]
+        assert all(above.y0 > below.y1 for above, below in itertools.pairwise(labels))
 
 
 def test_few_layers_get_a_legend_and_many_a_scale() -> None:

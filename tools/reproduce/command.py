@@ -52,7 +52,7 @@ def listing() -> Table:
     """Return the experiments with their sources."""
     table = Table(box=None)
     for heading in ("experiment", "what it is", "source"):
-        table.add_column(heading, no_wrap=heading == "experiment")
+        table.add_column(heading, no_wrap=heading == "experiment", overflow="fold")
     for experiment in EXPERIMENTS.values():
         table.add_row(experiment.name, experiment.about, experiment.source)
     return table
