@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,18 @@ OF_TASKS = frozenset(RULES) - {"upgd"}
 HOLDING = (*RULES, "l2_to_initial")
 """All rules that hold weights back."""
 _BEGUN, _STEPS = 0, 1
+
+
+class _Total:
+    """The sum of a tensor, valid until that is written to; neither copied nor saved."""
+
+    def __init__(self) -> None:
+        self.of: Callable[[], Tensor | None] = lambda: None
+        self.version = 0
+        self.value = 0.0
+
+    def __reduce__(self) -> Any:
+        return _Total, ()
 
 
 class ConsolidatedState(BioState):
@@ -322,11 +336,11 @@ class ConsolidatedState(BioState):
         if (importance := self.importance) is None:
             return 0.0
         part = local(importance)
-        key = part.data_ptr(), part._version
-        if self.__dict__.get("_total", (None, 0.0))[0] != key:
-            self.__dict__["_total"] = key, float(sum_over_ranks(part.sum(dtype=torch.float64), importance))
-        total: float = self.__dict__["_total"][1]
-        return total
+        known: _Total = self.__dict__.setdefault("_total", _Total())
+        if known.of() is not importance or known.version != part._version:
+            known.of, known.version = weakref.ref(importance), part._version
+            known.value = float(sum_over_ranks(part.sum(dtype=torch.float64), importance))
+        return known.value
 
     @torch.no_grad()
     def largest_utility(self) -> Tensor:

@@ -341,6 +341,18 @@ def test_a_model_without_gradients_in_evaluation_shows_nothing() -> None:
         plasticity.begin_task([batch(0)[0]])
 
 
+def test_importance_that_takes_the_place_of_another_is_summed_anew() -> None:
+    """Tensors are often made where one of the same size has just been let go."""
+    bio = made(net(), "memory-aware", consolidation_effect="rates")
+    state = state_of(bio, "3.weight")
+    for _ in range(20):
+        for value in (1.0, 0.0):
+            state.importance = None
+            state.importance = torch.full_like(state.weight, value)
+            assert (state.consolidated_rates() is None) == (value == 0)
+    assert state_of(copy.deepcopy(bio), "3.weight").consolidated_rates() is None
+
+
 def test_pickles() -> None:
     run = attached("synaptic_intelligence", "synaptic-intelligence")
     run[2].begin_task()
