@@ -38,7 +38,9 @@ def _draw_curves(experiment: Experiment, shown: Sequence[Row], places: Any) -> N
             curves = np.array([run.found.curves[name] for run in row.runs])
             at, mean = row.runs[0].found.at, curves.mean(0)
             color = colormaps["tab10"](place % 10)
-            axes.plot(at, mean, color=color, label=f"{row.arm} at {row.rate:g}", linewidth=1.2)
+            marker = "o" if len(at) == 1 else None  # a curve of one point would be invisible
+            label_of_arm = f"{row.arm} at {row.rate:g}"
+            axes.plot(at, mean, color=color, label=label_of_arm, linewidth=1.2, marker=marker)
             if len(curves) > 1:
                 error = curves.std(0, ddof=1) / len(curves) ** 0.5
                 axes.fill_between(at, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
