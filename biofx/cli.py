@@ -61,7 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seeds", type=int, help="pairs of networks (default: 3)")
     demo.add_argument("--tasks", type=int, help="tasks one after another (default: 60)")
     demo.add_argument("--epochs", type=int, help="of --digits: passes over the training set (default: 12)")
-    demo.add_argument("--out", type=Path, default=Path("biofx-demo"), help="folder for curves and report")
+    demo.add_argument(
+        "--out",
+        dest="folder",
+        type=Path,
+        metavar="FOLDER",
+        help="for the files (default: biofx-demo, or biofx-demo-digits)",
+    )
     demo.set_defaults(run_command=_demo)
 
     transform = commands.add_parser("transform", help="rewrite a model and show what changed")
@@ -288,13 +294,13 @@ def _explain(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from biofx.demo import run_demo, run_digits
 
-    given = {"seeds": options.seeds, "tasks": options.tasks, "epochs": options.epochs}
-    counts = {name: count for name, count in given.items() if count is not None}
-    if "tasks" in counts and options.digits:
+    names = ("seeds", "tasks", "epochs", "folder")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if "tasks" in given and options.digits:
         raise InputError("expected --epochs with --digits, found --tasks; leave one of the two out")
-    if "epochs" in counts and not options.digits:
+    if "epochs" in given and not options.digits:
         raise InputError("expected --tasks, found --epochs, which --digits has; add that, or give --tasks")
-    (run_digits if options.digits else run_demo)(seed=options.seed, folder=options.out, **counts)
+    (run_digits if options.digits else run_demo)(seed=options.seed, **given)
 
 
 def load_target(target: str) -> nn.Module:

@@ -252,7 +252,7 @@ def test_a_wrong_command_line_is_exit_code_2(
 
 
 def test_the_installed_command_runs_and_survives_a_closed_pipe(target: str) -> None:
-    command = [sys.executable, "-c", "import sys; from biofx.cli import main; sys.exit(main())"]
+    command = [sys.executable, "-m", "biofx"]
     shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == f"biofx {biofx.__version__}"
     with subprocess.Popen([*command, "passes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:

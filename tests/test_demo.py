@@ -183,7 +183,7 @@ def test_digits_are_learned_by_both_and_a_seed_reproduces_it(
     assert torch.equal(torch.get_rng_state(), state)
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) <= 30
-    folder = tmp_path / "biofx-demo"
+    folder = tmp_path / "biofx-demo-digits"
     assert {path.name for path in folder.iterdir()} == FILES
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert {"split-weights", "constrain-signs", "scale-gradients", "fold-splits"} == {

@@ -20,7 +20,7 @@ from biofx.demo.picture import Panel, Picture
 from biofx.errors import InputError
 from biofx.toml import write_whole
 
-FOLDER = Path("biofx-demo")
+FOLDER, DIGITS_FOLDER = Path("biofx-demo"), Path("biofx-demo-digits")
 LABELS = {PLAIN: "plain", BIO: "rewritten"}
 
 
@@ -100,7 +100,7 @@ def run_demo(*, seed: int = 0, seeds: int = 3, tasks: int = 60, folder: Path = F
     return outcome
 
 
-def run_digits(*, seed: int = 0, seeds: int = 3, epochs: int = 12, folder: Path = FOLDER) -> Outcome:
+def run_digits(*, seed: int = 0, seeds: int = 3, epochs: int = 12, folder: Path = DIGITS_FOLDER) -> Outcome:
     """Show that a rewritten network learns to read digits as a plain one does, width and step matched.
 
     Args:

@@ -56,6 +56,14 @@ class Attachment:
         self._await_gradients()
         _carry(optimizer, self)
 
+    def __repr__(self) -> str:
+        optimizer, model = self._optimizer_ref(), self._model_ref()
+        if optimizer is None or model is None:
+            return f"<{type(self).__name__} of a run that is gone>"
+        told = f"{type(model).__name__} under {type(optimizer).__name__}, {self.steps} steps"
+        rules = ", ".join(map(str, self.rules)) or "no rules"
+        return f"<{type(self).__name__} of {told}: {rules}{'' if self._hooks else ' (detached)'}>"
+
     @property
     def modes(self) -> dict[str, str]:
         """What factors multiply, ``"gradient"`` or ``"update"``, by the path of each weight stepped."""

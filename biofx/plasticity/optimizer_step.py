@@ -52,6 +52,11 @@ class Rule:
         if self.until is not None:
             Range(self.after + 1, whole=True).check(f"rule {self.name!r}: until", self.until)
 
+    def __str__(self) -> str:
+        every = f" every {self.every}" if self.every > 1 else ""
+        after = f" after {self.after}" if self.after else ""
+        return f"{self.name}{every}{after}{'' if self.until is None else f' until {self.until}'}"
+
     def is_due(self, step: int) -> bool:
         """Whether it runs at the optimizer's step of that number, counted from 0."""
         past_end = self.until is not None and step >= self.until

@@ -170,3 +170,17 @@ def test_copied_monitor_writes_to_no_file(tmp_path: Any) -> None:
     train(twin, other, 2)
     assert (tmp_path / "run.jsonl").read_bytes() == written
     assert len(own._observers[0].records) == 4
+
+
+def test_its_text_says_what_is_attached_to_what() -> None:
+    import gc
+
+    _, _, plasticity, _ = started(biofx.Distribution.TEMPORAL, "AdamW")
+    rules = "crystallize every 2, volume_dependent_lr, rejuvenate_weights every 3, synaptic_scaling"
+    assert repr(plasticity) == f"<Attachment of Sequential under AdamW, 3 steps: {rules}>"
+    plasticity.detach()
+    assert repr(plasticity).endswith(f"{rules} (detached)>")
+    assert str(biofx.Rule("crystallize", after=5, until=9)) == "crystallize after 5 until 9"
+    alone = pickle.loads(pickle.dumps(plasticity))
+    gc.collect()
+    assert repr(alone) == "<Attachment of a run that is gone>"

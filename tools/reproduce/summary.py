@@ -124,7 +124,7 @@ def to_markdown(experiment: Experiment, found: Sequence[Row], title: str) -> str
         lines += ["", "| published | figure |", "|---|---|"]
         lines += [f"| {entry.what} | {entry.figure} |" for entry in experiment.published]
     if experiment.claims:
-        lines += ["", "| to be shown | found | shown |", "|---|---|---|"]
+        lines += ["", "| to be shown, at full length | found | shown |", "|---|---|---|"]
         for entry in verdicts(experiment, found):
             value = "not run" if entry["found"] is None else f"{entry['found']:.3g}"
             lines.append(f"| {entry['claim']} | {value} | {'yes' if entry['shown'] else 'no'} |")
