@@ -30,7 +30,7 @@ class ConsolidationOptions:
         1.0,
         NOT_NEGATIVE,
         """How strongly importance acts, in the units of the method's paper: c of synaptic intelligence, λ of
-        the others. Values there: 0.1 to 1, hundreds to thousands (elastic), 1 (memory-aware).""",
+        the others. Values there: 0.1 to 1, hundreds to thousands (elastic), 1 (MAS).""",
     )
     consolidation_effect: str = option(
         "pull",

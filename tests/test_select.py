@@ -347,8 +347,10 @@ def test_the_last_matching_override_wins_and_enabled_switches_off(net: nn.Module
     gammas = {remark.node: remark.details["gamma"] for remark in report.remarks if remark.kind == "applied"}
     assert gammas == {"block_0_a": 4, "block_0_b": 4, "fc": 2}
     said = reasons(report)
-    assert said["block_1_a"] == said["block_1_b"] == "gamma=1 is off"
-    assert said["fc_1"] == said["fc_2"] == "switched off here (enabled=False)"
+    assert {said[name].partition(";")[0] for name in ("block_1_a", "block_1_b")} == {"gamma=1 is off"}
+    assert {said[name].partition(";")[0] for name in ("fc_1", "fc_2")} == {
+        "switched off here (enabled=False)"
+    }
 
 
 def test_an_override_can_switch_a_pass_on(net: nn.Module) -> None:

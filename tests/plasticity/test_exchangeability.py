@@ -136,7 +136,8 @@ def test_signs_on_a_trained_model_warn_once_and_name_expand(name: str, front_doo
 
 @pytest.mark.parametrize("kept", [{"dales_method": "expand"}, {"dales_initialisation": "keep"}])
 def test_what_keeps_trained_weights_does_not_warn(kept: dict[str, str]) -> None:
-    biofx.transform(trained(OPTIMIZERS["Adam"], 5), {**SIGNS, **kept})
+    _, report = biofx.transform(trained(OPTIMIZERS["Adam"], 5), {**SIGNS, **kept})
+    assert report.modified
 
 
 def test_signs_on_a_fresh_model_do_not_warn() -> None:

@@ -192,6 +192,7 @@ def test_counts_stay_and_nothing_is_left_of_missing_connections_over_many_steps(
     assert torch.equal(garbled(vectors), bio(vectors))
 
 
+@pytest.mark.filterwarnings("ignore::biofx.BiofxWarning")  # of factors that Adam undoes
 def test_an_optimizer_forgets_the_direction_of_moved_connections_and_lends_new_ones_a_step_size(
     mlp: nn.Module, vectors: Tensor
 ) -> None:

@@ -30,7 +30,9 @@ def made(**options: Any) -> nn.Module:
 def step(model: nn.Module, optimizer: Any) -> None:
     optimizer.zero_grad()
     model(torch.randn(5, 6)).square().mean().backward()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer.step()
+    assert not all(map(torch.equal, before, model.parameters()))
 
 
 @pytest.mark.parametrize("name", ERASING)
@@ -99,7 +101,7 @@ def test_an_optimizer_that_needs_a_closure_does_not_warn() -> None:
         loss.backward()
         return loss
 
-    optimizer.step(closure)
+    assert optimizer.step(closure) > 0
 
 
 def test_the_hook_is_there_once_and_rests_when_all_have_been_stepped() -> None:
