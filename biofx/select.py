@@ -2,15 +2,15 @@
 
 A selector is one of these, or a list of them (any of which may match):
 
-=====================  ================================================================================
-``"layer1.0.conv1"``   a module path: that module's nodes, and those of everything inside it
-``"add_3"``            an FX node name; where a module path reads the same, the module path wins
-``"fc#1"``             one call of a module that is called several times, counted from 0
-``"layer*.conv?"``     a glob over module paths and node names; ``*`` crosses dots
-``"re:layer[12]\\..*"`` a regular expression that a whole module path or node name must match
-``"type:Conv2d"``      modules of a class, or of a subclass, by its name; the class itself does too
-a callable             called with each :class:`Candidate`; true selects it
-=====================  ================================================================================
+=========================  ================================================================================
+``"layer1.0.conv1"``       a module path: that module's nodes, and those of everything inside it
+``"add_3"``                an FX node name; where a module path reads the same, the module path wins
+``"fc#1"``                 one call of a module that is called several times, counted from 0
+``"layer*.conv?"``         a glob over module paths and node names; ``*`` crosses dots
+``"re:layer[12]\\..*"``     a regular expression that a whole module path or node name must match
+``"type:Conv2d"``          modules of a class, or of a subclass, by its name; the class itself does too
+a callable                 called with each :class:`Candidate`; true selects it
+=========================  ================================================================================
 
 A selector that matches nothing is an error that names the nearest candidates.
 """

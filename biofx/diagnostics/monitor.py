@@ -81,7 +81,7 @@ class Monitor:
         keep: how many records stay in memory, a count >= 1, the latest ones; None for all. A record takes
             about 1 kB per layer.
         activity: whether the activity of units is recorded.
-        dormancy: τ, a unit is dormant whose mean |activity| is at most this fraction of the mean of its
+        dormancy: τ, a unit is dormant whose mean abs(activity) is at most this fraction of the mean of its
             layer, in [0, 1].
         rank_samples: samples of which the ranks are taken at most, a count >= 1, always the same ones. What a
             record costs grows with its square.

@@ -54,7 +54,7 @@ class LayerRecord:
     connections: int | None = None
     """Elements of the weight whose connection exists, a count; None without a mask, where all do."""
     utility: float | None = None
-    """Mean of the synapses' running |weight · gradient|, in units of loss; None where none is kept."""
+    """Mean of the synapses' running abs(weight · gradient), in units of loss; None where none is kept."""
     unit_utility: float | None = None
     """Mean utility of the units that the weight makes, in units of weight times activity; None where they are
     not turned over, go with those of another layer, or have just begun."""

@@ -38,9 +38,9 @@ class UnitActivity:
     samples: int
     """Samples of each unit, a count: inputs times positions, in all forwards of the step."""
     mean_magnitude: float
-    """Mean of |activity| over units and samples, in units of activity."""
+    """Mean of abs(activity) over units and samples, in units of activity."""
     dormant: int
-    """Units whose mean |activity| is at most the monitor's ``dormancy`` times that of the layer, a count."""
+    """Units of a mean abs(activity) of at most the monitor's ``dormancy`` times the layer's, a count."""
     dead: int
     """Units that are 0 in every sample, a count; they are dormant too."""
     rank_samples: int
@@ -73,7 +73,7 @@ class SeenActivity:
 
     most: int
     total: Tensor | None = None
-    """Sum of |activity| of each unit."""
+    """Sum of abs(activity) of each unit."""
     samples: int = 0
     rows: list[Tensor] = field(default_factory=list)
     """Samples, each ``(some, units)``."""

@@ -102,7 +102,7 @@ class BioModule(ConsolidatedState):
             first = local(utility).flatten()[:1]
             if len(first) and float(first) < 0:
                 reason = (
-                    "its utility is the mean of |weight · gradient|, and no gradient has been seen: "
+                    "its utility is the mean of abs(weight · gradient), and no gradient has been seen: "
                     "biofx.attach looks at each, bio_mod.observe_utility() at one after a backward"
                 )
         return reason
@@ -438,7 +438,7 @@ class BioModule(ConsolidatedState):
 
     @torch.no_grad()
     def observe_utility(self) -> None:
-        """Follow |weight · gradient| of each synapse, without learning-rate factors; does nothing if unused.
+        """Follow abs(weight · gradient) of each synapse, without rates; does nothing if unused.
 
         Attached, each step does it, or each of ``rejuvenation_utility_every``; with a decay of 0, where
         ``rejuvenate_weights`` has a schedule, only those at which it is due. Entries that are not finite are

@@ -89,7 +89,7 @@ class BioState(nn.Module):
         Dynamic factors as they would be without crystallization; shaped like the weight, and only where each
         synapse has such a factor.
     ``utility``
-        Running mean of |weight · gradient| of each synapse, shaped like the weight; negative before the
+        Running mean of abs(weight · gradient) of each synapse, shaped like the weight; negative before the
         first. Only where ``rejuvenation_utility`` is ``"gradient"``.
     ``weights_due``
         The fraction of a weight that selection by proportion carries over, a number; float64.

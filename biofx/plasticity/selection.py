@@ -5,7 +5,7 @@ go, or all that are at most a fraction of the mean.
 
 Source: Hernandez-Garcia, Dohare, Luo, Sutton, "Reinitializing weights vs units for maintaining plasticity in
 neural networks", CoLLAs 2025, arXiv 2508.00212: a proportion, or a threshold relative to the mean, of the
-utilities |weight · gradient| or |weight|.
+utilities abs(weight · gradient) or abs(weight).
 
 Deviations: of a share that is no whole number of weights, the rest is carried over, where the paper draws
 whether one more goes. Of equal utilities, as those of dead units are, it is chance which go. Where all are 0,
@@ -74,7 +74,7 @@ class Utility:
 
 
 def follow_utility(utility: Tensor, weight: Tensor, gradient: Tensor, *, decay: float) -> None:
-    """Move a running mean of |weight · gradient| on, in place; entries that are not finite are left out.
+    """Move a running mean of abs(weight · gradient) on, in place; entries that are not finite are left out.
 
     Args:
         utility: shaped like ``weight``; its first look is at negative numbers, and takes what it sees.

@@ -1,0 +1,54 @@
+"""``python tools/docs [FOLDER]``: the documentation as a site, without a network.
+
+Needs Sphinx: ``pip install -e ".[docs]" -c tools/constraints.txt``, and for that Python 3.11 or newer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from docs.figures import draw_figures
+from docs.reference import write_reference
+from docs.staging import Stage, StagingError
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build the site and return the exit code: 0 where nothing was warned of."""
+    parser = argparse.ArgumentParser(
+        prog="python tools/docs", description="Build the documentation as a site."
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("biofx-docs"), metavar="FOLDER")
+    parser.add_argument(
+        "--long",
+        action="store_true",
+        help="draw the figures from longer runs (some minutes in place of seconds)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        from sphinx.cmd.build import build_main
+    except ImportError as error:
+        raise SystemExit(f"the site needs Sphinx: pip install 'biofx[docs]' ({error})") from error
+    stage = Stage(options.folder / ".stage")
+    write_reference(stage)
+    draw_figures(stage, long=options.long)
+    try:
+        stage.add_pages(HERE / "pages")
+    except StagingError as error:
+        print(error, file=sys.stderr)
+        return 1
+    stage.remove_the_rest()
+    os.environ["NO_COLOR"] = "1"  # argparse would colour the help that the reference quotes
+    own = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(HERE), "-d", str(options.folder / ".doctrees")]
+    failed = build_main([*own, str(stage.folder), str(options.folder)])
+    if failed:  # else the next build would read those pages as good, and warn of nothing
+        shutil.rmtree(options.folder / ".doctrees", ignore_errors=True)
+    else:
+        print(f"wrote {options.folder / 'index.html'}")
+    return int(failed)
