@@ -1,4 +1,4 @@
-"""The README is short, every link of it and of the pages leads somewhere, and each page is linked."""
+"""The README is short, every page is within reach, and every link leads somewhere, to a heading too."""
 
 from __future__ import annotations
 
@@ -9,23 +9,65 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted([*ROOT.glob("tools/docs/pages/**/*.md"), *ROOT.glob("tools/*/README.md")])]
+FOLDER = ROOT / "tools" / "docs" / "pages"
+PAGES = [README, *sorted([*FOLDER.rglob("*.md"), *ROOT.glob("tools/*/README.md")])]
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def links_of(page: Path) -> list[str]:
+    """Return where the links of a page go that stay in the repository."""
+    links = re.findall(r"\]\(([^)]+)\)", text_of(page))
+    return [link for link in links if not link.startswith("https://")]
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return what links can name of a page: its headings, as repository pages and MyST spell them."""
+    outside_of_code = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", outside_of_code, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def test_the_readme_can_be_read_in_ten_minutes() -> None:
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 260
+    assert len(text_of(README).splitlines()) <= 260
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_to_files(page: Path) -> None:
-    links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
-    inside = [link.partition("#")[0] for link in links if not link.startswith("https://")]
+    inside = [link.partition("#")[0] for link in links_of(page)]
     assert [link for link in inside if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_headings(page: Path) -> None:
+    missing = []
+    for link in links_of(page):
+        path, _, anchor = link.partition("#")
+        if anchor and anchor not in anchors_of(page.parent / path if path else page):
+            missing.append(link)
+    assert missing == []
+
+
 def test_the_first_page_of_the_documentation_names_every_other() -> None:
-    index = ROOT / "tools" / "docs" / "pages" / "index.md"
-    links = re.findall(r"\]\(([^)]+)\)", index.read_text(encoding="utf-8"))
-    named = {(index.parent / link).resolve() for link in links}
-    assert [page for page in PAGES[1:] if page.resolve() not in named and page != index] == []
-    assert f"({index.relative_to(ROOT)})" in README.read_text(encoding="utf-8")
+    index = FOLDER / "index.md"
+    named = {(index.parent / link.partition("#")[0]).resolve() for link in links_of(index)}
+    assert [name_of(page) for page in PAGES[1:] if page.resolve() not in named and page != index] == []
+    assert f"({name_of(index)})" in text_of(README)
+
+
+def test_the_start_page_leads_to_every_other() -> None:
+    start = FOLDER / "start.md"
+    linked = {(start.parent / link).resolve() for link in links_of(start)}
+    others = {page for page in FOLDER.rglob("*.md") if page.name not in ("start.md", "index.md")}
+    assert others <= linked
+
+
+@pytest.mark.parametrize("page", sorted(FOLDER.glob("howto/*.md")), ids=name_of)
+def test_a_how_to_page_runs_code(page: Path) -> None:
+    assert re.search(r"^```python$", text_of(page), re.MULTILINE)

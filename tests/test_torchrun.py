@@ -1,4 +1,4 @@
-"""The distributed run of the page on training, as the page says to run it."""
+"""The distributed run of the page on several ranks, as the page says to run it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def block_and_command() -> tuple[str, str]:
-    readme = (ROOT / "tools" / "docs" / "pages" / "training.md").read_text(encoding="utf-8")
-    found = re.search(r"```python\n(# train\.py\n.*?)```\n\n```sh\n(torchrun .*?)\n```", readme, re.DOTALL)
+    page = (ROOT / "tools" / "docs" / "pages" / "howto" / "several_ranks.md").read_text(encoding="utf-8")
+    found = re.search(r"```python\n(# train\.py\n.*?)```\n\n```sh\n(torchrun .*?)\n```", page, re.DOTALL)
     assert found
     return found[1], found[2]
 
@@ -59,7 +59,7 @@ def in_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     return known
 
 
-def test_the_readme_s_run_on_two_ranks_equals_one_process(
+def test_the_page_s_run_on_two_ranks_equals_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = on_two_ranks(tmp_path)

@@ -95,7 +95,7 @@ def run_demo(*, seed: int = 0, seeds: int = 3, tasks: int = 60, folder: Path = F
         console,
         "biofx demo --tasks 300   what comes later (--digits: digits learned once)",
         'unit_turnover="redo"     in the config of a model of yours, as this page says:',
-        "tools/docs/pages/learning_goes_on.md   the loss, how to see it, what helps",
+        "tools/docs/pages/howto/loss_of_plasticity.md   how to see it, what helps",
     )
     return outcome
 
