@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -18,13 +19,10 @@ from biofx.config import config_options
 from biofx.options import declared_options
 from biofx.plasticity import BioModule
 from biofx.rewriting import Pass, available_passes
+from docs.staging import Stage, StagingError
 
 ROOT = Path(__file__).parent.parent
 TOOL = ROOT / "tools" / "docs"
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("sphinx") is None, reason="Sphinx is not installed: pip install -e '.[docs]'"
-)
 
 
 def build(folder: Path, tool: Path = TOOL) -> subprocess.CompletedProcess[str]:
@@ -36,6 +34,8 @@ def build(folder: Path, tool: Path = TOOL) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if importlib.util.find_spec("sphinx") is None:
+        pytest.skip("Sphinx is not installed: pip install -e '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
     done = build(folder)  # warnings are errors: pages in no order, links, references, docstrings, duplicates
     assert done.returncode == 0, done.stdout + done.stderr
@@ -111,6 +111,72 @@ def test_links_between_the_pages_lead_somewhere(site: Path) -> None:
             if not target.exists() or (anchor and target in found and anchor not in found[target]):
                 broken.append(f"{path.relative_to(site)}: {link}")
     assert broken == []
+
+
+def test_every_figure_is_drawn_and_shown(site: Path) -> None:
+    names = re.findall(r"<!-- figure: (\w+) -->", (TOOL / "pages" / "figures.md").read_text(encoding="utf-8"))
+    assert len(names) == len(set(names)) >= 6
+    drawn = {path.stem for path in (site / ".stage" / "figures").glob("*.svg")}
+    assert set(names) == drawn
+    page = (site / "figures.html").read_text(encoding="utf-8")
+    for name in names:
+        picture = site / "_images" / f"{name}.svg"
+        assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+        assert f"_images/{name}.svg" in page
+
+
+def test_a_name_in_inline_code_leads_to_the_reference(site: Path) -> None:
+    for page in (TOOL / "pages").rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        built = (site / page.relative_to(TOOL / "pages")).with_suffix(".html").read_text(encoding="utf-8")
+        for name in set(re.findall(r"(?<!\[)`(\w+)`", text)) & set(config_options()):
+            assert f"reference/options.html#biofx.BioConfig.{name}" in built, (page, name)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("[a page](nowhere.md)", "wrong.md:3: the link to 'nowhere.md' leads nowhere"),
+        ("<!-- figure: nothing -->", "wrong.md:3: no figure 'nothing'; there are one"),
+        ("[a folder](../passes)", "wrong.md:3: the site has no page for '../passes'"),
+    ],
+)
+def test_what_leads_nowhere_is_an_error_with_its_line(wrong: str, said: str, tmp_path: Path) -> None:
+    root = tmp_path.resolve()
+    (root / "pages").mkdir()
+    (root / "passes").mkdir()
+    (root / "pages" / "wrong.md").write_text(f"# Wrong\n\n{wrong}\n")
+    stage = Stage(root / "stage", root)
+    stage.add_figure("one", "<svg/>", "A  caption")
+    with pytest.raises(StagingError, match=re.escape(said)):
+        stage.add_pages(root / "pages")
+
+
+def test_links_and_figures_become_those_of_the_site_but_not_in_code(tmp_path: Path) -> None:
+    root = tmp_path.resolve()
+    for name in ("pages/howto", "tools/bench"):
+        (root / name).mkdir(parents=True)
+    (root / "tools" / "bench" / "README.md").write_text("# Time\n")
+    (root / "LICENSE").write_text("MIT")
+    links = "[a](../../tools/bench/README.md#time) [b](../../LICENSE)"
+    text = f"{links}\n\n```\n[c](nowhere.md)\n```\n<!-- figure: one -->"
+    (root / "pages" / "howto" / "page.md").write_text(f"# Page\n\n{text}\n")
+    (root / "pages" / "index.md").write_text(
+        "# Index\n\n## How\n\n- [page](howto/page.md)\n\n## Time\n\n- [t](../tools/bench/README.md)"
+    )
+    stage = Stage(root / "stage", root)
+    stage.add_figure("one", "<svg/>", "A  `caption`")
+    stage.add_pages(root / "pages")
+    page = (root / "stage" / "howto" / "page.md").read_text()
+    assert "[a](/measurements/bench.md#time) [b](/files/LICENSE)\n" in page
+    assert "```\n[c](nowhere.md)\n```\n" in page
+    assert ":alt: A caption\n:target: ../_images/one.svg\n\nA `caption`\n" in page
+    assert (root / "stage" / "files" / "LICENSE").read_text() == "MIT"
+    order = (root / "stage" / "index.md").read_text().split("```{toctree}")
+    assert [part.split("```")[0].split() for part in order[1:]] == [
+        [":hidden:", ":caption:", "How", "howto/page"],
+        [":hidden:", ":caption:", "Time", "measurements/bench"],
+    ]
 
 
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:

@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="draw the figures from longer runs (some minutes in place of seconds)",
     )
+    parser.add_argument("--keep-figures", action="store_true", help="take those of the last build")
     options = parser.parse_args(arguments)
     try:
         from sphinx.cmd.build import build_main
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(f"the site needs Sphinx: pip install 'biofx[docs]' ({error})") from error
     stage = Stage(options.folder / ".stage")
     write_reference(stage)
-    draw_figures(stage, long=options.long)
+    draw_figures(stage, long=options.long, keep=options.keep_figures)
     try:
         stage.add_pages(HERE / "pages")
     except StagingError as error:

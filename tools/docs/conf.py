@@ -23,7 +23,7 @@ exclude_patterns = ["files"]  # copies to link to, not pages
 html_theme = "furo"
 html_copy_source = html_show_copyright = False
 html_math_renderer = "mathml"
-html_static_path: list[str] = []
+html_static_path, html_css_files = ["style"], ["site.css"]
 
 nitpicky = True
 myst_heading_anchors = 4

@@ -31,8 +31,8 @@ class StagingError(Exception):
 class Stage:
     """The folder that Sphinx reads; a file that does not change is not written again."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
+    def __init__(self, folder: Path, root: Path = ROOT) -> None:
+        self.folder, self._root = folder.resolve(), root
         self._written: set[Path] = set()
         self.reference: dict[str, str] = {}
         """Titles of the generated pages, by their names in the folder, without a suffix."""
@@ -53,6 +53,21 @@ class Stage:
             self.reference[name] = title
         self.write(f"{name}.rst", f"{title}\n{'=' * len(title)}\n\n{text}")
 
+    def add_figure(self, name: str, svg: str, caption: str) -> None:
+        """Write a picture, and beside it what is said of it."""
+        self.figures[name] = " ".join(caption.split())
+        self.write(f"figures/{name}.svg", svg)
+        self.write(f"figures/{name}.txt", self.figures[name])
+
+    def keep_figure(self, name: str) -> str | None:
+        """Take a picture of an earlier build over and return its caption; None where there is none."""
+        picture, caption = (self.folder / "figures" / f"{name}.{kind}" for kind in ("svg", "txt"))
+        if not (picture.is_file() and caption.is_file()):
+            return None
+        self.figures[name] = caption.read_text(encoding="utf-8")
+        self._written |= {picture, caption}
+        return self.figures[name]
+
     def add_pages(self, pages: Path) -> None:
         """Write the pages of a folder, the READMEs of the tools and the changelog.
 
@@ -61,9 +76,9 @@ class Stage:
         """
         places = {path: str(path.relative_to(pages).with_suffix("")) for path in sorted(pages.rglob("*.md"))}
         places |= {
-            path: f"measurements/{path.parent.name}" for path in sorted(ROOT.glob("tools/*/README.md"))
+            path: f"measurements/{path.parent.name}" for path in sorted(self._root.glob("tools/*/README.md"))
         }
-        places[ROOT / "CHANGELOG.md"] = "changelog"
+        places |= dict.fromkeys(self._root.glob("CHANGELOG.md"), "changelog")
         for path, place in places.items():
             text = "\n".join(self._lines(path, place, places))
             if place == "index":
@@ -80,7 +95,7 @@ class Stage:
         is_code = False
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             is_code ^= bool(_FENCE.match(line.lstrip()))
-            where = f"{path.relative_to(ROOT)}:{number}"
+            where = f"{path.relative_to(self._root)}:{number}"
             if is_code:
                 yield line
             elif found := _FIGURE.fullmatch(line.strip()):
@@ -94,7 +109,9 @@ class Stage:
         if name not in self.figures:
             raise StagingError(f"{where}: no figure {name!r}; there are {', '.join(self.figures)}")
         caption = self.figures[name]
-        return f"![{caption}](/figures/{name}.svg)\n\n*{caption}*"
+        picture = f"{'../' * place.count('/')}_images/{name}.svg"  # to be opened in its own size
+        plain = caption.replace("`", "")
+        return f"```{{figure}} /figures/{name}.svg\n:alt: {plain}\n:target: {picture}\n\n{caption}\n```"
 
     def _link(
         self, link: re.Match[str], path: Path, place: str, places: Mapping[Path, str], where: str
@@ -104,16 +121,16 @@ class Stage:
         if _ELSEWHERE.match(target) or not name:
             return link[0]
         aim = Path(os.path.normpath(path.parent / name))
-        if not aim.exists() or not aim.is_relative_to(ROOT):
+        if not aim.exists() or not aim.is_relative_to(self._root):
             raise StagingError(f"{where}: the link to {target!r} leads nowhere")
-        if aim == ROOT / "README.md" and not anchor:
+        if aim == self._root / "README.md" and not anchor:
             return "](/index.md)"
         if aim in places:
             return f"](/{places[aim]}.md{hash_sign}{anchor})"
         if not aim.is_file():
             raise StagingError(f"{where}: the site has no page for {target!r}; link to a file in it")
-        self.write(f"files/{aim.relative_to(ROOT)}", aim.read_bytes())
-        return f"](/files/{aim.relative_to(ROOT)})"
+        self.write(f"files/{aim.relative_to(self._root)}", aim.read_bytes())
+        return f"](/files/{aim.relative_to(self._root)})"
 
     def _order(self, path: Path, text: str) -> str:
         """Return the tables of contents of the site, one for each heading of the first page with links."""
@@ -130,6 +147,6 @@ class Stage:
                 trees.append(f"```{{toctree}}\n:hidden:\n:caption: {heading}\n\n{entries}\n```")
         if not trees:
             raise StagingError(
-                f"{path.relative_to(ROOT)}: expected headings with links to the pages below them"
+                f"{path.relative_to(self._root)}: expected headings with links to the pages below them"
             )
         return "\n\n".join(trees)
