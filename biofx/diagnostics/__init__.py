@@ -4,6 +4,7 @@ from biofx.diagnostics.audit import Audit, Finding
 from biofx.diagnostics.bisection import BisectResult, bisect
 from biofx.diagnostics.check import check
 from biofx.diagnostics.monitor import Monitor
+from biofx.diagnostics.monitor_curves import curves
 from biofx.diagnostics.monitor_records import LayerRecord, StepRecord
 from biofx.diagnostics.unit_activity import UnitActivity
 
@@ -17,4 +18,5 @@ __all__ = [
     "UnitActivity",
     "bisect",
     "check",
+    "curves",
 ]

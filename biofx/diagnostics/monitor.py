@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from biofx.diagnostics.activity_watch import ActivityWatch
 from biofx.diagnostics.effective_weight import Effective, effective_weights
+from biofx.diagnostics.monitor_curves import Curves, Log, TensorBoard
 from biofx.diagnostics.monitor_plot import plot_records
 from biofx.diagnostics.monitor_records import (
     LayerRecord,
@@ -25,7 +26,7 @@ from biofx.diagnostics.monitor_records import (
     drawn_below,
     measure,
 )
-from biofx.diagnostics.monitor_sinks import JsonLines, TensorBoard, read_json_lines
+from biofx.diagnostics.monitor_sinks import JsonLines, read_json_lines
 from biofx.diagnostics.monitor_table import LiveTable
 from biofx.errors import OptionError
 from biofx.options import FRACTION, POSITIVE, Flag, Range
@@ -76,7 +77,9 @@ class Monitor:
         path: a file that gets each record as a line of JSON at once (:mod:`biofx.diagnostics.monitor_sinks`
             has its schema; :meth:`read` reads it). It may not hold anything yet, unless ``append`` is set.
         append: continue the file of an earlier monitor; the half line of a run that was killed is dropped.
-        tensorboard: a folder for TensorBoard's event files.
+        tensorboard: a folder for TensorBoard's event files, or a ``SummaryWriter``.
+        log: a logger's function, called as ``log(values, step=step)`` with the numbers of each record by name
+            (:func:`biofx.diagnostics.curves`): ``wandb.log``, ``mlflow.log_metrics`` and others.
         crystallized_below: see above, dimensionless, > 0. Factors that were drawn below do not count.
         keep: how many records stay in memory, a count >= 1, the latest ones; None for all. A record takes
             about 1 kB per layer.
@@ -88,7 +91,7 @@ class Monitor:
 
     Raises:
         OptionError: an option is out of range, or ``path`` cannot be used.
-        InputError: ``tensorboard`` is given and the package is missing.
+        InputError: ``tensorboard`` is given and the package is missing, or ``log`` cannot be called.
     """
 
     def __init__(
@@ -97,7 +100,8 @@ class Monitor:
         every: int = 1,
         path: str | os.PathLike[str] | None = None,
         append: bool = False,
-        tensorboard: str | os.PathLike[str] | None = None,
+        tensorboard: str | os.PathLike[str] | Any = None,
+        log: Log | None = None,
         crystallized_below: float = 0.9,
         keep: int | None = None,
         activity: bool = True,
@@ -116,7 +120,9 @@ class Monitor:
         if path is not None:
             self._sinks.append(JsonLines(Path(path), self._thresholds, append=append))
         if tensorboard is not None:
-            self._sinks.append(TensorBoard(Path(tensorboard)))
+            self._sinks.append(TensorBoard(tensorboard))
+        if log is not None:
+            self.log_to(log)
         self._calls = 0
         self._touched: dict[str, dict[str, int]] = {}
         self._weights_before: dict[str, Tensor] = {}
@@ -235,6 +241,18 @@ class Monitor:
             self._weights_before = {p: s.weight.detach().clone() for p, s in self._states.items()}
         self._see_before(number + 1, self._states)
         return self.records[-1] if due else None
+
+    def log_to(self, log: Log) -> None:
+        """Give the numbers of each further record to a logger too, once however often it is said.
+
+        Args:
+            log: called as ``log(values, step=step)``, see :class:`Monitor`.
+
+        Raises:
+            InputError: ``log`` cannot be called.
+        """
+        if not any(isinstance(sink, Curves) and sink.log == log for sink in self._sinks):
+            self._sinks.append(Curves(log))
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the records per layer: factors, crystallized and replaced synapses, E:I ratio, and norms.

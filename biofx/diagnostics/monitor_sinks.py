@@ -1,4 +1,4 @@
-"""Where a monitor's records go: a file of JSON lines, TensorBoard.
+"""A monitor's records in a file of JSON lines, which has everything (``monitor_curves`` has less).
 
 A file of JSON lines begins with an object about the run; a reader should check its ``schema``:
 
@@ -22,7 +22,6 @@ line of a step counts.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +31,7 @@ from typing import Any
 
 from biofx.diagnostics.monitor_records import HISTOGRAM_EDGES, LayerRecord, StepRecord, Thresholds
 from biofx.diagnostics.unit_activity import UnitActivity
-from biofx.errors import InputError, OptionError
+from biofx.errors import OptionError
 
 SCHEMA = "biofx.run/2"
 _FORMER = "biofx.run/1"
@@ -213,73 +212,3 @@ def _count(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise ValueError(f"found {value!r} where a count belongs")
-
-
-class TensorBoard:
-    """Writes each quantity of each layer as a curve, and the factors as a histogram.
-
-    Raises:
-        InputError: the package ``tensorboard`` is missing.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            module = importlib.import_module("torch.utils.tensorboard")
-        except ImportError as error:
-            raise InputError(
-                f"Monitor(tensorboard=...) needs the package tensorboard: pip install tensorboard ({error})"
-            ) from error
-        self._writer: Any = module.SummaryWriter(log_dir=str(folder))
-
-    def write(self, record: StepRecord) -> None:
-        """Add one point to each curve; what a layer does not have gets none."""
-        for path, layer in record.layers.items():
-            for quantity, value in _curves(layer).items():
-                if value is not None and math.isfinite(value):
-                    self._writer.add_scalar(f"{quantity}/{path}", value, record.step)
-            if layer.factor_mean is not None and layer.factor_std is not None:
-                self._add_histogram(f"factors/{path}", layer, record.step)
-
-    def flush(self) -> None:
-        """Bring the points to the disk, which the writer otherwise does every two minutes."""
-        self._writer.flush()
-
-    def _add_histogram(self, tag: str, layer: LayerRecord, step: int) -> None:
-        count = sum(layer.factor_histogram)
-        mean, spread = float(layer.factor_mean or 0), float(layer.factor_std or 0)
-        self._writer.add_histogram_raw(
-            tag,
-            min=HISTOGRAM_EDGES[0],
-            max=HISTOGRAM_EDGES[-1],
-            num=count,
-            sum=mean * count,
-            sum_squares=spread**2 * (count - 1) + mean**2 * count,
-            bucket_limits=list(HISTOGRAM_EDGES[1:]),
-            bucket_counts=list(layer.factor_histogram),
-            global_step=step,
-        )
-
-
-def _curves(layer: LayerRecord) -> dict[str, float | None]:
-    activity = layer.activity
-    return {
-        "factor mean": layer.factor_mean,
-        "factor std": layer.factor_std,
-        "crystallized fraction": layer.crystallized_fraction,
-        "replaced synapses": layer.replaced,
-        "density": layer.density,
-        "turnover": None if layer.connections is None else layer.turnover,
-        "wrong signs": layer.wrong_signs,
-        "E-I ratio": layer.ei_ratio,
-        "gradient norm": layer.gradient_norm,
-        "update norm": layer.update_norm,
-        "weight magnitude": layer.weight_magnitude,
-        "synapse utility": layer.utility,
-        "unit utility": layer.unit_utility,
-        "unit age": layer.unit_age,
-        "replaced units": None if layer.unit_age is None else layer.replaced_units,
-        "dormant fraction": None if activity is None else activity.dormant_fraction,
-        "dead fraction": None if activity is None else activity.dead_fraction,
-        "effective rank": None if activity is None else activity.effective_rank,
-        "stable rank": None if activity is None else activity.stable_rank,
-    }

@@ -29,6 +29,7 @@ def attach(
     decay: str = "scaled",
     updates: str = "additive",
     observers: Iterable[Observer] = (),
+    group: Any = None,
 ) -> Attachment:
     """Run a model's plasticity from the steps of its optimizer; the training loop stays as it is.
 
@@ -60,6 +61,8 @@ def attach(
             a sign change in proportion to their strength (exponentiated gradient), so that none changes its
             sign and those at 0 stay there.
         observers: called after each step, e.g. a :class:`biofx.Monitor`.
+        group: a ``torch.distributed`` process group, of the ranks that train replicas of the model; by
+            default that of the DDP wrapper. For trainers that keep their wrapper to themselves.
 
     Returns:
         The attachment: ``detach()``, ``state_dict()``, ``load_state_dict()``.
@@ -102,7 +105,8 @@ def attach(
     for earlier in attachments_of(stepping):
         if earlier.is_copy:  # which came with the optimizer, unasked
             earlier.detach()
-    group = group_to_agree_with(model, states.values())
+    if group is None:
+        group = group_to_agree_with(model, states.values())
     names = list(dict.fromkeys(rule.name for rule in rules))
     gates = not OF_TASKS.isdisjoint(names) and any(
         state.config.consolidation_effect == "rates" for state in states.values()

@@ -620,6 +620,27 @@ def test_missing_tensorboard_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         Monitor(tensorboard="logs")
 
 
+def test_a_writer_of_ones_own_and_loggers_get_the_same_numbers(mlp: nn.Module, vectors: Tensor) -> None:
+    FakeWriter.made = []
+    writer: Any = FakeWriter("")
+    taken: list[tuple[int, dict[str, float]]] = []
+
+    def log(values: dict[str, float], step: int) -> None:
+        taken.append((step, values))
+
+    bio, _ = biofx.transform(mlp, DALE)
+    optimizer, monitor = sgd(bio), Monitor(tensorboard=writer, log=log, every=2)
+    monitor.log_to(log)
+    biofx.attach(bio, optimizer, observers=[monitor])
+    train(bio, optimizer, vectors, 3)
+    assert [step for step, _ in taken] == [0, 2]
+    assert {(name, step): value for step, values in taken for name, value in values.items()} == writer.scalars
+    assert taken[1][1]["factor mean/2.weight"] == monitor.records[1].layers["2.weight"].factor_mean
+    assert taken[1][1] == biofx.diagnostics.curves(monitor.records[1])
+    with pytest.raises(InputError, match=r"log: expected what is called as log\(values, step=step\)"):
+        Monitor(log="wandb")  # type: ignore[arg-type]
+
+
 # the picture
 
 
