@@ -4,7 +4,7 @@ from biofx.diagnostics.audit import Audit, Finding
 from biofx.diagnostics.bisection import BisectResult, bisect
 from biofx.diagnostics.check import check
 from biofx.diagnostics.monitor import Monitor
-from biofx.diagnostics.monitor_curves import curves
+from biofx.diagnostics.monitor_curves import Log, curves
 from biofx.diagnostics.monitor_records import LayerRecord, StepRecord
 from biofx.diagnostics.unit_activity import UnitActivity
 
@@ -13,6 +13,7 @@ __all__ = [
     "BisectResult",
     "Finding",
     "LayerRecord",
+    "Log",
     "Monitor",
     "StepRecord",
     "UnitActivity",
