@@ -45,7 +45,7 @@ from biofx.model.graph_module import BioGraphModule
 from biofx.operators.rate_sampling import Distribution
 from biofx.plasticity import BioModule
 from biofx.plasticity.attach import attach
-from biofx.plasticity.optimizer_step import Rule
+from biofx.plasticity.rule import Rule
 from biofx.rewriting import Pass, PassResult, Pipeline, Remark, Report, Scope, applied, missed
 from biofx.transform import transform
 

@@ -26,6 +26,7 @@ from biofx.options import (
     SEED,
     SHARE,
     Activation,
+    AtRule,
     Choice,
     Feeds,
     Flag,
@@ -36,6 +37,7 @@ from biofx.options import (
     Range,
     Signs,
     Sizes,
+    decided_at_transform,
     declared_options,
     option,
     with_documented_options,
@@ -48,6 +50,7 @@ UNIT_TURNOVERS = ("off", "continual-backprop", "redo")
 """Values of ``unit_turnover``."""
 STORED_RATE_DTYPES = ("float32", "bfloat16")
 """What learning-rate factors may be stored as."""
+_DRAWING_AGAIN = ("rejuvenate_weights", "rejuvenate_units", "shrink_and_perturb")
 FROM_SEED = "seed"
 RATE_DTYPES = (*STORED_RATE_DTYPES, FROM_SEED)
 """The same, and ``"seed"``: not stored, but drawn again from the seed at each use."""
@@ -95,6 +98,7 @@ class BioConfig(ConsolidationOptions):
         "Spread of the learning-rate factors around 1, dimensionless.",
         feeds={"scale-gradients": "nu"},
         off={"scale-gradients": lambda nu: nu == 0},
+        rules={"update_fuzzy_learning_rates": decided_at_transform("nu")},
     )
     fuzzy_lr_distribution: Distribution = option(
         Distribution.UNIFORM,
@@ -121,12 +125,14 @@ class BioConfig(ConsolidationOptions):
         FRACTION,
         "Lower bound of a factor, dimensionless; a draw below it is drawn again.",
         feeds={"scale-gradients": "low"},
+        rules={"update_fuzzy_learning_rates": decided_at_transform("low")},
     )
     fuzzy_lr_max: float = option(
         2.0,
         Range(1),
         "Upper bound of a factor, dimensionless; a draw above it is drawn again.",
         feeds={"scale-gradients": "high"},
+        rules={"update_fuzzy_learning_rates": decided_at_transform("high")},
     )
     fuzzy_lr_log_min: float = option(
         1e-3,
@@ -142,10 +148,16 @@ class BioConfig(ConsolidationOptions):
         feeds={"scale-gradients": "log_high"},
     )
     fuzzy_lr_update_freq: int = option(
-        100, Range(1, whole=True), "Training steps between two changes of temporal factors, a count."
+        100,
+        Range(1, whole=True),
+        "Training steps between two changes of temporal factors, a count.",
+        rules={"update_fuzzy_learning_rates": "update_freq"},
     )
     fuzzy_lr_decay: float = option(
-        0.9995, FRACTION, "Correlation of a temporal factor with its predecessor, dimensionless."
+        0.9995,
+        FRACTION,
+        "Correlation of a temporal factor with its predecessor, dimensionless.",
+        rules={"update_fuzzy_learning_rates": "decay"},
     )
     fuzzy_lr_granularity: str = option(
         "element",
@@ -171,16 +183,28 @@ class BioConfig(ConsolidationOptions):
         feeds={"scale-gradients": "parameters"},
     )
     dampening_factor: float = option(
-        0.6, SHARE, "What crystallization multiplies a caught synapse's factor by, dimensionless."
+        0.6,
+        SHARE,
+        "What crystallization multiplies a caught synapse's factor by, dimensionless.",
+        rules={"crystallize": "dampening"},
     )
     crystal_thresh: float = option(
-        4.5e-05, POSITIVE, "Crystallization catches a synapse with abs(gradient) / abs(weight) below this."
+        4.5e-05,
+        POSITIVE,
+        "Crystallization catches a synapse with abs(gradient) / abs(weight) below this.",
+        rules={"crystallize": "threshold"},
     )
-    crystal_min: float = option(0.01, FRACTION, "Lowest factor that crystallization leads to, dimensionless.")
+    crystal_min: float = option(
+        0.01,
+        FRACTION,
+        "Lowest factor that crystallization leads to, dimensionless.",
+        rules={"crystallize": decided_at_transform("floor")},
+    )
     rejuvenation_parameter_dre: float = option(
         8.0,
         POSITIVE,
         "Protection of large weights from replacement, in standard deviations of the weights.",
+        rules={"rejuvenate_weights": "protection"},
     )
     rejuvenation_turnover: float | None = option(
         None,
@@ -188,6 +212,7 @@ class BioConfig(ConsolidationOptions):
         """Expected fraction of normally distributed weights to replace, instead of
         ``rejuvenation_parameter_dre``; by utility, of the weights as they are. Those of utility 0 all go. For
         ``rejuvenation_selection="proportion"`` it is exact.""",
+        rules={"rejuvenate_weights": "turnover"},
     )
     rejuvenation_selection: str = option(
         "probability",
@@ -196,12 +221,14 @@ class BioConfig(ConsolidationOptions):
         ``"proportion"`` ``rejuvenation_turnover`` of those least protected, where fractions of a weight are
         carried over, or all below a ``"threshold"``, ``rejuvenation_threshold``. Those with a learning-rate
         factor of 0 never are.""",
+        rules={"rejuvenate_weights": decided_at_transform("selection", lambda given: given == "proportion")},
     )
     rejuvenation_threshold: float | None = option(
         None,
         OrNone(FRACTION),
         """For ``rejuvenation_selection="threshold"``: weights are replaced whose utility, or magnitude, is at
         most this fraction of its mean over the weight, dimensionless.""",
+        rules={"rejuvenate_weights": "threshold"},
     )
     rejuvenation_utility: str = option(
         "magnitude",
@@ -210,24 +237,28 @@ class BioConfig(ConsolidationOptions):
         of abs(weight · gradient), a buffer as large as the weight, which :func:`biofx.attach` updates at each
         step. Magnitudes protect the weights of dead units, which may be large: by magnitude, rejuvenation
         does not prevent loss of plasticity.""",
+        rules={"rejuvenate_weights": decided_at_transform("utility")},
     )
     rejuvenation_utility_decay: float = option(
         0.99,
         FRACTION,
         """Share of the earlier mean that the utility keeps when a gradient is taken into it, dimensionless;
         with 0 it is that of the step at which weights are replaced.""",
+        rules={"rejuvenate_weights": AtRule("utility_decay", lasts=True)},
     )
     rejuvenation_utility_every: int = option(
         1,
         Range(1, whole=True),
         """Optimizer steps from one gradient that is taken into the utility to the next, a count. Each costs a
         pass over the weight.""",
+        rules={"rejuvenate_weights": AtRule("utility_every", lasts=True)},
     )
     rejuvenation_redraw: str = option(
         "survivors",
         Choice(("survivors", "initial", "zero")),
         """What the weights of new synapses are: of magnitudes as the ``"survivors"`` have, drawn from the
         ``"initial"`` distribution (``initial_distribution``), or ``"zero"``.""",
+        rules={"rejuvenate_weights": "redraw"},
     )
     rejuvenation_growth: str = option(
         "random",
@@ -235,6 +266,7 @@ class BioConfig(ConsolidationOptions):
         """Where connections of a masked weight grow when weak ones vanish: at ``"random"`` (SET), or where
         the ``"gradient"`` is largest (RigL), with the sign that descends it.""",
         feeds={"mask-weights": "growth"},
+        rules={"rejuvenate_weights": decided_at_transform("growth")},
     )
     initial_distribution: str = option(
         "torch",
@@ -242,20 +274,26 @@ class BioConfig(ConsolidationOptions):
         """What weights are drawn from at the start, for rules that draw from it again: ``"torch"``, as torch
         initialises layers of that kind, or with a standard deviation of ``initial_gain`` / √inputs. It is not
         read off the weights.""",
+        rules=dict.fromkeys(_DRAWING_AGAIN, decided_at_transform("initial_distribution")),
     )
     initial_gain: float = option(
         1.0,
         POSITIVE,
         """Standard deviation of normal or uniform initial weights times √(inputs of a unit), dimensionless:
         √2 is He's, 1 LeCun's.""",
+        rules=dict.fromkeys(_DRAWING_AGAIN, decided_at_transform("initial_gain")),
     )
     shrink_factor: float = option(
-        0.9999, SHARE, "What ``shrink_and_perturb`` multiplies weights by, dimensionless."
+        0.9999,
+        SHARE,
+        "What ``shrink_and_perturb`` multiplies weights by, dimensionless.",
+        rules={"shrink_and_perturb": "factor"},
     )
     shrink_perturbation: float = option(
         0.01,
         NOT_NEGATIVE,
         "How much of a draw of the initial distribution ``shrink_and_perturb`` adds, dimensionless.",
+        rules={"shrink_and_perturb": "perturbation"},
     )
     unit_turnover: str = option(
         "off",
@@ -264,28 +302,33 @@ class BioConfig(ConsolidationOptions):
         (``"continual-backprop"``, Dohare et al. 2024), or dormant ones (``"redo"``, Sokar et al. 2023).""",
         feeds={"watch-units": Feeds("enabled", lambda given: given != "off")},
         off={"watch-units": lambda given: given == "off"},
+        rules={"rejuvenate_units": decided_at_transform("turnover", lambda given: given == "off")},
     )
     unit_turnover_rate: float = option(
         1e-4,
         FRACTION,
         """Continual backprop: fraction of the mature units that each run of ``rejuvenate_units`` replaces;
         what is left of a unit is carried over.""",
+        rules={"rejuvenate_units": "rate"},
     )
     unit_turnover_maturity: int = option(
         100,
         COUNT,
         "Continual backprop: runs of ``rejuvenate_units`` that a new unit is safe from replacement, a count.",
+        rules={"rejuvenate_units": "maturity"},
     )
     unit_turnover_dormancy: float = option(
         0.1,
         FRACTION,
         """ReDo: τ, a unit is dormant whose mean magnitude of activity is at most this fraction of the mean of
         all units of its layer.""",
+        rules={"rejuvenate_units": "dormancy"},
     )
     synaptic_scaling_rate: float = option(
         0.1,
         SHARE,
         "How much of the way back to its total input strength a unit goes at once, dimensionless.",
+        rules={"synaptic_scaling": "rate"},
     )
     weight_splitting_Gamma: int = option(
         0,
@@ -330,16 +373,19 @@ class BioConfig(ConsolidationOptions):
         0.1,
         OrNone(POSITIVE),
         "Volume-dependent plasticity: factor at zero weight, dimensionless; None for a mean factor of 1.",
+        rules={"volume_dependent_lr": "base"},
     )
     stability_factor: float = option(
         2.0,
         POSITIVE,
         "Volume-dependent plasticity: how fast the factor falls with the weight, dimensionless.",
+        rules={"volume_dependent_lr": "stability"},
     )
     lr_variability: float = option(
         0.2,
         NOT_NEGATIVE,
         "Volume-dependent plasticity: standard deviation of the multiplicative noise, dimensionless.",
+        rules={"volume_dependent_lr": "variability"},
     )
     apply_dales_principle: bool = option(
         False,
@@ -627,6 +673,16 @@ def check_drawn_again(field: str, distribution: Distribution) -> None:
 def config_options() -> dict[str, Option]:
     """Return what each field of a config but ``overrides`` declares, by name."""
     return declared_options(BioConfig)
+
+
+def rule_options(rule: str) -> dict[str, str]:
+    """Return what an entry of a schedule may give a rule: the rule's names of options, and their fields.
+
+    >>> rule_options("synaptic_scaling")
+    {'rate': 'synaptic_scaling_rate'}
+    """
+    options = config_options().items()
+    return {declared.rules[rule].option: field for field, declared in options if rule in declared.rules}
 
 
 def option_from_config(field: str, **changed: Any) -> Any:

@@ -232,6 +232,28 @@ class Feeds:
 
 
 @dataclass(frozen=True)
+class AtRule:
+    """What a field of the config is to a rule of plasticity, for which an entry of a schedule may give it."""
+
+    option: str
+    """What the rule calls it."""
+    shapes: Callable[[Any], Any] | None = None
+    """From its value to what follows from it in the model itself, which an entry cannot change; None for
+    nothing."""
+    lasts: bool = False
+    """Whether it is read between two runs too, so that all entries of the rule give a weight the same."""
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def decided_at_transform(option: str, shapes: Callable[[Any], Any] = _itself) -> AtRule:
+    """Return what a field is to a rule that reads it and cannot change it, or not what follows from it."""
+    return AtRule(option, shapes)
+
+
+@dataclass(frozen=True)
 class Option:
     """What a field of a config or of a pass declares."""
 
@@ -249,6 +271,8 @@ class Option:
     """Whether it may differ between layers."""
     field: str = ""
     """For an option of a pass, the field of the config that it comes from."""
+    rules: Mapping[str, AtRule] = dataclasses.field(default_factory=dict)
+    """The rules of plasticity that read a field of the config, by name."""
 
 
 def option(
@@ -261,12 +285,17 @@ def option(
     on: Mapping[str, Callable[[Any], bool]] | None = None,
     per_layer: bool = True,
     field: str = "",
+    rules: Mapping[str, str | AtRule] | None = None,
 ) -> Any:
     """Return the field of a dataclass that declares an option; see :class:`Option`."""
     read = {
         name: given if isinstance(given, Feeds) else Feeds(given) for name, given in (feeds or {}).items()
     }
-    declared = Option(permitted, " ".join(doc.split()), read, off or {}, on or {}, per_layer, field)
+    at_rules = {
+        name: given if isinstance(given, AtRule) else AtRule(given) for name, given in (rules or {}).items()
+    }
+    said = " ".join(doc.split())
+    declared = Option(permitted, said, read, off or {}, on or {}, per_layer, field, at_rules)
     return dataclasses.field(default=default, metadata={"option": declared})
 
 
@@ -281,6 +310,7 @@ def with_documented_options(cls: type[T]) -> type[T]:
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     entries = [
         f"{name}: {declared.doc} Expected: {declared.permitted}; default: {_shown(defaults[name])}."
+        f"{_at_rules(declared)}"
         for name, declared in declared_options(cls).items()
     ]
     lines = [
@@ -288,6 +318,12 @@ def with_documented_options(cls: type[T]) -> type[T]:
     ]
     cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines, ""])
     return cls
+
+
+def _at_rules(declared: Option) -> str:
+    given = [(rule, at_rule.option) for rule, at_rule in declared.rules.items() if at_rule.shapes is None]
+    shown = ", ".join(f'Rule("{rule}", {name}=…)' for rule, name in given)
+    return f" At a rule: {shown}." if shown else ""
 
 
 def _shown(default: Any) -> str:

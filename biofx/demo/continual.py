@@ -23,7 +23,8 @@ from biofx.demo.data import load_digits
 from biofx.operators.rate_sampling import Distribution
 from biofx.operators.sampling import generator_for
 from biofx.plasticity.attach import attach
-from biofx.plasticity.optimizer_step import LayerStep, Rule
+from biofx.plasticity.optimizer_step import LayerStep
+from biofx.plasticity.rule import Rule
 from biofx.transform import transform
 
 CONFIG = BioConfig(fuzzy_lr_distribution=Distribution.BASELINE, unit_turnover="redo")

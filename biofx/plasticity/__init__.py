@@ -2,6 +2,7 @@
 
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.bio_module import BioModule
-from biofx.plasticity.optimizer_step import LayerStep, Rule
+from biofx.plasticity.optimizer_step import LayerStep
+from biofx.plasticity.rule import Rule
 
 __all__ = ["Attachment", "BioModule", "LayerStep", "Rule"]

@@ -15,9 +15,11 @@ from biofx.plasticity.binding import Binding
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.consolidated_state import HOLDING, OF_TASKS
 from biofx.plasticity.model_states import describe_reasons, exposed_rules, prepare_states, unwrapped
-from biofx.plasticity.optimizer_step import Observer, Rule
+from biofx.plasticity.optimizer_step import Observer
 from biofx.plasticity.optimizers import stepping_optimizer
 from biofx.plasticity.ranks import group_to_agree_with, refuse_parts_alone, shard_state, shard_states
+from biofx.plasticity.rule import Rule
+from biofx.plasticity.schedule import Schedule
 from biofx.plasticity.updates import UPDATES
 
 
@@ -94,6 +96,7 @@ def attach(
     if decay not in ("scaled", "free"):
         raise OptionError(f"decay: expected 'scaled' or 'free', found {decay!r}")
     Choice(UPDATES).check("updates", updates)
+    plan = Schedule(rules, plain, states)
     if updates == "exponentiated" and not any(state.is_constrained for state in states.values()):
         raise PlasticityError(
             "updates='exponentiated': expected a model whose units have signs (apply_dales_principle=True)"
@@ -107,15 +110,12 @@ def attach(
             earlier.detach()
     if group is None:
         group = group_to_agree_with(model, states.values())
-    names = list(dict.fromkeys(rule.name for rule in rules))
-    gates = not OF_TASKS.isdisjoint(names) and any(
-        state.config.consolidation_effect == "rates" for state in states.values()
-    )
+    gates = _gates(plan, states)
     binding = Binding(
         states,
         free_decay=decay == "free",
         exponentiated=updates == "exponentiated",
-        always_scales=not {"crystallize", "volume_dependent_lr", "upgd"}.isdisjoint(names) or gates,
+        always_scales=not {"crystallize", "volume_dependent_lr", "upgd"}.isdisjoint(plan.names) or gates,
     )
     bound = binding.bind(stepping)
     if not bound and states and all(state.parameter is None for state in states.values()):
@@ -129,21 +129,34 @@ def attach(
             "none of them; build it from bio_model.parameters()"
         )
     try:
-        _check_rules(names, {path: weight.state for path, weight in bound.items()})
+        _check_rules(plan, [weight.state for weight in bound.values()])
     except PlasticityError:
         binding.release()
         raise
-    return Attachment(plain, stepping, binding, rules, present, group)
+    return Attachment(plain, stepping, binding, plan, present, group)
 
 
-def _check_rules(names: list[str], states: Mapping[str, BioModule]) -> None:
-    """Refuse a rule that no bound layer can ever follow."""
-    for name in names:
+def _gates(plan: Schedule, states: Mapping[str, BioModule]) -> bool:
+    """Whether importance changes the rates of a weight at some step."""
+    for entry in plan.entries:
+        if entry.rule.name in OF_TASKS:
+            with plan.entry_in_force(entry, states.values()):
+                if any(state.config.consolidation_effect == "rates" for state in states.values()):
+                    return True
+    return False
+
+
+def _check_rules(plan: Schedule, bound: list[BioModule]) -> None:
+    """Refuse an entry that no bound layer can ever follow."""
+    for entry in plan.entries:
+        name = entry.rule.name
+        states = {state.path: state for state in bound if entry.names(state.path)}
         if name == "crystallize":  # it dampens factors; where all are 1, there may be none yet
             for state in states.values():
                 state.provide_factors()
                 shard_state(state)
         thawed = {path: state for path, state in states.items() if state.weight.requires_grad}
-        reasons = {path: state.why_never(name) for path, state in thawed.items()}
+        with plan.entry_in_force(entry, thawed.values()):
+            reasons = {path: state.why_never(name) for path, state in thawed.items()}
         if reasons and all(reason is not None for reason in reasons.values()):
             raise PlasticityError(f"schedule: {name} has nothing to act on ({describe_reasons(reasons)})")

@@ -7,7 +7,6 @@ import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
@@ -19,8 +18,10 @@ from biofx.plasticity.binding import Binding, Bound
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.consolidated_state import OF_TASKS, RULES
 from biofx.plasticity.lent_memory import LentMemory
-from biofx.plasticity.optimizer_step import Observer, OptimizerStep, Rule
+from biofx.plasticity.optimizer_step import Observer, OptimizerStep
 from biofx.plasticity.optimizers import unscale_or_skip
+from biofx.plasticity.rule import Rule
+from biofx.plasticity.schedule import Entry, Schedule
 from biofx.plasticity.tasks import Loss, begin_task
 
 
@@ -36,13 +37,13 @@ class Attachment:
         model: nn.Module,
         optimizer: Optimizer,
         binding: Binding,
-        rules: tuple[Rule, ...],
+        schedule: Schedule,
         observers: list[Observer],
         group: Any = None,
     ) -> None:
         self.steps = 0
         """Optimizer steps so far, a count."""
-        self.rules = rules
+        self._schedule = schedule
         self._begun: set[str] = set()
         self._memory = LentMemory()
         self.is_copy = False
@@ -63,6 +64,11 @@ class Attachment:
         told = f"{type(model).__name__} under {type(optimizer).__name__}, {self.steps} steps"
         rules = ", ".join(map(str, self.rules)) or "no rules"
         return f"<{type(self).__name__} of {told}: {rules}{'' if self._hooks else ' (detached)'}>"
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The entries of the schedule."""
+        return self._schedule.rules
 
     @property
     def modes(self) -> dict[str, str]:
@@ -110,23 +116,23 @@ class Attachment:
                 kind; nothing has been changed.
             NonFiniteWeightError: importance has become NaN or infinite; nothing has been changed.
         """
-        begin_task(
-            self._model,
-            self._stepped().values(),
-            [rule.name for rule in self.rules],
-            batches,
-            loss,
-            self._group,
-        )
+        states = [state for state in self._stepped().values() if self._is_consolidated(state)]
+        with self._schedule.in_force(states):
+            begin_task(self._model, states, self._schedule.names, batches, loss, self._group)
+
+    def _is_consolidated(self, state: BioModule) -> bool:
+        """Whether a rule that consolidates at the end of a task is scheduled for a weight."""
+        return any(self._schedule.has(name, state) for name in OF_TASKS)
 
     # saved and loaded
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later run needs to continue, besides the state dicts of model and optimizer."""
+        rules = self._schedule.to_plain()
         return {
-            "version": 1,
+            "version": max(map(_version_of, rules), default=1),
             "steps": self.steps,
-            "rules": [asdict(rule) for rule in self.rules],
+            "rules": rules,
             "memory": {path: state.memory.to_plain() for path, state in self._stepped().items()},
         }
 
@@ -137,14 +143,17 @@ class Attachment:
             PlasticityError: it is of another version, of another schedule, or of weights that differ from
                 those that the optimizer steps; nothing has been changed.
         """
-        if state.get("version") != 1:
+        if state.get("version") not in _VERSIONS:
             found = state.get("version")
-            raise PlasticityError(f"expected the state of an attachment, version 1, found version {found!r}")
-        rules = tuple(Rule(**entry) for entry in state["rules"])
-        if rules != self.rules:
             raise PlasticityError(
-                f"expected a state of the same schedule, {list(self.rules)}, found {list(rules)}"
+                f"expected the state of an attachment, version 1 or 2, found version {found!r}"
             )
+        entries = [Entry.from_plain(entry) for entry in state["rules"]]
+        if not self._schedule.is_like(entries):
+            own, other = (_shown(each) for each in (self._schedule.entries, entries))
+            if own == other:
+                other += ", on other weights"
+            raise PlasticityError(f"expected a state of the same schedule, {own}, found {other}")
         states, saved = self._stepped(), state.get("memory", {})
         if not isinstance(saved, Mapping):
             raise PlasticityError(f"memory: expected a dict by the paths of weights, found {saved!r}")
@@ -277,17 +286,18 @@ class Attachment:
             not hasattr(observer, "is_due") or observer.is_due(self.steps) for observer in self._observers
         )
         self._refuse_without_task(bound)
-        step = OptimizerStep(self.steps, self.rules, self._group, self._memory, watched=watched)
+        step = OptimizerStep(self.steps, self._schedule, self._group, self._memory, watched=watched)
         step.prepare(optimizer, bound)
         self._step = step
 
     def _refuse_without_task(self, bound: Mapping[str, Bound]) -> None:
         """Refuse a step of weights that are to be consolidated and of which no task has begun."""
-        methods = {RULES[rule.name]: rule.name for rule in self.rules if rule.name in OF_TASKS}
+        methods = {RULES[name]: name for name in self._schedule.names if name in OF_TASKS}
         for path in bound.keys() - self._begun if methods else ():
             state = bound[path].state
             method = state.config.consolidation
-            if method in methods and state.task_counts is not None and not state.has_begun_task:
+            waits = state.task_counts is not None and not state.has_begun_task
+            if waits and self._is_consolidated(state):
                 raise PlasticityError(
                     f"{methods[method]} consolidates {path!r} at the end of each task: expected "
                     "plasticity.begin_task() before the first step, and whenever the task changes, found no "
@@ -310,11 +320,26 @@ class Attachment:
 
     def _await_gradients(self, *, stops: bool = False) -> None:
         """Let the weights whose connections grow by gradient at the next step collect it, and no others."""
-        growing = [rule for rule in self.rules if rule.name == "rejuvenate_weights"]
-        if growing and any(state.grows_by_gradient for state in self._binding.states.values()):
-            awaited = not stops and any(rule.is_due(self.steps) for rule in growing)
+        rule = "rejuvenate_weights"
+        if rule not in self._schedule.names:
+            return
+        if any(state.grows_by_gradient for state in self._binding.states.values()):
+            due = [] if stops else self._schedule.due(self.steps).get(rule, [])
             for state in self._stepped().values():
-                state.await_gradient(awaited)
+                state.await_gradient(any(entry.covers(state) for entry in due))
+
+
+_VERSIONS = (1, 2)
+_SINCE_2 = frozenset({"paths", "options"})
+
+
+def _version_of(entry: Mapping[str, Any]) -> int:
+    """Return the version of a state that can hold an entry: earlier ones knew no layers and no options."""
+    return 1 if _SINCE_2.isdisjoint(entry) else 2
+
+
+def _shown(entries: Iterable[Entry]) -> str:
+    return ", ".join(str(entry.rule) for entry in entries) or "no rules"
 
 
 def watch(observers: list[Observer], model: nn.Module) -> None:

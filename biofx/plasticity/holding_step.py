@@ -20,11 +20,13 @@ class HoldingStep:
 
     Args:
         due: names of the rules that are due.
+        acts: whether one of them runs on a weight.
         group: ranks that agree, None for this one alone.
     """
 
-    def __init__(self, due: Iterable[str], group: Any) -> None:
+    def __init__(self, due: Iterable[str], acts: Callable[[str, Any], bool], group: Any) -> None:
         self._due = [name for name in due if name in HOLDING]
+        self._acts = acts
         self._group = group
         self._rules: dict[str, list[str]] = {}
         self._slopes: dict[str, Tensor] = {}
@@ -35,7 +37,7 @@ class HoldingStep:
         gated = []
         for each in bound if self._due else ():
             state, gradient = each.state, each.weight.grad
-            rules = [name for name in self._due if state.why_not(name) is None]
+            rules = [name for name in self._due if self._acts(name, state) and state.why_not(name) is None]
             if gradient is None or not rules:
                 continue
             self._rules[state.path] = rules

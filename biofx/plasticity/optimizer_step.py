@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from biofx.options import Range
 from biofx.plasticity.binding import Bound
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.consolidated_state import HOLDING
@@ -20,6 +19,7 @@ from biofx.plasticity.holding_step import HoldingStep
 from biofx.plasticity.lent_memory import LentMemory
 from biofx.plasticity.optimizers import may_move_without_gradient
 from biofx.plasticity.ranks import average_activity, average_inputs, sum_probe, whole
+from biofx.plasticity.schedule import Schedule
 from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part
 from biofx.plasticity.unit_turnover import UnitTurnover
 from biofx.plasticity.updates import BeforeStep, Way, exponentiate, remember, rescale
@@ -27,40 +27,6 @@ from biofx.plasticity.updates import BeforeStep, Way, exponentiate, remember, re
 _BEFORE_STEP = ("crystallize", "update_fuzzy_learning_rates")
 _ON_GRADIENTS = frozenset({"crystallize", "volume_dependent_lr", *HOLDING})
 _BUILT_IN = ("fuzzy_learning_rates", "volume_dependent_lr", *_BEFORE_STEP)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """When a plasticity rule runs.
-
-    Raises:
-        OptionError: ``every`` is not positive, ``after`` negative, or ``until`` not past ``after``.
-    """
-
-    name: str
-    """A method that the model's layers offer, e.g. ``"rejuvenate_weights"``."""
-    every: int = 1
-    """Optimizer steps from one run to the next, a count >= 1."""
-    after: int = 0
-    """Optimizer steps before the first run, a count."""
-    until: int | None = None
-    """Optimizer steps after which it no longer runs; None for no end."""
-
-    def __post_init__(self) -> None:
-        Range(1, whole=True).check(f"rule {self.name!r}: every", self.every)
-        Range(0, whole=True).check(f"rule {self.name!r}: after", self.after)
-        if self.until is not None:
-            Range(self.after + 1, whole=True).check(f"rule {self.name!r}: until", self.until)
-
-    def __str__(self) -> str:
-        every = f" every {self.every}" if self.every > 1 else ""
-        after = f" after {self.after}" if self.after else ""
-        return f"{self.name}{every}{after}{'' if self.until is None else f' until {self.until}'}"
-
-    def is_due(self, step: int) -> bool:
-        """Whether it runs at the optimizer's step of that number, counted from 0."""
-        past_end = self.until is not None and step >= self.until
-        return step >= self.after and not past_end and (step - self.after) % self.every == 0
 
 
 @dataclass
@@ -107,21 +73,20 @@ class OptimizerStep:
 
     Args:
         number: of the step, from 0.
-        rules: of the schedule.
+        schedule: which rules run, on which weights.
         group: ranks that agree on activity, None for this one alone.
         memory: for copies of weights and gradients.
         watched: whether norms are requested.
     """
 
     def __init__(
-        self, number: int, rules: tuple[Rule, ...], group: Any, memory: LentMemory, *, watched: bool
+        self, number: int, schedule: Schedule, group: Any, memory: LentMemory, *, watched: bool
     ) -> None:
         self._memory = memory
         self._number = number
-        self._scheduled = {rule.name for rule in rules}
-        self._due = [rule.name for rule in rules if rule.is_due(number)]
+        self._schedule, self._due = schedule, schedule.due(number)
         self._group, self._watched = group, watched
-        self._holding = HoldingStep(self._due, group)
+        self._holding = HoldingStep(self._due, self._is_due, group)
         self._acts = watched or not _ON_GRADIENTS.isdisjoint(self._due)
         self._states: list[BioModule] = []
         self._weights: dict[str, _Weight] = {}
@@ -137,11 +102,12 @@ class OptimizerStep:
         """Run the rules on gradients, then multiply the gradients that factors act on."""
         self._states = [weight.state for weight in bound.values()]
         try:
-            self._holding.observe(bound.values())
-            for path, weight in bound.items():
-                if weight.weight.grad is not None:
-                    stepped = self._weights[path] = _Weight(weight, LayerStep(weight.state))
-                    self._prepare(optimizer, stepped, weight.weight.grad)
+            with self._schedule.in_force(self._states, self._number):
+                self._holding.observe(bound.values())
+                for path, weight in bound.items():
+                    if weight.weight.grad is not None:
+                        stepped = self._weights[path] = _Weight(weight, LayerStep(weight.state))
+                        self._prepare(optimizer, stepped, weight.weight.grad)
         except BaseException:
             self._restore_gradients()
             raise
@@ -150,16 +116,21 @@ class OptimizerStep:
     def finish(self, optimizer: Optimizer) -> None:
         """Rescale updates, write signs back, then run the rules on weights."""
         self._restore_gradients()
-        for stepped in self._weights.values():
-            self._finish(optimizer, stepped)
-        if "rejuvenate_units" in self._scheduled and self._group is not None:
-            average_inputs(self._states, self._group)
-        for name in self._due:
-            if name == "rejuvenate_units":
-                self._turn_over_units(optimizer)
-            elif name not in (*_BUILT_IN, *HOLDING):
-                self._run_on_weights(name, optimizer)
+        with self._schedule.in_force(self._states, self._number):
+            for stepped in self._weights.values():
+                self._finish(optimizer, stepped)
+            if "rejuvenate_units" in self._schedule.names and self._group is not None:
+                average_inputs(self._states, self._group)
+            for name in self._due:
+                if name == "rejuvenate_units":
+                    self._turn_over_units(optimizer)
+                elif name not in (*_BUILT_IN, *HOLDING):
+                    self._run_on_weights(name, optimizer)
         self._memory.settle()
+
+    def _is_due(self, name: str, state: BioModule) -> bool:
+        """Whether a rule runs on a weight at this step."""
+        return any(entry.covers(state) for entry in self._due.get(name, ()))
 
     def _restore_gradients(self) -> None:
         """Put the gradients back as the backward left them."""
@@ -217,15 +188,15 @@ class OptimizerStep:
     def _sees_utility(self, state: BioModule) -> bool:
         """Whether the running mean by which weights are judged takes this step's gradient."""
         rule, config = "rejuvenate_weights", state.config
-        if config.rejuvenation_utility_decay == 0 and rule in self._scheduled:
-            return rule in self._due  # no other gradient matters
+        if config.rejuvenation_utility_decay == 0 and self._schedule.has(rule, state):
+            return self._is_due(rule, state)  # no other gradient matters
         return self._number % config.rejuvenation_utility_every == 0
 
     def _reads_all(self, state: BioModule) -> bool:
         """Whether a rule that is due before this step needs all of a sharded weight or gradient."""
         follows = state.is_dynamic and not state.follows_in_parts
-        dampens = "crystallize" in self._due and not state.crystallizes_in_parts
-        return follows or dampens or "volume_dependent_lr" in self._due
+        dampens = self._is_due("crystallize", state) and not state.crystallizes_in_parts
+        return follows or dampens or self._is_due("volume_dependent_lr", state)
 
     def _change_factors(self, bound: Bound, layer: LayerStep) -> bool:
         """Run the rules that change factors; return whether the gradient is now without factors.
@@ -233,8 +204,8 @@ class OptimizerStep:
         Where the graph has scaled the gradient, it did so with the earlier factors.
         """
         state, update = bound.state, "update_fuzzy_learning_rates"
-        names = ["crystallize"] if "crystallize" in self._due else []
-        if state.is_dynamic and (update not in self._scheduled or update in self._due):
+        names = ["crystallize"] if self._is_due("crystallize", state) else []
+        if state.is_dynamic and (self._is_due(update, state) or not self._schedule.has(update, state)):
             names.append(update)
         able = [name for name in names if state.why_not(name) is None]
         dampened = state.memory.dampening is not None
@@ -254,7 +225,7 @@ class OptimizerStep:
         """Return what gradient or update is to be multiplied by, None for nothing."""
         state = bound.state
         factors = None if done_in_graph else state.acting_factors
-        if "volume_dependent_lr" not in self._due or state.only_held:
+        if state.only_held or not self._is_due("volume_dependent_lr", state):
             return factors
         volume = state.volume_factors()
         layer.touched["volume_dependent_lr"] = volume.numel()
@@ -291,15 +262,17 @@ class OptimizerStep:
         """Run the rule that gathers what it needs of sharded weights itself, and only where units go."""
         for stepped in self._weights.values():
             state, turnover = stepped.bound.state, stepped.bound.state.turnover
-            if isinstance(turnover, UnitTurnover) and turnover.why_never(state) is None:
+            acts = isinstance(turnover, UnitTurnover) and self._is_due("rejuvenate_units", state)
+            if acts and turnover.why_never(state) is None:
                 replaced = state.turn_over_units(optimizer, is_shared=self._group is not None)
                 stepped.layer.touched["rejuvenate_units"] = replaced
 
     def _run_on_weights(self, name: str, optimizer: Optimizer) -> None:
+        layers = [layer for layer in self.layers.values() if self._is_due(name, layer.state)]
         if name == "rejuvenate_weights":
-            for layer in self.layers.values():
+            for layer in layers:
                 sum_probe(layer.state, self._group)
-        able = [layer for layer in self.layers.values() if layer.state.why_not(name) is None]
+        able = [layer for layer in layers if layer.state.why_not(name) is None]
         for layer in able:
             with whole(layer.state, factors=False):
                 layer.state.check(name)

@@ -1,9 +1,8 @@
 """Passes as plain values and back, with every option spelt out.
 
 A group is ``{"group": [...]}``, a pass ``{"pass": name, "options": {...}}``, both with ``only``, ``exclude``,
-``enabled`` and ``overrides`` where given. A selector is its text, a list of them, or for a predicate
-``{"nodes": [...], "predicate": name}``: what it picked. A callable is ``{"callable": its name}``, or
-``{"unnamed": …}`` where it has no name that a file may carry.
+``enabled`` and ``overrides`` where given. Selectors are as :mod:`biofx.plain_selectors` writes them. A
+callable is ``{"callable": its name}``, or ``{"unnamed": …}`` where it has no name that a file may carry.
 """
 
 from __future__ import annotations
@@ -16,24 +15,13 @@ from typing import Any
 from biofx.callables import callable_from_text, callable_to_text, registered_activations
 from biofx.config import BioConfig
 from biofx.errors import BiofxError, CheckpointError, OptionError
+from biofx.plain_selectors import selector_from_plain, selector_to_plain
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.registry import available_passes, find_pass
-from biofx.select import Candidate, Override
+from biofx.select import Override
 
 _SHARED = ("only", "exclude", "enabled", "overrides")
-
-
-class NamedNodes:
-    """A predicate that picks nodes by name, as a user's predicate is stored in a file."""
-
-    def __init__(self, names: frozenset[str], predicate: str) -> None:
-        self.names = names
-        self.__qualname__ = predicate
-
-    def __call__(self, candidate: Candidate) -> bool:
-        """Whether the node is one of them."""
-        return candidate.name in self.names
 
 
 def pass_to_plain(entry: Pass) -> dict[str, Any]:
@@ -46,7 +34,7 @@ def pass_to_plain(entry: Pass) -> dict[str, Any]:
         }
         made = {"pass": entry.name, "options": options}
     made |= {
-        side: _selector_to_plain(getattr(entry, side))
+        side: selector_to_plain(getattr(entry, side))
         for side in ("only", "exclude")
         if getattr(entry, side) is not None
     }
@@ -63,7 +51,7 @@ def pass_from_plain(plain: Mapping[str, Any]) -> Any:
     """
     try:
         shared: dict[str, Any] = {
-            side: _selector_from_plain(plain[side]) for side in ("only", "exclude") if side in plain
+            side: selector_from_plain(plain[side]) for side in ("only", "exclude") if side in plain
         }
         if "enabled" in plain:
             shared["enabled"] = plain["enabled"]
@@ -124,7 +112,7 @@ def config_from_plain(plain: Mapping[str, Any]) -> BioConfig:
 def _overrides_to_plain(overrides: Iterable[Override]) -> list[dict[str, Any]]:
     return [
         {
-            "selector": _selector_to_plain(override.selector),
+            "selector": selector_to_plain(override.selector),
             "options": {name: value_to_plain(value) for name, value in override.options},
         }
         for override in overrides
@@ -134,7 +122,7 @@ def _overrides_to_plain(overrides: Iterable[Override]) -> list[dict[str, Any]]:
 def _overrides_from_plain(plain: Iterable[Mapping[str, Any]]) -> tuple[Override, ...]:
     return tuple(
         Override(
-            _selector_from_plain(entry["selector"]),
+            selector_from_plain(entry["selector"]),
             tuple((name, value_from_plain(value)) for name, value in entry["options"].items()),
         )
         for entry in plain
@@ -198,20 +186,3 @@ def _called(name: str) -> str | None:
     known = registered_activations().get(name)
     own = getattr(known, "__qualname__", type(known).__name__)
     return None if known is None else own.rpartition(".")[2]
-
-
-def _selector_to_plain(selector: Any) -> Any:
-    if isinstance(selector, str):
-        return selector
-    if isinstance(selector, (list, tuple)):
-        return [_selector_to_plain(pattern) for pattern in selector]
-    picked = getattr(selector, "picked", getattr(selector, "names", ()))
-    return {"nodes": sorted(picked), "predicate": selector.__qualname__}
-
-
-def _selector_from_plain(plain: Any) -> Any:
-    if isinstance(plain, str):
-        return plain
-    if isinstance(plain, list):
-        return tuple(_selector_from_plain(pattern) for pattern in plain)
-    return NamedNodes(frozenset(plain["nodes"]), str(plain["predicate"]))
