@@ -10,7 +10,8 @@ from torch import nn
 from biofx.diagnostics.monitor import Monitor
 from biofx.errors import InputError
 from biofx.integrations.plastic_run import PlasticRun
-from biofx.plasticity.optimizer_step import Observer, Rule
+from biofx.plasticity.optimizer_step import Observer
+from biofx.plasticity.rule import Rule
 
 
 def attach(

@@ -8,7 +8,8 @@ from typing import Any
 from biofx.diagnostics.monitor import Monitor
 from biofx.integrations.plastic_run import PlasticRun, missing
 from biofx.plasticity.attachment import Attachment
-from biofx.plasticity.optimizer_step import Observer, Rule
+from biofx.plasticity.optimizer_step import Observer
+from biofx.plasticity.rule import Rule
 
 try:
     from skorch.callbacks import Callback

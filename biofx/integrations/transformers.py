@@ -14,7 +14,8 @@ from biofx.diagnostics.monitor import Monitor
 from biofx.errors import InputError
 from biofx.integrations.plastic_run import PlasticRun, missing
 from biofx.plasticity.attachment import Attachment
-from biofx.plasticity.optimizer_step import Observer, Rule
+from biofx.plasticity.optimizer_step import Observer
+from biofx.plasticity.rule import Rule
 
 try:
     from transformers import TrainerCallback

@@ -14,7 +14,7 @@ from biofx.operators.rate_sampling import Distribution
 from biofx.operators.sampling import generator_for
 from biofx.plasticity.attach import attach
 from biofx.plasticity.model_states import bio_modules
-from biofx.plasticity.optimizer_step import Rule
+from biofx.plasticity.rule import Rule
 from biofx.transform import transform
 from docs.figures.figure import SIGNED, Drawn, canvas, panels, show_matrix, svg_of
 
