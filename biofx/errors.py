@@ -40,55 +40,113 @@ __all__ = [
 
 
 class BiofxError(Exception):
-    """The root of the tree: ``except BiofxError`` catches everything biofx raises on purpose."""
+    """The root of the tree: ``except BiofxError`` catches everything biofx raises on purpose.
+
+    Every message says what was expected, what was found and what to do, and names the layer, the node, or
+    file and line of the model where they are known.
+
+    Remedy: that of the class below it that was raised.
+    """
 
 
 class BiofxWarning(UserWarning):
-    """Something that biofx does as it was told, and that may not be what is wanted."""
+    """Something that biofx does as it was told, and that may not be what is wanted.
+
+    Remedy: do what the message names, or, where the thing is wanted, filter this class:
+    ``warnings.filterwarnings("ignore", category=biofx.BiofxWarning)``.
+    """
 
 
 class InputError(BiofxError, TypeError):
-    """An argument is not something biofx can take: not a module, a wrapped or half-initialised model."""
+    """An argument is not something biofx can take: not a module, a wrapped or half-initialised model.
+
+    Remedy: give the model itself, an initialised instance of a ``torch.nn.Module``, and wrap, compile or shard
+    the result. A rewritten model that raises it in a call got a value of another kind than the one it was
+    captured with: give ``example_inputs`` of that kind to :func:`biofx.transform`.
+    """
 
 
 class CaptureError(BiofxError):
-    """The model's forward cannot be captured as a graph that computes the same thing every time."""
+    """The model's forward cannot be captured as a graph that computes the same thing every time.
+
+    Remedy: give ``example_inputs``, with which calls are recorded where a trace fails; or name the module whose
+    forward is in the way in ``opaque``, so that it runs as it is. Raised by a call of a rewritten model, an
+    attribute that decided something has changed since: set it back, or transform again with the new value.
+    """
 
 
 class OptionError(BiofxError, ValueError):
-    """A config field or a pass option is unknown or has a value out of its range."""
+    """A config field or a pass option is unknown or has a value out of its range.
+
+    Remedy: the message names the nearest field, or the values that are permitted; ``biofx config`` and
+    ``biofx passes`` list all of them.
+    """
 
 
 class SelectorError(BiofxError, LookupError):
-    """A selector matches nothing in the model, or is not a selector."""
+    """A selector matches nothing in the model, or is not a selector.
+
+    Remedy: take one of the names that come nearest, which the message has, or ask what a selector picks with
+    ``biofx explain TARGET SELECTOR``; the forms are in :mod:`biofx.select`.
+    """
 
 
 class PipelineError(BiofxError, ValueError):
-    """A pipeline's text, pass names or order make no sense."""
+    """A pipeline's text, pass names or order make no sense.
+
+    Remedy: ``biofx passes`` lists the names, :mod:`biofx.rewriting.pass_text` has the grammar. A cycle comes of
+    passes of one's own whose ``after`` contradict each other.
+    """
 
 
 class PassError(BiofxError):
-    """A pass cannot run on this graph, or what it did breaks its own contract."""
+    """A pass cannot run on this graph, or what it did breaks its own contract.
+
+    Remedy: run what the pass requires before it, which the message names. Where a pass of biofx breaks its
+    contract, that is a bug: the reproducer beside the message is a script that shows it to others.
+    """
 
 
 class BisectError(BiofxError):
-    """There is no rewrite to find: the predicate is true from the start, never, or now and then."""
+    """There is no rewrite to find: the predicate is true from the start, never, or now and then.
+
+    Remedy: let the predicate be false for the model as it is and true for the rewritten one, and depend on
+    nothing but the model it is given: seed what it draws, and leave out times.
+    """
 
 
 class CheckpointError(BiofxError, ValueError):
-    """A checkpoint cannot be written or read, or does not belong to the model or the optimizer."""
+    """A checkpoint cannot be written or read, or does not belong to the model or the optimizer.
+
+    Remedy: load into the architecture that was saved, with an optimizer built from ``model.parameters()`` in
+    the same groups; of a sharded model use :func:`biofx.checkpoints.save_sharded` and
+    :func:`biofx.checkpoints.load_sharded`. Nothing has been changed when it is raised.
+    """
 
 
 class PlasticityError(BiofxError):
-    """A plasticity rule cannot be applied: no gradient, no sign, or something the graph does already."""
+    """A plasticity rule cannot be applied: no gradient, no sign, or something the graph does already.
+
+    Remedy: leave the rule to :func:`biofx.attach`, which runs it at the right point of each step, or call it
+    where its description says (most of those on gradients: between backward and step). What the graph does
+    already, such as scaling gradients, needs no call.
+    """
 
 
 class NonFiniteWeightError(PlasticityError):
-    """A weight is NaN or infinite; the message names its layer."""
+    """A weight is NaN or infinite; the message names its layer.
+
+    Remedy: go back to the last checkpoint, and look at what the loss did before: a smaller learning rate or
+    clipped gradients. A rule would spread the value to other weights; nothing has been changed.
+    """
 
 
 class InvariantError(BiofxError):
-    """Something that a transformed model promises does not hold: a sign, a rate (see ``biofx.check``)."""
+    """Something that a transformed model promises does not hold: a sign, a rate (see ``biofx.check``).
+
+    Remedy: something outside of biofx wrote to weights, signs or factors, or changed the graph. Load the last
+    checkpoint, or transform the model again; ``biofx.check(model)`` lists every finding.
+    """
 
 
 def suggest(unknown: str, known: Iterable[str], *, limit: int = 3) -> str:

@@ -39,6 +39,13 @@ def test_an_error_is_also_the_builtin_that_callers_expect(
     assert isinstance(caught.value, errors.BiofxError)
 
 
+@pytest.mark.parametrize("name", errors.__all__)
+def test_every_error_says_what_to_do(name: str) -> None:
+    _, remedy, said = str(vars(errors)[name].__doc__).partition("Remedy: ")
+    assert remedy
+    assert len(said.split()) > 8
+
+
 def test_suggest_names_the_nearest_first() -> None:
     assert errors.suggest("gama", ["nu", "gamma"]) == "; did you mean 'gamma'?"
     assert errors.suggest("fc2", ["fc1", "stem", "fc22"]) == "; did you mean 'fc22' or 'fc1'?"

@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from biofx import __version__
-from docs import cross_references, formulas, inline_code
+from docs import cross_references, formulas, inline_code, sources
 
 project, author = "biofx", "the authors of biofx"
 release = version = __version__
@@ -42,5 +42,5 @@ toc_object_entries = False
 
 def setup(app: Sphinx) -> None:
     """Let our parts take part."""
-    for part in (cross_references, formulas, inline_code):
+    for part in (cross_references, formulas, inline_code, sources):
         part.setup(app)

@@ -35,7 +35,7 @@ class Stage:
         self.folder, self._root = folder.resolve(), root
         self._written: set[Path] = set()
         self.reference: dict[str, str] = {}
-        """Titles of the generated pages, by their names in the folder, without a suffix."""
+        """Links to the generated pages with what is in them, by their names in the folder."""
         self.figures: dict[str, str] = {}
         """Captions of the figures, by name."""
 
@@ -47,10 +47,17 @@ class Stage:
             path.write_bytes(data)
         self._written.add(path)
 
-    def add_reference(self, name: str, title: str, text: str, *, is_listed: bool = True) -> None:
-        """Write a generated page in reStructuredText, as docstrings are; others lead to one not listed."""
-        if is_listed:
-            self.reference[name] = title
+    def add_reference(self, name: str, title: str, text: str, about: str = "") -> None:
+        """Write a generated page in reStructuredText, as docstrings are.
+
+        Args:
+            name: of the file, without a suffix.
+            title: its heading.
+            text: what follows.
+            about: what the first page says of it; without, another page of the reference leads to it.
+        """
+        if about:
+            self.reference[name] = f"[{title}](/{name}.rst): {about}"
         self.write(f"{name}.rst", f"{title}\n{'=' * len(title)}\n\n{text}")
 
     def add_figure(self, name: str, svg: str, caption: str) -> None:
@@ -101,7 +108,7 @@ class Stage:
             elif found := _FIGURE.fullmatch(line.strip()):
                 yield self._figure(found[1], place, where)
             elif line.strip() == _REFERENCE:
-                yield "\n".join(f"- [{title}](/{name}.rst)" for name, title in self.reference.items())
+                yield "\n".join(f"- {entry}" for entry in self.reference.values())
             else:
                 yield _LINK.sub(lambda link: self._link(link, path, place, places, where), line)  # noqa: B023
 

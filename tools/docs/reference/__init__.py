@@ -13,12 +13,14 @@ __all__ = ["write_reference"]
 
 def write_reference(stage: Stage) -> None:
     """Write the generated pages."""
-    stage.add_reference("reference/options", "Options", config_fields())
-    stage.add_reference("reference/passes", "Passes", passes())
-    stage.add_reference("reference/rules", "Rules", rules())
-    stage.add_reference("reference/errors", "Errors", error_classes())
-    stage.add_reference("reference/command_line", "Command line", command_line())
+    stage.add_reference("reference/options", "Options", config_fields(), "every field of a config")
+    stage.add_reference("reference/passes", "Passes", passes(), "what is rewritten, sources, options")
+    stage.add_reference("reference/rules", "Rules", rules(), "what happens to weights in training")
+    stage.add_reference("reference/errors", "Errors", error_classes(), "what each means and what to do")
+    stage.add_reference(
+        "reference/command_line", "Command line", command_line(), "each command and its options"
+    )
     pages = public_names()
-    stage.add_reference("reference/public_names", "Public names", overview(pages))
+    stage.add_reference("reference/public_names", "Public names", overview(pages), "what a program imports")
     for module, text in pages.items():
-        stage.add_reference(f"reference/{module}", module, text, is_listed=False)
+        stage.add_reference(f"reference/{module}", module, text)

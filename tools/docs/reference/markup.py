@@ -19,9 +19,9 @@ def directive(name: str, argument: str = "", *body: str, **options: str) -> str:
     return "\n\n".join(["\n".join(head), *inside]) + "\n"
 
 
-def fields(entries: Iterable[tuple[str, str]]) -> str:
-    """Return a list of names and what belongs to each; those without are left out."""
-    return "\n".join(f":{name}: {text}" for name, text in entries if text)
+def facts(entries: Iterable[tuple[str, str]]) -> str:
+    """Return a paragraph of names and what belongs to each; those without are left out."""
+    return " ".join(f"*{name}:* {text.rstrip('.')}." for name, text in entries if text)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], widths: str) -> str:

@@ -10,7 +10,7 @@ from biofx.options import Option
 from biofx.plasticity import BioModule
 from biofx.rewriting.registry import available_passes
 from biofx.toml import value_text
-from docs.reference.markup import code, directive, fields, section, table
+from docs.reference.markup import code, directive, facts, section, table
 from docs.reference.rules import rules_that_read
 
 _INTRODUCTION = """
@@ -67,14 +67,14 @@ def permitted(name: str) -> str:
 
 def _field(name: str) -> str:
     option = config_options()[name]
-    facts = fields(
+    said = facts(
         [
-            ("Expected", f"{option.permitted}."),
-            ("Acts in", "; ".join(_readers(name, option)) + "."),
-            ("Per layer", "" if option.per_layer else "no: it holds for the whole model."),
+            ("Expected", str(option.permitted)),
+            ("Acts in", "; ".join(_readers(name, option))),
+            ("Per layer", "" if option.per_layer else "no, it holds for the whole model"),
         ]
     )
-    return directive("py:attribute", f"biofx.BioConfig.{name}", option.doc, facts, value=default(name))
+    return directive("py:attribute", f"biofx.BioConfig.{name}", option.doc, said, value=default(name))
 
 
 def _readers(name: str, option: Option) -> Iterator[str]:

@@ -11,7 +11,7 @@ from biofx.rewriting.catalogue import field_docs
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.pass_text import format_value
 from biofx.rewriting.registry import available_passes
-from docs.reference.markup import directive, fields, section
+from docs.reference.markup import directive, facts, section
 
 _SHARED = dataclasses.fields(Pass)
 _INTRODUCTION = """
@@ -40,18 +40,16 @@ def _one_pass(cls: type[Pass]) -> str:
         if field.name not in shared:
             declared = declared_options(cls).get(field.name)
             config = f":py:attr:`~biofx.BioConfig.{declared.field}`" if declared and declared.field else ""
-            permitted = f"{declared.permitted}." if declared else ""
+            permitted = str(declared.permitted) if declared else ""
             options.append(_option(public, field, written.get(field.name, ""), permitted, config))
-    facts = fields(
-        [("In Python", f":class:`{public}`"), ("Runs after", ", ".join(order)), ("Mechanism", cls.mechanism)]
-    )
-    return f".. _pass-{cls.name}:\n\n" + section(cls.name, story, facts, *options)
+    said = facts([("In Python", f":class:`{public}`"), ("Runs after", ", ".join(order))])
+    return f".. _pass-{cls.name}:\n\n" + section(cls.name, story, said, *options)
 
 
 def _option(owner: str, field: dataclasses.Field[object], doc: str, permitted: str, config: str) -> str:
     default = "" if field.default is dataclasses.MISSING else format_value(field.default)
-    facts = fields([("Expected", permitted), ("In a config", config)])
+    said = facts([("Expected", permitted), ("In a config", config)])
     given = {"value": default} if default else {}
     if owner == "biofx.Pass":  # which the public names have too
         given["no_index"] = ""
-    return directive("py:attribute", f"{owner}.{field.name}", doc, facts, **given)
+    return directive("py:attribute", f"{owner}.{field.name}", doc, said, **given)

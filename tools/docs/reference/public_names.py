@@ -54,9 +54,7 @@ def _page(module: ModuleType, described: dict[int, str]) -> str:
         if is_new:
             parts.append(section(name, _described(found, place)))
     overview = table(["name", "what it is"], rows, "30 70") if rows else ""
-    return "\n\n".join(
-        [directive("automodule", module.__name__, no_members="", no_index=""), overview, *parts]
-    )
+    return "\n\n".join([directive("automodule", module.__name__, no_members=""), overview, *parts])
 
 
 def _first_line(found: Any) -> str:
