@@ -60,18 +60,19 @@ class BiofxWarning(UserWarning):
 class InputError(BiofxError, TypeError):
     """An argument is not something biofx can take: not a module, a wrapped or half-initialised model.
 
-    Remedy: give the model itself, an initialised instance of a ``torch.nn.Module``, and wrap, compile or shard
-    the result. A rewritten model that raises it in a call got a value of another kind than the one it was
-    captured with: give ``example_inputs`` of that kind to :func:`biofx.transform`.
+    Remedy: give the model itself, an initialised instance of a ``torch.nn.Module``, and wrap, compile or
+    shard the result. A rewritten model that raises it in a call got a value of another kind than the one it
+    was captured with: give ``example_inputs`` of that kind to :func:`biofx.transform`.
     """
 
 
 class CaptureError(BiofxError):
     """The model's forward cannot be captured as a graph that computes the same thing every time.
 
-    Remedy: give ``example_inputs``, with which calls are recorded where a trace fails; or name the module whose
-    forward is in the way in ``opaque``, so that it runs as it is. Raised by a call of a rewritten model, an
-    attribute that decided something has changed since: set it back, or transform again with the new value.
+    Remedy: give ``example_inputs``, with which calls are recorded where a trace fails; or name the module
+    whose forward is in the way in ``opaque``, so that it runs as it is. Raised by a call of a rewritten
+    model, an attribute that decided something has changed since: set it back, or transform again with the
+    new value.
     """
 
 
@@ -94,8 +95,8 @@ class SelectorError(BiofxError, LookupError):
 class PipelineError(BiofxError, ValueError):
     """A pipeline's text, pass names or order make no sense.
 
-    Remedy: ``biofx passes`` lists the names, :mod:`biofx.rewriting.pass_text` has the grammar. A cycle comes of
-    passes of one's own whose ``after`` contradict each other.
+    Remedy: ``biofx passes`` lists the names, :mod:`biofx.rewriting.pass_text` has the grammar. A cycle comes
+    of passes of one's own whose ``after`` contradict each other.
     """
 
 

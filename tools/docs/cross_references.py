@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from typing import Any
 
 from docutils import nodes
@@ -20,6 +21,7 @@ _OURS = "biofx"
 def setup(app: Sphinx) -> None:
     """Listen for docstrings, and for references that Sphinx cannot resolve."""
     app.connect("autodoc-process-docstring", _leave_out_options, priority=1)  # before others read them
+    app.connect("autodoc-process-docstring", _show_remedy)
     app.connect("missing-reference", _resolve)
 
 
@@ -28,6 +30,10 @@ def _leave_out_options(app: Sphinx, kind: str, name: str, found: Any, options: A
     if kind == "class" and hasattr(found, "__dataclass_fields__") and declared_options(found):
         page = "options" if found is BioConfig else "passes"
         lines[lines.index("Attributes:") :] = [f"Its fields: :doc:`/reference/{page}`."]
+
+
+def _show_remedy(app: Sphinx, kind: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = [re.sub("^Remedy:", "**Remedy:**", line) for line in lines]
 
 
 def _resolve(

@@ -17,9 +17,7 @@ def write_reference(stage: Stage) -> None:
     stage.add_reference("reference/passes", "Passes", passes(), "what is rewritten, sources, options")
     stage.add_reference("reference/rules", "Rules", rules(), "what happens to weights in training")
     stage.add_reference("reference/errors", "Errors", error_classes(), "what each means and what to do")
-    stage.add_reference(
-        "reference/command_line", "Command line", command_line(), "each command and its options"
-    )
+    stage.add_reference("reference/command_line", "Command line", command_line(), "each with its options")
     pages = public_names()
     stage.add_reference("reference/public_names", "Public names", overview(pages), "what a program imports")
     for module, text in pages.items():

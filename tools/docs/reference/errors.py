@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 from biofx import errors
 from docs.reference.markup import directive, section
@@ -12,7 +13,8 @@ def error_classes() -> str:
     """Return the page: the tree, then each class in its order."""
     story = inspect.getdoc(errors) or ""
     introduction, _, tree = story.partition("\n\n")
-    drawn = [line for line in tree.splitlines() if line[:1] in "B├│└"]
+    names = (re.match(r"[├│└─ ]*\w+Error\b", line) for line in tree.splitlines())
+    drawn = [found[0] for found in names if found]
     found = sorted(
         map(vars(errors).__getitem__, errors.__all__), key=lambda cls: inspect.getsourcelines(cls)[1]
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
 import biofx
-from biofx import errors
+from biofx import errors, integrations
 from biofx.options import declared_options
 from docs.reference.markup import directive, section, table
 
@@ -31,6 +32,7 @@ def public_names() -> dict[str, str]:
     """
     described = {id(getattr(errors, name)): f"biofx.errors.{name}" for name in errors.__all__}
     pages = {name: _page(importlib.import_module(name), described) for name in ("biofx", *_PACKAGES)}
+    pages["biofx.integrations"] = _integrations()
     pages.update({name: directive("automodule", name, no_members="") for name in _LANGUAGES})
     return pages
 
@@ -55,6 +57,16 @@ def _page(module: ModuleType, described: dict[int, str]) -> str:
             parts.append(section(name, _described(found, place)))
     overview = table(["name", "what it is"], rows, "30 70") if rows else ""
     return "\n\n".join([directive("automodule", module.__name__, no_members=""), overview, *parts])
+
+
+def _integrations() -> str:
+    """Return the page of what the package of integrations names, which lies in a module for each trainer."""
+    named = re.findall(r":(class|func):`(biofx\.integrations\.[\w.]+)`", inspect.getdoc(integrations) or "")
+    parts = []
+    for role, place in named:
+        kind = {"class": "autoclass", "func": "autofunction"}[role]
+        parts.append(section(place.split(".")[2], directive(kind, place)))
+    return "\n\n".join([directive("automodule", integrations.__name__, no_members=""), *parts])
 
 
 def _first_line(found: Any) -> str:
