@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import pickle
 import random
 import sys
@@ -28,7 +29,8 @@ class RandomGenerator:
     def state(self) -> bytes:
         """Return the state, comparable."""
         if isinstance(self._generator, torch.Generator):
-            return bytes(self._generator.get_state().numpy().tobytes())
+            state = self._generator.get_state()  # bytes on the CPU, of any device; torch may be without NumPy
+            return ctypes.string_at(state.data_ptr(), state.numel())
         if hasattr(type(self._generator), "bit_generator"):
             return pickle.dumps(self._generator.bit_generator.state)
         return pickle.dumps(self._generator.getstate() if self._is_pythons else self._generator.get_state())

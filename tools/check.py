@@ -11,12 +11,13 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = {
-    "format": ["ruff", "format", "--check", "."],
-    "lint": ["ruff", "check", "."],
-    "types": ["mypy"],
-    "tests": ["pytest"],
+    "format": ["-m", "ruff", "format", "--check", "."],
+    "lint": ["-m", "ruff", "check", "."],
+    "types": ["-m", "mypy"],
+    "package": ["tools/package.py"],
+    "tests": ["-m", "pytest"],
 }
-"""By name; the tests are those of docstrings and of the README too."""
+"""What Python runs, by name; the tests are those of docstrings and of the README too."""
 
 
 def main(chosen: list[str]) -> int:
@@ -28,7 +29,7 @@ def main(chosen: list[str]) -> int:
     for name in chosen or STEPS:
         command = STEPS[name]
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
         seconds = time.perf_counter() - started
         last = (done.stdout.strip().splitlines() or [""])[-1]
         mark = "[green]ok  [/]" if done.returncode == 0 else "[red]FAIL[/]"
