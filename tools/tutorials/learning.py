@@ -1,6 +1,10 @@
-"""What both tutorials need: digits to learn from, an ordinary training loop, and how well it went."""
+"""What tutorials need: digits to learn from, an ordinary training loop, how well it went, and pictures."""
 
 from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -12,13 +16,13 @@ Part = tuple[Tensor, Tensor]
 _TEST, _BATCH = 397, 50
 
 
-def digits() -> tuple[Part, Part]:
-    """Return 1400 digits to learn from and 397 that are held out; scikit-learn brings them along."""
+def digits(count: int = 1400) -> tuple[Part, Part]:
+    """Return digits to learn from, at most 1400, and 397 that are held out; scikit-learn brings them."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(data.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    train, test = order[_TEST:], order[:_TEST]
+    train, test = order[_TEST:][:count], order[:_TEST]
     return (images[train], labels[train]), (images[test], labels[test])
 
 
@@ -40,3 +44,13 @@ def accuracy(model: nn.Module, part: Part) -> float:
     model.eval()
     images, labels = part
     return 100 * float((model(images).argmax(1) == labels).double().mean())
+
+
+def show(path: Path) -> None:
+    """Show a PNG file in a notebook; elsewhere say where it lies."""
+    shell = sys.modules.get("IPython")
+    if shell is None or shell.get_ipython() is None:
+        print(f"drew {path}")
+        return
+    display = importlib.import_module("IPython.display")
+    display.display(display.Image(filename=str(path)))
