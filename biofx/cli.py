@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
     config = commands.add_parser("config", help="list the options of a config, or write a file of them")
     config.add_argument("--pass", dest="pass_name", metavar="NAME", help="only the options of this pass")
+    config.add_argument("--rule", metavar="NAME", help="only the options of this rule of plasticity")
     config.add_argument(
         "--toml", action="store_true", help="as a TOML file of the defaults; so it is outside a terminal, too"
     )
@@ -279,9 +280,9 @@ def _show_config(options: argparse.Namespace) -> None:
 
     console = Console()
     if options.toml or not console.is_terminal:  # as in biofx config > my.toml
-        sys.stdout.write(commented_toml(options.pass_name))
+        sys.stdout.write(commented_toml(options.pass_name, options.rule))
     else:
-        console.print(describe_config(options.pass_name))
+        console.print(describe_config(options.pass_name, options.rule))
 
 
 def _explain(options: argparse.Namespace) -> None:

@@ -310,7 +310,7 @@ def with_documented_options(cls: type[T]) -> type[T]:
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     entries = [
         f"{name}: {declared.doc} Expected: {declared.permitted}; default: {_shown(defaults[name])}."
-        f"{_at_rules(declared)}"
+        f"{given_at_rules(declared)}"
         for name, declared in declared_options(cls).items()
     ]
     lines = [
@@ -320,7 +320,8 @@ def with_documented_options(cls: type[T]) -> type[T]:
     return cls
 
 
-def _at_rules(declared: Option) -> str:
+def given_at_rules(declared: Option) -> str:
+    """Return how entries of a schedule give an option, as a sentence behind others; empty if none does."""
     given = [(rule, at_rule.option) for rule, at_rule in declared.rules.items() if at_rule.shapes is None]
     shown = ", ".join(f'Rule("{rule}", {name}=…)' for rule, name in given)
     return f" At a rule: {shown}." if shown else ""

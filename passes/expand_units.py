@@ -25,6 +25,7 @@ from biofx.layers.lowering import Lowering
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
+from biofx.option_names import named_option
 from biofx.options import with_documented_options
 from biofx.rewriting.expansion import Circuit, Expandability, circuits, expand
 from biofx.rewriting.gains import fold_negative_gains, in_scope
@@ -32,6 +33,8 @@ from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.remarks import Remark, applied, missed, switched_off
 from biofx.rewriting.scope import Scope
 from biofx.rewriting.weight_pass import unsupported
+
+_READOUT_FREE = named_option("expand-units", "constrain_readout", False)
 
 
 @with_documented_options
@@ -105,11 +108,11 @@ class ExpandUnits(Pass):
             return "no weight reads its units"
         regions = [last.get(reading.site.node, "") for reading in circuit.readings]
         if not self.constrain_readout and all(region is None for region in regions):
-            return "only a readout reads its units (constrain_readout=False)"
+            return f"only a readout reads its units ({_READOUT_FREE})"
         if not self.constrain_readout and all(regions):
             return (
                 "whether more than a readout reads its units is not known: Python calls "
-                f"{regions[0]!r} (constrain_readout=False)"
+                f"{regions[0]!r} ({_READOUT_FREE})"
             )
         return None
 

@@ -21,6 +21,7 @@ from biofx.layers.lowering import Lowering
 from biofx.layers.weight_site import Sites, Weight, WeightSite
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.mask_ops import mask_weight
+from biofx.option_names import named_option
 from biofx.options import with_documented_options
 from biofx.plasticity.model_states import is_taken
 from biofx.rewriting.masked_weights import MaskSurvey, Wiring, insert_mask
@@ -60,7 +61,8 @@ class MaskWeights(WeightPass):
         if site.has(mask_weight):
             return done_already(site.node, site.layer, "it is masked already")
         if self._is_whole and self.self_connections:
-            reason = "every connection exists (density=1, no blocks, no mask)"
+            density = named_option(self.name, "density", 1)
+            reason = f"every connection exists, without blocks and mask ({density})"
             return switched_off(site.node, site.layer, reason)
         why = self._reason_against(site, survey)
         return None if why is None else missed(site.node, site.layer, why)

@@ -28,6 +28,7 @@ from biofx.errors import OptionError
 from biofx.layers.sites import find_sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.split_ops import pool_synapses
+from biofx.option_names import named_option
 from biofx.options import with_documented_options
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.remarks import Remark, done_already, missed, switched_off
@@ -82,11 +83,11 @@ class SplitWeights(Pass):
         if candidate.is_split:
             yield done_already(site.node, site.layer, site.describe("its output is split already"))
         elif self.gamma < 2:
-            yield switched_off(site.node, site.layer, site.describe(f"gamma={self.gamma} is off"))
+            yield switched_off(site.node, site.layer, site.describe(f"it is off ({self._named_gamma})"))
         elif candidate.reason is not None:
             yield missed(site.node, site.layer, site.describe(candidate.reason))
         elif site.output_channels % self.gamma:
-            reason = f"gamma={self.gamma} does not divide its {site.output_channels} output channels"
+            reason = f"Γ does not divide its {site.output_channels} output channels ({self._named_gamma})"
             yield missed(site.node, site.layer, reason, gamma=self.gamma, channels=site.output_channels)
         else:
             yield pool_neighbours(site, self.gamma, self.activation)
@@ -105,13 +106,18 @@ class SplitWeights(Pass):
         if indivisible and all(remark.kind == "missed" for remark in remarks):
             found = ", ".join(f"{r.layer or r.node} has {r.details['channels']}" for r in indivisible)
             raise OptionError(
-                f"{self.name}: expected a gamma that divides the output channels of a layer, found {self}, "
+                f"{self.name}: expected a {named_option(self.name, 'gamma')} that divides the output "
+                f"channels of a layer, found {self}, "
                 f"which divides none: {found}; choose a divisor, or leave these layers out"
             )
         levelled, left = self._new_pools(graph_module, scope, earlier)
         yield from with_steps(graph_module, remarks, left, levelled)
         if levelled:
             yield from level_steps(graph_module, scope, levelled)
+
+    @property
+    def _named_gamma(self) -> str:
+        return named_option(self.name, "gamma", self.gamma)
 
     def _share_out(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
         """Put sub-weights in the place of the weights that are meant to have some."""

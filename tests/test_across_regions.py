@@ -103,11 +103,13 @@ def test_signs_stop_at_the_ends_of_a_region(vectors: Tensor) -> None:
     bio_model, report = biofx.transform(Model(PlainBlock()), DALE)
     reasons = missed(report, "constrain-signs")
     assert reasons["gate.block.first"] == (
-        "what feeds it is not known: Python calls 'gate.block' (constrain_inputs=False)"
+        "what feeds it is not known: Python calls 'gate.block'"
+        " (constrain_inputs=False, in a config dales_constrain_inputs)"
         "; give example_inputs to have signs here"
     )
     assert reasons["gate.block.last"] == (
-        "what follows it is not known: Python calls 'gate.block' (constrain_readout=False)"
+        "what follows it is not known: Python calls 'gate.block'"
+        " (constrain_readout=False, in a config dales_constrain_readout)"
         "; give example_inputs to have signs here"
     )
     assert reasons["readout"].startswith("it is a readout")
@@ -148,7 +150,7 @@ def test_units_at_the_end_of_a_region_are_not_expanded(vectors: Tensor) -> None:
     assert shapes == {"first.weight": (12, 4), "middle.weight": (6, 12), "last.weight": (4, 6)}
     assert missed(report, "expand-units")["gate.block.last"] == (
         "whether more than a readout reads its units is not known: Python calls 'gate.block' "
-        "(constrain_readout=False)"
+        "(constrain_readout=False, in a config dales_constrain_readout)"
     )
     close(bio_model, model, vectors)
     every, _ = biofx.transform(model, passes=[ExpandUnits(constrain_readout=True)])

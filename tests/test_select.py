@@ -347,7 +347,9 @@ def test_the_last_matching_override_wins_and_enabled_switches_off(net: nn.Module
     gammas = {remark.node: remark.details["gamma"] for remark in report.remarks if remark.kind == "applied"}
     assert gammas == {"block_0_a": 4, "block_0_b": 4, "fc": 2}
     said = reasons(report)
-    assert {said[name].partition(";")[0] for name in ("block_1_a", "block_1_b")} == {"gamma=1 is off"}
+    assert {said[name].partition(";")[0] for name in ("block_1_a", "block_1_b")} == {
+        "it is off (gamma=1, in a config weight_splitting_Gamma)"
+    }
     assert {said[name].partition(";")[0] for name in ("fc_1", "fc_2")} == {
         "switched off here (enabled=False)"
     }

@@ -282,7 +282,9 @@ def test_a_gamma_that_divides_nothing_is_an_error_and_one_that_divides_something
     _, report = biofx.transform(mlp, {"weight_splitting_Gamma": 3}, passes="split-weights")
     assert messages(report)["0"][0].startswith("applied")
     (message,) = messages(report)["2"]
-    assert message.startswith("missed: gamma=3 does not divide its 4 output channels; ")
+    assert message.startswith(
+        "missed: Γ does not divide its 4 output channels (gamma=3, in a config weight_splitting_Gamma); "
+    )
 
 
 BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -17,6 +17,7 @@ from biofx.layers.computed_weight import SignFate
 from biofx.layers.lowering import Lowering, node_stem
 from biofx.layers.weight_site import WeightSite
 from biofx.operators.sampling import generator_for
+from biofx.option_names import named_option
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import bio_module_at, bio_module_path, kept_state
 
@@ -45,6 +46,10 @@ class SignOptions(Protocol):
 
 Place: TypeAlias = tuple[str, str]
 """Path of the weight whose state keeps signs, and name of the buffer there."""
+
+
+CONSTRAIN = "constrain-signs"
+SIGNS = named_option(CONSTRAIN, "signs")
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,7 @@ class SignStore:
                     _enter(taken, path, options.signs, self._groups.representatives(units))
                 elif kept.sign().tolist() != list(options.signs):
                     raise OptionError(
-                        f"signs: those given for {path!r} are not the ones that its {len(kept)} units have "
+                        f"{SIGNS}: those given for {path!r} are not the ones that its {len(kept)} units have "
                         "already, from expand-units or an earlier transform, and other weights follow those; "
                         "leave them out"
                     )
@@ -221,9 +226,9 @@ class SignStore:
                 first = fractions.setdefault(source.name, options.excitatory_fraction)
                 if source.kind == "layer" and first != options.excitatory_fraction:
                     raise OptionError(
-                        f"excitatory_fraction: {path!r} is given {options.excitatory_fraction} and "
-                        f"{source.name!r} {first}, but their outputs are added up and so are the "
-                        "same units; give them the same"
+                        f"{named_option(CONSTRAIN, 'excitatory_fraction')}: {path!r} is given "
+                        f"{options.excitatory_fraction} and {source.name!r} {first}, but their outputs are "
+                        "added up and so are the same units; give them the same"
                     )
         return self._with_built_in(taken)
 
@@ -254,7 +259,7 @@ class SignStore:
             signs = signs * drive
             if bool(((given[units] * signs) < 0).any()):
                 raise OptionError(
-                    f"signs: those given contradict the ones that the forward builds into "
+                    f"{SIGNS}: those given contradict the ones that the forward builds into "
                     f"{reading.site.parameter_path!r} ({computation.words}); leave them out, or give the same"
                 )
             both[units] |= (built_in[units] * signs) < 0
@@ -266,8 +271,9 @@ def _refuse_free(path: str, kept: Tensor) -> None:
     """Refuse to constrain inputs that another weight reads as free."""
     if bool((kept == 0).any()):
         raise OptionError(
-            f"constrain_inputs: inputs of the model were left free where {path!r} reads them, and a unit "
-            "has one sign everywhere; transform the original once, with constrain_inputs=True for all"
+            f"{named_option(CONSTRAIN, 'constrain_inputs')}: inputs of the model were left free where "
+            f"{path!r} reads them, and a unit has one sign everywhere; transform the original once, "
+            "with constrain_inputs=True for all"
         )
 
 
@@ -280,13 +286,13 @@ def _enter(taken: Tensor, path: str, signs: tuple[int, ...], units: Tensor) -> N
     """Enter the signs that are given for a layer's outputs, by the representatives of its units."""
     if len(signs) != len(units):
         raise OptionError(
-            f"signs: expected one for each of the {len(units)} outputs of {path!r}, found {len(signs)}"
+            f"{SIGNS}: expected one for each of the {len(units)} outputs of {path!r}, found {len(signs)}"
         )
     wanted, known = torch.tensor(signs, dtype=torch.int8), taken[units]
     taken[units] = wanted
     if bool(((known != 0) & (known != wanted)).any()) or not torch.equal(taken[units], wanted):
         raise OptionError(
-            f"signs: those given for {path!r} contradict those of a layer whose outputs are added to its "
+            f"{SIGNS}: those given for {path!r} contradict those of a layer whose outputs are added to its "
             "own, and so are the same units; give them the same"
         )
 

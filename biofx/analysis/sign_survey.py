@@ -11,12 +11,13 @@ from torch.fx import GraphModule, Node
 
 from biofx.analysis.observation import GIVE_EXAMPLES, find_all_sites, weights_in_python
 from biofx.analysis.readouts import last_synapses
-from biofx.analysis.sign_store import SignOptions, SignStore
+from biofx.analysis.sign_store import SIGNS, SignOptions, SignStore
 from biofx.analysis.unit_groups import unit_groups
 from biofx.analysis.units import Source
 from biofx.errors import OptionError
 from biofx.layers.weight_site import Weight, WeightSite
 from biofx.model.observed_runs import observed_runs_of
+from biofx.option_names import named_option
 from biofx.select import Match, picks, show_pattern
 
 OptionsAt = Callable[["Node | None", str], SignOptions]
@@ -188,16 +189,17 @@ def refuse_unused_signs(
     for matches, _ in given:
         for match in matches:
             picked = [path for path, site in makers.items() if picks(match, site.node, site.layer)]
-            named = f"signs: those given for {show_pattern(match.pattern)}"
+            named = f"{SIGNS}: those given for {show_pattern(match.pattern)}"
             _check(survey, picked or sorted(match.paths)[:1], named, axis, why_not)
     if everywhere is not None:
-        _check(survey, list(makers), "signs: those given for every layer", axis, why_not)
+        _check(survey, list(makers), f"{SIGNS}: those given for every layer", axis, why_not)
 
 
 def _check(survey: SignSurvey, paths: list[str], named: str, axis: str, why_not: WhyNot) -> None:
     if axis != "presynaptic":
+        given = named_option("constrain-signs", "axis", axis)
         raise OptionError(
-            f"{named} would not be used: with axis={axis!r} rows have signs, which are sampled, and units "
+            f"{named} would not be used: with {given}, rows have signs, which are sampled, and units "
             "have none; give axis='presynaptic', or leave the signs out"
         )
     makers = survey.makers

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from biofx.config import BioConfig, config_options
-from biofx.options import Option, declared_options
+from biofx.options import Option, declared_options, given_at_rules
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.pass_text import format_value
 from biofx.rewriting.registry import available_passes
@@ -68,7 +68,7 @@ def _describe(cls: type[Pass]) -> list[RenderableType]:
 
 def _described(option: Option) -> str:
     field = f" In a config: {option.field}." if option.field else ""
-    return f"{option.doc} Expected: {option.permitted}.{field}"
+    return f"{option.doc} Expected: {option.permitted}.{field}{given_at_rules(option)}"
 
 
 def _options(docs: dict[str, str], fields: list[dataclasses.Field[object]]) -> Table:

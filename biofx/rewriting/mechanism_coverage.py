@@ -117,7 +117,7 @@ def _fates(graph_module: GraphModule, mechanism: str, weight: Weight, remarks: _
     ]
     if not _acts(mechanism, weight, said):
         remark = next((remark for remark in said if not remark.is_in_force), None)
-        reason = _without_remark(weight) if remark is None else remark.message
+        reason = _without_remark(weight) if remark is None else remark.own_message
         yield _Fate(elements, reason, remark is not None and remark.reason == "exempt")
         return
     state = kept_state(graph_module, weight.path) if mechanism == "signed" else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch.fx import Node
@@ -32,11 +32,22 @@ class Remark:
     reason: Literal["", "done", "off", "exempt"] = ""
     """Why a candidate is left alone, if that counts: ``"done"``, the mechanism acts on it from an earlier
     transform; ``"off"``, it is not selected, or switched off; ``"exempt"``, the mechanism is not for it."""
+    note: str = field(default="", compare=False)
+    """The end of the message, if it says something else than why or what: a consequence of other rewrites."""
 
     @property
     def is_in_force(self) -> bool:
         """Whether the mechanism acts on the candidate, from now on or from an earlier transform."""
         return self.kind == "applied" or self.reason == "done"
+
+    @property
+    def own_message(self) -> str:
+        """The message without the note, by which remarks are counted together."""
+        return self.message.removesuffix(f"; {self.note}") if self.note else self.message
+
+    def with_note(self, note: str) -> Remark:
+        """Return the remark with something said at its end."""
+        return replace(self, message=f"{self.message}; {note}", note=note) if note else self
 
     @property
     def subject(self) -> str:
@@ -138,7 +149,7 @@ class PassReport:
             graph: the graph that went in.
         """
         rewritten = {remark.layer for remark in self.remarks if remark.kind == "applied"}
-        reasons = Counter(remark.message for remark in self.remarks if remark.kind == "missed")
+        reasons = Counter(remark.own_message for remark in self.remarks if remark.kind == "missed")
         return PassCoverage(
             layers=len(rewritten),
             candidate_layers=len({remark.layer for remark in self.remarks}),
@@ -282,9 +293,9 @@ def _named(
 def _reasons(remarks: list[Remark]) -> str:
     """Return why candidates were left alone, the most frequent first."""
     first: dict[str, str] = {}
-    counts = Counter(_QUOTED.sub("", remark.message) for remark in remarks)
+    counts = Counter(_QUOTED.sub("", remark.own_message) for remark in remarks)
     for remark in remarks:
-        first.setdefault(_QUOTED.sub("", remark.message), remark.message)
+        first.setdefault(_QUOTED.sub("", remark.own_message), remark.own_message)
     shown = [
         f"{count} times: {first[key]}" if count > 1 else first[key]
         for key, count in counts.most_common(_SHOWN)

@@ -20,6 +20,7 @@ from biofx.layers.weight_site import Weight, WeightSite, whole_weight
 from biofx.operators.mask_ops import existing
 from biofx.operators.sampling import generator_for
 from biofx.operators.sign_ops import constrain_sign, signs_like
+from biofx.option_names import named_option
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.exchangeability import looks_trained
 from biofx.plasticity.model_states import bio_module_path, state_of
@@ -28,6 +29,10 @@ from biofx.rewriting.remarks import Exempt, ReportRecord
 
 COMPARED = "its outputs are queries or keys, which are compared and not passed on"
 """Why a weight, or some of its rows, have no signs."""
+
+
+_INPUTS_FREE = named_option("constrain-signs", "constrain_inputs", False)
+_READOUT_FREE = named_option("constrain-signs", "constrain_readout", False)
 
 
 def why_free(
@@ -41,19 +46,15 @@ def why_free(
         return Exempt(reason) if site.kind in LOOKUP_KINDS else reason
     feeding, following = survey.groups.region_that_feeds(site), survey.region_that_follows(site)
     if feeding is not None and not constrain_inputs:
-        reason = f"what feeds it is not known: Python calls {feeding!r} (constrain_inputs=False)"
+        reason = f"what feeds it is not known: Python calls {feeding!r} ({_INPUTS_FREE})"
         return f"{reason}; {survey.what_is_missing}"
     if following is not None and not constrain_readout:
-        reason = f"what follows it is not known: Python calls {following!r} (constrain_readout=False)"
+        reason = f"what follows it is not known: Python calls {following!r} ({_READOUT_FREE})"
         return f"{reason}; {survey.what_is_missing}"
     if survey.reads_only_inputs(site) and not constrain_inputs:
-        return Exempt(
-            "its presynaptic units are the model's inputs, which have no sign (constrain_inputs=False)"
-        )
+        return Exempt(f"its presynaptic units are the model's inputs, which have no sign ({_INPUTS_FREE})")
     if survey.is_readout(site) and not constrain_readout and not survey.has_given_signs(site):
-        return Exempt(
-            "it is a readout: no weights between it and the model's output (constrain_readout=False)"
-        )
+        return Exempt(f"it is a readout: no weights between it and the model's output ({_READOUT_FREE})")
     return Exempt(COMPARED) if survey.is_exempt(site) else None
 
 

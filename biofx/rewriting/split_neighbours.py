@@ -108,8 +108,7 @@ def with_steps(
             details["step"] = fold.rows * fold.columns
             reads = "" if said else f", since it reads sums of {fold.columns}"
             said.append(f"for equal rates {details['step']} times the step of a plain layer{reads}")
-        message = f"{remark.message}; {' and '.join(said)}" if said else remark.message
-        yield replace(remark, message=message, details=details)
+        yield replace(remark.with_note(" and ".join(said)), details=details)
 
 
 def _folds_by_name(graph_module: BioGraphModule, pools: Iterable[Node]) -> dict[str, Fold]:

@@ -297,7 +297,7 @@ def test_given_fractions_are_those_of_the_layer() -> None:
         ((override("stem", signs=(1, 1)),), "one for each of the 4 outputs of 'stem.weight', found 2"),
         (
             (override("conv", excitatory_fraction=0.75),),
-            "excitatory_fraction: 'conv.weight' is given 0.75 and",
+            "excitatory_fraction, in a config dales_excitatory_fraction: 'conv.weight' is given 0.75 and",
         ),
     ],
 )

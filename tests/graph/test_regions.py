@@ -187,12 +187,14 @@ def test_questions_across_regions_are_answered_unknown() -> None:
     said = {(remark.layer, remark.message) for remark in report.remarks if remark.kind == "missed"}
     assert (
         "gate.open.0",
-        "what feeds it is not known: Python calls 'gate.open.0' (constrain_inputs=False); give "
+        "what feeds it is not known: Python calls 'gate.open.0'"
+        " (constrain_inputs=False, in a config dales_constrain_inputs); give "
         "example_inputs to have signs here",
     ) in said
     assert (
         "gate.closed.second",
-        "what follows it is not known: Python calls 'gate.closed' (constrain_readout=False); give "
+        "what follows it is not known: Python calls 'gate.closed'"
+        " (constrain_readout=False, in a config dales_constrain_readout); give "
         "example_inputs to have signs here",
     ) in said
     unknown = "whether it is an output layer is not known: Python calls 'gate.closed' and what follows it"

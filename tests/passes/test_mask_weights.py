@@ -448,7 +448,12 @@ def layers(*sizes: int) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("model", "options", "layer", "reason"),
     [
-        (layers(4, 4), {}, "0", "every connection exists (density=1, no blocks, no mask)"),
+        (
+            layers(4, 4),
+            {},
+            "0",
+            "every connection exists, without blocks and mask (density=1, in a config weight_density)",
+        ),
         (
             layers(4, 4),
             {"self_connections": False},

@@ -145,7 +145,8 @@ def test_gamma_that_does_not_divide_a_layer_leaves_that_layer_alone(mlp: nn.Modu
     _, report = split(mlp, gamma=3)
     (remark,) = [remark for remark in report.remarks if remark.layer == "2"]
     message = (
-        "gamma=3 does not divide its 4 output channels; for equal rates 3 times the step of a plain layer, "
+        "Γ does not divide its 4 output channels"
+        " (gamma=3, in a config weight_splitting_Gamma); for equal rates 3 times the step of a plain layer, "
         "since it reads sums of 3"
     )
     assert remark == Remark("missed", "_2", "2", message, {"gamma": 3, "channels": 4, "step": 3})
@@ -160,7 +161,7 @@ def test_gamma_that_divides_no_layer_is_refused(mlp: nn.Module, unchanged: Any) 
 def test_gamma_of_0_and_1_is_off(gamma: int, mlp: nn.Module) -> None:
     _, report = split(mlp, gamma=gamma)
     assert not report.modified
-    assert reasons(report)["0"] == f"gamma={gamma} is off"
+    assert reasons(report)["0"] == f"it is off (gamma={gamma}, in a config weight_splitting_Gamma)"
 
 
 def test_layer_that_is_never_called_is_reported() -> None:

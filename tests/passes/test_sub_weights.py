@@ -555,7 +555,7 @@ class Taken(nn.Module):
 @pytest.mark.parametrize(
     ("first", "layer", "message", "options"),
     [
-        (nn.Linear(4, 4), "first", "gamma=1 is off", {"gamma": 1}),
+        (nn.Linear(4, 4), "first", "it is off (gamma=1, in a config weight_splitting_Gamma)", {"gamma": 1}),
         (
             frozen(nn.Linear(4, 4)),
             "first",

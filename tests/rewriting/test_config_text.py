@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -9,8 +10,16 @@ from rich.console import Console
 from biofx.cli import main
 from biofx.config import BioConfig, config_options
 from biofx.errors import OptionError
-from biofx.rewriting.config_text import commented_toml, describe_config, options_of
+from biofx.rewriting.config_text import commented_toml, describe_config, options_of, rules_with_options
 from biofx.rewriting.registry import available_passes
+
+
+def _shown(renderable: Any) -> str:
+    console = Console(file=io.StringIO(), width=400)
+    console.print(renderable)
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return " ".join(file.getvalue().split())
 
 
 def _printed(pass_name: str | None = None, width: int = 80) -> str:
@@ -67,6 +76,28 @@ def test_options_of_a_pass_are_those_that_it_reads_or_is_switched_by() -> None:
         options_of("fold-split")
 
 
+def test_options_of_a_rule_are_those_that_it_reads() -> None:
+    assert list(options_of(rule="synaptic_scaling")) == ["synaptic_scaling_rate"]
+    assert list(options_of("watch-units", "rejuvenate_units")) == ["unit_turnover"]
+    text = _shown(describe_config(rule="crystallize"))
+    assert "crystal_thresh = 4.5e-05 a number in (0, inf)" in text
+    assert 'Rule("crystallize", threshold=…)' in text
+    assert "crystallize reads it from the config" in text  # its floor
+    assert "synaptic_scaling_rate" not in text
+    with pytest.raises(
+        OptionError, match=r"found 'crystalize'; did you mean 'crystallize'.*there are crystal"
+    ):
+        options_of(rule="crystalize")
+
+
+@pytest.mark.parametrize("rule", rules_with_options())
+def test_the_file_of_a_rule_loads_as_the_defaults(rule: str, tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(commented_toml(rule=rule), encoding="utf-8")
+    assert BioConfig.from_toml(path) == BioConfig()
+    assert "overrides" not in path.read_text(encoding="utf-8")
+
+
 def test_the_command_writes_a_file_outside_a_terminal_and_refuses_unknown_passes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -74,5 +105,9 @@ def test_the_command_writes_a_file_outside_a_terminal_and_refuses_unknown_passes
     assert capsys.readouterr().out == commented_toml()
     assert main(["config", "--pass", "mask-weights", "--toml"]) == 0
     assert capsys.readouterr().out == commented_toml("mask-weights")
+    assert main(["config", "--rule", "shrink_and_perturb", "--toml"]) == 0
+    assert capsys.readouterr().out == commented_toml(rule="shrink_and_perturb")
+    assert main(["config", "--rule", "shrink"]) == 1
+    assert "found 'shrink'; did you mean 'shrink_and_perturb'" in capsys.readouterr().err
     assert main(["config", "--pass", "mask"]) == 1
     assert "expected the name of a pass, found 'mask'" in capsys.readouterr().err

@@ -15,8 +15,14 @@ import biofx
 from biofx.rewriting.model_coverage import MechanismCoverage
 
 QUERIES = "its outputs are queries or keys, which are compared and not passed on"
-INPUTS = "its presynaptic units are the model's inputs, which have no sign (constrain_inputs=False)"
-READOUT = "it is a readout: no weights between it and the model's output (constrain_readout=False)"
+INPUTS = (
+    "its presynaptic units are the model's inputs, which have no sign"
+    " (constrain_inputs=False, in a config dales_constrain_inputs)"
+)
+READOUT = (
+    "it is a readout: no weights between it and the model's output"
+    " (constrain_readout=False, in a config dales_constrain_readout)"
+)
 CONFIG = biofx.BioConfig(
     weight_splitting_Gamma=2, apply_dales_principle=True, fuzzy_learning_rate_factor_nu=0.2
 )
@@ -87,9 +93,8 @@ def test_scaled_of_synapses_leaves_out_tables_gains_and_what_is_never_called() -
 def test_split_with_the_reasons_for_the_rest() -> None:
     split = reach(Attends())["split"]
     assert split.elements == 80 + 96 + 24
-    reads = "for equal rates 2 times the step of a plain layer, since it reads sums of 2"
     assert split.reasons == {
-        f"gamma=2 does not divide its 5 output channels; {reads}": 30,
+        "Γ does not divide its 5 output channels (gamma=2, in a config weight_splitting_Gamma)": 30,
         "it is used directly, and not as the weight of a layer with units": 16,
     }
     assert split.exempt == {"it is an output layer: no weights between it and the model's output": 10}
