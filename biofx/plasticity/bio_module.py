@@ -255,7 +255,11 @@ class BioModule(ConsolidatedState):
 
     @torch.no_grad()
     def fuzzy_learning_rates(self) -> int:
-        """Multiply the weight's gradient by the factors; call it once, between backward and step."""
+        """Multiply the weight's gradient by the factors; call it once, between backward and step.
+
+        When: only for a model of :class:`biofx.BioConverter` that is not attached. A transformed model does
+        it in its graph, and :func:`biofx.attach` does it for both.
+        """
         self._require("fuzzy_learning_rates")
         gradient, held, sampling = self._gradient(), self.stored_factors, self.rate_sampling
         part = local(gradient)
@@ -271,6 +275,12 @@ class BioModule(ConsolidatedState):
     @torch.no_grad()
     def update_fuzzy_learning_rates(self, x: Tensor | None = None) -> int:
         """Change dynamic factors; call it once per training step.
+
+        Temporal factors follow a stationary autoregressive process, those that follow weights or activity are
+        computed anew (:mod:`biofx.plasticity.rate_rules`,
+        :mod:`biofx.operators.rate_sampling`).
+
+        When: at every step, with ``fuzzy_lr_dynamic=True`` and a distribution that can change.
 
         Args:
             x: not needed: activity is observed in the graph, during the forward.
@@ -352,7 +362,13 @@ class BioModule(ConsolidatedState):
 
     @torch.no_grad()
     def volume_dependent_lr(self) -> int:
-        """Multiply the weight's gradient by volume-dependent factors; call it between backward and step."""
+        """Multiply the weight's gradient by volume-dependent factors; call it between backward and step.
+
+        Large weights move less: base · exp(-stability · abs(w) / (abs(w) + s)) · abs(N(1, variability²)),
+        with s the mean magnitude of the layer (:mod:`biofx.plasticity.rate_rules`).
+
+        When: at every step.
+        """
         self._require("volume_dependent_lr")
         gradient = self._gradient()
         multiply_by_volume(gradient, self.masked_weight, **self._volume_options())
@@ -394,7 +410,14 @@ class BioModule(ConsolidatedState):
 
     @torch.no_grad()
     def crystallize(self) -> int:
-        """Dampen the factors of settled and of shaken synapses; call it between backward and scaling."""
+        """Dampen the factors of settled and of shaken synapses; call it between backward and scaling.
+
+        Settled: 0 < abs(gradient) / abs(weight) < ``crystal_thresh``. Shaken: abs(gradient) above the mean
+        magnitude of the layer. Each run multiplies their factors, down to a floor
+        (:mod:`biofx.plasticity.rate_rules`).
+
+        When: late in training, or at every tenth step or so: what is dampened stays so.
+        """
         self._require("crystallize")
         factors, weight = self.fuzzy_learning_rate_parameters, self.weight.detach()
         gradient, strength, mean = local(self._gradient()), local(weight), None
@@ -463,6 +486,9 @@ class BioModule(ConsolidatedState):
     def rejuvenate_weights(self, optimizer: Optimizer | None = None) -> int:
         """Replace weak synapses by new ones; returns how many.
 
+        When: every hundred steps or more, after the network has learned something (``after=``). Formulas and
+        sources: :mod:`biofx.plasticity.rejuvenation`.
+
         Of a weight with a mask, weak connections vanish, and as many grow elsewhere
         (:mod:`biofx.plasticity.turnover`); how many there are stays. Those with a learning-rate factor of 0
         stay as they are.
@@ -528,6 +554,9 @@ class BioModule(ConsolidatedState):
 
         What that means is in :mod:`biofx.plasticity.unit_turnover`. Ages count runs of the rule.
 
+        When: throughout a training that goes on, at every step or at every tenth, with ``unit_turnover`` set
+        when the model is transformed.
+
         Args:
             optimizer: what it remembers of the replaced units' weights becomes 0.
 
@@ -550,14 +579,24 @@ class BioModule(ConsolidatedState):
 
     @torch.no_grad()
     def enforce_dales_principle(self) -> int:
-        """Write the sign constraint into the weight itself; returns how many synapses it changed."""
+        """Write the sign constraint into the weight itself; returns how many synapses it changed.
+
+        When: after each step of a model of :class:`biofx.BioConverter` without an attachment. In a
+        transformed model the graph constrains what acts at every forward.
+        """
         self._require("enforce_dales_principle")
         weight, signs = local(self.weight), local_part(self.signs(), self.weight)
         return write_signs(weight.detach(), signs.to(weight.dtype), flip=self.config.dales_method == "abs")
 
     @torch.no_grad()
     def synaptic_scaling(self) -> int:
-        """Move each unit's total input strength back towards its value at the first call."""
+        """Move each unit's total input strength back towards its value at the first call.
+
+        All inputs of a unit are multiplied by the same number, so that their total magnitude goes
+        ``synaptic_scaling_rate`` of the way (:mod:`biofx.plasticity.unit_inputs`).
+
+        When: from the first step on, at every step or at every tenth.
+        """
         self._require("synaptic_scaling")
         layout: dict[str, int] = {"output_axis": self.output_axis, "groups": self.groups}
         target = self.memory.target_strength
@@ -571,6 +610,9 @@ class BioModule(ConsolidatedState):
     @torch.no_grad()
     def shrink_and_perturb(self) -> int:
         """Shrink all weights, and add a draw of their initial distribution; returns how many changed.
+
+        When: at every step with a factor close to 1, or with a small one when a task begins. What is drawn
+        from: :mod:`biofx.plasticity.initial_weights`.
 
         Those with a factor of 0 stay, missing connections stay 0, and signs hold: what a draw would give
         another sign is treated as after a step of the optimizer.

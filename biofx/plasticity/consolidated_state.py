@@ -213,21 +213,41 @@ class ConsolidatedState(BioState):
     def synaptic_intelligence(self) -> int:
         """Pull the weight back by its importance; call it between backward and step.
 
-        Paths, and with them importance, are followed in the steps of an attached optimizer alone.
+        Paths, and with them importance, are followed in the steps of an attached optimizer alone. Formula
+        and source: :mod:`biofx.plasticity.consolidation`.
+
+        When: at every step, with ``begin_task`` of the attachment called before the first one and at each
+        change of the task.
         """
         return self._hold("synaptic_intelligence")
 
     def elastic_consolidation(self) -> int:
-        """Pull the weight back by its importance; call it between backward and step."""
+        """Pull the weight back by its importance; call it between backward and step.
+
+        Importance is the Fisher information at the end of a task: :mod:`biofx.plasticity.consolidation`.
+
+        When: at every step, with ``begin_task`` of the attachment called before the first one and at each
+        change of the task; without batches of the task that ends it takes the gradients of the steps.
+        """
         return self._hold("elastic_consolidation")
 
     def memory_aware(self) -> int:
-        """Pull the weight back by its importance; call it between backward and step."""
+        """Pull the weight back by its importance; call it between backward and step.
+
+        Importance is how much the output depends on the weight: :mod:`biofx.plasticity.consolidation`.
+
+        When: at every step, with ``begin_task`` of the attachment called before the first one and at each
+        change of the task, with batches of the task that ends.
+        """
         return self._hold("memory_aware")
 
     @torch.no_grad()
     def upgd(self) -> int:
         """Add noise to the gradient, and gate both by utility; call it between backward and step.
+
+        Weights of high utility move less, the others more (:mod:`biofx.plasticity.consolidation`).
+
+        When: at every step of a training that goes on; it needs no tasks.
 
         Raises:
             PlasticityError: utilities are relative to those of the network, which a layer does not know.
@@ -247,7 +267,12 @@ class ConsolidatedState(BioState):
         return self.weight.numel()
 
     def l2_to_initial(self) -> int:
-        """Pull the weight to where it began; call it between backward and step."""
+        """Pull the weight to where it began; call it between backward and step.
+
+        λ (w - w0)² is added to the loss (:mod:`biofx.plasticity.consolidation`).
+
+        When: at every step of a training that goes on.
+        """
         return self._hold("l2_to_initial")
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ The fields of :class:`biofx.BioConfig`. One is given by name,
 command line, ``--set weight_splitting_Gamma=2``; for some layers alone, by
 :meth:`biofx.BioConfig.override`. What is out of its range is a :class:`biofx.OptionError`.
 """.strip()
-_WHOLE_MODEL, _RULES = "Whole model", "Rules"
+_WHOLE_MODEL = "Whole model"
 
 
 def config_fields() -> str:
@@ -27,7 +27,6 @@ def config_fields() -> str:
     groups: dict[str, list[str]] = {_WHOLE_MODEL: []}
     groups |= {f"Pass {name}": [] for name in available_passes()}
     groups |= {f"Rule {name}": [] for name in BioModule.exposed_functions}
-    groups |= {_RULES: []}
     for name, option in config_options().items():
         groups[_group(name, option)].append(name)
     parts = [_INTRODUCTION + "\n\n"]
@@ -57,7 +56,7 @@ def _group(name: str, option: Option) -> str:
         return _WHOLE_MODEL
     readers = {*option.feeds, *option.off, *option.on}
     passes = [f"Pass {known}" for known in available_passes() if known in readers]
-    return [*passes, *(f"Rule {rule}" for rule in rules_that_read(name)), _RULES][0]
+    return [*passes, *(f"Rule {rule}" for rule in rules_that_read(name))][0]
 
 
 def permitted(name: str) -> str:
@@ -89,4 +88,5 @@ def _readers(name: str, option: Option) -> Iterator[str]:
             ways.append("switches it on")
         if ways:
             yield f"pass :ref:`{known} <pass-{known}>` ({', '.join(ways)})"
-    yield from (f"rule :ref:`{rule} <rule-{rule}>`" for rule in rules_that_read(name))
+    for rule, read in option.rules.items():
+        yield f"rule :ref:`{rule} <rule-{rule}>` (its option ``{read.option}``)"
