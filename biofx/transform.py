@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from biofx.capture.capture import capture
 from biofx.capture.example_inputs import ExampleInputs
@@ -29,7 +30,7 @@ from biofx.select import NodeIndex, Selector
 
 
 def transform(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     config: BioConfig | Mapping[str, Any] | None = None,
     *,
     passes: PassChoice | None = None,
@@ -50,7 +51,8 @@ def transform(
     and balanced (``dales_initialisation``) which look as if they had been trained.
 
     Args:
-        model: any module whose forward can be captured.
+        model: any module whose forward can be captured, a program of ``torch.export``, or a graph module of
+            dynamo or ``make_fx``; see :func:`biofx.capture`.
         config: what to do, as a :class:`BioConfig` or a dict of its fields; the default config if None.
         passes: instead of the config's pipeline: a pass, a pipeline, its text, or a list of passes and
             names. A bare name takes its options from ``config``.

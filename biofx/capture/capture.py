@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 
 from biofx.capture.attribute_reads import guard_reads
 from biofx.capture.example_inputs import ExampleInputs
+from biofx.capture.exported_programs import is_exported, model_of
 from biofx.capture.intercepted_calls import caches_bypassed
 from biofx.capture.observe import observe, observe_without_example
 from biofx.capture.record_capture import capture_recorded
@@ -45,7 +47,7 @@ from biofx.static_inspection import is_of
 
 
 def capture(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     *,
     share_parameters: bool = False,
     opaque: Sequence[str] = (),
@@ -55,7 +57,8 @@ def capture(
     """Return a model as a graph module; the model itself is not changed.
 
     Args:
-        model: any module; a graph module keeps its graph.
+        model: any module; a graph module keeps its graph. Of a program of ``torch.export``, or a graph of
+            dynamo or ``make_fx``, operators become functions of torch, and layers are called at their paths.
         share_parameters: whether the result holds the parameters of the model instead of copies. Buffers are
             copied in either case.
         opaque: paths of modules that become one call each and are not looked into.
@@ -73,7 +76,7 @@ def capture(
             something; the message names the module and the line. With regions, not even regions can be
             captured. Or a module has a name that code cannot hold.
     """
-    check_input(model)
+    model = _module_of(model)
     with foreign_errors_wrapped(CaptureError, f"the capture of {type(model).__name__}"):
         check_names(model)
         check_paths(model, opaque)
@@ -98,6 +101,21 @@ def capture(
         vars(captured).setdefault("region_paths", ())
         vars(captured).setdefault(GRAPH_BREAKS, {})
         return captured
+
+
+def _module_of(model: Any) -> nn.Module:
+    """Return a model that can be captured: one that was given as an exported program is made of it.
+
+    Raises:
+        InputError: it is no module, or one that cannot be captured.
+        CaptureError: the program cannot be written as a model.
+    """
+    if is_exported(model):
+        with foreign_errors_wrapped(CaptureError, f"the capture of an {type(model).__name__}"):
+            model = model_of(model)
+    check_input(model)
+    checked: nn.Module = model
+    return checked
 
 
 def _captured(

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.optim import Optimizer
 
+from biofx.capture.exported_programs import model_of
 from biofx.checkpoints.checkpoint import Attachments, Checkpoint, Optimizers, check_record, listed
 from biofx.checkpoints.checkpoint_file import as_checkpoint_error, plain
 from biofx.checkpoints.model_state import (
@@ -48,7 +50,7 @@ _SCALED = re.compile(r"(\S+) = scale_gradient(_by_seed)?\((\w+).*\)")
 
 def load(
     checkpoint: str | Path | Checkpoint,
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     *,
     optimizer: Optimizers = None,
     plasticity: Attachments = None,
@@ -68,7 +70,7 @@ def load(
 
     Args:
         checkpoint: the file, or what :meth:`Checkpoint.read` returned.
-        model: the plain model, or the transformed one.
+        model: the plain model, a program exported from it, or the transformed one.
         optimizer: with a transformed model: its optimizer, or several in a list, as saved.
         plasticity: with a transformed model: what :func:`biofx.attach` returned, or several in a list.
         fuzzy_lr_dtype: with a plain model: the type in which all its rates are stored, one of
@@ -86,6 +88,8 @@ def load(
     if fuzzy_lr_dtype is not None:
         RATE_DTYPE.check("fuzzy_lr_dtype", fuzzy_lr_dtype)
     saved = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.read(checkpoint)
+    if isinstance(model, ExportedProgram):
+        model = model_of(model)
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a model to load into, found {type(model).__name__}")
     target = unwrapped(model)

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from biofx.capture.bytecode import names_mentioned
 from biofx.errors import PassError
 from biofx.graph.graph_functions import call_own_forward
-from biofx.graph.guards import require_default, require_same
+from biofx.graph.guards import require_default, require_exported, require_same
 from biofx.graph.regions import ELSEWHERE
 from biofx.model.attribute_guards import GUARDS
 from biofx.model.graph_module import NAMES_OF_MODELS, BioGraphModule, user_class
@@ -129,3 +129,29 @@ def write_out_checks(graph: Graph) -> None:
             message = f"{described}: expected {expected!r}, with which the graph was {verb}"
             graph.call_function(torch._assert, (same, message))
         graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=require_exported):
+        with graph.inserting_before(node):
+            _write_out_exported(graph, *node.args)
+        graph.erase_node(node)
+
+
+def _write_out_exported(
+    graph: Graph, found: Any, what: str, expected: Any, limits: tuple[tuple[int, int, int | None], ...] = ()
+) -> None:
+    """Check an input of an exported program."""
+
+    def require(operation: Any, value: Any, other: Any, name: str, words: str = "") -> None:
+        message = f"{name}: expected {words}{other}, for which the program was exported"
+        graph.call_function(torch._assert, (graph.call_function(operation, (value, other)), message))
+
+    if not isinstance(expected, tuple):
+        require(operator.eq, found, expected, what)
+        return
+    for axis, size in enumerate(expected):
+        if size is not None:
+            require(operator.eq, graph.call_method("size", (found, axis)), size, f"{what}.shape[{axis}]")
+    for axis, low, high in limits:
+        size = graph.call_method("size", (found, axis))
+        require(operator.ge, size, low, f"{what}.shape[{axis}]", "at least ")
+        if high is not None:
+            require(operator.le, size, high, f"{what}.shape[{axis}]", "at most ")

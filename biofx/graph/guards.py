@@ -86,6 +86,46 @@ def require_same(found: Any, expected: object, question: str, module: str) -> No
     return None
 
 
+@has_side_effect
+def require_exported(
+    found: Any, what: str, expected: Any, limits: tuple[tuple[int, int, int | None], ...] = ()
+) -> None:
+    """Check that an input is one for which a program was exported.
+
+    Args:
+        found: the input.
+        what: its name, for the message.
+        expected: of a tensor its sizes, None for those that are free; of anything else its value.
+        limits: axes of free sizes, with the least and the greatest that each may be, None for no greatest.
+
+    Raises:
+        InputError: it is another.
+    """
+    if has_torch_function((found,)) and not isinstance(found, Tensor):
+        return handle_torch_function(require_exported, (found,), found, what, expected, limits)
+    if not isinstance(found, Tensor):
+        if found != expected:
+            raise InputError(f"{what}: expected {expected!r}{_EXPORTED}, found {found!r}")
+        return None
+    if found.dim() != len(expected):
+        raise InputError(f"{what}: expected {len(expected)} axes{_EXPORTED}, found {found.dim()}")
+    for axis, (size, fixed) in enumerate(zip(found.shape, expected, strict=True)):
+        if fixed is not None and size != fixed:
+            raise InputError(
+                f"{what}: expected size {fixed} along axis {axis}{_EXPORTED}, found {size}; export it with "
+                "dynamic_shapes where sizes may differ"
+            )
+    for axis, low, high in limits:
+        size = found.shape[axis]
+        if size < low or (high is not None and size > high):
+            allowed = f"at least {low}" if high is None else f"{low} to {high}"
+            raise InputError(f"{what}: expected size {allowed} along axis {axis}{_EXPORTED}, found {size}")
+    return None
+
+
+_EXPORTED = ", for which the program was exported"
+
+
 class RecordingError(InputError):
     """An input would take another path through a forward than the one that was recorded.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
 Reads = Callable[[str], Node]
@@ -235,7 +235,8 @@ class LoweredCall:
     """A call of a layer's function, and what its arguments hold."""
 
     node: Node
-    graph_module: GraphModule
+    root: nn.Module
+    """What holds what the arguments read."""
     path: str
     """Where the module was that the call came from."""
     before: nn.Module
@@ -252,7 +253,7 @@ class LoweredCall:
         if not isinstance(source, Node) or source.op != "get_attr":
             raise NotHeld
         owner, _, name = str(source.target).rpartition(".")
-        value = getattr(self.graph_module.get_submodule(owner), name)
+        value = getattr(self.root.get_submodule(owner), name)
         if not isinstance(value, Tensor):
             raise NotHeld
         return value
