@@ -43,6 +43,7 @@ from biofx.options import (
     with_documented_options,
 )
 from biofx.select import Override, Selector, check_selector
+from biofx.shown_config import config_html, config_repr
 
 SELECTIONS = ("probability", "proportion", "threshold")
 """Values of ``rejuvenation_selection``."""
@@ -547,6 +548,12 @@ class BioConfig(ConsolidationOptions):
                 f"{name}: expected None for rejuvenation_selection={selection!r}, which does not read it, "
                 f"found {unread!r}"
             )
+
+    def __repr__(self) -> str:
+        return config_repr(self)
+
+    def _repr_html_(self) -> str:
+        return config_html(self)
 
     @property
     def fuzzy_lr_bounds(self) -> tuple[float, float]:

@@ -80,7 +80,7 @@ def transform(
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> bio_model, report = transform(model, {"weight_splitting_Gamma": 2}, passes="split-weights")
     >>> print(report)
-    Sequential: 1 created, 1 rewired nodes
+    Sequential: 1 created, 1 rewired nodes; split-weights 1 of 2
     split-weights: 1 applied, 1 left alone
       applied 0: 3 groups of 2 of its 6 output channels summed; deployed, 3 channels and for equal rates 2 \
 times the step of a plain layer

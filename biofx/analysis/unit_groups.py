@@ -26,11 +26,21 @@ from biofx.errors import InputError
 from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.joined_graph import whole_view
 from biofx.graph.printing import function_name
+from biofx.html_tables import folded, paragraph, table
 from biofx.layers.weight_site import WeightSite
 
 _PRODUCTS = frozenset(
     {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv"}
 )
+
+
+_SHOWN, _ROWS = 5, 200
+_LONGEST = 200
+
+
+def shortened(text: str) -> str:
+    """Return a text that fits a line or two."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,10 @@ class UnitGroup:
     def __str__(self) -> str:
         activity = "" if self.nonnegative else " (activity may be negative)"
         return f"{self.units} units of {', '.join(self.producers)} -> {', '.join(self.readers)}{activity}"
+
+
+def _sign(group: UnitGroup) -> str:
+    return "not negative" if group.nonnegative else "of either sign"
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,27 @@ class UnitGroups:
 
     def __len__(self) -> int:
         return len(self._groups)
+
+    def __repr__(self) -> str:
+        shown = [shortened(str(group)) for group in self._groups[:_SHOWN]]
+        more = len(self) - len(shown)
+        shown += [f"and {more} more"] if more else []
+        return f"<{type(self).__name__}, {len(self)}: {'; '.join(shown)}>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (group.units, *(", ".join(names) for names in (group.producers, group.readers)), _sign(group))
+            for group in self._groups[:_ROWS]
+        ]
+        ends = [(node.name, reason) for node, reason in [*self.ends.items()][:_ROWS]]
+        left = max(0, len(self) - _ROWS)
+        return "".join(
+            (
+                table(["units", "made by", "read by", "activity"], rows),
+                paragraph(f"and {left} more groups; print them to see all") if left else "",
+                folded(f"ends: {len(self.ends)}", table(["at", "why"], ends)) if ends else "",
+            )
+        )
 
     def __str__(self) -> str:
         lines = [str(group) for group in self._groups]

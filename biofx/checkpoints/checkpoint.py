@@ -44,6 +44,13 @@ class Checkpoint:
     extra: Mapping[str, Any]
     """Values that the user saved with it."""
 
+    def __repr__(self) -> str:
+        steps = [f"attachment at step {state.get('steps')}" for state in self.plasticity]
+        held = [f"{len(self.model)} tensors", *["optimizer"] * len(self.optimizers), *steps]
+        held += [f"extra: {', '.join(map(str, [*self.extra][:10]))}"] if self.extra else []
+        made = f"{self.record.model}, biofx {self.record.biofx}, torch {self.record.torch}"
+        return f"<{type(self).__name__} of {made}: {', '.join(held)}>"
+
     @classmethod
     def read(cls, path: str | Path) -> Checkpoint:
         """Read a file, without running any code in it.

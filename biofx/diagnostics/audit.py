@@ -120,6 +120,9 @@ class Audit:
         """Return :meth:`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.summary()}; {len(self.findings)} checks>"
+
     def __str__(self) -> str:
         return "\n".join(self._lines())
 

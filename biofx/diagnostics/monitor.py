@@ -144,6 +144,15 @@ class Monitor:
         }
         return {**vars(self), **unwatched}
 
+    def __repr__(self) -> str:
+        steps = [record.step for record in self.records]
+        told = f"{len(steps)} records" if len(steps) != 1 else "1 record"
+        told += f" of steps {steps[0]} to {steps[-1]}" if steps else ""
+        model = None if self._model is None else self._model()
+        of = "no model yet" if model is None else f"{type(model).__name__} with {len(self._states)} weights"
+        sinks = "".join(f", to {type(sink).__name__}" for sink in self._sinks)
+        return f"<{type(self).__name__} of {of}: {told}, every {self.every}{sinks}>"
+
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Monitor:
         """Return a monitor with the records of a file, for :meth:`plot` and ``records``.

@@ -24,6 +24,7 @@ from biofx.model.inlined_modules import INLINED, SAME
 from biofx.model.late_changes import follow_late_changes, following_changes, remember_modules
 from biofx.model.observed_runs import ObservedRuns
 from biofx.model.rollback import has_places_for, unchanged_on_failure
+from biofx.model.shown_model import drawn
 from biofx.operators.rate_ops import outside_graphs
 from biofx.plasticity.model_states import apply_rule, expanded_weights, exposed_rules
 from biofx.plasticity.ranks import before_forward, is_fully_sharded
@@ -127,6 +128,9 @@ class BioGraphModule(GraphModule):
         if is_fully_sharded(self):  # FSDP2's hooks are on the modules
             outside_graphs(before_forward)(self)
         return super().__call__(*args, **kwargs)
+
+    def _repr_svg_(self) -> str | None:
+        return drawn(self)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -62,7 +62,9 @@ class Attachment:
         if optimizer is None or model is None:
             return f"<{type(self).__name__} of a run that is gone>"
         told = f"{type(model).__name__} under {type(optimizer).__name__}, {self.steps} steps"
-        rules = ", ".join(map(str, self.rules)) or "no rules"
+        shown = [*map(str, self.rules[:_SHOWN])]
+        shown += [f"and {len(self.rules) - _SHOWN} more"] if len(self.rules) > _SHOWN else []
+        rules = ", ".join(shown) or "no rules"
         return f"<{type(self).__name__} of {told}: {rules}{'' if self._hooks else ' (detached)'}>"
 
     @property
@@ -329,6 +331,8 @@ class Attachment:
                 state.await_gradient(any(entry.covers(state) for entry in due))
 
 
+_SHOWN = 10
+"""Entries of a schedule in a text that is to be short."""
 _VERSIONS = (1, 2)
 _SINCE_2 = frozenset({"paths", "options"})
 

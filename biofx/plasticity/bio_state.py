@@ -17,6 +17,7 @@ from biofx.operators.mask_ops import existing, mask_weight
 from biofx.operators.rate_sampling import RateSampling
 from biofx.operators.sign_ops import signs_like
 from biofx.plasticity.connections import Areas, ConnectionLayout
+from biofx.plasticity.described_state import describe_state
 from biofx.plasticity.rule_memory import RuleMemory
 from biofx.plasticity.saved_state import (
     DIVERSITY,
@@ -165,7 +166,7 @@ class BioState(nn.Module):
         # what register_buffer would do for each, in a tenth of the time: there is a state for every weight
         self._buffers.update(dict.fromkeys(_BUFFERS))
         self.__dict__.update(dict.fromkeys(_DERIVED))
-        self.__dict__.update(_sampling=None, _values_of_meta={}, _lost=[])
+        self.__dict__.update(_sampling=None, _started_from=None, _values_of_meta={}, _lost=[])
         self.memory = RuleMemory()
         self.saves_memory = parent is not None
         self.config = _DEFAULT if config is None else rule_config(config)
@@ -189,6 +190,10 @@ class BioState(nn.Module):
         cls.__jit_unused_properties__ = [
             name for name, _ in properties
         ]  # which torch.jit.script would compile
+
+    def extra_repr(self) -> str:
+        """Return what it has of rates, signs and connections, in a few words."""
+        return describe_state(self)
 
     # the layer and its weight
 
@@ -449,6 +454,7 @@ class BioState(nn.Module):
             OptionError: next to nothing of the distribution lies in the bounds.
         """
         self.noise = self.diversity = None
+        self.__dict__["_started_from"] = sampling
         if form == FROM_SEED:
             self.__dict__["_sampling"] = sampling
             self._buffers.update({FACTORS: None, DRAW: sampling.to_tensor(weight.device)})

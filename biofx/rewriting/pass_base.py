@@ -59,6 +59,11 @@ class PassResult(NamedTuple):
     graph_module: BioGraphModule
     report: Report
 
+    def __repr__(self) -> str:
+        model = self.graph_module
+        told = f"{type(model).__name__} with {len(model.graph.nodes)} nodes"
+        return f"{type(self).__name__}(graph_module=<{told}>, report={self.report!r})"
+
     @property
     def modified(self) -> bool:
         """Whether the graph differs from the one that went in."""

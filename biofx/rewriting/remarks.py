@@ -191,9 +191,11 @@ class ReportRecord:
         return tuple(entry for part in self.passes for entry in part.unmet)
 
     def summary(self) -> str:
-        """Return one line: how many nodes differ, and how, and how much of what was asked for is missing."""
+        """Return one line: how many nodes differ, how far each pass came, and what is missing."""
+        asked = [entry for entry in self.passes if entry.remarks]
+        done = ", ".join(f"{entry.name} {entry.applied} of {len(entry.remarks)}" for entry in asked)
         missed = f"; asked for and not there: {len(self.unmet)}" if self.unmet else ""
-        return self._differences() + missed
+        return self._differences() + (f"; {done}" if done else "") + missed
 
     def _differences(self) -> str:
         if not self.passes:

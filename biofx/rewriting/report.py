@@ -38,7 +38,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch.fx import GraphModule
+
 from biofx.graph.changes import Change
+from biofx.model.shown_model import draw_models_with
+from biofx.rewriting.folded_remarks import fold_remarks
 from biofx.rewriting.remarks import Remark, ReportRecord
 from biofx.toml import write_whole
 
@@ -51,6 +55,14 @@ SCHEMA = "biofx.report/1"
 @dataclass(frozen=True)
 class Report(ReportRecord):
     """What a pipeline did to a model; print it, or ``rich.print`` it, or take :meth:`to_json`."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.model}: {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        from biofx.rewriting.views.notebook import report_page
+
+        return report_page(self)
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -135,7 +147,7 @@ class Report(ReportRecord):
         yield from self.kept_lines()
         for entry in self.passes:
             yield f"{entry.text}: {entry.applied} applied, {entry.missed} left alone"
-            yield from (f"  {remark}" for remark in entry.remarks)
+            yield from (f"  {remarks}" for remarks in fold_remarks(entry.remarks))
             yield from (f"  {_describe(change)}" for change in entry.changes)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -163,3 +175,12 @@ def _change_to_dict(change: Change) -> dict[str, Any]:
 def _describe(change: Change) -> str:
     line = change.before if change.after is None else change.after
     return f"{change.kind:<8} {line}"
+
+
+def _drawn(model: GraphModule) -> str | None:
+    from biofx.rewriting.views.pictures import model_svg
+
+    return model_svg(model)
+
+
+draw_models_with(_drawn)

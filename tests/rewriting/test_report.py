@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 import biofx
 from biofx import BioConfig, Remark, Report
 from biofx.graph.changes import Change, Snapshot, compare, snapshot_of
+from biofx.rewriting.folded_remarks import fold_remarks
 from biofx.rewriting.remarks import PassReport, applied, missed
 from biofx.rewriting.report import SCHEMA
 from biofx.select import Candidate
@@ -193,10 +194,10 @@ def test_the_text_is_the_same_every_time_and_holds_no_times(model: nn.Module) ->
     assert " at 0x" not in str(first)
 
 
-def test_the_text_has_a_line_for_each_remark_and_each_change(model: nn.Module) -> None:
+def test_the_text_has_a_line_for_remarks_that_say_the_same_and_for_each_change(model: nn.Module) -> None:
     report = biofx.transform(model, FULL).report
     lines = str(report).splitlines()
-    remarks = [f"  {remark}" for entry in report.passes for remark in entry.remarks]
+    remarks = [f"  {alike}" for entry in report.passes for alike in fold_remarks(entry.remarks)]
     changes = sum(len(entry.changes) for entry in report.passes)
     assert [line for line in lines if line.startswith(("  applied", "  missed"))] == remarks
     assert len(lines) == 1 + len(report.passes) + len(remarks) + changes

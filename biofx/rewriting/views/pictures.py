@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
+from torch.fx import GraphModule
+
 from biofx.graph.graph_view import GraphView, NodeView
 from biofx.rewriting.remarks import ReportRecord
 from biofx.rewriting.views.drawing import (
@@ -25,6 +27,8 @@ from biofx.rewriting.views.layered_layout import LONGEST, Layout
 COLUMN, ROW = 196.0, 58.0  # pixels from one place to the next
 BOX_WIDTH, BOX_HEIGHT = 176.0, 38.0
 MARGIN = 24.0
+LARGEST_SHOWN = 40
+"""Nodes of a graph that is drawn wherever its model or report is shown."""
 _LEGEND_LINE = 20.0
 _BAR = 5.0
 _NAME_LENGTH, _WHAT_LENGTH = 22, 24  # characters that fit a box
@@ -54,21 +58,46 @@ text { font: 11px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; 
 def report_svg(report: ReportRecord, side: Side = "after") -> str:
     """Return the picture of one of the report's graphs; see ``Report.to_svg``."""
     view = view_of(report, side)
+    legend = [*_legend(report, side)]
+    titles, lines = _titles(report), len(report.passes) + 1
+    title = f"{report.model}: {report.summary()}"
+    return _picture(view, title, legend, lines, touches=touches_of(report), titles=titles)
+
+
+def model_svg(graph_module: GraphModule) -> str | None:
+    """Return the picture of a model's graph for a notebook, None where it has many nodes."""
+    if len(graph_module.graph.nodes) > LARGEST_SHOWN:
+        return None
+    view, name = GraphView.of(graph_module), type(graph_module).__name__
+    return _picture(
+        view, name, [f'<text class="title" y="4">{escaped(name)}</text>'], 1, touches={}, titles={}
+    )
+
+
+def _picture(
+    view: GraphView,
+    title: str,
+    legend: Sequence[str],
+    lines: int,
+    *,
+    touches: Mapping[str, tuple[Touch, ...]],
+    titles: Mapping[str, list[str]],
+) -> str:
     layout = layout_of(view, view)
-    top = _LEGEND_LINE * (len(report.passes) + 1) + MARGIN
+    top = _LEGEND_LINE * lines + MARGIN
     width = max(layout.columns * COLUMN, 560.0) + 2 * MARGIN
     height = layout.rows * ROW + top + MARGIN
     return "".join(
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
             f'viewBox="0 0 {width:.0f} {height:.0f}" role="img">',
-            f"<title>{escaped(f'{report.model}: {report.summary()}')}</title><style>{_STYLE}</style>",
+            f"<title>{escaped(title)}</title><style>{_STYLE}</style>",
             '<rect class="back" width="100%" height="100%"/>',
             f'<g class="legend" transform="translate({MARGIN:.0f} {MARGIN:.0f})">',
-            *_legend(report, side),
+            *legend,
             "</g>",
             f'<g transform="translate({MARGIN:.0f} {top + MARGIN:.0f})">',
-            draw(view, layout, touches_of(report), titles=_titles(report)),
+            draw(view, layout, touches, titles=titles),
             "</g></svg>\n",
         )
     )
