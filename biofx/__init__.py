@@ -19,35 +19,41 @@ What most programs need is here. The rest is in packages:
 
 import warnings
 
-from biofx import (
-    analysis,
-    checkpoints,
-    diagnostics,
-    errors,
-    graph,
-    passes,
-    plasticity,
-    rewriting,
-    select,
-)
+from biofx._startup import import_everything, is_reading_arguments
 from biofx._version import __version__ as __version__
-from biofx.analysis import add_unit_rule, unit_groups
-from biofx.callables import register_activation
-from biofx.capture.capture import capture
-from biofx.checkpoints import load, save
-from biofx.config import BioConfig
-from biofx.converter import BioConverter
-from biofx.deploy.deploy import deploy
-from biofx.diagnostics import Monitor, bisect, check
-from biofx.errors import BiofxError, BiofxWarning, CaptureError, OptionError
-from biofx.graph import format_graph
-from biofx.model.graph_module import BioGraphModule
-from biofx.operators.rate_sampling import Distribution
-from biofx.plasticity import BioModule
-from biofx.plasticity.attach import attach
-from biofx.plasticity.rule import Rule
-from biofx.rewriting import Pass, PassResult, Pipeline, Remark, Report, Scope, applied, missed
-from biofx.transform import transform
+from biofx.errors import suggest
+
+if not is_reading_arguments():
+    from biofx import (
+        analysis,
+        checkpoints,
+        diagnostics,
+        errors,
+        graph,
+        passes,
+        plasticity,
+        rewriting,
+        select,
+    )
+    from biofx.analysis import add_unit_rule, unit_groups
+    from biofx.callables import register_activation
+    from biofx.capture.capture import capture
+    from biofx.checkpoints import load, save
+    from biofx.config import BioConfig
+    from biofx.converter import BioConverter
+    from biofx.deploy.deploy import deploy
+    from biofx.diagnostics import Monitor, bisect, check
+    from biofx.errors import BiofxError, BiofxWarning, CaptureError, OptionError
+    from biofx.graph import format_graph
+    from biofx.model.graph_module import BioGraphModule
+    from biofx.operators.rate_sampling import Distribution
+    from biofx.plasticity import BioModule
+    from biofx.plasticity.attach import attach
+    from biofx.plasticity.rule import Rule
+    from biofx.rewriting import Pass, PassResult, Pipeline, Remark, Report, Scope, applied, missed
+    from biofx.transform import transform
+
+    _PUBLIC = (analysis, checkpoints, diagnostics, errors, graph, plasticity, rewriting, select)
 
 __all__ = [
     # make a model
@@ -90,20 +96,26 @@ __all__ = [
     "OptionError",
 ]
 
-_PUBLIC = (analysis, checkpoints, diagnostics, errors, graph, plasticity, rewriting, select)
+_PLACES = (
+    *("analysis", "checkpoints", "diagnostics", "errors", "graph"),
+    *("plasticity", "rewriting", "select"),
+)
 _RENAMED = {"Culprit": "BisectResult"}
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__", *(module.__name__.partition(".")[2] for module in _PUBLIC)])
+    return sorted([*__all__, "__version__", *_PLACES])
 
 
 def __getattr__(name: str) -> object:
     """Return a name of version 0.1 from where it lies now, with a warning that says so."""
+    if is_reading_arguments() and name in (*__all__, *_PLACES):
+        import_everything()
+        return globals()[name]
     now = _RENAMED.get(name, name)
-    for module in _PUBLIC:
+    for module in () if is_reading_arguments() else _PUBLIC:
         if now in module.__all__:
             message = f"biofx.{name} moved to {module.__name__}.{now}"
             warnings.warn(message, DeprecationWarning, stacklevel=2)
             return getattr(module, now)
-    raise AttributeError(f"module 'biofx' has no attribute {name!r}{errors.suggest(name, __dir__())}")
+    raise AttributeError(f"module 'biofx' has no attribute {name!r}{suggest(name, __dir__())}")

@@ -41,23 +41,36 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             yield device
         return
     stem = target.name.encode("utf-8", "surrogateescape")[:_LONGEST].decode("utf-8", "ignore")
-    remove_abandoned(target.parent, stem)
-    unfinished, file = create_locked(target.parent, stem)
+    with _as_of(path):
+        remove_abandoned(target.parent, stem)
+        unfinished, file = create_locked(target.parent, stem)
     try:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, unfinished)
-        if sys.platform == "win32":
-            file.close()  # an open file cannot be renamed there
-        os.replace(unfinished, target)
-        sync_folder(target.parent)
+        with _as_of(path):
+            file.flush()
+            os.fsync(file.fileno())
+            if target.exists():
+                shutil.copymode(target, unfinished)
+            if sys.platform == "win32":
+                file.close()  # an open file cannot be renamed there
+            os.replace(unfinished, target)
+            sync_folder(target.parent)
     finally:
         with suppress(OSError):  # after another error, as of a full disk
             file.close()
         with suppress(OSError):
             unfinished.unlink()
+
+
+@contextmanager
+def _as_of(path: str | Path) -> Iterator[None]:
+    """Let the system's errors name the file that was asked for, not the one that is written first."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def followed(path: str | Path) -> Path:

@@ -12,6 +12,7 @@ import torch
 
 import biofx
 from biofx.cli import main
+from biofx.cli.values import read_value
 from biofx.config import config_options
 
 MODEL = """
@@ -215,13 +216,18 @@ def test_a_model_that_stays_in_python_is_told_with_the_line(
         (["transform", "mymodels:Net", "--passes", "split{"], "malformed pipeline text"),
         (["transform", "mymodels:Net", "--passes", "split-weight"], "did you mean 'split-weights'"),
         (["transform", "mymodels:Net", "--config", "none.toml"], "none.toml: expected a readable TOML file"),
-        (["transform", "mymodels:Net", "--json", "no/such/folder.json"], "cannot write"),
+        (["transform", "mymodels:Net", "--json", "no/such/folder.json"], "directory: 'no/such/folder.json'"),
         (
             ["transform", "mymodels:Net", "--opaque", "fc9"],
             "opaque: expected the path of a module, found 'fc9'",
         ),
         (["explain", "mymodels:Net", "fcc"], "selector 'fcc' matches nothing"),
-        (["transform", "mymodels:Net", "--html", "no/such/page.html"], "cannot write"),
+        (["transform", "mymodels:Net", "--html", "no/such/page.html"], "directory: 'no/such/page.html'"),
+        (
+            ["transform", "--override", "fc1", "mymodels:Net"],
+            "\"SELECTOR: FIELD=VALUE, FIELD=VALUE\", found 'fc1'",
+        ),
+        (["transform", "mymodels:Net", "--override", "fc1: seed=3"], "seed"),
         (["plot", "nowhere.jsonl"], "nowhere.jsonl"),
         (["demo", "--tasks", "0"], "expected tasks >= 1"),
         (["demo", "--digits", "--epochs", "0"], "expected epochs >= 1"),
@@ -307,3 +313,140 @@ def test_an_example_that_is_no_tensor_is_refused(
 ) -> None:
     assert main(["transform", target, "--example", text]) == 1
     assert words in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        ["--override", "fc2: weight_splitting_Gamma=3, fuzzy_lr_distribution='normal'"],
+        ["--override", "fc2", "weight_splitting_Gamma=3", 'fuzzy_lr_distribution="normal"'],
+        [
+            "--override",
+            "re:fc2: weight_splitting_Gamma=3",
+            "--override",
+            "re:fc2:fuzzy_lr_distribution=normal",
+        ],
+        ["--override=fc2: weight_splitting_Gamma = 3,fuzzy_lr_distribution = normal"],
+    ],
+)
+def test_an_override_leaves_the_target_alone_wherever_it_stands(
+    override: list[str], target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ([*override, target, "fc2"], [target, *override, "fc2"], [target, "fc2", *override]):
+        assert main(["explain", *arguments]) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "2 groups of 3 of its 6 output channels" in printed
+        assert "fuzzy_lr_distribution = normal from" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("True", True),
+        ("true", True),
+        ("False", False),
+        ("None", None),
+        ("1_000", 1000),
+        ("1e-3", 0.001),
+        ("-inf", float("-inf")),
+        ('"normal"', "normal"),
+        ("'normal'", "normal"),
+        ("normal", "normal"),
+        ("[[0.5, 0.0], [0.5, 1.0]]", [[0.5, 0.0], [0.5, 1.0]]),
+        ("(1, 2)", (1, 2)),
+        ("[true, false]", [True, False]),
+        ("torch.tanh", "torch.tanh"),
+        ("110 011", "110 011"),
+        ("2020-01-01", "2020-01-01"),
+        ("x = 1\ny = 2", "x = 1\ny = 2"),
+        ("", ""),
+    ],
+)
+def test_values_are_spelled_as_in_python_or_toml(text: str, value: object) -> None:
+    found = read_value(text)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_quiet_prints_nothing_and_writes_files(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["transform", target, "--quiet", "--diff", "--json", "report.json"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert (tmp_path / "report.json").stat().st_size > 100
+    assert main(["transform", target, "--quiet", "--only", "fc9"]) == 1
+    assert "selector 'fc9' matches nothing" in capsys.readouterr().err
+
+
+def test_color_is_as_asked(
+    target: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    before = dict(os.environ)
+    assert main(["passes", "--color", "always"]) == 0
+    coloured = capsys.readouterr().out
+    assert "\x1b[1" in coloured
+    assert dict(os.environ) == before
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["passes", "--color", "never"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["passes", "--color", "blue"])
+
+
+@pytest.mark.parametrize("argument", ["--version", "--help"])
+def test_the_command_line_reads_its_arguments_before_it_imports_torch(argument: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "biofx", argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "biofx.cli.parser" in imported
+    assert not {"torch", "rich", "networkx", "biofx.config"} & imported
+
+
+def test_exit_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert "exit codes:\n  0    done" in printed
+    assert "3    check found a fault, or diff a difference" in printed
+
+
+def test_whoever_else_has_the_commands_name_gets_the_same_biofx(tmp_path: Path) -> None:
+    script = tmp_path / "biofx"
+    script.write_text(
+        "import biofx.transform, biofx\nfrom torch import nn\n"
+        "model, report = biofx.transform(nn.Linear(2, 2))\n"
+        "print(report.modified, 'capture' in dir(biofx), biofx.capture.__name__, biofx.errors.__name__)\n",
+        encoding="utf-8",
+    )
+    shown = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout
+    assert shown == "True True capture biofx.errors\n"
+
+
+def test_models_of_the_command_line_find_the_door_open(tmp_path: Path) -> None:
+    source = "import biofx\nfrom torch import nn\nmodel = biofx.transform(nn.Linear(2, 2)).graph_module\n"
+    (tmp_path / "transformed.py").write_text(source, encoding="utf-8")
+    command = [sys.executable, "-m", "biofx", "explain", "transformed.py:model", "*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "picks" in done.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_a_shell_completes_commands_and_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as end:
+        main(["--print-completion", shell])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("transform", "bisect", "override", "print-changed"))
+
+
+def test_completion_without_its_package_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as end:
+        main(["--print-completion", "bash"])
+    assert end.value.code == 1
+    assert "pip install 'biofx[completion]'" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 
 import biofx
 from biofx import errors
-from biofx.cli import _parser
+from biofx.cli.parser import make_parser
 from biofx.config import config_options
 from biofx.options import declared_options
 from biofx.plasticity import BioModule
@@ -75,7 +75,9 @@ def test_every_error_has_its_place(site: Path) -> None:
 
 def test_every_command_has_its_place(site: Path) -> None:
     page = (site / "reference" / "command_line.html").read_text(encoding="utf-8")
-    (commands,) = (action for action in _parser()._actions if action.choices and not action.option_strings)
+    (commands,) = (
+        action for action in make_parser()._actions if action.choices and not action.option_strings
+    )
     assert [name for name in commands.choices or () if f"biofx {name}" not in page] == []
 
 

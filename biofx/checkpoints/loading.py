@@ -55,6 +55,7 @@ def load(
     optimizer: Optimizers = None,
     plasticity: Attachments = None,
     fuzzy_lr_dtype: str | None = None,
+    example_inputs: Any = None,
 ) -> BioGraphModule:
     """Load a checkpoint.
 
@@ -75,6 +76,8 @@ def load(
         plasticity: with a transformed model: what :func:`biofx.attach` returned, or several in a list.
         fuzzy_lr_dtype: with a plain model: the type in which all its rates are stored, one of
             :data:`biofx.config.RATE_DTYPES`; None for the types of the saved ones.
+        example_inputs: with a plain model that was captured with example inputs, which a checkpoint does not
+            hold: such inputs, as for :func:`biofx.transform`.
 
     Returns:
         The transformed model with the saved state.
@@ -94,7 +97,12 @@ def load(
         raise InputError(f"expected a model to load into, found {type(model).__name__}")
     target = unwrapped(model)
     if not isinstance(target, BioGraphModule) or record_of(target) is None:
-        return _load_into_new(saved, model, optimizer, plasticity, fuzzy_lr_dtype)
+        return _load_into_new(saved, model, optimizer, plasticity, fuzzy_lr_dtype, example_inputs)
+    if example_inputs is not None:
+        raise CheckpointError(
+            "expected a plain model with example_inputs, found a transformed one, which needs none; leave "
+            "example_inputs out"
+        )
     if fuzzy_lr_dtype is not None:
         raise CheckpointError(
             "expected a plain model with fuzzy_lr_dtype, found a transformed one, whose rates have a type "
@@ -112,6 +120,7 @@ def _load_into_new(
     optimizer: Optimizers,
     plasticity: Attachments,
     rate_type: str | None,
+    examples: Any,
 ) -> BioGraphModule:
     if optimizer is not None or plasticity is not None:
         raise CheckpointError(
@@ -120,7 +129,7 @@ def _load_into_new(
             "from the result, and load into both"
         )
     with as_checkpoint_error(_UNFIT, but=BiofxError):
-        return _made_from(saved, model, rate_type)
+        return _made_from(saved, model, rate_type, examples)
 
 
 def load_into(
@@ -149,13 +158,14 @@ def load_into(
         take_state(entry, state, same_types=True)
 
 
-def _made_from(saved: Checkpoint, model: nn.Module, rate_type: str | None) -> BioGraphModule:
+def _made_from(saved: Checkpoint, model: nn.Module, rate_type: str | None, examples: Any) -> BioGraphModule:
     """Return a plain model transformed as the saved one was, with its state; the model is not changed.
 
     Args:
         saved: the checkpoint.
         model: of the architecture that the saved one was made from.
         rate_type: the type in which its rates are stored, None for the types of the saved ones.
+        examples: inputs to capture it with, None for those that were captured without.
 
     Raises:
         CheckpointError: the model does not fit.
@@ -167,7 +177,7 @@ def _made_from(saved: Checkpoint, model: nn.Module, rate_type: str | None) -> Bi
         record = _record_as(record, rate_type)
         rules = {path: {**options, _FIELD: rate_type} for path, options in rules.items()}
     configs = {path: config_from_plain(options) for path, options in rules.items()}
-    made = _make_again(record, model)
+    made = _make_again(record, model, examples)
     check_same_making(saved.record, made, any_rate_type=rate_type is not None)
     prepare_states(made)  # of weights: what has no state then is no weight
     hold_again(made, configs.items())
@@ -229,7 +239,7 @@ def _paired(
     return saved if given else ()
 
 
-def _make_again(record: TransformRecord, model: nn.Module) -> BioGraphModule:
+def _make_again(record: TransformRecord, model: nn.Module, examples: Any) -> BioGraphModule:
     """Return a model transformed as a record describes; the model itself is not changed.
 
     Raises:
@@ -241,7 +251,7 @@ def _make_again(record: TransformRecord, model: nn.Module) -> BioGraphModule:
         try:
             with warnings.catch_warnings():  # the saved weights take their place
                 warnings.filterwarnings("ignore", ".* do not look freshly made", BiofxWarning)
-                made = _repeated(step, made)
+                made = _repeated(step, made, examples)
         except (SelectorError, OptionError) as error:
             raise CheckpointError(
                 f"expected the model that the checkpoint was made from ({record.model}), found one that "
@@ -252,14 +262,16 @@ def _make_again(record: TransformRecord, model: nn.Module) -> BioGraphModule:
     return made
 
 
-def _repeated(step: TransformStep, model: nn.Module) -> BioGraphModule:
-    if step.recorded and not isinstance(model, GraphModule):
+def _repeated(step: TransformStep, model: nn.Module, examples: Any) -> BioGraphModule:
+    given = examples if step.recorded and not isinstance(model, GraphModule) else None
+    if given is None and step.recorded and not isinstance(model, GraphModule):
         raise CheckpointError(
-            "the model was captured with example_inputs, which a checkpoint does not hold; transform the "
-            "model with them and the same options, and load into the result"
+            "the model was captured with example_inputs, which a checkpoint does not hold: give such again, "
+            "load(path, model, example_inputs=...)"
         )
     if step.door == "transform":
-        return transform(model, passes=pass_from_plain(step.passes), opaque=step.opaque).graph_module
+        passes = pass_from_plain(step.passes)
+        return transform(model, passes=passes, opaque=step.opaque, example_inputs=given).graph_module
     if step.door == BioConverter.__qualname__ and step.config is not None:
         converted: BioGraphModule = BioConverter(config_from_plain(step.config)).convert(model)
         return converted

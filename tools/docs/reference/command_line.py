@@ -7,12 +7,13 @@ import inspect
 from collections.abc import Iterator
 
 from biofx import cli
+from biofx.cli.parser import make_parser
 from docs.reference.markup import directive, section
 
 
 def command_line() -> str:
     """Return the page: each command with its usage and its options."""
-    parser = cli._parser()
+    parser = make_parser()
     story = (inspect.getdoc(cli) or "").partition("\n\n")[2]
     return "\n\n".join([parser.description or "", story, *map(_command, _commands(parser))])
 
