@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from pathlib import Path
 
 import pytest
 
 import biofx
 from biofx import errors
+
+LIBRARY = Path(__file__).parent.parent
 
 
 def test_every_error_is_exported_and_drawn_in_the_docstring() -> None:
@@ -74,3 +78,18 @@ def test_a_note_is_attached_where_python_can_show_one() -> None:
     notable = NotableError()
     errors.add_note(notable, "raised by pass x")
     assert notable.notes == ["raised by pass x"]
+
+
+def test_every_warning_is_of_one_class_but_for_the_deprecation_of_names() -> None:
+    """Filters and programs that turn warnings into errors name one class."""
+    found = []
+    for path in sorted([*LIBRARY.glob("biofx/**/*.py"), *LIBRARY.glob("passes/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "warn"):
+                given = [*node.args[1:], *(word.value for word in node.keywords if word.arg == "category")]
+                found.append((path.relative_to(LIBRARY).as_posix(), ast.unparse(given[0]) if given else ""))
+    assert len(found) >= 5
+    deprecated = [place for place, kind in found if kind == "DeprecationWarning"]
+    assert deprecated == ["biofx/__init__.py"]
+    assert {kind for _, kind in found} == {"BiofxWarning", "DeprecationWarning"}
+    assert issubclass(errors.BiofxWarning, UserWarning)

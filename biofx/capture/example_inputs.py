@@ -19,8 +19,9 @@ _EXPECTED = "expected x, (x, y), {'x': x} or (args, kwargs), e.g. ((x,), {'mask'
 def as_call(model: nn.Module, given: ExampleInputs) -> Call:
     """Return example inputs as positional and keyword arguments.
 
-    ``(args, kwargs)`` are taken as they are. Else a tuple or list is taken for the arguments by position, a
-    mapping for those by name, unless the model's forward takes it only as one argument.
+    ``(args, kwargs)`` are taken as they are, as ``torch.export.export`` takes them and the ``example_inputs``
+    of its programs are; ``kwargs`` may be None. Else a tuple or list is taken for the arguments by position,
+    a mapping for those by name, unless the model's forward takes it only as one argument.
 
     Args:
         model: the model, of which the signature of the forward is read.
@@ -43,6 +44,11 @@ def as_call(model: nn.Module, given: ExampleInputs) -> Call:
         )
     if len(found) == 1 or _is_a_call(given):
         return found[0]
+    if _is_a_call_without_names(given):
+        raise InputError(
+            "example_inputs: a None after a tuple may be no keyword arguments, or the second input; write "
+            "((x, y), {}) for the former, (((x, y), None), {}) for the latter"
+        )
     raise InputError(
         "example_inputs: a mapping after an input may hold keyword arguments, or be the second input; write "
         "((x,), {...}) for the former, ((x, {...}), {}) for the latter"
@@ -53,6 +59,8 @@ def _calls(given: Any) -> Iterator[Call]:
     """Yield the calls that example inputs may mean, the most obvious first."""
     if _is_a_call(given):
         yield tuple(given[0]), dict(given[1])
+    if _is_a_call_without_names(given):
+        yield tuple(given[0]), {}
     if _has_names(given):
         yield (), dict(given)
     if type(given) in (tuple, list):
@@ -64,6 +72,12 @@ def _calls(given: Any) -> Iterator[Call]:
 def _is_a_call(given: Any) -> bool:
     is_pair = isinstance(given, tuple) and len(given) == 2
     return is_pair and isinstance(given[0], (tuple, list)) and _has_names(given[1])
+
+
+def _is_a_call_without_names(given: Any) -> bool:
+    """Whether it is ``(args, None)``, as ``torch.export.export(model, args, None)`` is called."""
+    is_pair = isinstance(given, tuple) and len(given) == 2
+    return is_pair and isinstance(given[0], (tuple, list)) and given[1] is None
 
 
 def _has_names(value: Any) -> bool:

@@ -330,9 +330,11 @@ class Pass(ABC):
     def _remarks(self, graph_module: BioGraphModule, scope: Scope) -> Iterator[Remark]:
         """Yield the remarks of :meth:`rewrite`, and let what was changed before each belong to it."""
         remarks: Any = self.rewrite(graph_module, scope)
-        if remarks is None:
+        if not isinstance(remarks, Iterator):
+            found = "None" if remarks is None else f"a {type(remarks).__name__}"
             raise PassError(
-                f"{self.name} {BROKE_ITS_CONTRACT}: rewrite returned None; yield a remark for each candidate"
+                f"{self.name} {BROKE_ITS_CONTRACT}: rewrite returned {found}; yield a remark for each "
+                "candidate, once it is rewritten: what was changed since the last one belongs to it"
             )
         for remark in remarks:
             if not isinstance(remark, Remark):

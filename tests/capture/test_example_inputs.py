@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -61,6 +62,11 @@ class Named(nn.Module):
         (Batch, (X, Y), ((X, Y),), {}),
         (Batch, ((X, Y), {}), ((X, Y),), {}),
         (Named, {"x": X}, (), {"x": X}),
+        (One, ((X,), None), (X,), {}),
+        (One, ([X], None), (X,), {}),
+        (Masked, (((X, Y), None), {}), ((X, Y), None), {}),
+        (Masked, (X, None), (X, None), {}),
+        (Batch, (({"image": X, "boxes": [X, Y]},), None), ({"image": X, "boxes": [X, Y]},), {}),
     ],
 )
 def test_what_is_plainly_meant_is_called(
@@ -68,6 +74,40 @@ def test_what_is_plainly_meant_is_called(
 ) -> None:
     found = as_call(kind(), given)
     torch.testing.assert_close(found, (args, kwargs), rtol=0, atol=0)
+
+
+class Nested(nn.Module):
+    """Takes a tensor, a pair, a mapping and a list of them, by position or by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: Any, pair: Any, *, named: Any = None, more: Any = ()) -> Any:
+        total = x + pair[0] - pair[1]["scale"]
+        for each in more:
+            total = total + each
+        return self.linear(total if named is None else total * named["gain"])
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((X, (Y, {"scale": X})), {}),
+        ((), {"x": X, "pair": [Y, {"scale": X}]}),
+        ((X, [Y, {"scale": X}]), {"named": {"gain": Y}}),
+        ((X,), {"pair": (Y, {"scale": X}), "more": [X, Y]}),
+        ((), {"x": X, "pair": (X, OrderedDict(scale=Y)), "named": {"gain": X}, "more": (Y,)}),
+    ],
+)
+def test_what_torch_export_takes_is_taken(args: tuple[Any, ...], kwargs: Any) -> None:
+    model = Nested()
+    program = torch.export.export(model, args, kwargs)
+    expected = model(*args, **(kwargs or {}))
+    for given in ((args, kwargs), program.example_inputs):
+        bio, _ = biofx.transform(model, {"fuzzy_lr_distribution": "baseline"}, example_inputs=given)
+        assert torch.equal(bio(*args, **(kwargs or {})), expected)
+        assert not bio.graph_breaks
 
 
 @pytest.mark.parametrize("given", ["x", 3, True, (), [], {}, nn.Linear(2, 2), Tensor, {"x": X, "y": Y}])
@@ -82,6 +122,9 @@ def test_what_is_no_call_is_refused_with_what_to_write(given: Any) -> None:
 def test_what_could_be_two_calls_is_refused() -> None:
     with pytest.raises(biofx.errors.InputError, match=r"write \(\(x,\), \{...\}\) for the former"):
         as_call(Masked(), (X, {"mask": Y}))
+    for given in ((X,), None), ([X, Y], None):
+        with pytest.raises(biofx.errors.InputError, match=r"write \(\(x, y\), \{\}\) for the former"):
+            as_call(Masked(), given)
 
 
 def test_a_bare_tensor_records_the_model() -> None:

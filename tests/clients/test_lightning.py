@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,6 +142,16 @@ def test_a_second_fit_attaches_to_its_own_optimizer(tmp_path: Path) -> None:
     assert second is not first
     assert second.steps == STEPS * EPOCHS
     assert "(detached)" in repr(first)
+
+
+def test_the_ranks_of_a_distributed_fit_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrapper is the trainer's model, and its group that of the ranks."""
+    group, given = object(), []
+    plasticity = integration.Plasticity()
+    monkeypatch.setattr(plasticity._run, "attach", lambda *args, group: given.append(group))
+    for model in (SimpleNamespace(process_group=group), None):
+        plasticity.on_train_start(SimpleNamespace(model=model, optimizers=[], loggers=[]), None)
+    assert given == [group, None]
 
 
 def test_what_cannot_be_attached_is_refused(tmp_path: Path) -> None:

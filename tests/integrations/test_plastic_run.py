@@ -130,6 +130,13 @@ def test_sharded_memory_is_not_saved_in_part(monkeypatch: pytest.MonkeyPatch) ->
         run.state_dict()
 
 
+def test_the_ranks_of_a_group_agree() -> None:
+    bio, group = made(), object()
+    run = PlasticRun()
+    run.attach(bio, [sgd(bio)], group=group)
+    assert run.attachments[0]._group is group
+
+
 def test_another_observer_is_no_monitor() -> None:
     with pytest.raises(InputError, match=r"monitor: expected a biofx.Monitor, found <.* observers=\["):
         PlasticRun(monitor=lambda step, layers: None)  # type: ignore[arg-type]

@@ -240,6 +240,23 @@ def test_a_rewrite_that_returns_nothing_is_told_to_yield_remarks(graph_module: B
         SilentNode()(graph_module)
 
 
+@pytest.mark.parametrize("returned", [[], (), 3])
+def test_a_rewrite_that_returns_its_remarks_together_is_told_to_yield_each(
+    graph_module: BioGraphModule, returned: Any
+) -> None:
+    class Together(Pass):
+        name: ClassVar[str] = "together"
+
+        def rewrite(self, graph_module: BioGraphModule, scope: Scope) -> Any:
+            return returned
+
+    kind = type(returned).__name__
+    with pytest.raises(
+        PassError, match=f"rewrite returned a {kind}; yield a remark for each candidate, once"
+    ):
+        Together()(graph_module)
+
+
 def test_what_is_no_remark_is_refused(graph_module: BioGraphModule) -> None:
     def work(gm: BioGraphModule) -> Iterator[Any]:
         yield "replaced"
