@@ -180,6 +180,17 @@ def test_links_and_figures_become_those_of_the_site_but_not_in_code(tmp_path: Pa
     ]
 
 
+def test_what_an_earlier_build_left_is_removed(tmp_path: Path) -> None:
+    earlier = Stage(tmp_path / "stage", tmp_path)
+    for name in ("kept.md", "howto/gone.md", "figures/gone.svg"):
+        earlier.write(name, "text")
+    stage = Stage(tmp_path / "stage", tmp_path)
+    stage.write("kept.md", "text")
+    assert stage.remove_the_rest() == [Path("howto/gone.md")]
+    left = [path for path in (tmp_path / "stage").rglob("*") if path.is_file()]
+    assert left == [tmp_path / "stage" / "kept.md"]
+
+
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
     for path in site.rglob("*.html"):
         text = path.read_text(encoding="utf-8")

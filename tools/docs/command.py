@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from sphinx.cmd.build import build_main
     except ImportError as error:
         raise SystemExit(f"the site needs Sphinx: pip install 'biofx[docs]' ({error})") from error
+    os.environ.update(NO_COLOR="1", COLUMNS="90")  # for what argparse says, which the reference quotes
     for name in _TRAINERS:  # shown as where they are missing, which takes no seconds to import
         sys.modules[name] = None  # type: ignore[assignment]
     stage = Stage(options.folder / ".stage")
@@ -48,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StagingError as error:
         print(error, file=sys.stderr)
         return 1
-    stage.remove_the_rest()
-    os.environ["NO_COLOR"] = "1"  # argparse would colour the help that the reference quotes
+    for gone in stage.remove_the_rest():
+        (options.folder / gone).with_suffix(".html").unlink(missing_ok=True)
     own = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(HERE), "-d", str(options.folder / ".doctrees")]
     failed = build_main([*own, str(stage.folder), str(options.folder)])
     if failed:  # else the next build would read those pages as good, and warn of nothing

@@ -26,6 +26,7 @@ html_math_renderer = "mathml"
 html_static_path, html_css_files = ["style"], ["site.css"]
 
 nitpicky = True
+smartquotes = False  # which would make one dash of --option
 myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath"]
 copybutton_prompt_text, copybutton_prompt_is_regexp = r">>> |\.\.\. ", True

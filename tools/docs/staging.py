@@ -92,11 +92,12 @@ class Stage:
                 text += "\n\n" + self._order(path, text)
             self.write(f"{place}.md", text + "\n")
 
-    def remove_the_rest(self) -> None:
-        """Remove what an earlier build left in the folder."""
-        for path in self.folder.rglob("*"):
-            if path.is_file() and path not in self._written:
-                path.unlink()
+    def remove_the_rest(self) -> list[Path]:
+        """Remove what an earlier build left there, and return which of it were pages."""
+        rest = [path for path in self.folder.rglob("*") if path.is_file() and path not in self._written]
+        for path in rest:
+            path.unlink()
+        return [path.relative_to(self.folder) for path in rest if path.suffix in (".md", ".rst")]
 
     def _lines(self, path: Path, place: str, places: Mapping[Path, str]) -> Iterator[str]:
         is_code = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import textwrap
 from collections.abc import Iterator
 
 from biofx import cli
@@ -27,7 +28,7 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Argume
 
 def _command(found: tuple[argparse.ArgumentParser, str]) -> str:
     command, summary = found
-    usage = command.format_usage().removeprefix("usage: ").strip()
+    usage = textwrap.dedent(f"       {command.format_usage().removeprefix('usage: ')}").strip()
     options = [
         directive("option", ", ".join(_spellings(action)), _escaped(action.help or ""))
         for action in command._actions
