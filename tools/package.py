@@ -36,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sdist, wheel = build(folder)
-        python = _fresh_environment(folder / "environment", wheel)
+        python = fresh_environment(folder / "environment", wheel)
         place = _run([str(python), "-c", "import biofx; print(biofx.__file__)"], folder).strip()
         if not Path(place).is_relative_to(folder / "environment"):
             raise PackagingError(f"expected biofx in the fresh environment, found {place}")
@@ -73,15 +73,24 @@ def _built(kind: str, source: Path, folder: Path) -> Path:
     return folder / _run([sys.executable, "-c", command], source).strip().splitlines()[-1]
 
 
-def _fresh_environment(folder: Path, wheel: Path) -> Path:
-    """Install a wheel into a new environment that has what it needs, and return the Python of that."""
+def fresh_environment(folder: Path, wheel: Path, *others: str) -> Path:
+    """Install a wheel into a new environment that has what it needs; return the Python of that.
+
+    Args:
+        folder: of the environment.
+        wheel: what is installed.
+        others: distributions that are there too, but for pytest, which always is.
+
+    Raises:
+        PackagingError: it cannot be installed, or needs what is not here.
+    """
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     place = Path(
         _run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder).strip()
     )
     required = metadata.PathDistribution(_metadata_of(wheel, folder)).requires or ()
-    for name in sorted(_needed([*required, "pytest"])):
+    for name in sorted(_needed([*required, "pytest", *others])):
         distribution = metadata.distribution(name)
         for entry in {path.parts[0] for path in distribution.files or ()} - {"..", "__pycache__"}:
             aim = Path(str(distribution.locate_file(entry)))
