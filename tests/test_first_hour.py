@@ -108,7 +108,7 @@ COMMANDS = {
         "--html",
         "report.html",
     ],
-    "one pass": ["config", "--pass", "scale-gradients"],
+    "one pass": ["config", "--pass", "split-weights"],
     "one rule": ["config", "--rule", "synaptic_scaling"],
     "explain": ["explain", "model.py:network", "0"],
     "demo": ["demo", "--seeds", "1", "--tasks", "2"],
