@@ -62,7 +62,7 @@ class Finding:
         return f"{self.subject or '(the model)'}: {self.invariant}, {counts}{message}"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Audit:
     """Every invariant of a model at one moment; print it, ``rich.print`` it, or take :meth:`to_dict`."""
 
@@ -122,9 +122,6 @@ class Audit:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.summary()}; {len(self.findings)} checks>"
-
-    def __repr__(self) -> str:
-        return f"<Audit of {self.summary()}; {len(self.findings)} things looked at>"
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
