@@ -55,7 +55,8 @@ def transform(
             dynamo or ``make_fx``; see :func:`biofx.capture`.
         config: what to do, as a :class:`BioConfig` or a dict of its fields; the default config if None.
         passes: instead of the config's pipeline: a pass, a pipeline, its text, or a list of passes and
-            names. A bare name takes its options from ``config``.
+            names. A bare name takes its options from ``config``, and ``...`` in a list stands for the
+            config's own passes: ``[..., MyPass()]`` adds one to them.
         only: rewrite only what this selects (see :mod:`biofx.select`).
         exclude: leave alone what this selects.
         opaque: paths of modules not to look into.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from types import EllipsisType
 from typing import Any, TypeAlias
 
 from biofx.config import BioConfig, config_options
@@ -17,7 +18,7 @@ from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.registry import available_passes
 from biofx.select import NodeIndex, Override, picks
 
-PassChoice: TypeAlias = str | Pass | Sequence[str | Pass]
+PassChoice: TypeAlias = "str | Pass | Sequence[str | Pass | EllipsisType]"
 
 
 def compile_config(config: BioConfig, names: Iterable[str] | None = None) -> Pipeline:
@@ -90,7 +91,7 @@ def choose_passes(choice: PassChoice | None, config: BioConfig | None) -> Pipeli
     """Return the pipeline for ``transform``: the config's, or what ``choice`` names.
 
     In ``choice`` a pass, or a text with options, stands for itself; a bare name takes its options from
-    the config, if there is one that has options for it.
+    the config, if there is one that has options for it; ``...`` in a list stands for the config's own passes.
 
     Raises:
         PipelineError: malformed text, an unknown pass, one that the config switches off, no pass at all.
@@ -103,6 +104,9 @@ def choose_passes(choice: PassChoice | None, config: BioConfig | None) -> Pipeli
     for entry in (choice,) if isinstance(choice, (str, Pass)) or not isinstance(choice, Iterable) else choice:
         if isinstance(entry, Pass):
             passes.append(entry)
+            continue
+        if entry is ...:
+            passes += compile_config(config if config is not None else BioConfig()).passes
             continue
         if not isinstance(entry, str):
             raise PipelineError(
