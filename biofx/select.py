@@ -5,6 +5,7 @@ A selector is one of these, or a list of them (any of which may match):
 =========================  ================================================================================
 ``"layer1.0.conv1"``       a module path: that module's nodes, and those of everything inside it
 ``"add_3"``                an FX node name; where a module path reads the same, the module path wins
+``"rnn.W_rec"``            the path of a parameter or buffer: the nodes in which the forward reads it itself
 ``"fc#1"``                 one call of a module that is called several times, counted from 0
 ``"layer*.conv?"``         a glob over module paths and node names; ``*`` crosses dots
 ``"re:layer[12]\\..*"``     a regular expression that a whole module path or node name must match
@@ -120,6 +121,10 @@ class NodeIndex:
         self._modules = dict(self.graph_module.named_modules(remove_duplicate=False))
         self.candidates = [self._candidate(node) for node in self.graph_module.graph.nodes]
         self._by_name = {candidate.name: candidate for candidate in self.candidates}
+        self._reads: dict[str, list[Node]] = {}
+        for candidate in self.candidates:
+            if candidate.node.op == "get_attr":
+                self._reads.setdefault(str(candidate.node.target), []).append(candidate.node)
 
     def match(self, pattern: Pattern) -> Match:
         """Return what ``pattern`` picks.
@@ -145,7 +150,7 @@ class NodeIndex:
 
     def near(self, selector: Selector) -> list[str]:
         """Return names that almost match, nearest first."""
-        known = [*(path for path in self._modules if path), *self._by_name]
+        known = [*(path for path in self._modules if path), *self._by_name, *self._reads]
         patterns = selector if isinstance(selector, (list, tuple)) else (selector,)
         found: list[str] = []
         for pattern in patterns:
@@ -169,6 +174,8 @@ class NodeIndex:
             return self._within({pattern})
         if pattern in self._by_name:
             return (), [self._by_name[pattern].node]
+        if pattern in self._reads:
+            return (), self._reads[pattern]
         path, hash_sign, call = pattern.rpartition("#")
         if hash_sign and call.isdecimal() and path in self._modules:
             wanted = (path, int(call))
@@ -202,7 +209,7 @@ class NodeIndex:
         if pattern.startswith("type:"):
             names = {c.__name__ for m in self._modules.values() for c in type(m).__mro__}
             return suggest(pattern[5:].rpartition(".")[2], sorted(names))
-        return suggest(pattern, [*self._modules, *self._by_name]) or (
+        return suggest(pattern, [*self._modules, *self._by_name, *self._reads]) or (
             "; 'biofx explain' and biofx.format_graph show the names there are"
         )
 

@@ -396,3 +396,44 @@ def test_a_container_that_is_never_called_picks_what_lies_in_it() -> None:
     index = NodeIndex(biofx.capture(Listed()))
     for pattern in ("blocks", "block?", "re:blocks", "type:ModuleList", nn.ModuleList):
         assert {node.name for node in index.match(pattern).nodes} == {"blocks_0", "blocks_1"}
+
+
+class RateNetwork(nn.Module):
+    """Reads weights of its own, whose nodes have other names than the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W_in = nn.Parameter(torch.randn(6, 3))
+        self.W_rec = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.relu(x @ self.W_in.t())
+        for _ in range(2):
+            state = torch.relu(state @ self.W_rec.t() + x @ self.W_in.t())
+        return state
+
+
+def test_a_parameter_that_the_forward_reads_is_picked_by_its_own_path() -> None:
+    index = NodeIndex(biofx.capture(RateNetwork()))
+    (match,) = index.matches("W_rec")
+    assert {(node.op, node.target) for node in match.nodes} == {("get_attr", "W_rec")}
+    with pytest.raises(SelectorError, match="'W_rce' matches nothing; did you mean 'W_rec'"):
+        index.match("W_rce")
+
+
+def test_an_override_reaches_a_parameter_of_a_loop_by_its_path() -> None:
+    class Loop(RateNetwork):
+        def forward(self, x: Tensor) -> Tensor:
+            state = x.new_zeros(x.shape[1], 6)
+            for step in x:
+                state = torch.relu(state @ self.W_rec.t() + step @ self.W_in.t())
+            return state
+
+    config = BioConfig(apply_dales_principle=True, fuzzy_lr_distribution="baseline")
+    signs = [1, 1, 1, 1, 1, -1]
+    bio_model, _ = biofx.transform(
+        Loop(), config.override("W_rec", dales_signs=signs), example_inputs=(torch.randn(4, 2, 3),)
+    )
+    weight = biofx.deploy(bio_model).get_parameter("W_rec")
+    assert bool((weight * torch.tensor(signs) >= 0).all())
+    assert bool((weight[:, 5] < 0).any())
