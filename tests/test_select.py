@@ -429,7 +429,7 @@ def test_an_override_reaches_a_parameter_of_a_loop_by_its_path() -> None:
                 state = torch.relu(state @ self.W_rec.t() + step @ self.W_in.t())
             return state
 
-    config = BioConfig(apply_dales_principle=True, fuzzy_lr_distribution="baseline")
+    config = BioConfig(apply_dales_principle=True, fuzzy_lr_distribution=biofx.Distribution.BASELINE)
     signs = [1, 1, 1, 1, 1, -1]
     bio_model, _ = biofx.transform(
         Loop(), config.override("W_rec", dales_signs=signs), example_inputs=(torch.randn(4, 2, 3),)
