@@ -204,7 +204,7 @@ def test_from_dict_and_update(run: Run) -> None:
         apply_dales_principle=True,
     )
     assert printed == [str(config)]
-    assert "LOGNORMAL" in printed[0]
+    assert "lognormal" in printed[0]
     assert "dampening_factor=0.7" in printed[0]
 
 

@@ -42,9 +42,9 @@ def is_exported(model: object) -> TypeGuard[ExportedProgram | GraphModule]:
     """Whether an object is a program, or a graph module, that torch has captured."""
     if isinstance(model, ExportedProgram):
         return True
-    return isinstance(model, GraphModule) and (
-        _ORIGINAL_NAMES in model.meta or any(map(is_aten, model.graph.nodes))
-    )
+    if not isinstance(model, GraphModule):
+        return False
+    return bool(_original_names(model)) or any(map(is_aten, model.graph.nodes))
 
 
 def model_of(exported: ExportedProgram | GraphModule) -> BioGraphModule:
@@ -108,7 +108,8 @@ def _rebuilt(source: GraphModule, ranges: Mapping[Any, Any]) -> BioGraphModule:
 
 def _original_names(source: GraphModule) -> dict[str, str]:
     """Return the names that the model has for what a graph holds under others."""
-    return {str(flat): str(name) for flat, name in source.meta.get(_ORIGINAL_NAMES, {}).items()}
+    meta = vars(source).get("meta", {})  # a model's own module may have that name
+    return {str(flat): str(name) for flat, name in meta.get(_ORIGINAL_NAMES, {}).items()}
 
 
 def _tree(source: GraphModule, graph: Graph, names: Mapping[str, str]) -> nn.Module:
