@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -51,6 +51,12 @@ class Bound:
     """Whether its update is multiplicative."""
 
 
+_Held: TypeAlias = dict[str, tuple[nn.Parameter, dict[str, Any]]]
+"""Weights that an optimizer holds, with their groups, by path."""
+_ByGroup: TypeAlias = list[tuple[dict[str, Any], list[BioModule]]]
+"""The groups of these, with the states of the weights in each."""
+
+
 class Binding:
     """The weights of a model that an optimizer steps.
 
@@ -74,7 +80,7 @@ class Binding:
         self.exponentiated = exponentiated
         self.always_scales = always_scales
         self._weights: dict[str, nn.Parameter] = {}
-        self._known: tuple[list[Any], dict[str, tuple[nn.Parameter, dict[str, Any]]]] = [], {}
+        self._forget()
         self._ways: dict[Hashable, Way] = {}
         self._counters: frozenset[str] = frozenset()
 
@@ -85,30 +91,31 @@ class Binding:
             PlasticityError: a weight has been replaced, or is attached to another optimizer; or factors
                 cannot act under the optimizer's options. Nothing has been changed.
         """
-        held = self._held(optimizer)
-        of_group: dict[int, list[BioModule]] = {}
-        for path, (_, group) in held.items():
-            of_group.setdefault(id(group), []).append(self.states[path])
-        found: dict[int, tuple[Way, float]] = {}
-        bound: dict[str, Bound] = {}
-        for path, (weight, group) in held.items():
-            if id(group) not in found:
-                way = self._way(optimizer, group, of_group[id(group)])
-                found[id(group)] = way, decoupled_decay(optimizer, group) if self.free_decay else 0.0
-            state = self.states[path]
-            is_exponentiated = self.exponentiated and state.is_constrained
-            if is_exponentiated:
-                refuse_decay(path, group)
-            bound[path] = Bound(state, weight, group, *found[id(group)], is_exponentiated)
+        held, of_group = self._held(optimizer)
+        scaled = []
+        for group, states in of_group:
+            decay = decoupled_decay(optimizer, group) if self.free_decay else 0.0
+            scaled.append((self._way(optimizer, group, states), decay))
+        exponentiated = [path for path in held if self.exponentiated and self.states[path].is_constrained]
+        for path in exponentiated:
+            refuse_decay(path, held[path][1])
+        last = self._last
+        if last is None or last[0] is not held or last[1:3] != (scaled, exponentiated):
+            found = {id(group): each for (group, _), each in zip(of_group, scaled, strict=True)}
+            bound = {
+                path: Bound(self.states[path], weight, group, *found[id(group)], path in exponentiated)
+                for path, (weight, group) in held.items()
+            }
+            last = self._last = held, scaled, exponentiated, bound
         for path, (weight, _) in held.items() if len(held) != len(self._weights) else ():
             if path not in self._weights:
                 self._weights[path] = weight
                 _HOLDERS[weight] = weakref.ref(self)
-        return bound
+        return last[3]
 
     def left_alone(self, optimizer: Optimizer) -> dict[str, str]:
         """Return the weights that the optimizer does not step now, with the reason, by path."""
-        held = {id(weight) for weight, _ in self._held(optimizer).values()}
+        held = {id(weight) for weight, _ in self._held(optimizer)[0].values()}
         reasons = {}
         for path, state in self.states.items():
             weight = state.parameter
@@ -124,25 +131,40 @@ class Binding:
         """Allow other optimizers to be attached to the weights."""
         for weight in self._weights.values():
             _HOLDERS.pop(weight, None)
-        self.states, self._weights, self._known = {}, {}, ([], {})
+        self.states, self._weights = {}, {}
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_known", "_last")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._known = [], {}
+        self._forget()
         for weight in self._weights.values():
             _HOLDERS[weight] = weakref.ref(self)
 
-    def _held(self, optimizer: Optimizer) -> dict[str, tuple[nn.Parameter, dict[str, Any]]]:
-        """Return the model's weights that the optimizer holds, with their groups, by path."""
+    def _forget(self) -> None:
+        """Forget what was found at the last step, which is found again as long as it is the same."""
+        self._known: tuple[list[int], _Held, _ByGroup] = [], {}, []
+        self._last: tuple[_Held, list[tuple[Way, float]], list[str], dict[str, Bound]] | None = None
+
+    def _held(self, optimizer: Optimizer) -> tuple[_Held, _ByGroup]:
+        """Return the model's weights that the optimizer holds, and their states by group."""
         present = [*map(id, optimizer.param_groups)]
         for group in optimizer.param_groups:
-            present += (len(group["params"]), *map(id, group["params"]))
+            params = group["params"]
+            present.append(len(params))
+            present += map(id, params)
         present += [id(state.parameter) for state in self.states.values()]
         if present != self._known[0] or not self._weights:
-            self._known = present, self._find(optimizer)
-        return self._known[1]
+            held = self._find(optimizer)
+            of_group: dict[int, tuple[dict[str, Any], list[BioModule]]] = {}
+            for path, (_, group) in held.items():
+                of_group.setdefault(id(group), (group, []))[1].append(self.states[path])
+            self._known = present, held, [*of_group.values()]
+        return self._known[1:]
 
-    def _find(self, optimizer: Optimizer) -> dict[str, tuple[nn.Parameter, dict[str, Any]]]:
+    def _find(self, optimizer: Optimizer) -> _Held:
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         held = {}
         for path, state in self.states.items():
@@ -164,9 +186,10 @@ class Binding:
         return held
 
     def _way(self, optimizer: Optimizer, group: Mapping[str, Any], states: list[BioModule]) -> Way:
+        multiplied = [state.gradient_level != 1 or state.has_rates for state in states]
+        if not self.always_scales and True not in multiplied:
+            return Way.UPDATE  # so a trial is not needed
         levelled = any(state.gradient_level != 1 for state in states)
-        if not self.always_scales and not levelled and not any(state.has_rates for state in states):
-            return Way.UPDATE  # nothing is multiplied, so a trial is not needed
         in_graph = levelled or any(state.scaled_in_graph for state in states)
         kinds = kinds_of(state.weight for state in states)
         key = signature(group, self._counters), kinds, in_graph

@@ -387,7 +387,9 @@ class BioState(nn.Module):
     @property
     def has_rates(self) -> bool:
         """Whether its learning rate is multiplied: by factors, or by what crystallization made of 1."""
-        return self.has_factors or self.memory.dampening is not None
+        buffers = self._buffers
+        has_factors = buffers[FACTORS] is not None or buffers[DRAW] is not None
+        return has_factors or self.memory.dampening is not None
 
     def zero_rates(self) -> Tensor | None:
         """Return where the learning rate is 0, bool, shaped like the weight; None if it is nowhere."""
@@ -417,8 +419,11 @@ class BioState(nn.Module):
         """Whether an optimizer's step is left as it is, but for rules on weights, and no gradient is used."""
         held = self.__dict__
         buffers = held["_buffers"]
-        kept = (buffers[FACTORS], buffers[DRAW], buffers[UTILITY], held["connection_probe"])
-        return all(each is None for each in (*kept, held["memory"].dampening)) and held["gradient_level"] == 1
+        return (
+            buffers[FACTORS] is buffers[DRAW] is buffers[UTILITY] is held["connection_probe"] is None
+            and held["memory"].dampening is None
+            and held["gradient_level"] == 1
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name == FACTORS and "_buffers" in self.__dict__ and (sampling := self.rate_sampling) is not None:

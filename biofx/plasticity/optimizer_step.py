@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -88,45 +88,64 @@ class OptimizerStep:
         self._group, self._watched = group, watched
         self._holding = HoldingStep(self._due, self._is_due, group)
         self._acts = watched or not _ON_GRADIENTS.isdisjoint(self._due)
-        self._states: list[BioModule] = []
+        self._bound: Mapping[str, Bound] = {}
+        self._stepped: dict[str, Bound] = {}
         self._weights: dict[str, _Weight] = {}
         self._gradients: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    @property
+    @cached_property
     def layers(self) -> dict[str, LayerStep]:
         """What the step did to each weight that it stepped, by path."""
-        return {path: stepped.layer for path, stepped in self._weights.items()}
+        return {path: LayerStep(bound.state) for path, bound in self._stepped.items()}
 
-    @torch.no_grad()
     def prepare(self, optimizer: Optimizer, bound: Mapping[str, Bound]) -> None:
         """Run the rules on gradients, then multiply the gradients that factors act on."""
-        self._states = [weight.state for weight in bound.values()]
+        self._bound = bound
+        self._stepped = {path: each for path, each in bound.items() if each.weight.grad is not None}
+        for path, each in self._stepped.items():
+            if self._acts or each.is_exponentiated or not each.state.is_stepped_plainly:
+                self._weights[path] = _Weight(each, self.layers[path])
+        if self._weights:
+            self._prepare_weights(optimizer)
+
+    def finish(self, optimizer: Optimizer) -> None:
+        """Rescale updates, write signs back, then run the rules on weights."""
+        self._restore_gradients()
+        for path, each in self._stepped.items():
+            if path not in self._weights and each.state.is_constrained:
+                self._weights[path] = _Weight(each, self.layers[path])
+        averages = self._group is not None and "rejuvenate_units" in self._schedule.names
+        if self._weights or self._due or averages:
+            self._finish_weights(optimizer, averages=averages)
+        self._memory.settle()
+
+    @torch.no_grad()
+    def _prepare_weights(self, optimizer: Optimizer) -> None:
         try:
-            with self._schedule.in_force(self._states, self._number):
-                self._holding.observe(bound.values())
-                for path, weight in bound.items():
-                    if weight.weight.grad is not None:
-                        stepped = self._weights[path] = _Weight(weight, LayerStep(weight.state))
-                        self._prepare(optimizer, stepped, weight.weight.grad)
+            with self._in_force():
+                self._holding.observe(stepped.bound for stepped in self._weights.values())
+                for stepped in self._weights.values():
+                    self._prepare(optimizer, stepped)
         except BaseException:
             self._restore_gradients()
             raise
 
     @torch.no_grad()
-    def finish(self, optimizer: Optimizer) -> None:
-        """Rescale updates, write signs back, then run the rules on weights."""
-        self._restore_gradients()
-        with self._schedule.in_force(self._states, self._number):
+    def _finish_weights(self, optimizer: Optimizer, *, averages: bool) -> None:
+        with self._in_force():
             for stepped in self._weights.values():
                 self._finish(optimizer, stepped)
-            if "rejuvenate_units" in self._schedule.names and self._group is not None:
-                average_inputs(self._states, self._group)
+            if averages:
+                average_inputs([each.state for each in self._bound.values()], self._group)
             for name in self._due:
                 if name == "rejuvenate_units":
                     self._turn_over_units(optimizer)
                 elif name not in (*_BUILT_IN, *HOLDING):
                     self._run_on_weights(name, optimizer)
-        self._memory.settle()
+
+    def _in_force(self) -> AbstractContextManager[None]:
+        """Let the options of the step's rules hold for their weights."""
+        return self._schedule.in_force([each.state for each in self._bound.values()], self._number)
 
     def _is_due(self, name: str, state: BioModule) -> bool:
         """Whether a rule runs on a weight at this step."""
@@ -139,11 +158,11 @@ class OptimizerStep:
                 weight.grad = original
         self._gradients = []
 
-    def _prepare(self, optimizer: Optimizer, stepped: _Weight, gradient: Tensor) -> None:
+    def _prepare(self, optimizer: Optimizer, stepped: _Weight) -> None:
+        """Run the rules on the gradient of a weight, and keep what is needed of it after the step."""
         bound, layer = stepped.bound, stepped.layer
         state, weight = bound.state, bound.weight
-        if not self._acts and not bound.is_exponentiated and state.is_stepped_plainly:
-            return
+        gradient: Any = weight.grad
         if state.connection_probe is not None:
             state.unscale_probe()
         if state.config.rejuvenation_utility == "gradient" and self._sees_utility(state):
@@ -260,12 +279,12 @@ class OptimizerStep:
 
     def _turn_over_units(self, optimizer: Optimizer) -> None:
         """Run the rule that gathers what it needs of sharded weights itself, and only where units go."""
-        for stepped in self._weights.values():
-            state, turnover = stepped.bound.state, stepped.bound.state.turnover
+        for path, bound in self._stepped.items():
+            state, turnover = bound.state, bound.state.turnover
             acts = isinstance(turnover, UnitTurnover) and self._is_due("rejuvenate_units", state)
             if acts and turnover.why_never(state) is None:
                 replaced = state.turn_over_units(optimizer, is_shared=self._group is not None)
-                stepped.layer.touched["rejuvenate_units"] = replaced
+                self.layers[path].touched["rejuvenate_units"] = replaced
 
     def _run_on_weights(self, name: str, optimizer: Optimizer) -> None:
         layers = [layer for layer in self.layers.values() if self._is_due(name, layer.state)]
