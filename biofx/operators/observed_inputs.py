@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -37,16 +39,16 @@ def observe_inputs(
         nonnegative: whether no entry of ``x`` can be negative, so that both means are one.
     """
     if training and not torch._C._are_functorch_transforms_active() and not is_recomputed():
-        with torch.no_grad():
-            rank = x.dim()
-            held = x.detach() if rank > 1 else x.detach().unsqueeze(0)
-            axes = [axis for axis in range(-max(rank, 2), 0) if axis != channel_axis]
-            total = held.sum(axes, dtype=seen.dtype)
-            magnitude = total if nonnegative else held.abs().sum(axes, dtype=seen.dtype)
-            entries = x.numel() // seen.shape[1]
-            counted = (magnitude - magnitude).add_(entries)  # not a number where a sum is not finite
-            means = torch.stack((counted, magnitude, total)).div_(entries)
-            seen[:RUNNING_MEAN].add_(means.nan_to_num_(0.0, 0.0, 0.0))
+        rank = x.dim()
+        held = x.detach() if rank > 1 else x.detach().unsqueeze(0)
+        axes = [axis for axis in range(-max(rank, 2), 0) if axis != channel_axis]
+        sums = held.sum(axes, dtype=seen.dtype)
+        if not nonnegative:
+            magnitude = held.abs().sum(axes, dtype=seen.dtype)
+            sums = torch.stack((magnitude, magnitude, sums, magnitude))
+        counts, divisors = _one_forward(x.numel() // seen.shape[1], seen)
+        means = torch.addcdiv(counts, sums, divisors)  # not a number where a sum is not finite
+        seen.add_(means.nan_to_num_(0.0, 0.0, 0.0))
     return x
 
 
@@ -69,3 +71,29 @@ def observe_state(result: Any, seen: Tensor, training: bool, *, direction: int =
     own = states[..., direction * units : (direction + 1) * units]
     observe_inputs(own, seen, training, channel_axis=-1)
     return result
+
+
+def _one_forward(entries: int, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a forward adds to each row, but for sums, and what sums are divided by, each ``(4, 1)``.
+
+    Args:
+        entries: of each channel, a count; without any, the sums of 0 become not a number.
+        seen: gives type and device.
+    """
+    if type(seen) is Tensor and seen.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _kept_one_forward(entries, seen.dtype)
+    return _made_one_forward(entries, seen)
+
+
+def _made_one_forward(entries: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    counts = torch.zeros(WATCHED, 1, dtype=like.dtype, device=like.device)
+    counts[FORWARDS].fill_(1)
+    divisors = torch.full_like(counts, entries)
+    divisors[FORWARDS].mul_(math.inf)
+    divisors[RUNNING_MEAN].mul_(math.inf)
+    return counts, divisors
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_one_forward(entries: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _made_one_forward(entries, torch.empty(0, dtype=dtype, device="cpu"))

@@ -80,7 +80,8 @@ class Binding:
         self.exponentiated = exponentiated
         self.always_scales = always_scales
         self._weights: dict[str, nn.Parameter] = {}
-        self._forget()
+        self._known: tuple[list[int], _Held, _ByGroup] = [], {}, []
+        self._last: tuple[_Held, list[tuple[Way, float]], list[str], dict[str, Bound]] | None = None
         self._ways: dict[Hashable, Way] = {}
         self._counters: frozenset[str] = frozenset()
 
@@ -131,22 +132,16 @@ class Binding:
         """Allow other optimizers to be attached to the weights."""
         for weight in self._weights.values():
             _HOLDERS.pop(weight, None)
-        self.states, self._weights = {}, {}
-        self._forget()
+        self.states, self._weights, self._known, self._last = {}, {}, ([], {}, []), None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_known", "_last")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget()
+        self._known, self._last = ([], {}, []), None
         for weight in self._weights.values():
             _HOLDERS[weight] = weakref.ref(self)
-
-    def _forget(self) -> None:
-        """Forget what was found at the last step, which is found again as long as it is the same."""
-        self._known: tuple[list[int], _Held, _ByGroup] = [], {}, []
-        self._last: tuple[_Held, list[tuple[Way, float]], list[str], dict[str, Bound]] | None = None
 
     def _held(self, optimizer: Optimizer) -> tuple[_Held, _ByGroup]:
         """Return the model's weights that the optimizer holds, and their states by group."""

@@ -41,7 +41,8 @@ from biofx.plasticity.selection import BelowMean, LowestShare, Utility, follow_u
 from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
 from biofx.plasticity.turnover import turn_over
 from biofx.plasticity.unit_inputs import broadcast_units, input_strength, synaptic_scaling
-from biofx.plasticity.unit_turnover import NOT_WATCHED, UnitTurnover
+from biofx.plasticity.unit_turnover import NOT_WATCHED
+from biofx.plasticity.unit_turnover_run import UnitRun, turn_over_units
 
 _UPDATE = "update_fuzzy_learning_rates"
 _NEED_GRADIENT = frozenset({"fuzzy_learning_rates", "volume_dependent_lr", "crystallize", *HOLDING})
@@ -565,17 +566,12 @@ class BioModule(ConsolidatedState):
             PlasticityError: the optimizer holds only some of the parameters that would be changed; none is.
         """
         self._require("rejuvenate_units")
-        return self.turn_over_units(optimizer)
+        (replaced,) = turn_over_units([self.unit_run()], optimizer)
+        return replaced
 
-    def turn_over_units(self, optimizer: Optimizer | None, *, is_shared: bool = False) -> int:
-        """Do what :meth:`rejuvenate_units` does where nothing is against it; gradients must be off.
-
-        Args:
-            optimizer: what it remembers of the replaced units' weights becomes 0.
-            is_shared: whether what units did is the mean over several ranks, which all call this together.
-        """
-        turnover: UnitTurnover = self.turnover
-        return turnover.run(self, optimizer, lambda: self._generator("rejuvenate_units"), is_shared=is_shared)
+    def unit_run(self) -> UnitRun:
+        """Return the next run of :meth:`rejuvenate_units`, for several layers to do it together."""
+        return UnitRun(self.turnover, self, lambda: self._generator("rejuvenate_units"))
 
     @torch.no_grad()
     def enforce_dales_principle(self) -> int:

@@ -22,6 +22,7 @@ from biofx.plasticity.ranks import average_activity, average_inputs, sum_probe, 
 from biofx.plasticity.schedule import Schedule
 from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part
 from biofx.plasticity.unit_turnover import UnitTurnover
+from biofx.plasticity.unit_turnover_run import turn_over_units
 from biofx.plasticity.updates import BeforeStep, Way, exponentiate, remember, rescale
 
 _BEFORE_STEP = ("crystallize", "update_fuzzy_learning_rates")
@@ -279,12 +280,15 @@ class OptimizerStep:
 
     def _turn_over_units(self, optimizer: Optimizer) -> None:
         """Run the rule that gathers what it needs of sharded weights itself, and only where units go."""
+        runs = {}
         for path, bound in self._stepped.items():
             state, turnover = bound.state, bound.state.turnover
             acts = isinstance(turnover, UnitTurnover) and self._is_due("rejuvenate_units", state)
             if acts and turnover.why_never(state) is None:
-                replaced = state.turn_over_units(optimizer, is_shared=self._group is not None)
-                self.layers[path].touched["rejuvenate_units"] = replaced
+                runs[path] = state.unit_run()
+        counts = turn_over_units([*runs.values()], optimizer, is_shared=self._group is not None)
+        for path, replaced in zip(runs, counts, strict=True):
+            self.layers[path].touched["rejuvenate_units"] = replaced
 
     def _run_on_weights(self, name: str, optimizer: Optimizer) -> None:
         layers = [layer for layer in self.layers.values() if self._is_due(name, layer.state)]

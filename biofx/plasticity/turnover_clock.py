@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from biofx.operators.observed_inputs import FORWARDS, MAGNITUDE, MEAN, RUNNING_MEAN
+
+
+class Rows(NamedTuple):
+    """Views of what a reader of units has seen."""
+
+    forwards: Tensor
+    """A count, ``(channels,)``."""
+    magnitude: Tensor
+    """The sum of the means of |x| over these, ``(channels,)``."""
+    mean: Tensor
+    """The sum of the means of x, ``(channels,)``."""
+    running: Tensor
+    """The running mean of x, ``(channels,)``."""
+    since: Tensor
+    """All that has been seen since the last run, ``(3, channels)``."""
 
 
 class TurnoverClock:
@@ -21,6 +38,7 @@ class TurnoverClock:
         self._versions: dict[str, tuple[Tensor, int]] = {}
         self._due = 0.0
         self._seen: list[tuple[Tensor, int]] = []
+        self._rows: dict[int, tuple[Tensor, int, Rows]] = {}
         self._rates: list[tuple[Tensor, int]] = []
         self._maturity = 0
         self._waits: list[int] = []
@@ -59,6 +77,19 @@ class TurnoverClock:
             if tensor._version == version:
                 return False
         return True
+
+    def rows(self, number: int, seen: Tensor) -> Rows:
+        """Return the rows of what a reader has seen, made anew where it is another tensor than before.
+
+        Args:
+            number: of the reader.
+            seen: as :func:`~biofx.operators.observed_inputs.observe_inputs` keeps it.
+        """
+        known = self._rows.get(number)
+        if known is None or known[0] is not seen or known[1] != seen.data_ptr():
+            made = Rows(seen[FORWARDS], seen[MAGNITUDE], seen[MEAN], seen[RUNNING_MEAN], seen[:RUNNING_MEAN])
+            known = self._rows[number] = seen, seen.data_ptr(), made
+        return known[2]
 
     def note_seen(self, tensors: Sequence[Tensor]) -> None:
         """Note that what was written to some tensors has been taken from them."""

@@ -20,34 +20,29 @@ of k times as much and a maturity of 1/k of it replace as many units at the same
 
 Deviations: activity is seen where each weight reads it, behind normalisation, pooling and dropout, instead of
 behind the nonlinearity. A unit of which a synapse has a learning rate of 0 stays.
+
+What happens at a run is in :mod:`biofx.plasticity.unit_turnover_run`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
-from torch.optim import Optimizer
+from torch import Tensor
 
-from biofx.errors import PlasticityError
-from biofx.operators.observed_inputs import FORWARDS, MAGNITUDE, RUNNING_MEAN, WATCHED
+from biofx.operators.observed_inputs import RUNNING_MEAN, WATCHED
 from biofx.plasticity.bio_state import BioState
 from biofx.plasticity.initial_weights import initial_weights
 from biofx.plasticity.saved_state import DRAW, FACTORS
 from biofx.plasticity.turnover_clock import TurnoverClock
 from biofx.plasticity.unit_entries import UnitEntries, UnitReader, zero_rates
 from biofx.plasticity.unit_inputs import sum_units
-from biofx.plasticity.unit_replacement import check_optimizer, replace_units
 
 DECAY = 0.99
 NOT_WATCHED = "its units are not watched (unit_turnover='continual-backprop' or 'redo')"
-_LEAST = 1e-6
-"""Less than one forward of the ranks of a run, a count."""
 
 
 @dataclass(frozen=True)
@@ -88,126 +83,25 @@ class UnitTurnover(UnitEntries):
                 return f"what {writer.state.path!r} was drawn from is not known: {initial}"
         return None
 
-    def run(
-        self,
-        lead: BioState,
-        optimizer: Optimizer | None,
-        generator: Callable[[], Generator],
-        *,
-        is_shared: bool = False,
-    ) -> int:
-        """Let units grow older, and replace those whose time has come; returns how many.
-
-        Where a reader has seen nothing since the last run, nothing happens.
-
-        Args:
-            lead: the state that keeps the buffers of the units.
-            optimizer: of all the parameters; None for one that remembers nothing.
-            generator: makes a CPU generator, the only source of randomness.
-            is_shared: whether what was seen is that of several ranks, which all call this together.
-
-        Raises:
-            PlasticityError: the optimizer holds only some of the parameters; nothing has been changed.
-        """
-        buffers = lead._buffers
-        utility, age, due = buffers["unit_utility"], buffers["unit_age"], buffers["units_due"]
-        if utility is None or age is None or due is None:
-            raise PlasticityError(f"{lead.path!r}: {NOT_WATCHED}")
-        if optimizer is not None and not self.clock.knows(optimizer):
-            check_optimizer(self, optimizer)
-            self.clock.meet(optimizer)
-        seen = [reader.seen for reader in self.readers]
-        if not self._has_seen(seen, age, is_shared=is_shared):
-            return 0
-        is_redo = lead.config.unit_turnover == "redo"
-        contribution, magnitude = self._follow(seen, magnitudes=is_redo)
-        utility.lerp_(contribution, 1 - DECAY)
-        self.clock.grow_older(age)
-        if is_redo:
-            dormant = magnitude <= lead.config.unit_turnover_dormancy * magnitude.mean()
-            gone = (dormant & ~self._held_by_rates()).nonzero().flatten()
-        else:
-            gone = self._of_least_utility(lead, utility, age, due)
-        if len(gone):
-            means = [self._mean_activity(reader, age) for reader in self.readers]
-            is_gone = torch.zeros(self.count, dtype=torch.bool, device=age.device)
-            is_gone[gone] = True
-            replace_units(self, is_gone, means, optimizer, generator)
-            utility[gone], age[gone] = 0, 0
-        self.clock.note_seen(seen)
-        return len(gone)
-
-    def _has_seen(self, seen: Sequence[Tensor], age: Tensor, *, is_shared: bool) -> bool:
-        """Whether every reader has seen something; without asking the device, where that is known."""
-        changed = self.clock.have_changed(seen, age)
-        if changed is False:
-            return False
-        if changed and not is_shared and self._reads_alone and age.device.type != "cpu":
-            return True  # an empty batch is not told from others there; utilities fall a little, all alike
-        for reader, held in zip(self.readers, seen, strict=True):
-            own = reader.channels.own
-            forwards = held[FORWARDS] if own is None else held[FORWARDS][own.to(held.device)]
-            if not bool((forwards > 0).all()):
-                return False
-        return True
-
     @cached_property
-    def _reads_alone(self) -> bool:
+    def reads_alone(self) -> bool:
         """Whether no reader reads other units, whose turnover would write to what it has seen."""
         return all(reader.channels.own is None for reader in self.readers)
 
-    def _follow(self, seen: Sequence[Tensor], *, magnitudes: bool) -> tuple[Tensor, Tensor]:
-        """Return what each unit contributed since the last run, and its mean |h| if asked for.
-
-        What was seen goes into the running means, and is forgotten.
-        """
-        contribution = magnitude = channels = torch.empty(0)
-        for number, (reader, held) in enumerate(zip(self.readers, seen, strict=True)):
-            place, running = reader.channels, held[RUNNING_MEAN]
-            size, mean = (held[MAGNITUDE:RUNNING_MEAN] / held[FORWARDS].clamp(min=_LEAST)).unbind()
-            brought = place.sum_units(size * reader.strength().to(size.dtype), self.count)
-            contribution = brought if number == 0 else contribution + brought
-            if magnitudes:
-                summed = place.sum_units(size, self.count)
-                counted = place.sum_units(torch.ones_like(size), self.count)
-                magnitude = summed if number == 0 else magnitude + summed
-                channels = counted if number == 0 else channels + counted
-            if place.own is None:
-                running.lerp_(mean, 1 - DECAY)
-                held[:RUNNING_MEAN].zero_()
-            else:
-                own = place.own.to(held.device)
-                running[own] = running[own].lerp(mean[own], 1 - DECAY)
-                held[:RUNNING_MEAN, own] = 0
-        return contribution, magnitude / channels if magnitudes else magnitude
-
-    def _of_least_utility(self, lead: BioState, utility: Tensor, age: Tensor, due: Tensor) -> Tensor:
-        """Return which units go, int64."""
-        config, clock = lead.config, self.clock
-        able = clock.mature(age, config.unit_turnover_maturity, self._rates, self._held_by_rates)
-        fraction = clock.read(due) + config.unit_turnover_rate * able
-        count = min(able, math.floor(fraction))
-        clock.write(due, fraction - count)
-        if not count:
-            return torch.empty(0, dtype=torch.int64)
-        eligible = ~self._held_by_rates() & (age > config.unit_turnover_maturity)
-        average = utility / (1 - DECAY ** age.to(utility.dtype))
-        return torch.where(eligible, average, math.inf).argsort(stable=True)[:count]
-
-    def _mean_activity(self, reader: UnitReader, age: Tensor) -> Tensor:
+    def mean_activity(self, reader: UnitReader, age: Tensor) -> Tensor:
         """Return h̄ at each channel of a reader that is of the units."""
         running = reader.seen[RUNNING_MEAN]
         ages = age[reader.channels.units.clamp(min=0).to(age.device)].to(running)
         return running / (1 - DECAY**ages)
 
     @property
-    def _rates(self) -> list[Tensor]:
+    def rates(self) -> list[Tensor]:
         """What says of the weights where learning rates are 0."""
         tables = [part.state._buffers for part in (*self.writers, *self.readers)]
         held = [table[name] for table in tables for name in (FACTORS, DRAW)]
         return [rates for rates in held if rates is not None]
 
-    def _held_by_rates(self) -> Tensor:
+    def held_by_rates(self) -> Tensor:
         """Return which units have a synapse with a learning rate of 0, bool."""
         held = torch.zeros(self.count, dtype=torch.float32, device=self.writers[0].state.weight.device)
         for part in (*self.writers, *self.readers):
