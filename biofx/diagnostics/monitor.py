@@ -19,6 +19,7 @@ from biofx.diagnostics.effective_weight import Effective, effective_weights
 from biofx.diagnostics.monitor_curves import Curves, Log, TensorBoard
 from biofx.diagnostics.monitor_plot import plot_records
 from biofx.diagnostics.monitor_records import (
+    FactorStatistics,
     LayerRecord,
     Sink,
     StepRecord,
@@ -130,6 +131,7 @@ class Monitor:
         self._states: dict[str, BioModule] = {}
         self._effective: dict[str, Effective] = {}
         self._drawn_below: dict[str, int] = {}
+        self._factors: dict[str, tuple[weakref.ref[Tensor], int, FactorStatistics]] = {}
         self._activity: ActivityWatch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,6 +140,7 @@ class Monitor:
             "_states": {},
             "_effective": {},
             "_drawn_below": {},
+            "_factors": {},
             "_activity": None,
             "_weights_before": {},
             "_sinks": [],
@@ -187,6 +190,7 @@ class Monitor:
         self._effective = effective_weights(cast(GraphModule, plain), self._states)
         self._weights_before = {}
         self._drawn_below = {}
+        self._factors = {}
         self._model = weakref.ref(plain)
         self._stop_seeing()
         if self.activity:
@@ -360,13 +364,24 @@ class Monitor:
             return measure(
                 state,
                 self._effective[path],
-                crystallized_below=self.crystallized_below,
+                factors=self._statistics(path, state),
                 drawn_below=self._drawn(path, state),
                 touched=self._touched.pop(path, {}),
                 gradient_norm=gradient_norm,
                 update_norm=update_norm,
                 activity=None if self._activity is None else self._activity.take(path, self.dormancy),
             )
+
+    def _statistics(self, path: str, state: BioModule) -> FactorStatistics:
+        """Return the statistics of a weight's factors, taken anew where they have been written to."""
+        acting = state.acting_factors
+        known = self._factors.get(path)
+        if acting is None or known is None or known[0]() is not acting or known[1] != acting._version:
+            statistics = FactorStatistics.of(acting, self.crystallized_below)
+            if acting is None or acting is not state.stored_factors or acting.is_inference():
+                return statistics
+            known = self._factors[path] = weakref.ref(acting), acting._version, statistics
+        return known[2]
 
     def _drawn(self, path: str, state: BioModule) -> int:
         """Return how many factors are low without crystallization, counted once where they do not change."""

@@ -153,12 +153,37 @@ class Sink(Protocol):
         """Bring what was taken to where it can be seen."""
 
 
+@dataclass(frozen=True)
+class FactorStatistics:
+    """What is recorded of a weight's learning-rate factors; without any, what a record has then."""
+
+    mean: float | None = None
+    std: float | None = None
+    histogram: tuple[int, ...] = ()
+    below: int = 0
+    """Factors below a threshold, a count."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, factors: Tensor | None, threshold: float) -> FactorStatistics:
+        """Return the statistics of factors.
+
+        Args:
+            factors: any shape; None for none.
+            threshold: dimensionless.
+        """
+        if factors is None:
+            return cls()
+        real = factors.float()
+        return cls(real.mean().item(), _spread(real), _histogram(factors), _below(factors, threshold))
+
+
 @torch.no_grad()
 def measure(
     state: BioModule,
     effective: Effective,
     *,
-    crystallized_below: float,
+    factors: FactorStatistics,
     drawn_below: int,
     touched: Mapping[str, int],
     gradient_norm: float | None,
@@ -170,19 +195,19 @@ def measure(
     Args:
         state: the weight's plasticity state.
         effective: computes the weight that the layer uses.
-        crystallized_below: a factor below counts as crystallized, dimensionless,
+        factors: of the weight now; those below the threshold count as crystallized,
         drawn_below: but for so many, which are below without crystallization (:func:`drawn_below`).
         touched: as in the record; likewise the norms and the activity.
     """
     raw = state.weight.detach()
     used = effective(raw)
-    factors, signs = state.acting_factors, effective.count_signs(raw, used)
+    signs = effective.count_signs(raw, used)
     return LayerRecord(
         synapses=raw.numel(),
-        factor_mean=None if factors is None else factors.float().mean().item(),
-        factor_std=None if factors is None else _spread(factors.float()),
-        factor_histogram=() if factors is None else _histogram(factors),
-        crystallized=None if factors is None else max(0, _below(factors, crystallized_below) - drawn_below),
+        factor_mean=factors.mean,
+        factor_std=factors.std,
+        factor_histogram=factors.histogram,
+        crystallized=None if factors.mean is None else max(0, factors.below - drawn_below),
         touched=dict(touched),
         wrong_signs=None if signs is None else signs.wrong,
         wrong_signs_raw=None if signs is None else signs.wrong_raw,

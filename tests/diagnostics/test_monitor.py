@@ -864,3 +864,16 @@ def test_table_is_a_sink(mlp: nn.Module) -> None:
     assert table.table().title == "no step recorded yet"
     sink.write(run(["a.weight"])[0])
     assert table.table().title == "step 0"
+
+
+def test_factors_that_were_written_to_are_measured_again(mlp: nn.Module) -> None:
+    bio = biofx.transform(mlp).graph_module
+    monitor, state, means = Monitor(), state_of(bio, "0.weight"), list[Any]()
+    for change in (lambda held: held, lambda held: held, lambda held: held.mul_(0.5), torch.ones_like):
+        state.fuzzy_learning_rate_parameters = change(factors(bio, "0.weight"))
+        record = monitor.record(bio)
+        assert record is not None
+        means.append(record.layers["0.weight"].factor_mean)
+        assert means[-1] == factors(bio, "0.weight").mean().item()
+    assert means[0] == means[1]
+    assert means[2:] == [pytest.approx(means[0] / 2), 1.0]
