@@ -128,7 +128,7 @@ class ConsolidatedState(BioState):
         """
         if (counts := self.task_counts) is None:
             return
-        counts[_STEPS] += 1
+        counts[_STEPS].add_(1)
         method, seen = self.config.consolidation, self.task_importance
         if method == "elastic" and seen is not None:
             slope = self.loss_gradient(gradient).to(seen.dtype)
@@ -281,7 +281,7 @@ class ConsolidatedState(BioState):
         gradient = local(self._gradient())
         if rule in OF_TASKS:
             self.see_gradient(gradient)
-        self.add_pulls(gradient, [rule], self.graph_scale())
+        self.add_pulls(gradient, gradient, [rule], self.graph_scale())
         rates = self.consolidated_rates() if rule in OF_TASKS else None
         if rates is not None:
             gradient.mul_(rates.to(gradient.dtype))
@@ -324,11 +324,12 @@ class ConsolidatedState(BioState):
         return pulls and self.anchor_weight is not None and self._total_importance() > 0
 
     @torch.no_grad()
-    def add_pulls(self, gradient: Tensor, rules: list[str], scale: Tensor | None) -> None:
-        """Add the gradients of the penalties of rules to a gradient, in place.
+    def add_pulls(self, gradient: Tensor, own: Tensor, rules: list[str], scale: Tensor | None) -> None:
+        """Add the gradients of the penalties of rules to a gradient.
 
         Args:
             gradient: this rank's part.
+            own: where the sum is written, also if there is nothing to add; possibly the gradient itself.
             rules: some of :data:`HOLDING`.
             scale: what the graph has multiplied the gradient by, broadcastable to it; None for 1.
         """
@@ -336,14 +337,17 @@ class ConsolidatedState(BioState):
         each = None if scale is None else scale.expand_as(weight)
         if "l2_to_initial" in rules and self.initial_weight is not None:
             strength = 2 * config.l2_to_initial_strength
-            add_pull(gradient, weight, local(self.initial_weight), strength, scale=each)
+            add_pull(gradient, weight, local(self.initial_weight), strength, scale=each, out=own)
+            gradient = own
         anchor, importance = self.anchor_weight, self.importance
         if anchor is None or importance is None or not self.pulls([*OF_TASKS.intersection(rules)]):
+            if own is not gradient:
+                own.copy_(gradient)
             return
         strength = PENALTIES[config.consolidation] * config.consolidation_strength
         if config.consolidation == "elastic":
             strength *= config.consolidation_decay
-        add_pull(gradient, weight, local(anchor), strength, local(importance), each)
+        add_pull(gradient, weight, local(anchor), strength, local(importance), each, out=own)
 
     @torch.no_grad()
     def consolidated_rates(self) -> Tensor | None:

@@ -25,15 +25,16 @@ the path of synaptic intelligence is along what clipping has left of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from biofx.operators.sampling import for_each_block, normal_quantiles, sampled_from
+from biofx.operators.sampling import for_each_block, normal_quantiles, random_levels
 
-_BLOCK = 1 << 15
-"""Elements that are worked on at once, so that temporaries stay in the cache."""
+_BLOCK = 1 << 17
+"""Elements that are worked on at once, so that temporaries stay in the cache and calls are few."""
 
 PENALTIES = {
     "synaptic-intelligence": 2.0,
@@ -63,8 +64,10 @@ def add_pull(
     strength: float,
     importance: Tensor | None = None,
     scale: Tensor | None = None,
+    *,
+    out: Tensor,
 ) -> None:
-    """Add strength · importance · (weight - anchor) · scale to a gradient, in place.
+    """Write gradient + strength · importance · (weight - anchor) · scale.
 
     Args:
         gradient: any shape.
@@ -73,13 +76,14 @@ def add_pull(
         strength: twice λ for a penalty of λ · importance · distance².
         importance: None for 1.
         scale: what the gradient has been multiplied by, dimensionless; None for 1.
+        out: where to, possibly the gradient itself.
     """
     factors = [tensor for tensor in (importance, scale) if tensor is not None]
-    for part, held, target, *each in in_blocks(gradient, weight, anchor, *factors):
+    for part, made, held, target, *each in in_blocks(gradient, out, weight, anchor, *factors):
         pull = torch.sub(held, target)
         for factor in each:
             pull.mul_(factor)
-        part.add_(pull, alpha=strength)
+        torch.add(part, pull.to(made.dtype), alpha=strength, out=made)
 
 
 def follow_path(path: Tensor, gradient: Tensor, before: Tensor, after: Tensor) -> None:
@@ -121,6 +125,8 @@ def rates_of(importance: Tensor, mean: float, strength: float) -> Tensor:
 def follow_utility(utility: Tensor, gradient: Tensor, weight: Tensor, decay: float) -> None:
     """Take one step of the utility of UPGD, in place: u ← β u - (1 - β) g w.
 
+    Where g w is not finite, u stays.
+
     Args:
         utility: u, any shape, in units of loss.
         gradient: of the loss, same shape.
@@ -128,7 +134,17 @@ def follow_utility(utility: Tensor, gradient: Tensor, weight: Tensor, decay: flo
         decay: β, dimensionless.
     """
     for mean, slope, held in in_blocks(utility, gradient, weight):
-        mean.mul_(decay).addcmul_(slope.to(mean.dtype), held.to(mean.dtype), value=decay - 1)
+        slope, held = slope.to(mean.dtype), held.to(mean.dtype)
+        if is_surely_finite(slope, held):
+            mean.mul_(decay).addcmul_(slope, held, value=decay - 1)
+        else:
+            product = slope * held
+            mean.copy_(torch.where(product.isfinite(), mean * decay + (decay - 1) * product, mean))
+
+
+def is_surely_finite(tensor: Tensor, other: Tensor) -> bool:
+    """Whether all products of two tensors are finite; False where only the device would know, or in doubt."""
+    return tensor.device.type == "cpu" and math.isfinite(torch.dot(tensor.reshape(-1), other.reshape(-1)))
 
 
 def gate_of(utility: Tensor, largest: Tensor) -> Tensor:
@@ -160,9 +176,10 @@ def noise_of(count: int, deviation: float, generator: torch.Generator, within: s
     drawn = torch.empty(span.stop - span.start)
 
     def sample(block: slice, own: torch.Generator) -> None:
-        values = sampled_from(table, block.stop - block.start, own)
         start, stop = max(block.start, span.start), min(block.stop, span.stop)
-        drawn[start - span.start : stop - span.start] = values[start - block.start : stop - block.start]
+        needed = slice(start - block.start, stop - block.start)
+        levels = random_levels(block.stop - block.start, own)[needed].int()
+        torch.index_select(table, 0, levels, out=drawn[start - span.start : stop - span.start])
 
     for_each_block(count, sample, generator, within=span)
     return drawn

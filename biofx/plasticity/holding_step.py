@@ -70,7 +70,7 @@ class HoldingStep:
         self,
         bound: Bound,
         touched: dict[str, int],
-        own_gradient: Callable[[], Tensor],
+        changing: Callable[[], tuple[Tensor, Tensor]],
         multiplier: Tensor | None,
         *,
         in_graph: bool,
@@ -80,7 +80,8 @@ class HoldingStep:
         Args:
             bound: the weight.
             touched: how many synapses each rule touched, which is noted in it.
-            own_gradient: returns the gradient that may be changed, as all of a weight.
+            changing: returns this rank's part of the gradient, and of the one that takes its place, to which
+                all is written; the same tensor where that is there already.
             multiplier: broadcastable to the whole weight, or to this rank's part; None for 1.
             in_graph: whether the gradient is multiplied by the factors of the graph.
         """
@@ -88,15 +89,14 @@ class HoldingStep:
         if rules is None:
             return multiplier
         scale = state.graph_scale(level=bound.way is Way.GRADIENT, factors=in_graph)
-        gradient = None
         if self.follows(state) or state.pulls(rules):
-            gradient = local(own_gradient())  # the optimizer may change that of the path, otherwise
-            state.add_pulls(gradient, rules, scale)
+            state.add_pulls(*changing(), rules, scale)  # else the optimizer may change that of the path
         rates = state.consolidated_rates()
         if "upgd" in rules:
             noise = state.noise_on_gradient()
             if noise is not None:
-                local(own_gradient()).add_(noise if scale is None else noise.mul_(scale))
+                found, own = changing()
+                torch.add(found, noise if scale is None else noise.mul_(scale), out=own)
             rates = state.utility_gate(self._largest[state.path])
         for name in rules:
             touched[name] = weight.numel()

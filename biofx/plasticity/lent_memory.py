@@ -29,15 +29,26 @@ class LentMemory:
 
         Args:
             key: whose it is; equal keys get the same memory at each step.
-            tensor: dense, in any layout, which the copy has too; of a sharded one the copy is a fresh one.
+            tensor: in any layout, which the copy has too; of a sharded or sparse one the copy is a fresh one.
         """
-        if is_sharded(tensor) or tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided:
             return tensor.detach().clone()
+        return self.like(key, tensor).copy_(tensor.detach())
+
+    def like(self, key: Hashable, tensor: Tensor) -> Tensor:
+        """Return memory for a copy, with anything in it.
+
+        Args:
+            key: as in :meth:`copy_of`.
+            tensor: dense.
+        """
+        if is_sharded(tensor):
+            return torch.empty_like(tensor, requires_grad=False)
         held = self._held.get(key)
         if held is None or key in self._lent or not _is_alike(held, tensor):
             held = self._held[key] = torch.empty_like(tensor, requires_grad=False)
         self._lent.add(key)
-        return held.copy_(tensor.detach())
+        return held
 
     def settle(self) -> None:
         """Take back what was lent, at the end of a step."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -180,8 +180,10 @@ class OptimizerStep:
                 multiplier = self._level_update(bound, multiplier)
             if bound.way is Way.GRADIENT and may_move_without_gradient(optimizer, weight):
                 stepped.frozen = _frozen(state, weight)
-        own = partial(self._own_gradient, bound)
-        multiplier = self._holding.change(bound, layer.touched, own, multiplier, in_graph=not is_unscaled)
+        changing = partial(self._changing_gradient, bound)
+        multiplier = self._holding.change(
+            bound, layer.touched, changing, multiplier, in_graph=not is_unscaled
+        )
         scales_update = multiplier is not None and bound.way is Way.UPDATE
         compares = scales_update or stepped.frozen is not None or self._holding.follows(state)
         if compares or self._watched or bound.is_exponentiated:
@@ -190,20 +192,30 @@ class OptimizerStep:
         if scales_update:
             stepped.multiplier = multiplier
         elif multiplier is not None:
-            scaled = self._own_gradient(bound)
-            local(scaled).mul_(local_part(multiplier, scaled).to(scaled.dtype))
+            found, scaled = self._changing_gradient(bound)
+            torch.mul(found, local_part(multiplier, weight).to(found.dtype), out=scaled)
 
     def _own_gradient(self, bound: Bound) -> Tensor:
         """Give a weight a copy of its gradient, which may be changed until the step is over."""
+        found, own = self._changing_gradient(bound)
+        if own is not found:
+            own.copy_(found)
+        return cast(Tensor, bound.weight.grad)
+
+    def _changing_gradient(self, bound: Bound) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of a gradient, and of one in its place, to which all has to be written.
+
+        Both are the same tensor where the weight has a gradient that may be changed already.
+        """
         weight = bound.weight
-        for known, _, given in self._gradients:
-            if known is weight:
-                return given
         gradient: Any = weight.grad
-        own = self._memory.copy_of(("gradient", bound.state.path), gradient)
+        if any(known is weight for known, _, _ in self._gradients):
+            return local(gradient), local(gradient)
+        key, is_dense = ("gradient", bound.state.path), gradient.layout is torch.strided
+        own = self._memory.like(key, gradient) if is_dense else self._memory.copy_of(key, gradient)
         self._gradients.append((weight, gradient, own))
         weight.grad = own
-        return own
+        return local(gradient.detach() if is_dense else own), local(own)
 
     def _sees_utility(self, state: BioModule) -> bool:
         """Whether the running mean by which weights are judged takes this step's gradient."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from biofx.plasticity.consolidation import in_blocks
+from biofx.plasticity.consolidation import in_blocks, is_surely_finite
 
 _SAMPLE = 1 << 16
 _SMALLEST = 1e-12
@@ -91,7 +91,7 @@ def follow_utility(utility: Tensor, weight: Tensor, gradient: Tensor, *, decay: 
     share = 1.0 if utility.numel() > 0 and float(utility.flatten()[0]) < 0 else 1 - decay
     for block in in_blocks(*tensors):
         mean, product = block[0], _product(*block)
-        if not math.isfinite(product.sum()):
+        if not is_surely_finite(product, product):
             product = torch.where(product.isfinite(), product, mean.clamp(min=0))
         mean.lerp_(product, share)
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx.operators.sampling import for_each_block, generator_for, normal_quantiles, sampled_from
+from biofx.plasticity.consolidation import follow_utility
 from tests.consolidation_models import (
     DAMPING,
     DECAY,
@@ -399,3 +400,32 @@ def test_new_synapses_are_of_no_importance() -> None:
     assert torch.equal(state.anchor_weight[new], state.weight[new])
     assert torch.equal(state.anchor_weight[~new], anchor[~new])
     assert ((state.weight - weight).abs()[new] > 1e-3).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_leaves_the_utility_of_upgd_as_it_was(wrong: float) -> None:
+    weight, utility = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.ones(3, 4)
+    gradient = torch.full((3, 4), 2.0)
+    gradient[1, 2] = wrong
+    expected = 0.9 * utility - 0.1 * gradient * weight
+    expected[1, 2] = 1.0
+    follow_utility(utility, gradient, weight, 0.9)
+    torch.testing.assert_close(utility, expected)
+
+
+def test_utility_of_upgd_is_finite_again_with_the_gradient() -> None:
+    bio = made(method="upgd", upgd_noise=0.0)
+    stepping = torch.optim.SGD(bio.parameters(), lr=0.1)
+    biofx.attach(bio, stepping, ["upgd"])
+    loss_of(bio, 0).backward()
+    for parameter in bio.parameters():
+        assert parameter.grad is not None
+        parameter.grad[0] = float("nan")
+    before = copy.deepcopy(parameters(bio))
+    stepping.step()
+    for path, parameter in parameters(bio).items():
+        importance = state_of(bio, path).importance
+        assert importance is not None
+        assert bool(importance.isfinite().all())
+        assert not bool(importance[0].any())  # 0 at the start
+        assert not torch.equal(parameter[-1], before[path][-1])

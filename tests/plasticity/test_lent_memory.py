@@ -65,3 +65,11 @@ def test_gradients_that_an_optimizer_keeps_stay_as_they_were() -> None:
     assert len({entry.data_ptr() for entry in seen}) == 4
     for found, value in zip(seen, expected, strict=True):
         assert torch.equal(found, value)
+
+
+def test_memory_that_is_not_filled_is_that_of_copies() -> None:
+    memory, tensor = LentMemory(), torch.randn(3, 2).t()
+    address = memory.copy_of("a", tensor).data_ptr()
+    memory.settle()
+    made = memory.like("a", tensor)
+    assert (made.data_ptr(), made.stride()) == (address, tensor.stride())
