@@ -222,7 +222,7 @@ def _observed_runs() -> Work:
 
 
 def _monitors(device: torch.device) -> Iterator[Work]:
-    """Yield ten training steps of which a monitor watches one, without and with the activity of units."""
+    """Yield ten training steps of which a monitor watches none or one, without or with activity."""
     mlp = nn.Sequential(
         *(nn.Linear(784, 500), nn.ReLU(), nn.Linear(500, 500), nn.ReLU(), nn.Linear(500, 10)),
     )
@@ -233,13 +233,12 @@ def _monitors(device: torch.device) -> Iterator[Work]:
     ):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
         monitors: dict[str, list[biofx.Monitor]] = {
-            "watched, no activity": [biofx.Monitor(every=10, keep=1, activity=False)],
             "not watched": [],
+            "watched, no activity": [biofx.Monitor(every=10, keep=1, activity=False)],
             "watched": [biofx.Monitor(every=10, keep=1)],
         }
         candidates = {label: _ten_steps(plain, x, observers) for label, observers in monitors.items()}
-        goals = {"watched": 1.03}
-        yield Work(f"{name}, monitor, ten training steps", candidates, "watched, no activity", goals)
+        yield Work(f"{name}, monitor, ten training steps", candidates, "not watched", {"watched": 1.05})
 
 
 def _ten_steps(plain: nn.Module, x: Tensor, observers: list[biofx.Monitor]) -> Callable[[], None]:
