@@ -566,12 +566,8 @@ class BioModule(ConsolidatedState):
             PlasticityError: the optimizer holds only some of the parameters that would be changed; none is.
         """
         self._require("rejuvenate_units")
-        (replaced,) = turn_over_units([self.unit_run()], optimizer)
+        (replaced,) = turn_over_units([unit_run_of(self)], optimizer)
         return replaced
-
-    def unit_run(self) -> UnitRun:
-        """Return the next run of :meth:`rejuvenate_units`, for several layers to do it together."""
-        return UnitRun(self.turnover, self, lambda: self._generator("rejuvenate_units"))
 
     @torch.no_grad()
     def enforce_dales_principle(self) -> int:
@@ -677,6 +673,11 @@ class BioModule(ConsolidatedState):
         reason = self.why_not(rule)
         if reason is not None:
             raise PlasticityError(f"{rule} cannot act on {self.path!r}: {reason}")
+
+
+def unit_run_of(state: BioModule) -> UnitRun:
+    """Return a layer's next run of ``rejuvenate_units``, for several layers to do it together."""
+    return UnitRun(state.turnover, state, lambda: state._generator("rejuvenate_units"))
 
 
 def _divided(gradient: Tensor, factors: Tensor) -> Tensor:

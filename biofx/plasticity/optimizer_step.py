@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from biofx.plasticity.binding import Bound
-from biofx.plasticity.bio_module import BioModule
+from biofx.plasticity.bio_module import BioModule, unit_run_of
 from biofx.plasticity.consolidated_state import HOLDING
 from biofx.plasticity.holding_step import HoldingStep
 from biofx.plasticity.lent_memory import LentMemory
@@ -297,7 +297,7 @@ class OptimizerStep:
             state, turnover = bound.state, bound.state.turnover
             acts = isinstance(turnover, UnitTurnover) and self._is_due("rejuvenate_units", state)
             if acts and turnover.why_never(state) is None:
-                runs[path] = state.unit_run()
+                runs[path] = unit_run_of(state)
         counts = turn_over_units([*runs.values()], optimizer, is_shared=self._group is not None)
         for path, replaced in zip(runs, counts, strict=True):
             self.layers[path].touched["rejuvenate_units"] = replaced

@@ -18,7 +18,7 @@ from biofx.rewriting.pipeline import Pipeline
 from biofx.rewriting.registry import available_passes
 from biofx.select import NodeIndex, Override, picks
 
-PassChoice: TypeAlias = "str | Pass | Sequence[str | Pass | EllipsisType]"
+PassChoice: TypeAlias = str | Pass | Sequence[str | Pass | EllipsisType]
 
 
 def compile_config(config: BioConfig, names: Iterable[str] | None = None) -> Pipeline:
