@@ -11,7 +11,8 @@ BiofxError
 ├── CheckpointError   a file or state cannot be saved, or does not fit what it is loaded into (a ValueError)
 ├── PlasticityError   a plasticity rule cannot be applied
 │   └── NonFiniteWeightError  a weight is NaN or infinite
-└── InvariantError    a transformed model no longer is what its passes made it
+├── InvariantError    a transformed model no longer is what its passes made it
+└── TorchVersionError torch lacks something that biofx reaches inside of it (also an ImportError)
 
 :class:`BiofxWarning` is the class of every warning, but for the deprecation of names.
 """
@@ -36,6 +37,7 @@ __all__ = [
     "PipelineError",
     "PlasticityError",
     "SelectorError",
+    "TorchVersionError",
 ]
 
 
@@ -147,6 +149,13 @@ class InvariantError(BiofxError):
 
     Remedy: something outside of biofx wrote to weights, signs or factors, or changed the graph. Load the last
     checkpoint, or transform the model again; ``biofx.check(model)`` lists every finding.
+    """
+
+
+class TorchVersionError(BiofxError, ImportError):
+    """The installed torch lacks something private that biofx reaches, which another release renamed.
+
+    Remedy: install a release of torch on which biofx was tried, which the message lists, or a newer biofx.
     """
 
 

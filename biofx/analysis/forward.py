@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+from biofx.torch_private import MODULE_OF_TENSOR_METHODS
+
 ValueT = TypeVar("ValueT")
 
 
@@ -78,7 +80,7 @@ def rule_for(analysis: str, node: Node, module: nn.Module | None) -> Callable[[A
     """
     target: Any = node.target
     name = getattr(target, "__name__", "")
-    is_wrapped = getattr(target, "__module__", "") == "torch._tensor"  # as that of **
+    is_wrapped = getattr(target, "__module__", "") == MODULE_OF_TENSOR_METHODS  # as that of **
     if is_wrapped or getattr(Tensor, name, None) is target:  # a method, called as a function
         target = name
     targets = (target,) if module is None else type(module).__mro__

@@ -16,12 +16,13 @@ from biofx.graph.graph_functions import checkpointed_path
 from biofx.graph.node_kinds import queries_metadata
 from biofx.layers import kind_of_call
 from biofx.operators.split_ops import fold_weight, pool_synapses, sum_synapses
+from biofx.torch_private import grouped_product
 
 _PRODUCTS: frozenset[Any] = frozenset(
     {
         *(operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
         *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm, torch.tensordot),
-        *(torch._grouped_mm, F.grouped_mm),
+        *(grouped_product, F.grouped_mm),
     }
 )
 _PRODUCT_METHODS = frozenset({"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__"})

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Node
 from torch.nn import functional as F
+
+from biofx.torch_private import OpOverload, arguments_in_schema, name_in_schema, nn_operators
 
 Options = dict[str, Any]
 Call = tuple[Any, tuple[Any, ...], Options]
@@ -75,7 +76,7 @@ def arguments_of(node: Node) -> Options:
     """Return the arguments of a call of an operator, by the names of its schema, with defaults filled in."""
     target: Any = node.target
     given: Options = {}
-    for place, argument in enumerate(target._schema.arguments):
+    for place, argument in enumerate(arguments_in_schema(target)):
         if place < len(node.args):
             given[argument.name] = node.args[place]
         elif argument.name in node.kwargs:
@@ -87,14 +88,14 @@ def arguments_of(node: Node) -> Options:
 
 def _name_of(node: Node) -> str:
     target: Any = node.target
-    return str(target._schema.name).partition("::")[2] if is_aten(node) else ""
+    return name_in_schema(target).partition("::")[2] if is_aten(node) else ""
 
 
 def _call_of(node: Node) -> Call | None:
     name = _name_of(node)
     if name in _TABLE:
         return _TABLE[name](arguments_of(node))
-    for found in (getattr(torch, name, None), getattr(torch._C._nn, name, None)):
+    for found in (getattr(torch, name, None), getattr(nn_operators, name, None)):
         if callable(found) and type(found).__name__ == "builtin_function_or_method":
             return found, node.args, dict(node.kwargs)
     if callable(getattr(Tensor, name, None)) and node.args and isinstance(node.args[0], Node):

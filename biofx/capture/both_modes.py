@@ -18,6 +18,7 @@ from biofx.graph.branches import begin_branch, by_mode, end_branch, hoist_shared
 from biofx.graph.contexts import is_of_a_context
 from biofx.graph.node_kinds import IS_NUMBER
 from biofx.graph.regions import is_inside, joined_path
+from biofx.torch_private import codegen_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class _Union:
         self._flags: dict[str, Node] = {}
         self._numbers: dict[str, Node] = {}
         self.graph = Graph(tracer_cls=Tracer)
-        self.graph._codegen = training.graph._codegen
+        self.graph.set_codegen(codegen_of(training.graph))
         for shared, pairs in self._stretches():
             if shared:
                 for ours, theirs in pairs:

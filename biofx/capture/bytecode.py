@@ -38,6 +38,7 @@ import torch
 from torch import nn
 
 from biofx.static_inspection import attributes_of, bases_outside_torch, is_installed, is_of, packages_of
+from biofx.torch_private import jit_internal
 
 Found = TypeVar("Found")
 
@@ -47,7 +48,7 @@ _TORCH_FOLDER = torch.__path__[0]
 _OWN_FOLDER = str(Path(__file__).parent)
 _ON_BEHALF = frozenset(
     {
-        *(torch.nn.parameter.__file__, torch.__file__, torch.jit.__file__, torch._jit_internal.__file__),
+        *(torch.nn.parameter.__file__, torch.__file__, torch.jit.__file__, jit_internal.__file__),
         *(ABCMeta.__instancecheck__.__code__.co_filename, typing.__file__),
     }
 )

@@ -14,14 +14,15 @@ from typing import Any, NoReturn
 
 import torch
 from torch.autograd import grad_mode
+from torch.backends import cuda
 from torch.fx import Node, Proxy
-from torch.nn.utils import parametrize
 
 from biofx.capture.bytecode import CallSite
 from biofx.capture.graph_breaks import OPENS_CONTEXT
 from biofx.capture.intercepted_calls import replaced
 from biofx.capture.symbolic_scalars import Builder, plain
 from biofx.graph.contexts import BEGINNINGS, autocast_nesting, begin_autocast, begin_grad_mode
+from biofx.torch_private import autocast_options, parametrizations_are_cached, saved_tensors_are_hooked
 
 
 @dataclass
@@ -106,9 +107,9 @@ class OpenContexts:
             self._builder.write(BEGINNINGS[innermost.begin.target], (innermost.begin,))  # type: ignore[index]
 
 
-_ATTENTION_KERNELS = (
-    *(torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled),
-    *(torch._C._get_math_sdp_enabled, torch._C._get_cudnn_sdp_enabled),
+_ATTENTION_KERNELS: tuple[Callable[[], bool], ...] = (
+    *(cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled),
+    *(cuda.math_sdp_enabled, cuda.cudnn_sdp_enabled),
 )
 
 
@@ -121,8 +122,8 @@ def ambient_modes() -> tuple[Any, ...]:
         *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
         torch.get_default_dtype(),
         torch.initial_seed(),
-        parametrize._cache_enabled > 0,
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+        parametrizations_are_cached(),
+        saved_tensors_are_hooked(),
         *(is_enabled() for is_enabled in _ATTENTION_KERNELS),
     )
 
@@ -241,7 +242,7 @@ class ContextPatches:
         """Return what an autocast was made with; None means what is in force when it is entered."""
         if id(context) in self._given:
             return self._given[id(context)][1]
-        return (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
+        return autocast_options(context)
 
     def _query(self, name: str, what: str) -> Callable[..., Any]:
         original = getattr(torch, name)

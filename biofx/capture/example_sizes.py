@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from biofx.graph.guards import require_same
+from biofx.torch_private import pytree
 
 _MOST_SAMPLES = 64
 """The largest number of samples to try because of a query, a count; or twice as many as the example has."""

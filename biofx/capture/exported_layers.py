@@ -22,6 +22,7 @@ from biofx.graph.regions import joined_path
 from biofx.layers import kind_of_call
 from biofx.layers.layer_kind import LayerCall, LoweredCall, NotHeld, argument
 from biofx.layers.norms import norm_kind_of_call
+from biofx.torch_private import flat_weight_names, name_for_target, rename
 
 _NORMS_WITH_MOMENTS: Mapping[Any, tuple[type[nn.Module], ...]] = {
     F.batch_norm: (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
@@ -153,7 +154,7 @@ class Layers:
             "batch_first": given["batch_first"],
         }
         sizes = (tensors[0].shape[1], units)
-        names = kind(*sizes, **options, device="meta")._flat_weights_names
+        names = flat_weight_names(kind(*sizes, **options, device="meta"))
         held: Any = dict(zip(names, tensors, strict=True))
         state = given["hx"]
         inputs = (given["input"],) if _is_zero(state) else (given["input"], _state(state))
@@ -180,7 +181,7 @@ class Layers:
         if node.target is F.batch_norm:
             _drop_count(node, joined_path(call.path, "num_batches_tracked"))
         node.op, node.target, node.args, node.kwargs = "call_module", call.path, call.args, dict(call.kwargs)
-        node._rename(node.graph._target_to_str(call.path))
+        rename(node, name_for_target(node.graph, call.path))
 
     def _held(self, path: str) -> Tensor | None:
         owner, _, name = path.rpartition(".")

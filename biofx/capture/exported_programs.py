@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from biofx.capture.aten_functions import become_function, is_aten, parts_instead_of_all
 from biofx.capture.exported_layers import FLAGS, Layers, flag_of, full_name
@@ -27,6 +26,7 @@ from biofx.graph.regions import joined_path
 from biofx.layers.layer_kind import argument
 from biofx.model.graph_module import BioGraphModule
 from biofx.random_state import preserved_random_state
+from biofx.torch_private import codegen_of, pytree
 
 _ORIGINAL_NAMES = "dynamo_flat_name_to_original_fqn"
 _STACK = "nn_module_stack"
@@ -79,7 +79,7 @@ def _rebuilt(source: GraphModule, ranges: Mapping[Any, Any]) -> BioGraphModule:
     graph, names = Graph(), _original_names(source)
     copied: dict[Node, Node] = {}
     graph.output(graph.graph_copy(source.graph, copied))
-    graph.set_codegen(source.graph._codegen)
+    graph.set_codegen(codegen_of(source.graph))
     for old, new in copied.items():
         new.meta = {key: old.meta[key] for key in ("val", _STACK, "stack_trace") if key in old.meta}
     for read in graph.find_nodes(op="get_attr"):
@@ -203,7 +203,7 @@ def _compare(source: nn.Module, made: nn.Module, example: tuple[tuple[Any, ...],
         with preserved_random_state(), torch.no_grad():
             torch.manual_seed(0)
             args, kwargs = pytree.tree_map_only(Tensor, torch.clone, example)
-            found = pytree.tree_leaves(model(*args, **kwargs))
+            found: list[Any] = pytree.tree_leaves(model(*args, **kwargs))
             found += [buffer.clone() for _, buffer in made.named_buffers()]
             for path, buffer in made.named_buffers():
                 buffer.copy_(buffers[path])

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.graph import CodeGen
-from torch.utils import _pytree as pytree
 
 from biofx.errors import CaptureError
 from biofx.graph.guards import require_exported
+from biofx.torch_private import codegen_of, pytree
 
 _NO_LIMIT = 2**31
 """From here on an upper limit of a size is none."""
@@ -37,7 +37,7 @@ def take_plain_signature(graph: Graph, ranges: Ranges) -> None:
             or a size follows from others by a formula.
     """
     inputs = graph.find_nodes(op="placeholder")
-    info = getattr(graph._codegen, "pytree_info", None)
+    info = getattr(codegen_of(graph), "pytree_info", None)
     start = next(node for node in graph.nodes if node.op != "placeholder")
     taken = {node.name: node for node in inputs}
     if info is not None:

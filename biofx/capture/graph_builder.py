@@ -22,6 +22,7 @@ from biofx.graph.guards import require_same
 from biofx.graph.node_kinds import IS_NUMBER
 from biofx.graph.regions import joined_path
 from biofx.static_inspection import is_of
+from biofx.torch_private import forget_erased_names, is_erased, rename
 
 if TYPE_CHECKING:
     from biofx.capture.eager_tracer import EagerTracer
@@ -89,7 +90,7 @@ class GraphBuilder:
         """Add a node."""
         made = self.graph.create_node(op, target, args, kwargs or {}, name)
         if made.name == "self":  # a submodule of that name; the code of the graph means the module by it
-            made._rename("self_")
+            rename(made, "self_")
         made.meta["nn_module_stack"] = {key: (path, kind) for key, path, kind in self._stack}
         if any(source.meta.get(DATA_DEPENDENT) for source in made.all_input_nodes):
             made.meta[DATA_DEPENDENT] = True
@@ -165,12 +166,9 @@ class GraphBuilder:
             if node is mark.last:
                 break
             self.graph.erase_node(node)
-        names = type(self.graph._graph_namespace)()
-        for node in self.graph.nodes:
-            names.create_name(node.name, node)
-        self.graph._graph_namespace = names  # else what comes would be numbered as in no other run
-        self._nodes = {key: known for key, known in self._nodes.items() if not known[0]._erased}
-        self._shared = {key: node for key, node in self._shared.items() if not node._erased}
+        forget_erased_names(self.graph)  # else what comes would be numbered as in no other run
+        self._nodes = {key: known for key, known in self._nodes.items() if not is_erased(known[0])}
+        self._shared = {key: node for key, node in self._shared.items() if not is_erased(node)}
         for path in self._entered[mark.calls :]:
             self._calls[path] -= 1
         del self._entered[mark.calls :]

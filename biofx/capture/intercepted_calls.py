@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from biofx.capture.bytecode import globals_mentioned
 from biofx.capture.proxies import Value
 from biofx.capture.symbolic_scalars import AttributeFloat, SymDtype, computed, is_symbolic
 from biofx.static_inspection import attributes_of, bases_outside_torch, is_of, package_of
+from biofx.torch_private import DisableTorchFunction, SingleLevelFunction, pytree
 
 Handler = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 """Is handed an original function, the object that it was called on or with, and the other arguments."""
@@ -238,7 +238,7 @@ def applications_handled(handler: Handler) -> Any:
     A model may have kept ``apply`` under a name of its own, as in ``relu = MyRelu.apply``. That is the method
     of ``torch.autograd.Function``, so the one that it calls is replaced.
     """
-    base: Any = torch.autograd.function._SingleLevelFunction
+    base: Any = SingleLevelFunction
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return handler(super(base, cls).apply, cls, args, kwargs)
@@ -284,7 +284,7 @@ class _WithoutCache:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if any(_is_of_the_capture(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
             return self._cached.__wrapped__(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return self._cached(*args, **kwargs)
 
     def __get__(self, owner: Any, kind: type | None = None) -> Any:

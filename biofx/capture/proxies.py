@@ -17,11 +17,18 @@ import torch
 from torch import Tensor
 from torch.fx import Node, Proxy
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
-from torch.utils import _pytree as pytree
 
 from biofx.capture.bytecode import CallSite
 from biofx.capture.graph_breaks import DECIDES_BY_STORED_VALUE
 from biofx.graph.node_kinds import AUGMENTED_ASSIGNMENTS
+from biofx.torch_private import (
+    HigherOrderOperator,
+    ScriptMethod,
+    is_erased,
+    name_for_target,
+    pytree,
+    set_grad_enabled,
+)
 
 if TYPE_CHECKING:
     from biofx.capture.symbolic_builder import SymbolicBuilder
@@ -214,7 +221,7 @@ class TrainingFlag(Value):
     @property
     def node(self) -> Node:  # type: ignore[override]
         """The node that reads the flag, made when first asked for, and again after a graph break."""
-        if self._node is None or self._node._erased:
+        if self._node is None or is_erased(self._node):
             target = f"{self.path}.training" if self.path else "training"
             self._node = self.tracer.create_node("get_attr", target, (), {}, target.replace(".", "_"))
         return self._node
@@ -269,7 +276,7 @@ class TensorMode(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = dict(kwargs or {})
-        if func is torch._C._set_grad_enabled:
+        if func is set_grad_enabled:
             if not self._tracer.is_switching:
                 self._tracer.refuse("switches gradients by itself, which a graph would drop")
             return func(*args, **options)
@@ -293,12 +300,12 @@ class TensorMode(TorchFunctionMode):
             return func(*args, **options)
         if name in _OF_VALUES:
             self._tracer.refuse(DECIDES_BY_STORED_VALUE)
-        if name in _CONSTANT or isinstance(func, (torch._C.ScriptMethod, torch._ops.HigherOrderOperator)):
+        if name in _CONSTANT or isinstance(func, (ScriptMethod, HigherOrderOperator)):
             return func(*args, **options)
         return self._call(func, args, options)
 
     def _call(self, func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if is_tensor_method_or_property(func):
             return self._tracer.create_proxy("call_method", func.__name__, args, options)
-        name = None if func is getattr else self._tracer.graph._target_to_str(func.__name__)
+        name = None if func is getattr else name_for_target(self._tracer.graph, func.__name__)
         return self._tracer.create_proxy("call_function", func, args, options, name=name)

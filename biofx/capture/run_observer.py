@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Tracer
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from biofx.capture.intercepted_calls import applications_handled, replaced
 from biofx.capture.region_capture import is_leaf
@@ -28,6 +27,7 @@ from biofx.layers.attention import transformers_as_nodes
 from biofx.layers.layer_kind import hooks_of
 from biofx.model.observed_runs import INDICES
 from biofx.static_inspection import is_of
+from biofx.torch_private import pytree
 
 _MOST_INDICES = 1 << 20
 """The largest index tensor whose values are kept, a count of entries."""

@@ -23,6 +23,7 @@ from biofx.capture.symbolic_scalars import is_symbolic, plain_number, sources_in
 from biofx.graph.guards import require_given, require_tensor
 from biofx.graph.node_kinds import IS_NUMBER, changed_in_place
 from biofx.model.modes import ModeSwitches
+from biofx.torch_private import rename
 
 
 class SymbolicBuilder(Tracer):
@@ -262,7 +263,7 @@ class SymbolicBuilder(Tracer):
             self._contexts.check()
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
         if node.name == "self":  # a submodule of that name; the code of the graph means the module by it
-            node._rename("self_")
+            rename(node, "self_")
         for changed in changed_in_place(node):
             if changed.op == "get_attr" and changed.target in self._parameters:
                 self.refuse("writes into a parameter, which rewritten graphs read before and after")

@@ -18,9 +18,9 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from biofx.graph.graph_functions import limit_of, type_from
+from biofx.torch_private import is_erased, pytree
 
 Source = tuple[str, tuple[str, ...]]
 """Path of a module, and names of attributes, the first one the module's: where a number was read."""
@@ -63,7 +63,7 @@ class _Symbolic:
     def node(self) -> Node:
         """The node that gives the value, made when first asked for."""
         found: Node | None = vars(self).get("_node")
-        if found is None or getattr(found, "_erased", False):  # by a graph break
+        if found is None or is_erased(found):  # by a graph break
             found = vars(self)["_node"] = self.make()
         return found
 

@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy
-from torch.utils import _pytree as pytree
 
 from biofx.capture.attribute_reads import reads_noticed
 from biofx.capture.bytecode import CallSite, catches_exceptions
@@ -46,6 +45,7 @@ from biofx.layers.attention import can_be_looked_into, pads_by_nesting, transfor
 from biofx.layers.layer_kind import hooks_of
 from biofx.model.modes import ModeSwitches
 from biofx.progress import advance
+from biofx.torch_private import is_erased, pytree
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn")
 _CATCHES = "catches exceptions, and whether another input raises them is not known before the graph runs"
@@ -241,8 +241,8 @@ class SymbolicTracer(SymbolicBuilder):
             if node is mark.last:
                 break
             self.graph.erase_node(node)
-        self._tensors = {path: read for path, read in self._tensors.items() if not read.node._erased}
-        self._shared = {key: node for key, node in self._shared.items() if not node._erased}
+        self._tensors = {path: read for path, read in self._tensors.items() if not is_erased(read.node)}
+        self._shared = {key: node for key, node in self._shared.items() if not is_erased(node)}
         del self.log.reads[mark.reads :]
         for path in self.calls[mark.calls :]:
             self.num_calls[path] -= 1

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.overrides import is_tensor_method_or_property
-from torch.utils import _pytree as pytree
 
 from biofx.capture.graph_breaks import ASKS_FOR_VALUE
 from biofx.capture.graph_builder import DATA_DEPENDENT, GraphBuilder
 from biofx.capture.symbolic_scalars import plain, plain_inside, symbolic
 from biofx.graph.node_kinds import changed_in_place
+from biofx.torch_private import pytree, registered_name, set_grad_enabled
 
 if TYPE_CHECKING:
     from biofx.capture.eager_tracer import EagerTracer
@@ -94,7 +94,7 @@ class TorchCall:
             return self._size(builder)
         if name in _OF_VALUES:
             tracer.stop(ASKS_FOR_VALUE.format(name))
-        if self._function is torch._C._set_grad_enabled and not tracer.is_switching:
+        if self._function is set_grad_enabled and not tracer.is_switching:
             tracer.stop("switches gradients by itself")
         try:
             with tracer.quiet():
@@ -264,5 +264,5 @@ def _is_a_whole_number(value: Any) -> bool:
 
 def _is_of_another_library(function: Any) -> bool:
     """Whether a function is a registered operator, of which nothing is known."""
-    qualified = getattr(function, "_qualified_op_name", None) or getattr(function, "_name", None)
+    qualified = registered_name(function)
     return isinstance(qualified, str) and qualified.partition("::")[0] not in _KNOWN_NAMESPACES

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
-from torch.utils import _pytree as pytree
 
 from biofx.capture.example_sizes import Axis, axes_of, is_of_samples, sizes_queried
 from biofx.capture.graph_breaks import GraphBreak
@@ -28,6 +27,7 @@ from biofx.layers.attention import plain_paths
 from biofx.model.copies import deep_copy
 from biofx.model.modes import switch_mode
 from biofx.static_inspection import is_of
+from biofx.torch_private import apply_to_tensors, pytree
 
 
 class TrialModel:
@@ -308,7 +308,9 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     if isinstance(value, nn.Module):
-        return deep_copy(value)._apply(converted)
+        converting = deep_copy(value)
+        apply_to_tensors(converting, converted)
+        return converting
     return pytree.tree_map_only(Tensor, converted, value)
 
 

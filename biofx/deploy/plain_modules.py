@@ -7,7 +7,6 @@ from collections.abc import Set
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
@@ -20,6 +19,7 @@ from biofx.model.attribute_guards import GUARDS
 from biofx.model.graph_module import NAMES_OF_MODELS, BioGraphModule, user_class
 from biofx.model.inlined_modules import INLINED, SAME
 from biofx.static_inspection import bases_outside_torch
+from biofx.torch_private import assert_in_graph
 
 _OF_GRAPH_MODULES = {
     *(set(vars(GraphModule(nn.Module(), Graph()))) - set(vars(nn.Module()))),
@@ -127,7 +127,7 @@ def write_out_checks(graph: Graph) -> None:
         with graph.inserting_before(node):
             same: Any = graph.call_function(operator.eq, (found, expected))
             message = f"{described}: expected {expected!r}, with which the graph was {verb}"
-            graph.call_function(torch._assert, (same, message))
+            graph.call_function(assert_in_graph, (same, message))
         graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=require_exported):
         with graph.inserting_before(node):
@@ -142,7 +142,7 @@ def _write_out_exported(
 
     def require(operation: Any, value: Any, other: Any, name: str, words: str = "") -> None:
         message = f"{name}: expected {words}{other}, for which the program was exported"
-        graph.call_function(torch._assert, (graph.call_function(operation, (value, other)), message))
+        graph.call_function(assert_in_graph, (graph.call_function(operation, (value, other)), message))
 
     if not isinstance(expected, tuple):
         require(operator.eq, found, expected, what)

@@ -22,6 +22,7 @@ from biofx.layers.attention import canonical_mask, detects_causal_mask, sequence
 from biofx.model.graph_places import module_at
 from biofx.operators.norm_ops import affine_synapses, batch_norm, batch_norm_synapses
 from biofx.operators.split_ops import full_size, pool_synapses, require_axes, spread_synapses, sum_synapses
+from biofx.torch_private import assert_in_graph
 
 Call = Callable[..., Node]
 """Inserts a call of a method (named by a text) or of a function, and returns its node."""
@@ -200,7 +201,7 @@ def _full_size(call: Call, node: Node) -> Node:
 def _require_axes(call: Call, node: Node) -> Node:
     x, count = node.args
     fits = call(operator.eq, call("dim", x), count)
-    call(torch._assert, fits, f"expected a tensor with {count} axes (a batch)")
+    call(assert_in_graph, fits, f"expected a tensor with {count} axes (a batch)")
     return x  # type: ignore[return-value]
 
 

@@ -18,6 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from biofx.errors import PassError
 from biofx.graph.node_kinds import changes_in_place
+from biofx.torch_private import codegen_of
 
 
 @has_side_effect
@@ -106,7 +107,7 @@ def take_branches(graph: Graph, *, training: bool) -> None:
         is_mark = node.target in (begin_branch, end_branch)
         if is_mark or (node in branches and branches[node].args[1] is not training):
             graph.erase_node(node)
-    if isinstance(graph._codegen, BranchCodeGen):
+    if isinstance(codegen_of(graph), BranchCodeGen):
         graph.set_codegen(CodeGen())
 
 

@@ -19,6 +19,7 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.node import has_side_effect
 
 from biofx.errors import CaptureError
+from biofx.torch_private import enter_autocast, exit_autocast, set_grad_enabled
 
 
 @has_side_effect
@@ -33,7 +34,7 @@ def begin_grad_mode(anchor: Any, enabled: bool) -> bool:
         recorded: bool = _written(anchor, begin_grad_mode, (anchor, enabled))
         return recorded
     before = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(enabled)
+    set_grad_enabled(enabled)
     return before
 
 
@@ -43,7 +44,7 @@ def end_grad_mode(before: Any) -> None:
     if isinstance(before, Proxy):
         _written(before, end_grad_mode, (before,))
     else:
-        torch._C._set_grad_enabled(before)
+        set_grad_enabled(before)
 
 
 @has_side_effect
@@ -71,8 +72,7 @@ def begin_autocast(
     if torch.compiler.is_dynamo_compiling():  # the compiler knows this pair, and no other outside a with
         if torch.compiler.is_exporting():
             raise CaptureError("torch.export loses autocast where it is strict; export with strict=False")
-        enter: Any = torch.amp._enter_autocast  # type: ignore[attr-defined]
-        return enter(device_type, dtype, enabled, cache_enabled)
+        return enter_autocast(device_type, dtype, enabled, cache_enabled)
     context = torch.autocast(device_type, dtype, enabled, cache_enabled)
     context.__enter__()
     return context
@@ -81,11 +81,10 @@ def begin_autocast(
 @has_side_effect
 def end_autocast(context: Any) -> None:
     """Leave the ``torch.autocast`` that :func:`begin_autocast` has entered."""
-    leave: Any = torch.amp._exit_autocast  # type: ignore[attr-defined]
     if isinstance(context, Proxy):
         _written(context, end_autocast, (context,))
     elif torch.compiler.is_dynamo_compiling():
-        leave(context)
+        exit_autocast(context)
     else:
         context.__exit__(None, None, None)
 
@@ -200,7 +199,7 @@ class _Modes:
         return cls(torch.is_grad_enabled(), autocast_nesting(), torch.is_autocast_cache_enabled(), casts)
 
     def restore(self) -> None:
-        torch._C._set_grad_enabled(self.gradients)
+        set_grad_enabled(self.gradients)
         while autocast_nesting() > self.nesting:
             if torch.autocast_decrement_nesting() == 0:
                 torch.clear_autocast_cache()

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.node import has_side_effect
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from biofx.errors import CaptureError
 from biofx.graph.guards import RecordingError
+from biofx.torch_private import pytree
 
 _ABSENT = object()
 EAGER_FORWARD = "own_forward"

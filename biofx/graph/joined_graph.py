@@ -37,6 +37,7 @@ from biofx.graph.regions import (
     region_output,
     region_paths,
 )
+from biofx.torch_private import codegen_of
 
 
 def whole_graph(graph_module: GraphModule) -> Graph:
@@ -70,7 +71,7 @@ class _Join:
         self._open = dict.fromkeys(paths)
         self._around = {path[:end] for path in paths for end in (*_dots(path), len(path))} | {""}
         self.graph = Graph(root, tracer_cls=Tracer)
-        self.graph._codegen = copy.deepcopy(root.graph._codegen)
+        self.graph.set_codegen(copy.deepcopy(codegen_of(root.graph)))
         mapping: dict[Node, Node] = {}
         for node in root.graph.nodes:
             if node.op in ("call_module", "get_attr"):  # get_attr where it is called under checkpointing

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules import transformer
 from torch.overrides import handle_torch_function, has_torch_function
 
+from biofx import torch_private
 from biofx.layers.layer_kind import (
     LayerCall,
     LayerKind,
@@ -57,7 +58,7 @@ class AttentionKind(LayerKind):
 
     def slots_of_module(self, module: Any) -> tuple[WeightSlot, ...]:
         """Return the slots of the projections."""
-        return _slots(joint=bool(module._qkv_same_embed_dim))
+        return _slots(joint=torch_private.has_one_embedding_size(module))
 
     def slots_of_call(self, node: Node) -> tuple[WeightSlot, ...]:
         """Return the slots of the projections among the weights."""
@@ -145,9 +146,11 @@ def pads_by_nesting(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str,
 @contextmanager
 def transformers_as_nodes() -> Iterator[None]:
     """Let the forwards of Transformer layers be traced."""
-    originals = [(owner, name, getattr(owner, name)) for owner, name, *_ in _ABOUT_MASKS]
+    originals = [
+        (owner, function.__name__, getattr(owner, function.__name__)) for owner, function, *_ in _ABOUT_MASKS
+    ]
     try:
-        for (owner, name, as_node, about), (*_, original) in zip(_ABOUT_MASKS, originals, strict=True):
+        for (*_, as_node, about), (owner, name, original) in zip(_ABOUT_MASKS, originals, strict=True):
             setattr(owner, name, _traced(original, as_node, about))
         with plain_paths():
             yield
@@ -180,7 +183,7 @@ def canonical_mask(
             canonical_mask, given, mask, mask_name, other_type, other_name, target_type, check_other
         )
     other = other_type.dtype if isinstance(other_type, Tensor) else other_type
-    return F._canonical_mask(mask, mask_name, other, other_name, target_type, check_other)
+    return torch_private.canonical_mask(mask, mask_name, other, other_name, target_type, check_other)
 
 
 def detects_causal_mask(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
@@ -189,14 +192,14 @@ def detects_causal_mask(mask: Tensor | None, is_causal: bool | None = None, size
     if has_torch_function(given):
         found: bool = handle_torch_function(detects_causal_mask, given, mask, is_causal, size)
         return found
-    return bool(transformer._detect_is_causal_mask(mask, is_causal, size))
+    return bool(torch_private.detect_is_causal_mask(mask, is_causal, size))
 
 
 def sequence_length(src: Tensor, batch_first: bool) -> Any:
     """Return the length of the sequences in a tensor."""
     if has_torch_function((src,)):
         return handle_torch_function(sequence_length, (src,), src, batch_first)
-    return transformer._get_seq_len(src, batch_first)
+    return torch_private.get_seq_len(src, batch_first)
 
 
 def _itself(input: Any) -> Any:
@@ -218,10 +221,10 @@ def _traced(original: Callable[..., Any], as_node: Callable[..., Any], about: Se
     return decide
 
 
-_ABOUT_MASKS: tuple[tuple[Any, str, Callable[..., Any], Sequence[str]], ...] = (
-    (F, "_canonical_mask", canonical_mask, ("mask",)),
-    (F, "_none_or_dtype", _itself, ("input",)),
-    (transformer, "_detect_is_causal_mask", detects_causal_mask, ("mask", "size")),
-    (transformer, "_get_seq_len", sequence_length, ("src",)),
+_ABOUT_MASKS: tuple[tuple[Any, Callable[..., Any], Callable[..., Any], Sequence[str]], ...] = (
+    (F, torch_private.canonical_mask, canonical_mask, ("mask",)),
+    (F, torch_private.none_or_dtype, _itself, ("input",)),
+    (transformer, torch_private.detect_is_causal_mask, detects_causal_mask, ("mask", "size")),
+    (transformer, torch_private.get_seq_len, sequence_length, ("src",)),
 )
 """The functions about masks that a forward calls, and what is recorded in their place for proxies."""

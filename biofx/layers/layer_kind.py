@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
+from biofx.torch_private import collect_flat_weights
+
 Reads = Callable[[str], Node]
 """Returns the node that reads what a module holds under a name."""
 Held = dict[str, "Tensor | None"]
@@ -226,7 +228,7 @@ class LayerCall:
             table = owner._buffers if name in owner._buffers else owner._parameters
             table[name] = value
         if isinstance(made, nn.RNNBase):
-            made._init_flat_weights()
+            collect_flat_weights(made)
         return made
 
 

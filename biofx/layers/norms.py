@@ -34,6 +34,7 @@ from biofx.layers.lowering import Lowering
 from biofx.layers.sites import times_read
 from biofx.layers.weight_site import named_parameters, parameter_behind
 from biofx.operators.norm_ops import batch_norm, instance_norm
+from biofx.torch_private import rank_without_batch
 
 Read = Callable[[str], "Node | None"]
 """Returns the node that reads a parameter or a buffer of a module, None where the module has none."""
@@ -95,7 +96,7 @@ def _lower_instance(module: Any, read: Read, live: Live) -> Arguments:
     options = {
         "momentum": live("momentum"),
         "eps": live("eps"),
-        "rank": module._get_no_batch_dim() + 1,
+        "rank": rank_without_batch(module) + 1,
         "track_running_stats": live("track_running_stats"),
     }
     return tuple(map(read, names)), options

@@ -21,6 +21,7 @@ from biofx.layers.layer_kind import (
     without_neutral,
 )
 from biofx.operators.compound_ops import GATES, recurrent, recurrent_step
+from biofx.torch_private import flat_weight_names
 
 _WEIGHTS = (2, "weights")
 _NEUTRAL = {"num_layers": 1, "dropout": 0.0, "bidirectional": False, "batch_first": False}
@@ -43,7 +44,7 @@ class RecurrentKind(LayerKind):
         """Rewrite ``rnn(x, h)`` as ``recurrent(x, h, weights, training, …)``."""
         bound = inspect.signature(self.module_type.forward).bind(module, *node.args, **node.kwargs)
         given = bound.arguments
-        weights = [reads(name) for name in module._flat_weights_names]
+        weights = [reads(name) for name in flat_weight_names(module)]
         options = {
             name: getattr(module, name) for name in ("mode", "num_layers", "bidirectional", "batch_first")
         }

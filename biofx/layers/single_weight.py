@@ -24,6 +24,7 @@ from biofx.layers.layer_kind import (
     become_call,
     without_neutral,
 )
+from biofx.torch_private import grouped_product, padding_of
 
 _OPTIONS = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
 """What a convolution takes besides tensors, and the neutral values, which are left out."""
@@ -86,7 +87,7 @@ class DenseKind(LayerKind):
 
 def _padded(node: Node, source: Any, module: Any) -> Node:
     """Insert the padding that a convolution with a padding mode of its own does by itself."""
-    arguments = (source, tuple(module._reversed_padding_repeated_twice))
+    arguments = (source, padding_of(module))
     mode: dict[str, Any] = {"mode": str(module.padding_mode)}
     with node.graph.inserting_before(node):
         padded = node.graph.create_node("call_function", F.pad, arguments, mode, f"{node.name}_padded")
@@ -220,13 +221,13 @@ _LEFT: dict[int, LayerKind] = {
 }
 """``weight @ x``, by the axis of units in ``x``."""
 _STACKED = LayerKind(
-    *(nn.Linear, torch._grouped_mm),
+    *(nn.Linear, grouped_product),
     transposed=True,
     argument=(1, "mat2"),
     is_product=True,
     is_stack=True,
 )
-_STACKED_FUNCTIONS = frozenset({torch._grouped_mm, F.grouped_mm})
+_STACKED_FUNCTIONS = frozenset({grouped_product, F.grouped_mm})
 
 
 def _in_observed_run(node: Node) -> LayerKind | None:

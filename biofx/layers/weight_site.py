@@ -21,6 +21,7 @@ from biofx.operators.mask_ops import mask_weight
 from biofx.operators.rate_ops import GRADIENT_SCALINGS
 from biofx.operators.sign_ops import constrain_sign
 from biofx.operators.split_ops import fold_weight, level_gradient, sum_sub_weights
+from biofx.torch_private import MODULES_OF_TENSORS
 
 if TYPE_CHECKING:
     from biofx.layers.computed_weight import ComputedWeight
@@ -376,14 +377,12 @@ def named_parameters(root: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
 
 # what keeps passes from a weight
 
-_ORDINARY_SUBCLASSES = ("torch.distributed", "torch._subclasses")
-
 
 def weight_blocker(weight: Tensor) -> str | None:
     """Return why nothing computes with a weight's values, None if they are numbers that can be trained."""
     kind = type(weight)
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith(
-        _ORDINARY_SUBCLASSES
+        MODULES_OF_TENSORS
     ):
         return f"its weight is a {kind.__name__}, which only the library that it comes from computes with"
     if weight.layout is not torch.strided:

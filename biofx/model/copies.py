@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Tracer
 from torch.fx.node import map_aggregate, map_arg
 
+from biofx.torch_private import codegen_of, tracer_of
+
 Module = TypeVar("Module", bound=nn.Module)
 _PICKLED_META = ("nn_module_stack", "stack_trace", "custom")
 
@@ -48,8 +50,8 @@ def prepared(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
 
 def copy_graph(graph: Graph) -> Graph:
     """Return a copy of a graph, with the same names."""
-    copied = Graph(tracer_cls=graph._tracer_cls)
-    copied._codegen = copy.deepcopy(graph._codegen)
+    copied = Graph(tracer_cls=tracer_of(graph))
+    copied.set_codegen(copy.deepcopy(codegen_of(graph)))
     mapping: dict[Node, Node] = {}
     for node in graph.nodes:
         mapping[node] = copied.node_copy(node, lambda source: mapping[source])
@@ -74,7 +76,7 @@ def pack(graph: Graph, meta: tuple[str, ...] = ()) -> tuple[Any, ...]:
         )
         for node in graph.nodes
     ]
-    return records, graph._codegen
+    return records, codegen_of(graph)
 
 
 class _Reference:
@@ -103,7 +105,7 @@ def unpack(packed: tuple[Any, ...]) -> Graph:
     """Return the graph that was packed, with the same node names."""
     records, codegen = packed
     graph = Graph(tracer_cls=Tracer)
-    graph._codegen = codegen
+    graph.set_codegen(codegen)
     nodes: dict[str, Node] = {}
 
     def resolved(value: Any) -> Any:

@@ -29,6 +29,7 @@ from biofx.operators.rate_ops import outside_graphs
 from biofx.plasticity.model_states import apply_rule, expanded_weights, exposed_rules
 from biofx.plasticity.ranks import before_forward, is_fully_sharded
 from biofx.plasticity.sub_weights import share_out_plain
+from biofx.torch_private import codegen_of, set_tracer
 
 _OWN_TO_GRAPH_MODULES = frozenset({"_graph", "_code", "_tracer_cls", "_tracer_extras"})
 
@@ -73,7 +74,7 @@ class BioGraphModule(GraphModule):
         kept = {name: value for name, value in vars(root).items() if name not in _OWN_TO_GRAPH_MODULES}
         vars(made).update(kept)
         _uncover(made)
-        graph._tracer_cls = Tracer  # plain pickling traces again with it
+        set_tracer(graph, Tracer)  # plain pickling traces again with it
         made.graph = graph
         return made
 
@@ -170,7 +171,7 @@ class BioGraphModule(GraphModule):
             return None
         if has_branches(self._graph):
             hoist_shared_nodes(self._graph)
-            if not isinstance(self._graph._codegen, BranchCodeGen):
+            if not isinstance(codegen_of(self._graph), BranchCodeGen):
                 self._graph.set_codegen(BranchCodeGen())
         code = super().recompile()
         kind: Any = type(self)
@@ -250,7 +251,7 @@ def become_graph_module(module: nn.Module, graph: Graph) -> BioGraphModule:
             vars(module).setdefault(key, value)
         _uncover(module)
     made: Any = module
-    graph._tracer_cls = Tracer
+    set_tracer(graph, Tracer)
     made.graph = graph
     if made.keeps_forward and user_class(made) is None:
         raise CaptureError(f"{type(module).__name__} cannot be subclassed, and its forward cannot be traced")

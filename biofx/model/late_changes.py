@@ -36,6 +36,7 @@ from biofx.model.inlined_modules import (
     same_twice,
 )
 from biofx.plasticity.ranks import is_fully_sharded
+from biofx.torch_private import tensors_of_compilers
 
 _INLINE = "Its forward is inlined in the graph, which does not call it"
 _COMPACT = "Splits are folded here, and the graph calls it with one value for all synapses of a connection"
@@ -309,10 +310,7 @@ def _on_the_way(graph_module: nn.Module, path: str) -> Iterator[Row]:
 @functools.cache
 def _kinds_of_tensors() -> frozenset[type]:
     """Return the classes of tensors that operators on weights accept: torch's own, sharded or not."""
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
-
-    found: set[type] = {Tensor, nn.Parameter, FakeTensor, FunctionalTensor}
+    found: set[type] = {Tensor, nn.Parameter, *tensors_of_compilers()}
     if torch.distributed.is_available():
         from torch.distributed.tensor import DTensor
 

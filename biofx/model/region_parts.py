@@ -27,6 +27,7 @@ from biofx.graph.regions import (
     region_paths,
 )
 from biofx.model.graph_module import BioGraphModule, become_graph_module
+from biofx.torch_private import codegen_of
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def _divide(root: BioGraphModule) -> None:
     regions = region_of_nodes(whole)
     modules = dict(root.named_modules(remove_duplicate=False))
     main = Graph(tracer_cls=Tracer)
-    main._codegen = whole._codegen
+    main.set_codegen(codegen_of(whole))
     parts: dict[str, _Part] = {}
     mapping: dict[Node, Node] = {}
     for node in whole.nodes:

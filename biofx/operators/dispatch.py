@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import handle_torch_function, has_torch_function
 
 from biofx.errors import PlasticityError
+from biofx.torch_private import functorch_is_active
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -60,7 +61,7 @@ def is_recorded_below_autograd() -> bool:
 
 def is_plain_eager() -> bool:
     """Whether operators run as they are called, on plain tensors, so that a kernel may be chosen."""
-    return not is_recorded() and not torch._C._are_functorch_transforms_active()
+    return not is_recorded() and not functorch_is_active()
 
 
 def refuse_shard(weight: Tensor) -> None:

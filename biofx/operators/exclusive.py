@@ -20,6 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from biofx.torch_private import (
+    count_of_dispatch_modes,
+    count_of_function_modes,
+    functorch_is_active,
+    storage_use_count,
+    use_count,
+)
+
 Signature: TypeAlias = tuple[int, ...]
 
 
@@ -38,20 +46,16 @@ def is_exclusive(gradient: Tensor) -> bool:
 
 def _is_watched() -> bool:
     """Whether calls pass through a mode or transform on their way, which may hold what is counted."""
-    return bool(
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-    )
+    return bool(functorch_is_active() or count_of_dispatch_modes() or count_of_function_modes())
 
 
 def _signature(gradient: Tensor) -> Signature:
     base: Any = gradient._base
     storage: Any = gradient.untyped_storage()
     held: Any = gradient
-    of_base = () if base is None else (base._use_count(), sys.getrefcount(base))
-    shared = torch._C._storage_Use_Count(storage._cdata)
-    return (held._use_count(), sys.getrefcount(gradient), shared, *of_base)
+    of_base = () if base is None else (use_count(base), sys.getrefcount(base))
+    shared = storage_use_count(storage)
+    return (use_count(held), sys.getrefcount(gradient), shared, *of_base)
 
 
 class _Probe(torch.autograd.Function):

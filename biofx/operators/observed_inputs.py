@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from biofx.operators.dispatch import overridable
 from biofx.operators.rate_ops import is_recomputed
+from biofx.torch_private import functorch_is_active
 
 FORWARDS, MAGNITUDE, MEAN, RUNNING_MEAN = range(4)
 """Rows of what is kept for each input channel: forwards since the last turnover, a count; over them the sums
@@ -38,7 +39,7 @@ def observe_inputs(
         channel_axis: counted from the end.
         nonnegative: whether no entry of ``x`` can be negative, so that both means are one.
     """
-    if training and not torch._C._are_functorch_transforms_active() and not is_recomputed():
+    if training and not functorch_is_active() and not is_recomputed():
         rank = x.dim()
         held = x.detach() if rank > 1 else x.detach().unsqueeze(0)
         axes = [axis for axis in range(-max(rank, 2), 0) if axis != channel_axis]

@@ -26,6 +26,7 @@ from biofx.operators.dispatch import (
 from biofx.operators.exclusive import is_exclusive
 from biofx.operators.rate_sampling import RateSampling, rate_sampling
 from biofx.operators.sampling import BLOCK
+from biofx.torch_private import call_after_backward, functorch_is_active, running_backward
 
 Result = TypeVar("Result")
 _MEMORY = 0.1
@@ -259,7 +260,7 @@ def observe_activity(
         channel_axis: counted from the end.
         gamma: units for each channel of ``x``, a count.
     """
-    if training and not torch._C._are_functorch_transforms_active() and not is_recomputed():
+    if training and not functorch_is_active() and not is_recomputed():
         with torch.no_grad():
             axes = [axis for axis in range(-x.dim(), 0) if axis != channel_axis]
             magnitude = x.detach().abs()
@@ -272,7 +273,7 @@ def observe_activity(
 
 def is_recomputed() -> bool:
     """Whether a backward pass is running, which computes what checkpointing did not keep."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and running_backward() != -1
 
 
 class ShardedRates:
@@ -296,14 +297,14 @@ class ShardedRates:
 
     def expect(self, held: Tensor) -> None:
         """Prepare for the gradient of the backward that is running, which is to be multiplied by factors."""
-        task = torch._C._current_graph_task_id()
+        task = running_backward()
         if self._factors is not None and task == self._task:
             return  # another use of the weight has prepared
         # what was put aside by a backward that failed is gone, as gradients of a failed backward are
         self._factors, self._earlier, self._missed, self._task = held, None, False, task
         if self.weight.grad is not None:
             self._earlier, self.weight.grad = self.weight.grad, None
-            torch.autograd.Variable._execution_engine.queue_callback(self._put_back)
+            call_after_backward(self._put_back)
 
     def _arrived(self, weight: Tensor) -> None:
         """Multiply the gradient that has arrived, and add it to what there was."""
@@ -337,7 +338,7 @@ def outside_graphs(function: Callable[..., Result]) -> Callable[..., Result]:
     """Return a function, wrapped to break the graph while one is compiled, as all of FSDP does."""
     if not torch.compiler.is_compiling():
         return function
-    interrupting: Callable[..., Result] = torch._dynamo.disable(function)
+    interrupting: Callable[..., Result] = torch.compiler.disable(function)
     return interrupting
 
 

@@ -30,6 +30,7 @@ from torch import Generator, Tensor
 
 from biofx.errors import OptionError, PlasticityError
 from biofx.operators.sampling import for_each_block, key_for
+from biofx.torch_private import standard_gamma
 
 
 class Distribution(str, Enum):
@@ -117,7 +118,7 @@ def _standard_gamma(count: int, shape: float, generator: Generator) -> Tensor:
     if not math.isfinite(shape):
         raise OptionError(f"expected a spread nu that a gamma distribution can have, found shape {shape}")
     shapes = torch.full((count,), shape, dtype=torch.float32, device="cpu")
-    return torch._standard_gamma(shapes, generator=generator)
+    return standard_gamma(shapes, generator=generator)
 
 
 _SAMPLERS: dict[Distribution, Callable[[int, float, Generator], Tensor]] = {

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from biofx.operators.dispatch import is_plain_eager
+from biofx.torch_private import storage_use_count
 
 _WORTH_IT = 1 << 20
 """Bytes of a weight from which on the system is asked for its memory; below, it is kept by the process."""
@@ -50,7 +51,7 @@ def _is_large(weight: Tensor) -> bool:
 
 def _is_free(space: Any) -> bool:
     """Whether nothing but the caller's one reference holds memory."""
-    return bool(torch._C._storage_Use_Count(space._cdata) == 1)
+    return storage_use_count(space) == 1
 
 
 def _laid_out(space: Any, like: Tensor) -> Tensor:

@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from biofx.operators.sampling import for_each_block
+from biofx.torch_private import is_initialised_by_torch
 
 if TYPE_CHECKING:
     from biofx.plasticity.bio_state import BioState
 
-_BY_INPUTS: tuple[Any, ...] = (nn.Linear, _ConvNd)
+_BY_INPUTS: tuple[Any, ...] = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 _BY_HIDDEN_UNITS: tuple[Any, ...] = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -81,7 +84,7 @@ def std_by_torch(state: BioState) -> float | None:
     layer, name, weight = state.get_parent(), state.path.rpartition(".")[2], state.weight
     rows, columns = weight.shape[0], weight.shape[1:].numel()
     if isinstance(layer, nn.MultiheadAttention) and name.endswith("proj_weight"):
-        own = type(layer)._reset_parameters is nn.MultiheadAttention._reset_parameters
+        own = is_initialised_by_torch(layer)
         return math.sqrt(2 / (rows + columns)) if own else None
     for kinds, count in ((_BY_INPUTS, columns), (_BY_HIDDEN_UNITS, getattr(layer, "hidden_size", 0))):
         for kind in kinds:

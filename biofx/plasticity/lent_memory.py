@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from biofx.plasticity.shards import is_sharded
+from biofx.torch_private import storage_use_count
 
 
 class LentMemory:
@@ -61,7 +62,7 @@ class LentMemory:
         """Return how many hold a tensor, and how many its memory; None where torch does not say."""
         try:
             storage = self._held[key].untyped_storage()
-            return sys.getrefcount(self._held[key]), torch._C._storage_Use_Count(storage._cdata)
+            return sys.getrefcount(self._held[key]), storage_use_count(storage)
         except (AttributeError, RuntimeError):
             return None
 

@@ -11,6 +11,7 @@ from biofx.errors import PlasticityError
 from biofx.layers.sites import find_sites
 from biofx.layers.weight_site import READ, Weight
 from biofx.plasticity.bio_module import BioModule
+from biofx.torch_private import inside_of_compiled
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel")
 
@@ -19,7 +20,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers (DDP, ``torch.compile``), or the model itself."""
     while True:
         is_wrapper = type(model).__name__ in _WRAPPERS and hasattr(model, "module")
-        inner = getattr(model, "_orig_mod", None) or (model.module if is_wrapper else None)
+        inner = inside_of_compiled(model) or (model.module if is_wrapper else None)
         if not isinstance(inner, nn.Module):
             return model
         model = inner

@@ -25,6 +25,7 @@ from biofx.plasticity.bio_state import PER_SYNAPSE
 from biofx.plasticity.model_states import bio_modules
 from biofx.plasticity.optimizers import FIRST_MOMENTS, SECOND_MOMENTS
 from biofx.plasticity.shards import gathered, is_sharded, keep_part, spread_like, whole_parameters
+from biofx.torch_private import inside_of_compiled
 
 _RATES = "_sharded_rates"
 
@@ -174,7 +175,7 @@ def group_to_agree_with(model: nn.Module, states: Iterable[BioModule]) -> Any:
             model does not say which of them share it.
     """
     while not isinstance(model, DistributedDataParallel):
-        inner = getattr(model, "_orig_mod", None)
+        inner = inside_of_compiled(model)
         if not isinstance(inner, nn.Module):
             break
         model = inner

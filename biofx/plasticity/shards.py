@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from biofx.torch_private import local_shape_and_offset
+
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is sharded over ranks."""
@@ -180,7 +182,5 @@ def sum_over_ranks(value: Tensor, like: Tensor) -> Tensor:
 
 def _layout(like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shape of this rank's part, and its offset along each axis."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     sharded: Any = like
-    return compute_local_shape_and_global_offset(like.shape, sharded.device_mesh, sharded.placements)
+    return local_shape_and_offset(like.shape, sharded.device_mesh, sharded.placements)

@@ -14,6 +14,7 @@ from biofx.capture.capture import trace_function
 from biofx.errors import CaptureError
 from biofx.layers.weight_site import WeightSite
 from biofx.plasticity.model_states import bio_module_at, bio_module_path
+from biofx.torch_private import rename
 
 SPLITTING_ACTIVATION = "splitting_activation"
 """What a layer's ``bio_mod`` calls the activation that is applied before its synapses are summed."""
@@ -75,7 +76,7 @@ def _inline(layer: Node, activation: Callable[[Any], Any]) -> Node:
         else:
             with layer.graph.inserting_after(place):
                 place = layer.graph.node_copy(node, lambda source: mapping[source])
-            place._rename(f"{layer.name}_activated")
+            rename(place, f"{layer.name}_activated")
             place.meta = {key: value for key, value in layer.meta.items() if key == "nn_module_stack"}
             mapping[node] = place
     raise CaptureError("expected a function that returns one tensor")

@@ -13,6 +13,7 @@ from biofx.errors import PassError
 from biofx.graph.changes import Change
 from biofx.rewriting.remarks import Remark
 from biofx.select import Match, NodeIndex, Override, Selection, Selector, picks, show_pattern
+from biofx.torch_private import node_table, replacement_hooks
 
 Selections = tuple[tuple[Selector | None, Selector | None], ...]
 """``only`` and ``exclude`` of a pass and of the pipelines around it, outermost first."""
@@ -151,8 +152,8 @@ class ChangeRecorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record the changes that are made inside this context."""
-        table: Any = self._graph._find_nodes_lookup_table
-        hooks: list[Any] = self._graph.owning_module._replace_hooks  # type: ignore[union-attr]
+        table = node_table(self._graph)
+        hooks = replacement_hooks(self._graph.owning_module)
         insert, remove = table.insert, table.remove
 
         def inserted(node: Node) -> None:
