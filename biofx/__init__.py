@@ -42,6 +42,7 @@ if not is_reading_arguments():
     from biofx.config import BioConfig
     from biofx.converter import BioConverter
     from biofx.deploy.deploy import deploy
+    from biofx.deploy.export import export
     from biofx.diagnostics import Monitor, bisect, check
     from biofx.errors import BiofxError, BiofxWarning, CaptureError, OptionError
     from biofx.graph import format_graph
@@ -71,6 +72,7 @@ __all__ = [
     "save",
     "load",
     "deploy",
+    "export",
     # what it consists of
     "BioGraphModule",
     "BioModule",

@@ -7,7 +7,8 @@ weights, and a model whose weights are replaced would keep the old ones in memor
 
 Changes need not be reported. torch.fx has no version number for graphs, and its hooks miss assignments to
 ``node.args``, so each query compares what an analysis can see with what there was when the results were made:
-nodes and their immutable arguments, modules and what they hold, and the graphs of regions.
+nodes and their immutable arguments, modules and what they hold, and the graphs of regions. Where nothing is
+rewritten between queries (:func:`unchanged`), the first of them compares for all.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class _Scope:
     def __init__(self, *, may_change: bool) -> None:
         self.may_change = may_change
         self.results: weakref.WeakSet[_Results] = weakref.WeakSet()
+        self.compared: set[_Results] | None = None
+        """What was compared since nothing changes; None while models may change."""
 
     def forget(self) -> None:
         for results in self.results:
@@ -87,6 +90,20 @@ def analyses_kept(*, may_change: bool = True) -> Iterator[None]:
         scope.forget()
 
 
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Compare each model at the first query within the block alone: until its end, nobody changes it."""
+    scope = _scope.get()
+    if scope is None or scope.compared is not None:
+        yield
+        return
+    scope.compared = set()
+    try:
+        yield
+    finally:
+        scope.compared = None
+
+
 def forget_analyses() -> None:
     """Drop all results that are kept, since an analysis now works in another way."""
     if (scope := _scope.get()) is not None:
@@ -107,7 +124,11 @@ def cached_on_graph(analysis: Callable[[ModuleT], ResultT]) -> Callable[[ModuleT
                 return cached(graph_module)
         results: _Results = vars(graph_module.graph).setdefault(_PLACE, _Results())
         scope.results.add(results)
-        if scope.may_change and not results.is_trusted:
+        compared = scope.compared
+        is_compared = results.is_trusted or (compared is not None and results in compared)
+        if scope.may_change and not is_compared:
+            if compared is not None:
+                compared.add(results)
             state = _State(graph_module)
             if results.state is None or not results.state.is_same(state):
                 results.forget()

@@ -29,7 +29,10 @@ def begin_branch(training: bool, taken: bool) -> NoReturn:
         PassError: always; the code of the graph has an ``if`` instead, and an interpreter that runs the graph
             node by node would run every branch.
     """
-    raise PassError("a graph with branches for training and evaluation runs as code, not node by node")
+    raise PassError(
+        "a graph with branches for training and evaluation runs as code, not node by node; biofx.export "
+        "gives programs of torch.export, one for each mode"
+    )
 
 
 @has_side_effect

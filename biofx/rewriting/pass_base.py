@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.foreign_errors import BY_A_PASS, foreign_errors_wrapped
-from biofx.graph.analysis_cache import analyses_kept
+from biofx.graph.analysis_cache import analyses_kept, unchanged
 from biofx.graph.changes import compare, snapshot_of
 from biofx.graph.graph_view import GraphView
 from biofx.graph.node_kinds import changes_in_place
@@ -276,13 +276,16 @@ class Pass(ABC):
             first = snapshot_of(graph_module)
             view = GraphView.of(graph_module, first.lines)
             reports = tuple(self.run(graph_module, ()))
-            last = snapshot_of(graph_module)
-            views = view, GraphView.of(graph_module, last.lines) if reports else view
-            sites = find_sites(graph_module)
-            coverage = dataclasses.replace(
-                coverage_of(graph_module, sites, *_fates(reports)),
-                mechanisms=mechanisms_of(graph_module, sites, reports),
-            )
+            with unchanged():
+                last = snapshot_of(graph_module)
+                views = view, GraphView.of(graph_module, last.lines) if reports else view
+                sites = find_sites(graph_module)
+                coverage = dataclasses.replace(
+                    coverage_of(graph_module, sites, *_fates(reports)),
+                    mechanisms=mechanisms_of(graph_module, sites, reports),
+                )
+            if reports:
+                graph_module.recompile()
             finish(sites)
         causes = {change.node: change.cause for entry in reports for change in entry.changes}
         changes = tuple(
@@ -292,8 +295,14 @@ class Pass(ABC):
         return PassResult(graph_module, report)
 
     def run(self, graph_module: BioGraphModule, within: Selections) -> Iterator[PassReport]:
-        """Run the pass in place, with all checks; ``within`` has the selections of the pipelines around."""
+        """Run the pass in place, with all checks; ``within`` has the selections of the pipelines around.
+
+        The code is generated for passes that are not ours, which may run it; for others at the end.
+        """
         started = time.perf_counter()
+        is_ours = type(self).__module__.partition(".")[0] == __name__.partition(".")[0]
+        if not is_ours:
+            graph_module.recompile()
         before = snapshot_of(graph_module)
         unused = {node for node in graph_module.graph.nodes if not node.users}
         try:
@@ -304,12 +313,13 @@ class Pass(ABC):
                 _erase_orphans(graph_module, unused, scope.changes)
             remarks += scope.idle_selections(remarks)
             graph_module.graph.lint()
-            graph_module.recompile()
+            if not is_ours:
+                graph_module.recompile()
             self.ensures(graph_module)
         except BiofxError:
             raise
         except Exception as error:
-            if type(self).__module__.partition(".")[0] == __name__.partition(".")[0]:
+            if is_ours:
                 with foreign_errors_wrapped(PassError, f"{self.name} {BROKE_ITS_CONTRACT}: it"):
                     raise
             add_note(error, f"{BY_A_PASS}{self}, which was given this graph:\n{before.text}")
