@@ -57,6 +57,13 @@ _saved_tensors_hooks: Any = _named("torch._C._autograd._top_saved_tensors_defaul
 _parametrize: Any = _named("torch.nn.utils.parametrize")
 _named("torch.nn.utils.parametrize._cache_enabled")
 
+_named("torch.compiler._is_exporting_flag")
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` records; torch 2.11 says so of itself while it compiles, too."""
+    return bool(torch.compiler._is_exporting_flag)
+
 
 def call_after_backward(function: Callable[[], None]) -> None:
     """Call a function at the end of the backward that runs."""

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import handle_torch_function, has_torch_function
 
 from biofx.errors import PlasticityError
-from biofx.torch_private import functorch_is_active
+from biofx.torch_private import functorch_is_active, is_exporting
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -55,13 +55,25 @@ def is_recorded() -> bool:
 def is_recorded_below_autograd() -> bool:
     """Whether operators are recorded below autograd, which then never sees an autograd function."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return is_exporting()
     return get_proxy_mode() is not None
 
 
 def is_plain_eager() -> bool:
     """Whether operators run as they are called, on plain tensors, so that a kernel may be chosen."""
     return not is_recorded() and not functorch_is_active()
+
+
+_HOSTS = {"cpu"}
+"""Types of devices whose values are there at once."""
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether values of a tensor can be read without waiting: for a device, all that it was told to do.
+
+    A training step asks nothing of tensors elsewhere, but by rules at the steps at which they run.
+    """
+    return tensor.device.type in _HOSTS
 
 
 def refuse_shard(weight: Tensor) -> None:

@@ -29,7 +29,8 @@ import torch
 from torch import Generator, Tensor
 
 from biofx.errors import OptionError, PlasticityError
-from biofx.operators.sampling import for_each_block, key_for
+from biofx.operators.dispatch import is_on_host
+from biofx.operators.sampling import for_each_block, handed_over, key_for
 from biofx.torch_private import standard_gamma
 
 
@@ -65,6 +66,7 @@ GRANULARITIES = ("element", "neuron", "layer")
 _PURPOSE = "scale-gradients"
 _MOST_ROUNDS = 1000
 _LARGEST = 1.5
+_ROUNDING = 1e-5
 _Places: TypeAlias = slice | Tensor
 """Flat positions: a block, or single ones."""
 _Sampler: TypeAlias = Callable[[_Places, int, Generator], Tensor]
@@ -200,7 +202,7 @@ class RateSampling:
             return torch.ones(sizes, dtype=torch.float32, device=device)
         factors = torch.empty(math.prod(sizes), dtype=torch.float32, device="cpu")
         self._for_each_block(len(factors), lambda block, part: factors[block].copy_(part))
-        return factors.reshape(sizes).to(device)
+        return handed_over(factors.reshape(sizes), device)
 
     def multiply(self, values: Tensor, *, out: Tensor) -> Tensor:
         """Write ``values`` times the factors to ``out``, which may be ``values``, and return it.
@@ -399,9 +401,21 @@ def relative_smallness(values: Tensor, exists: Tensor | None = None) -> Tensor:
         exists: which of them count in the mean, bool; None, or one of another shape, for all.
     """
     counts = exists is not None and exists.shape == values.shape
-    mean = values[exists].mean() if counts else values.mean()
+    mean = mean_where(values, exists) if exists is not None and counts else values.mean()
     relative = torch.where(mean > 0, values / mean, torch.ones_like(values))
     return (2 - relative).clamp(0.5, _LARGEST)
+
+
+def mean_where(values: Tensor, exists: Tensor) -> Tensor:
+    """Return the mean of some values, of shape ``()``.
+
+    Args:
+        values: any shape.
+        exists: which of them, bool, of the same shape.
+    """
+    if is_on_host(values):
+        return values[exists].mean()
+    return torch.where(exists, values, 0).sum() / exists.count_nonzero()  # picking them waits for a count
 
 
 def most_spread(nu: float) -> float:
@@ -427,6 +441,9 @@ def following_factors(
     """
     spread = (nu * torch.as_tensor(smallness, device=noise.device)).expand(noise.shape)
     factors = 1 + spread * noise
+    reach_of_all = most_spread(nu) * (1 + _ROUNDING)
+    if low <= 1 - reach_of_all and 1 + reach_of_all <= high:
+        return factors  # all lie inside, and which do need not be asked
     outside = ((factors < low) | (factors > high)).flatten().nonzero().flatten()
     if len(outside):
         reach = spread.flatten()[outside].cpu()

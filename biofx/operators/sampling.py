@@ -64,10 +64,23 @@ def for_each_block(
 
     with torch.no_grad():
         return [
-            work(block, Generator().manual_seed(int(seed)))
-            for block, seed in zip(blocks, seeds, strict=True)
+            work(block, Generator().manual_seed(seed))
+            for block, seed in zip(blocks, seeds.tolist(), strict=True)
             if within is None or max(block.start, within.start) < min(block.stop, within.stop)
         ]
+
+
+def handed_over(drawn: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return sampled numbers on a device, without waiting for it.
+
+    Args:
+        drawn: on the CPU, where all numbers are sampled, so that they are the same on every device.
+        device: where to.
+        dtype: what to convert them to, there; None for their own.
+    """
+    if device.type == "cuda":  # from memory that may move, the copy would be waited for
+        drawn = drawn.pin_memory()
+    return drawn.to(device, non_blocking=True).to(drawn.dtype if dtype is None else dtype)
 
 
 def mean_over(count: int, work: Callable[[slice], Tensor]) -> float:

@@ -240,7 +240,7 @@ def clamp_gradient(gradient: Tensor, weight: Tensor, signs: Tensor, *, in_place:
     return result
 
 
-def write_signs(weight: Tensor, signs: Tensor, *, flip: bool) -> int:
+def write_signs(weight: Tensor, signs: Tensor, *, flip: bool) -> Tensor:
     """Give entries of the wrong sign the right one, or 0, in place.
 
     Args:
@@ -249,7 +249,7 @@ def write_signs(weight: Tensor, signs: Tensor, *, flip: bool) -> int:
         flip: whether a magnitude stays, with the other sign.
 
     Returns:
-        How many entries were changed, a count.
+        How many entries were changed, a count, float64 of shape ``()`` on the weight's device.
     """
     signs = signs.reshape((1,) * (weight.dim() - signs.dim()) + signs.shape)
     low, high = _bounds(-signs)
@@ -265,7 +265,7 @@ def write_signs(weight: Tensor, signs: Tensor, *, flip: bool) -> int:
             block.mul_(wrong.mul_(2).add_(1))
         else:
             block.copy_(torch.clamp(block, own[1], own[2]))
-    return -int(torch.stack(counts).double().sum()) if counts else 0
+    return -torch.stack(counts).double().sum() if counts else weight.new_zeros((), dtype=torch.float64)
 
 
 def by_rows(signs: Tensor, weight: Tensor) -> Tensor:

@@ -352,9 +352,9 @@ class BioModule(ConsolidatedState):
             mask = self.connection_mask
             return relative_smallness(magnitude, None if mask is None else existing(mask))
         activity = self.observed_activity
-        if activity is None or activity.min() < 0 or granularity == "layer":
+        if activity is None or granularity == "layer":
             return 1.0
-        smallness = relative_smallness(activity)
+        smallness = torch.where(activity.min() < 0, 1.0, relative_smallness(activity))  # none seen yet
         if granularity == "neuron" and self.output_axis == 1:
             smallness, groups = smallness.reshape(groups, -1).mean(0), 1
         return broadcast_units(smallness, self.weight, output_axis=self.output_axis, groups=groups)
@@ -577,6 +577,11 @@ class BioModule(ConsolidatedState):
         transformed model the graph constrains what acts at every forward.
         """
         self._require("enforce_dales_principle")
+        return int(self.write_signs_back())
+
+    @torch.no_grad()
+    def write_signs_back(self) -> Tensor:
+        """Do what :meth:`enforce_dales_principle` does; return the count without waiting for it, ``()``."""
         weight, signs = local(self.weight), local_part(self.signs(), self.weight)
         return write_signs(weight.detach(), signs.to(weight.dtype), flip=self.config.dales_method == "abs")
 

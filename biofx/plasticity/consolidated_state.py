@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from biofx.errors import NonFiniteWeightError, PlasticityError
 from biofx.operators.mask_ops import existing
-from biofx.operators.sampling import generator_for
+from biofx.operators.sampling import generator_for, handed_over
 from biofx.plasticity.bio_state import BioState
 from biofx.plasticity.consolidation import (
     PENALTIES,
@@ -22,6 +20,7 @@ from biofx.plasticity.consolidation import (
     noise_of,
     rates_of,
 )
+from biofx.plasticity.found_out import FoundOut
 from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
 
 RULES = {
@@ -36,18 +35,6 @@ OF_TASKS = frozenset(RULES) - {"upgd"}
 HOLDING = (*RULES, "l2_to_initial")
 """All rules that hold weights back."""
 _BEGUN, _STEPS = 0, 1
-
-
-class _Total:
-    """The sum of a tensor, valid until that is written to; neither copied nor saved."""
-
-    def __init__(self) -> None:
-        self.of: Callable[[], Tensor | None] = lambda: None
-        self.version = 0
-        self.value = 0.0
-
-    def __reduce__(self) -> Any:
-        return _Total, ()
 
 
 class ConsolidatedState(BioState):
@@ -312,7 +299,7 @@ class ConsolidatedState(BioState):
             held = self.fuzzy_learning_rate_parameters
             scale = None if held is None else local_part(held, weight)
         if level and self.gradient_level != 1:
-            number = torch.tensor(self.gradient_level, dtype=weight.dtype, device=local(weight).device)
+            number = torch.full((), self.gradient_level, dtype=weight.dtype, device=local(weight).device)
             scale = number if scale is None else scale.to(weight.dtype) * number
         return scale
 
@@ -365,11 +352,8 @@ class ConsolidatedState(BioState):
         if (importance := self.importance) is None:
             return 0.0
         part = local(importance)
-        known: _Total = self.__dict__.setdefault("_total", _Total())
-        if known.of() is not importance or known.version != part._version:
-            known.of, known.version = weakref.ref(importance), part._version
-            known.value = float(sum_over_ranks(part.sum(dtype=torch.float64), importance))
-        return known.value
+        known: FoundOut[float] = self.__dict__.setdefault("_total", FoundOut())
+        return known.of(part, lambda held: float(sum_over_ranks(held.sum(dtype=torch.float64), importance)))
 
     @torch.no_grad()
     def largest_utility(self) -> Tensor:
@@ -413,7 +397,7 @@ class ConsolidatedState(BioState):
         part = local(weight)
         if span is None:
             drawn = local_part(drawn.reshape(weight.shape), weight)
-        drawn = drawn.reshape(part.shape).to(part.device, part.dtype)
+        drawn = handed_over(drawn.reshape(part.shape), part.device, part.dtype)
         mask = self.connection_mask
         return drawn if mask is None else drawn.mul_(existing(local_part(mask, weight)))
 

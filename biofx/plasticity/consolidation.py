@@ -31,6 +31,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from biofx.operators.dispatch import is_on_host
 from biofx.operators.sampling import for_each_block, normal_quantiles, random_levels
 
 _BLOCK = 1 << 17
@@ -50,7 +51,7 @@ def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     Tensors on other devices than a CPU, and such as no common view has, come whole.
     """
     first = tensors[0]
-    whole = first.numel() <= _BLOCK or first.device.type != "cpu"
+    whole = first.numel() <= _BLOCK or not is_on_host(first)
     if whole or not all(tensor.is_contiguous() for tensor in tensors):
         yield tensors
         return
@@ -144,7 +145,7 @@ def follow_utility(utility: Tensor, gradient: Tensor, weight: Tensor, decay: flo
 
 def is_surely_finite(tensor: Tensor, other: Tensor) -> bool:
     """Whether all products of two tensors are finite; False where only the device would know, or in doubt."""
-    return tensor.device.type == "cpu" and math.isfinite(torch.dot(tensor.reshape(-1), other.reshape(-1)))
+    return is_on_host(tensor) and math.isfinite(torch.dot(tensor.reshape(-1), other.reshape(-1)))
 
 
 def gate_of(utility: Tensor, largest: Tensor) -> Tensor:

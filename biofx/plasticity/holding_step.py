@@ -58,7 +58,8 @@ class HoldingStep:
         if self._group is not None and any(is_sharded(each.weight) for each in gated):
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._group)
         whole = [each.state.config.upgd_scaling == "network" for each in gated]
-        of_network = largest[torch.tensor(whole, device=device)].max() if any(whole) else largest[0]
+        chosen = [own for own, is_whole in zip(largest, whole, strict=True) if is_whole]
+        of_network = torch.stack(chosen).max() if chosen else largest[0]
         for each, own, is_whole in zip(gated, largest, whole, strict=True):
             self._largest[each.state.path] = of_network if is_whole else own
 
@@ -69,7 +70,7 @@ class HoldingStep:
     def change(
         self,
         bound: Bound,
-        touched: dict[str, int],
+        touched: dict[str, int | Tensor],
         changing: Callable[[], tuple[Tensor, Tensor]],
         multiplier: Tensor | None,
         *,

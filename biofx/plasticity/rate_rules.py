@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from biofx.operators.sampling import for_each_block, mean_over, normal_quantiles, sampled_from
+from biofx.operators.dispatch import is_on_host
+from biofx.operators.rate_sampling import mean_where
+from biofx.operators.sampling import for_each_block, handed_over, mean_over, normal_quantiles, sampled_from
 
 # temporal factors
 
@@ -188,23 +190,34 @@ def multiply_by_volume(
     if base is None:
         options: dict[str, Any] = {"stability": stability, "variability": variability, "generator": generator}
         factors = volume_factors(weight, base=1.0, exists=exists, **options)
-        mean_factor = factors.mean() if exists is None else factors[exists].mean()
+        mean_factor = factors.mean() if exists is None else mean_where(factors, exists)
         target.mul_(factors.div_(mean_factor).to(target.dtype))
         return
     flat, product = weight.detach().reshape(-1), target.reshape(-1)
-    mean = mean_over(flat.numel(), lambda block: flat[block].abs().sum(dtype=torch.float32))
-    if exists is not None:
-        mean *= flat.numel() / max(1, int(exists.count_nonzero()))
-    scale = max(mean, torch.finfo(weight.dtype).tiny)
+    scale = _mean_magnitude(flat, exists, torch.finfo(weight.dtype).tiny)
     noise = normal_quantiles().mul(variability).add_(1).abs_().mul_(base) if variability else base
 
     def multiply(block: slice, own: Generator) -> None:
         magnitude = flat[block].abs()
         # a power of e costs four times what one of 2 does
         factors = magnitude.div_(magnitude + scale).mul_(-stability / math.log(2)).exp2_()
-        drawn = sampled_from(noise, len(factors), own).to(factors) if isinstance(noise, Tensor) else noise
-        product[block].mul_(factors.mul_(drawn).to(product.dtype))
+        if isinstance(noise, Tensor):
+            factors.mul_(handed_over(sampled_from(noise, len(factors), own), factors.device, factors.dtype))
+        else:
+            factors.mul_(noise)
+        product[block].mul_(factors.to(product.dtype))
 
     for_each_block(flat.numel(), multiply, generator)
     if product.data_ptr() != target.data_ptr():
         target.copy_(product.view(target.shape))
+
+
+def _mean_magnitude(flat: Tensor, exists: Tensor | None, least: float) -> float | Tensor:
+    """Return mean|w| over the connections that exist, at least ``least``; of shape ``()`` on a device."""
+    if not is_on_host(flat):
+        count = flat.numel() if exists is None else exists.count_nonzero().clamp(min=1)
+        return (flat.abs().sum(dtype=torch.float32) / count).clamp(min=least).to(flat.dtype)
+    mean = mean_over(flat.numel(), lambda block: flat[block].abs().sum(dtype=torch.float32))
+    if exists is not None:
+        mean *= flat.numel() / max(1, int(exists.count_nonzero()))
+    return max(mean, least)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from biofx.operators.dispatch import is_on_host
 from biofx.plasticity.consolidation import in_blocks, is_surely_finite
 
 _SAMPLE = 1 << 16
@@ -83,7 +84,7 @@ def follow_utility(utility: Tensor, weight: Tensor, gradient: Tensor, *, decay: 
         decay: share of the earlier mean that stays.
     """
     tensors = utility, weight, gradient
-    if utility.device.type != "cpu":  # in one piece, and without waiting for the device
+    if not is_on_host(utility):  # in one piece, and without waiting for the device
         product = _product(*tensors)
         product = torch.where(product.isfinite(), product, utility.clamp(min=0))
         utility.copy_(torch.where(utility < 0, product, utility.lerp(product, 1 - decay)))

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from biofx.errors import PlasticityError
+from biofx.operators.dispatch import is_on_host
 from biofx.plasticity.bio_state import BioState
 from biofx.plasticity.tensor_lists import at_least, divided, lerp_, multiplied, zero_
 from biofx.plasticity.unit_entries import Channels
@@ -68,7 +69,7 @@ class UnitRun:
         changed = turnover.clock.have_changed(self.seen, self.age)
         if changed is False:
             return None
-        if changed and not is_shared and turnover.reads_alone and self.age.device.type != "cpu":
+        if changed and not is_shared and turnover.reads_alone and not is_on_host(self.age):
             return []  # an empty batch is not told from others there; utilities fall a little, all alike
         counts = []
         for reader, rows in zip(turnover.readers, self.rows, strict=True):

@@ -68,7 +68,7 @@ def test_signs_are_written_into_a_weight_as_the_definition_says(
     wrong = weight * signs < 0
     expected = torch.where(wrong, -weight if flip else torch.zeros_like(weight), weight)
     pointer = weight.data_ptr()
-    assert write_signs(weight, signs, flip=flip) == int(wrong.sum())
+    assert int(write_signs(weight, signs, flip=flip)) == int(wrong.sum())
     assert weight.data_ptr() == pointer
     assert torch.equal(weight.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
 
