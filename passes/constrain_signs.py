@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 from biofx.analysis.observation import find_all_sites, weights_in_python
 from biofx.analysis.sign_survey import SignSurvey, refuse_unused_signs
 from biofx.config import option_from_config
+from biofx.graph.analysis_cache import unchanged
 from biofx.layers.lowering import Lowering
 from biofx.layers.weight_site import WeightSite
 from biofx.model.graph_module import BioGraphModule
@@ -91,9 +92,10 @@ class ConstrainSigns(WeightPass):
         Raises:
             OptionError: signs were given that nothing uses, or two uses of a weight have different options.
         """
-        sites = find_all_sites(graph_module)
-        survey = SignSurvey(graph_module, lambda node, layer: scope.variant(self, node, layer))
-        lowering = Lowering(graph_module)
+        with unchanged():
+            sites = find_all_sites(graph_module)
+            survey = SignSurvey(graph_module, lambda node, layer: scope.variant(self, node, layer))
+            lowering = Lowering(graph_module)
         shown = dataclasses.replace(sites, found=[*sites.found, *weights_in_python(sites)])
         chosen = yield from self.choose(shown, scope, survey, lowering)
         if self.axis == "presynaptic":

@@ -25,6 +25,7 @@ from biofx.analysis.readouts import readout_nodes, readouts_in_doubt
 from biofx.analysis.synapses import split_nodes
 from biofx.config import option_from_config
 from biofx.errors import OptionError
+from biofx.graph.analysis_cache import unchanged
 from biofx.layers.sites import find_sites
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.split_ops import pool_synapses
@@ -66,9 +67,10 @@ class SplitWeights(Pass):
 
     def candidates(self, graph_module: BioGraphModule) -> Iterator[SplittableLayer | Remark]:
         """Yield each layer with a weight."""
-        sites = find_sites(graph_module)
-        readout, in_doubt = readout_nodes(graph_module), readouts_in_doubt(graph_module)
-        split = split_nodes(graph_module)
+        with unchanged():
+            sites = find_sites(graph_module)
+            readout, in_doubt = readout_nodes(graph_module), readouts_in_doubt(graph_module)
+            split = split_nodes(graph_module)
         for site in sites.found:
             if not site.is_further:
                 reason = why_not_neighbours(site, graph_module, readout, in_doubt)
@@ -110,8 +112,10 @@ class SplitWeights(Pass):
                 f"channels of a layer, found {self}, "
                 f"which divides none: {found}; choose a divisor, or leave these layers out"
             )
-        levelled, left = self._new_pools(graph_module, scope, earlier)
-        yield from with_steps(graph_module, remarks, left, levelled)
+        with unchanged():
+            levelled, left = self._new_pools(graph_module, scope, earlier)
+            remarks = list(with_steps(graph_module, remarks, left, levelled))
+        yield from remarks
         if levelled:
             yield from level_steps(graph_module, scope, levelled)
 

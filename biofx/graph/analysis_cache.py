@@ -60,8 +60,8 @@ class _Scope:
     def __init__(self, *, may_change: bool) -> None:
         self.may_change = may_change
         self.results: weakref.WeakSet[_Results] = weakref.WeakSet()
-        self.compared: set[_Results] | None = None
-        """What was compared since nothing changes; None while models may change."""
+        self.compared: dict[_Results, GraphModule] | None = None
+        """For which model results were compared since nothing changes; None while models may change."""
 
     def forget(self) -> None:
         for results in self.results:
@@ -97,7 +97,7 @@ def unchanged() -> Iterator[None]:
     if scope is None or scope.compared is not None:
         yield
         return
-    scope.compared = set()
+    scope.compared = {}
     try:
         yield
     finally:
@@ -125,10 +125,10 @@ def cached_on_graph(analysis: Callable[[ModuleT], ResultT]) -> Callable[[ModuleT
         results: _Results = vars(graph_module.graph).setdefault(_PLACE, _Results())
         scope.results.add(results)
         compared = scope.compared
-        is_compared = results.is_trusted or (compared is not None and results in compared)
+        is_compared = results.is_trusted or (compared is not None and compared.get(results) is graph_module)
         if scope.may_change and not is_compared:
             if compared is not None:
-                compared.add(results)
+                compared[results] = graph_module
             state = _State(graph_module)
             if results.state is None or not results.state.is_same(state):
                 results.forget()

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from biofx.analysis.observation import find_all_sites
 from biofx.errors import OptionError
+from biofx.graph.analysis_cache import unchanged
 from biofx.layers.lowering import Lowering
 from biofx.layers.norms import NormSite, find_norms, lower_norm
 from biofx.layers.sites import find_sites
@@ -138,8 +139,9 @@ class WeightPass(Pass):
         Raises:
             OptionError: two uses of one weight are given different options.
         """
-        sites = find_all_sites(graph_module)
-        survey, lowering = self.survey(graph_module, scope), Lowering(graph_module)
+        with unchanged():
+            sites = find_all_sites(graph_module)
+            survey, lowering = self.survey(graph_module, scope), Lowering(graph_module)
         chosen = yield from self.choose(sites, scope, survey, lowering)
         yield from self.rewrite_chosen(chosen, scope)
         yield from unsupported(sites)

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 import biofx
 from biofx.graph import analysis_cache
-from biofx.graph.analysis_cache import analyses_kept, cached_on_graph
+from biofx.graph.analysis_cache import analyses_kept, cached_on_graph, unchanged
 from biofx.graph.regions import region_paths
 from biofx.layers import sites
 from biofx.layers.sites import find_sites
@@ -171,6 +171,30 @@ def test_two_models_with_one_graph_have_results_of_their_own() -> None:
         counted.query(model)
         counted.query(twin)
     assert counted.runs == 2
+
+
+def test_where_nothing_changes_each_model_is_compared_once() -> None:
+    model, counted = biofx.capture(Net()), Counted()
+    twin: Any = object.__new__(type(model))
+    vars(twin).update(vars(model))
+    with analyses_kept():
+        counted.query(model)
+        insert(model)
+        with unchanged():
+            assert counted.query(model) == [node.name for node in model.graph.nodes]  # compared
+            assert counted.runs == 2
+            insert(model)  # which breaks the promise, and shows that nobody looks
+            counted.query(model)
+            assert counted.runs == 2
+            counted.query(twin)
+            assert counted.runs == 3
+            counted.query(model)
+            assert counted.runs == 4
+        counted.query(model)
+        assert counted.runs == 4
+        insert(model)
+        assert counted.query(model) == [node.name for node in model.graph.nodes]
+        assert counted.runs == 5
 
 
 def test_copies_and_pickles_begin_with_nothing() -> None:
