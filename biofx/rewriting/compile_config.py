@@ -15,7 +15,7 @@ from biofx.plasticity.bio_state import rule_config
 from biofx.plasticity.model_states import bio_modules, is_taken, state_of
 from biofx.rewriting.pass_base import Pass
 from biofx.rewriting.pipeline import Pipeline
-from biofx.rewriting.registry import available_passes
+from biofx.rewriting.registry import built_in_passes
 from biofx.select import NodeIndex, Override, picks
 
 PassChoice: TypeAlias = str | Pass | Sequence[str | Pass | EllipsisType]
@@ -49,9 +49,9 @@ def compile_config(config: BioConfig, names: Iterable[str] | None = None) -> Pip
 
 
 def _configurable() -> dict[str, type[Pass]]:
-    """Return the passes that a config has options for, by name."""
+    """Return the passes that a config has options for, which are all our own, by name."""
     fed = {name for declared in config_options().values() for name in declared.feeds}
-    return {name: cls for name, cls in available_passes().items() if name in fed}
+    return {name: cls for name, cls in built_in_passes().items() if name in fed}
 
 
 def _read_by(name: str) -> dict[str, Feeds]:

@@ -22,13 +22,18 @@ def register_built_in(*passes: type[Pass]) -> None:
     _built_in.update({cls.name: cls for cls in passes})
 
 
+def built_in_passes() -> dict[str, type[Pass]]:
+    """Return the passes of ``biofx.passes`` by name, without looking at what else is installed."""
+    return dict(_built_in)
+
+
 def available_passes() -> dict[str, type[Pass]]:
     """Return every known pass by name, the built-in ones first.
 
     Raises:
         PipelineError: an installed entry point does not lead to a pass, or takes a name that is taken.
     """
-    known = dict(_built_in)
+    known = built_in_passes()
     for entry in entry_points(group=GROUP):
         try:
             loaded = entry.load()
