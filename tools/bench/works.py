@@ -67,6 +67,7 @@ def works(device: torch.device, *, compiled: bool) -> Iterator[Work]:
     yield _sub_weights(vectors, compiled)
     if not compiled:
         yield _inference(images)
+        yield from _transforms(device)
         yield from _guards(device)
         yield _observed_runs()
         yield from _rules(vectors)
@@ -92,6 +93,7 @@ _MECHANISMS: dict[str, dict[str, Any]] = {
     "rates": {},
     "rates from their seed": {"fuzzy_lr_dtype": "seed"},
     "rates and signs": {"apply_dales_principle": True},
+    "rates and masks": {"weight_density": 0.1},
 }
 
 
@@ -183,6 +185,26 @@ def _inference(x: Tensor) -> Work:
     candidates["split in 2"] = inference(split, x)
     candidates["split in 2, deployed"] = inference(biofx.deploy(split), x)
     return Work("5 convolutions, inference", candidates, goals={"split in 2, deployed": 0.28})
+
+
+def _transforms(device: torch.device) -> Iterator[Work]:
+    """Yield transforms of small, large and residual models, against what torch needs to copy and trace them."""
+    everything = {"weight_splitting_Gamma": 2, "apply_dales_principle": True}
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for name, model, x in (
+        ("a perceptron of 5 nodes", perceptron(20, 16, 4), torch.ones(1, 20)),
+        ("a perceptron of 425 nodes", perceptron(*(16,) * 213), torch.ones(1, 16)),
+        ("ResNet-18", resnet18(), images),
+    ):
+        model, x = model.to(device), x.to(device)
+        candidates: dict[str, Callable[[], object]] = {
+            "copied and traced": lambda model=model: torch.fx.symbolic_trace(copy.deepcopy(model)),
+            "everything off": functools.partial(biofx.transform, model, _UNSCALED),
+            "recorded": functools.partial(biofx.transform, model, _UNSCALED, example_inputs=(x,)),
+            "everything on": functools.partial(biofx.transform, model, everything),
+        }
+        goals = {"everything off": 1.4, "recorded": 3, "everything on": 4}
+        yield Work(f"{name}, transform", candidates, "copied and traced", goals)
 
 
 def _guards(device: torch.device) -> Iterator[Work]:
