@@ -188,7 +188,7 @@ def _inference(x: Tensor) -> Work:
 
 
 def _transforms(device: torch.device) -> Iterator[Work]:
-    """Yield transforms of small, large and residual models, against what torch needs to copy and trace them."""
+    """Yield transforms of three models, against what torch needs to copy and trace them."""
     everything = {"weight_splitting_Gamma": 2, "apply_dales_principle": True}
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for name, model, x in (
