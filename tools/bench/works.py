@@ -198,13 +198,17 @@ def _transforms(device: torch.device) -> Iterator[Work]:
     ):
         model, x = model.to(device), x.to(device)
         candidates: dict[str, Callable[[], object]] = {
-            "copied and traced": lambda model=model: torch.fx.symbolic_trace(copy.deepcopy(model)),
+            "copied and traced": functools.partial(_copied_and_traced, model),
             "everything off": functools.partial(biofx.transform, model, _UNSCALED),
             "recorded": functools.partial(biofx.transform, model, _UNSCALED, example_inputs=(x,)),
             "everything on": functools.partial(biofx.transform, model, everything),
         }
         goals = {"everything off": 1.4, "recorded": 3, "everything on": 4}
         yield Work(f"{name}, transform", candidates, "copied and traced", goals)
+
+
+def _copied_and_traced(model: nn.Module) -> torch.fx.GraphModule:
+    return torch.fx.symbolic_trace(copy.deepcopy(model))
 
 
 def _guards(device: torch.device) -> Iterator[Work]:
