@@ -11,7 +11,7 @@ import enum
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -287,6 +287,8 @@ def is_followed(value: Any) -> bool:
 def _is_object(value: Any) -> bool:
     """Whether a value is an instance of a user's class, with attributes."""
     kind = type(value)
+    if kind is FunctionType:  # of whose kind torch 2.11 cannot compile what is asked below
+        return False
     home = kind.__module__.partition(".")[0]
     is_written_in_python = kind.__flags__ & _HEAP_TYPE and not kind.__flags__ & _IMMUTABLE_TYPE
     return kind is SimpleNamespace or (

@@ -274,7 +274,9 @@ def _script(
     story: str, graph: str, source: str, passes: str, predicate: str | None, without_weights: bool
 ) -> str:
     """Return the script; texts from outside are literals or comments in it, or code of the user."""
-    packages = [f"{name} {version(name)}" for name in ("biofx", "torch", "networkx", "rich")]
+    known = {"torch": torch.__version__}  # with the build, which its package does not tell
+    names = ("biofx", "torch", "networkx", "rich")
+    packages = [f"{name} {known.get(name) or version(name)}" for name in names]
     versions = ", ".join((*packages, f"Python {platform.python_version()}"))
     lines = (*story.splitlines(), "", f"Written with {versions}, on {platform.platform()}.")
     comment = "\n".join((_CODING, *(f"# {_printable(line)}".rstrip() for line in lines)))

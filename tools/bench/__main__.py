@@ -3,7 +3,8 @@
 Each work is a table of candidates that do the same: the unmodified model, biofx, the paper's package where it
 is installed (``pip install pytorch-bio-transformations==0.0.5``), and the floor: the same layers made at the
 folded width, which is as fast as a fold could be. Candidates run in turn within each round; figures are
-medians and their ratios to the first. On CUDA where there is one, else on the CPU.
+medians and their ratios to the first. On CUDA where there is one, else on the CPU (``--device``); ``--large``
+times ResNet-50, ViT-B/16 and GPT-2 small instead, at their real sizes, which are for a GPU, or tiny.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from growth import MEMORY_GOALS, memory, transform_times
 from rich.console import Console
 from rich.table import Table
 from timing import interleaved
-from works import Work, series, works
+from works import Work, large_works, series, works
 
 
 def measured(work: Work, rounds: int, *, cpu_time: bool) -> dict[str, Any]:
@@ -79,17 +80,24 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="only works whose name has this in it")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--device", help="where to (default: cuda where there is one, else cpu)")
+    parser.add_argument("--large", choices=["real", "tiny"], help="time ResNet-50, ViT-B/16 and GPT-2 small")
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: expected a CUDA device, found none")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     clock = "CPU time" if options.cpu_time else "time"
     console = Console()
     console.print(
         f"{device.type}, {name}, torch {torch.__version__}, {clock}, medians of {options.rounds} rounds"
     )
-    found = works(device, compiled=options.compiled)
+    if options.large is None:
+        found = works(device, compiled=options.compiled)
+    else:
+        found = large_works(device, tiny=options.large == "tiny", compiled=options.compiled)
     rows: list[dict[str, Any]] = []
     for work in chain(found, series(device) if options.series else ()):
         if options.only in work.name:

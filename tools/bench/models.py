@@ -160,8 +160,9 @@ def training_step(
     model = model.to(x.device).train()
     call: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
     with torch.no_grad():
-        classes = model(x[:2]).shape[1]
-    labels = torch.randint(0, classes, (len(x),), generator=torch.Generator().manual_seed(0)).to(x.device)
+        _, classes, *places = model(x[:2]).shape
+    own = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, classes, (len(x), *places), generator=own).to(x.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     plasticity = None if attached is None else biofx.attach(model, optimizer, attached)
 

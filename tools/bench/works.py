@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from large_models import large_models
 from models import (
     RateNetwork,
     convolutions,
@@ -75,6 +76,25 @@ def works(device: torch.device, *, compiled: bool) -> Iterator[Work]:
         yield from _turnovers(device)
         yield from _turnover_of_weights(device)
         yield _held_back(device)
+
+
+def large_works(device: torch.device, *, tiny: bool, compiled: bool) -> Iterator[Work]:
+    """Yield a training step of each large model, with the mechanisms that are in the graph.
+
+    Args:
+        device: where to.
+        tiny: whether the models are so small that the steps can be tried anywhere.
+        compiled: whether the steps are.
+    """
+    for model in large_models(tiny=tiny):
+        torch.manual_seed(0)
+        plain, x = model.make(), model.inputs.to(device)
+        candidates = {"plain": training_step(plain, x, compiled=compiled)}
+        for name, config in _MECHANISMS.items():
+            bio_model = biofx.transform(plain, config).graph_module
+            candidates[name] = training_step(bio_model, x, compiled=compiled)
+        candidates["split in 2"] = training_step(_split(plain, 2), x, compiled=compiled)
+        yield Work(model.name, candidates)
 
 
 def series(device: torch.device) -> Iterator[Work]:

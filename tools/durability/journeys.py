@@ -234,6 +234,38 @@ def fsdp2(bio_model: nn.Module) -> Arrived:
     return arrived(bio_model)
 
 
+def on_cuda_graph(bio_model: nn.Module) -> Arrived:
+    """Capture a forward and its backward in a CUDA graph, and replay it."""
+    bio_model = copy.deepcopy(bio_model).cuda()
+    x = torch.empty_like(batch(1), device="cuda")
+
+    def one_pass() -> Tensor:
+        output: Tensor = bio_model(x)
+        loss_of(output).backward()
+        return output
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        one_pass()
+    torch.cuda.current_stream().wait_stream(aside)
+    bio_model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = one_pass()
+
+    def replayed(given: Tensor) -> Tensor:
+        x.copy_(given)
+        graph.replay()
+        return output.detach().cpu()
+
+    def gradients(given: Tensor) -> Named:
+        replayed(given)
+        return {name: gradient.cpu() for name, gradient in named_gradients(bio_model).items()}
+
+    return Arrived(replayed, gradients, bio_model)
+
+
 JOURNEYS: dict[str, Callable[[nn.Module], Arrived]] = {
     "copy.deepcopy": lambda model: arrived(copy.deepcopy(model)),
     "pickle": through((pickle.dump, pickle.load)),
@@ -258,4 +290,7 @@ JOURNEYS: dict[str, Callable[[nn.Module], Arrived]] = {
     "DataParallel": lambda model: arrived(DataParallel(model)),
     "DDP": ddp,
     "FSDP2": fsdp2,
+    "CUDA graph": on_cuda_graph,
 }
+NEEDS_A_GPU = ("CUDA graph",)
+"""Journeys that cannot be made where there is no CUDA device."""

@@ -7,6 +7,7 @@ plain model would not pass.
 kept     outputs and gradients are those of the definition
 refused  biofx raises an error that says why and what to do
 idle     the mechanism does nothing there, by design: see the notes
+unrun    there is no CUDA device to run it on
 LOST, WRONG, CRASH  what must not be in the table
 """
 
@@ -22,13 +23,15 @@ from torch._C._distributed_c10d import HashStore
 
 import biofx
 from durability.changes import CHANGES
-from durability.journeys import JOURNEYS, Journey
+from durability.journeys import JOURNEYS, NEEDS_A_GPU, Journey
 from durability.measures import MEASURES, values_and_gradients
 from durability.mechanisms import MECHANISMS
 
+NO_DEVICE = "unrun"
 NOTES = """\
 kept: outputs and gradients are those of the mechanism's definition, written out by hand; refused: an error
-says why and what to do; idle: nothing is observed where inputs are no batches (torch.func)."""
+says why and what to do; idle: nothing is observed where inputs are no batches (torch.func);
+unrun: there is no CUDA device here."""
 
 
 @contextmanager
@@ -72,6 +75,9 @@ def table(*, verbose: bool = False) -> str:
     with warnings.catch_warnings(), one_process_group():
         warnings.simplefilter("ignore")
         for name, taken in ROWS.items():
+            if name in NEEDS_A_GPU and not torch.cuda.is_available():
+                rows.append([name, *[NO_DEVICE] * len(columns)])
+                continue
             rows.append([name, *(measure(column, taken, verbose=verbose) for column in columns)])
     widths = [max(len(row[place]) for row in rows) for place in range(len(columns) + 1)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
