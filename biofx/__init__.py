@@ -11,6 +11,7 @@ What most programs need is here. The rest is in packages:
 - :mod:`biofx.passes`: the rewrites;
 - :mod:`biofx.rewriting`: what pipelines, remarks and reports consist of;
 - :mod:`biofx.checkpoints`: files of several ranks, and the states of model and optimizer as plain values;
+- :mod:`biofx.compiling`: what a backend of ``torch.compile`` says of itself;
 - :mod:`biofx.diagnostics`: what checks, monitors and bisection return;
 - :mod:`biofx.select`: how nodes are selected;
 - :mod:`biofx.analysis`, :mod:`biofx.plasticity`, :mod:`biofx.graph`: what those who write passes use;
@@ -27,6 +28,7 @@ if not is_reading_arguments():
     from biofx import (
         analysis,
         checkpoints,
+        compiling,
         diagnostics,
         errors,
         graph,
@@ -39,6 +41,7 @@ if not is_reading_arguments():
     from biofx.callables import register_activation
     from biofx.capture.capture import capture
     from biofx.checkpoints import load, save
+    from biofx.compiling import backend, companion
     from biofx.config import BioConfig
     from biofx.converter import BioConverter
     from biofx.deploy.deploy import deploy
@@ -54,7 +57,7 @@ if not is_reading_arguments():
     from biofx.rewriting import Pass, PassResult, Pipeline, Remark, Report, Scope, applied, missed
     from biofx.transform import transform
 
-    _PUBLIC = (analysis, checkpoints, diagnostics, errors, graph, plasticity, rewriting, select)
+    _PUBLIC = (analysis, checkpoints, compiling, diagnostics, errors, graph, plasticity, rewriting, select)
 
 __all__ = [
     # make a model
@@ -68,6 +71,9 @@ __all__ = [
     "Rule",
     "Monitor",
     "check",
+    # compile it
+    "backend",
+    "companion",
     # keep it
     "save",
     "load",
@@ -99,7 +105,7 @@ __all__ = [
 ]
 
 _PLACES = (
-    *("analysis", "checkpoints", "diagnostics", "errors", "graph"),
+    *("analysis", "checkpoints", "compiling", "diagnostics", "errors", "graph"),
     *("plasticity", "rewriting", "select"),
 )
 _RENAMED = {"Culprit": "BisectResult"}

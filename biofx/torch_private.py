@@ -303,6 +303,47 @@ def inside_of_compiled(model: Any) -> Any:
     return getattr(model, "_orig_mod", None)
 
 
+# the compiler
+
+FRAME_OF_COMPILATION = ("_compile", "convert_frame.py")
+"""Name and file of dynamo's function that compiles a frame of Python, with its code and its variables."""
+FRAMES_OF_MODULES = ("_wrapped_call_impl", "_call_impl")
+"""Names of the functions in which a module is called."""
+inductor_with: Callable[..., Callable[..., Any]] = _named("torch._TorchCompileInductorWrapper")
+"""Returns inductor as a backend, given a mode, options and whether sizes are left open."""
+trace_structured: Callable[..., None] = _named("torch._logging._internal.trace_structured")
+"""Writes to the structured trace, where there is one."""
+
+
+def compiler_of(backend: Any) -> Callable[..., Any]:
+    """Return the function of a backend of ``torch.compile``, given by name or itself.
+
+    Raises:
+        Exception: torch's own, if it has none of that name.
+    """
+    found: Callable[..., Any] = _required("torch._dynamo.backends.registry.lookup_backend")(backend)
+    return found
+
+
+def recompile_limit() -> int:
+    """Return how often dynamo compiles one function before it runs it as it is."""
+    return int(_required("torch._dynamo.config").recompile_limit)
+
+
+def take_origin(made: GraphModule, original: GraphModule) -> None:
+    """Let a graph count as dynamo's, so that compilers know which of its inputs are parameters."""
+    sources = {
+        node.name: getattr(node, "_dynamo_source", None)
+        for node in original.graph.find_nodes(op="placeholder")
+    }
+    for node in made.graph.find_nodes(op="placeholder"):
+        made_node: Any = node
+        made_node._dynamo_source = sources.get(node.name)
+    made.meta.update(original.meta)
+    if hasattr(original, "_param_name_to_source"):
+        vars(made)["_param_name_to_source"] = {}
+
+
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "tables of modules: documented by use, and on many lines": (
         *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),

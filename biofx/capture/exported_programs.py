@@ -84,14 +84,14 @@ def _rebuilt(source: GraphModule, ranges: Mapping[Any, Any]) -> BioGraphModule:
         new.meta = {key: old.meta[key] for key in ("val", _STACK, "stack_trace") if key in old.meta}
     for read in graph.find_nodes(op="get_attr"):
         read.target = names.get(str(read.target), read.target)
-    root = _tree(source, graph, names)
+    root = tree_of(source, graph, names)
     take_plain_signature(graph, ranges)
     for node in list(graph.nodes):
         parts_instead_of_all(node)
     for node in graph.nodes:
         if is_aten(node):
             become_function(node)
-    training = _mode_of(graph)
+    training = mode_of(graph)
     root.train(training)
     for node in graph.nodes:
         node.meta[_STACK] = _plain_stack(node)
@@ -112,8 +112,14 @@ def _original_names(source: GraphModule) -> dict[str, str]:
     return {str(flat): str(name) for flat, name in meta.get(_ORIGINAL_NAMES, {}).items()}
 
 
-def _tree(source: GraphModule, graph: Graph, names: Mapping[str, str]) -> nn.Module:
-    """Return modules that hold, at the original paths, the tensors of an exported graph and nothing else."""
+def tree_of(source: nn.Module, graph: Graph, names: Mapping[str, str]) -> nn.Module:
+    """Return modules that hold, at the original paths, the tensors of a graph's model and nothing else.
+
+    Args:
+        source: holds the tensors.
+        graph: what it reads and calls is there, too.
+        names: the original paths of tensors that ``source`` holds under others.
+    """
     root = nn.Module()
     state = source.state_dict(keep_vars=True)
 
@@ -162,7 +168,7 @@ def _plain_stack(node: Node) -> dict[str, tuple[str, Any]]:
     return found
 
 
-def _mode_of(graph: Graph) -> bool:
+def mode_of(graph: Graph) -> bool:
     """Return the mode in which a graph was exported: training, unless its functions say otherwise."""
     flags = [flag for node in graph.nodes if (flag := flag_of(node)) is not None]
     return any(flags) or not flags

@@ -37,6 +37,7 @@ from biofx.passes.fold_splits import FoldSplits
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import unwrapped
 from biofx.rewriting.activation import OpaqueActivation
+from biofx.rewriting.record import COMPILED, record_of
 
 _ONLY_FOR_LEARNING = GRADIENT_SCALINGS | {
     observe_activity,
@@ -67,8 +68,8 @@ def deploy(bio_model: nn.Module) -> nn.Module:
             changed.
 
     Raises:
-        InputError: the model is no graph module, is sharded, or calls modules under
-            ``torch.utils.checkpoint``; or a module has a forward on the instance.
+        InputError: the model is no graph module, is a companion (:func:`biofx.companion`), is sharded, or
+            calls modules under ``torch.utils.checkpoint``; or a module has a forward on the instance.
         CaptureError: a module was changed since the capture in a way that the graph does not follow.
         PassError: an argument that must have its default is not the last; the graph draws random numbers or
             writes to a buffer, which a plain graph module does no longer once it is loaded; or something of
@@ -91,6 +92,13 @@ def deploy(bio_model: nn.Module) -> nn.Module:
     if not isinstance(model, GraphModule):
         raise InputError(
             f"expected a transformed or converted model, found a {type(model).__name__}; use biofx.transform"
+        )
+    record = record_of(model)
+    if record is not None and record.steps[-1].door == COMPILED:
+        raise InputError(
+            "expected a transformed model, found the companion of a compiled one, which is not what runs; "
+            "load its state into one: bio_model, _ = biofx.transform(model, config), "
+            "bio_model.load_state_dict(companion.state_dict()), biofx.deploy(bio_model)"
         )
     if any(has_checkpoints(module.graph) for module in model.modules() if isinstance(module, GraphModule)):
         raise InputError(

@@ -30,6 +30,7 @@ from biofx.rewriting.remarks import PassReport, Remark, switched_off, unmet_by
 from biofx.rewriting.report import Report
 from biofx.rewriting.scope import ChangeRecorder, Scope, Selections
 from biofx.select import Override, Selector, check_selector
+from biofx.structured_trace import trace_artifact
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -292,6 +293,7 @@ class Pass(ABC):
             dataclasses.replace(change, cause=causes.get(change.node)) for change in compare(first, last)
         )
         report = Report(type(graph_module).__name__, reports, changes, *views, coverage)
+        trace_artifact(f"biofx_{self.name}", lambda: str(report))
         return PassResult(graph_module, report)
 
     def run(self, graph_module: BioGraphModule, within: Selections) -> Iterator[PassReport]:

@@ -26,6 +26,8 @@ from biofx.select import Candidate, NodeIndex, Override, Selector
 
 ATTRIBUTE = "transform_record"
 """The attribute of a transformed model that holds its record."""
+COMPILED = "compile"
+"""The door of a companion (:func:`biofx.companion`), whose graphs are those that a compiler made."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TransformStep:
     """One call of ``biofx.transform`` or of a converter."""
 
     door: str
-    """``"transform"``, or the name of the converter's class."""
+    """``"transform"``, :data:`COMPILED`, or the name of the converter's class."""
     pipeline: str
     """The passes that ran, as text."""
     passes: Mapping[str, Any]

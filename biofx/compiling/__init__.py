@@ -1,0 +1,6 @@
+"""biofx inside of ``torch.compile``: a backend, and the state of what was compiled."""
+
+from biofx.compiling.backend import Backend, backend
+from biofx.compiling.rewriter import companion
+
+__all__ = ["Backend", "backend", "companion"]
