@@ -85,8 +85,9 @@ def backend(
 class Backend:
     """What :func:`biofx.backend` returns: a function of a graph and its inputs, as dynamo calls it."""
 
-    def __init__(self, then: Compiler, rewriter: Rewriter) -> None:
-        self._then, self._rewriter = then, rewriter
+    def __init__(self, then: Compiler, rewriter: Any) -> None:
+        self._then: Compiler = then
+        self._rewriter: Rewriter = rewriter
         self._counts: dict[Any, int] = {}
         self._name = getattr(then, "__name__", type(then).__name__)
         REWRITERS.add(rewriter)

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from biofx.capture.capture import capture
+from biofx.capture.exported_programs import is_exported
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.foreign_errors import BY_A_PASS, foreign_errors_wrapped
 from biofx.graph.analysis_cache import analyses_kept, unchanged
@@ -251,14 +254,22 @@ class Pass(ABC):
             PassError: it is not what the pass promises.
         """
 
-    def __call__(self, graph_module: GraphModule) -> PassResult:
+    def __call__(self, graph_module: GraphModule | ExportedProgram) -> PassResult:
         """Return a rewritten copy of a graph module, and a report.
+
+        Args:
+            graph_module: what :func:`biofx.capture` returned, any other graph module, or a program of
+                ``torch.export``; of a graph of dynamo or of ``make_fx`` operators become functions and layers
+                first, as in :func:`biofx.capture`.
 
         Raises:
             InputError: it is not a graph module.
+            CaptureError: a program cannot be written as a model.
             SelectorError: a pattern matches nothing.
             PassError: the pass cannot run on this graph.
         """
+        if is_exported(graph_module) and not isinstance(graph_module, BioGraphModule):
+            return self.on_own(capture(graph_module))
         if not isinstance(graph_module, GraphModule):
             raise InputError(
                 f"{self.name}: expected a torch.fx.GraphModule, found {type(graph_module).__name__}; "

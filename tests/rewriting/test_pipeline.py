@@ -354,6 +354,26 @@ def test_the_manager_of_torch_is_told_when_nothing_was_modified(mlp: nn.Module) 
     assert PassManager(passes=managed)(biofx.capture(mlp)).modified is False
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.export, and that a program is of one mode
+def test_passes_run_on_exported_programs_by_themselves_and_in_the_manager_of_torch(
+    mlp: nn.Module, vectors: Tensor
+) -> None:
+    program = torch.export.export(mlp, (vectors,))
+    before = {name: value.clone() for name, value in program.state_dict.items()}
+    passes: list[Pass] = [SplitWeights(), ScaleGradients(seed=4)]
+    expected = Pipeline(tuple(passes))(biofx.capture(mlp)).graph_module
+    alone = Pipeline(tuple(passes))(program)
+    managed: list[Any] = [*passes]
+    manager: Any = PassManager(passes=managed, run_checks_after_each_pass=True)
+    for result in (alone, manager(program)):
+        assert result.modified is True
+        assert torch.equal(result.graph_module(vectors), expected(vectors))
+        made = result.graph_module.state_dict()
+        assert made.keys() == expected.state_dict().keys()
+        assert all(torch.equal(value, made[name]) for name, value in expected.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in program.state_dict.items())
+
+
 # observing
 
 

@@ -59,6 +59,29 @@ def compiled(bio_model: nn.Module) -> Arrived:
     return Arrived(made, by_backward(bio_model, made), made)
 
 
+def compiled_by_backend(bio_model: nn.Module) -> Arrived:
+    """Compile a plain model of the same weights with biofx as the backend, and take over the state."""
+    torch._dynamo.reset()
+    record: Any = bio_model.transform_record
+    config = config_from_plain(record.steps[0].config)
+    backend = biofx.backend(config, then="aot_eager", initialise=True)
+    model = plain_net()
+    made: Any = torch.compile(model, backend=backend, fullgraph=True)
+    made(batch(0))
+    companion = biofx.companion(made)
+    companion.load_state_dict(bio_model.state_dict())
+    return Arrived(made, by_backward(model, made), companion)
+
+
+def of_a_program(bio_model: nn.Module) -> Arrived:
+    """Export a plain model, and let biofx transform the program."""
+    record: Any = bio_model.transform_record
+    program = torch.export.export(plain_net(), (batch(0),))
+    made, _ = biofx.transform(program, config_from_plain(record.steps[0].config))
+    made.load_state_dict(bio_model.state_dict())
+    return arrived(made)
+
+
 def exported(bio_model: nn.Module) -> Arrived:
     """Export, and take the program's module."""
     return arrived(torch.export.export(bio_model, (batch(0),)).module())
@@ -274,7 +297,9 @@ JOURNEYS: dict[str, Callable[[nn.Module], Arrived]] = {
     "fx.symbolic_trace": lambda model: arrived(torch.fx.symbolic_trace(model)),
     "fx.Transformer": lambda model: arrived(torch.fx.Transformer(model).transform()),  # type: ignore[arg-type]
     "torch.compile": compiled,
+    "torch.compile(backend=biofx)": compiled_by_backend,
     "torch.export": exported,
+    "ExportedProgram in": of_a_program,
     "vmap(grad)": per_sample,
     "functional_call": functional,
     "autocast bfloat16": autocast,
