@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from biofx.capture.trials import TrialModel, cloned
 from biofx.errors import BiofxError, CaptureError, InputError
@@ -18,6 +17,7 @@ from biofx.model.graph_module import BioGraphModule, follow_changes_within
 from biofx.model.modes import switch_mode
 from biofx.plasticity.model_states import unwrapped
 from biofx.random_state import preserved_random_state
+from biofx.torch_private import pytree
 
 
 def export(
