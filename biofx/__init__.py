@@ -41,7 +41,7 @@ if not is_reading_arguments():
     from biofx.callables import register_activation
     from biofx.capture.capture import capture
     from biofx.checkpoints import load, save
-    from biofx.compiling import backend, companion
+    from biofx.compiling import backend, companion, inductor_pass
     from biofx.config import BioConfig
     from biofx.converter import BioConverter
     from biofx.deploy.deploy import deploy
@@ -74,6 +74,7 @@ __all__ = [
     # compile it
     "backend",
     "companion",
+    "inductor_pass",
     # keep it
     "save",
     "load",

@@ -325,6 +325,11 @@ def compiler_of(backend: Any) -> Callable[..., Any]:
     return found
 
 
+def count_as_inductor_pass(kind: type) -> None:
+    """Let inductor take objects of a class as passes for its slots; importing its own class takes seconds."""
+    _required("torch._inductor.custom_graph_pass.CustomGraphPass").register(kind)
+
+
 def recompile_limit() -> int:
     """Return how often dynamo compiles one function before it runs it as it is."""
     return int(_required("torch._dynamo.config").recompile_limit)
