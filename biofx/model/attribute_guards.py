@@ -332,7 +332,8 @@ def _entries(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_array(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
+    kind = type(value)
+    return kind is not FunctionType and kind.__module__ == "numpy" and kind.__name__ == "ndarray"
 
 
 def described(value: Any) -> str:
