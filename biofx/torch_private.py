@@ -70,6 +70,17 @@ def call_after_backward(function: Callable[[], None]) -> None:
     _engine.queue_callback(function)
 
 
+_replicas: Any = nn.parallel.DistributedDataParallel
+_named("torch.nn.parallel.DistributedDataParallel._active_ddp_module")
+members_of_modules: Any = _named("torch.nn.Module._named_members")
+"""The method by which modules walk over what they hold."""
+
+
+def replicas_in_forward() -> Any:
+    """Return the DistributedDataParallel whose forward runs, None where none does."""
+    return _replicas._active_ddp_module
+
+
 def saved_tensors_are_hooked() -> bool:
     """Whether tensors that autograd saves pass through hooks, as those of checkpointing."""
     return _saved_tensors_hooks(True) is not None

@@ -58,8 +58,8 @@ RUNS = {
 
 def transformed(kind="uniform", density=1.0, growth="random", utility="magnitude", selection="probability"):
     torch.manual_seed(0)
-    # "project" looks at the sign of each rank's own gradient, which the mean over the ranks does not follow
-    options = {"dales_method": "abs", "fuzzy_lr_distribution": kind, "fuzzy_lr_dynamic": True}
+    # "project" looks at the signs of the mean over the ranks, not at those of a rank's own gradient
+    options = {"dales_method": "project", "fuzzy_lr_distribution": kind, "fuzzy_lr_dynamic": True}
     config = biofx.BioConfig(apply_dales_principle=True, weight_density=density, **options)
     config = config.replace(rejuvenation_growth=growth, rejuvenation_utility=utility)
     if utility == "gradient":

@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from biofx.checkpoints.checkpoint_file import as_checkpoint_error, read_checkpoint, write_checkpoint
 from biofx.checkpoints.optimizer_state import optimizer_state
 from biofx.errors import BiofxError, CheckpointError, InputError
+from biofx.model.called_again import lines_as_transformed
 from biofx.model.graph_module import BioGraphModule
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.model_states import bio_modules, unwrapped
 from biofx.rewriting.plain_passes import config_to_plain
-from biofx.rewriting.record import TransformRecord, graph_lines, record_of
+from biofx.rewriting.record import TransformRecord, record_of
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 Attachments = Attachment | Sequence[Attachment] | None
@@ -169,7 +170,7 @@ def check_record(model: BioGraphModule) -> None:
         CheckpointError: it was changed since.
     """
     record = record_of(model)
-    if record is not None and record.graph != graph_lines(model):
+    if record is not None and record.graph != lines_as_transformed(model):
         raise CheckpointError(
             "expected the graph that biofx.transform made, found one that was changed since, which the "
             "record of the transform does not show; make the change with a pass: "

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from biofx.errors import BiofxError, CheckpointError, PlasticityError
+from biofx.operators.parts import is_sharded
 from biofx.plasticity.saved_state import refuse_codes
-from biofx.plasticity.shards import is_sharded
 from biofx.whole_file import whole_file
 
 FORMAT = "biofx.checkpoint"

@@ -12,10 +12,10 @@ from torch.fx import GraphModule
 
 from biofx.errors import BiofxWarning, CheckpointError, PlasticityError, suggest
 from biofx.graph.joined_graph import whole_graph
+from biofx.operators.parts import is_sharded
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import expanded_weights, unwrapped
 from biofx.plasticity.saved_state import EXTRA, OLDER, RATE_BUFFERS, SIGNS, Held, factors_of, form_of
-from biofx.plasticity.shards import is_sharded
 from biofx.plasticity.sub_weights import plain_weights
 
 

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from biofx.checkpoints.checkpoint_file import as_checkpoint_error
 from biofx.errors import CheckpointError, suggest
 from biofx.model.rollback import unchanged_on_failure
+from biofx.operators.parts import is_sharded
 from biofx.plasticity.model_states import unwrapped
-from biofx.plasticity.shards import is_sharded
 
 _BY_INDEX = ("params", "param_names")
 _LIKE_THE_PARAMETER = frozenset(

@@ -30,11 +30,12 @@ from biofx.checkpoints.loading import check_same_making, load_into
 from biofx.checkpoints.model_state import check_state, owners_of
 from biofx.errors import CheckpointError
 from biofx.model.rollback import unchanged_on_failure
+from biofx.operators.parts import is_sharded
 from biofx.plasticity.attachment import Attachment
 from biofx.plasticity.bio_state import PER_SYNAPSE
 from biofx.plasticity.model_states import prepare_states
 from biofx.plasticity.ranks import shard_states
-from biofx.plasticity.shards import is_sharded, spread_like
+from biofx.plasticity.shards import spread_like
 from biofx.rewriting.record import TransformRecord
 
 _SKELETON = "biofx"

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from biofx.diagnostics.monitor import Monitor
 from biofx.errors import BiofxWarning, InputError, PlasticityError, suggest
 from biofx.model.graph_module import BioGraphModule
+from biofx.operators.parts import is_sharded
 from biofx.plasticity.attach import attach
 from biofx.plasticity.attachment import Attachment, attachments_of
 from biofx.plasticity.model_states import unwrapped
 from biofx.plasticity.optimizer_step import Observer
 from biofx.plasticity.optimizers import stepping_optimizer
 from biofx.plasticity.rule import Rule
-from biofx.plasticity.shards import is_sharded
 
 _VERSION = 1
 

@@ -1,7 +1,8 @@
 """Layers that are called again, after an adapter was put around them since their call was lowered.
 
-An adapter calls the layer inside of it. So the operators on the layer's weight move to a graph of the layer
-itself, and the model's graph calls the module at the layer's path.
+An adapter calls the layer inside of it, and a layer that ranks compute in parts (``parallelize_module``) has
+hooks that share out its input and gather its output. So the operators on the layer's weight move to a graph
+of the layer itself, and the model's graph calls the module at the layer's path.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.nn import functional as F
 
 from biofx.graph.graph_functions import call_with_weights
+from biofx.graph.joined_graph import whole_graph
+from biofx.graph.printing import format_node
 from biofx.graph.regions import ELSEWHERE
 from biofx.layers import kind_of_call
 from biofx.layers.layer_kind import LayerKind
@@ -24,10 +27,12 @@ from biofx.layers.weight_site import WEIGHT_OPERATORS
 from biofx.model.graph_places import module_at
 from biofx.model.inlined_modules import INLINED, InlinedModule, own_class
 from biofx.operators.split_ops import fold_weight, sum_synapses
+from biofx.plasticity.agreement import is_parallelized
 
 STATE_OF_WEIGHT = "bio_mod"
 """The name of the submodule with the state of a layer's weight."""
 
+_IN_PARTS = "_lines_before_parts"
 Become = Callable[[nn.Module, Graph], GraphModule]
 """Turns a module into a graph module in its place."""
 
@@ -61,7 +66,8 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
     own = [_LayerGraph(graph_module, call, path) for call in calls]
     if layer is None or inlined.difference(layer, is_root=True) is not None:
         return False
-    if layer is found and not {"forward", "weight"} & vars(layer).keys():  # no adapter was put around it
+    adapted = bool({"forward", "weight"} & vars(found).keys()) or is_parallelized(found)
+    if layer is found and not adapted:  # no adapter was put around it
         return False
     if any(graph.needs_more or str(graph.graph) != str(own[0].graph) for graph in own):
         return False
@@ -81,6 +87,25 @@ def call_again(graph_module: GraphModule, path: str, become: Become) -> bool:
     _erase_unused(graph_module.graph)
     graph_module.recompile()
     return True
+
+
+def lines_as_transformed(graph_module: GraphModule) -> tuple[str, ...]:
+    """Return the lines of a graph, without shapes of attributes, since those of factors may change.
+
+    Those of a graph that calls layers because ranks compute them in parts are the lines from before.
+    """
+    lines = tuple(
+        f"{node.name} = self.{node.target}" if node.op == "get_attr" else format_node(node)
+        for node in whole_graph(graph_module).nodes
+    )
+    before: tuple[str, ...] = vars(graph_module).get(_IN_PARTS, {}).get(lines, lines)
+    return before
+
+
+def note_parts(graph_module: GraphModule, before: tuple[str, ...]) -> None:
+    """Note what the lines of a graph were before it began to call layers that ranks compute in parts."""
+    vars(graph_module).pop(_IN_PARTS, None)
+    vars(graph_module)[_IN_PARTS] = {lines_as_transformed(graph_module): before}
 
 
 def find_again(graph_module: GraphModule) -> bool:

@@ -25,9 +25,10 @@ from biofx.model.late_changes import follow_late_changes, following_changes, rem
 from biofx.model.observed_runs import ObservedRuns
 from biofx.model.rollback import has_places_for, unchanged_on_failure
 from biofx.model.shown_model import drawn
-from biofx.operators.rate_ops import outside_graphs
+from biofx.operators.dispatch import outside_graphs
+from biofx.plasticity.agreement import is_parallelized
 from biofx.plasticity.model_states import apply_rule, expanded_weights, exposed_rules
-from biofx.plasticity.ranks import before_forward, is_fully_sharded
+from biofx.plasticity.ranks import after_forward, before_forward, is_fully_sharded, shard_own_state
 from biofx.plasticity.sub_weights import share_out_plain
 from biofx.torch_private import codegen_of, set_tracer
 
@@ -128,6 +129,12 @@ class BioGraphModule(GraphModule):
         """Run the model with its hooks, after gathering what FSDP2 has sharded."""
         if is_fully_sharded(self):  # FSDP2's hooks are on the modules
             outside_graphs(before_forward)(self)
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                outside_graphs(after_forward)()
+        if is_parallelized(self):
+            outside_graphs(shard_own_state)(self)
         return super().__call__(*args, **kwargs)
 
     def _repr_svg_(self) -> str | None:

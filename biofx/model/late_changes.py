@@ -23,7 +23,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from biofx.errors import BiofxError, CaptureError, InputError
 from biofx.layers.layer_kind import hooks_of
 from biofx.model.attribute_guards import refuse_changed_attributes
-from biofx.model.called_again import STATE_OF_WEIGHT, Become, call_again, find_again
+from biofx.model.called_again import (
+    STATE_OF_WEIGHT,
+    Become,
+    call_again,
+    find_again,
+    lines_as_transformed,
+    note_parts,
+)
 from biofx.model.graph_places import Places, held_at, module_at
 from biofx.model.inlined_modules import (
     INLINED,
@@ -35,7 +42,9 @@ from biofx.model.inlined_modules import (
     same_for_graph,
     same_twice,
 )
+from biofx.plasticity.agreement import is_parallelized
 from biofx.plasticity.ranks import is_fully_sharded
+from biofx.plasticity.tensor_parallel import refuse_in_parts
 from biofx.torch_private import tensors_of_compilers
 
 _INLINE = "Its forward is inlined in the graph, which does not call it"
@@ -98,12 +107,19 @@ def follow_late_changes(graph_module: Any, become: Become) -> bool:
     if snapshot is not None and snapshot.holds(graph_module):
         return False
     kind._places = remember_modules(graph_module)
-    changed = False
+    changed, before = False, None
+    if any(
+        is_parallelized(module) for path in kind._places.inline if (module := module_at(graph_module, path))
+    ):
+        refuse_in_parts(graph_module)
+        before = lines_as_transformed(graph_module)
     while (found := _first_difference(graph_module)) is not None:
         path, error = found
         if not call_again(graph_module, path, become) and not find_again(graph_module):
             raise error
         changed = True
+    if before is not None:
+        note_parts(graph_module, before)
     kind._snapshot = _Snapshot.of(graph_module, kind._places)
     return changed
 
@@ -128,7 +144,8 @@ def _first_difference(graph_module: GraphModule) -> tuple[str, BiofxError] | Non
             return path, _changed(message, _COMPACT if is_compact else _INLINE)
         if is_run and path and not is_fully_sharded(module) and (hooks := hooks_of(module)):
             error = _hooked(module, path, hooks)
-            if "weight" not in vars(module):  # else a hook computes it, as of torch.nn.utils.prune
+            computes = "weight" in vars(module)  # as hooks of torch.nn.utils.prune do
+            if not computes and not is_parallelized(module):
                 raise error
             return path, error
         if path in places.repeated and is_parametrized(module) and not kept[path].is_computed:
@@ -174,6 +191,12 @@ def _changed(message: str, why: str = _INLINE) -> CaptureError:
 
 
 def _hooked(module: nn.Module, path: str, hooks: list[str]) -> InputError:
+    if is_parallelized(module):
+        return InputError(
+            f"module {path!r} ({type(module).__name__}) is computed in parts by several ranks "
+            "(parallelize_module), and the graph, in which its forward is inlined, cannot call it: its "
+            "weight is folded, or other layers share it; leave it out of the plan"
+        )
     return InputError(
         f"module {path!r} ({type(module).__name__}) has {' and '.join(hooks)}, which "
         "would never run: its forward is inlined in the graph, which does not call it. Remove them, or "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from biofx.plasticity.shards import local
+from biofx.operators.parts import local
 
 _OURS = __name__.partition(".")[0]
 

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import handle_torch_function, has_torch_function
 
 from biofx.errors import PlasticityError
+from biofx.operators.arriving import is_computed_in_parts
 from biofx.torch_private import functorch_is_active, is_exporting
 
 P = ParamSpec("P")
@@ -76,14 +77,29 @@ def is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type in _HOSTS
 
 
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over ranks."""
+    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
+
+
 def refuse_shard(weight: Tensor) -> None:
     """Refuse a sharded weight, where torch would say that it cannot mix two kinds of tensors.
+
+    A weight of a layer that is computed in parts (tensor parallel) is none.
 
     Raises:
         PlasticityError: the weight is sharded.
     """
-    if hasattr(weight, "device_mesh"):
+    if hasattr(weight, "device_mesh") and not is_computed_in_parts(weight):
         raise PlasticityError(
             f"expected a whole weight, found one of shape {tuple(weight.shape)} that is sharded: the graph "
             "reads weights without calling their layers; shard the model as a whole, fully_shard(bio_model)"
         )
+
+
+def outside_graphs(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Return a function, wrapped to break the graph while one is compiled, as all of FSDP does."""
+    if not torch.compiler.is_compiling():
+        return function
+    interrupting: Callable[..., Result] = torch.compiler.disable(function)
+    return interrupting

@@ -2,35 +2,37 @@
 
 Factors of a sharded weight (FSDP2) are spread over the ranks as the weight is. In the forward the weight is
 whole and its factors are not, so the gradient passes backwards unchanged. The ranks add their gradients up,
-each for its part of the weight; what arrives there is multiplied by that part of the factors. Gradients of
-earlier backwards are put aside meanwhile, since each is to be multiplied once.
+each for its part of the weight; what arrives there is multiplied by that part of the factors
+(:mod:`biofx.operators.arriving`). Where a layer is computed in parts (tensor parallel), each rank multiplies
+the gradient of its part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 
-from biofx.errors import PlasticityError
+from biofx.operators.arriving import announced, arrival_at, remember_parameter
 from biofx.operators.dispatch import (
     is_plain_eager,
     is_recorded,
     is_recorded_below_autograd,
+    is_spread,
+    outside_graphs,
     overridable,
     refuse_shard,
 )
 from biofx.operators.exclusive import is_exclusive
+from biofx.operators.parts import is_laid_out_like, layout_of, local, on_parts
 from biofx.operators.rate_sampling import RateSampling, rate_sampling
 from biofx.operators.sampling import BLOCK
-from biofx.torch_private import call_after_backward, functorch_is_active, running_backward
+from biofx.torch_private import functorch_is_active, running_backward
 
-Result = TypeVar("Result")
 _MEMORY = 0.1
-_ATTRIBUTE = "_biofx_sharded_rates"
 
 
 @overridable
@@ -43,12 +45,14 @@ def scale_gradient(weight: Tensor, factor: Tensor) -> Tensor:
         weight: any shape.
         factor: broadcastable to ``weight``, dimensionless; it receives no gradient.
     """
-    if _is_spread(factor) and not _is_spread(weight):
+    if is_spread(factor) and not (is_spread(weight) and is_laid_out_like(factor, weight)):
         return outside_graphs(_scaled_on_arrival)(weight, factor)
+    if is_spread(weight):
+        refuse_shard(weight)
+        return outside_graphs(_scaled_in_parts)(weight, factor)
     if is_recorded():
         held = weight.detach()
         return held + (weight - held) * factor.to(weight.dtype)
-    refuse_shard(weight)
     scaled: Tensor = _ScaleGradient.apply(weight, factor)  # type: ignore[no-untyped-call]
     return scaled
 
@@ -136,12 +140,14 @@ def scale_gradient_by_seed(
     """
     source = (distribution, nu, low, high, seed, path, depth, granularity, output_axis)
     scaled: Tensor
-    if is_recorded_below_autograd():
+    if is_spread(weight):
+        refuse_shard(weight)
+        scaled = outside_graphs(_part_scaled_by_seed)(weight, source)
+    elif is_recorded_below_autograd():
         scaled = _recorded_identity(weight, *source)
     elif torch.compiler.is_compiling():
         scaled = _ScaleGradientBySeed.apply(weight, *source)  # type: ignore[no-untyped-call]
     else:
-        refuse_shard(weight)
         scaled = _WithForwardMode.apply(weight, *source)  # type: ignore[no-untyped-call]
     return scaled
 
@@ -276,108 +282,37 @@ def is_recomputed() -> bool:
     return not torch.compiler.is_compiling() and running_backward() != -1
 
 
-class ShardedRates:
-    """Multiplies what arrives in the gradient of one sharded weight; made once for each weight.
-
-    Args:
-        weight: sharded.
-    """
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        self.weight = weight
-        self._factors: Tensor | None = None
-        self._earlier: Tensor | None = None
-        self._missed = False
-        self._task = -1
-        weight.register_post_accumulate_grad_hook(self._arrived)
-
-    def belong_to(self, held: Tensor) -> None:
-        """Mark factors as this weight's, by an attribute that copies do not have."""
-        vars(held)[_ATTRIBUTE] = self
-
-    def expect(self, held: Tensor) -> None:
-        """Prepare for the gradient of the backward that is running, which is to be multiplied by factors."""
-        task = running_backward()
-        if self._factors is not None and task == self._task:
-            return  # another use of the weight has prepared
-        # what was put aside by a backward that failed is gone, as gradients of a failed backward are
-        self._factors, self._earlier, self._missed, self._task = held, None, False, task
-        if self.weight.grad is not None:
-            self._earlier, self.weight.grad = self.weight.grad, None
-            call_after_backward(self._put_back)
-
-    def _arrived(self, weight: Tensor) -> None:
-        """Multiply the gradient that has arrived, and add it to what there was."""
-        if self._missed:
-            raise PlasticityError(
-                "the gradient of a sharded weight arrived after the backward that made it, on top of an "
-                "earlier one, so its factors cannot be applied to it alone; call zero_grad() before each "
-                "backward, or checkpoint with use_reentrant=False"
-            )
-        if self._factors is None:
-            return
-        held, gradient, earlier = self._factors, weight.grad, self._earlier
-        self._factors = self._earlier = None
-        if gradient is None:
-            weight.grad = earlier
-            return
-        part = _local(gradient)
-        multiply_by_blocks(part, _local(held), out=part)
-        if earlier is not None:
-            _local(earlier).add_(part)
-            weight.grad = earlier
-
-    def _put_back(self) -> None:
-        """At the end of a backward in which no gradient arrived (gradients are not shared yet): undo."""
-        if self._earlier is not None:
-            self.weight.grad, self._earlier = self._earlier, None
-            self._factors, self._missed = None, True
-
-
-def outside_graphs(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Return a function, wrapped to break the graph while one is compiled, as all of FSDP does."""
-    if not torch.compiler.is_compiling():
-        return function
-    interrupting: Callable[..., Result] = torch.compiler.disable(function)
-    return interrupting
-
-
-def _is_spread(factor: Tensor) -> bool:
-    """Whether factors are spread over ranks."""
-    return type(factor) is not Tensor and hasattr(factor, "device_mesh")
-
-
 def _scaled_on_arrival(weight: Tensor, held: Tensor) -> Tensor:
-    """Return a whole weight unchanged; its gradient is multiplied on each rank, once it has arrived there.
+    """Return a weight unchanged; its gradient is multiplied on each rank, once it has arrived there."""
 
-    Raises:
-        PlasticityError: the factors are not known to belong to a sharded weight.
-    """
-    rates = vars(held).get(_ATTRIBUTE)
-    if not isinstance(rates, ShardedRates):
-        raise PlasticityError(
-            "expected factors that belong to a sharded weight, found others that are spread over ranks; call "
-            "bio_model.reshard(), so that each weight has its own, and call the model itself, not its forward"
-        )
-    marked: Tensor = _Marked.apply(weight, rates, held)  # type: ignore[no-untyped-call]
-    return marked
+    def multiply(part: Tensor) -> None:
+        multiply_by_blocks(part, local(held), out=part)
+
+    return announced(weight, arrival_at(held), "factors", multiply)
 
 
-class _Marked(torch.autograd.Function):
-    """A view forwards; backwards, word that a gradient is on its way."""
+def _scaled_in_parts(weight: Tensor, factor: Tensor) -> Tensor:
+    return remember_parameter(on_parts(_ScaleGradient.apply, weight, factor), weight)
+
+
+def _part_scaled_by_seed(weight: Tensor, source: tuple[Any, ...]) -> Tensor:
+    def scaled(part: Tensor) -> Tensor:
+        found: Tensor = _ScalePartBySeed.apply(part, weight, source)  # type: ignore[no-untyped-call]
+        return found
+
+    return remember_parameter(on_parts(scaled, weight), weight)
+
+
+class _ScalePartBySeed(torch.autograd.Function):
+    """A view of this rank's part forwards; backwards, the factors of that part are sampled."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, rates: ShardedRates, held: Tensor) -> Tensor:
-        ctx.rates, ctx.held = rates, held
-        return weight.view_as(weight)
+    def forward(ctx: Any, part: Tensor, whole: Tensor, source: tuple[Any, ...]) -> Tensor:
+        ctx.source, ctx.shape, ctx.layout = source, whole.shape, layout_of(whole)
+        return part.view_as(part)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.rates.expect(ctx.held)
-        return gradient, None, None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    sharded: Any = tensor
-    part: Tensor = sharded.to_local()
-    return part
+        sizes, starts = ctx.layout
+        factors = rate_sampling(*ctx.source).factors_of_part(ctx.shape, sizes, starts, gradient.device)
+        return gradient * factors.to(gradient.dtype), None, None

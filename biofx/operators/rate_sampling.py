@@ -204,6 +204,38 @@ class RateSampling:
         self._for_each_block(len(factors), lambda block, part: factors[block].copy_(part))
         return handed_over(factors.reshape(sizes), device)
 
+    def factors_of_part(
+        self, shape: torch.Size, sizes: tuple[int, ...], starts: tuple[int, ...], device: torch.device
+    ) -> Tensor:
+        """Return what :meth:`factors` samples for a part of a weight, without the others in memory.
+
+        Args:
+            shape: of the weight.
+            sizes: of the part.
+            starts: where it begins along each axis.
+            device: where to.
+        """
+        if self.granularity != "element" or self._is_one:
+            factors = self.factors(shape, device)
+            for axis, (size, start) in enumerate(zip(sizes, starts, strict=True)):
+                if factors.shape[axis] != 1:
+                    factors = factors.narrow(axis, min(start, shape[axis] - size), size)
+            return factors
+        made = torch.empty(sizes, dtype=torch.float32, device="cpu")
+
+        def take(block: slice, factors: Tensor) -> None:
+            flat = torch.arange(block.start, block.stop)
+            inside, places = torch.ones(len(flat), dtype=torch.bool), list[Tensor]()
+            for axis in reversed(range(len(shape))):
+                place = flat % shape[axis] - starts[axis]
+                flat = flat // shape[axis]
+                inside &= (place >= 0) & (place < sizes[axis])
+                places.insert(0, place)
+            made[tuple(place[inside] for place in places)] = factors[inside]
+
+        self._for_each_block(math.prod(shape), take)
+        return made.to(device)
+
     def multiply(self, values: Tensor, *, out: Tensor) -> Tensor:
         """Write ``values`` times the factors to ``out``, which may be ``values``, and return it.
 

@@ -15,8 +15,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biofx.errors import OptionError
-from biofx.operators.dispatch import is_plain_eager, is_recorded_below_autograd, overridable, refuse_shard
+from biofx.operators.arriving import (
+    announced,
+    arrival_of,
+    groups_to_average,
+    is_shared,
+    parameter_of,
+    refuse_computed,
+    remember_parameter,
+)
+from biofx.operators.dispatch import (
+    is_plain_eager,
+    is_recorded_below_autograd,
+    is_spread,
+    outside_graphs,
+    overridable,
+    refuse_shard,
+)
 from biofx.operators.exclusive import is_exclusive
+from biofx.operators.parts import local, local_part, on_parts
 from biofx.operators.sampling import BLOCK
 
 SIGN_METHODS = ("project", "abs")
@@ -53,20 +70,75 @@ def constrain_sign(
             rows of the weight, or its columns if ``axis`` is 0; None for all.
         method: ``"project"`` or ``"abs"``.
     """
-    if not torch.compiler.is_compiling():
-        refuse_shard(weight)
+    if method not in SIGN_METHODS:
+        raise OptionError(f"method must be one of {SIGN_METHODS}, found {method!r}")
     signs = signs_like(weight, sign, axis=axis, groups=groups, rows=rows)
+    if is_spread(weight):
+        refuse_shard(weight)
+        return outside_graphs(_constrained_in_parts)(weight, signs, method)
     if method == "abs":
-        mirrored = torch.where(weight >= 0, weight, -weight) * signs
-        return torch.where(signs == 0, weight, mirrored)
-    if method == "project":
-        projected: Tensor
-        if is_recorded_below_autograd():
-            projected = _recorded_projection(weight, signs)
-        else:
-            projected = _ProjectSign.apply(weight, signs)  # type: ignore[no-untyped-call]
+        return _mirrored(weight, signs)
+    projected: Tensor
+    if is_recorded_below_autograd():
+        projected = _recorded_projection(weight, signs)
+    elif is_shared():
+        projected = outside_graphs(_projected_by_all)(weight, signs)
+    else:
+        projected = _ProjectSign.apply(weight, signs)  # type: ignore[no-untyped-call]
+    return projected
+
+
+def _mirrored(weight: Tensor, signs: Tensor) -> Tensor:
+    mirrored = torch.where(weight >= 0, weight, -weight) * signs
+    return torch.where(signs == 0, weight, mirrored)
+
+
+def _constrained_in_parts(weight: Tensor, signs: Tensor, method: str) -> Tensor:
+    """Constrain a weight of which each rank computes with a part."""
+    made = on_parts(_mirrored, weight, signs) if method == "abs" else _projected_by_all(weight, signs)
+    return remember_parameter(made, weight)
+
+
+def _projected_by_all(weight: Tensor, signs: Tensor) -> Tensor:
+    """Project a weight; its gradient is projected when the ranks, if there are others, have shared theirs."""
+    arrival = arrival_of(weight)
+    projected: Tensor
+    if arrival is None:
+        if is_spread(weight):
+            return on_parts(_ProjectSign.apply, weight, signs)
+        if not weight.is_leaf and parameter_of(weight) is None:
+            refuse_computed(groups_to_average())
+        projected = _ProjectSign.apply(weight, signs)  # type: ignore[no-untyped-call]
         return projected
-    raise OptionError(f"method must be one of {SIGN_METHODS}, found {method!r}")
+
+    def project(part: Tensor) -> None:
+        own = local(arrival.weight.detach())
+        project_gradient(part, own, local_part(signs, arrival.weight).to(part.dtype))
+
+    marked = announced(weight, arrival, "signs", project)
+    return on_parts(_clamped, marked, signs) if is_spread(weight) else _clamped(marked, signs)
+
+
+def _clamped(weight: Tensor, signs: Tensor) -> Tensor:
+    projected: Tensor = _ClampToSigns.apply(weight, signs)  # type: ignore[no-untyped-call]
+    return projected
+
+
+@torch.no_grad()
+def project_gradient(gradient: Tensor, weight: Tensor, signs: Tensor) -> None:
+    """Take out of a gradient what leads out of what is permitted, in place.
+
+    Args:
+        gradient: of a weight, any shape.
+        weight: before the projection, shaped like it.
+        signs: broadcastable to it; +1, -1, or 0 where unconstrained.
+    """
+    weight = weight.to(gradient.dtype)
+    if _suits_kernels(weight, signs, gradient):
+        rows = weight.flatten(1)
+        clamp_gradient(gradient.flatten(1), rows, by_rows(signs, weight), in_place=True)
+    else:
+        gradient.copy_(_project_backward(gradient, weight, signs))
 
 
 def signs_like(
@@ -142,6 +214,18 @@ class _ProjectSign(torch.autograd.Function):
         rows, laid_out = weight.detach().flatten(1), by_rows(signs, weight)
         result = clamp_gradient(gradient.flatten(1), rows, laid_out, in_place=free)
         return result.view_as(gradient), None
+
+
+class _ClampToSigns(_ProjectSign):
+    """The projection whose gradient is projected somewhere else."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def _suits_kernels(weight: Tensor, signs: Tensor, gradient: Tensor | None = None) -> bool:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from biofx.errors import OptionError, PlasticityError, suggest
 from biofx.options import Choice
+from biofx.plasticity.agreement import Ranks
 from biofx.plasticity.attachment import Attachment, attachments_of, watch
 from biofx.plasticity.binding import Binding
 from biofx.plasticity.bio_module import BioModule
@@ -17,7 +18,7 @@ from biofx.plasticity.consolidated_state import HOLDING, OF_TASKS
 from biofx.plasticity.model_states import describe_reasons, exposed_rules, prepare_states, unwrapped
 from biofx.plasticity.optimizer_step import Observer
 from biofx.plasticity.optimizers import stepping_optimizer
-from biofx.plasticity.ranks import group_to_agree_with, refuse_parts_alone, shard_state, shard_states
+from biofx.plasticity.ranks import ranks_to_agree_with, refuse_parts_alone, shard_state, shard_states
 from biofx.plasticity.rule import Rule
 from biofx.plasticity.schedule import Schedule
 from biofx.plasticity.updates import UPDATES
@@ -108,8 +109,7 @@ def attach(
     for earlier in attachments_of(stepping):
         if earlier.is_copy:  # which came with the optimizer, unasked
             earlier.detach()
-    if group is None:
-        group = group_to_agree_with(model, states.values())
+    ranks = ranks_to_agree_with(model, states.values()) if group is None else Ranks((group,))
     gates = _gates(plan, states)
     binding = Binding(
         states,
@@ -133,7 +133,7 @@ def attach(
     except PlasticityError:
         binding.release()
         raise
-    return Attachment(plain, stepping, binding, plan, present, group)
+    return Attachment(plain, stepping, binding, plan, present, ranks)
 
 
 def _gates(plan: Schedule, states: Mapping[str, BioModule]) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from biofx.errors import PlasticityError
+from biofx.plasticity.agreement import Ranks
 from biofx.plasticity.binding import Binding, Bound
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.consolidated_state import OF_TASKS, RULES
@@ -39,7 +40,7 @@ class Attachment:
         binding: Binding,
         schedule: Schedule,
         observers: list[Observer],
-        group: Any = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.steps = 0
         """Optimizer steps so far, a count."""
@@ -48,7 +49,7 @@ class Attachment:
         self._memory = LentMemory()
         self.is_copy = False
         """Whether it was copied with its model and optimizer."""
-        self._binding, self._observers, self._group = binding, observers, group
+        self._binding, self._observers, self._ranks = binding, observers, ranks
         self._are_watching = True
         self._refer_to(model, optimizer)
         self._kept: tuple[Any, ...] = (model, optimizer)
@@ -120,7 +121,7 @@ class Attachment:
         """
         states = [state for state in self._stepped().values() if self._is_consolidated(state)]
         with self._schedule.in_force(states):
-            begin_task(self._model, states, self._schedule.names, batches, loss, self._group)
+            begin_task(self._model, states, self._schedule.names, batches, loss, self._ranks)
 
     def _is_consolidated(self, state: BioModule) -> bool:
         """Whether a rule that consolidates at the end of a task is scheduled for a weight."""
@@ -189,7 +190,7 @@ class Attachment:
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._group is not None:
+        if self._ranks is not None:
             raise PlasticityError(
                 "an attachment of a distributed run cannot be copied, for its ranks have to agree; write the "
                 "run with biofx.save and attach to what biofx.load gives"
@@ -288,7 +289,7 @@ class Attachment:
             not hasattr(observer, "is_due") or observer.is_due(self.steps) for observer in self._observers
         )
         self._refuse_without_task(bound)
-        step = OptimizerStep(self.steps, self._schedule, self._group, self._memory, watched=watched)
+        step = OptimizerStep(self.steps, self._schedule, self._ranks, self._memory, watched=watched)
         step.prepare(optimizer, bound)
         self._step = step
 

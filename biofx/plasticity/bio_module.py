@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from biofx.config import FROM_SEED, BioConfig
 from biofx.errors import PlasticityError
 from biofx.operators.mask_ops import existing, mask_weight
+from biofx.operators.parts import gathered, is_sharded, local, local_part
 from biofx.operators.rate_ops import multiply_by_blocks
 from biofx.operators.rate_sampling import (
     CHANGING,
@@ -25,10 +26,11 @@ from biofx.operators.rate_sampling import (
     sampling_options,
 )
 from biofx.operators.sampling import generator_for
-from biofx.operators.sign_ops import write_signs
+from biofx.operators.sign_ops import project_gradient, write_signs
 from biofx.plasticity.consolidated_state import HOLDING, ConsolidatedState
 from biofx.plasticity.initial_weights import ZERO, InitialWeights, initial_weights, shrink_and_perturb
 from biofx.plasticity.optimizers import forget_direction, lend_step_sizes
+from biofx.plasticity.owned_blocks import lies_in_blocks
 from biofx.plasticity.rate_rules import (
     crystallize,
     evolve,
@@ -36,9 +38,15 @@ from biofx.plasticity.rate_rules import (
     volume_factors,
 )
 from biofx.plasticity.rejuvenation import check_finite, protection_for, rejuvenate
+from biofx.plasticity.rules_in_parts import (
+    check_part,
+    rejuvenate_part,
+    scale_inputs_of_part,
+    volume_factors_of_part,
+)
 from biofx.plasticity.saved_state import stored_as
 from biofx.plasticity.selection import BelowMean, LowestShare, Utility, follow_utility
-from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
+from biofx.plasticity.shards import flat_span, sum_over_ranks
 from biofx.plasticity.turnover import turn_over
 from biofx.plasticity.unit_inputs import broadcast_units, input_strength, synaptic_scaling
 from biofx.plasticity.unit_turnover import NOT_WATCHED
@@ -144,8 +152,51 @@ class BioModule(ConsolidatedState):
         Raises:
             NonFiniteWeightError: the weight is NaN or infinite and the rule is ``"rejuvenate_weights"``.
         """
-        if rule == "rejuvenate_weights":
+        if rule != "rejuvenate_weights":
+            return
+        if self.acts_in_parts(rule):
+            check_part(self.weight, self.path)
+        else:
             check_finite(self.masked_weight, self.path)
+
+    def acts_in_parts(self, rule: str) -> bool:
+        """Whether each rank can run a rule on its part of a sharded weight, without the parts of the others.
+
+        The weight must be sharded along its first axis over one dimension of a mesh. Volume-dependent rates
+        must not be normalised (``base_lr=None``), units of synaptic scaling lie along that axis, and
+        rejuvenation choose each weight with its chance, by its magnitude, without a mask or importance; all
+        ranks must ask together, for whether a rate is 0 somewhere.
+        """
+        weight, config = self.parameter, self.config
+        if weight is None or not lies_in_blocks(weight):
+            return False
+        if rule == "rejuvenate_weights":
+            kept = self.connection_mask, self.utility, self.importance, self._selection()
+            return all(held is None for held in kept) and not self._has_zero_rates()
+        if rule == "volume_dependent_lr":
+            return config.base_lr is not None
+        return rule == "shrink_and_perturb" or (rule == "synaptic_scaling" and self.output_axis == 0)
+
+    def _has_zero_rates(self) -> bool:
+        """Whether a rate of a sharded weight is 0 on some rank."""
+        held = self._part_of_zero_rates()
+        found = torch.tensor(int(held is not None), device=local(self.weight.detach()).device)
+        return bool(sum_over_ranks(found, self.weight))
+
+    def _part_of_zero_rates(self) -> Tensor | None:
+        """Return where the rates of this rank's part of the weight are 0, None if they are nowhere."""
+        if self.is_drawn and self.config.fuzzy_lr_bounds[0] > 0:
+            return None
+        factors = self.fuzzy_learning_rate_parameters
+        if factors is None:
+            return None
+        part = local_part(factors, self.weight) == 0
+        return part.expand(local(self.weight.detach()).shape) if bool(part.any()) else None
+
+    def _masked_part(self) -> Tensor:
+        """Return this rank's part of the weight, 0 where no connection exists."""
+        weight, mask = self.weight.detach(), self.connection_mask
+        return local(weight) if mask is None else mask_weight(local(weight), local_part(mask, weight))
 
     # learning-rate factors
 
@@ -372,11 +423,22 @@ class BioModule(ConsolidatedState):
         """
         self._require("volume_dependent_lr")
         gradient = self._gradient()
+        if self.acts_in_parts("volume_dependent_lr"):
+            part = local(gradient)
+            part.mul_(self.volume_factors().to(part.dtype))
+            return gradient.numel()
         multiply_by_volume(gradient, self.masked_weight, **self._volume_options())
         return gradient.numel()
 
     def volume_factors(self) -> Tensor:
-        """Sample volume-dependent factors for the current weight, shaped like it, dimensionless."""
+        """Sample volume-dependent factors for the current weight, dimensionless.
+
+        They are shaped like it, or where ranks can do so in parts like this rank's part of it.
+        """
+        if self.acts_in_parts("volume_dependent_lr"):
+            options = self._volume_options()
+            del options["exists"]
+            return volume_factors_of_part(self.weight, self._masked_part(), self.connections, **options)
         return volume_factors(self.masked_weight, **self._volume_options())
 
     def _volume_options(self) -> dict[str, Any]:
@@ -403,11 +465,26 @@ class BioModule(ConsolidatedState):
     @torch.no_grad()
     def unscale_probe(self) -> None:
         """Divide the gradient of missing connections by the factors that the graph has applied to it."""
-        probe, held = self.connection_probe, self.stored_factors
+        probe = self.connection_probe
         if probe is None or probe.grad is None or not self.scaled_in_graph:
             return
-        if held is None or not is_sharded(held):  # sharded ones act on what arrives at the weight
-            probe.grad.copy_(_divided(probe.grad, self._factors()))
+        probe.grad.copy_(_divided(probe.grad, gathered(self._factors())))
+
+    @torch.no_grad()
+    def project_probe(self) -> None:
+        """Take out of the gradient of missing connections what leads away from the signs of units.
+
+        The graph does it where gradients are one rank's alone; to be called with the whole weight.
+        """
+        probe = self.connection_probe
+        if (
+            probe is None
+            or probe.grad is None
+            or not self.is_constrained
+            or self.config.dales_method == "abs"
+        ):
+            return
+        project_gradient(probe.grad, self.masked_weight, self.signs())
 
     @torch.no_grad()
     def crystallize(self) -> int:
@@ -510,6 +587,16 @@ class BioModule(ConsolidatedState):
         self._require("rejuvenate_weights")
         turnover = self.config.rejuvenation_turnover
         protection = self.config.rejuvenation_parameter_dre if turnover is None else protection_for(turnover)
+        if self.acts_in_parts("rejuvenate_weights"):
+            return rejuvenate_part(
+                self.weight,
+                protection=protection,
+                generator=self._generator("rejuvenate"),
+                sign=self.signs(),
+                initial=self._redrawn_from(),
+                optimizer=optimizer,
+                name=self.path,
+            )
         options: dict[str, Any] = {
             "protection": protection,
             "generator": self._generator("rejuvenate"),
@@ -596,12 +683,16 @@ class BioModule(ConsolidatedState):
         """
         self._require("synaptic_scaling")
         layout: dict[str, int] = {"output_axis": self.output_axis, "groups": self.groups}
-        target = self.memory.target_strength
+        target, rate = self.memory.target_strength, self.config.synaptic_scaling_rate
+        if self.acts_in_parts("synaptic_scaling"):
+            known = None if target is None or target.shape != (self.units,) else target
+            self.memory.target_strength = scale_inputs_of_part(self.weight, self._masked_part(), known, rate)
+            return self.weight.numel()
         if target is None or target.shape != (self.units,):
             target = self.memory.target_strength = input_strength(self.masked_weight, **layout)
         if self.connection_mask is not None:  # what a checkpoint has where no connection exists
             self.weight.data.copy_(self.masked_weight)
-        synaptic_scaling(self.weight.data, target, rate=self.config.synaptic_scaling_rate, **layout)
+        synaptic_scaling(self.weight.data, target, rate=rate, **layout)
         return self.weight.numel()
 
     @torch.no_grad()
@@ -618,18 +709,25 @@ class BioModule(ConsolidatedState):
         initial, mask = initial_weights(self), self.connection_mask
         if isinstance(initial, str):
             raise PlasticityError(f"shrink_and_perturb cannot act on {self.path!r}: {initial}")
-        stays = self.zero_rates()
+        in_parts = self.acts_in_parts("shrink_and_perturb")
+        stays = self._part_of_zero_rates() if in_parts else self.zero_rates()
         if mask is not None:
-            missing = ~existing(mask)
+            missing = ~existing(local(mask) if in_parts else mask)
             stays = missing if stays is None else stays | missing
         changed = shrink_and_perturb(
-            self.weight.data,
+            local(self.weight.detach()) if in_parts else self.weight.data,
             initial,
             factor=self.config.shrink_factor,
             perturbation=self.config.shrink_perturbation,
             generator=self._generator("shrink-and-perturb"),
             stays=stays,
+            place=flat_span(self.weight) if in_parts else None,
+            total=self.weight.numel(),
         )
+        if in_parts:
+            changed = int(
+                sum_over_ranks(torch.tensor(changed, device=local(self.weight).device), self.weight)
+            )
         if self.is_constrained:
             self.enforce_dales_principle()
         return changed

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -15,6 +17,7 @@ from biofx.errors import PlasticityError
 from biofx.layers import dense_kind_of
 from biofx.operators.dispatch import is_on_host
 from biofx.operators.mask_ops import existing, mask_weight
+from biofx.operators.parts import is_sharded, local
 from biofx.operators.rate_sampling import RateSampling
 from biofx.operators.sign_ops import signs_like
 from biofx.plasticity.connections import Areas, ConnectionLayout
@@ -38,6 +41,8 @@ from biofx.plasticity.saved_state import (
     with_current_keys,
     without_averages,
 )
+from biofx.plasticity.shards import sum_over_ranks
+from biofx.torch_private import members_of_modules
 
 _OF_TURNOVER = ("unit_utility", "unit_age", "units_due", "input_activity", "weights_due")
 _BUFFERS = (
@@ -47,7 +52,7 @@ _BUFFERS = (
 _OF_UNITS = (*SIGNS, MASK)
 """The buffers that follow from the graph."""
 _DERIVED = ("unit_index", "constrained_rows", "connection_probe")
-PER_SYNAPSE = (FACTORS, "noise", DIVERSITY, UTILITY, *HELD_BACK)
+PER_SYNAPSE = (FACTORS, "noise", DIVERSITY, MASK, UTILITY, *HELD_BACK)
 """The buffers that have an entry for each synapse, or for each that shares a factor."""
 SUB_WEIGHT = "sub_weight_"
 """How the names begin under which a state holds sub-weights."""
@@ -192,6 +197,17 @@ class BioState(nn.Module):
         cls.__jit_unused_properties__ = [
             name for name, _ in properties
         ]  # which torch.jit.script would compile
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Yield this module and those in it, as any module does; none to torch where it shares out a layer.
+
+        ``parallelize_module`` would take each module in a layer for a part of its weights; what is kept of a
+        weight is shared out as that is, by biofx.
+        """
+        if torch.compiler.is_compiling() or not _shares_out(sys._getframe(1)):
+            yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def extra_repr(self) -> str:
         """Return what it has of rates, signs and connections, in a few words."""
@@ -340,8 +356,32 @@ class BioState(nn.Module):
         mask = self.connection_mask
         if mask is None:
             return None
+        if is_sharded(mask):
+            return int(self.__dict__["_connections_of_all"][1])
         known: FoundOut[int] = self.__dict__.setdefault("_connections", FoundOut())
         return known.of(mask, lambda held: int(existing(held).count_nonzero()))
+
+    def count_connections(self) -> None:
+        """Count the connections of a mask of which this rank has a part; all ranks must do it together.
+
+        It does nothing where the mask has not been written to.
+        """
+        mask = self.connection_mask
+        if mask is None or not is_sharded(mask):
+            return
+        part = local(mask)
+        key = part.untyped_storage().data_ptr(), part._version
+        if self.__dict__.get("_connections_of_all", (None, 0))[0] != key:
+            count = sum_over_ranks(existing(part).count_nonzero(), mask)
+            self.__dict__["_connections_of_all"] = key, int(count)
+
+    @torch.no_grad()
+    def clear_missing(self) -> None:
+        """Make this rank's part of a weight 0 where no connection exists, where it has a part of the mask."""
+        weight, mask = self.parameter, self.connection_mask
+        if weight is not None and mask is not None and is_sharded(mask):
+            part = local(weight.detach())
+            part.copy_(mask_weight(part, local(mask)))
 
     @property
     def masked_weight(self) -> Tensor:
@@ -611,3 +651,20 @@ class BioState(nn.Module):
 
 def _has_values(tensor: Tensor | None) -> bool:
     return tensor is not None and not tensor.is_meta
+
+
+def _shares_out(frame: FrameType | None) -> bool:
+    """Whether modules are asked for by torch as it shares out a layer.
+
+    Args:
+        frame: that asks for them, or one inside it.
+    """
+    while frame is not None and frame.f_code in _WALKS:
+        frame = frame.f_back
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith("torch.distributed.tensor.")
+
+
+_WALKS = frozenset(
+    method.__code__ for method in (nn.Module.named_modules, members_of_modules, nn.Module.named_parameters)
+)
+"""The code of the methods that walk over the modules in a module."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from biofx.errors import NonFiniteWeightError, PlasticityError
 from biofx.operators.mask_ops import existing
+from biofx.operators.parts import is_sharded, local, local_part
 from biofx.operators.sampling import generator_for, handed_over
 from biofx.plasticity.bio_state import BioState
 from biofx.plasticity.consolidation import (
@@ -21,7 +22,7 @@ from biofx.plasticity.consolidation import (
     rates_of,
 )
 from biofx.plasticity.found_out import FoundOut
-from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, sum_over_ranks
+from biofx.plasticity.shards import flat_span, sum_over_ranks
 
 RULES = {
     "synaptic_intelligence": "synaptic-intelligence",

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from biofx.operators.parts import is_sharded, local, local_part
+from biofx.plasticity.agreement import Ranks
 from biofx.plasticity.binding import Bound
 from biofx.plasticity.consolidated_state import HOLDING
 from biofx.plasticity.consolidation import follow_path
-from biofx.plasticity.shards import is_sharded, local, local_part
 from biofx.plasticity.updates import Way
 
 
@@ -21,13 +22,13 @@ class HoldingStep:
     Args:
         due: names of the rules that are due.
         acts: whether one of them runs on a weight.
-        group: ranks that agree, None for this one alone.
+        ranks: those that agree, None for this one alone.
     """
 
-    def __init__(self, due: Iterable[str], acts: Callable[[str, Any], bool], group: Any) -> None:
+    def __init__(self, due: Iterable[str], acts: Callable[[str, Any], bool], ranks: Ranks | None) -> None:
         self._due = [name for name in due if name in HOLDING]
         self._acts = acts
-        self._group = group
+        self._ranks = ranks
         self._rules: dict[str, list[str]] = {}
         self._slopes: dict[str, Tensor] = {}
         self._largest: dict[str, Tensor] = {}
@@ -55,8 +56,8 @@ class HoldingStep:
         """Find the utility that those of each weight are relative to."""
         device, dtype = local(gated[0].weight).device, torch.float64
         largest = torch.stack([each.state.largest_utility().to(device, dtype) for each in gated])
-        if self._group is not None and any(is_sharded(each.weight) for each in gated):
-            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._group)
+        if self._ranks is not None and any(is_sharded(each.weight) for each in gated):
+            self._ranks.take_largest(largest)
         whole = [each.state.config.upgd_scaling == "network" for each in gated]
         chosen = [own for own, is_whole in zip(largest, whole, strict=True) if is_whole]
         of_network = torch.stack(chosen).max() if chosen else largest[0]

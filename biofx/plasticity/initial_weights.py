@@ -104,6 +104,8 @@ def shrink_and_perturb(
     perturbation: float,
     generator: Generator,
     stays: Tensor | None = None,
+    place: slice | None = None,
+    total: int | None = None,
 ) -> int:
     """Shrink a weight and add a new draw of its initial distribution, in place: w ← λ w + σ ξ.
 
@@ -116,6 +118,8 @@ def shrink_and_perturb(
         perturbation: σ, dimensionless.
         generator: a CPU generator, the only source of randomness.
         stays: where weights stay as they are, bool, broadcastable to ``weight``; None for nowhere.
+        place: flat positions of these weights in a larger one; None if they are all of it.
+        total: elements of that, a count.
 
     Returns:
         How many it changed, a count.
@@ -123,16 +127,20 @@ def shrink_and_perturb(
     flat = weight.detach().reshape(-1)
     kept = None if stays is None else stays.expand(weight.shape).reshape(-1)
 
+    place = slice(0, len(flat)) if place is None else place
+
     def perturb(block: slice, own: Generator) -> int:
-        drawn = initial.sample(block.stop - block.start, own).mul_(perturbation)
-        part = flat[block]
+        start, stop = max(block.start, place.start), min(block.stop, place.stop)
+        drawn = initial.sample(block.stop - block.start, own)[start - block.start : stop - block.start]
+        drawn, within = drawn.mul_(perturbation), slice(start - place.start, stop - place.start)
+        part = flat[within]
         moved = part.double().mul_(factor).add_(drawn.to(part.device)).to(part.dtype)
         if kept is not None:
-            moved = torch.where(kept[block], part, moved)
+            moved = torch.where(kept[within], part, moved)
         part.copy_(moved)
-        return len(part) if kept is None else int((~kept[block]).sum())
+        return len(part) if kept is None else int((~kept[within]).sum())
 
-    counts = for_each_block(flat.numel(), perturb, generator)
+    counts = for_each_block(len(flat) if total is None else total, perturb, generator, within=place)
     if flat.data_ptr() != weight.data_ptr():
         weight.copy_(flat.view(weight.shape))
     return sum(counts)

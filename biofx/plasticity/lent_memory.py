@@ -12,7 +12,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from biofx.plasticity.shards import is_sharded
+from biofx.operators.parts import is_sharded
 from biofx.torch_private import storage_use_count
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from biofx.operators.dispatch import is_on_host
+from biofx.operators.parts import is_sharded, local, local_part
+from biofx.plasticity.agreement import Ranks
 from biofx.plasticity.binding import Bound
 from biofx.plasticity.bio_module import BioModule, unit_run_of
 from biofx.plasticity.consolidated_state import HOLDING
@@ -21,7 +23,7 @@ from biofx.plasticity.lent_memory import LentMemory
 from biofx.plasticity.optimizers import may_move_without_gradient
 from biofx.plasticity.ranks import average_activity, average_inputs, sum_probe, whole
 from biofx.plasticity.schedule import Schedule
-from biofx.plasticity.shards import is_sharded, local, local_part, norm_of_part
+from biofx.plasticity.shards import norm_of_part
 from biofx.plasticity.unit_turnover import UnitTurnover
 from biofx.plasticity.unit_turnover_run import turn_over_units
 from biofx.plasticity.updates import BeforeStep, Way, exponentiate, remember, rescale
@@ -85,19 +87,19 @@ class OptimizerStep:
     Args:
         number: of the step, from 0.
         schedule: which rules run, on which weights.
-        group: ranks that agree on activity, None for this one alone.
+        ranks: those that agree on activity, None for this one alone.
         memory: for copies of weights and gradients.
         watched: whether norms are requested.
     """
 
     def __init__(
-        self, number: int, schedule: Schedule, group: Any, memory: LentMemory, *, watched: bool
+        self, number: int, schedule: Schedule, ranks: Ranks | None, memory: LentMemory, *, watched: bool
     ) -> None:
         self._memory = memory
         self._number = number
         self._schedule, self._due = schedule, schedule.due(number)
-        self._group, self._watched = group, watched
-        self._holding = HoldingStep(self._due, self._is_due, group)
+        self._ranks, self._watched = ranks, watched
+        self._holding = HoldingStep(self._due, self._is_due, ranks)
         self._acts = watched or not _ON_GRADIENTS.isdisjoint(self._due)
         self._bound: Mapping[str, Bound] = {}
         self._stepped: dict[str, Bound] = {}
@@ -125,7 +127,7 @@ class OptimizerStep:
         for path, each in self._stepped.items():
             if path not in self._weights and each.state.is_constrained:
                 self._weights[path] = _Weight(each, self.layers[path])
-        averages = self._group is not None and "rejuvenate_units" in self._schedule.names
+        averages = self._ranks is not None and "rejuvenate_units" in self._schedule.names
         if self._weights or self._due or averages:
             self._finish_weights(optimizer, averages=averages)
         self._memory.settle()
@@ -147,7 +149,7 @@ class OptimizerStep:
             for stepped in self._weights.values():
                 self._finish(optimizer, stepped)
             if averages:
-                average_inputs([each.state for each in self._bound.values()], self._group)
+                average_inputs([each.state for each in self._bound.values()], self._ranks)
             for name in self._due:
                 if name == "rejuvenate_units":
                     self._turn_over_units(optimizer)
@@ -175,7 +177,7 @@ class OptimizerStep:
         state, weight = bound.state, bound.weight
         gradient: Any = weight.grad
         if state.connection_probe is not None:
-            state.unscale_probe()
+            self._share_probe(state)
         if state.config.rejuvenation_utility == "gradient" and self._sees_utility(state):
             state.observe_utility()
         if self._watched:
@@ -202,6 +204,15 @@ class OptimizerStep:
         elif multiplier is not None:
             found, scaled = self._changing_gradient(bound)
             torch.mul(found, local_part(multiplier, weight).to(found.dtype), out=scaled)
+
+    def _share_probe(self, state: BioModule) -> None:
+        """Let ranks agree on the gradient of missing connections, as the graph gives it to one process."""
+        sum_probe(state, self._ranks)
+        state.unscale_probe()
+        probe = state.connection_probe
+        if self._ranks is not None and probe is not None and probe.grad is not None:
+            with whole(state, factors=False):
+                state.project_probe()
 
     def _own_gradient(self, bound: Bound) -> Tensor:
         """Give a weight a copy of its gradient, which may be changed until the step is over."""
@@ -236,7 +247,8 @@ class OptimizerStep:
         """Whether a rule that is due before this step needs all of a sharded weight or gradient."""
         follows = state.is_dynamic and not state.follows_in_parts
         dampens = self._is_due("crystallize", state) and not state.crystallizes_in_parts
-        return follows or dampens or self._is_due("volume_dependent_lr", state)
+        volume = "volume_dependent_lr"
+        return follows or dampens or (self._is_due(volume, state) and not state.acts_in_parts(volume))
 
     def _change_factors(self, bound: Bound, layer: LayerStep) -> bool:
         """Run the rules that change factors; return whether the gradient is now without factors.
@@ -253,7 +265,7 @@ class OptimizerStep:
         factors = state.fuzzy_learning_rate_parameters if needed else None
         used = factors.clone() if factors is not None and able else factors
         if update in able:
-            average_activity(state, self._group)
+            average_activity(state, self._ranks)
         for name in able:
             layer.run(name)
         if state.scaled_in_graph and used is not None:
@@ -268,8 +280,10 @@ class OptimizerStep:
         if state.only_held or not self._is_due("volume_dependent_lr", state):
             return factors
         volume = state.volume_factors()
-        layer.counts["volume_dependent_lr"] = volume.numel()
-        return volume if factors is None else volume.mul_(factors.to(volume.dtype))
+        layer.counts["volume_dependent_lr"] = state.weight.numel()
+        if factors is None:
+            return volume
+        return volume.mul_(local_part(factors, state.weight).to(volume.dtype))
 
     def _level_update(self, bound: Bound, multiplier: Tensor | None) -> Tensor:
         """Take what the graph divides a gradient by out of it, and into what the update is multiplied by."""
@@ -306,21 +320,20 @@ class OptimizerStep:
             acts = isinstance(turnover, UnitTurnover) and self._is_due("rejuvenate_units", state)
             if acts and turnover.why_never(state) is None:
                 runs[path] = unit_run_of(state)
-        counts = turn_over_units([*runs.values()], optimizer, is_shared=self._group is not None)
+        counts = turn_over_units([*runs.values()], optimizer, is_shared=self._ranks is not None)
         for path, replaced in zip(runs, counts, strict=True):
             self.layers[path].counts["rejuvenate_units"] = replaced
 
     def _run_on_weights(self, name: str, optimizer: Optimizer) -> None:
         layers = [layer for layer in self.layers.values() if self._is_due(name, layer.state)]
-        if name == "rejuvenate_weights":
-            for layer in layers:
-                sum_probe(layer.state, self._group)
         able = [layer for layer in layers if layer.state.why_not(name) is None]
+        in_parts = {id(layer): layer.state.acts_in_parts(name) for layer in able}
         for layer in able:
-            with whole(layer.state, factors=False):
+            with nullcontext() if in_parts[id(layer)] else whole(layer.state, factors=False):
                 layer.state.check(name)
+        factors = name != "synaptic_scaling"
         for layer in able:
-            with whole(layer.state, optimizer, factors=name != "synaptic_scaling"):
+            with nullcontext() if in_parts[id(layer)] else whole(layer.state, optimizer, factors=factors):
                 layer.run(name, *[optimizer] if name == "rejuvenate_weights" else [])
 
 

@@ -1,8 +1,10 @@
-"""Plasticity of a model that several ranks train: replicas (DDP), and sharded weights (FSDP2).
+"""Plasticity of a model that several ranks train: replicas (DDP), shards (FSDP2, HSDP), parts of layers.
 
-Of a sharded weight each rank keeps the state of its own part. Factors act on the gradient of that part as it
-arrives, so that a step needs no communication. A rule that needs the whole weight gathers it when it is due:
-every rank then does the same with the same random numbers, and keeps its part.
+Of a sharded weight each rank keeps the state of its own part: factors, masks, what rules remember. They act
+on the gradient of that part as it arrives (:mod:`biofx.operators.arriving`), so that a step needs no
+communication. Some rules do their work on each rank's part (:mod:`biofx.plasticity.rules_in_parts`). One that
+needs the whole weight gathers it when it is due: every rank then does the same with the same random numbers,
+and keeps its part.
 """
 
 from __future__ import annotations
@@ -12,23 +14,22 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.fx import GraphModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from biofx.errors import PlasticityError
+from biofx.operators.arriving import begin_sharing, compute_in_parts, end_sharing, sharded_arrival
 from biofx.operators.observed_inputs import RUNNING_MEAN
-from biofx.operators.rate_ops import ShardedRates
+from biofx.operators.parts import gathered, is_laid_out_like, is_sharded
+from biofx.plasticity.agreement import Ranks, groups_of, is_parallelized, ranks_of
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.bio_state import PER_SYNAPSE
 from biofx.plasticity.model_states import bio_modules
 from biofx.plasticity.optimizers import FIRST_MOMENTS, SECOND_MOMENTS
-from biofx.plasticity.shards import gathered, is_sharded, keep_part, spread_like, whole_parameters
-from biofx.torch_private import inside_of_compiled
-
-_RATES = "_sharded_rates"
-
+from biofx.plasticity.saved_state import MASK
+from biofx.plasticity.shards import keep_part, spread_like, whole_parameters
+from biofx.plasticity.tensor_parallel import refuse_in_parts
 
 # the state of one weight
 
@@ -38,20 +39,27 @@ def shard_state(state: BioModule) -> None:
     weight = state.parameter
     if weight is None or not is_sharded(weight):
         return
-    for name in PER_SYNAPSE:
-        held = state._buffers[name]
-        if held is not None and not is_sharded(held):
-            state._buffers[name] = spread_like(held, weight)
-    dampening = state.memory.dampening
-    if dampening is not None and not is_sharded(dampening):
-        state.memory.dampening = spread_like(dampening, weight)
-    held = state.stored_factors
-    if held is None or not is_sharded(held):
-        return
-    rates = vars(state).get(_RATES)
-    if rates is None or rates.weight is not weight:
-        rates = vars(state)[_RATES] = ShardedRates(weight)
-    rates.belong_to(held)
+    owner, name = state.get_parent(), state.path.rpartition(".")[2]
+    arrival = sharded_arrival(weight, owner, name)
+    if arrival.weight is not weight:
+        return  # a layer that is computed in parts, in a forward: the weight is sharded further otherwise
+    if is_parallelized(owner):
+        compute_in_parts(weight)
+    for key in PER_SYNAPSE:
+        state._buffers[key] = _spread(state._buffers[key], weight)
+    state.memory.dampening = _spread(state.memory.dampening, weight)
+    for held in (state.stored_factors, state.connection_mask):
+        if held is not None and is_sharded(held):
+            arrival.belong_to(held)
+    state.count_connections()
+    state.clear_missing()
+
+
+def _spread(held: Tensor | None, weight: Tensor) -> Tensor | None:
+    """Return a tensor sharded like a weight, of which it may have been sharded in another way."""
+    if held is None or (is_sharded(held) and is_laid_out_like(held, weight)):
+        return held
+    return spread_like(gathered(held), weight)
 
 
 @contextmanager
@@ -72,7 +80,7 @@ def whole(state: BioModule, optimizer: Optimizer | None = None, *, factors: bool
     place = state.get_parent(), state.path.rpartition(".")[2]
     names = FIRST_MOMENTS if state.connection_mask is None else (*FIRST_MOMENTS, *SECOND_MOMENTS)
     parts = {key: held for key in PER_SYNAPSE if (held := state._buffers[key]) is not None}
-    parts = {key: held for key, held in parts.items() if factors and is_sharded(held)}
+    parts = {key: held for key, held in parts.items() if is_sharded(held) and (factors or key == MASK)}
     dampening = state.memory.dampening
     with whole_parameters([place], optimizer, names):
         state._buffers.update({key: gathered(held) for key, held in parts.items()})
@@ -89,13 +97,29 @@ def whole(state: BioModule, optimizer: Optimizer | None = None, *, factors: bool
     shard_state(state)
 
 
+def shard_own_state(layer: nn.Module) -> None:
+    """Replace the state of a layer that ranks compute in parts by this rank's part of it."""
+    state = layer._modules.get("bio_mod")
+    if isinstance(state, BioModule):
+        shard_state(state)
+
+
 # the states of a model
 
 
 def shard_states(model: nn.Module) -> None:
-    """Replace the states of all sharded weights by this rank's part of them, in place."""
+    """Replace the states of all sharded weights by this rank's part of them, in place.
+
+    Raises:
+        PlasticityError: ranks compute parts of what plasticity needs all of; nothing has been changed.
+    """
+    refuse_in_parts(model)
     for state in bio_modules(model).values():
         shard_state(state)
+    for module in model.modules():  # graphs constrain the gains of normalisations too, which have no state
+        for name, parameter in module._parameters.items():
+            if parameter is not None and is_sharded(parameter):
+                sharded_arrival(parameter, module, name)
 
 
 @contextmanager
@@ -114,12 +138,19 @@ def before_forward(model: nn.Module) -> None:
     never calls it, so its weights are gathered, and released, with the model's own.
     """
     shard_states(model)
+    groups = groups_of(model.parameters())
     parts = list(parts_not_called(model))
     if parts:
         whole_model: Any = model
         whole_model.unshard()  # first, so that it becomes the root
         for _, part in parts:
             part.unshard()
+    begin_sharing(groups)
+
+
+def after_forward() -> None:
+    """Say that the forward of a sharded model is over."""
+    end_sharing()
 
 
 def refuse_parts_alone(model: nn.Module) -> None:
@@ -167,23 +198,15 @@ def _is_called(model: nn.Module, path: str) -> bool:
 # what ranks have to agree on
 
 
-def group_to_agree_with(model: nn.Module, states: Iterable[BioModule]) -> Any:
-    """Return the process group of a model that is wrapped in DistributedDataParallel or sharded, else None.
+def ranks_to_agree_with(model: nn.Module, states: Iterable[BioModule]) -> Ranks | None:
+    """Return the ranks of a model that is wrapped in DistributedDataParallel or sharded, else None.
 
     Raises:
         PlasticityError: factors follow activity, or connections grow by gradient, several ranks run, and the
-            model does not say which of them share it.
+            model does not say which of them share it; or parts of it lie on different ranks.
     """
-    while not isinstance(model, DistributedDataParallel):
-        inner = inside_of_compiled(model)
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    if isinstance(model, DistributedDataParallel):
-        return model.process_group
-    sharded: Any = next((parameter for parameter in model.parameters() if is_sharded(parameter)), None)
-    if sharded is not None:
-        return sharded.device_mesh.get_group()
+    if (found := ranks_of(model)) is not None:
+        return found
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     for state in states if several else ():
         turns_over = not isinstance(state.turnover, str)
@@ -198,21 +221,21 @@ def group_to_agree_with(model: nn.Module, states: Iterable[BioModule]) -> Any:
 
 
 @torch.no_grad()
-def average_activity(state: BioModule, group: Any) -> None:
-    """Replace activity by its mean over the ranks of a group that have observed any.
+def average_activity(state: BioModule, ranks: Ranks | None) -> None:
+    """Replace activity by its mean over the ranks that have observed any.
 
     Does nothing unless factors follow activity.
     """
-    if group is not None and state.follows_activity and state.activity is not None:
+    if ranks is not None and state.follows_activity and state.activity is not None:
         seen = state.activity >= 0
         sums = torch.stack([state.activity * seen, seen.to(state.activity.dtype)])
-        distributed.all_reduce(sums, group=group)
+        ranks.add_up(sums)
         mean = sums[0] / sums[1].clamp(min=1)
         state.activity.copy_(torch.where(sums[1] > 0, mean, state.activity))
 
 
 @torch.no_grad()
-def average_inputs(states: Iterable[BioModule], group: Any) -> None:
+def average_inputs(states: Iterable[BioModule], ranks: Ranks | None) -> None:
     """Replace what readers of units have seen since the last turnover by the mean over ranks.
 
     It is done after each step, so that buffers are the same on all ranks and those of one can be saved.
@@ -220,20 +243,22 @@ def average_inputs(states: Iterable[BioModule], group: Any) -> None:
     turnovers = [state.turnover for state in states if not isinstance(state.turnover, str)]
     readers = {id(reader.state): reader for turnover in turnovers for reader in turnover.readers}
     seen = [reader.seen[:RUNNING_MEAN] for reader in readers.values()]
-    if group is None or not seen:
+    if ranks is None or not seen:
         return
     joined = torch.cat([held.flatten().to(seen[0]) for held in seen])
-    distributed.all_reduce(joined, group=group)
-    joined.div_(distributed.get_world_size(group))
+    ranks.add_up(joined)
+    joined.div_(ranks.count)
     for held, mean in zip(seen, joined.split([held.numel() for held in seen]), strict=True):
         held.copy_(mean.view(held.shape))
 
 
 @torch.no_grad()
-def sum_probe(state: BioModule, group: Any) -> None:
-    """Add up the gradient of missing connections over the ranks of a group, where it is awaited."""
+def sum_probe(state: BioModule, ranks: Ranks | None) -> None:
+    """Add up the gradient of missing connections over the ranks, where it is awaited."""
     probe = state.connection_probe
-    if group is not None and probe is not None and probe.requires_grad:
+    if ranks is not None and probe is not None and probe.requires_grad:
         gradient = torch.zeros_like(probe) if probe.grad is None else probe.grad
-        distributed.all_reduce(gradient, group=group)
+        ranks.add_up(gradient)
+        if is_parallelized(state.get_parent()):  # each rank saw the gradient of its part
+            ranks.add_parts_up(gradient)
         probe.grad = gradient

@@ -195,21 +195,58 @@ def multiply_by_volume(
         return
     flat, product = weight.detach().reshape(-1), target.reshape(-1)
     scale = _mean_magnitude(flat, exists, torch.finfo(weight.dtype).tiny)
+    options = {"stability": stability, "variability": variability, "generator": generator}
+    multiply_blocks_by_volume(product, flat, scale, base=base, **options)
+    if product.data_ptr() != target.data_ptr():
+        target.copy_(product.view(target.shape))
+
+
+def multiply_blocks_by_volume(
+    product: Tensor,
+    flat: Tensor,
+    scale: float | Tensor,
+    *,
+    base: float,
+    stability: float,
+    variability: float,
+    generator: Generator,
+    place: slice | None = None,
+    total: int | None = None,
+) -> None:
+    """Multiply numbers by volume-dependent factors, in place, block by block.
+
+    Args:
+        product: flat.
+        flat: weights, shaped like it.
+        scale: mean magnitude of the layer, more than 0.
+        base: as for :func:`volume_factors`, and so the next three.
+        stability: see there.
+        variability: see there.
+        generator: see there.
+        place: flat positions of these weights in a larger one; None if they are all of it.
+        total: elements of that, a count.
+    """
+    place = slice(0, len(flat)) if place is None else place
+    total = len(flat) if total is None else total
     noise = normal_quantiles().mul(variability).add_(1).abs_().mul_(base) if variability else base
 
     def multiply(block: slice, own: Generator) -> None:
-        magnitude = flat[block].abs()
+        start, stop = max(block.start, place.start), min(block.stop, place.stop)
+        own_part, part = (
+            slice(start - place.start, stop - place.start),
+            slice(start - block.start, stop - block.start),
+        )
+        magnitude = flat[own_part].abs()
         # a power of e costs four times what one of 2 does
         factors = magnitude.div_(magnitude + scale).mul_(-stability / math.log(2)).exp2_()
         if isinstance(noise, Tensor):
-            factors.mul_(handed_over(sampled_from(noise, len(factors), own), factors.device, factors.dtype))
+            drawn = sampled_from(noise, block.stop - block.start, own)[part]
+            factors.mul_(handed_over(drawn, factors.device, factors.dtype))
         else:
             factors.mul_(noise)
-        product[block].mul_(factors.to(product.dtype))
+        product[own_part].mul_(factors.to(product.dtype))
 
-    for_each_block(flat.numel(), multiply, generator)
-    if product.data_ptr() != target.data_ptr():
-        target.copy_(product.view(target.shape))
+    for_each_block(total, multiply, generator, within=place)
 
 
 def _mean_magnitude(flat: Tensor, exists: Tensor | None, least: float) -> float | Tensor:

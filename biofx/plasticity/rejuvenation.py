@@ -15,6 +15,7 @@ and is not repaired; a new weight's sign is random unless its unit has one.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -217,7 +218,30 @@ def choose_weak(weight: Tensor, scale: float, generator: Generator) -> tuple[Ten
     add up to less than 65536 P: over both that is exactly P. Of a large weight, a part of each block suffices
     for the moments of those that stay; if none stays, all weights count.
     """
-    share = max(1, weight.numel() // _ENOUGH)
+    places, kept, everything = zip(
+        *weak_in_blocks(weight, scale, generator, total=weight.numel()), strict=True
+    )
+    moments = sum(kept, torch.zeros(3, dtype=torch.float64))
+    if not moments[0]:
+        moments = sum(everything, moments)
+    return torch.cat(places), moments
+
+
+def weak_in_blocks(
+    weight: Any, scale: float, generator: Generator, *, total: int, within: slice | None = None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return for each block what :func:`choose_weak` chooses, moments of those that stay, and of all.
+
+    The latter are of all if none stays, else of none.
+
+    Args:
+        weight: flat; or anything that gives the block at a slice.
+        scale: as there.
+        generator: likewise.
+        total: elements of the weight, a count.
+        within: flat positions of the blocks that are asked for; None for all.
+    """
+    share = max(1, total // _ENOUGH)
 
     def choose(block: slice, own: Generator) -> tuple[Tensor, Tensor, Tensor]:
         magnitude = weight[block].abs().float()
@@ -232,8 +256,4 @@ def choose_weak(weight: Tensor, scale: float, generator: Generator) -> tuple[Ten
         everything = log_moments(part if len(places) == len(magnitude) else part[:0])
         return places.add_(block.start), kept, everything
 
-    places, kept, everything = zip(*for_each_block(weight.numel(), choose, generator), strict=True)
-    moments = sum(kept, torch.zeros(3, dtype=torch.float64))
-    if not moments[0]:
-        moments = sum(everything, moments)
-    return torch.cat(places), moments
+    return for_each_block(total, choose, generator, within=within)

@@ -14,44 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from biofx.torch_private import local_shape_and_offset
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is sharded over ranks."""
-    return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, which shares memory with it; all of it if it is not sharded."""
-    shard: Any = tensor
-    part: Tensor = shard.to_local() if is_sharded(tensor) else tensor
-    return part
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """Return all of a tensor, detached; all ranks must call it together."""
-    sharded: Any = tensor.detach()
-    full: Tensor = sharded.full_tensor() if is_sharded(tensor) else sharded
-    return full
-
-
-def local_part(values: Tensor, like: Tensor) -> Tensor:
-    """Return the part of a tensor for this rank's part of another, as a view where possible.
-
-    Args:
-        values: of the shape of ``like``, or of size 1 along some of its axes, whole or sharded like it; a
-            tensor of another rank is returned unchanged.
-        like: sharded, or whole: then all of ``values`` is returned.
-    """
-    if is_sharded(values):
-        return local(values) if is_sharded(like) else gathered(values)
-    if not is_sharded(like) or values.dim() != like.dim():
-        return values
-    for axis, (size, start) in enumerate(zip(*_layout(like), strict=True)):
-        if values.shape[axis] != 1 and size != values.shape[axis]:
-            values = values.narrow(axis, min(start, values.shape[axis] - size), size)
-    return values
+from biofx.operators.parts import gathered, is_sharded, layout_of, local, local_part
 
 
 @contextmanager
@@ -145,7 +108,7 @@ def flat_span(tensor: Tensor) -> slice | None:
     """Return the flat positions of this rank's part of a tensor; None if they are not contiguous."""
     if not is_sharded(tensor):
         return slice(0, tensor.numel())
-    shape, offset = _layout(tensor)
+    shape, offset = layout_of(tensor)
     if tuple(shape[1:]) != tuple(tensor.shape[1:]):
         return None
     row = tensor.shape[1:].numel()
@@ -178,9 +141,3 @@ def sum_over_ranks(value: Tensor, like: Tensor) -> Tensor:
             if placement.is_shard():
                 torch.distributed.all_reduce(value, group=sharded.device_mesh.get_group(axis))
     return value
-
-
-def _layout(like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shape of this rank's part, and its offset along each axis."""
-    sharded: Any = like
-    return local_shape_and_offset(like.shape, sharded.device_mesh, sharded.placements)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biofx.operators.parts import is_sharded
 from biofx.operators.sampling import generator_for
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.bio_state import SUB_WEIGHT
 from biofx.plasticity.model_states import bio_module_at, bio_module_path
-from biofx.plasticity.shards import is_sharded
 
 
 class SubWeight(nn.Module):

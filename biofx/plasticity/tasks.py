@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from biofx.errors import PlasticityError
+from biofx.operators.parts import is_sharded, local
 from biofx.operators.sampling import generator_for
+from biofx.plasticity.agreement import Ranks
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.consolidated_state import OF_TASKS, RULES
-from biofx.plasticity.shards import is_sharded, local
 from biofx.random_state import preserved_random_state
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +36,7 @@ def begin_task(
     rules: Iterable[str],
     batches: Iterable[Any] | None,
     loss: Loss | None,
-    group: Any,
+    ranks: Ranks | None,
 ) -> None:
     """End the task that is running, and begin another; see :meth:`biofx.plasticity.Attachment.begin_task`.
 
@@ -45,7 +46,7 @@ def begin_task(
         rules: names of those that are scheduled.
         batches: see there.
         loss: see there.
-        group: ranks that agree, None for this one alone.
+        ranks: those that agree, None for this one alone.
     """
     methods = {RULES[name] for name in rules if name in OF_TASKS}
     held = [
@@ -74,18 +75,18 @@ def begin_task(
             "begin_task: memory_aware finds importance on data: expected batches of the task that ends, "
             "begin_task(batches=...), found none"
         )
-    found = {} if batches is None else _found_on(model, held, batches, loss, group)
+    found = {} if batches is None else _found_on(model, held, batches, loss, ranks)
     results = [state.importance_after(found.get(state.path)) for state in held]
     for state, importance in zip(held, results, strict=True):
         state.begin_task(importance)
 
 
 def _found_on(
-    model: nn.Module, held: list[BioModule], batches: Iterable[Any], loss: Loss | None, group: Any
+    model: nn.Module, held: list[BioModule], batches: Iterable[Any], loss: Loss | None, ranks: Ranks | None
 ) -> Mapping[str, Tensor]:
     """Return the importance that data show, of this rank's part of each weight, by path."""
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    if several and group is None:
+    if several and ranks is None:
         raise PlasticityError(
             "begin_task: each rank has batches of its own: expected the model wrapped in "
             "DistributedDataParallel when it was attached, or sharded, found it bare"
@@ -110,7 +111,7 @@ def _found_on(
             "outside of that"
         )
     with preserved_random_state(), _in_evaluation(model), torch.enable_grad():
-        for inputs, target in _samples(batches, group if sharded else None):
+        for inputs, target in _samples(batches, ranks if sharded else None):
             count += 1
             for method, states in of_method.items():
                 if not states:
@@ -126,9 +127,9 @@ def _found_on(
                         slope = state.loss_gradient(gradient).to(total.dtype)
                         total.add_(slope.abs()) if method == "memory-aware" else total.addcmul_(slope, slope)
     counted = torch.tensor(count, dtype=torch.float64, device=local(held[0].weight).device)
-    if group is not None and not sharded:
+    if ranks is not None and not sharded:
         for each in (counted, *sums.values()):
-            distributed.all_reduce(each, group=group)
+            ranks.add_up(each)
     if not counted:
         raise PlasticityError("begin_task: expected batches with samples, found none")
     return {path: total / float(counted) for path, total in sums.items()}
@@ -139,7 +140,7 @@ def _is_pair(batches: object) -> bool:
     return isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(b, Tensor) for b in batches)
 
 
-def _samples(batches: Iterable[Any], group: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _samples(batches: Iterable[Any], ranks: Ranks | None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield the input of each sample, and its target if there is one, with a batch axis of 1."""
     for batch in batches:
         inputs, target = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
@@ -153,20 +154,20 @@ def _samples(batches: Iterable[Any], group: Any) -> Iterator[tuple[Tensor, Tenso
                 f"begin_task: expected a target for each of {len(inputs)} samples, found "
                 f"{tuple(target.shape)}"
             )
-        if group is not None:
-            _check_same(inputs, group)
+        if ranks is not None:
+            _check_same(inputs, ranks)
         for number in range(len(inputs)):
             one = slice(number, number + 1)
             yield inputs[one], None if target is None else target[one]
 
 
-def _check_same(inputs: Tensor, group: Any) -> None:
+def _check_same(inputs: Tensor, ranks: Ranks) -> None:
     """Check that all ranks of a sharded model give the same samples."""
     values = inputs.detach().double()
     told = torch.stack([values.sum(), values.square().sum(), torch.full_like(values.sum(), values.numel())])
     least, most = told.clone(), told.clone()
-    distributed.all_reduce(least, distributed.ReduceOp.MIN, group=group)
-    distributed.all_reduce(most, distributed.ReduceOp.MAX, group=group)
+    ranks.take_smallest(least)
+    ranks.take_largest(most)
     if not torch.equal(least, most):
         raise PlasticityError(
             "begin_task: expected the same batches on every rank of a sharded model, found different ones"

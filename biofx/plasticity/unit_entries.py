@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from biofx.errors import PlasticityError
 from biofx.operators.mask_ops import mask_weight
+from biofx.operators.parts import gathered, is_sharded, local, local_part
 from biofx.plasticity.bio_state import BioState
-from biofx.plasticity.shards import gathered, is_sharded, local, local_part, sum_over_ranks
+from biofx.plasticity.shards import sum_over_ranks
 from biofx.plasticity.unit_inputs import index_of_units, sum_units
 
 
@@ -158,7 +159,7 @@ class UnitReader(_UnitWeight):
             if summed is not None and set(shards) <= {self._output_axis}:
                 part = local(weight) if mask is None else mask_weight(local(weight), local_part(mask, weight))
                 return sum_over_ranks(part.abs().sum(summed), weight)
-            weight = gathered(weight)
+            weight, mask = gathered(weight), None if mask is None else gathered(mask)
         magnitude = (weight if mask is None else mask_weight(weight, mask)).abs()
         return sum_units(magnitude, **self.layout) if summed is None else magnitude.sum(summed)
 

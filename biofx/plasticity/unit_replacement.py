@@ -29,7 +29,7 @@ from biofx.plasticity.consolidated_state import ConsolidatedState
 from biofx.plasticity.initial_weights import InitialWeights, initial_weights, std_by_torch
 from biofx.plasticity.optimizers import FORGOTTEN, ITERATES, forget_entries
 from biofx.plasticity.rejuvenation import check_finite
-from biofx.plasticity.saved_state import HELD_BACK, UTILITY
+from biofx.plasticity.saved_state import HELD_BACK, MASK, UTILITY
 from biofx.plasticity.shards import whole_buffers, whole_parameters
 from biofx.plasticity.unit_entries import UnitEntries, UnitNorm, UnitReader, UnitWriter, bias_name
 
@@ -59,7 +59,7 @@ def replace_units(
     states = _states_of(entries)
     with (
         whole_parameters(places, optimizer, FORGOTTEN | ITERATES),
-        whole_buffers(states, (UTILITY, *HELD_BACK)),
+        whole_buffers(states, (MASK, UTILITY, *HELD_BACK)),
     ):
         for part in (*entries.writers, *entries.readers):
             check_finite(part.state.masked_weight, part.state.path)

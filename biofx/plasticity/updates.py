@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from biofx.errors import PlasticityError
-from biofx.plasticity.shards import local, local_part
+from biofx.operators.parts import local, local_part
 
 UPDATES = ("additive", "exponentiated")
 _MEAN, _MEAN_WEIGHT = "ax", "mu"

@@ -14,8 +14,7 @@ from torch.fx import GraphModule
 from biofx._version import __version__
 from biofx.config import BioConfig
 from biofx.errors import CheckpointError, SelectorError
-from biofx.graph.joined_graph import whole_graph
-from biofx.graph.printing import format_node
+from biofx.model.called_again import lines_as_transformed
 from biofx.model.graph_module import BioGraphModule
 from biofx.rewriting.pass_base import Pass, PassT
 from biofx.rewriting.pass_text import format_value
@@ -197,7 +196,7 @@ def add_step(
         __version__,
         torch.__version__,
         ((*before.steps, step) if before is not None else (step,)),
-        graph_lines(made),
+        lines_as_transformed(made),
     )
 
 
@@ -205,11 +204,3 @@ def record_of(model: Any) -> TransformRecord | None:
     """Return the record of a model, None if it has none."""
     found = vars(model).get(ATTRIBUTE)
     return found if isinstance(found, TransformRecord) else None
-
-
-def graph_lines(graph_module: GraphModule) -> tuple[str, ...]:
-    """Return the lines of a graph, without shapes of attributes, since those of factors may change."""
-    return tuple(
-        f"{node.name} = self.{node.target}" if node.op == "get_attr" else format_node(node)
-        for node in whole_graph(graph_module).nodes
-    )

@@ -15,6 +15,7 @@ from torch import nn
 import biofx
 from biofx.errors import InputError, PlasticityError
 from biofx.integrations.plastic_run import PlasticRun, transformed_in
+from biofx.plasticity.agreement import Ranks
 
 NAMES = ("lightning", "transformers", "skorch")
 
@@ -134,7 +135,7 @@ def test_the_ranks_of_a_group_agree() -> None:
     bio, group = made(), object()
     run = PlasticRun()
     run.attach(bio, [sgd(bio)], group=group)
-    assert run.attachments[0]._group is group
+    assert run.attachments[0]._ranks == Ranks((group,))
 
 
 def test_another_observer_is_no_monitor() -> None:

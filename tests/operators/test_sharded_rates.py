@@ -91,9 +91,7 @@ def test_factors_that_belong_to_no_weight_are_refused(mlp: nn.Module) -> None:
     bio_model, _, _ = sharded(mlp)
     loss_of(bio_model)
     factors = bio_model.get_submodule("0").bio_mod.fuzzy_learning_rate_parameters
-    with pytest.raises(
-        biofx.errors.PlasticityError, match="expected factors that belong to a sharded weight"
-    ):
+    with pytest.raises(biofx.errors.PlasticityError, match="expected factors, or a mask, that belong"):
         scale_gradient(torch.zeros(6, 4), factors.clone())
 
 
@@ -123,3 +121,18 @@ def test_shared_factors_that_a_rule_dampens_for_each_synapse(mlp: nn.Module) -> 
     optimizer.zero_grad()
     loss_of(bio_model).backward()
     torch.testing.assert_close(gradient_of(bio_model), 2 * found)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_model_projects_what_arrives(mlp: nn.Module) -> None:
+    config = biofx.BioConfig(apply_dales_principle=True, dales_constrain_inputs=True, weight_density=0.7)
+    bio_model: Any = biofx.transform(mlp, config)[0]
+    loss_of(bio_model).backward()
+    expected = bio_model.get_parameter("0.weight").grad.clone()
+    bio_model.zero_grad()
+    fully_shard(bio_model)
+    compiled = torch.compile(bio_model, backend="aot_eager")
+    for model in (bio_model, compiled):
+        loss_of(model).backward()
+        torch.testing.assert_close(gradient_of(bio_model), expected)
+        bio_model.zero_grad()

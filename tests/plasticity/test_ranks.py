@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 import biofx
 from biofx.plasticity import BioModule
+from biofx.plasticity.agreement import Ranks
 from biofx.plasticity.ranks import (
     average_activity,
-    group_to_agree_with,
     parts_not_called,
+    ranks_to_agree_with,
     refuse_parts_alone,
     shard_state,
     whole,
@@ -90,7 +91,7 @@ def test_one_process_agrees_with_itself(mlp: nn.Module) -> None:
     bio_model(torch.randn(5, 4))
     states = [module for module in bio_model.modules() if isinstance(module, biofx.BioModule)]
     assert all(state.follows_activity for state in states)
-    assert group_to_agree_with(bio_model, states) is None
+    assert ranks_to_agree_with(bio_model, states) is None
     (activity,) = (state.activity for state in states if state.path == "0.weight")
     assert activity is not None
     before = activity.clone()
@@ -115,7 +116,7 @@ def test_rank_that_has_seen_nothing_has_no_say(mlp: nn.Module, monkeypatch: pyte
         monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
         assert state.activity is not None
         state.activity.fill_(own)
-        average_activity(state, object())
+        average_activity(state, Ranks((object(),)))
         return state.activity.clone()
 
     assert (agreed(4.0, "two") == 3.0).all()

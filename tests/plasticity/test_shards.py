@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from biofx.plasticity.shards import flat_span, is_sharded, local, local_part, norm_of_part, sum_over_ranks
+from biofx.operators.parts import is_sharded, local, local_part
+from biofx.plasticity.shards import flat_span, norm_of_part, sum_over_ranks
 
 
 def test_a_whole_tensor_is_all_of_itself() -> None:

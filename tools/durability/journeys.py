@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -289,6 +291,20 @@ def on_cuda_graph(bio_model: nn.Module) -> Arrived:
     return Arrived(replayed, gradients, bio_model)
 
 
+def hsdp(bio_model: nn.Module) -> Arrived:
+    """Shard along one dimension of a mesh, and hold replicas along the other."""
+    fully_shard(bio_model, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard")))
+    return arrived(bio_model)
+
+
+def in_parts(bio_model: nn.Module) -> Arrived:
+    """Let ranks compute parts of the first two layers, and shard these."""
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+    parallelize_module(bio_model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(bio_model, mesh=mesh["data"])
+    return arrived(bio_model)
+
+
 JOURNEYS: dict[str, Callable[[nn.Module], Arrived]] = {
     "copy.deepcopy": lambda model: arrived(copy.deepcopy(model)),
     "pickle": through((pickle.dump, pickle.load)),
@@ -315,6 +331,8 @@ JOURNEYS: dict[str, Callable[[nn.Module], Arrived]] = {
     "DataParallel": lambda model: arrived(DataParallel(model)),
     "DDP": ddp,
     "FSDP2": fsdp2,
+    "HSDP": hsdp,
+    "tensor parallel": in_parts,
     "CUDA graph": on_cuda_graph,
 }
 NEEDS_A_GPU = ("CUDA graph",)
