@@ -19,11 +19,12 @@ from torch.fx import Node
 
 from biofx.compiling.named_graphs import NamedGraph
 from biofx.errors import BiofxWarning, OptionError
+from biofx.model.called_again import lines_as_transformed
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.mask_ops import mask_weight
 from biofx.plasticity.bio_module import BioModule
 from biofx.plasticity.model_states import bio_module_path, kept_state
-from biofx.rewriting.record import ATTRIBUTE, graph_lines, record_of
+from biofx.rewriting.record import ATTRIBUTE, record_of
 
 
 @dataclass
@@ -151,7 +152,9 @@ def extended(companion: Companion, named: NamedGraph) -> None:
     _append_graph(companion.module, made)
     companion.parameters |= new
     record: Any = record_of(companion.module)
-    vars(companion.module)[ATTRIBUTE] = dataclasses.replace(record, graph=graph_lines(companion.module))
+    vars(companion.module)[ATTRIBUTE] = dataclasses.replace(
+        record, graph=lines_as_transformed(companion.module)
+    )
 
 
 def _states(made: nn.Module) -> Iterator[tuple[str, BioModule]]:
