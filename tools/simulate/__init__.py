@@ -1,0 +1,1 @@
+"""Memory and traffic of a training step on ranks, from formulas: ``python tools/simulate``."""
