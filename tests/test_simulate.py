@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from simulate.ranks import MECHANISMS, Mesh, collectives, kept_by, step_of
-from simulate.transformers import Transformer
+from simulate.ranks import MECHANISMS, Mesh, collectives, kept_by, mechanisms_table, step_of, table
+from simulate.transformers import SIZES, Transformer
 from tests.two_ranks import run_on_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,8 @@ class Counted(TorchDispatchMode):
         if space == "_c10d_functional" and name.startswith("all_reduce"):
             self.found["summed in parts"] += args[0].nbytes
         if space == "c10d":
-            kind = next((KINDS[key] for key in KINDS if key in name.replace("_all", "all").replace("__", "_")), None)
+            plain = name.replace("_all", "all").replace("__", "_")
+            kind = next((KINDS[key] for key in KINDS if key in plain), None)
             if kind is not None:
                 largest = [t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
                 self.found[kind] += sum(largest) if kind == "summed" else max(largest)
@@ -67,7 +68,9 @@ def bytes_of(tensors):
 found = {}
 for how in ("DDP", "FSDP2", "HSDP", "FSDP2 and TP"):
     torch.manual_seed(0)
-    config = biofx.BioConfig(apply_dales_principle=True, weight_density=0.5, consolidation="synaptic-intelligence")
+    config = biofx.BioConfig(
+        apply_dales_principle=True, weight_density=0.5, consolidation="synaptic-intelligence"
+    )
     model, _ = biofx.transform(SMALL.make(), config)
     model.train()
     wrapped = model
@@ -85,9 +88,8 @@ for how in ("DDP", "FSDP2", "HSDP", "FSDP2 and TP"):
         parallelize_module(model, mesh["tensor"], plan)
         fully_shard(model, mesh=mesh["data"])
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3, foreach=False)
-    words = torch.randint(0, SMALL.words, (2, 5), generator=torch.Generator().manual_seed(dist.get_rank()))
-    if how == "FSDP2 and TP":
-        words = torch.randint(0, SMALL.words, (2, 5), generator=torch.Generator().manual_seed(dist.get_rank() // 2))
+    seed = dist.get_rank() // 2 if how == "FSDP2 and TP" else dist.get_rank()
+    words = torch.randint(0, SMALL.words, (2, 5), generator=torch.Generator().manual_seed(seed))
     for step in range(2):  # what the first step alone does, as checks, is not counted
         with Counted() as counted:
             wrapped(words).square().mean().backward()
@@ -103,8 +105,8 @@ for how in ("DDP", "FSDP2", "HSDP", "FSDP2 and TP"):
         "masks": ["connection_mask"],
         "synaptic intelligence": ["importance", "task_importance", "anchor_weight"],
     }.items():
-        kept[name] = bytes_of([state._buffers[key] for state in states if state.scaled_in_graph for key in keys
-                               if state._buffers[key] is not None])
+        buffers = [state._buffers[key] for state in states if state.scaled_in_graph for key in keys]
+        kept[name] = bytes_of([buffer for buffer in buffers if buffer is not None])
     gradients = [parameter.grad for parameter in parameters]
     found[how] = {"held": bytes_of([*parameters, *gradients, *moments]), "sent": counted.found, "kept": kept}
 Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(found))
@@ -133,3 +135,10 @@ def test_four_ranks_hold_and_send_what_the_formulas_say(tmp_path: Path) -> None:
         assert found["sent"] == collectives(SMALL, mesh, words=10), how
         for name, kept in found["kept"].items():
             assert kept == kept_by(MECHANISMS[name], SMALL.parameters(), mesh), (how, name)
+
+
+def test_the_readme_has_the_tables() -> None:
+    text = (ROOT / "tools" / "simulate" / "README.md").read_text(encoding="utf-8")
+    for size in SIZES:
+        assert table(size) in text
+        assert mechanisms_table(size) in text

@@ -63,6 +63,8 @@ class Mechanism:
     """Of the entries that a rank holds."""
     of_units: tuple[int, int] = (0, 0)
     """Of each unit that the weight makes, and of each that it reads; every rank has all of them."""
+    of_lookups: bool = True
+    """Whether it acts on weights whose rows are looked up."""
 
 
 MECHANISMS = {
@@ -71,7 +73,7 @@ MECHANISMS = {
     "rates, bfloat16": Mechanism(sharded=2),
     "rates from their seed": Mechanism(),
     "signs": Mechanism(of_units=(FLOAT, 0)),
-    "masks": Mechanism(sharded=FLOAT),
+    "masks": Mechanism(sharded=FLOAT, of_lookups=False),
     "crystallization of rates": Mechanism(sharded=FLOAT),
     "temporal rates": Mechanism(sharded=2 * FLOAT),
     "rates that follow weights": Mechanism(sharded=3 * FLOAT),
@@ -121,7 +123,7 @@ def kept_by(mechanism: Mechanism, parameters: Iterable[Parameter], mesh: Mesh) -
     """Return the bytes that a mechanism keeps on one rank."""
     total = 0
     for parameter in parameters:
-        if parameter.has_rates:
+        if parameter.has_rates and (mechanism.of_lookups or not parameter.is_lookup):
             total += mechanism.sharded * mesh.entries_held(parameter)
             of_units = zip(mechanism.of_units, parameter.shape, strict=True)
             total += parameter.count * sum(size * units for size, units in of_units)

@@ -21,6 +21,8 @@ class Parameter:
     """The axis along which tensor parallel splits it; None where every rank has all of it."""
     has_rates: bool = False
     """Whether it is a weight of a layer, with a state of its own."""
+    is_lookup: bool = False
+    """Whether rows are looked up, so that no entry is a connection that could be missing."""
 
     @property
     def entries(self) -> int:
@@ -42,7 +44,7 @@ class Transformer:
     def parameters(self) -> Iterator[Parameter]:
         """Yield the parameters."""
         n, d, h = self.blocks, self.width, self.hidden
-        yield Parameter((self.words, d), has_rates=True)
+        yield Parameter((self.words, d), has_rates=True, is_lookup=True)
         yield Parameter((d, d), 3 * n, split=0, has_rates=True)  # queries, keys, values
         yield Parameter((d, d), n, split=1, has_rates=True)  # what comes out of attention
         yield Parameter((h, d), n, split=0, has_rates=True)
