@@ -256,7 +256,7 @@ def rename(node: Node, name: str) -> None:
 
 def is_erased(node: Node) -> bool:
     """Whether a node has been erased from its graph."""
-    return bool(node._erased)
+    return bool(getattr(node, "_erased", False))
 
 
 def node_table(graph: Graph) -> Any:

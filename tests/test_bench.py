@@ -22,7 +22,7 @@ def test_large_models_are_timed_at_tiny_sizes(tmp_path: Path) -> None:
     ]
     for work in found["works"]:
         assert set(work["seconds"]) == {
-            *("plain", "rates", "rates from their seed", "rates and signs", "split in 2")
+            *("plain", "rates", "rates from their seed", "rates and signs", "rates and masks", "split in 2")
         }
         assert all(seconds > 0 for seconds in work["seconds"].values())
 
