@@ -16,6 +16,7 @@ A weight that is no parameter, but computed from others, has nowhere to arrive (
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -33,7 +34,7 @@ Action: TypeAlias = Callable[[Tensor], None]
 """Changes this rank's part of a gradient, in place."""
 
 
-class Arrival:
+class Arrival(ABC):
     """Acts on what arrives in the gradient of one parameter; made once for each.
 
     Args:
@@ -50,6 +51,7 @@ class Arrival:
     def __reduce__(self) -> Any:
         return type(None), ()  # copies of a parameter have none
 
+    @abstractmethod
     def expect(self, name: str, action: Action) -> None:
         """Prepare for the gradient of the backward that is running.
 
@@ -57,7 +59,6 @@ class Arrival:
             name: of what is to be done; the same is done once however often the weight is used.
             action: what is to be done.
         """
-        raise NotImplementedError
 
     def _act(self, gradient: Tensor) -> Tensor:
         """Change a gradient, add what was there before, and return the sum."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,6 @@ from torch import Tensor, nn
 import biofx
 from biofx.errors import BiofxWarning, CheckpointError, InputError
 from tests.compiling.compiled_models import ALL, RATES, Net, assert_same_state, transformed
-
-
-@pytest.fixture(autouse=True)
-def _forgetful() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
-
 
 CONFIG = ALL.replace(weight_density=0.5, fuzzy_lr_distribution="temporal", fuzzy_lr_dynamic=True)
 RULES: list[biofx.Rule | str] = [

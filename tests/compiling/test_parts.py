@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,14 +24,6 @@ from tests.compiling.compiled_models import (
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute"
 )  # which dynamo asks of what crosses a break
-
-
-@pytest.fixture(autouse=True)
-def _forgetful() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(model: nn.Module, config: Any, *, then: str = "eager", **options: Any) -> Any:
