@@ -563,13 +563,14 @@ class BioConfig(ConsolidationOptions):
         return self.fuzzy_lr_min, self.fuzzy_lr_max
 
     def replace(self, **fields: Any) -> BioConfig:
-        """Return a copy with some fields changed.
+        """Return a copy with some fields changed, the config itself where none is.
 
         Raises:
             OptionError: an unknown field, or a value out of range.
         """
         _refuse_unknown(fields)
-        return dataclasses.replace(self, **fields)
+        changed = {name: value for name, value in fields.items() if not _is_same(getattr(self, name), value)}
+        return dataclasses.replace(self, **changed) if changed else self
 
     def override(self, selector: Selector, **options: Any) -> BioConfig:
         """Return a copy in which ``options`` hold for the layers that ``selector`` picks.
@@ -703,6 +704,12 @@ def option_from_config(field: str, **changed: Any) -> Any:
     default = next(entry.default for entry in dataclasses.fields(BioConfig) if entry.name == field)
     shown = changed.get("doc", declared.doc)
     return option(changed.get("default", default), declared.permitted, shown, field=field)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether two values are one, or equal numbers or words of one type."""
+    alike = type(value) is type(other) and type(value) in (bool, int, float, str)
+    return value is other or (alike and value == other)
 
 
 def _plain(value: Any) -> Any:

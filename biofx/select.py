@@ -22,7 +22,8 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -110,21 +111,32 @@ class Match:
     """Module paths it picked, called in the graph or not."""
 
 
-@dataclass
 class NodeIndex:
     """A graph's nodes and modules, ready to be asked by name. Build it anew when the graph has changed."""
 
-    graph_module: GraphModule
-    candidates: list[Candidate] = field(init=False)
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.graph_module = graph_module
 
-    def __post_init__(self) -> None:
-        self._modules = dict(self.graph_module.named_modules(remove_duplicate=False))
-        self.candidates = [self._candidate(node) for node in self.graph_module.graph.nodes]
-        self._by_name = {candidate.name: candidate for candidate in self.candidates}
-        self._reads: dict[str, list[Node]] = {}
+    @cached_property
+    def candidates(self) -> list[Candidate]:
+        """The nodes, in graph order."""
+        return [self._candidate(node) for node in self.graph_module.graph.nodes]
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self.graph_module.named_modules(remove_duplicate=False))
+
+    @cached_property
+    def _by_name(self) -> dict[str, Candidate]:
+        return {candidate.name: candidate for candidate in self.candidates}
+
+    @cached_property
+    def _reads(self) -> dict[str, list[Node]]:
+        found: dict[str, list[Node]] = {}
         for candidate in self.candidates:
             if candidate.node.op == "get_attr":
-                self._reads.setdefault(str(candidate.node.target), []).append(candidate.node)
+                found.setdefault(str(candidate.node.target), []).append(candidate.node)
+        return found
 
     def match(self, pattern: Pattern) -> Match:
         """Return what ``pattern`` picks.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+from biofx.graph.modules_by_path import modules_by_path
 from biofx.torch_private import MODULE_OF_TENSOR_METHODS
 
 ValueT = TypeVar("ValueT")
@@ -135,7 +136,7 @@ class ForwardAnalysis(ABC, Generic[ValueT]):
         """What is known of the value of each node."""
         self.ended: dict[Node, str] = {}
         """The nodes through which values could not be followed, and why."""
-        self._modules = dict(graph_module.named_modules(remove_duplicate=False))
+        self._modules = modules_by_path(graph_module)
 
     def walk(self) -> None:
         """Find out what is known of each value."""

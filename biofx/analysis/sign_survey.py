@@ -118,7 +118,7 @@ class SignSurvey:
             )
         if (product := self.groups.weighed_besides(site)) is not None:
             words += f"; {product!r} reads some of these units, too, with a weight that has no signs"
-        reasons = {node.name: reason for node, reason in self.groups.ends.items()}
+        reasons = self.groups.why_ended
         begin = [source.name for source in self._sources(site) if source.kind == "open"]
         told = {reasons.get(name) for name in begin}
         for name in self.groups.where_units_begin(site):  # at any use

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -98,7 +100,10 @@ class UnitGroups:
         """The units that each normalisation acts on; those that act on none that are known are left out."""
         self._produced = analysis.produced
         self._representatives = representatives(analysis)
-        self._starts = torch.tensor([source.first for source in analysis.sources])
+        self._found_sources: dict[int, tuple[Tensor, UnitSources]] = {}
+        """By the identity of the units, which are held, so that it stays theirs."""
+        self._firsts = [source.first for source in analysis.sources]
+        self._starts = torch.tensor(self._firsts)
         self._observation = observation
         self._by_use = {(entry.site.node, entry.site.parameter_path): entry for entry in self.readings}
         self._by_weight: dict[Hashable, Reading] = {}
@@ -114,6 +119,7 @@ class UnitGroups:
             self._is_exempt[self._representatives[units]] = True
         for reading in self.readings:
             self._is_exempt[self._representatives[reading.units]] = False
+        self._compared_units = bool(self._is_exempt.any())
 
     def __iter__(self) -> Iterator[UnitGroup]:
         return iter(self._groups)
@@ -152,17 +158,26 @@ class UnitGroups:
         return self._representatives[units]
 
     def sources_of(self, units: Tensor) -> UnitSources:
-        """Return where the representatives of units begin."""
+        """Return where the representatives of units begin; nobody changes ``units`` later."""
+        known = self._found_sources.get(id(units))
+        if known is None:
+            known = self._found_sources[id(units)] = units, self._find_sources(units)
+        return known[1]
+
+    def _find_sources(self, units: Tensor) -> UnitSources:
         representatives = self._representatives[units]
+        if len(units):  # mostly one layer makes them all
+            ends = (int(end) for end in representatives.aminmax())
+            first, last = (bisect_right(self._firsts, end) - 1 for end in ends)
+            if first == last:
+                source = self.sources[first]
+                return UnitSources([source], representatives - source.first)
         sources = torch.bucketize(representatives, self._starts, right=True) - 1
-        order = sorted(set(sources.tolist()))
-        found = [self.sources[number] for number in order]
-        offsets = torch.zeros(len(self._starts), dtype=torch.int64)
-        before = 0
-        for number, source in zip(order, found, strict=True):
-            offsets[number] = before - source.first
-            before += source.count
-        return UnitSources(found, representatives + offsets[sources])
+        order, place = sources.unique(return_inverse=True)
+        found = [self.sources[number] for number in order.tolist()]
+        before = accumulate((source.count for source in found[:-1]), initial=0)
+        offsets = [start - source.first for start, source in zip(before, found, strict=True)]
+        return UnitSources(found, representatives + torch.tensor(offsets)[place])
 
     def producers(self) -> list[str]:
         """Return the paths of the weights that make units, in execution order."""
@@ -191,7 +206,7 @@ class UnitGroups:
         elif self._observation.is_traced:
             where = next(iter(self.where_units_begin(site)), None)
             if where is not None:
-                reason = f"{self._ends.get(where, f'its units begin at {where!r}')}; {GIVE_EXAMPLES}"
+                reason = f"{self.why_ended.get(where, f'its units begin at {where!r}')}; {GIVE_EXAMPLES}"
         return None if reason is None else f"what feeds it is not known: {reason}"
 
     def is_in_python(self, site: WeightSite) -> bool:
@@ -203,6 +218,8 @@ class UnitGroups:
 
         At one of its uses: what it reads at another does not say that units lie at the same places there.
         """
+        if all(source.kind != "open" for source in self.sources):
+            return []
         readings = self._readings_of.get(weight_key(site), [])
         numbers = torch.cat([self._apart[reading.units] for reading in readings]).unique()
         found = torch.bucketize(numbers, self._starts, right=True) - 1
@@ -221,7 +238,8 @@ class UnitGroups:
         return found
 
     @cached_property
-    def _ends(self) -> dict[str, str]:
+    def why_ended(self) -> Mapping[str, str]:
+        """Why groups end, by the names of the nodes."""
         return {node.name: reason for node, reason in self.ends.items()}
 
     def reading(self, site: WeightSite) -> Reading:
@@ -232,10 +250,14 @@ class UnitGroups:
 
     def is_exempt(self, units: Tensor) -> Tensor:
         """Return whether units are only compared with each other, bool."""
+        if not self._compared_units:
+            return torch.zeros(units.shape, dtype=torch.bool)
         return self._is_exempt[self._representatives[units]]
 
     def weighed_besides(self, site: WeightSite) -> str | None:
         """Return the name of a product that is no layer and reads some of the units that a site reads."""
+        if not self._products:
+            return None
         own = self._representatives[self.reading(site).units].unique()
         for node, units in self._products.items():
             if bool(torch.isin(units, own).any()):

@@ -175,6 +175,12 @@ class _Contents:
 
     def note(self, name: str, value: Any, seen: set[int], depth: int = 0) -> None:
         """Note what a value leads to, except for what is in ``seen``: ids of containers and objects."""
+        kind = type(value)
+        if value is None or kind is bool or kind is int or kind is str:
+            return  # most of what modules hold, and quicker here
+        if (kind is OrderedDict or kind is dict) and not value:
+            self._found.append((name, value, []))
+            return
         if is_exactly(value, _INDIVISIBLE) or id(value) in seen:
             return
         if is_of(value, (nn.Module, Tensor, type, str, bytes)):
@@ -224,7 +230,8 @@ class _Contents:
 
 def _is_still(found: Any, before: Any) -> bool:
     """Whether a container holds the same objects, or a generator or an array the same state, as before."""
-    if is_exactly(found, _CONTAINERS) and not before:  # as most are
+    kind = type(found)
+    if (kind is OrderedDict or kind is dict or is_exactly(found, _CONTAINERS)) and not before:  # as most are
         return not found
     if type(found) is RandomGenerator:
         return bool(found.state() == before)

@@ -22,7 +22,6 @@ from biofx.compiling.dynamo_contexts import pair_contexts
 from biofx.errors import CaptureError
 from biofx.graph.regions import joined_path
 from biofx.layers.layer_kind import become_call
-from biofx.layers.weight_site import named_parameters
 from biofx.model.graph_module import BioGraphModule
 from biofx.operators.compound_ops import attend
 from biofx.torch_private import HigherOrderOperator, rename
@@ -59,10 +58,8 @@ class NamedGraph:
 
 def paths_of(model: nn.Module) -> dict[int, str]:
     """Return the first path of each parameter and buffer of a model, by the tensor's id."""
-    found = {id(parameter): first for first, parameter in named_parameters(model).values()}
-    for path, buffer in model.named_buffers():
-        found.setdefault(id(buffer), path)
-    return found
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {id(tensor): path for path, tensor in reversed(tensors)}
 
 
 def module_paths(model: nn.Module) -> dict[int, str]:

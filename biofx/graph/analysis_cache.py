@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from operator import is_
@@ -41,7 +41,7 @@ class _Results:
     """What was found out about one state of a model; copies and pickles of it are empty."""
 
     def __init__(self) -> None:
-        self.state: _State | None = None
+        self.state = _State()
         self.found: dict[object, Any] = {}
         self.is_trusted = False
         """Whether an analysis is running, which does not change the graph."""
@@ -50,7 +50,7 @@ class _Results:
         return _Results, ()
 
     def forget(self) -> None:
-        self.state = None
+        self.state = _State()
         self.found.clear()
 
 
@@ -129,10 +129,8 @@ def cached_on_graph(analysis: Callable[[ModuleT], ResultT]) -> Callable[[ModuleT
         if scope.may_change and not is_compared:
             if compared is not None:
                 compared[results] = graph_module
-            state = _State(graph_module)
-            if results.state is None or not results.state.is_same(state):
-                results.forget()
-                results.state = state
+            if results.state.follow(graph_module):
+                results.found.clear()
         if analysis not in results.found:
             was_trusted, results.is_trusted = results.is_trusted, True
             try:
@@ -146,55 +144,112 @@ def cached_on_graph(analysis: Callable[[ModuleT], ResultT]) -> Callable[[ModuleT
 
 
 class _State:
-    """All that an analysis can see of a model, by identity.
+    """All that an analysis can see of a model, by identity."""
 
-    The objects are held, so that none of them can make room for another with the same identity.
-    """
+    def __init__(self) -> None:
+        self._modules: dict[int, _ModuleState] = {}
 
-    def __init__(self, graph_module: GraphModule) -> None:
-        self._objects: list[object] = []
-        self._tensors: list[object] = []
-        """Shapes and the like, which change in place."""
-        for module in graph_module.modules():
-            self._note_module(module)
+    def follow(self, graph_module: GraphModule) -> bool:
+        """Take over the present state of a model; return whether anything of it was not known."""
+        found = {id(module): module for module in _modules_in(graph_module)}
+        changed = [
+            _ModuleState(module)
+            for key, module in found.items()
+            if key not in self._modules or not self._modules[key].holds()
+        ]
+        is_known = not changed and len(found) == len(self._modules)
+        if not is_known:
+            self._modules = {key: state for key, state in self._modules.items() if key in found}
+            self._modules |= {id(state.module): state for state in changed}
+        return not is_known
 
-    def is_same(self, other: _State) -> bool:
-        """Whether two states hold the same objects in the same places."""
+
+class _ModuleState:
+    """What a module holds. It is held here, too, so that nothing takes its place with the same identity."""
+
+    __slots__ = (
+        *("_contents", "_empty", "_forms", "_kind", "_names", "_nodes", "_tensors", "_values", "module"),
+    )
+
+    def __init__(self, module: nn.Module) -> None:
+        attributes = _attributes(module)
+        self.module, self._kind = module, type(module)
+        self._names, self._values = tuple(attributes), tuple(attributes.values())
+        self._nodes = _nodes_of(module)
+        held = (*module._parameters.values(), *module._buffers.values())
+        self._tensors = [tensor for tensor in held if tensor is not None]
+        self._forms = list(map(_form_of, self._tensors))
+        self._empty: list[Any] = []
+        self._contents: list[tuple[Any, tuple[object, ...]]] = []
+        for value in self._values:
+            if not is_of(value, (dict, list, set, SimpleNamespace)):
+                continue
+            content = tuple(_content(value))
+            if not content and type(value) in (dict, OrderedDict):
+                self._empty.append(value)
+            else:
+                self._contents.append((value, content))
+
+    def holds(self) -> bool:
+        """Whether it holds the same objects as it did, in the same places."""
+        module, attributes = self.module, _attributes(self.module)
         return (
-            len(self._objects) == len(other._objects)
-            and all(map(is_, self._objects, other._objects))
-            and self._tensors == other._tensors
+            type(module) is self._kind
+            and tuple(attributes) == self._names
+            and all(map(is_, attributes.values(), self._values))
+            and not any(self._empty)
+            and all(_are_same(_content(value), content) for value, content in self._contents)
+            and list(map(_form_of, self._tensors)) == self._forms
+            and _are_same(_nodes_of(module), self._nodes)
         )
 
-    def _note_module(self, module: nn.Module) -> None:
-        objects, attributes = self._objects, vars(module)
-        objects += (module, type(module))
-        if isinstance(module, GraphModule):
-            attributes = {name: value for name, value in attributes.items() if name not in _GENERATED}
-            for node in module.graph.nodes:
-                stack = node.meta.get("nn_module_stack")
-                objects += (node, node.name, node.op, node.target, node.args, node.kwargs, stack)
-        objects += attributes
-        for value in attributes.values():
-            objects.append(value)  # ahead of its content, which shows where containers begin
-            objects += _content(value)
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if isinstance(tensor, Tensor):
-                self._tensors.append((tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad))
+
+def _are_same(now: Collection[object], before: Collection[object]) -> bool:
+    return len(now) == len(before) and all(map(is_, now, before))
 
 
-def _content(value: Any) -> Iterable[object]:
-    """Return what is in a container, nothing for anything else; no method of a user's class is run."""
-    kind = type(value)
-    if value is None or kind is bool or kind is str or kind is int or kind is float or kind is tuple:
-        return ()  # most of what modules hold, and quicker here
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    attributes = vars(module)
+    if not isinstance(module, GraphModule):
+        return attributes
+    return {name: value for name, value in attributes.items() if name not in _GENERATED}
+
+
+def _form_of(tensor: Any) -> object:
+    """Return what may change of a tensor that stays the same object, but for its values."""
+    if not isinstance(tensor, Tensor):
+        return None
+    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _nodes_of(module: nn.Module) -> list[object]:
+    found: list[object] = []
+    for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+        stack = node.meta.get("nn_module_stack")
+        found += (node, node.name, node.op, node.target, node.args, node.kwargs, stack)
+    return found
+
+
+def _modules_in(root: nn.Module) -> Iterable[nn.Module]:
+    """Return the modules of a model, itself among them; no method of a user's class is run."""
+    found: dict[int, nn.Module] = {}
+    left = [root]
+    while left:
+        module = left.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            left += [inner for inner in vars(module)["_modules"].values() if inner is not None]
+    return found.values()
+
+
+def _content(container: Any) -> Collection[object]:
+    """Return what is in a container; no method of a user's class is run."""
+    kind = type(container)
     if kind is list or kind is set:
-        return value  # type: ignore[no-any-return]
+        return container  # type: ignore[no-any-return]
     if kind is dict or kind is OrderedDict:
-        return (*value, *value.values()) if value else ()
+        return (*container, *container.values())
     if kind is SimpleNamespace:
-        return _content(vars(value))
-    if is_of(value, (dict, list, set)):
-        content = content_of(value)
-        return [part for item in content for part in item] if is_of(value, dict) else content
-    return ()
+        return (*vars(container), *vars(container).values())
+    content = content_of(container)
+    return [part for item in content for part in item] if is_of(container, dict) else content

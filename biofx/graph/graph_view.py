@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from biofx.graph.joined_graph import whole_graph
+from biofx.graph.modules_by_path import modules_by_path
 from biofx.graph.printing import format_node, function_name
 from biofx.select import module_calls
 
@@ -62,7 +63,7 @@ class GraphView:
         names: dict[type, tuple[str, ...]] = {}
         modules = {
             path: ModuleView(_class_names(type(module), names), _own_elements(module, counted))
-            for path, module in graph_module.named_modules(remove_duplicate=False)
+            for path, module in modules_by_path(graph_module).items()
         }
         graph = whole_graph(graph_module)
         lines = {node.name: format_node(node) for node in graph.nodes} if lines is None else lines

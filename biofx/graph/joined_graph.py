@@ -25,6 +25,7 @@ from biofx.graph.graph_functions import (
     parameters_graph,
 )
 from biofx.graph.guards import require_default
+from biofx.graph.modules_by_path import modules_by_path
 from biofx.graph.regions import (
     ELSEWHERE,
     JOINED,
@@ -65,7 +66,7 @@ class _Join:
     """Writes a model's graph and those of its regions into one; each region comes before its call."""
 
     def __init__(self, root: GraphModule, paths: tuple[str, ...]) -> None:
-        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._modules = modules_by_path(root)
         self._in_python = graph_breaks_of(root)
         self._read = parameters_read_by(root)
         self._open = dict.fromkeys(paths)

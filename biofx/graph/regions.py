@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import has_side_effect
 
 from biofx.errors import PassError
+from biofx.graph.modules_by_path import modules_by_path
 
 GRAPH_BREAKS = "graph_breaks"
 """Attribute of a captured model that holds the paths of the modules that run in Python, and why."""
@@ -143,7 +144,7 @@ class RegionUse:
     """
 
     def __init__(self, graph_module: GraphModule, graph: Graph) -> None:
-        self._modules = dict(graph_module.named_modules(remove_duplicate=False))
+        self._modules = modules_by_path(graph_module)
         paths = region_paths(graph_module)
         read = parameters_read_by(graph_module)
         self._regions = {id(self._modules[path]): path for path in paths}

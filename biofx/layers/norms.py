@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from biofx.errors import PassError
 from biofx.graph.joined_graph import whole_graph
+from biofx.graph.modules_by_path import modules_by_path
 from biofx.graph.printing import function_name
 from biofx.graph.regions import RegionUse
 from biofx.layers.layer_kind import (
@@ -279,7 +280,7 @@ class NormSite:
 
 def find_norms(graph_module: GraphModule) -> list[NormSite]:
     """Return the normalisations that have a weight, and gains that are written out, in execution order."""
-    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    modules = modules_by_path(graph_module)
     weights = named_parameters(graph_module)
     calls: list[tuple[Node, str, str | None]] = []
     written_out: dict[Node, tuple[WeightSlot, float]] = {}

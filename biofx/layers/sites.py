@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.joined_graph import whole_graph
+from biofx.graph.modules_by_path import modules_by_path
 from biofx.graph.node_kinds import queries_metadata
 from biofx.graph.regions import RegionUse, graph_breaks_of, innermost_around
 from biofx.layers import COMPOUND_KINDS, dense_kind_of, kind_of, kind_of_call
@@ -133,7 +134,7 @@ class _Survey:
     def __init__(self, graph_module: GraphModule) -> None:
         self.graph = whole_graph(graph_module)
         self.use = RegionUse(graph_module, self.graph)
-        self._modules = dict(graph_module.named_modules(remove_duplicate=False))
+        self._modules = modules_by_path(graph_module)
         self._computed: dict[str, nn.Parameter] = {}
         self._parameters = named_parameters(graph_module)
         self._held = _held_nodes(self.graph)

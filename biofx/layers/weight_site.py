@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from biofx.errors import PassError
+from biofx.graph.analysis_cache import cached_on_graph
 from biofx.graph.node_kinds import changed_in_place, queries_metadata
 from biofx.layers.layer_kind import ONE_WEIGHT, LayerKind, WeightSlot
 from biofx.layers.synaptic_reads import is_synaptic_read
@@ -366,12 +367,13 @@ def fold_behind(weight: Any) -> Node | None:
     return weight if isinstance(weight, Node) and weight.target is fold_weight else None
 
 
-def named_parameters(root: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+@cached_on_graph
+def named_parameters(graph_module: GraphModule) -> Mapping[str, tuple[str, nn.Parameter]]:
     """Return the parameters of a model by every path, each with the first path that it goes by."""
     first_path: dict[int, str] = {}
     return {
         path: (first_path.setdefault(id(parameter), path), parameter)
-        for path, parameter in root.named_parameters(remove_duplicate=False)
+        for path, parameter in graph_module.named_parameters(remove_duplicate=False)
     }
 
 

@@ -97,8 +97,8 @@ def bio_module_at(model: nn.Module, parameter_path: str) -> BioModule:
             f"found a {type(module).__name__}: tracing a transformed model again keeps its buffers and loses "
             "its rules; run rules on the model that biofx.transform returned"
         )
-    module.saves_memory = True
-    module.path = parameter_path
+    if module.path != parameter_path or not module.saves_memory:
+        module.saves_memory, module.path = True, parameter_path
     module.link(model.get_submodule(parameter_path.rpartition(".")[0]))
     return module
 

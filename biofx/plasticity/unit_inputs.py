@@ -81,13 +81,15 @@ def balanced(weight: Tensor, signs: Tensor, generator: Generator, *, rectified: 
     magnitude, constrained = weight.abs(), signs != 0
     density = min(1.0, max(DENSITY, FEWEST / max(1, int(constrained.sum(1).max()))))
     chosen = (torch.rand(weight.shape, generator=generator) < density).to(weight.device)
-    sparse = _balanced(magnitude * chosen, signs)
-    dense = _balanced(magnitude, signs)
-    mirrored = magnitude * signs
-    made = torch.where(_balances(sparse), sparse, torch.where(_balances(dense), dense, mirrored))
+    made = _balanced(magnitude * chosen, signs)
+    balances = _balances(made)
+    if not balances.all():  # too few synapses are left of both signs: all of them, or those of one
+        dense = _balanced(magnitude, signs)
+        made = torch.where(balances, made, torch.where(_balances(dense), dense, magnitude * signs))
+        balances = _balances(made)
     before = (weight * constrained).square().sum(1, keepdim=True) * (_RECTIFIED if rectified else 1.0)
     after = made.square().sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-    scaled = torch.where(_balances(made), made * (before / after).sqrt(), made)
+    scaled = torch.where(balances, made * (before / after).sqrt(), made)
     return torch.where(constrained, scaled, weight)
 
 

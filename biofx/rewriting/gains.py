@@ -42,14 +42,15 @@ def fold_negative_gains(
     shared = shared_parameters(lowering.graph_module)
     return {
         path: _fold(lowering, sites[0], alone, shared)
-        for path, sites in _norms_by_gain(lowering).items()
+        for path, sites in _norms_by_gain(lowering, norms).items()
         if len(sites) == 1 and sites[0].node in norms and sites[0].lowering_blocker is None
     }
 
 
-def _norms_by_gain(lowering: Lowering) -> dict[str, list[NormSite]]:
+def _norms_by_gain(lowering: Lowering, norms: set[Node]) -> dict[str, list[NormSite]]:
+    """Return all normalisations by the path of their gain, if any of them is wanted."""
     uses: dict[str, list[NormSite]] = {}
-    for site in find_norms(lowering.graph_module):
+    for site in find_norms(lowering.graph_module) if norms else ():
         uses.setdefault(site.parameter_path, []).append(site)
     return uses
 
@@ -58,7 +59,7 @@ def in_scope(scope: Scope, graph_module: GraphModule, norms: set[Node]) -> set[N
     """Return those of some normalisations that a pass may touch."""
     return {
         site.node
-        for site in find_norms(graph_module)
+        for site in (find_norms(graph_module) if norms else ())
         if site.node in norms and scope.why_not(site.node, site.layer) is None
     }
 
@@ -75,7 +76,7 @@ def constrain_gains(
         folded: how many negative gains were folded away, by the path of the gain.
         exact: leave alone those that still have a negative gain, so that the model's function stays.
     """
-    for path, sites in _norms_by_gain(lowering).items():
+    for path, sites in _norms_by_gain(lowering, norms).items():
         gains = sites[0].parameter.detach()
         left = 0 if gains.is_meta else int((gains + sites[0].offset < 0).sum())
         taken = []

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from biofx.graph.joined_graph import whole_graph
+from biofx.graph.modules_by_path import modules_by_path
 from biofx.graph.regions import graph_breaks_of, innermost_around
 from biofx.layers.weight_site import Sites
 
@@ -162,7 +163,7 @@ def coverage_of(
 
 def _parameters_read(graph_module: GraphModule) -> Iterator[int]:
     """Yield the ids of the parameters that a graph reads, directly or in a module of torch."""
-    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    modules = modules_by_path(graph_module)
     for node in whole_graph(graph_module).nodes:
         if node.op == "get_attr":
             path, _, name = str(node.target).rpartition(".")

@@ -16,6 +16,7 @@ from biofx.capture.capture import capture
 from biofx.capture.exported_programs import is_exported
 from biofx.errors import BiofxError, InputError, OptionError, PassError, add_note, suggest
 from biofx.foreign_errors import BY_A_PASS, foreign_errors_wrapped
+from biofx.garbage import garbage_left
 from biofx.graph.analysis_cache import analyses_kept, unchanged
 from biofx.graph.changes import compare, snapshot_of
 from biofx.graph.graph_view import GraphView
@@ -284,7 +285,7 @@ class Pass(ABC):
 
         ``finish`` is called last, with the weight sites of the rewritten graph.
         """
-        with joined(graph_module), analyses_kept():
+        with joined(graph_module), analyses_kept(), garbage_left():
             first = snapshot_of(graph_module)
             view = GraphView.of(graph_module, first.lines)
             reports = tuple(self.run(graph_module, ()))

@@ -268,9 +268,9 @@ def test_a_transform_with_everything_on_finds_the_sites_once_for_each_graph(
 
 def test_how_often_a_model_is_looked_through_does_not_grow_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     class Watched(analysis_cache._State):
-        def __init__(self, graph_module: GraphModule) -> None:
+        def follow(self, graph_module: GraphModule) -> bool:
             seen.append(graph_module)
-            super().__init__(graph_module)
+            return super().follow(graph_module)
 
     seen: list[GraphModule] = []
     monkeypatch.setattr(analysis_cache, "_State", Watched)
