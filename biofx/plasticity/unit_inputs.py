@@ -78,19 +78,20 @@ def balanced(weight: Tensor, signs: Tensor, generator: Generator, *, rectified: 
         generator: a CPU generator, the only source of randomness.
         rectified: whether the presynaptic activity is that of rectified units, so not negative.
     """
-    magnitude, constrained = weight.abs(), signs != 0
+    mirrored, constrained = weight.abs() * signs, signs != 0
     density = min(1.0, max(DENSITY, FEWEST / max(1, int(constrained.sum(1).max()))))
     chosen = (torch.rand(weight.shape, generator=generator) < density).to(weight.device)
-    made = _balanced(magnitude * chosen, signs)
-    balances = _balances(made)
+    made, balances = _balanced(torch.where(chosen, mirrored, 0.0))
     if not balances.all():  # too few synapses are left of both signs: all of them, or those of one
-        dense = _balanced(magnitude, signs)
-        made = torch.where(balances, made, torch.where(_balances(dense), dense, magnitude * signs))
-        balances = _balances(made)
-    before = (weight * constrained).square().sum(1, keepdim=True) * (_RECTIFIED if rectified else 1.0)
+        dense, dense_balances = _balanced(mirrored)
+        made = torch.where(balances, made, torch.where(dense_balances, dense, mirrored))
+        balances |= dense_balances
+    are_free = not constrained.all()
+    before = (weight * constrained if are_free else weight).square().sum(1, keepdim=True)
     after = made.square().sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-    scaled = torch.where(balances, made * (before / after).sqrt(), made)
-    return torch.where(constrained, scaled, weight)
+    scale = (before * (_RECTIFIED if rectified else 1.0) / after).sqrt()
+    scaled = made * torch.where(balances, scale, 1.0)
+    return torch.where(constrained, scaled, weight) if are_free else scaled
 
 
 def balanced_weight(
@@ -112,18 +113,17 @@ def balanced_weight(
     return weight_of_rows(made, weight, output_axis=output_axis, groups=groups)
 
 
-def _balanced(magnitude: Tensor, signs: Tensor) -> Tensor:
-    """Return excitation and inhibition of each row scaled to a sum of 1 each; 0 where one is missing."""
-    excitation, inhibition = magnitude * (signs > 0), magnitude * (signs < 0)
-    totals = excitation.sum(1, keepdim=True), inhibition.sum(1, keepdim=True)
-    both = (totals[0] > 0) & (totals[1] > 0)
-    made = excitation / totals[0].clamp(min=1e-30) - inhibition / totals[1].clamp(min=1e-30)
-    return torch.where(both, made, 0.0)
+def _balanced(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights with excitation and inhibition of each row scaled to a sum of 1, and which rows have both.
 
-
-def _balances(rows: Tensor) -> Tensor:
-    """Return whether each row has synapses of both signs, ``(rows, 1)``."""
-    return (rows > 0).any(1, keepdim=True) & (rows < 0).any(1, keepdim=True)
+    Rows that have not are arbitrary.
+    """
+    excitation, inhibition = weight.clamp(min=0), weight.clamp(max=0)
+    totals = excitation.sum(1, keepdim=True), -inhibition.sum(1, keepdim=True)
+    balances = (totals[0] > 0) & (totals[1] > 0) & totals[0].isfinite() & totals[1].isfinite()
+    excitation /= totals[0].clamp(min=1e-30)
+    inhibition /= totals[1].clamp(min=1e-30)
+    return excitation.add_(inhibition), balances
 
 
 # layout

@@ -210,19 +210,22 @@ def _balanced(
     multiples = _multiples(weight, lowering.graph_module)
     if multiples is None:
         raise PassError(f"{weight.path!r}: what the forward makes of it cannot be balanced")
-    is_read = (multiples > 0).expand_as(values)
+    is_read = multiples > 0
     is_read = is_read if mask is None else is_read & existing(mask)
+    reads_all = bool(is_read.all())
     made = balanced_weight(
         values * multiples,
-        torch.where(is_read, signs, 0),
+        signs if reads_all else torch.where(is_read, signs, 0),
         # sub-weights are sparse alike: their sum then varies as much as the weight did
         generator_for(seed, whole_weight(weight.path), purpose="balance"),
         output_axis=site.kind.output_axis,
         groups=site.groups,
         rectified=rectified,
-    )
+    ).div_(multiples)
+    if reads_all:
+        return made
     unread = torch.where(signs == 0, values, values.abs() * signs)
-    return torch.where(is_read, made / multiples, unread)
+    return torch.where(is_read, made, unread)
 
 
 def _values(site: WeightSite, values: Tensor, graph_module: GraphModule) -> Tensor:
