@@ -102,6 +102,7 @@ class UnitGroups:
         self._representatives = representatives(analysis)
         self._found_sources: dict[int, tuple[Tensor, UnitSources]] = {}
         """By the identity of the units, which are held, so that it stays theirs."""
+        self._some_are_open = any(source.kind == "open" for source in analysis.sources)
         self._firsts = [source.first for source in analysis.sources]
         self._starts = torch.tensor(self._firsts)
         self._observation = observation
@@ -218,7 +219,7 @@ class UnitGroups:
 
         At one of its uses: what it reads at another does not say that units lie at the same places there.
         """
-        if all(source.kind != "open" for source in self.sources):
+        if not self._some_are_open:
             return []
         readings = self._readings_of.get(weight_key(site), [])
         numbers = torch.cat([self._apart[reading.units] for reading in readings]).unique()
