@@ -114,7 +114,7 @@ def balanced_weight(
 
 
 def _balanced(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weights with excitation and inhibition of each row scaled to a sum of 1, and which rows have both.
+    """Return weights with excitation and inhibition of each row scaled to 1 in sum, and which rows have both.
 
     Rows that have not are arbitrary.
     """
