@@ -176,9 +176,9 @@ class UnitGroups:
         sources = torch.bucketize(representatives, self._starts, right=True) - 1
         order, place = sources.unique(return_inverse=True)
         found = [self.sources[number] for number in order.tolist()]
-        before = accumulate((source.count for source in found[:-1]), initial=0)
-        offsets = [start - source.first for start, source in zip(before, found, strict=True)]
-        return UnitSources(found, representatives + torch.tensor(offsets)[place])
+        before = accumulate((source.count for source in found), initial=0)
+        offsets = [start - source.first for start, source in zip(before, found, strict=False)]
+        return UnitSources(found, representatives + torch.tensor(offsets, dtype=torch.int64)[place])
 
     def producers(self) -> list[str]:
         """Return the paths of the weights that make units, in execution order."""
