@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from types import ClassMethodDescriptorType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -137,8 +137,7 @@ HigherOrderOperator: Any = _named("torch._ops.HigherOrderOperator")
 """The class of operators that take functions, of which no node can be made."""
 ScriptMethod: Any = _named("torch._C.ScriptMethod")
 """The class of methods of scripted modules."""
-SingleLevelFunction: Any = _named("torch.autograd.function._SingleLevelFunction")
-"""The base of ``torch.autograd.Function`` that has ``apply``; capturing replaces it there."""
+_SingleLevelFunction: Any = _named("torch.autograd.function._SingleLevelFunction")
 DisableTorchFunction: Any = _named("torch._C.DisableTorchFunction")
 """A context in which no mode and no subclass sees calls of functions."""
 nn_operators: Any = _named("torch._C._nn")
@@ -149,6 +148,16 @@ grouped_product: Callable[..., Tensor] = _named("torch._grouped_mm")
 """The product of a stack of weights, as mixtures of experts compute it."""
 standard_gamma: Callable[..., Tensor] = _named("torch._standard_gamma")
 """Samples a gamma distribution from a given generator, which ``torch.distributions`` does not take."""
+
+
+APPLY_IS_BUILTIN = isinstance(vars(torch.autograd.Function)["apply"], ClassMethodDescriptorType)
+"""Whether a kept ``Function.apply`` no longer looks for another ``apply``; so since torch 2.15."""
+CLASS_THAT_APPLIES: Any = torch.autograd.Function if APPLY_IS_BUILTIN else _SingleLevelFunction
+"""The class with the ``apply`` in which those of all autograd functions end; capturing replaces it there."""
+READ_BY_APPLY = "_backward_cls"
+"""An attribute that ``apply`` reads of an autograd function before anything else happens."""
+if not hasattr(torch.autograd.Function, READ_BY_APPLY):
+    _missing.append(f"torch.autograd.Function.{READ_BY_APPLY}")
 
 
 @functools.cache

@@ -109,7 +109,7 @@ class EagerTracer(TorchFunctionMode):
             self._forwards_patched(),
             self._contexts.patched(),
             checkpoints_handled(self._checkpoint),
-            applications_handled(self._apply),
+            applications_handled(self._apply, self._root.modules(), self._break),
             transformers_as_nodes(),
             type_limits_followed(SymDtype.limit),
             builtins_patched(self._root.modules(), IN_EAGER_TRACES),
@@ -138,6 +138,11 @@ class EagerTracer(TorchFunctionMode):
         """Break the graph at the module that is running."""
         path = self._builder.innermost if self._builder is not None else ""
         raise GraphBreak(path, f"{self._where(path)} {what}")
+
+    def _break(self, what: str) -> None:
+        """Break the graph if something is being added to one."""
+        if self.tracing() is not None:
+            self._succeeds(lambda: self.stop(what))
 
     def give_up(self, found: BaseException) -> None:
         """Let the module at which the graph breaks run on untraced, if it is not the whole model."""

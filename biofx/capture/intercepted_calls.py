@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,13 +20,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionMeta
 from torch.utils.checkpoint import checkpoint
 
 from biofx.capture.bytecode import globals_mentioned
 from biofx.capture.proxies import Value
 from biofx.capture.symbolic_scalars import AttributeFloat, SymDtype, computed, is_symbolic
 from biofx.static_inspection import attributes_of, bases_outside_torch, is_of, package_of
-from biofx.torch_private import DisableTorchFunction, SingleLevelFunction, pytree
+from biofx.torch_private import (
+    APPLY_IS_BUILTIN,
+    CLASS_THAT_APPLIES,
+    READ_BY_APPLY,
+    DisableTorchFunction,
+    pytree,
+)
 
 Handler = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 """Is handed an original function, the object that it was called on or with, and the other arguments."""
@@ -42,12 +50,16 @@ def replaced(places: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
     before: list[tuple[Any, str, Any]] = []
     try:
         for place, name, value in places:
-            before.append((place, name, (place if is_of(place, dict) else vars(place)).get(name, _MISSING)))
+            before.append((place, name, _held(place, name, _MISSING)))
             _set(place, name, value)
         yield
     finally:
         for entry in reversed(before):
             _set(*entry)
+
+
+def _held(place: Any, name: str, default: Any = None) -> Any:
+    return (place if is_of(place, dict) else vars(place)).get(name, default)
 
 
 def _set(place: Any, name: str, value: Any) -> None:
@@ -231,19 +243,70 @@ def checkpointed_module(function: Any) -> nn.Module | None:
 
 # autograd functions
 
+KEPT_APPLY = (
+    "applies {}, an autograd function, by an apply() that it has kept where capturing does not find it"
+)
+"""What a model does whose ``apply`` cannot be intercepted."""
 
-def applications_handled(handler: Handler) -> Any:
+
+@contextmanager
+def applications_handled(
+    handler: Handler, modules: Iterable[nn.Module], refuse: Callable[[str], None] | None
+) -> Iterator[None]:
     """Let ``handler(original, function, args, kwargs)`` apply every autograd function.
 
     A model may have kept ``apply`` under a name of its own, as in ``relu = MyRelu.apply``. That is the method
-    of ``torch.autograd.Function``, so the one that it calls is replaced.
+    of ``torch.autograd.Function``, and the one that it calls is replaced; where it is a builtin and calls
+    none, it is replaced where the modules can find it.
+
+    Args:
+        handler: does it.
+        modules: those whose forwards apply functions.
+        refuse: is handed what a builtin does that was found nowhere; None to let it.
     """
-    base: Any = SingleLevelFunction
+    base: Any = CLASS_THAT_APPLIES
+    running: list[Any] = []
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return handler(super(base, cls).apply, cls, args, kwargs)
+    def handled(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        def original(*given: Any, **named: Any) -> Any:
+            running.append(cls)
+            try:
+                return super(base, cls).apply(*given, **named)
+            finally:
+                running.pop()
 
-    return replaced([(base, "apply", classmethod(apply))])
+        return handler(original, cls, args, kwargs)
+
+    def read(cls: Any, name: str) -> Any:
+        if name == READ_BY_APPLY and not running and refuse is not None:
+            refuse(KEPT_APPLY.format(cls.__name__))
+        return type.__getattribute__(cls, name)
+
+    places: list[tuple[Any, str, Any]] = [(base, "apply", classmethod(handled))]
+    if APPLY_IS_BUILTIN:
+        places += [(*place, functools.partial(handled, cls)) for *place, cls in _kept_applications(modules)]
+        places.append((FunctionMeta, "__getattribute__", read))
+    with replaced(places):
+        yield
+
+
+def _kept_applications(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str, type]]:
+    """Yield where modules can find an ``apply`` that is a builtin, its name there, and its class."""
+    modules = list(modules)
+    found: set[tuple[int, str]] = set()
+    for place, name in itertools.chain(_names_found({type(module) for module in modules}), _own(modules)):
+        held = _held(place, name)
+        function = getattr(held, "__self__", None) if type(held) is BuiltinFunctionType else None
+        is_applying = function is not None and is_of(function, FunctionMeta) and held.__name__ == "apply"
+        if is_applying and (id(place), name) not in found:
+            found.add((id(place), name))
+            yield place, name, function
+
+
+def _own(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str]]:
+    for module in modules:
+        attributes = attributes_of(module)
+        yield from ((attributes, name) for name in list(attributes))
 
 
 def can_be_applied(function: type[torch.autograd.Function]) -> bool:
@@ -264,14 +327,20 @@ def caches_bypassed(modules: Iterable[nn.Module]) -> Any:
     it is computed again.
     """
     places: dict[tuple[int, str], tuple[Any, str, Any]] = {}
-    for kind in {type(module) for module in modules if package_of(type(module)) != "torch"}:
-        found: list[tuple[Any, str]] = [*globals_mentioned(kind, of_libraries=True)]
-        found += [(base, name) for base in bases_outside_torch(kind) for name in vars(base)]
-        for place, name in found:
-            held = (place if is_of(place, dict) else vars(place)).get(name)
-            if type(held) is _Cached:
-                places[id(place), name] = place, name, _WithoutCache(held)
+    for place, name in _names_found(
+        {type(module) for module in modules if package_of(type(module)) != "torch"}
+    ):
+        held = _held(place, name)
+        if type(held) is _Cached:
+            places[id(place), name] = place, name, _WithoutCache(held)
     return replaced(places.values())
+
+
+def _names_found(kinds: Iterable[type[nn.Module]]) -> Iterator[tuple[Any, str]]:
+    """Yield where the forwards of classes may find something, and its name there."""
+    for kind in kinds:
+        yield from globals_mentioned(kind, of_libraries=True)
+        yield from ((base, name) for base in bases_outside_torch(kind) for name in vars(base))
 
 
 class _WithoutCache:

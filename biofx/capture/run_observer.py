@@ -76,7 +76,7 @@ class _RunObserver(TorchFunctionMode):
 
         with (
             replaced([(nn.Module, "__call__", call)]),
-            applications_handled(self._apply),
+            applications_handled(self._apply, self._root.modules(), None),
             transformers_as_nodes(),
             self,
         ):

@@ -97,7 +97,7 @@ class SymbolicTracer(SymbolicBuilder):
             for patch in (
                 self._flags_as_proxies(),
                 builtins_patched(modules, self._builtins()),
-                applications_handled(self._apply),
+                applications_handled(self._apply, modules, self.refuse),
                 transformers_as_nodes(),
                 self._patches.patched(),
                 checkpoints_handled(self._refuse_checkpoint),

@@ -11,7 +11,7 @@ import enum
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import FunctionType, SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -254,6 +254,8 @@ def _content_of(value: Any, around: tuple[int, ...]) -> Any:
         return kind, tuple((key, _content_of(entry, inside)) for key, entry in _entries(value))
     if isinstance(value, _COMPARED):
         return kind, value if value == value else "nan"
+    if kind is MethodType and isinstance(value.__self__, type):  # of which a copy is another object
+        return kind, (("__self__", _Same(value.__self__)), ("__func__", _Same(value.__func__)))
     return _Same(value)
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import biofx
 from biofx import BioConfig, capture
 from biofx.graph.graph_functions import AppliedFunction
+from biofx.torch_private import APPLY_IS_BUILTIN
 
 
 class Reverse(torch.autograd.Function):
@@ -200,3 +201,58 @@ class Strength:
 
     def __neg__(self) -> Any:
         return -self.value
+
+
+keeps: Any = Reverse.apply
+held: dict[str, Any] = {"reverse": Reverse.apply}
+
+
+class KeepsAsGlobal(Body):
+    def forward(self, x: Tensor) -> Any:
+        return self.last(keeps(self.first(x), 0.5))
+
+
+class KeepsInClass(Body):
+    reverse: Any = Reverse.apply
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.reverse(self.first(x), 0.5))
+
+
+class KeepsInModule(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reverse: Any = Reverse.apply
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.reverse(self.first(x), 0.5))
+
+
+class KeepsInDict(Body):
+    def forward(self, x: Tensor) -> Any:
+        return self.last(held["reverse"](self.first(x), 0.5))
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("model_class", [KeepsAsGlobal, KeepsInClass, KeepsInModule])
+def test_an_apply_that_was_kept_is_one_node(model_class: type[nn.Module], recorded: bool) -> None:
+    model = model_class()
+    captured = captured_of(model, recorded=recorded, regions=False)
+    assert AppliedFunction(Reverse) in [node.target for node in captured.graph.nodes]
+    torch.testing.assert_close(outcome(captured, inputs(3)), outcome(model, inputs(3)), rtol=0, atol=0)
+    assert type(keeps) is type(Reverse.apply)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_an_apply_kept_where_none_looks_is_a_node_or_stays_in_python(recorded: bool) -> None:
+    """The model computes the same either way, gradients too."""
+    model = KeepsInDict()
+    captured = captured_of(model, recorded=recorded)
+    found = AppliedFunction(Reverse) in [node.target for node in captured.graph.nodes]
+    assert found is not APPLY_IS_BUILTIN
+    if APPLY_IS_BUILTIN:
+        assert (
+            "applies Reverse, an autograd function, by an apply() that it has kept"
+            in captured.graph_breaks[""]
+        )
+    torch.testing.assert_close(outcome(captured, inputs(3)), outcome(model, inputs(3)), rtol=0, atol=0)
