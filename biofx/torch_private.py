@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from biofx.errors import TorchVersionError
 
-TRIED_ON = ("2.13.0",)
+TRIED_ON = ("2.12.0", "2.13.0", "2.15.0")
 """The releases of torch on which the tests passed."""
 _missing: list[str] = []
 
@@ -56,13 +56,6 @@ _engine: Any = _named("torch.autograd.Variable._execution_engine")
 _saved_tensors_hooks: Any = _named("torch._C._autograd._top_saved_tensors_default_hooks")
 _parametrize: Any = _named("torch.nn.utils.parametrize")
 _named("torch.nn.utils.parametrize._cache_enabled")
-
-_named("torch.compiler._is_exporting_flag")
-
-
-def is_exporting() -> bool:
-    """Whether ``torch.export`` records; torch 2.11 says so of itself while it compiles, too."""
-    return bool(torch.compiler._is_exporting_flag)
 
 
 def call_after_backward(function: Callable[[], None]) -> None:

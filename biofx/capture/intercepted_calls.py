@@ -293,14 +293,14 @@ def applications_handled(
 def _kept_applications(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str, type]]:
     """Yield where modules can find an ``apply`` that is a builtin, its name there, and its class."""
     modules = list(modules)
-    found: set[tuple[int, str]] = set()
+    found: dict[tuple[int, str], tuple[Any, str, type]] = {}
     for place, name in itertools.chain(_names_found({type(module) for module in modules}), _own(modules)):
         held = _held(place, name)
-        function = getattr(held, "__self__", None) if type(held) is BuiltinFunctionType else None
-        is_applying = function is not None and is_of(function, FunctionMeta) and held.__name__ == "apply"
-        if is_applying and (id(place), name) not in found:
-            found.add((id(place), name))
-            yield place, name, function
+        if type(held) is BuiltinFunctionType and held.__name__ == "apply":
+            function: Any = held.__self__
+            if is_of(function, FunctionMeta):
+                found[id(place), name] = place, name, function
+    yield from found.values()
 
 
 def _own(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str]]:

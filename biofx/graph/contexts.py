@@ -19,7 +19,7 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.node import has_side_effect
 
 from biofx.errors import CaptureError
-from biofx.torch_private import enter_autocast, exit_autocast, is_exporting, set_grad_enabled
+from biofx.torch_private import enter_autocast, exit_autocast, set_grad_enabled
 
 
 @has_side_effect
@@ -70,7 +70,7 @@ def begin_autocast(
     if isinstance(anchor, Proxy):
         return _written(anchor, begin_autocast, (anchor, device_type, dtype, enabled, cache_enabled))
     if torch.compiler.is_dynamo_compiling():  # the compiler knows this pair, and no other outside a with
-        if is_exporting():
+        if torch.compiler.is_exporting():
             raise CaptureError("torch.export loses autocast where it is strict; export with strict=False")
         return enter_autocast(device_type, dtype, enabled, cache_enabled)
     context = torch.autocast(device_type, dtype, enabled, cache_enabled)

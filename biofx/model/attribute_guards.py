@@ -11,7 +11,7 @@ import enum
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import FunctionType, MethodType, SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -289,8 +289,6 @@ def is_followed(value: Any) -> bool:
 def _is_object(value: Any) -> bool:
     """Whether a value is an instance of a user's class, with attributes."""
     kind = type(value)
-    if kind is FunctionType:  # of whose kind torch 2.11 cannot compile what is asked below
-        return False
     home = kind.__module__.partition(".")[0]
     is_written_in_python = kind.__flags__ & _HEAP_TYPE and not kind.__flags__ & _IMMUTABLE_TYPE
     return kind is SimpleNamespace or (
@@ -335,7 +333,7 @@ def _entries(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def _is_array(value: Any) -> bool:
     kind = type(value)
-    return kind is not FunctionType and kind.__module__ == "numpy" and kind.__name__ == "ndarray"
+    return kind.__module__ == "numpy" and kind.__name__ == "ndarray"
 
 
 def described(value: Any) -> str:

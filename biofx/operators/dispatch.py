@@ -23,7 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from biofx.errors import PlasticityError
 from biofx.operators.arriving import is_computed_in_parts
-from biofx.torch_private import functorch_is_active, is_exporting
+from biofx.torch_private import functorch_is_active
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -56,7 +56,7 @@ def is_recorded() -> bool:
 def is_recorded_below_autograd() -> bool:
     """Whether operators are recorded below autograd, which then never sees an autograd function."""
     if torch.compiler.is_compiling():
-        return is_exporting()
+        return torch.compiler.is_exporting()
     return get_proxy_mode() is not None
 
 

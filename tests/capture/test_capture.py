@@ -938,7 +938,7 @@ def test_what_is_no_plain_module_is_refused(model: Any, message: str) -> None:
 
 
 def test_a_scripted_model_is_refused_and_a_scripted_part_is_one_call(vectors: Tensor) -> None:
-    with pytest.warns(DeprecationWarning, match="script"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="script"):
         part = torch.jit.script(nn.Linear(4, 4))
     with pytest.raises(InputError, match="before it is scripted"):
         capture(part)

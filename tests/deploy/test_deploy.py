@@ -169,7 +169,7 @@ assert not [name for name in sys.modules if name.startswith("biofx.")]
 """
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 @pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")
 def test_a_process_without_biofx_loads_and_runs_it(x: Tensor, tmp_path: Path) -> None:
     bio_model = trained()

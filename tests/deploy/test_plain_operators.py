@@ -42,7 +42,7 @@ class Encoder(nn.Module):
         (torch.randn(5, 5), {}),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 @pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")
 def test_masked_encoders_deploy_whatever_the_mask(mask: Tensor, said: dict[str, Any]) -> None:
     config = biofx.BioConfig(apply_dales_principle=True, weight_splitting_Gamma=2)

@@ -32,7 +32,7 @@ def test_factor_broadcasts() -> None:
 
 
 # torch.func.jvp imports decompositions that torch scripts itself
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_forward_mode_tangent_is_scaled() -> None:
     factor = torch.tensor([0.5, 2.0])
     ones = torch.ones(2)

@@ -186,7 +186,7 @@ def test_attached_steps_equal_those_with_stored_rates(
     assert records[0].factor_std == records[1].factor_std
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of forward mode itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # of forward mode itself
 def test_forward_mode_second_derivatives_and_samples(vectors: Tensor) -> None:
     weight, tangent = torch.randn(3, 4), torch.randn(3, 4)
     output, moved = jvp(lambda w: scale_gradient_by_seed(w, **OPTIONS), (weight,), (tangent,))[:2]

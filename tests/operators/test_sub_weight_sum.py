@@ -154,7 +154,7 @@ def test_memory_goes_with_the_weight() -> None:
 
 
 # torch imports decompositions that torch scripts itself
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_a_large_sum_in_forward_mode() -> None:
     parts = weights()
     with torch.autograd.forward_ad.dual_level():
@@ -163,7 +163,7 @@ def test_a_large_sum_in_forward_mode() -> None:
     torch.testing.assert_close(tangent, torch.full((LARGE, LARGE), 2.0))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 @pytest.mark.parametrize("size", [4, LARGE])
 def test_directional_derivatives_and_batches_of_weights(size: int) -> None:
     parts = weights(3, size)

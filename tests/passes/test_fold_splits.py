@@ -368,7 +368,7 @@ def test_folded_weight_is_the_sum_and_its_gradient_goes_to_all(rows: int, column
 
 
 # torch.func imports decompositions that torch scripts itself
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_gradients_of_each_sample_and_tangents(mlp: nn.Module, vectors: Tensor) -> None:
     folded, plain = fold(mlp).graph_module, unfolded(mlp)
     found = []
