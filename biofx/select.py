@@ -127,6 +127,20 @@ class NodeIndex:
         return dict(self.graph_module.named_modules(remove_duplicate=False))
 
     @cached_property
+    def _classes(self) -> dict[str, set[str]]:
+        """The names of the classes of each module.
+
+        Of a module that is not held as it was, as in a graph of dynamo or of ``torch.export``, the nodes say
+        what it was.
+        """
+        found = {path: _names_of(type(module)) for path, module in self._modules.items()}
+        for candidate in self.candidates:
+            for path, kind in _stack_of(candidate.node):
+                if path in found:
+                    found[path] |= _names_of(kind)
+        return found
+
+    @cached_property
     def _by_name(self) -> dict[str, Candidate]:
         return {candidate.name: candidate for candidate in self.candidates}
 
@@ -179,7 +193,7 @@ class NodeIndex:
         if not isinstance(pattern, str):
             return (), [candidate.node for candidate in self.candidates if pattern(candidate)]
         if pattern.startswith("type:"):
-            return self._within({p for p, m in self._modules.items() if _has_class_name(m, pattern[5:])})
+            return self._within({path for path, names in self._classes.items() if pattern[5:] in names})
         if pattern.startswith("re:"):
             return self._where(re.compile(pattern[3:]).fullmatch)
         if pattern in self._modules:
@@ -219,8 +233,10 @@ class NodeIndex:
                 f": {path!r} is called {count} times in this graph, counted from 0; there is no call {call}"
             )
         if pattern.startswith("type:"):
-            names = {c.__name__ for m in self._modules.values() for c in type(m).__mro__}
-            return suggest(pattern[5:].rpartition(".")[2], sorted(names))
+            names = sorted({name for names in self._classes.values() for name in names if "." not in name})
+            by_name = any(isinstance(kind, str) for c in self.candidates for _, kind in _stack_of(c.node))
+            known = "; a program of torch.export names the classes of its modules, not their bases"
+            return suggest(pattern[5:].rpartition(".")[2], names) + (known if by_name else "")
         return suggest(pattern, [*self._modules, *self._by_name, *self._reads]) or (
             "; 'biofx explain' and biofx.format_graph show the names there are"
         )
@@ -268,8 +284,17 @@ def picks(match: Match, node: Node | None, path: str) -> bool:
     return node in match.nodes if node is not None else path in match.paths
 
 
-def _has_class_name(module: nn.Module, name: str) -> bool:
-    return any(name in (c.__name__, f"{c.__module__}.{c.__qualname__}") for c in type(module).__mro__)
+def _stack_of(node: Node) -> Iterable[tuple[str, type | str]]:
+    """Return the paths of the modules in which a node was traced, outermost first, and their classes."""
+    found: Iterable[tuple[str, type | str]] = (node.meta.get("nn_module_stack") or {}).values()
+    return found
+
+
+def _names_of(kind: type | str) -> set[str]:
+    """Return the names of a class and of its bases, short and with the module; of a name both forms."""
+    if isinstance(kind, str):
+        return {kind, kind.rpartition(".")[2]}
+    return {name for c in kind.__mro__ for name in (c.__name__, f"{c.__module__}.{c.__qualname__}")}
 
 
 def _ancestors(path: str) -> set[str]:

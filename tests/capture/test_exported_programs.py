@@ -213,6 +213,24 @@ def test_selectors_and_printouts_name_the_modules() -> None:
     assert type(bio).__name__ == "Convolutional"
 
 
+class Base(nn.Sequential):
+    """The class that a container's is derived from."""
+
+
+class Stem(Base):
+    """A container that is selected by its class."""
+
+
+def test_containers_are_selected_by_the_names_of_their_classes() -> None:
+    model = nn.Sequential(Stem(nn.Linear(4, 6), nn.ReLU()), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    program = exported(model, ((torch.randn(3, 4),), {}))
+    for selector in ("type:Stem", Stem):
+        _, report = biofx.transform(program, only=selector)
+        assert _applied(report) == [("scale-gradients", "0.0")]
+    with pytest.raises(biofx.errors.SelectorError, match="names the classes of its modules, not their bases"):
+        biofx.transform(program, only=Base)
+
+
 def test_what_was_free_stays_free_and_what_was_fixed_is_checked() -> None:
     batch = Dim("batch", min=2, max=9)
     program = exported(perceptron(), ((torch.randn(4, 5),), {}), dynamic_shapes=({0: batch},))

@@ -163,6 +163,31 @@ def test_selectors_and_overrides_are_those_of_the_model() -> None:
         compiled(Net(), RATES, only="stme")(torch.randn(5, 4))
 
 
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = perceptron()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layers(x)
+
+
+class Special(Part):
+    """A part that is selected by its class."""
+
+
+@pytest.mark.parametrize("selector", ["type:Special", Special])
+def test_modules_are_selected_by_their_class_though_a_graph_does_not_hold_them(selector: Any) -> None:
+    model = nn.ModuleDict({"plain": Part(), "special": Special()})
+    wired = nn.Sequential(nn.Linear(4, 4), model["plain"], nn.Linear(2, 4), model["special"])
+    expected = biofx.transform(copy.deepcopy(wired), RATES, only=selector).graph_module
+    found = compiled(wired, RATES, only=selector)
+    assert_learns_as(found, wired, expected, torch.randn(5, 4))
+    assert_same_state(biofx.companion(found), expected)
+    rates = [name for name, _ in biofx.companion(found).named_buffers() if name.endswith("parameters")]
+    assert [name.rpartition(".bio_mod")[0] for name in rates] == [f"3.layers.{place}" for place in (0, 2, 4)]
+
+
 def test_functions_modules_compiled_in_place_and_several_models() -> None:
     model, x = Net().eval(), torch.randn(5, 4)
     expected = transformed(model, RATES)
