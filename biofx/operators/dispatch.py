@@ -60,6 +60,25 @@ def is_recorded_below_autograd() -> bool:
     return get_proxy_mode() is not None
 
 
+_DETACH = torch.ops.aten.detach.default
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers of a size in bytes."""
+
+
+def held_back(value: Tensor) -> Tensor:
+    """Return a tensor through which no gradient passes, also when a recorded graph is differentiated again.
+
+    ``make_fx`` writes ``alias`` for ``detach`` (since torch 2.15, unless it is told otherwise), and gradients
+    pass through that; they pass through no integers.
+    """
+    mode: Any = None if torch.compiler.is_compiling() else get_proxy_mode()
+    if _DETACH not in getattr(mode, "decomposition_table", ()):
+        return value.detach()
+    if value.is_complex():
+        return torch.view_as_complex(held_back(torch.view_as_real(value)))
+    return value.view(_INTEGERS[value.element_size()]).view(value.dtype)
+
+
 def is_plain_eager() -> bool:
     """Whether operators run as they are called, on plain tensors, so that a kernel may be chosen."""
     return not is_recorded() and not functorch_is_active()

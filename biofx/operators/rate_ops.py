@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from biofx.operators.arriving import announced, arrival_at, remember_parameter
 from biofx.operators.dispatch import (
+    held_back,
     is_plain_eager,
     is_recorded,
     is_recorded_below_autograd,
@@ -51,7 +52,7 @@ def scale_gradient(weight: Tensor, factor: Tensor) -> Tensor:
         refuse_shard(weight)
         return outside_graphs(_scaled_in_parts)(weight, factor)
     if is_recorded():
-        held = weight.detach()
+        held = held_back(weight)
         return held + (weight - held) * factor.to(weight.dtype)
     scaled: Tensor = _ScaleGradient.apply(weight, factor)  # type: ignore[no-untyped-call]
     return scaled

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.errors import InputError, OptionError
-from biofx.operators.dispatch import is_plain_eager, is_recorded, overridable
+from biofx.operators.dispatch import held_back, is_plain_eager, is_recorded, overridable
 from biofx.operators.exclusive import is_exclusive
 from biofx.operators.sub_weight_sum import added_up
 
@@ -240,7 +240,7 @@ def level_gradient(weight: Tensor, *, rate: float) -> Tensor:
         rate: dimensionless.
     """
     if is_recorded():
-        held = weight.detach()
+        held = held_back(weight)
         return held + (weight - held) * rate
     levelled: Tensor = _LevelGradient.apply(weight, rate)  # type: ignore[no-untyped-call]
     return levelled

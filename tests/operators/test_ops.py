@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from biofx import OptionError
 from biofx.operators.rate_ops import scale_gradient
 from biofx.operators.sign_ops import constrain_sign, signs_like
-from biofx.operators.split_ops import pool_synapses
+from biofx.operators.split_ops import level_gradient, pool_synapses
 
 
 def test_scale_gradient_returns_its_input_to_the_bit() -> None:
@@ -44,10 +44,13 @@ def test_forward_mode_tangent_is_scaled() -> None:
     "function",
     [
         lambda w, s: scale_gradient(w, s.abs() * 0.5),
+        lambda w, s: scale_gradient(w.bfloat16(), s.abs() * 0.5).float(),
+        lambda w, s: scale_gradient(torch.complex(w, w.neg()), s.abs() * 0.5).abs(),
+        lambda w, s: level_gradient(w, rate=0.25),
         lambda w, s: constrain_sign(w, s, method="project"),
         lambda w, s: constrain_sign(w, s, method="abs"),
     ],
-    ids=["scale", "project", "abs"],
+    ids=["scale", "scale bfloat16", "scale complex", "level", "project", "abs"],
 )
 def test_a_graph_recorded_below_autograd_keeps_the_gradient(function: object) -> None:
     weight, sign = torch.randn(3, 4), torch.tensor([1.0, -1.0, 1.0, -1.0])
