@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 from torch import nn
 from torch.fx import Graph, GraphModule, Proxy, Tracer
 from torch.fx.graph import CodeGen
 
+import check
+import versions
 from biofx import torch_private
 from biofx.errors import BiofxError, TorchVersionError
 
@@ -212,6 +216,40 @@ def test_the_tested_release_is_among_those_it_was_tried_on() -> None:
     pinned = re.search(r"^torch==(\S+)$", constraints, re.MULTILINE)
     assert pinned is not None
     assert pinned[1] in tried
+
+
+def test_the_lowest_release_that_is_allowed_is_the_lowest_it_was_tried_on() -> None:
+    required = versions.torch_required((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert all(required.specifier.contains(tried) for tried in torch_private.TRIED_ON)
+    assert Version(versions.lowest(required)) == Version(torch_private.TRIED_ON[0])
+
+
+def test_an_environment_gets_the_release_that_is_asked_for_and_all_else_as_pinned() -> None:
+    pinned = "# why\nnumpy==2.4.6\nsetuptools==84.2.1\ntorch==2.13.0\ntorchmetrics==1.9.0\n"
+    constraints = versions.constraints_for("2.12", pinned)
+    assert constraints == "# why\nnumpy==2.4.6\ntorchmetrics==1.9.0\ntorch==2.12\n"
+
+
+@pytest.mark.parametrize(
+    ("required", "bound"), [("torch>=2.12", "2.12"), ("torch>=2.12,<2.15", "2.12"), ("torch~=2.12", "2.12")]
+)
+def test_the_lowest_release_is_the_lower_bound(required: str, bound: str) -> None:
+    found = versions.torch_required(f'dependencies = ["rich>=13.0", "{required}", "networkx"]')
+    assert versions.lowest(found) == bound
+
+
+@pytest.mark.parametrize("required", ["torch", "torch<2.15"])
+def test_a_requirement_without_a_lower_bound_is_refused(required: str) -> None:
+    with pytest.raises(versions.VersionsError, match=f"expected one lower bound, found {required}"):
+        versions.lowest(Requirement(required))
+
+
+def test_a_step_that_there_is_not_is_refused_and_versions_is_no_step_of_the_whole() -> None:
+    with pytest.raises(
+        SystemExit, match="no step version; there are format, lint, types, package, tests, versions"
+    ):
+        check.main(["version"])
+    assert "versions" not in check.STEPS
 
 
 def release(version: str) -> tuple[int, ...]:

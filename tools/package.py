@@ -94,7 +94,7 @@ def fresh_environment(folder: Path, wheel: Path, *others: str) -> Path:
         distribution = metadata.distribution(name)
         for entry in {path.parts[0] for path in distribution.files or ()} - {"..", "__pycache__"}:
             aim = Path(str(distribution.locate_file(entry)))
-            if aim.exists():
+            if aim.exists() and not (place / entry).exists():  # distributions may share a folder
                 (place / entry).symlink_to(aim)
     own = [sys.executable, "-m", "pip", "--python", str(python)]
     _run([*own, "install", "--no-index", "--quiet", "--disable-pip-version-check", str(wheel)], folder)

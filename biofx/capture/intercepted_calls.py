@@ -294,7 +294,7 @@ def _kept_applications(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str,
     """Yield where modules can find an ``apply`` that is a builtin, its name there, and its class."""
     modules = list(modules)
     found: dict[tuple[int, str], tuple[Any, str, type]] = {}
-    for place, name in itertools.chain(_names_found({type(module) for module in modules}), _own(modules)):
+    for place, name in itertools.chain(_names_found(modules), _own(modules)):
         held = _held(place, name)
         if type(held) is BuiltinFunctionType and held.__name__ == "apply":
             function: Any = held.__self__
@@ -327,18 +327,16 @@ def caches_bypassed(modules: Iterable[nn.Module]) -> Any:
     it is computed again.
     """
     places: dict[tuple[int, str], tuple[Any, str, Any]] = {}
-    for place, name in _names_found(
-        {type(module) for module in modules if package_of(type(module)) != "torch"}
-    ):
+    for place, name in _names_found(modules):
         held = _held(place, name)
         if type(held) is _Cached:
             places[id(place), name] = place, name, _WithoutCache(held)
     return replaced(places.values())
 
 
-def _names_found(kinds: Iterable[type[nn.Module]]) -> Iterator[tuple[Any, str]]:
-    """Yield where the forwards of classes may find something, and its name there."""
-    for kind in kinds:
+def _names_found(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str]]:
+    """Yield where the forwards of modules that are not torch's may find something, and its name there."""
+    for kind in {type(module) for module in modules if package_of(type(module)) != "torch"}:
         yield from globals_mentioned(kind, of_libraries=True)
         yield from ((base, name) for base in bases_outside_torch(kind) for name in vars(base))
 
