@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -476,6 +475,8 @@ def test_biases_start_at_zero_unless_torch_draws_them() -> None:
 
 
 _RANKS = """
+import itertools
+import os
 import sys
 import torch
 from torch import distributed, nn
@@ -483,54 +484,60 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 import biofx
 
-rank = None if len(sys.argv) < 3 else int(__import__("os").environ["RANK"])
-shards = "sharded" in sys.argv
-if rank is not None:
-    distributed.init_process_group("gloo")
-torch.manual_seed(1)
-model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)).double()
 config = biofx.BioConfig(fuzzy_lr_distribution="baseline", unit_turnover="continual-backprop",
                          unit_turnover_rate=0.25, unit_turnover_maturity=2)
-bio = biofx.transform(model, config=config).graph_module
-optimizer = torch.optim.Adam(bio.parameters(), 0.01)
-if rank is not None:
-    try:
-        biofx.attach(bio, optimizer, ["rejuvenate_units"])
-        raise SystemExit("a bare model was accepted")
-    except biofx.errors.PlasticityError as error:
-        assert "units are turned over by their activity" in str(error), error
-if shards:
-    fully_shard(bio)
-    optimizer = torch.optim.Adam(bio.parameters(), 0.01)
-whole = bio if rank is None or shards else DistributedDataParallel(bio)
-biofx.attach(whole, optimizer, [biofx.Rule("rejuvenate_units", every=EVERY)])
 x = torch.randn(8, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-for batch in x:
-    optimizer.zero_grad()
-    mine = batch if rank is None else batch[3 * rank : 3 * rank + 3]
-    (whole(mine) - 1).square().mean().backward()
-    optimizer.step()
-held = {name: getattr(value, "full_tensor", lambda: value)() for name, value in bio.state_dict().items()}
-torch.save(held, sys.argv[1] + ("one" if rank is None else str(rank)))
-if rank is not None:
-    distributed.destroy_process_group()
+
+
+def train(rank, way, every):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)).double()
+    bio = biofx.transform(model, config=config).graph_module
+    optimizer = torch.optim.Adam(bio.parameters(), 0.01)
+    if rank is not None:
+        try:
+            biofx.attach(bio, optimizer, ["rejuvenate_units"])
+            raise SystemExit("a bare model was accepted")
+        except biofx.errors.PlasticityError as error:
+            assert "units are turned over by their activity" in str(error), error
+    if way == "sharded":
+        fully_shard(bio)
+        optimizer = torch.optim.Adam(bio.parameters(), 0.01)
+    whole = DistributedDataParallel(bio) if way == "replicated" else bio
+    biofx.attach(whole, optimizer, [biofx.Rule("rejuvenate_units", every=every)])
+    for batch in x:
+        optimizer.zero_grad()
+        mine = batch if rank is None else batch[3 * rank : 3 * rank + 3]
+        (whole(mine) - 1).square().mean().backward()
+        optimizer.step()
+    return {name: getattr(value, "full_tensor", lambda: value)() for name, value in bio.state_dict().items()}
+
+
+rank = int(os.environ["RANK"])
+distributed.init_process_group("gloo")
+found = {}
+for way, every in itertools.product(("replicated", "sharded"), (1, 3)):
+    found[f"{way} {every}"] = train(rank, way, every)
+distributed.destroy_process_group()
+for every in (1, 3) if rank == 0 else ():
+    found[f"one {every}"] = train(None, "alone", every)
+torch.save(found, f"{sys.argv[1]}{rank}")
 """
 
 
-@pytest.mark.parametrize(("way", "every"), [("replicated", 1), ("replicated", 3), ("sharded", 1)])
-def test_two_ranks_replace_the_units_that_one_process_does(tmp_path: Path, way: str, every: int) -> None:
+def test_two_ranks_replace_the_units_that_one_process_does(tmp_path: Path) -> None:
     """Each rank sees half of a batch, and both replace what one process that sees all of it does."""
-    script, folder = tmp_path / "ranks.py", f"{tmp_path}/"
-    script.write_text(_RANKS.replace("EVERY", str(every)))
-    subprocess.run([sys.executable, str(script), folder], check=True)
-    said = run_on_two_ranks(script, folder, way)
+    script = tmp_path / "ranks.py"
+    script.write_text(_RANKS)
+    said = run_on_two_ranks(script, f"{tmp_path}/")
     assert "Error" not in said, said
-    one, first, second = (torch.load(tmp_path / name) for name in ("one", "0", "1"))
-    if every == 1:
-        assert (one["0.bio_mod.unit_age"] != one["0.bio_mod.unit_age"][0]).any()
-    for name, value in one.items():
-        torch.testing.assert_close(first[name], value, **EXACT)
-        assert torch.equal(first[name], second[name])
+    first, second = (torch.load(tmp_path / name) for name in ("0", "1"))
+    for way, every in itertools.product(("replicated", "sharded"), (1, 3)):
+        one = first[f"one {every}"]
+        assert every == 3 or (one["0.bio_mod.unit_age"] != one["0.bio_mod.unit_age"][0]).any()
+        for name, value in one.items():
+            torch.testing.assert_close(first[f"{way} {every}"][name], value, **EXACT)
+            assert torch.equal(first[f"{way} {every}"][name], second[f"{way} {every}"][name])
 
 
 class Recurrent(nn.Module):
