@@ -328,6 +328,30 @@ trace_structured: Callable[..., None] = _named("torch._logging._internal.trace_s
 """Writes to the structured trace, where there is one."""
 
 
+def on_end_of_compilation(callback: Callable[[Any], None]) -> None:
+    """Have a function called whenever dynamo has compiled something, or has given it up."""
+    handler = _required("torch._dynamo.callback.callback_handler")
+    if callback not in handler.end_callbacks:
+        handler.register_end_callback(callback)
+
+
+def is_left_to_python(error: BaseException) -> bool:
+    """Whether dynamo, with this error, runs a function as it is."""
+    kinds: tuple[type, ...] = tuple(
+        _required(f"torch._dynamo.exc.{name}") for name in ("Unsupported", "SkipFrame")
+    )
+    return isinstance(error, kinds)
+
+
+def origin_of_backend(wrapped: Any) -> Any:
+    """Return the backend that was given to ``torch.compile``, inside of what dynamo puts around it."""
+    while True:
+        inner = getattr(wrapped, "_torchdynamo_orig_backend", None) or getattr(wrapped, "compiler_fn", None)
+        if inner is None or inner is wrapped:
+            return wrapped
+        wrapped = inner
+
+
 def compiler_of(backend: Any) -> Callable[..., Any]:
     """Return the function of a backend of ``torch.compile``, given by name or itself.
 

@@ -177,7 +177,7 @@ class Layers:
 
     def _become(self, node: Node, call: LayerCall) -> None:
         if node.target is torch.ops.aten.lstm.input:
-            _nest_states(node)
+            nest_states(node)
         if node.target is F.batch_norm:
             _drop_count(node, joined_path(call.path, "num_batches_tracked"))
         node.op, node.target, node.args, node.kwargs = "call_module", call.path, call.args, dict(call.kwargs)
@@ -223,7 +223,7 @@ def _state(state: Any) -> Any:
     return tuple(state) if isinstance(state, (list, tuple)) else state
 
 
-def _nest_states(node: Node) -> None:
+def nest_states(node: Node) -> None:
     """Let what reads the three results of the operator read those of the layer: ``y, (h, c)``."""
     for part in [user for user in node.users if user.target is operator.getitem and user.args[1] != 0]:
         with node.graph.inserting_before(part):

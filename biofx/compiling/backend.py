@@ -20,6 +20,7 @@ from biofx.compiling.dynamo_frames import (
 from biofx.compiling.flat_graphs import FlatGraph, flat_graph, modes_read
 from biofx.compiling.named_graphs import NamedGraph, module_paths, translated
 from biofx.compiling.rewriter import REWRITERS, Rewriter, companion_among, elsewhere
+from biofx.compiling.skipped_frames import watch_skipped_frames
 from biofx.config import BioConfig
 from biofx.errors import BiofxError, BiofxWarning, CaptureError, OptionError
 from biofx.model.graph_module import BioGraphModule
@@ -91,9 +92,14 @@ class Backend:
         self._counts: dict[Any, int] = {}
         self._name = getattr(then, "__name__", type(then).__name__)
         REWRITERS.add(rewriter)
+        watch_skipped_frames()
 
     def __repr__(self) -> str:
         return f"biofx.backend({str(self._rewriter.pipeline)!r}, then={self._name})"
+
+    def reads(self, parameter: nn.Parameter) -> bool:
+        """Whether a graph that was rewritten reads a parameter."""
+        return self._rewriter.reads(parameter)
 
     @property
     def reports(self) -> tuple[Report, ...]:

@@ -86,6 +86,11 @@ def current_compilation(graph_module: GraphModule, parameters: Sequence[Any]) ->
     return Compilation(unwrapped(model), begins_late, ends_early, code)
 
 
+def compiling_frame() -> FrameType | None:
+    """Return the frame of dynamo's function that compiles, None where nothing is compiled."""
+    return next((frame for frame in _callers() if _is(frame, FRAME_OF_COMPILATION)), None)
+
+
 def running_module() -> nn.Module | None:
     """Return the model whose compiled forward is being called, without wrappers; None if it is not known."""
     frames = list(_callers())

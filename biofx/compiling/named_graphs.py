@@ -7,23 +7,20 @@ that a layer did. So passes, selectors and reports see what they see of the mode
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.nn import functional as F
 
 from biofx.capture.exported_layers import Layers, flag_of
 from biofx.capture.exported_programs import mode_of, tree_of
+from biofx.compiling.compound_calls import show_weights_of_compounds
 from biofx.compiling.dynamo_contexts import pair_contexts
 from biofx.errors import CaptureError
 from biofx.graph.regions import joined_path
-from biofx.layers.layer_kind import become_call
 from biofx.model.graph_module import BioGraphModule
-from biofx.operators.compound_ops import attend
 from biofx.torch_private import HigherOrderOperator, rename
 
 _STACK = "nn_module_stack"
@@ -111,8 +108,7 @@ def named_graph(
     root = tree_of(model, graph, {})
     _keep_own(root, graph, source, model)
     _add_layers(root, model)
-    for node in graph.find_nodes(op="call_function", target=F.multi_head_attention_forward):
-        _become_attention(node)
+    show_weights_of_compounds(graph)
     training = mode_of(graph)
     functions = _with_layers(root, graph, training)
     for node in reversed(graph.nodes):
@@ -156,23 +152,6 @@ def translated(paths: Mapping[int, str], named: Mapping[str, str]) -> dict[int, 
         return path
 
     return {identity: path_now(path) for identity, path in paths.items()}
-
-
-def _become_attention(node: Node) -> None:
-    """Let a call of torch's function for attention show its weights as those of the layer's call do."""
-    found = inspect.signature(F.multi_head_attention_forward).bind(*node.args, **node.kwargs)
-    found.apply_defaults()
-    given: dict[str, Any] = dict(found.arguments)
-    if given.pop("static_k") is not None or given.pop("static_v") is not None:
-        return
-    separate = given.pop("use_separate_proj_weight")
-    projections = [given.pop(name) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
-    joint, output = given.pop("in_proj_weight"), given.pop("out_proj_weight")
-    weights = [*(projections if separate else [joint]), output]
-    inputs = [given.pop(name) for name in ("query", "key", "value")]
-    given.pop("embed_dim_to_check")
-    given["dropout"] = given.pop("dropout_p")
-    become_call(node, attend, (*inputs, weights, given.pop("training")), given)
 
 
 def _named_stack(node: Node, paths: Mapping[int, str]) -> dict[str, tuple[str, Any]]:

@@ -100,6 +100,12 @@ class Rewriter:
         self.reports.append(result.report)
         return named, companion
 
+    def reads(self, parameter: nn.Parameter) -> bool:
+        """Whether a graph that was rewritten reads a parameter."""
+        return any(
+            entry.find(path) is parameter for entry in self._companions.values() for path in entry.parameters
+        )
+
     def companion_of(self, model: nn.Module) -> Companion | None:
         """Return the companion of a model, compiled or not, None if none of its graphs was rewritten."""
         found: Companion | None = self._companions.get(unwrapped(model))
@@ -146,7 +152,8 @@ def companion_among(rewriters: Iterable[Rewriter], compiled: Callable[..., Any])
     if not found:
         raise InputError(
             f"expected a model that was compiled with biofx.backend and called since, found a {kind} that "
-            "was not; call the compiled model once, which compiles it"
+            "was not, or of which dynamo compiled nothing; call the compiled model once, which compiles it. "
+            "torch.compile(…, fullgraph=True) names the line that keeps dynamo from it"
         )
     if len(found) > 1:
         raise InputError(
