@@ -8,8 +8,11 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pytest
+import rich
+
 from biofx._version import __version__
-from package import build
+from package import build, fresh_environment
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,3 +45,17 @@ def test_wheel_and_sdist_hold_the_package_and_no_module_called_passes(tmp_path: 
     with tarfile.open(sdist) as source:
         names = [name.partition("/")[2] for name in source.getnames()]
     assert {name.replace("biofx/passes/", "passes/") for name in wanted} | {"LICENSE"} <= set(names)
+
+
+def test_a_fresh_environment_never_writes_through_its_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its settings ask for another release of what is linked, pip would install that at the link."""
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text("rich==0.1\n")
+    monkeypatch.setenv("PIP_CONSTRAINT", str(constraints))
+    _, wheel = build(tmp_path)
+    python = fresh_environment(tmp_path / "environment", wheel)
+    (linked,) = python.parent.parent.glob("lib/*/site-packages/rich")
+    assert linked.is_symlink()
+    assert linked.resolve() == Path(rich.__file__).parent
