@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +19,7 @@ from biofx.compiling.dynamo_frames import (
 )
 from biofx.compiling.flat_graphs import FlatGraph, flat_graph, modes_read
 from biofx.compiling.named_graphs import NamedGraph, module_paths, translated
-from biofx.compiling.rewriter import REWRITERS, Rewriter, companion_among, elsewhere
+from biofx.compiling.rewriter import REWRITERS, Rewriter, companion_among, elsewhere, warn_of_python
 from biofx.compiling.skipped_frames import watch_skipped_frames
 from biofx.config import BioConfig
 from biofx.errors import BiofxError, BiofxWarning, CaptureError, OptionError
@@ -97,9 +97,9 @@ class Backend:
     def __repr__(self) -> str:
         return f"biofx.backend({str(self._rewriter.pipeline)!r}, then={self._name})"
 
-    def reads(self, parameter: nn.Parameter) -> bool:
-        """Whether a graph that was rewritten reads a parameter."""
-        return self._rewriter.reads(parameter)
+    def left_to_python(self, named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+        """Return the names of weights that no graph reads, and of which nobody was told before."""
+        return self._rewriter.left_to_python(named)
 
     @property
     def reports(self) -> tuple[Report, ...]:
@@ -190,9 +190,18 @@ class RewrittenGraph:
         """Compute what the graph does."""
         for entry in self._of:
             if entry.is_for(args):
+                if entry.calls < 2:
+                    self._say_what_is_left(entry)
                 return entry.compiled(args, self._compile_late)(*args, *entry.state())
         self._add(args)
         return self(*args)
+
+    def _say_what_is_left(self, entry: _OfModel) -> None:
+        """Warn of weights that no graph reads, at the second call: all parts of the first are compiled."""
+        entry.calls += 1
+        model = entry.model
+        if entry.calls == 2 and model is not None:
+            warn_of_python(self._rewriter, model, stacklevel=3)
 
     def _add(self, args: tuple[Any, ...]) -> None:
         """Rewrite the graph for another module of the same class, or for others of its parameters.
@@ -244,6 +253,7 @@ class _OfModel:
         self, model: nn.Module, source: GraphModule, named: NamedGraph, companion: Companion
     ) -> None:
         self._model = weakref.ref(model)
+        self.calls = 0
         self._source, self._named, self._companion = source, named, companion
         self._modes = modes_read(named.module.graph)
         self.paths = tuple(named.inputs.values())
@@ -252,6 +262,11 @@ class _OfModel:
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._flat: dict[tuple[bool, ...], FlatGraph] = {}
         self._reads: dict[tuple[bool, ...], tuple[tuple[nn.Module, str], ...]] = {}
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, while there is one."""
+        return self._model()
 
     def is_for(self, args: Sequence[Any]) -> bool:
         """Whether these are the parameters of the model."""

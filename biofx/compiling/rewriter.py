@@ -47,6 +47,7 @@ class Rewriter:
     initialise: bool
     reports: list[Report] = field(default_factory=list)
     _companions: Any = field(default_factory=WeakIdKeyDictionary)
+    _told: Any = field(default_factory=WeakIdKeyDictionary)
 
     def rewritten(
         self,
@@ -100,11 +101,16 @@ class Rewriter:
         self.reports.append(result.report)
         return named, companion
 
-    def reads(self, parameter: nn.Parameter) -> bool:
-        """Whether a graph that was rewritten reads a parameter."""
-        return any(
-            entry.find(path) is parameter for entry in self._companions.values() for path in entry.parameters
-        )
+    def left_to_python(self, named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+        """Return the names of weights that no graph reads, and of which nobody was told before."""
+        read = {id(entry.find(path)) for entry in self._companions.values() for path in entry.parameters}
+        found = []
+        for name, parameter in named:
+            is_weight = parameter.dim() > 1 and parameter.requires_grad
+            if is_weight and id(parameter) not in read and parameter not in self._told:
+                self._told[parameter] = True
+                found.append(name)
+        return found
 
     def companion_of(self, model: nn.Module) -> Companion | None:
         """Return the companion of a model, compiled or not, None if none of its graphs was rewritten."""
@@ -147,6 +153,7 @@ def companion_among(rewriters: Iterable[Rewriter], compiled: Callable[..., Any])
     """
     if not isinstance(compiled, nn.Module):
         raise InputError(f"expected a compiled model, found {type(compiled).__name__}")
+    rewriters = list(rewriters)
     found = [entry for rewriter in rewriters if (entry := rewriter.companion_of(compiled)) is not None]
     kind = type(unwrapped(compiled)).__name__
     if not found:
@@ -162,22 +169,19 @@ def companion_among(rewriters: Iterable[Rewriter], compiled: Callable[..., Any])
             "backend.companion(model)"
         )
     found[0].was_given_out = True
-    _warn_of_python(found[0], unwrapped(compiled))
+    rewriter = next(entry for entry in rewriters if entry.companion_of(compiled) is found[0])
+    warn_of_python(rewriter, unwrapped(compiled), stacklevel=4)
     return found[0].module
 
 
-def _warn_of_python(entry: Companion, model: nn.Module) -> None:
+def warn_of_python(rewriter: Rewriter, model: nn.Module, *, stacklevel: int) -> None:
     """Warn of weights that no compiled graph reads, on which nothing acts."""
-    left = [
-        path
-        for path, parameter in model.named_parameters()
-        if parameter.dim() > 1 and parameter.requires_grad and path not in entry.parameters
-    ]
+    left = rewriter.left_to_python(model.named_parameters())
     if left:
         warnings.warn(
             f"no graph that was compiled reads {', '.join(map(repr, left[:3]))}{', …' * (len(left) > 3)}: "
             "Python uses them, if anything does, without rates and signs. torch.compile(…, fullgraph=True) "
             "names the line that keeps them out; what one mode alone uses joins when it is called in it",
             BiofxWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )

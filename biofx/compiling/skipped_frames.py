@@ -18,8 +18,7 @@ from biofx.compiling.dynamo_frames import compiling_frame
 from biofx.errors import BiofxWarning
 from biofx.torch_private import is_left_to_python, on_end_of_compilation, origin_of_backend
 
-Known = Callable[[nn.Parameter], bool]
-"""Whether a graph that a backend was given reads a parameter."""
+Named = Iterator[tuple[str, nn.Parameter]]
 
 
 def watch_skipped_frames() -> None:
@@ -35,29 +34,29 @@ def _look(of_compilation: object) -> None:
     if error is None or frame is None or not is_left_to_python(error) or frame.f_locals.get("one_graph"):
         return
     backend = origin_of_backend(frame.f_locals.get("compiler_fn"))
-    knows: Known | None = getattr(backend, "reads", None)
-    if knows is None:
+    left_to_python: Callable[[Named], list[str]] | None = getattr(backend, "left_to_python", None)
+    if left_to_python is None:
         return
     code: CodeType = frame.f_locals["code"]
     seen = {**frame.f_locals["globals"], **frame.f_locals["locals"]}
     named = (seen.get(name) for name in (*frame.f_locals["locals"], *code.co_names))
     owners = {id(value): value for value in named if isinstance(value, nn.Module)}
-    left = [name for owner in owners.values() for name in _used_directly(owner, "", knows)]
-    if left:
+    used = (entry for owner in owners.values() for entry in _used_directly(owner, ""))
+    if left := left_to_python(used):
         _warn(code, str(error), left)
 
 
-def _used_directly(owner: nn.Module, path: str, knows: Known) -> Iterator[str]:
-    """Yield the names of parameters and layers of torch that a module's own code may use, in no graph yet.
+def _used_directly(owner: nn.Module, path: str) -> Named:
+    """Yield the parameters that a module's own code may use, by itself or in layers of torch.
 
     The code of users' modules inside of it is compiled by itself.
     """
     for name, parameter in owner._parameters.items():
-        if parameter is not None and parameter.dim() > 1 and not knows(parameter):
-            yield f"{path}{name}"
+        if parameter is not None:
+            yield f"{path}{name}", parameter
     for name, module in owner._modules.items():
         if module is not None and type(module).__module__.startswith("torch.nn.modules."):
-            yield from _used_directly(module, f"{path}{name}.", knows)
+            yield from _used_directly(module, f"{path}{name}.")
 
 
 def _warn(code: CodeType, error: str, left: list[str]) -> None:
