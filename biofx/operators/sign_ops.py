@@ -33,6 +33,7 @@ from biofx.operators.dispatch import (
     refuse_shard,
 )
 from biofx.operators.exclusive import is_exclusive
+from biofx.operators.gradient_memory import is_large, last_memory, remember_memory
 from biofx.operators.parts import local, local_part, on_parts
 from biofx.operators.sampling import BLOCK
 
@@ -198,8 +199,9 @@ class _ProjectSign(torch.autograd.Function):
     def forward(weight: Tensor, signs: Tensor) -> Tensor:
         if not _suits_kernels(weight, signs):
             return _project(weight, signs)
-        projected = clamp_to_signs(weight.flatten(1), by_rows(signs, weight))
-        return projected.view_as(weight)
+        memory = last_memory(weight) if weight.is_leaf and is_large(weight) else None
+        rows = None if memory is None else memory.flatten(1)
+        return clamp_to_signs(weight.flatten(1), by_rows(signs, weight), out=rows).view_as(weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -213,6 +215,8 @@ class _ProjectSign(torch.autograd.Function):
         free = is_exclusive(gradient)  # asked before anything else here refers to it
         rows, laid_out = weight.detach().flatten(1), by_rows(signs, weight)
         result = clamp_gradient(gradient.flatten(1), rows, laid_out, in_place=free)
+        if weight.is_leaf and is_large(weight):
+            remember_memory(weight, result.untyped_storage())
         return result.view_as(gradient), None
 
 
@@ -286,15 +290,16 @@ def drop_pairs(x: Tensor, training: bool, *, p: float, kind: str, channel_axis: 
     return dropped
 
 
-def clamp_to_signs(weight: Tensor, signs: Tensor) -> Tensor:
+def clamp_to_signs(weight: Tensor, signs: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Return ``weight`` with entries of the wrong sign set to zero.
 
     Args:
         weight: ``(rows, columns)``, contiguous.
         signs: ``(1, columns)`` or ``(rows, 1 or columns)``; +1, -1, or 0 where unconstrained.
+        out: shaped like the weight, to be written to and returned; None for fresh memory.
     """
     low, high = _bounds(-signs)
-    return torch.clamp(weight, low, high)
+    return torch.clamp(weight, low, high, out=out)
 
 
 def clamp_gradient(gradient: Tensor, weight: Tensor, signs: Tensor, *, in_place: bool) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from biofx.errors import InputError, OptionError
 from biofx.operators.dispatch import held_back, is_plain_eager, is_recorded, overridable
 from biofx.operators.exclusive import is_exclusive
+from biofx.operators.gradient_memory import forget_memory, is_large, last_memory, remember_memory
 from biofx.operators.sub_weight_sum import added_up
 
 SPLITTING_MODES = ("neighbours", "sub-weights")
@@ -146,6 +147,8 @@ def fold_weight(
     """
     dense = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous()
     if groups == 1 and not transposed and dense and is_plain_eager():
+        if not torch.is_grad_enabled():
+            forget_memory(weight)
         folded: Tensor = _FoldDense.apply(weight, rows, columns, inner)  # type: ignore[no-untyped-call]
         return folded
     if inner > 1:
@@ -195,6 +198,7 @@ class _FoldDense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rows: int, columns: int, inner: int) -> Tensor:
         ctx.shape, ctx.rows, ctx.columns, ctx.inner = weight.shape, rows, columns, inner
+        ctx.weight = weight if weight.is_leaf and is_large(weight) else None
         return _sum_members(weight, rows, columns, inner)
 
     @staticmethod
@@ -206,8 +210,15 @@ class _FoldDense(torch.autograd.Function):
             for member in range(ctx.columns):  # an expanded axis this short would be copied far more slowly
                 members[:, :, member] = spread
             spread = members
-        spread = spread.reshape(rows, 1, -1)
-        return spread.expand(rows, ctx.rows, spread.shape[-1]).reshape(ctx.shape), None, None, None
+        spread = spread.reshape(rows, 1, -1).expand(rows, ctx.rows, -1)
+        weight: Tensor | None = ctx.weight
+        if weight is None or torch.is_grad_enabled() or weight.dtype != gradient.dtype:
+            return spread.reshape(ctx.shape), None, None, None
+        memory = last_memory(weight)
+        full = torch.empty_like(weight, requires_grad=False) if memory is None else memory
+        full.view_as(spread).copy_(spread)
+        remember_memory(weight, full.untyped_storage())
+        return full, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:

@@ -14,22 +14,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor
 
 from biofx.operators.dispatch import is_plain_eager
-from biofx.torch_private import storage_use_count
-
-_WORTH_IT = 1 << 20
-"""Bytes of a weight from which on the system is asked for its memory; below, it is kept by the process."""
-_SPACES: Any = WeakTensorKeyDictionary()
-"""For a second sub-weight the memory of its last gradient."""
+from biofx.operators.gradient_memory import (
+    is_free_for,
+    is_large,
+    laid_out,
+    last_memory,
+    remember_memory,
+)
 
 
 def added_up(weight: Tensor, others: tuple[Tensor, ...]) -> Tensor:
     """Return the sum of weights, each of which receives the gradient of the sum."""
     weights = (weight, *others)
-    if is_plain_eager() and torch.is_grad_enabled() and all(map(_is_large, weights)):
+    if is_plain_eager() and torch.is_grad_enabled() and all(map(is_large, weights)):
         summed: Tensor = _Sum.apply(*weights)  # type: ignore[no-untyped-call]
         return summed
     total = weight + others[0]
@@ -38,39 +38,14 @@ def added_up(weight: Tensor, others: tuple[Tensor, ...]) -> Tensor:
     return total
 
 
-def _is_large(weight: Tensor) -> bool:
-    """Whether a weight is trained, and a dense tensor on the CPU that is large enough."""
-    return (
-        type(weight) in (Tensor, nn.Parameter)
-        and weight.requires_grad
-        and weight.device.type == "cpu"
-        and weight.is_contiguous()
-        and weight.nbytes >= _WORTH_IT
-    )
-
-
-def _is_free(space: Any) -> bool:
-    """Whether nothing but the caller's one reference holds memory."""
-    return storage_use_count(space) == 1
-
-
-def _laid_out(space: Any, like: Tensor) -> Tensor:
-    """Return a tensor in given memory, shaped like another."""
-    return torch.empty(0, dtype=like.dtype).set_(space, 0, like.shape, like.stride())
-
-
 class _Sum(torch.autograd.Function):
     """The sum, in memory of an earlier gradient if that is free; backwards, a gradient for each."""
 
     @staticmethod
     def forward(ctx: Any, *weights: Tensor) -> Tensor:
         first, second, *others = weights
-        space = _SPACES.pop(second, None)
-        fits = space is not None and space.nbytes() == first.nbytes and _is_free(space)
-        if fits and all(weight.dtype == first.dtype for weight in weights):
-            total = torch.add(first, second, out=_laid_out(space, first))
-        else:
-            total = first + second
+        alike = all(weight.dtype == first.dtype for weight in weights)
+        total = torch.add(first, second, out=last_memory(second) if alike else None)
         for other in others:
             total += other
         ctx.space, ctx.count = total.untyped_storage(), len(weights)
@@ -83,11 +58,10 @@ class _Sum(torch.autograd.Function):
         further: int = ctx.count - 2
         if torch.is_grad_enabled():
             return gradient, gradient, *(gradient,) * further
-        fits = space is not None and space.nbytes() == gradient.nbytes and gradient.is_contiguous()
-        if fits and _is_free(space):
-            second = _laid_out(space, gradient).copy_(gradient)
+        if space is not None and gradient.is_contiguous() and is_free_for(space, gradient):
+            second = laid_out(space, gradient).copy_(gradient)
             if ctx.second is not None:
-                _SPACES[ctx.second] = space
+                remember_memory(ctx.second, space)
         else:
             second = gradient.clone()
         return gradient, second, *(gradient.clone() for _ in range(further))

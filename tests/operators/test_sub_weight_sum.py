@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biofx.operators import sub_weight_sum
+from biofx.operators import gradient_memory
 from biofx.operators.split_ops import level_gradient, sum_sub_weights
 
 LARGE = 512  # squared, the size from which on memory is used again
@@ -145,12 +145,12 @@ def test_memory_goes_with_the_weight() -> None:
     parts = weights()
     F.linear(inputs(0), sum_sub_weights(*parts)).square().sum().backward()
     second = weakref.ref(parts[1])
-    assert len(sub_weight_sum._SPACES) >= 1
-    before = len(sub_weight_sum._SPACES)
+    assert len(gradient_memory._SPACES) >= 1
+    before = len(gradient_memory._SPACES)
     del parts
     gc.collect()
     assert second() is None
-    assert len(sub_weight_sum._SPACES) == before - 1
+    assert len(gradient_memory._SPACES) == before - 1
 
 
 # torch imports decompositions that torch scripts itself
