@@ -343,7 +343,7 @@ def test_custom_bio_module(run: Run) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The TorchScript type system:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_combining_with_torch(
     run: Run,
     calls: list[tuple[str, dict[str, Any]]],
