@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from biofx.errors import TorchVersionError
 
-TRIED_ON = ("2.12.0", "2.13.0", "2.15.0")
+TRIED_ON = ("2.13.0", "2.15.0")
 """The releases of torch on which the tests passed."""
 _missing: list[str] = []
 

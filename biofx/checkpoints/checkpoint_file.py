@@ -78,7 +78,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         check_archive(path)
         with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants():
-            # torch 2.12 checks sparse tensors if it is asked to, and 2.15 in any case, but says so each time
+            # torch 2.13 checks sparse tensors if it is asked to, and 2.15 in any case, but says so each time
             warnings.filterwarnings("ignore", "Validating sparse tensor invariants")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -131,7 +131,6 @@ def test_keyword_arguments_go_where_they_belong_whatever_their_order() -> None:
     assert not torch.equal(found, model(x, bias=scale, scale=bias))
 
 
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.12 on what it read itself
 def test_programs_are_saved_and_loaded() -> None:
     model = rewritten()
     for training, program in zip((True, False), biofx.export(model, (images(),)), strict=True):
